@@ -1,0 +1,30 @@
+"""Errors that a user can mend: one line saying what, where and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrossXError(Exception):
+    """Something failed that is not a programming error. The message is one line; the command exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(CrossXError):
+    """The command or call itself cannot work (unknown name, impossible option). The command exits with 2."""
+
+    exit_code = 2
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the choice closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
+    """Build the error for a name outside ``choices``: the nearest match and every choice."""
+    ordered = sorted(choices)
+    return UsageError(f"unknown {kind} {name!r}.{nearest(name, ordered)} Choose from: {', '.join(ordered)}.")

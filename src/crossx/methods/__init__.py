@@ -1,0 +1,25 @@
+"""Methods: a published network and its objective a file, all on the contract of ``base``."""
+
+from crossx.methods.base import (
+    Method,
+    Objective,
+    create_method,
+    list_methods,
+    method_class,
+    method_options,
+    register_method,
+)
+from crossx.methods.crossx import CrossX
+from crossx.methods.plain import Plain
+
+__all__ = [
+    "CrossX",
+    "Method",
+    "Objective",
+    "Plain",
+    "create_method",
+    "list_methods",
+    "method_class",
+    "method_options",
+    "register_method",
+]

@@ -1,0 +1,173 @@
+"""The one contract that every method fulfils, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from crossx.backbones import Backbone, create_backbone
+from crossx.errors import UsageError, nearest, unknown
+
+
+class Objective(NamedTuple):
+    """What training minimises.
+
+    Attributes:
+        loss: Scalar to minimise: the sum of ``terms``.
+        terms: Name to weighted scalar, for the logs.
+        logits: (B, K), the prediction of ``forward`` on the same batch, for the metrics.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    logits: Tensor
+
+
+class Method(nn.Module, ABC):
+    """A network and its objective. The trainer, evaluation, explanation and export know nothing else.
+
+    Args:
+        backbone: The trunk; ``self.backbone`` afterwards. Everything outside it counts as new layers (own
+            learning-rate factor, no pretrained weights), but for what ``new_parameters`` says.
+        num_classes: K.
+    """
+
+    supports_soft_targets: ClassVar[bool] = True
+    """Whether ``objective`` takes (B, K) class probabilities as targets (Mixup, CutMix)."""
+
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UsageError(f"num_classes must be at least 1, not {num_classes}.")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.criterion = nn.CrossEntropyLoss()
+        """The classification loss; training replaces it for label smoothing or class weights."""
+
+    @abstractmethod
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> logits (B, K) for images (B, 3, H, W)."""
+
+    @abstractmethod
+    def objective(self, images: Tensor, targets: Tensor) -> Objective:
+        """Return what training minimises.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            targets: int64 (B,), or float (B, K) where ``supports_soft_targets``.
+        """
+
+    @abstractmethod
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return stage name -> activation maps (B, P, h, w), channel means as in Fig. 5."""
+
+    @abstractmethod
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return one feature vector an image, (B, D): what the heads classify."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K) for images (B, 3, H, W): the sum over the heads (Eq. 7)."""
+        return sum_heads(self.head_logits(images))
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """See the training set once before step 0. Does nothing unless a method needs it."""
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that start from scratch, as against the pretrained trunk's."""
+        pretrained = {id(parameter) for parameter in self.backbone.pretrained_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in pretrained]
+
+
+def sum_heads(heads: Mapping[str, Tensor]) -> Tensor:
+    """Sum the heads' logits (Eq. 7): name -> (B, K) to (B, K)."""
+    logits = list(heads.values())
+    total = logits[0]
+    for more in logits[1:]:
+        total = total + more
+    return total
+
+
+M = TypeVar("M", bound=type[Method])
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register_method(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a method known as ``name``.
+
+    A method's options are the keyword-only arguments of its ``__init__``, each with a default.
+    """
+
+    def register(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"method {name!r} is registered twice")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_methods() -> list[str]:
+    """Return the registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class registered as ``name``.
+
+    Raises:
+        UsageError: If there is none; the nearest name is suggested.
+    """
+    if name not in _REGISTRY:
+        raise unknown("method", name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """Return option name -> default of the method registered as ``name``."""
+    parameters = inspect.signature(method_class(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def create_method(
+    name: str,
+    *,
+    backbone: str,
+    num_classes: int,
+    pretrained: bool = False,
+    backbone_weights: str | None = None,
+    backbone_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Method:
+    """Build a method on a backbone.
+
+    Args:
+        name: A registered method, see ``list_methods``.
+        backbone: A timm model name; ``local-dir:`` and ``hf-hub:`` names too.
+        num_classes: K.
+        pretrained: Whether to start from timm's pretrained weights.
+        backbone_weights: A plain state dict to start from instead (a ``.pth`` or ``.safetensors`` file).
+        backbone_args: Further arguments of ``timm.create_model``.
+        **options: The method's own options, see ``method_options``.
+
+    Raises:
+        UsageError: For an unknown method, backbone or option, or an option that cannot work.
+        CrossXError: If pretrained weights cannot be had.
+    """
+    cls = method_class(name)
+    known = method_options(name)
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"method {name!r} has no option {option!r}.{nearest(option, known)} "
+                f"It has: {', '.join(sorted(known)) or 'none'}."
+            )
+    trunk = create_backbone(
+        backbone, pretrained=pretrained, weights=backbone_weights, args=dict(backbone_args or {})
+    )
+    return cls(trunk, num_classes, **options)

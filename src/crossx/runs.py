@@ -1,0 +1,286 @@
+"""The run folder: its files, their schema, and writing that a kill cannot corrupt. Imports no torch.
+
+::
+
+    RUN/
+      config.yaml               every option of the run, as `crossx fit --config` reads it
+      model.json                ModelSpec: what is needed to rebuild the network and to feed it
+      model.safetensors         weights of the selected checkpoint
+      run.json                  provenance: versions, git state, seed, dataset, how the checkpoint was selected
+      metrics.csv metrics.json  training history
+      checkpoints/best.ckpt     best on validation; last.ckpt: the newest, for --resume
+      test.json ...             written by `crossx test`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import CrossXError
+
+SCHEMA = 1
+PACKAGES = ("crossx", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a stored image becomes the network's input in evaluation.
+
+    Attributes:
+        image_size: Side of the square crop that the network sees, in pixels.
+        resize_size: Size before the crop: one number resizes to a square of that side (the aspect ratio is not
+            kept, as in the released code), None resizes the shorter side to image_size / 0.875.
+        interpolation: ``bilinear`` or ``bicubic``.
+        mean: Per-channel mean, of images scaled to [0, 1].
+        std: Per-channel standard deviation, likewise.
+        crop_bottom: Rows cut off the bottom first (20 removes FGVC-Aircraft's banner).
+    """
+
+    image_size: int
+    resize_size: int | None
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_bottom: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is needed to rebuild a trained network and to feed it.
+
+    Attributes:
+        method: The method's registered name.
+        options: The method's own options.
+        backbone: The timm model's name.
+        backbone_args: Arguments passed to timm beside the name.
+        classes: Class names in label order.
+        preprocessing: How images are prepared in evaluation.
+        dataset: Name of the dataset that the labels come from.
+        levels: Hierarchy of the classes, see ``DatasetIndex.levels``.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    backbone: str
+    backbone_args: Mapping[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    dataset: str
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dictionary that ``from_json`` reads."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: Path) -> ModelSpec:
+        """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
+
+        Raises:
+            CrossXError: If a key is missing or the schema is newer than this version reads.
+        """
+        if values.get("schema") != SCHEMA:
+            raise CrossXError(
+                f"{source}: schema {values.get('schema')!r}, this version of crossx reads {SCHEMA}: upgrade crossx."
+            )
+        try:
+            prep = dict(values["preprocessing"])
+            prep["mean"], prep["std"] = tuple(prep["mean"]), tuple(prep["std"])
+            return cls(
+                method=values["method"],
+                options=values["options"],
+                backbone=values["backbone"],
+                backbone_args=values["backbone_args"],
+                classes=tuple(values["classes"]),
+                preprocessing=Preprocessing(**prep),
+                dataset=values["dataset"],
+                levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
+            )
+        except (KeyError, TypeError) as error:
+            raise CrossXError(f"{source}: not a model description of crossx ({error}).") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Every path below it is a property, so that no other file spells them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:  # noqa: D102
+        return self.path / "config.yaml"
+
+    @property
+    def spec(self) -> Path:  # noqa: D102
+        return self.path / "model.json"
+
+    @property
+    def weights(self) -> Path:  # noqa: D102
+        return self.path / "model.safetensors"
+
+    @property
+    def info(self) -> Path:  # noqa: D102
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:  # noqa: D102
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:  # noqa: D102
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last(self) -> Path:  # noqa: D102
+        return self.checkpoints / "last.ckpt"
+
+    def read_spec(self) -> ModelSpec:
+        """Read ``model.json``."""
+        return ModelSpec.from_json(read_json(self.spec), self.spec)
+
+    def read_info(self) -> dict[str, Any]:
+        """Read ``run.json``, empty where there is none."""
+        return read_json(self.info) if self.info.is_file() else {}
+
+
+def open_run(path: str | Path) -> tuple[Run, Path]:
+    """Resolve what a user calls RUN: a run folder or a checkpoint file in one.
+
+    Returns:
+        The run and the weights to load: the file given, else ``model.safetensors``, else ``best.ckpt``, else
+        ``last.ckpt`` (a run that was stopped before it ended).
+
+    Raises:
+        CrossXError: If there is nothing there, no ``model.json`` or no weights.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise CrossXError(f"{given}: no such run folder or checkpoint file.")
+    if given.is_file():
+        for folder in (given.parent, given.parent.parent):
+            if (folder / "model.json").is_file():
+                return Run(folder), given
+        raise CrossXError(
+            f"{given}: there is no model.json beside it or one folder up; a checkpoint is read within its run folder."
+        )
+    run = Run(given)
+    if not run.spec.is_file():
+        raise CrossXError(f"{given}: not a run folder (no model.json). `crossx fit --output {given}` makes one.")
+    for weights in (run.weights, run.best, run.last):
+        if weights.is_file():
+            return run, weights
+    raise CrossXError(
+        f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
+        "train it first with `crossx fit`."
+    )
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary file in the same folder that replaces ``path`` when the block ends without an error.
+
+    The data is flushed to disk before the replacement, so that a kill or power cut leaves the old file or the
+    new one, never half of one.
+
+    Raises:
+        CrossXError: If the disk is full or the folder not writable; the old file is untouched.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o666 & ~_umask())
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> CrossXError:
+    """Turn an ``OSError`` while writing ``path`` into one line that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CrossXError(f"{path}: no space left on the disk. What was written before is intact: free some room.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CrossXError(f"{path}: no permission to write there. Choose another --output.")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return CrossXError(f"{path}: a file stands where a folder is needed. Choose another --output.")
+    return CrossXError(f"{path}: cannot be written ({error.strerror or error}).")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given; NaN and infinity are refused."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CrossXError: If the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CrossXError(f"{path}: no such file.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CrossXError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{path}: not a JSON object.")
+    return values
+
+
+def environment() -> dict[str, Any]:
+    """Describe what the run was made with: Python, platform, package versions, git state of the working folder."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes.strip())}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
