@@ -1,0 +1,258 @@
+"""Image files as people have them: found, checked and decoded in one place.
+
+Pillow is the one decoder. torchvision's own decoders give the same pixels, but they are deprecated since
+torchvision 0.29, and something else would have to read the header first: a decompression bomb must not be
+unpacked before its size is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from crossx.errors import CrossXError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused before they are decoded: half a gigabyte of 8-bit RGB, Pillow's own
+limit for a decompression bomb (https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.open)."""
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+    | {".jp2", ".ppm", ".pgm", ".pbm", ".heic", ".heif"}
+)
+"""File names that count as images, in either case. HEIC is among them although it is not read: left out in
+silence it would be missed, counted it is named as unreadable."""
+
+# Pillow also opens EPS by running another program, and formats that hold no photographs: these are not tried.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation (tag 0x0112; https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf)."""
+
+ImageSource: TypeAlias = str | Path | bytes
+"""A file's path, or the bytes of an encoded image."""
+
+
+class ImageError(CrossXError):
+    """An image cannot be read. The message is ``PATH: reason``, on one line.
+
+    Attributes:
+        reason: The message without the path.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+
+def read_image(source: ImageSource) -> Tensor:
+    """Read an image as a viewer shows it.
+
+    EXIF rotation is applied; grey, palette, CMYK and the like become RGB; transparency is laid on white; of
+    16 bits a channel the upper 8 are kept; of an animation or a file of several pages the first is taken. The
+    content decides about the format, not the name. ICC colour profiles are not applied.
+
+    Args:
+        source: The file, or the bytes of one.
+
+    Returns:
+        uint8 RGB tensor of shape (3, H, W), its memory in (H, W, 3) order, the one that torchvision resizes
+        fastest.
+
+    Raises:
+        ImageError: If it is missing, not wholly readable, or larger than ``MAX_PIXELS``.
+    """
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    with _decoding(source) as image:
+        tensor: Tensor = pil_to_tensor(_to_rgb(_upright(image)))
+    return tensor
+
+
+def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
+    """Say why an image cannot be read, or None where it can. Needs no torch.
+
+    Every byte of the image is decoded, so that a truncated file is found. The quick way leaves out what
+    does not depend on the file: a JPEG's inverse transform is computed at an eighth of the size, 3 to 5 times as fast.
+
+    Args:
+        source: The file, or the bytes of one.
+        full: Compute every pixel, exactly as ``read_image`` does.
+    """
+    try:
+        with _decoding(source, draft=not full) as image:
+            _to_rgb(_upright(image))
+    except ImageError as error:
+        return error.reason
+    return None
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return every image file below a folder, nested ones too, links followed, sorted by relative path.
+
+    What counts is the file name (``IMAGE_SUFFIXES``); hidden files and folders (a leading dot) do not.
+
+    Raises:
+        CrossXError: If a folder cannot be listed.
+    """
+    found: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_listing_error):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found.extend(Path(directory, name) for name in names if is_image_name(name))
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def is_image_name(name: str) -> bool:
+    """Tell whether a file of this name counts as an image."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _raise_listing_error(error: OSError) -> None:
+    raise CrossXError(f"{_shown(error.filename)}: the folder cannot be listed ({error.strerror}).") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _decoding(source: ImageSource, *, draft: bool = False) -> Iterator[Image.Image]:
+    """Give the loaded image; whatever fails, here or in the block, becomes an ``ImageError``."""
+    try:
+        _require_content(source)
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
+        ) as image:
+            _require_size(source, image)
+            if draft:
+                image.draft(None, (1, 1))
+            image.load()
+            yield image
+    except ImageError:
+        raise
+    except (
+        Exception
+    ) as error:  # a broken file makes Pillow's plugins raise anything, struct.error or IndexError too
+        raise _image_error(source, _reason(source, error)) from error
+
+
+def _require_content(source: ImageSource) -> None:
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        status = os.stat(source)
+        size = status.st_size
+        if stat.S_ISDIR(status.st_mode):
+            raise _image_error(source, "is a folder, not an image file")
+        if not stat.S_ISREG(status.st_mode):
+            raise _image_error(source, "is not a regular file")
+    if size == 0:
+        raise _image_error(source, "is empty (0 bytes)")
+
+
+def _require_size(source: ImageSource, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _image_error(
+            source, f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
+        )
+
+
+def _reason(source: ImageSource, error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case PermissionError():
+            return "no permission to read it"
+        case UnidentifiedImageError():
+            return _unidentified(source)
+        case Image.DecompressionBombError():
+            return f"has more than the {MAX_PIXELS:,} pixels that are read"
+        case MemoryError():
+            return "does not fit in memory"
+        case OSError(strerror=str(cause)):
+            return f"cannot be read ({cause})"
+        case _:
+            return f"cannot be decoded ({error or type(error).__name__})"
+
+
+def _unidentified(source: ImageSource) -> str:
+    if isinstance(source, bytes):
+        start = source[:64]
+    else:
+        with open(source, "rb") as file:
+            start = file.read(64)
+    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "is a HEIC image, which is not read: convert it to JPEG"
+    if start.lstrip().startswith(b"<"):
+        return "is a text file (HTML, XML or SVG), not an image"
+    if not start.strip(b"\0"):
+        return "holds only zeros where an image should start"
+    return "is not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image, or its header is broken"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return image
+    method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{image.mode} pixels of 32 bits have no fixed range: save it with 8 or 16 bits a channel"
+        )
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _image_error(source: ImageSource, reason: str) -> ImageError:
+    reason = _one_line(reason)
+    return ImageError(f"{_shown(source)}: {reason}", reason)
+
+
+def _shown(source: ImageSource) -> str:
+    return "image data" if isinstance(source, bytes) else _one_line(os.fspath(source))
+
+
+def _one_line(text: str) -> str:
+    """Escape what a terminal cannot show on one line: line breaks, control characters, undecodable names."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from crossx.data.images import MAX_PIXELS, ImageError, find_images, image_problem, read_image
+from crossx.errors import CrossXError
+
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+RAMP16 = np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
+
+
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def photograph() -> Image.Image:
+    """Smooth like a photograph, so that no bit of the JPEG stream is padding."""
+    return Image.fromarray(NOISE).resize((96, 64), Image.Resampling.BICUBIC)
+
+
+def pixels(data: str | Path | bytes) -> np.ndarray:
+    return read_image(data).permute(1, 2, 0).numpy()
+
+
+def png(width: int, height: int, rows: bytes = b"", depth: int = 8) -> bytes:
+    """Write an RGB PNG by hand, for what Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_return_the_pixels(file_format: str) -> None:
+    data = encoded(Image.fromarray(NOISE), file_format)
+    tensor = read_image(data)
+    assert (tensor.dtype, tensor.shape) == (torch.uint8, (3, 24, 32))
+    np.testing.assert_array_equal(pixels(data), NOISE)
+    assert image_problem(data) is None
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "WEBP", "GIF", "JPEG2000"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_other_formats_agree_with_pillow(file_format: str, mode: str) -> None:
+    data = encoded(Image.fromarray(NOISE).convert(mode), file_format)
+    np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_jpeg_agrees_with_torchvisions_decoder() -> None:
+    decode_jpeg = pytest.importorskip("torchvision.io").decode_jpeg
+    data = encoded(photograph(), "JPEG", quality=85)
+    theirs = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
+    assert (
+        read_image(data).int() - theirs.int()
+    ).abs().max() <= 2  # two builds of libjpeg may round differently
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_once(orientation: int, file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(NOISE), file_format, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(pixels(data), np.asarray(expected))
+    assert pixels(data).shape[0] == (32 if orientation >= 5 else 24)
+
+
+def test_broken_exif_is_no_reason_to_refuse() -> None:
+    data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x07" * 9)
+    assert pixels(data).shape == (24, 32, 3)
+
+
+def test_grey_and_bilevel_have_equal_channels() -> None:
+    grey = Image.fromarray(NOISE[..., 0])
+    np.testing.assert_array_equal(pixels(encoded(grey, "PNG")), np.repeat(NOISE[..., :1], 3, axis=2))
+    assert set(np.unique(pixels(encoded(grey.convert("1"), "PNG")))) == {0, 255}
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_cmyk_agrees_with_pillow(file_format: str) -> None:
+    data = encoded(Image.fromarray(NOISE).convert("CMYK"), file_format)
+    opened = Image.open(io.BytesIO(data))
+    assert opened.mode == "CMYK"
+    np.testing.assert_array_equal(pixels(data), np.asarray(opened.convert("RGB")))
+
+
+def test_palette_becomes_its_colours() -> None:
+    palette = Image.fromarray(NOISE).quantize(16)
+    np.testing.assert_array_equal(pixels(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
+
+
+def test_alpha_is_laid_on_white() -> None:
+    alpha = np.random.default_rng(1).integers(0, 256, (24, 32, 1), dtype=np.uint8)
+    data = encoded(Image.fromarray(np.concatenate([NOISE, alpha], axis=2)), "PNG")
+    weight = alpha.astype(float) / 255
+    expected = weight * NOISE + (1 - weight) * 255
+    assert np.abs(pixels(data) - expected).max() <= 1
+
+
+def test_grey_with_alpha_is_laid_on_white() -> None:
+    grey_alpha = np.stack([NOISE[..., 0], np.full((24, 32), 64, np.uint8)], axis=2)
+    expected = 64 / 255 * NOISE[..., :1] + 191 / 255 * 255
+    assert np.abs(pixels(encoded(Image.fromarray(grey_alpha), "PNG")) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(file_format: str) -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((1, 2), 1)
+    result = pixels(encoded(image, file_format, transparency=0))
+    assert result[2, 1].tolist() == [0, 255, 0]
+    assert result[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_keeps_its_upper_8(file_format: str) -> None:
+    data = encoded(Image.fromarray(RAMP16), file_format)
+    np.testing.assert_array_equal(pixels(data), np.repeat((RAMP16 // 256)[..., None], 3, axis=2))
+
+
+def test_16_bit_rgb_png_keeps_its_upper_8() -> None:
+    deep = np.random.default_rng(2).integers(0, 65536, (5, 7, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    np.testing.assert_array_equal(pixels(png(7, 5, rows, depth=16)), (deep >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_a_channel_are_refused(mode: str) -> None:
+    data = encoded(Image.fromarray(NOISE).convert(mode), "TIFF")
+    for problem in (image_problem(data), image_problem(data, full=True)):
+        assert problem is not None
+        assert "32 bits" in problem
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_first_frame_of_several(file_format: str) -> None:
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    data = encoded(first, file_format, save_all=True, append_images=[second])
+    assert np.abs(pixels(data).astype(int) - [255, 0, 0]).max() <= 8
+    assert image_problem(data) is None
+
+
+def test_content_decides_not_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "really_a_png.jpg"
+    path.write_bytes(encoded(Image.fromarray(NOISE), "PNG"))
+    np.testing.assert_array_equal(pixels(path), NOISE)
+    np.testing.assert_array_equal(pixels(str(path)), NOISE)
+    assert image_problem(path) is None
+
+
+@pytest.mark.parametrize("name", ["Grünfink 金翅雀 🐦.png", "a b'c\"d&.png", "n" * 251 + ".png"])
+def test_unusual_names(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    Image.fromarray(NOISE).save(path)
+    np.testing.assert_array_equal(pixels(path), NOISE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    fraction=st.floats(0, 1, exclude_max=True), progressive=st.booleans(), quality=st.sampled_from([30, 90])
+)
+def test_quick_check_finds_every_jpeg_that_reading_refuses(
+    fraction: float, progressive: bool, quality: int
+) -> None:
+    data = encoded(photograph(), "JPEG", progressive=progressive, quality=quality)
+    cut = data[: int(fraction * len(data))]
+    problem = image_problem(cut)
+    assert (problem is None) == (image_problem(cut, full=True) is None)
+    if len(cut) < len(data) - 16:
+        assert problem is not None
+    if problem is not None:
+        with pytest.raises(ImageError):
+            read_image(cut)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF"])
+@settings(max_examples=15, deadline=None)
+@given(fraction=st.floats(0, 0.9))
+def test_truncation_is_found_in_every_format(file_format: str, fraction: float) -> None:
+    data = encoded(photograph(), file_format)
+    cut = data[: int(fraction * len(data))]
+    assert image_problem(cut) is not None
+    with pytest.raises(ImageError):
+        read_image(cut)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    file_format=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"]),
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6
+    ),
+)
+def test_any_damage_is_read_or_refused_in_one_line(file_format: str, places: list[tuple[float, int]]) -> None:
+    data = bytearray(encoded(photograph(), file_format))
+    for place, value in places:
+        data[int(place * len(data))] = value
+    problem = image_problem(bytes(data))
+    if problem is None:
+        assert read_image(bytes(data)).shape[0] == 3
+    else:
+        with pytest.raises(ImageError) as caught:
+            read_image(bytes(data))
+        assert str(caught.value).isprintable()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    assert image_problem(data) is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "0 bytes"),
+        (b"\0" * 5000, "only zeros"),
+        (b"<!DOCTYPE html><p>404 Not Found</p>", "text file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG"),
+        (encoded(photograph(), "JPEG")[:-400], "truncated"),
+    ],
+)
+def test_reasons(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "bird.jpg"
+    path.write_bytes(content)
+    assert reason in (image_problem(path) or "")
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: {caught.value.reason}"
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (2**31 - 1, 2**31 - 1), (13_400, 13_400)])
+def test_bombs_are_refused_by_their_header(tmp_path: Path, width: int, height: int) -> None:
+    assert width * height > MAX_PIXELS
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(width, height))
+    assert f"{MAX_PIXELS:,} pixels" in (image_problem(path) or "")
+
+
+def test_missing_folder_and_special_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert image_problem(tmp_path / "missing.jpg") == "no such file"
+    assert image_problem(tmp_path / "dangling.jpg") == "no such file"
+    assert "folder" in (image_problem(tmp_path) or "")
+    assert "regular file" in (image_problem(tmp_path / "pipe.jpg") or "")
+    assert os.strerror(errno.ENAMETOOLONG) in (image_problem(tmp_path / ("n" * 300 + ".jpg")) or "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_no_permission(tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    Image.fromarray(NOISE).save(path)
+    path.chmod(0)
+    assert image_problem(path) == "no permission to read it"
+
+
+def test_message_is_one_line_for_any_name(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path / os.fsdecode(b"two\nlines \xff.jpg"))
+    message = str(caught.value)
+    assert "two\\nlines" in message
+    assert message.isprintable()
+    message.encode("utf-8")
+
+
+def test_error_survives_pickling() -> None:
+    with pytest.raises(ImageError) as caught:
+        read_image(b"")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.reason) == (str(caught.value), caught.value.reason)
+
+
+def test_find_images(tmp_path: Path) -> None:
+    wanted = ["a/1.jpg", "a/B.PNG", "a/deep/er/x.tiff", "b/phone.heic"]
+    for name in [*wanted, "a/notes.txt", "a/.hidden.jpg", ".cache/y.jpg", "a/noext"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert find_images(tmp_path) == [tmp_path / name for name in wanted]
+
+
+def test_find_images_in_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CrossXError, match="cannot be listed"):
+        find_images(tmp_path / "missing")
+
+
+def test_checking_imports_no_torch() -> None:
+    code = "import sys, crossx.data.images as i; i.image_problem(b'x'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
