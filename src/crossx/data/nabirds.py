@@ -1,0 +1,100 @@
+"""NABirds (Van Horn et al., CVPR 2015), as https://dl.allaboutbirds.org/nabirds distributes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from crossx.data.index import DatasetIndex
+from crossx.data.parsing import archive_root, distinct_names, keyed, read_rows
+from crossx.data.visipedia import read_classes, read_records
+from crossx.errors import CrossXError
+
+
+def read_nabirds(root: Path) -> DatasetIndex:
+    """Read NABirds from the unpacked ``nabirds.tar.gz``.
+
+    The archive numbers 1011 nodes of a tree of birds. The classes are its leaves, 555 in the whole archive, which
+    are the nodes that images are labelled with. The site publishes node ids and no consecutive labels; the order
+    of labels here is that of ascending node id, which is also the order of the folders in ``images/``. A class is
+    named as in ``classes.txt`` (``Oak Titmouse``, ``Common Eider (Adult male)``); names that occur more than once
+    carry the node id in parentheses.
+
+    ``levels`` keeps the tree. A leaf hangs below its species, and a species below a family (among the perching
+    birds) or directly below an order (everywhere else), so that the three levels are:
+
+    - ``order``: the ancestor just below the root (22 in the whole archive);
+    - ``family``: the parent of the species, which is the order itself where the tree has no families (50);
+    - ``species``: the parent of the leaf (404).
+
+    The split is that of ``train_test_split.txt``; boxes and visible keypoints are kept where the archive has them.
+    ``sizes.txt`` and ``photographers.txt`` are not read. Fewer classes or images are read the same way.
+
+    Args:
+        root: The folder ``nabirds``, or the folder that contains it.
+
+    Raises:
+        CrossXError: If a file or ``images/`` is missing, a line is malformed, the lists disagree, or the hierarchy
+            is not a tree.
+    """
+    root = archive_root(root, "classes.txt", "nabirds")
+    names = read_classes(root)
+    parents = _read_parents(root / "hierarchy.txt", names)
+    leaves = sorted(parents.keys() - set(parents.values()))
+    labels = {leaf: label for label, leaf in enumerate(leaves)}
+    return DatasetIndex(
+        name="nabirds",
+        classes=_names(leaves, names),
+        records=read_records(root, labels, "is not a leaf of classes.txt and hierarchy.txt"),
+        levels=_levels([_below_root(leaf, parents) for leaf in leaves], names),
+    )
+
+
+def _read_parents(path: Path, names: Mapping[int, str]) -> dict[int, int]:
+    """Return class id to parent id for every class but the root, after checking that they form one tree."""
+    parents: dict[int, int] = {}
+    for row in keyed(read_rows(path, ("class id", "parent id"))).values():
+        child, parent = row.integer(0, "the class id"), row.integer(1, "the parent id")
+        for class_id in (child, parent):
+            if class_id not in names:
+                raise row.error(f"class id {class_id} is not in classes.txt")
+        parents[child] = parent
+    for child in parents:
+        # A walk longer than the tree has nodes never reaches a root.
+        ancestor, steps = child, 0
+        while ancestor in parents and steps <= len(parents):
+            ancestor, steps = parents[ancestor], steps + 1
+        if ancestor in parents:
+            raise CrossXError(f"{path}: class id {child} is its own ancestor. Unpack the archive again.")
+    roots = sorted(names.keys() - parents.keys())
+    if len(roots) != 1:
+        shown = ", ".join(map(str, roots[:5])) + (", ..." if len(roots) > 5 else "")
+        raise CrossXError(
+            f"{path}: {len(roots)} classes have no parent ({shown}), one root is expected. Unpack the archive again."
+        )
+    return parents
+
+
+def _below_root(leaf: int, parents: Mapping[int, int]) -> list[int]:
+    """Return the path from just below the root down to ``leaf``."""
+    path = [leaf]
+    while parents[path[-1]] in parents:
+        path.append(parents[path[-1]])
+    return path[::-1]
+
+
+def _levels(paths: Sequence[Sequence[int]], names: Mapping[int, str]) -> dict[str, tuple[str, ...]]:
+    """Name the order, family and species of each leaf, given its path from below the root."""
+    groups = {
+        "order": [path[0] for path in paths],
+        "family": [path[max(0, len(path) - 3)] for path in paths],
+        "species": [path[max(0, len(path) - 2)] for path in paths],
+    }
+    return {level: _names(ids, names) for level, ids in groups.items()}
+
+
+def _names(ids: Sequence[int], names: Mapping[int, str]) -> tuple[str, ...]:
+    """Name each id, different ids differently."""
+    unique = sorted(set(ids))
+    named = dict(zip(unique, distinct_names([names[i] for i in unique], unique), strict=True))
+    return tuple(named[i] for i in ids)
