@@ -1,1 +1,7 @@
+"""Building blocks of networks; torch only."""
 
+from crossx.layers.feature_pyramid import MergedFeatures
+from crossx.layers.osme import OSME, ResidualOSME
+from crossx.layers.pooling import global_pool
+
+__all__ = ["OSME", "MergedFeatures", "ResidualOSME", "global_pool"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -39,6 +38,12 @@ class Method(nn.Module, ABC):
 
     supports_soft_targets: ClassVar[bool] = True
     """Whether ``objective`` takes (B, K) class probabilities as targets (Mixup, CutMix)."""
+
+    name: str = ""
+    """The registered name; set by ``create_method``."""
+
+    options: Mapping[str, Any] = {}
+    """Every option of the method with its value, defaults included; set by ``create_method``."""
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
@@ -170,4 +175,6 @@ def create_method(
     trunk = create_backbone(
         backbone, pretrained=pretrained, weights=backbone_weights, args=dict(backbone_args or {})
     )
-    return cls(trunk, num_classes, **options)
+    method = cls(trunk, num_classes, **options)
+    method.name, method.options = name, {**known, **options}
+    return method

@@ -1,0 +1,60 @@
+"""The cross-category cross-semantic regularizer, C3S (Eq. 3 and 4)."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+C3SForm: TypeAlias = Literal["paper", "released"]
+
+
+def part_correlations(features: Tensor) -> Tensor:
+    """Return S (Eq. 3), (P, P), of part features (B, P, C).
+
+    As printed, F_p^T F_q is an N x N matrix; the released code takes the mean of its entries. With unit features
+    that mean is the scalar product of two batch means, ``S_pq = <mean_n f_p, mean_n f_q>``, linear in the batch.
+
+    In a process group S is that of the global batch: one all-reduce of the (P, C) sums and of the count, through
+    which gradients flow, so that DDP's averaged gradients equal those of one process on the whole batch.
+    """
+    unit = F.normalize(features.float(), dim=2)
+    total = unit.sum(0)
+    count = float(len(unit))
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        exchanged = all_reduce(torch.cat((total.flatten(), total.new_tensor([count]))))
+        total, count = exchanged[:-1].view_as(total), exchanged[-1].detach()
+    mean = total / count
+    return mean @ mean.T
+
+
+def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> Tensor:
+    """Return the C3S loss, a scalar, of part features (B, P, C); they need not be normalised.
+
+    Args:
+        features: Pooled attention features f_p of a batch.
+        form: ``paper``: ``|S|_F^2 / 2 - w |diag S|^2`` (Eq. 4). ``released``:
+            ``sum_p (1 - S_pp) + sum_{p<q} S_pq``, the code of https://github.com/cswluo/CrossX.
+        diagonal_weight: w of the paper's form: 2 as printed; 1 if the factor 1/2 was meant for both terms.
+    """
+    s = part_correlations(features)
+    diagonal = s.diagonal()
+    if form == "released":
+        return (1 - diagonal).sum() + s.triu(1).sum()
+    return s.square().sum() / 2 - diagonal_weight * diagonal.square().sum()
+
+
+class C3SLoss(nn.Module):
+    """``c3s_loss`` with its options fixed."""
+
+    def __init__(self, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> None:
+        super().__init__()
+        self.form: C3SForm = form
+        self.diagonal_weight = diagonal_weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the C3S loss, a scalar, of part features (B, P, C)."""
+        return c3s_loss(features, self.form, self.diagonal_weight)

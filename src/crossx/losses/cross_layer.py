@@ -1,0 +1,34 @@
+"""The cross-layer regularizer, CL (Eq. 6)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def cross_layer_loss(teacher: Tensor, student: Tensor, detach_teacher: bool = False) -> Tensor:
+    """Return ``KL(softmax(teacher) || softmax(student))``, the mean over the batch (Eq. 6), a scalar.
+
+    Args:
+        teacher: Logits of stage L, (B, K).
+        student: Logits of stage L-1 or of the merged features, (B, K).
+        detach_teacher: Whether gradients stop at the teacher. The paper is silent; the released code lets them
+            through.
+    """
+    if detach_teacher:
+        teacher = teacher.detach()
+    return F.kl_div(
+        F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True
+    )
+
+
+class CrossLayerLoss(nn.Module):
+    """``cross_layer_loss`` with its option fixed."""
+
+    def __init__(self, detach_teacher: bool = False) -> None:
+        super().__init__()
+        self.detach_teacher = detach_teacher
+
+    def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Return the CL loss, a scalar, of two heads' logits (B, K)."""
+        return cross_layer_loss(teacher, student, self.detach_teacher)

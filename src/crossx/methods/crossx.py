@@ -1,0 +1,147 @@
+"""Cross-X learning (Luo et al., ICCV 2019, https://arxiv.org/abs/1909.04412): network and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossx.backbones import Backbone, Placement
+from crossx.errors import UsageError
+from crossx.layers import MergedFeatures, global_pool
+from crossx.layers.feature_pyramid import Interpolation
+from crossx.layers.pooling import Pooling
+from crossx.losses import C3SLoss, CrossLayerLoss
+from crossx.losses.c3s import C3SForm
+from crossx.methods.base import Method, Objective, register_method, sum_heads
+
+HEADS = ("last", "previous", "merged")
+
+
+@register_method("crossx")
+class CrossX(Method):
+    """OSME on two stages, merged features, C3S and CL; every switch of the paper's ablation is an option.
+
+    Args:
+        backbone: The trunk; OSME gates are attached to its stages.
+        num_classes: K.
+        num_parts: P, the number of excitation modules (section 4.2 takes 2).
+        reduction: Channels over hidden units of a gate: one number, or one for ``last`` and one for ``previous``.
+            SE uses 16; the released code 256 on ResNet-50, and 128 and 64 on SENet-50.
+        osme_placement: ``residual``: inside the stage's last residual block; ``output``: on the stage's map. Default:
+            ``residual`` where the backbone has such blocks.
+        use_previous: Whether stage L-1 has a head (the ablation's +GMP or +GAP).
+        use_merged: Whether the merged features have a head (the ablation's +FP).
+        previous_pooling: ``max`` (GMP; the paper's for birds) or ``avg`` (GAP; for cars, dogs, aircraft) on stage L-1.
+        interpolation: ``bilinear`` (Eq. 5) or ``nearest`` (released code) in the merged features.
+        c3s_form: ``paper`` (Eq. 4) or ``released``; see ``crossx.losses.c3s_loss``.
+        diagonal_weight: Weight of the diagonal in the paper's form: 2 as printed, or 1.
+        c3s_weights: lambda of Eq. 10 for ``last``, ``previous`` and ``merged``; 0 turns a term off. The default is
+            what the released code takes for CUB on ResNet-50; the paper prints no values.
+        cross_layer_weights: lambda of Eq. 11 for ``previous`` and ``merged``; 0 turns a term off. Released code: 1.
+        detach_teacher: Whether CL's gradients stop at stage L's logits (neither paper nor released code says so).
+
+    Raises:
+        UsageError: For an option that cannot work.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        num_parts: int = 2,
+        reduction: int | Sequence[int] = 16,
+        osme_placement: Placement | None = None,
+        use_previous: bool = True,
+        use_merged: bool = True,
+        previous_pooling: Pooling = "max",
+        interpolation: Interpolation = "bilinear",
+        c3s_form: C3SForm = "paper",
+        diagonal_weight: float = 2.0,
+        c3s_weights: Sequence[float] = (0.5, 0.25, 0.5),
+        cross_layer_weights: Sequence[float] = (1.0, 1.0),
+        detach_teacher: bool = False,
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
+        _check_length("reduction", reductions, ("last", "previous"))
+        _check_length("c3s_weights", c3s_weights, HEADS)
+        _check_length("cross_layer_weights", cross_layer_weights, HEADS[1:])
+        self.previous_pooling: Pooling = previous_pooling
+        self.heads = nn.ModuleDict()
+        last, previous = backbone.channels["last"], backbone.channels["previous"]
+        backbone.attach_osme("last", num_parts, reductions[0], osme_placement)
+        if use_previous or use_merged:
+            backbone.attach_osme("previous", num_parts, reductions[1], osme_placement)
+        backbone.drop_head()
+        self.heads["last"] = nn.Linear(num_parts * last, num_classes)
+        if use_previous:
+            self.heads["previous"] = nn.Linear(num_parts * previous, num_classes)
+        self.merge: MergedFeatures | None = None
+        if use_merged:
+            self.merge = MergedFeatures(last, previous, num_parts, interpolation)
+            self.heads["merged"] = nn.Linear(num_parts * previous, num_classes)
+        self.c3s = C3SLoss(c3s_form, diagonal_weight)
+        self.cross_layer = CrossLayerLoss(detach_teacher)
+        self.c3s_weights = dict(zip(HEADS, c3s_weights, strict=True))
+        self.cross_layer_weights = dict(zip(HEADS[1:], cross_layer_weights, strict=True))
+
+    def part_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> pooled part features f_p, (B, P, C), of images (B, 3, H, W)."""
+        stages = self.backbone(images)
+        features = {"last": global_pool(stages["last"], "avg")}
+        if "previous" in self.heads:
+            features["previous"] = global_pool(stages["previous"], self.previous_pooling)
+        if self.merge is not None:
+            features["merged"] = self.merge.pooled(stages["previous"], stages["last"])
+        return features
+
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> logits (B, K) for images (B, 3, H, W)."""
+        return self._classify(self.part_features(images))
+
+    def objective(self, images: Tensor, targets: Tensor) -> Objective:
+        """Return the loss of Eq. 8 and its terms: ``data`` (Eq. 9), ``c3s_*`` (Eq. 10), ``cross_layer_*`` (Eq. 11)."""
+        features = self.part_features(images)
+        heads = self._classify(features)
+        logits = sum_heads(heads)
+        terms = {"data": self.criterion(logits, targets)}
+        for name, pooled in features.items():
+            if weight := self.c3s_weights[name]:
+                terms[f"c3s_{name}"] = weight * self.c3s(pooled)
+        for name, weight in self.cross_layer_weights.items():
+            if weight and name in heads:
+                terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
+        loss = terms["data"]
+        for term in list(terms.values())[1:]:
+            loss = loss + term
+        return Objective(loss, terms, logits)
+
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return stage name -> channel means of the attention features U_p (Fig. 5), (B, P, h, w).
+
+        ``last``, and ``previous`` and ``merged`` as far as the options have them.
+        """
+        stages = self.backbone(images)
+        maps = {"last": stages["last"]}
+        if "previous" in self.heads:
+            maps["previous"] = stages["previous"]
+        if self.merge is not None:
+            maps["merged"] = self.merge(stages["previous"], stages["last"])
+        return {name: features.mean(2) for name, features in maps.items()}
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return the part features of all heads, joined, (B, D)."""
+        return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def _classify(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.heads[name](pooled.flatten(1)) for name, pooled in features.items()}
+
+
+def _check_length(option: str, values: Sequence[float], names: Sequence[str]) -> None:
+    if len(values) != len(names):
+        raise UsageError(f"{option} takes {len(names)} numbers ({', '.join(names)}), not {len(values)}.")
+    if any(value < 0 for value in values):
+        raise UsageError(f"{option} takes no negative numbers: {list(values)}.")

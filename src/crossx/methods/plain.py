@@ -1,0 +1,35 @@
+"""The plain backbone: the baseline that every method is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from crossx.backbones import Backbone
+from crossx.methods.base import Method, Objective, register_method
+
+
+@register_method("plain")
+class Plain(Method):
+    """A backbone, its own pooling and one linear classifier, trained with cross-entropy."""
+
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+        super().__init__(backbone, num_classes)
+        self.classifier = nn.Linear(backbone.pooled_channels, num_classes)
+
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``last`` -> logits (B, K) for images (B, 3, H, W)."""
+        return {"last": self.classifier(self.embeddings(images))}
+
+    def objective(self, images: Tensor, targets: Tensor) -> Objective:
+        """Return the cross-entropy; see ``Method.objective``."""
+        logits = self(images)
+        loss = self.criterion(logits, targets)
+        return Objective(loss, {"data": loss}, logits)
+
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
+        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return the pooled features that the classifier sees, (B, D)."""
+        return self.backbone.pool(self.backbone.features(images))
