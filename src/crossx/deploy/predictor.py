@@ -1,0 +1,257 @@
+"""From image files to class names with a trained run."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from crossx.data.images import ImageError, find_images, read_image
+from crossx.data.transforms import eval_transform
+from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.device import select_device
+from crossx.evaluation.tables import write_table
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_method
+from crossx.runs import ModelSpec
+
+ImageInput: TypeAlias = str | Path | Image.Image | Tensor
+"""An image file or a folder of them, an opened image, or a uint8 RGB tensor (3, H, W)."""
+
+MAX_WORKERS = 8
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says about one image.
+
+    Attributes:
+        path: The image file; None for an image that was given in memory.
+        label: Name of the most probable class; None where the image could not be read.
+        probability: Its softmax probability; None likewise.
+        error: Why there is no prediction, on one line; None where there is one.
+        top: The most probable classes and their probabilities, best first, as many as were asked for.
+    """
+
+    path: Path | None
+    label: str | None = None
+    probability: float | None = None
+    error: str | None = None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class Predictor:
+    """A trained network with its class names and preprocessing.
+
+    Args:
+        method: The trained network; it is moved to ``device`` and put into evaluation mode.
+        spec: The description that belongs to it.
+        device: See ``select_device``.
+
+    Attributes:
+        method: The network: images (B, 3, H, W) to logits (B, K).
+        spec: What ``model.json`` of the run says.
+        device: Where the network is.
+    """
+
+    def __init__(self, method: Method, spec: ModelSpec, device: str | torch.device = "auto") -> None:
+        self.device = select_device(device)
+        self.method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.spec = spec
+        self._transform = eval_transform(spec.preprocessing)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "auto") -> Predictor:
+        """Load a run folder (its selected weights) or a checkpoint file in one.
+
+        Raises:
+            UsageError: If there is no such device.
+            CrossXError: If there is no such run, or it has no weights that fit.
+        """
+        chosen = select_device(device)
+        method, spec = load_method(path)
+        return cls(method, spec, chosen)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K class names in label order."""
+        return self.spec.classes
+
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
+    ) -> list[Prediction]:
+        """Classify images.
+
+        An image that cannot be read gives a prediction with ``error`` set, and the rest goes on.
+
+        Args:
+            images: Image files, folders (every image below them, sorted), opened Pillow images or uint8 RGB
+                tensors (3, H, W); or just one of these.
+            top: How many classes to give for each image.
+            batch_size: Images a step.
+
+        Returns:
+            A prediction for each image, in order.
+
+        Raises:
+            CrossXError: If a path does not exist, or a folder holds no image.
+        """
+        return list(self.iter_predict(images, top, batch_size))
+
+    def iter_predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
+    ) -> Iterator[Prediction]:
+        """Classify images as ``predict`` does, giving each prediction as soon as its batch is done.
+
+        Images are decoded in threads ahead of the network, and only a few batches are held in memory.
+        """
+        if top < 1 or batch_size < 1:
+            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        given = [images] if isinstance(images, str | Path | Image.Image | Tensor) else images
+        return self._predictions(_expand(given), top, batch_size)
+
+    def _predictions(
+        self, items: Sequence[Path | Image.Image | Tensor], top: int, batch_size: int
+    ) -> Iterator[Prediction]:
+        workers = min(MAX_WORKERS, os.cpu_count() or 1)
+        waiting: deque[Future[Tensor | str]] = deque()
+        todo = iter(items)
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for start in range(0, len(items), batch_size):
+                ahead = batch_size + max(batch_size, workers) - len(waiting)
+                waiting.extend(pool.submit(self._prepare, item) for item in islice(todo, ahead))
+                batch = items[start : start + batch_size]
+                yield from self._classify(batch, [waiting.popleft().result() for _ in batch], top)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, item: Path | Image.Image | Tensor) -> Tensor | str:
+        """Return the network's input (3, S, S), or why there is none."""
+        try:
+            return self._transform(_pixels(item))
+        except ImageError as error:
+            return error.reason
+        except CrossXError as error:
+            return str(error)
+
+    @torch.inference_mode()
+    def _classify(
+        self, items: Sequence[Path | Image.Image | Tensor], prepared: Sequence[Tensor | str], top: int
+    ) -> list[Prediction]:
+        readable = [image for image in prepared if isinstance(image, Tensor)]
+        answers: Iterator[list[tuple[str, float]]] = iter(())
+        if readable:
+            answers = iter(self._top(torch.stack(readable), top))
+        predictions = []
+        for item, image in zip(items, prepared, strict=True):
+            path = item if isinstance(item, Path) else None
+            if isinstance(image, str):
+                predictions.append(Prediction(path, error=image))
+                continue
+            best = next(answers)
+            predictions.append(Prediction(path, best[0][0], best[0][1], top=tuple(best)))
+        return predictions
+
+    def _top(self, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
+        try:
+            logits = self.method(images.to(self.device, memory_format=torch.channels_last))
+        except torch.OutOfMemoryError as error:
+            raise CrossXError(
+                f"out of GPU memory at {len(images)} images a step: lower the batch size, or use the CPU."
+            ) from error
+        if not logits.isfinite().all():
+            raise CrossXError("the network's output is not finite: its weights are damaged.")
+        values, indices = logits.float().softmax(dim=1).topk(min(top, len(self.classes)))
+        return [
+            [(self.classes[i], value) for i, value in zip(labels, row, strict=True)]
+            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
+
+
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
+    """Return image files: files as they are given, in place of a folder every image below it, sorted.
+
+    Raises:
+        CrossXError: If a path does not exist, or a folder holds no image.
+    """
+    return [file for path in paths for file in _files(Path(path))]
+
+
+def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
+    """Write predictions as CSV, atomically.
+
+    Args:
+        path: The file: columns ``path, label, probability, error``; with ``top`` above 1 one row a rank with
+            the further column ``rank``, 1 for the best, empty where there is an error.
+        predictions: What ``predict`` or ``iter_predict`` gave with the same ``top``.
+        top: How many classes an image.
+
+    Raises:
+        CrossXError: If the file cannot be written.
+    """
+    header = ("path", "label", "probability", "error")
+    rows = (row for prediction in predictions for row in _rows(prediction, top))
+    if top == 1:
+        write_table(path, header, (row[:4] for row in rows))
+    else:
+        write_table(path, (*header, "rank"), rows)
+
+
+def _rows(prediction: Prediction, top: int) -> Iterator[tuple[object, ...]]:
+    if prediction.error is not None:
+        yield prediction.path, None, None, prediction.error, None
+    for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
+        yield prediction.path, label, probability, None, rank
+
+
+def _expand(images: Iterable[ImageInput]) -> list[Path | Image.Image | Tensor]:
+    items: list[Path | Image.Image | Tensor] = []
+    for image in images:
+        if isinstance(image, str | Path):
+            items.extend(_files(Path(image)))
+        else:
+            items.append(image)
+    return items
+
+
+def _files(path: Path) -> list[Path]:
+    # os.path and not Path: it is also false for a name too long or a folder that may not be entered
+    if not os.path.exists(path):
+        raise CrossXError(f"{path}: no such file or folder.")
+    if not path.is_dir():
+        return [path]
+    files = find_images(path)
+    if not files:
+        raise CrossXError(f"{path}: there is no image in this folder or below it.")
+    return files
+
+
+def _pixels(item: Path | Image.Image | Tensor) -> Tensor:
+    if isinstance(item, Path):
+        return read_image(item)
+    if isinstance(item, Tensor):
+        if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
+            raise CrossXError(
+                f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."
+            )
+        return item
+    # Through a file's bytes, so that rotation, transparency and modes are treated in one place.
+    buffer = io.BytesIO()
+    try:
+        picture = item if item.mode in _PNG_MODES else item.convert("RGB")
+        picture.save(buffer, "PNG", compress_level=0, exif=item.getexif())
+    except Exception as error:  # an image opened from a broken file makes Pillow's plugins raise anything
+        raise CrossXError(f"the image cannot be decoded ({error}).") from error
+    return read_image(buffer.getvalue())

@@ -1,0 +1,103 @@
+"""The paired test of two runs on the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from crossx.errors import CrossXError
+from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, difference_interval
+from crossx.evaluation.predictions import Predictions, predictions_path
+from crossx.runs import open_run
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test: is one of two classifiers right more often?
+
+    Under the null hypothesis an image that just one of them has right is equally likely to be either's:
+    McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
+
+    Args:
+        only_a: Number of images that only the first predicts right.
+        only_b: Number of images that only the second predicts right.
+    """
+    discordant = only_a + only_b
+    return float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str, Any]:
+    """Compare the top-1 accuracies of two runs, image by image.
+
+    It reads what ``test_run`` wrote for both and loads no network. The images are matched by their path below
+    the root of the data.
+
+    Args:
+        a: A run folder or a checkpoint file in one.
+        b: The run that it is held against.
+        split: The split that both were tested on.
+
+    Returns:
+        A dictionary for JSON: ``top1`` of both, their ``difference`` (a minus b) with its paired bootstrap
+        ``interval``, the numbers of images by who is right, and McNemar's exact ``p_value``. The test speaks
+        about these two networks on images like these, not about training them again with another seed.
+
+    Raises:
+        CrossXError: If a run is missing or was not tested on ``split``, or if the two were not tested on the
+            same images with the same labels.
+    """
+    run_a, run_b = open_run(a)[0], open_run(b)[0]
+    tested_a = Predictions.load(predictions_path(run_a.path, split), run_a.path, split)
+    tested_b = Predictions.load(predictions_path(run_b.path, split), run_b.path, split)
+    correct_a, correct_b = _paired(tested_a, tested_b, (str(a), str(b)), split)
+    both = int(np.count_nonzero(correct_a & correct_b))
+    only_a = int(np.count_nonzero(correct_a)) - both
+    only_b = int(np.count_nonzero(correct_b)) - both
+    n = len(correct_a)
+    return {
+        "runs": {"a": str(a), "b": str(b)},
+        "split": split,
+        "n": n,
+        "top1": {"a": (both + only_a) / n, "b": (both + only_b) / n},
+        "difference": (only_a - only_b) / n,
+        "interval": {
+            "difference": difference_interval(correct_a, correct_b).to_json(),
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "seed": 0,
+        },
+        "correct": {"both": both, "only_a": only_a, "only_b": only_b, "neither": n - both - only_a - only_b},
+        "test": "McNemar, exact, two-sided",
+        "p_value": mcnemar_exact(only_a, only_b),
+    }
+
+
+def _paired(
+    a: Predictions, b: Predictions, names: tuple[str, str], split: str
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which images each run has right, the images in the same order for both."""
+    order_a, order_b = np.lexsort((a.labels, a.paths)), np.lexsort((b.labels, b.paths))
+    paths_a, paths_b = a.paths[order_a], b.paths[order_b]
+    if not np.array_equal(paths_a, paths_b):
+        only = np.setxor1d(paths_a, paths_b)
+        example = f" {only[0]} was tested by one of them alone." if len(only) else ""
+        raise CrossXError(
+            f"{names[0]} ({len(paths_a)} images) and {names[1]} ({len(paths_b)}) were not tested on the same images "
+            f"of {split}.{example} Test both with the same data: `crossx test RUN --data.root DIR`."
+        )
+    differing = np.flatnonzero(a.labels[order_a] != b.labels[order_b])
+    if len(differing):
+        first = differing[0]
+        raise CrossXError(
+            f"{names[0]} and {names[1]} label {paths_a[first]} differently "
+            f"({a.labels[order_a][first]!s}, {b.labels[order_b][first]!s}): only runs with the same labels compare."
+        )
+    if set(a.classes) != set(b.classes):
+        raise CrossXError(
+            f"{names[0]} and {names[1]} choose among different classes ({len(a.classes)} and {len(b.classes)}): "
+            "only runs with the same classes compare."
+        )
+    return a.correct[order_a], b.correct[order_b]

@@ -1,0 +1,77 @@
+"""What a network answered for every tested image, kept as one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossx.errors import CrossXError
+from crossx.runs import atomic_path
+
+
+def predictions_path(output: Path, split: str) -> Path:
+    """Return the file of the predictions on ``split`` below the folder that ``test_run`` writes into."""
+    return output / split / "predictions.npz"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits with the images and targets that they belong to.
+
+    Attributes:
+        logits: float32 (N, K).
+        targets: int64 (N,).
+        paths: (N,) strings, the images' paths below the root of the data.
+        classes: (K,) strings, the class names in label order.
+    """
+
+    logits: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    paths: NDArray[np.str_]
+    classes: NDArray[np.str_]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(N,), whether the largest logit is the target's."""
+        right: NDArray[np.bool_] = self.logits.argmax(axis=1) == self.targets
+        return right
+
+    @property
+    def labels(self) -> NDArray[np.str_]:
+        """(N,) strings, the class name of each target."""
+        return self.classes[self.targets]
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file atomically.
+
+        Raises:
+            CrossXError: If it cannot be written.
+        """
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file, logits=self.logits, targets=self.targets, paths=self.paths, classes=self.classes
+            )
+
+    @classmethod
+    def load(cls, path: Path, run: Path, split: str) -> Predictions:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: The file.
+            run: The run that it belongs to, named in errors.
+            split: The split, likewise.
+
+        Raises:
+            CrossXError: If it is not there or cannot be read.
+        """
+        again = f"`crossx test {run} --split {split}`"
+        if not path.is_file():
+            raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
+        except Exception as error:  # zipfile, zlib and numpy each raise their own
+            raise CrossXError(f"{path}: damaged ({error}): write it again with {again}.") from error

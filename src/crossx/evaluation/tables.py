@@ -1,0 +1,46 @@
+"""CSV files of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from crossx.evaluation.metrics import ConfusedPair, class_table, confused_pairs
+from crossx.runs import atomic_path
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file atomically, as UTF-8; None becomes an empty field.
+
+    The rows may be a generator: they are written as they come.
+
+    Raises:
+        CrossXError: If the file cannot be written.
+    """
+    # surrogateescape keeps file names that are not valid UTF-8 as the bytes they are.
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_class_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Write ``class, n, accuracy, most_confused_with``, a row for each class in label order."""
+    write_table(path, ("class", "n", "accuracy", "most_confused_with"), class_table(confusion, classes))
+
+
+def write_confused_pairs(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Write ``target, prediction, n, fraction``, the most confused pair first."""
+    write_table(path, ConfusedPair._fields, confused_pairs(confusion, classes))
+
+
+def write_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Write the confusion matrix: a row for each true class, a column for each predicted one."""
+    rows = ((name, *row) for name, row in zip(classes, confusion.tolist(), strict=True))
+    write_table(path, ("class", *classes), rows)

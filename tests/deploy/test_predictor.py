@@ -1,0 +1,230 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from layouts import write_image
+from PIL import Image
+
+import crossx
+from crossx.data.images import read_image
+from crossx.data.transforms import eval_transform
+from crossx.deploy import predictor as module
+from crossx.deploy.predictor import Prediction, Predictor, expand_paths, write_csv
+from crossx.errors import CrossXError, UsageError
+from crossx.methods.base import create_method
+from crossx.methods.checkpoint import describe, save_weights
+from crossx.runs import Preprocessing, Run, write_json
+
+CLASSES = ("auk", "jay", "owl")
+PREPROCESSING = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    run = Run(tmp_path_factory.mktemp("run"))
+    method = create_method("plain", backbone="test_resnet", num_classes=3)
+    spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
+    write_json(run.spec, spec.to_json())
+    save_weights(method, run.weights)
+    return run
+
+
+@pytest.fixture(scope="module")
+def predictor(run):
+    return Predictor.load(run.path, device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path):
+    for number in range(5):
+        write_image(tmp_path / "birds" / f"{number}.jpg", number % 3, number)
+    return sorted((tmp_path / "birds").iterdir())
+
+
+@torch.inference_mode()
+def probabilities(predictor, path):
+    image = eval_transform(PREPROCESSING)(read_image(path))
+    return predictor.method(image[None]).softmax(1)[0].numpy()
+
+
+def test_load_takes_run_and_checkpoint(run):
+    by_run, by_file = crossx.load(run.path), Predictor.load(run.weights)
+    assert by_run.classes == by_file.classes == CLASSES
+    assert not by_run.method.training
+    for key, value in by_run.method.state_dict().items():
+        torch.testing.assert_close(value, by_file.method.state_dict()[key])
+
+
+def test_predictions_are_the_networks_one_by_one(predictor, images):
+    predictions = predictor.predict(images, top=2, batch_size=2)
+    assert [prediction.path for prediction in predictions] == images
+    for prediction in predictions:
+        expected = probabilities(predictor, prediction.path)
+        order = np.argsort(-expected)[:2]
+        assert [label for label, _ in prediction.top] == [CLASSES[i] for i in order]
+        assert [value for _, value in prediction.top] == pytest.approx(expected[order], abs=1e-5)
+        assert (prediction.label, prediction.probability) == prediction.top[0]
+        assert prediction.error is None
+
+
+def test_paths_pillow_images_and_tensors_agree(predictor, images):
+    by_path, by_pillow, by_tensor = predictor.predict(
+        [str(images[0]), Image.open(images[0]), read_image(images[0])]
+    )
+    assert by_path.label == by_pillow.label == by_tensor.label
+    assert by_pillow.probability == pytest.approx(by_path.probability, abs=1e-6)
+    assert by_tensor.probability == pytest.approx(by_path.probability, abs=1e-6)
+    assert (by_path.path, by_pillow.path) == (images[0], None)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "YCbCr"])
+def test_pillow_modes_are_read_like_files(predictor, tmp_path, images, mode):
+    with Image.open(images[0]) as source:
+        image = source.convert(mode if mode != "I;16" else "L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        assert image.mode == mode
+    path = tmp_path / "mode.tif"
+    image.save(path)
+    memory, file = predictor.predict([image, path])
+    assert memory.error is None
+    assert memory.probability == pytest.approx(file.probability, abs=0.05 if mode == "YCbCr" else 1e-6)
+
+
+def test_pillow_images_are_turned_upright(predictor, tmp_path, images):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    with Image.open(images[0]) as source:
+        source.save(path, exif=exif, quality=95)
+    turned, memory = predictor.predict([path, Image.open(path)])
+    lying = predictor.predict([Image.fromarray(np.asarray(Image.open(path)))])[0]
+    assert memory.probability == pytest.approx(turned.probability, abs=1e-6)
+    assert memory.probability != pytest.approx(lying.probability, abs=1e-4)
+
+
+def test_one_image_needs_no_list(predictor, images):
+    assert predictor.predict(str(images[0])) == predictor.predict([images[0]])
+    assert predictor.predict(read_image(images[0]))[0].label == predictor.predict([images[0]])[0].label
+
+
+def test_bad_images_do_not_stop_the_rest(predictor, tmp_path, images):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(images[0].read_bytes()[:-60])
+    broken = Image.open(bad)
+    predictions = predictor.predict([images[0], bad, broken, torch.zeros(3, 8, 8), images[1]], batch_size=2)
+    assert [prediction.error is None for prediction in predictions] == [True, False, False, False, True]
+    assert [prediction.label for prediction in predictions[1:4]] == [None] * 3
+    assert "uint8 RGB" in predictions[3].error
+    assert all("\n" not in prediction.error for prediction in predictions[1:4])
+    assert predictions[4].label == predictor.predict([images[1]])[0].label
+
+
+def test_only_bad_images(predictor, tmp_path):
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    assert predictor.predict([empty]) == [Prediction(empty, error="is empty (0 bytes)")]
+
+
+def test_no_images_no_predictions(predictor):
+    assert predictor.predict([]) == []
+
+
+def test_top_ends_at_the_number_of_classes(predictor, images):
+    (prediction,) = predictor.predict(images[:1], top=10)
+    assert sorted(label for label, _ in prediction.top) == sorted(CLASSES)
+    assert sum(value for _, value in prediction.top) == pytest.approx(1)
+    with pytest.raises(UsageError, match="at least 1"):
+        predictor.predict(images, top=0)
+
+
+def test_streaming_decodes_only_a_little_ahead(predictor, images, monkeypatch):
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr(module, "read_image", counted)
+    stream = predictor.iter_predict(images * 40, batch_size=4)
+    first = next(stream)
+    assert first.path == images[0]
+    assert len(read) <= 4 + max(4, module.MAX_WORKERS)
+    stream.close()
+    assert len(read) < 200
+
+
+def test_expand_paths_goes_through_folders_in_order(tmp_path, images):
+    write_image(tmp_path / "birds" / "nested" / "0.PNG", 0, 0)
+    (tmp_path / "birds" / "notes.txt").touch()
+    expected = [*images, tmp_path / "birds" / "nested" / "0.PNG"]
+    assert expand_paths([tmp_path / "birds"]) == expected
+    assert expand_paths([str(images[3]), images[1]]) == [images[3], images[1]]
+
+
+def test_expand_paths_refuses_what_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "no.jpg", "no such file or folder"),
+        (tmp_path / ("x" * 400), "no such file or folder"),
+        (tmp_path / "empty", "no image in this folder"),
+    ):
+        with pytest.raises(CrossXError, match=message):
+            expand_paths([path])
+
+
+def test_damaged_weights_are_an_error(run, images):
+    predictor = Predictor.load(run.path, device="cpu")
+    with torch.no_grad():
+        predictor.method.classifier.bias[0] = torch.nan
+    with pytest.raises(CrossXError, match="not finite"):
+        predictor.predict(images)
+
+
+def test_unknown_devices_are_refused(run):
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        Predictor.load(run.path, device="gpu")
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(UsageError, match=f"torch sees {torch.cuda.device_count()} GPUs"):
+        Predictor.load(run.path, device=missing)
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_csv_holds_one_row_an_image(predictor, tmp_path, images):
+    empty = tmp_path / "a, b.png"
+    empty.touch()
+    predictions = predictor.predict([images[0], empty], top=3)
+    write_csv(tmp_path / "out.csv", predictions)
+    header, first, second = read_csv(tmp_path / "out.csv")
+    assert header == ["path", "label", "probability", "error"]
+    assert first == [str(images[0]), predictions[0].label, str(predictions[0].probability), ""]
+    assert second == [str(empty), "", "", "is empty (0 bytes)"]
+
+
+def test_csv_holds_one_row_a_rank(predictor, tmp_path, images):
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    predictions = predictor.predict([images[0], empty], top=3)
+    write_csv(tmp_path / "out.csv", predictions, top=2)
+    header, *rows = read_csv(tmp_path / "out.csv")
+    assert header == ["path", "label", "probability", "error", "rank"]
+    assert [(row[1], float(row[2]), row[4]) for row in rows[:2]] == [
+        (label, value, str(rank)) for rank, (label, value) in enumerate(predictions[0].top[:2], start=1)
+    ]
+    assert rows[2] == [str(empty), "", "", "is empty (0 bytes)", ""]
+
+
+def test_csv_is_whole_or_not_there(tmp_path):
+    def failing():
+        yield Prediction(None, "auk", 1.0, top=(("auk", 1.0),))
+        raise CrossXError("out of GPU memory")
+
+    with pytest.raises(CrossXError, match="GPU memory"):
+        write_csv(tmp_path / "out.csv", failing())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+
+from crossx.evaluation import intervals
+
+
+def draw_case(n=300, num_classes=6):
+    generator = np.random.default_rng(0)
+    targets = np.sort(generator.integers(num_classes, size=n))
+    return generator.random(n) < 0.4 + 0.1 * targets, targets
+
+
+def naive_class_mean(correct, targets):
+    return np.mean([correct[targets == label].mean() for label in np.unique(targets)])
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"), [("top1", lambda c, t: c.mean()), ("class_mean", naive_class_mean)]
+)
+def test_agrees_with_resampled_images(name, statistic):
+    correct, targets = draw_case()
+    ours = intervals.accuracy_intervals(correct, targets)[name]
+    reference = bootstrap(
+        (correct, targets),
+        statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    # Two independent samples of a bootstrap: equal up to the noise of 2,000 resamples, the width is about 0.11.
+    assert ours.low == pytest.approx(reference.low, abs=0.008)
+    assert ours.high == pytest.approx(reference.high, abs=0.008)
+    assert ours.low < statistic(correct, targets) < ours.high
+
+
+def test_large_sample_has_the_normal_interval():
+    correct = np.arange(10_000) < 8000
+    interval = intervals.accuracy_intervals(correct, np.zeros(10_000, dtype=np.int64))["top1"]
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 10_000)
+    assert (interval.low, interval.high) == pytest.approx((0.8 - half, 0.8 + half), abs=5e-4)
+
+
+def test_seed_decides():
+    correct, targets = draw_case()
+    first, again, other = (intervals.accuracy_intervals(correct, targets, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_memory_is_bounded_for_many_classes(monkeypatch):
+    targets = np.arange(3000)
+    drawn = []
+    generator = np.random.default_rng(0)
+
+    class Recorded:
+        def multinomial(self, n, shares, size):
+            drawn.append(size * len(shares))
+            return generator.multinomial(n, shares, size)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Recorded())
+    intervals.accuracy_intervals(targets % 2 == 0, targets, resamples=1000)
+    assert len(drawn) > 1
+    assert max(drawn) <= 4_000_000
+
+
+def test_all_right_and_all_wrong_have_no_width():
+    targets = np.array([0, 0, 3])
+    for value in (True, False):
+        found = intervals.accuracy_intervals(np.full(3, value), targets)
+        assert {name: interval.to_json() for name, interval in found.items()} == {
+            "top1": [float(value)] * 2,
+            "class_mean": [float(value)] * 2,
+        }
+
+
+def test_difference_is_paired():
+    generator = np.random.default_rng(0)
+    a = generator.random(2000) < 0.7
+    b = a ^ (generator.random(2000) < 0.05)
+    difference = a.astype(float) - b
+    half = 1.96 * difference.std() / np.sqrt(len(a))
+    interval = intervals.difference_interval(a, b)
+    mean = difference.mean()
+    assert (interval.low, interval.high) == pytest.approx((mean - half, mean + half), abs=1.5e-3)
+    reverse = intervals.difference_interval(b, a)
+    assert (reverse.low, reverse.high) == pytest.approx((-interval.high, -interval.low), abs=1.5e-3)
