@@ -30,11 +30,15 @@ class Row(NamedTuple):
     fields: tuple[str, ...]
     unit: str = "line"
 
+    @property
+    def place(self) -> str:
+        """The file and the number, as the error messages write them."""
+        return f"{self.path}, {self.unit} {self.number}"
+
     def error(self, problem: str) -> CrossXError:
         """Build the one-line error for this row: file, number, what is wrong, what to do."""
-        return CrossXError(
-            f"{self.path}, {self.unit} {self.number}: {problem}. Mend this {self.unit} or unpack the archive again."
-        )
+        remedy = f"Mend this {self.unit} or unpack the archive again."
+        return CrossXError(f"{self.place}: {problem}. {remedy}")
 
     def integer(self, column: int, what: str) -> int:
         """Return a column as an integer of 0 or more.
@@ -252,7 +256,7 @@ def keyed(rows: Iterable[Row], column: int = 0) -> dict[str, Row]:
     for row in rows:
         first = index.setdefault(row.fields[column], row)
         if first is not row:
-            raise row.error(f"{row.fields[column]!r} was already listed in {first.unit} {first.number}")
+            raise row.error(f"{row.fields[column]!r} was already listed in {first.place}")
     return index
 
 
