@@ -1,0 +1,171 @@
+"""The loaders of a run: which records, which transform, how many workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from crossx.data.config import DataConfig
+from crossx.data.dataset import ImageDataset, ImageLoader
+from crossx.data.images import image_problem
+from crossx.data.index import SPLITS, DatasetIndex, Record
+from crossx.data.sampler import EpochSampler, EvaluationSampler
+from crossx.data.transforms import eval_transform, train_transform
+from crossx.errors import CrossXError
+from crossx.runs import Preprocessing
+
+MAX_WORKERS = 8
+MAX_LISTED = 10
+
+
+class DataModule(LightningDataModule):
+    """Loads batches of (images (B, 3, S, S) float32 normalised, targets (B,) int64).
+
+    Args:
+        index: The dataset; where it has no validation split, one is made as ``config.val_fraction`` says.
+        preprocessing: How images are prepared, see ``preprocessing_for``.
+        config: The ``--data.*`` options.
+        seed: The run's seed: order and augmentation of the training images.
+
+    Attributes:
+        index: The dataset with its validation split, without the images that were skipped.
+        skipped: Path and reason of each image that ``check_images`` left out.
+    """
+
+    def __init__(
+        self, index: DatasetIndex, preprocessing: Preprocessing, config: DataConfig, seed: int
+    ) -> None:
+        super().__init__()
+        # with more ranks than images a rank has nothing to evaluate
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.index = index.with_validation(config.val_fraction, config.split_seed)
+        self.preprocessing = preprocessing
+        self.config = config
+        self.seed = seed
+        self.skipped: list[tuple[Path, str]] = []
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of one loader: the option, else this rank's share of the cores, at most 8."""
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        devices = self.trainer.num_devices if self.trainer is not None else 1
+        return max(1, min(MAX_WORKERS, _cores() // devices))
+
+    def check_images(self, splits: Sequence[str] = SPLITS) -> None:
+        """Decode every image of ``splits`` once, before any time is spent on training.
+
+        With ``bad_images: skip`` those that cannot be read leave ``index`` and are kept in ``skipped``.
+
+        Raises:
+            CrossXError: If images cannot be read and ``bad_images`` is ``stop``; the first ten are named.
+        """
+        records = [record for record in self.index.records if record.split in splits]
+        paths = [record.path for record in records]
+        # Pillow decodes without the interpreter lock: threads are as fast as processes, and start at once
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
+            problems = list(zip(paths, pool.map(image_problem, paths), strict=True))
+        bad = [(path, problem) for path, problem in problems if problem is not None]
+        if bad and self.config.bad_images == "stop":
+            listed = _list_first([f"{path}: {problem}" for path, problem in bad])
+            raise CrossXError(
+                f"{len(bad)} of {len(paths)} images cannot be read: {listed}. Replace them, or leave them out with "
+                "--data.bad_images skip."
+            )
+        self.skipped += bad
+        left_out = {path for path, _ in bad}
+        kept = tuple(record for record in self.index.records if record.path not in left_out)
+        self.index = replace(self.index, records=kept)
+
+    def train_records(self) -> tuple[Record, ...]:
+        """Return the records to train on, as ``config.train_on`` says.
+
+        Raises:
+            CrossXError: If a class has none; such a class could never be predicted.
+        """
+        splits = ("train", "val") if self.config.train_on == "trainval" else ("train",)
+        records = tuple(record for record in self.index.records if record.split in splits)
+        trained = {record.label for record in records}
+        missing = [repr(name) for label, name in enumerate(self.index.classes) if label not in trained]
+        if missing:
+            why = f" ({len(self.skipped)} unreadable ones were skipped)" if self.skipped else ""
+            raise CrossXError(
+                f"dataset {self.index.name!r}: {len(missing)} of {len(self.index.classes)} classes have no training "
+                f"image{why}: {_list_first(missing)}. Add images to them, or remove these classes."
+            )
+        return records
+
+    def train_dataloader(self) -> ImageLoader:
+        """Return the loader of training batches, in a new random order and augmentation each epoch."""
+        config, records = self.config, self.train_records()
+        transform = train_transform(
+            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
+        )
+        sampler = EpochSampler([record.label for record in records], self.seed, config.sampling)
+        # batch norm has no variance to take from a last batch of one image
+        drop_last = len(sampler) > config.batch_size and len(sampler) % config.batch_size == 1
+        dataset = ImageDataset(records, transform, self.seed)
+        return self._loader(dataset, sampler, config.batch_size, drop_last=drop_last)
+
+    def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
+        """Return the validation loader; an empty list where no images are held out (Lightning then skips it)."""
+        if self.config.train_on == "trainval" or not self.index.split("val"):
+            return []
+        return self.eval_loader("val")
+
+    def test_dataloader(self) -> ImageLoader:
+        """Return the loader of the test split."""
+        return self.eval_loader("test")
+
+    def eval_loader(self, split: str) -> ImageLoader:
+        """Return a loader of one split without augmentation, in the order of its records.
+
+        Raises:
+            CrossXError: If the split is empty.
+        """
+        records = self.index.split(split)
+        if not records:
+            present = [name for name in SPLITS if self.index.split(name)]
+            raise CrossXError(
+                f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
+            )
+        dataset = ImageDataset(records, eval_transform(self.preprocessing), self.seed)
+        batch_size = self.config.eval_batch_size or self.config.batch_size
+        return self._loader(dataset, EvaluationSampler(len(records)), batch_size)
+
+    def _loader(
+        self,
+        dataset: ImageDataset,
+        sampler: EpochSampler | EvaluationSampler,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+    ) -> ImageLoader:
+        workers = self.num_workers
+        return ImageLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+            # each iteration draws a seed for its workers: not from the generator that dropout draws from
+            generator=torch.Generator(),
+        )
+
+
+def _cores() -> int:
+    # a container or a batch system may grant fewer than the machine has
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _list_first(items: Sequence[str]) -> str:
+    more = len(items) - MAX_LISTED
+    return "; ".join(items[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,92 @@
+"""Records to samples and batches, augmented the same way whatever loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from crossx.data.images import read_image
+from crossx.data.index import Record
+from crossx.data.sampler import Draw, derive_seed
+from crossx.data.transforms import Transform
+from crossx.errors import CrossXError
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Reads and transforms the images of some records.
+
+    The transform's randomness depends on the seed and the draw (epoch, index, repeat) alone: the same images come
+    whatever the number of workers, with persistent workers, and after a resume.
+
+    Args:
+        records: The images.
+        transform: uint8 (3, H, W) to float32 (3, S, S).
+        seed: The run's seed.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: Transform, seed: int = 0) -> None:
+        self.records = records
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int]:
+        """Return image (3, S, S) and class index; a plain index stands for its draw in epoch 0.
+
+        Raises:
+            CrossXError: If the image cannot be read or prepared; the message begins with its path.
+        """
+        if isinstance(draw, int):
+            draw = Draw(epoch=0, index=draw)
+        record = self.records[draw.index]
+        image = read_image(record.path)
+        try:
+            with _seeded(derive_seed(self.seed, draw.epoch, draw.index, draw.repeat)):
+                return self.transform(image), record.label
+        except CrossXError as error:
+            raise CrossXError(f"{record.path}: {error}") from error
+
+
+class ImageLoader(DataLoader[tuple[Tensor, int]]):
+    """A ``DataLoader`` whose failures read the same with and without workers, and that starts late.
+
+    torch re-raises a worker's exception with the worker's whole traceback as its message; here a ``CrossXError``
+    keeps its one line. And nothing is drawn before the first batch is asked for: on resume Lightning calls
+    ``iter(loader)`` before ``sampler.set_epoch``, so that eager workers would prefetch images of the wrong epoch.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            if not self.num_workers:
+                raise
+            # torch's frames and the exception refer to each other. Workers that are garbage-collected in such a
+            # cycle never hear that they should stop, and torch waits 5 seconds for each.
+            error.__traceback__ = None
+            if isinstance(error, CrossXError):
+                raise type(error)(_last_line(error)) from None
+            raise
+
+
+def _last_line(error: CrossXError) -> str:
+    # a formatted traceback ends with "package.module.Class: message", and our messages are one line
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).rstrip("\n").rsplit("\n", 1)[-1].removeprefix(name)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # torch.manual_seed would seed the GPU's generators too, and with them the dropout of the step that waits
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,120 @@
+"""Which image comes when, as a pure function of seed and epoch: the same for any number of workers, and on resume."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+from torch.utils.data import Sampler
+
+from crossx.data.config import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One image drawn for training; all that its augmentation may depend on, beside the seed.
+
+    Attributes:
+        epoch: Counted from 0.
+        index: The record's position in the dataset.
+        repeat: How often the image was drawn before in this epoch (balanced sampling, padding), so that a second
+            copy is augmented differently.
+    """
+
+    epoch: int
+    index: int
+    repeat: int = 0
+
+
+def derive_seed(*parts: object) -> int:
+    """Hash ``parts`` into a seed of 63 bits, the same on every machine, unrelated for nearby values."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class EpochSampler(Sampler[Draw]):
+    """Draws the training images of an epoch.
+
+    Without a process group, or on one rank, an epoch has as many draws as there are images. On several ranks the
+    epoch is dealt out in turn, after the first draws are appended again so that every rank has equally many.
+
+    Args:
+        labels: Class index of each image.
+        seed: The run's seed.
+        sampling: ``uniform``: each image once. ``balanced``: with replacement, each class present with the same
+            probability, then each image of the class.
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int, sampling: Sampling = "uniform") -> None:
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.seed = seed
+        self.sampling = sampling
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws; Lightning calls it before each one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // _world()[1])
+
+    def __iter__(self) -> Iterator[Draw]:
+        rank, world_size = _world()
+        order = self._order()
+        total = len(self) * world_size
+        padded = order * -(-total // max(1, len(order)))
+        return iter(_count_repeats(self.epoch, padded[:total])[rank::world_size])
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        count = len(self.labels)
+        if self.sampling == "balanced" and count:
+            weights = 1 / torch.bincount(self.labels)[self.labels].double()
+            drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
+        else:
+            drawn = torch.randperm(count, generator=generator)
+        order: list[int] = drawn.tolist()
+        return order
+
+
+class EvaluationSampler(Sampler[int]):
+    """Yields the indices of this rank in order: 0, 1, 2, ... on one rank, dealt out in turn on several.
+
+    Over all ranks each image comes exactly once, so ranks may differ by one image: nothing is counted twice.
+
+    Args:
+        count: Number of images.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return len(self._indices())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
+
+    def _indices(self) -> range:
+        rank, world_size = _world()
+        return range(rank, self.count, world_size)
+
+
+def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:
+    drawn: Counter[int] = Counter()
+    draws = []
+    for index in order:
+        draws.append(Draw(epoch, index, drawn[index]))
+        drawn[index] += 1
+    return draws
+
+
+def _world() -> tuple[int, int]:
+    # asked at each use: samplers are made before Lightning has started the process group
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

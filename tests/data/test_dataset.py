@@ -1,0 +1,138 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossx.data.dataset import ImageDataset, ImageLoader
+from crossx.data.images import ImageError, read_image
+from crossx.data.index import Record
+from crossx.data.sampler import Draw, EpochSampler
+from crossx.data.transforms import train_transform
+from crossx.errors import CrossXError
+from crossx.runs import Preprocessing
+
+PREPROCESSING = Preprocessing(32, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    made = []
+    for number in range(10):
+        path = folder / f"{number}.png"
+        Image.fromarray(random.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+        made.append(Record(path, number % 3, "train"))
+    return made
+
+
+@pytest.fixture
+def dataset(records):
+    return ImageDataset(records, train_transform(PREPROCESSING, "trivial", random_erasing=0.3), seed=7)
+
+
+def test_item_is_the_transformed_image_and_its_label(records):
+    plain = ImageDataset(records, lambda image: image.float())
+    assert len(plain) == 10
+    image, label = plain[4]
+    assert torch.equal(image, read_image(records[4].path).float())
+    assert label == 1
+
+
+def test_augmentation_depends_on_seed_and_draw_alone(dataset, records):
+    first = dataset[Draw(2, 5)][0]
+    torch.manual_seed(99)
+    dataset[Draw(0, 1)]
+    assert torch.equal(dataset[Draw(2, 5)][0], first)
+    assert torch.equal(ImageDataset(records, dataset.transform, seed=7)[Draw(2, 5)][0], first)
+    others = [dataset[Draw(3, 5)][0], dataset[Draw(2, 5, repeat=1)][0], dataset[Draw(2, 6)][0]]
+    others.append(ImageDataset(records, dataset.transform, seed=8)[Draw(2, 5)][0])
+    assert not any(torch.equal(other, first) for other in others)
+
+
+def test_plain_index_is_epoch_zero(dataset):
+    assert torch.equal(dataset[3][0], dataset[Draw(0, 3)][0])
+
+
+def test_global_generator_is_left_alone(dataset):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    dataset[Draw(0, 0)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_global_generator_is_restored_after_a_failure(records):
+    def fail(image):
+        torch.rand(1)
+        raise CrossXError("too small")
+
+    before = torch.get_rng_state()
+    with pytest.raises(CrossXError, match=rf"^{records[0].path}: too small$"):
+        ImageDataset(records, fail)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_do_not_depend_on_workers_or_on_how_they_live(dataset):
+    def epochs(num_workers, persistent, wanted):
+        sampler = EpochSampler([record.label for record in dataset.records], seed=7)
+        loader = ImageLoader(
+            dataset, 4, sampler=sampler, num_workers=num_workers, persistent_workers=persistent
+        )
+        batches = []
+        for epoch in wanted:
+            sampler.set_epoch(epoch)
+            batches += list(loader)
+        return batches
+
+    alone = epochs(0, False, [0, 1, 2])
+    assert len(alone) == 9
+    assert not torch.equal(alone[0][0], alone[3][0])
+    for other in (epochs(2, True, [0, 1, 2]), epochs(2, False, [0, 1, 2])):
+        for (images, targets), (same_images, same_targets) in zip(alone, other, strict=True):
+            assert torch.equal(images, same_images)
+            assert torch.equal(targets, same_targets)
+    for (images, _), (same_images, _) in zip(alone[6:], epochs(2, True, [2]), strict=True):
+        assert torch.equal(images, same_images)
+
+
+def test_loader_draws_nothing_before_the_first_batch(dataset):
+    sampler = EpochSampler([0] * 10, seed=7)
+    loader = ImageLoader(dataset, 10, sampler=sampler, num_workers=1)
+    started_early = iter(loader)
+    sampler.set_epoch(3)
+    images, _ = next(started_early)
+    expected = torch.stack([dataset[draw][0] for draw in sampler])
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("broken", [b"", b"no image", None])
+def test_unreadable_image_is_one_line_from_workers_too(records, tmp_path, num_workers, broken):
+    path = tmp_path / "broken: image\u2028é.jpg"
+    if broken is not None:
+        path.write_bytes(broken)
+    dataset = ImageDataset([*records, Record(path, 0, "train")], lambda image: image.float())
+    with pytest.raises(ImageError) as expected:
+        read_image(path)
+    with pytest.raises(ImageError) as error:
+        list(ImageLoader(dataset, 4, num_workers=num_workers))
+    assert str(error.value) == str(expected.value)
+
+
+def test_programming_errors_keep_their_traceback(records):
+    def fail(image):
+        return image / "x"
+
+    with pytest.raises(TypeError, match=r"Original Traceback[\s\S]*in fail"):
+        list(ImageLoader(ImageDataset(records, fail), 4, num_workers=1))
+
+
+def test_workers_end_with_the_error(records):
+    def fail(image):
+        raise CrossXError("broken")
+
+    with pytest.raises(CrossXError):
+        list(ImageLoader(ImageDataset(records, fail), 2, num_workers=2))
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]

@@ -1,0 +1,119 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossx.data import sampler as module
+from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler, derive_seed
+
+
+def on_ranks(world_size, make):
+    """Iterate a fresh sampler on each rank, as ranks of a process group would."""
+    outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.distributed, "is_initialized", lambda: True)
+        patch.setattr(module.distributed, "get_world_size", lambda: world_size)
+        for rank in range(world_size):
+            patch.setattr(module.distributed, "get_rank", lambda rank=rank: rank)
+            sampler = make()
+            drawn = list(sampler)
+            assert len(drawn) == len(sampler)
+            outputs.append(drawn)
+    return outputs
+
+
+@given(st.integers(0, 60), st.integers(0, 2**62), st.integers(0, 1000))
+@settings(deadline=None, max_examples=50)
+def test_uniform_epoch_draws_each_image_once(count, seed, epoch):
+    sampler = EpochSampler([0] * count, seed)
+    sampler.set_epoch(epoch)
+    draws = list(sampler)
+    assert sorted(draw.index for draw in draws) == list(range(count))
+    assert {(draw.epoch, draw.repeat) for draw in draws} <= {(epoch, 0)}
+    assert draws == list(sampler)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from(["uniform", "balanced"]))
+@settings(deadline=None, max_examples=50)
+def test_ranks_share_the_epoch_equally_and_lose_nothing(count, world_size, sampling):
+    labels = [index % 3 for index in range(count)]
+    alone = list(EpochSampler(labels, 5, sampling))
+    ranks = on_ranks(world_size, lambda: EpochSampler(labels, 5, sampling))
+    lengths = {len(rank) for rank in ranks}
+    assert lengths == {-(-count // world_size)}
+    together = [draw for step in zip(*ranks, strict=True) for draw in step]
+    assert together[:count] == alone
+    # the padding comes from the beginning again, as draws of their own
+    padding = together[count:]
+    assert [draw.index for draw in padding] == [alone[i % count].index for i in range(len(padding))]
+    assert len(set(together)) == len(together)
+
+
+def test_order_depends_on_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = EpochSampler([0] * 50, seed)
+        sampler.set_epoch(epoch)
+        return tuple(draw.index for draw in sampler)
+
+    orders = {order(seed, epoch) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_order_does_not_touch_or_read_the_global_generator():
+    sampler = EpochSampler(list(range(20)), 0, "balanced")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = list(sampler)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert list(sampler) == first
+
+
+def test_balanced_draws_classes_equally_and_images_of_a_class_equally():
+    labels = [0] * 900 + [1] * 90 + [3] * 10  # class 2 is absent
+    sampler = EpochSampler(labels, 0, "balanced")
+    by_class, of_rare = Counter(), Counter()
+    epochs = 12
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        indices = [draw.index for draw in sampler]
+        assert len(indices) == 1000
+        by_class.update(labels[index] for index in indices)
+        of_rare.update(index for index in indices if labels[index] == 3)
+    expected = epochs * 1000 / 3
+    assert by_class.keys() == {0, 1, 3}
+    # five standard deviations of a binomial count
+    assert all(abs(n - expected) < 5 * (expected * 2 / 3) ** 0.5 for n in by_class.values())
+    assert of_rare.keys() == set(range(990, 1000))
+    assert all(abs(n - expected / 10) < 5 * (expected / 10) ** 0.5 for n in of_rare.values())
+
+
+def test_repeats_of_an_image_are_counted():
+    draws = list(EpochSampler([0] * 30 + [1], 0, "balanced"))
+    repeats = [draw.repeat for draw in draws if draw.index == 30]
+    assert len(repeats) > 1
+    assert repeats == list(range(len(repeats)))
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+@settings(deadline=None, max_examples=50)
+def test_evaluation_counts_every_image_once(count, world_size):
+    ranks = on_ranks(world_size, lambda: EvaluationSampler(count))
+    assert sorted(index for rank in ranks for index in rank) == list(range(count))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+def test_evaluation_on_one_rank_is_in_order():
+    assert list(EvaluationSampler(5)) == [0, 1, 2, 3, 4]
+
+
+def test_derived_seeds_are_fixed_and_distinct():
+    # half of `printf 0/1/2/0 | b2sum -l 64`, least significant byte first; another hash would change every run
+    assert derive_seed(0, 1, 2, 0) == 6_280_552_979_123_227_782
+    assert 0 <= derive_seed("x") < 2**63
+    draws = [Draw(epoch, index, repeat) for epoch in range(10) for index in range(50) for repeat in range(2)]
+    seeds = {derive_seed(0, draw.epoch, draw.index, draw.repeat) for draw in draws}
+    assert len(seeds) == len(draws)
+    assert derive_seed(1, 23) != derive_seed(12, 3)
