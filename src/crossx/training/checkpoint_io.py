@@ -1,0 +1,65 @@
+"""Checkpoint files that a kill, a full disk or a stranger's pickle cannot harm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from crossx.errors import CrossXError
+from crossx.runs import atomic_path
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, reads with ``weights_only=True``.
+
+    Lightning's own writes to the system's temporary folder, which may lie on another file system, where the move
+    that follows is not atomic.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CrossXError: If the disk is full or the folder not writable; an older file is untouched.
+        """
+        # through a Python file: torch's own writer turns "disk full" into an assertion about its archive
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Read a checkpoint of plain values and tensors, onto the CPU.
+
+        Raises:
+            CrossXError: If it is missing, damaged or holds anything else.
+        """
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU with ``weights_only=True``.
+
+    Raises:
+        CrossXError: If it is missing, damaged or holds anything but plain values and tensors.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CrossXError(f"{path}: damaged, or no checkpoint of crossx ({reason}).") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CrossXError(f"{path}: not a training checkpoint of crossx.")
+    return checkpoint

@@ -1,0 +1,305 @@
+"""The options of a training run. Imports no torch, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+
+from crossx.data.config import DataConfig
+from crossx.errors import CrossXError, UsageError, nearest, unknown
+
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "step", "multistep", "cosine", "one_cycle"]
+ClassWeights = Literal["none", "balanced"]
+Selection = Literal["best", "last", "best_on_test"]
+
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+
+TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": 30, "logger": ["tensorboard", "csv"]}
+"""What a run takes where ``trainer`` does not say; everything else is Lightning's own default."""
+
+OWN_TRAINER_ARGUMENTS = {
+    "callbacks": "crossx chooses the callbacks",
+    "plugins": "give trainer.precision for another precision",
+    "default_root_dir": "give --output",
+    "use_distributed_sampler": "crossx shards the data itself",
+    "enable_checkpointing": "a run always writes checkpoints",
+    "reload_dataloaders_every_n_epochs": "the data do not change during a run",
+    "val_check_interval": "crossx validates at the end of an epoch; use trainer.check_val_every_n_epoch",
+    "fast_dev_run": "use trainer.limit_train_batches and trainer.max_epochs",
+}
+"""Arguments of Lightning's Trainer that a run sets itself, with what to do instead."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """The network and the method that trains it.
+
+    Attributes:
+        method: The training method, see `crossx fit --help`: `crossx`, or `plain` for the bare backbone.
+        backbone: Name of a timm model; `local-dir:FOLDER` and `hf-hub:NAME` too.
+        pretrained: Start from timm's pretrained weights (downloaded once) instead of random ones.
+        backbone_weights: State dict (`.pth` or `.safetensors`) to start the backbone from instead.
+        backbone_args: Further arguments of `timm.create_model`, such as `{drop_path_rate: 0.1}`.
+        options: The method's own options; on the command line and in YAML they stand beside `method`.
+    """
+
+    method: str = "crossx"
+    backbone: str = "resnet50.tv_in1k"
+    pretrained: bool = True
+    backbone_weights: str | None = None
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary with the method's options beside ``method``."""
+        values = asdict(self)
+        options = values.pop("options")
+        return {**values, **options}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Rebuild from ``to_dict``'s dictionary: every key that is no field is an option of the method."""
+        own = {item.name for item in fields(cls)} - {"options"}
+        options = {**(values.get("options") or {})}
+        options.update({key: value for key, value in values.items() if key not in own | {"options"}})
+        return cls(**{key: value for key, value in values.items() if key in own}, options=options)
+
+
+@dataclass
+class OptimConfig:
+    """How the weights are fitted.
+
+    Attributes:
+        optimizer: `sgd` or `adamw`.
+        lr: Learning rate at its peak.
+        momentum: Momentum of SGD.
+        nesterov: Use Nesterov momentum (SGD).
+        weight_decay: Weight decay; on weights alone, see decay_norm_and_bias.
+        decay_norm_and_bias: Decay the scales of norm layers and the biases too, as the released code does.
+        schedule: `constant`, `step` (times gamma every step_size epochs), `multistep` (times gamma at each
+            of milestones), `cosine` (down to min_lr_factor at the end) or `one_cycle` (Smith and Topin, 2018;
+            it cycles the momentum too).
+        step_size: Epochs between two drops of `step`.
+        milestones: Numbers of epochs after which `multistep` drops the learning rate.
+        gamma: Factor of each drop.
+        warmup_epochs: Epochs over which the learning rate grows linearly to its peak (fractions are allowed);
+            with `one_cycle` the rising part of the cycle, 30% of training where it is 0.
+        min_lr_factor: Last learning rate of `cosine` as a share of the peak.
+        new_layers_lr_factor: Factor on the learning rate of the layers that are not the backbone's.
+        layer_decay: Factor on the learning rate for each step from the head down into the backbone's groups
+            of layers (Clark et al., 2020); 1 trains all layers alike.
+        label_smoothing: Label smoothing of the classification loss, 0 to 1.
+        class_weights: `none`, or `balanced` to weight each class in the loss by the inverse of its frequency.
+        mixup: Alpha of Mixup (Zhang et al., 2018); 0 is off.
+        cutmix: Alpha of CutMix (Yun et al., 2019); 0 is off; with mixup each batch takes one of the two.
+        freeze_backbone: Train the new layers alone: the pretrained parameters stay as they are, and so do the
+            batch norm statistics of the backbone.
+        freeze_batch_norm: Keep statistics, scales and shifts of the backbone's batch norms as pretrained.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999; validation,
+            checkpoints and the final model then use the averaged weights. Left out, no average is kept.
+        channels_last: Keep images and convolutions in channels-last memory order, which is the faster one.
+        compile: Compile the method's objective with `torch.compile`.
+        selection: Which epoch's weights become the model: `best` (highest top-1 on validation; the last
+            epoch where there are no validation images), `last`, or `best_on_test` (highest top-1 on the test
+            images, as the released code did: the test accuracy is then no estimate for new images, and the
+            results carry the name).
+    """
+
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decay_norm_and_bias: bool = False
+    schedule: Schedule = "step"
+    step_size: int = 15
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    min_lr_factor: float = 0.0
+    new_layers_lr_factor: float = 1.0
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    class_weights: ClassWeights = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    freeze_backbone: bool = False
+    freeze_batch_norm: bool = False
+    ema_decay: float | None = None
+    channels_last: bool = True
+    compile: bool = False
+    selection: Selection = "best"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without the model.
+
+        Raises:
+            UsageError: If an option cannot work, naming it and what it takes.
+        """
+        for option, choices in (
+            ("optimizer", Optimizer),
+            ("schedule", Schedule),
+            ("class_weights", ClassWeights),
+            ("selection", Selection),
+        ):
+            if getattr(self, option) not in get_args(choices):
+                raise unknown(f"optim.{option}", str(getattr(self, option)), get_args(choices))
+        _check("lr", self.lr, "above 0", self.lr > 0)
+        _check("momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1)
+        _check("gamma", self.gamma, "above 0", self.gamma > 0)
+        _check("step_size", self.step_size, "at least 1", self.step_size >= 1)
+        _check("layer_decay", self.layer_decay, "in (0, 1]", 0 < self.layer_decay <= 1)
+        for option in ("min_lr_factor", "label_smoothing"):
+            _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
+        for option in ("weight_decay", "warmup_epochs", "new_layers_lr_factor", "mixup", "cutmix"):
+            _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
+        if self.ema_decay is not None:
+            _check("ema_decay", self.ema_decay, "in (0, 1)", 0 < self.ema_decay < 1)
+        if self.nesterov and self.momentum == 0:
+            raise UsageError("optim.nesterov needs optim.momentum above 0.")
+        if self.schedule == "multistep" and not self.milestones:
+            raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
+        if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:
+            raise UsageError(
+                f"optim.milestones must be growing numbers of epochs from 1 on, not {self.milestones}."
+            )
+
+
+@dataclass
+class Config:
+    """Everything that a training run depends on.
+
+    Attributes:
+        model: The network and the method.
+        data: The images.
+        optim: How the weights are fitted.
+        trainer: Arguments of Lightning's Trainer (max_epochs, precision, devices, accumulate_grad_batches,
+            ...); logger is a list out of tensorboard, wandb and mlflow, or False (metrics.csv is always
+            written, and `csv` in the list is allowed).
+        seed: Seed of the weights' initialisation, the order of images and everything random in training.
+        output: The run folder to make; left out, `runs/METHOD-DATASET-BACKBONE-sSEED` in the working folder.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        self.trainer = {**TRAINER_DEFAULTS, **self.trainer}
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without torch, the data or the model.
+
+        Raises:
+            UsageError: If an option cannot work, naming it and what to do.
+        """
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must lie in [0, 2**32), not {self.seed}.")
+        for name, instead in OWN_TRAINER_ARGUMENTS.items():
+            if name in self.trainer:
+                raise UsageError(f"trainer.{name} cannot be given: {instead}.")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise unknown("logger", str(name), LOGGERS)
+        epochs = self.trainer["max_epochs"]
+        if not isinstance(epochs, int) or epochs < 1:
+            raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")
+
+    @property
+    def loggers(self) -> list[str]:
+        """Names of the loggers asked for."""
+        given = self.trainer["logger"]
+        if isinstance(given, bool) or given is None:
+            return list(TRAINER_DEFAULTS["logger"]) if given else []
+        return [given] if isinstance(given, str) else list(given)
+
+    def run_path(self) -> Path:
+        """Return the run folder: ``output``, or a name made of what the run is."""
+        if self.output is not None:
+            return Path(self.output)
+        backbone = self.model.backbone.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+        return Path("runs") / f"{self.model.method}-{self.data.dataset}-{backbone}-s{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dictionary that ``from_dict`` reads; the method's options lie flat under ``model``."""
+        return {**asdict(self), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Rebuild from a dictionary; what it leaves out takes its default.
+
+        Raises:
+            UsageError: For an unknown key (the nearest is suggested) or a value that cannot work.
+        """
+        readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+            "model": ModelConfig.from_dict,
+            "data": lambda section: _build(DataConfig, section, "data."),
+            "optim": lambda section: _build(OptimConfig, section, "optim."),
+            "trainer": dict,
+        }
+        parsed = {
+            key: readers[key](_mapping(key, value)) if key in readers else value
+            for key, value in values.items()
+        }
+        return _build(cls, parsed, "")
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML, in the order of the fields."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Config:
+        """Read a file that ``to_yaml`` or a person wrote.
+
+        Raises:
+            CrossXError: If the file is missing or no YAML mapping.
+            UsageError: As ``from_dict``.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CrossXError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(values, dict):
+            raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+        return cls.from_dict(values)
+
+
+def _check(option: str, value: float, allowed: str, good: bool) -> None:
+    if not good or not math.isfinite(value):
+        raise UsageError(f"optim.{option} must be {allowed}, not {value}.")
+
+
+def _mapping(section: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{section} must be a mapping of options, not {value!r}.")
+    return value
+
+
+def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UsageError(
+                f"unknown option {prefix}{key}.{nearest(str(key), known)} There is: {', '.join(known)}."
+            )
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"{prefix or 'configuration'}: an option has the wrong type ({error}).") from error

@@ -1,0 +1,251 @@
+"""Training from a configuration to a finished run folder, and on from where a run was stopped."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+
+from crossx.errors import CrossXError, UsageError
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_weights, save_weights
+from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
+from crossx.training.callbacks import Checkpoints
+from crossx.training.checkpoint_io import read_checkpoint
+from crossx.training.config import Config
+from crossx.training.history import History
+from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
+
+
+class Stopped(CrossXError):  # noqa: N818  no error, an ending
+    """The run was stopped by a signal (Ctrl-C, SIGTERM) and can be resumed."""
+
+    exit_code = 130
+
+
+def fit(config: Config) -> Run:
+    """Train a network and leave a finished run folder.
+
+    Args:
+        config: The options; ``config.run_path()`` is the folder to make.
+
+    Returns:
+        The run: ``model.safetensors`` holds the weights of the selected epoch.
+
+    Raises:
+        UsageError: If an option cannot work or the folder holds something.
+        CrossXError: If data, network, disk or GPU memory fail, or the loss is not finite.
+        Stopped: After Ctrl-C or SIGTERM.
+    """
+    run = Run(config.run_path())
+    if _is_leader():
+        _claim(run.path)
+    config = _anchored(config)
+    try:
+        session = open_session(config, run)
+        info = _describe(session)
+        _write(session, info)
+    except BaseException:
+        with suppress(OSError):
+            # only a folder that is still empty: another try may then take the same --output
+            run.path.rmdir()
+        raise
+    return _train(session, info, resume=False)
+
+
+def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
+    """Continue a run that was stopped, from the last complete epoch.
+
+    On the CPU the result is, bit for bit, that of a run that was never stopped. A run that was stopped before its
+    first checkpoint starts over with the same seed.
+
+    Args:
+        path: The run folder, or a checkpoint in it; it may have been moved.
+        root: The data, where they no longer lie where the run found them.
+
+    Raises:
+        UsageError: If there is no run, or it is finished.
+        CrossXError: As ``fit``, or if the images or classes are others than before.
+    """
+    run = _find(Path(path))
+    config = replace(Config.from_yaml(run.config), output=str(run.path))
+    if root is not None:
+        config = _anchored(replace(config, data=replace(config.data, root=str(root))))
+    before = run.read_info()
+    if before.get("status") == "finished":
+        raise UsageError(f"{run.path}: this run is finished; train a new one with another --output.")
+    if not run.last.is_file():
+        session = open_session(config, run)
+        info = _describe(session)
+    else:
+        session = open_session(config, run, run.read_spec())
+        if before.get("images", session.images) != session.images:
+            raise CrossXError(
+                f"{run.path}: trained on {before['images']} images, and now there are {session.images}: a run can "
+                "only be resumed on the same data."
+            )
+        info = {**before, "status": "running"}
+    if _is_leader():
+        _remove_leftovers(run)
+    _write(session, info)
+    return _train(session, info, resume=run.last.is_file())
+
+
+def _train(session: Session, info: dict[str, Any], *, resume: bool) -> Run:
+    run, config = session.run, session.config
+    quiet = config.trainer.get("enable_progress_bar") is False
+    history = History(run, quiet=quiet)
+    checkpoints = Checkpoints(run, history, session.monitor)
+    steps = int(read_checkpoint(run.last)["global_step"]) if resume else 0
+    with _recorded(session, info, checkpoints), quiet_lightning():
+        task = build_task(session)
+        trainer = build_trainer(session, history, checkpoints, run_id=info["id"], steps_before=steps)
+        _prepare(session, trainer)
+        trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
+        if trainer.is_global_zero:
+            _finish(session, history, checkpoints)
+    return run
+
+
+def _finish(session: Session, history: History, checkpoints: Checkpoints) -> None:
+    run = session.run
+    if not run.last.is_file():
+        raise CrossXError(
+            f"{run.path}: training ended before its first step: give --trainer.max_epochs at least 1."
+        )
+    history.write()
+    load_weights(session.method, run.best if checkpoints.best else run.last)
+    save_weights(session.method, run.weights)
+
+
+def _prepare(session: Session, trainer: Trainer) -> None:
+    # on resume too: what it leaves outside the state dict is needed, what it leaves inside is overwritten
+    if type(session.method).prepare is not Method.prepare:
+        device = trainer.strategy.root_device
+        loader = session.data.train_dataloader()
+        session.method.to(device).prepare(
+            (images.to(device), targets.to(device)) for images, targets in loader
+        )
+
+
+def _selection(session: Session, checkpoints: Checkpoints | None = None) -> dict[str, Any]:
+    """Say how the weights of the run are chosen, and, once there is one, which epoch it is."""
+    rows = checkpoints.history.rows if checkpoints else []
+    best = checkpoints.best if checkpoints else {}
+    if session.monitor is None or (rows and not best):
+        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
+    return {
+        "how": session.config.optim.selection,
+        "split": session.monitor.split("/")[0],
+        "metric": "top1",
+        "epoch": best.get("epoch"),
+        "value": best.get("value"),
+    }
+
+
+def _describe(session: Session) -> dict[str, Any]:
+    config = session.config
+    return {
+        "schema": SCHEMA,
+        "id": uuid.uuid4().hex,
+        "status": "running",
+        "method": config.model.method,
+        "backbone": config.model.backbone,
+        "pretrained": config.model.pretrained,
+        "backbone_weights": config.model.backbone_weights,
+        "dataset": session.data.index.name,
+        "data_root": config.data.root,
+        "seed": config.seed,
+        "selection": _selection(session),
+        "images": session.images,
+        "skipped": [f"{path}: {reason}" for path, reason in session.data.skipped],
+        "data": asdict(config.data),
+        "environment": environment(),
+    }
+
+
+def _write(session: Session, info: dict[str, Any]) -> None:
+    if _is_leader():
+        run = session.run
+        write_text(run.config, session.config.to_yaml())
+        write_json(run.spec, session.spec.to_json())
+        write_json(run.info, info)
+
+
+@contextmanager
+def _recorded(session: Session, info: dict[str, Any], checkpoints: Checkpoints) -> Iterator[None]:
+    """Keep ``status`` and ``selection`` of run.json true, and turn what can happen into one line."""
+    run = session.run
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns both signals into SystemExit
+        status = "stopped"
+        done = len(checkpoints.history.rows)
+        raise Stopped(
+            f"stopped after {done} complete epochs; continue with `crossx fit --resume {run.path}`."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        data = session.config.data
+        raise CrossXError(
+            f"out of GPU memory at {data.batch_size} images of {data.image_size} pixels: lower --data.batch_size "
+            "(and raise --trainer.accumulate_grad_batches by as much) or --data.image_size, or use "
+            "--trainer.precision bf16-mixed."
+        ) from error
+    finally:
+        if _is_leader():
+            write_json(run.info, {**info, "status": status, "selection": _selection(session, checkpoints)})
+
+
+def _claim(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        held = "holds a run" if Run(path).config.is_file() else "is not empty"
+        more = f"continue it with `crossx fit --resume {path}`, or " if held == "holds a run" else ""
+        raise UsageError(f"{path} {held} already: {more}choose another --output.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _find(path: Path) -> Run:
+    for folder in (path, path.parent, path.parent.parent) if path.is_file() else (path,):
+        if Run(folder).config.is_file():
+            return Run(folder)
+    raise UsageError(
+        f"{path}: no run to resume (there is no config.yaml). `crossx fit --output {path}` makes one."
+    )
+
+
+def _anchored(config: Config) -> Config:
+    """Make paths absolute: a run is also resumed and tested from other working folders."""
+    root, weights = config.data.root, config.model.backbone_weights
+    return replace(
+        config,
+        data=replace(config.data, root=str(Path(root).absolute()) if root else None),
+        model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
+    )
+
+
+def _remove_leftovers(run: Run) -> None:
+    # temporary files of a process that was killed while it wrote
+    for folder in (run.path, run.checkpoints):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_leader() -> bool:
+    # set by Lightning from the launcher's environment variables, before there is a process group
+    return getattr(rank_zero_only, "rank", 0) == 0

@@ -1,0 +1,130 @@
+"""Parameter groups, optimisers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from crossx.errors import UsageError
+from crossx.methods.base import Method
+from crossx.training.config import OptimConfig
+
+ONE_CYCLE_RISE = 0.3
+"""Share of training in which ``one_cycle`` rises where no warm-up is given: PyTorch's default."""
+
+
+def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
+    """Switch off gradients as ``freeze_backbone`` and ``freeze_batch_norm`` say.
+
+    Returns:
+        The batch norm layers of the pretrained backbone whose statistics must not change: to be kept in
+        evaluation mode.
+    """
+    pretrained = {id(parameter) for parameter in method.backbone.pretrained_parameters()}
+    if config.freeze_backbone:
+        for parameter in method.backbone.pretrained_parameters():
+            parameter.requires_grad_(False)
+    if not (config.freeze_backbone or config.freeze_batch_norm):
+        return []
+    norms: list[nn.Module] = [
+        module
+        for module in method.backbone.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and all(id(parameter) in pretrained for parameter in module.parameters())
+    ]
+    for norm in norms:
+        norm.requires_grad_(False)
+    return norms
+
+
+def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
+    """Split the trainable parameters into groups of one learning rate and weight decay each.
+
+    New layers learn at ``lr * new_layers_lr_factor``; the backbone's i-th of n groups of layers, counted from the
+    input, at ``lr * layer_decay ** (n - i)``. Scales of norms and biases are not decayed unless
+    ``decay_norm_and_bias``.
+
+    Raises:
+        UsageError: If nothing is left to train.
+    """
+    factors = _lr_factors(method, config)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            scale_or_bias = parameter.ndim <= 1 or name.endswith("bias")
+            decay = config.weight_decay if config.decay_norm_and_bias or not scale_or_bias else 0.0
+            lr = config.lr * factors.get(id(parameter), 1.0)
+            groups.setdefault((lr, decay), []).append(parameter)
+    if not groups:
+        raise UsageError(
+            "optim.freeze_backbone leaves nothing to train: this method has no layers of its own."
+        )
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of ``config.optimizer`` over ``parameter_groups``."""
+    groups = parameter_groups(method, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, *, steps_per_epoch: int, total_steps: int
+) -> LRScheduler:
+    """Return the schedule, to be stepped after every optimiser step.
+
+    Args:
+        optimizer: With the peak learning rates in its groups.
+        config: The options.
+        steps_per_epoch: Optimiser steps in one epoch.
+        total_steps: Optimiser steps in the whole run.
+    """
+    if config.schedule == "one_cycle":
+        rise = config.warmup_epochs * steps_per_epoch / total_steps
+        return OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=total_steps,
+            pct_start=min(rise, 1.0) or ONE_CYCLE_RISE,
+            cycle_momentum=config.optimizer == "adamw" or config.momentum > 0,
+        )
+    return LambdaLR(
+        optimizer,
+        lambda step: lr_factor(step, config, steps_per_epoch=steps_per_epoch, total_steps=total_steps),
+    )
+
+
+def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:
+    """Return the learning rate after ``step`` optimiser steps as a share of the peak (not for ``one_cycle``).
+
+    PyTorch's schedulers do not do it: their warm-up is another scheduler chained before, and their last learning
+    rate is one number for all parameter groups, where here each group has a peak of its own.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    epoch = step // steps_per_epoch
+    if config.schedule == "step":
+        return warm * config.gamma ** (epoch // config.step_size)
+    if config.schedule == "multistep":
+        return warm * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    if config.schedule == "cosine":
+        progress = min(1.0, max(0.0, step - warmup) / max(1.0, total_steps - warmup))
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+        return warm * (config.min_lr_factor + (1 - config.min_lr_factor) * share)
+    return warm
+
+
+def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
+    layers = method.backbone.layer_groups()
+    factors = {
+        id(parameter): config.layer_decay ** (len(layers) - depth)
+        for depth, group in enumerate(layers)
+        for parameter in group
+    }
+    return factors | {id(parameter): config.new_layers_lr_factor for parameter in method.new_parameters()}
