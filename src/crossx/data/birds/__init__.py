@@ -1,0 +1,1 @@
+"""The drawn birds of the synthetic dataset."""
