@@ -3,7 +3,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-from layouts import write_image
 from PIL import Image
 
 import crossx
@@ -15,16 +14,17 @@ from crossx.errors import CrossXError, UsageError
 from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, save_weights
 from crossx.runs import Preprocessing, Run, write_json
+from layouts import write_image
 
 CLASSES = ("auk", "jay", "owl")
-PREPROCESSING = Preprocessing(32, 36, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+PREPROCESSING = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     torch.manual_seed(0)
     run = Run(tmp_path_factory.mktemp("run"))
-    method = create_method("plain", backbone="test_resnet", num_classes=3)
+    method = create_method("crossx", backbone="test_resnet", num_classes=3)
     spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
     write_json(run.spec, spec.to_json())
     save_weights(method, run.weights)
@@ -178,7 +178,7 @@ def test_expand_paths_refuses_what_is_not_there(tmp_path):
 def test_damaged_weights_are_an_error(run, images):
     predictor = Predictor.load(run.path, device="cpu")
     with torch.no_grad():
-        predictor.method.classifier.bias[0] = torch.nan
+        next(iter(predictor.method.heads.values())).bias[0] = torch.nan
     with pytest.raises(CrossXError, match="not finite"):
         predictor.predict(images)
 
