@@ -37,7 +37,7 @@ def test_nothing_wrong(birds: Path) -> None:
         "val": (3, 6),
         "test": (3, 6),
     }
-    assert str(report).endswith("no problems")
+    assert report.summary().endswith("no problems")
 
 
 def test_unreadable_images_are_named_with_the_reason(birds: Path) -> None:
@@ -51,8 +51,8 @@ def test_unreadable_images_are_named_with_the_reason(birds: Path) -> None:
     assert first == f"{empty}: is empty (0 bytes)"
     assert second.startswith(f"{cut}: ")
     assert "truncated" in second
-    assert str(fine) not in str(report)
-    assert "problem: 2 images cannot be read" in str(report)
+    assert str(fine) not in report.summary()
+    assert "problem: 2 images cannot be read" in report.summary()
 
 
 def test_two_empty_files_are_not_duplicates(birds: Path) -> None:
@@ -185,10 +185,17 @@ def test_long_notes_are_cut_and_problems_are_not(birds: Path) -> None:
     for number in range(15):
         (birds / "train" / "wren" / f"empty{number:02d}.jpg").touch()
         layouts.write_image(birds / "train" / f"stray{number:02d}.jpg", 5, number)
-    text = str(check_dataset("folder", birds))
+    text = check_dataset("folder", birds).summary()
     assert text.count("is empty") == 15
     assert text.count("stray") == 10
     assert "and 5 more" in text
+
+
+def test_any_file_name_can_be_printed(birds: Path) -> None:
+    (birds / "train" / "wren" / os.fsdecode(b"two\nlines \xff.jpg")).touch()
+    (item,) = items(check_dataset("folder", birds), "unreadable")
+    assert item.isprintable()
+    assert "two\\nlines" in item
 
 
 def test_progress_counts_every_image(birds: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_dataset
-from crossx.data.images import find_images, image_problem, is_image_name
+from crossx.data.images import find_images, image_problem, is_image_name, printable
 from crossx.data.index import SPLITS, DatasetIndex, Record
 
 Progress = Callable[[int, int], None]
@@ -77,7 +77,7 @@ class Report:
         """Return the report as plain values."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         """Write the report for a terminal: every file of a problem, the first ten of a note."""
         lines = [f"{self.dataset} in {self.root}: {self.classes:,} classes"]
         lines += [
@@ -158,10 +158,12 @@ def _inspect(path: Path) -> tuple[str | None, bytes]:
 
 
 def _missing_and_unreadable(broken: Mapping[Path, str]) -> Iterable[Finding]:
-    missing = tuple(str(path) for path in broken if not os.path.lexists(path))
+    missing = tuple(printable(path) for path in broken if not os.path.lexists(path))
     if missing:
         yield Finding("missing", f"{_images(missing)} listed but not there", missing)
-    unreadable = tuple(f"{path}: {problem}" for path, problem in broken.items() if os.path.lexists(path))
+    unreadable = tuple(
+        f"{printable(path)}: {problem}" for path, problem in broken.items() if os.path.lexists(path)
+    )
     if unreadable:
         yield Finding("unreadable", f"{_images(unreadable)} cannot be read", unreadable)
 
@@ -195,7 +197,7 @@ def _same_bytes_apart(index: DatasetIndex, digests: Mapping[Path, bytes]) -> Ite
 
 def _duplicates(index: DatasetIndex, digests: Mapping[Path, bytes]) -> Iterable[Finding]:
     items = tuple(
-        " = ".join(str(record.path) for record in group)
+        " = ".join(printable(record.path) for record in group)
         for group in _groups(index, digests)
         if len({(record.label, record.split) for record in group}) == 1
     )
@@ -206,7 +208,7 @@ def _duplicates(index: DatasetIndex, digests: Mapping[Path, bytes]) -> Iterable[
 
 
 def _describe(group: Sequence[Record], what: Callable[[Record], str]) -> str:
-    return " = ".join(f"{record.path} ({what(record)})" for record in group)
+    return " = ".join(f"{printable(record.path)} ({what(record)})" for record in group)
 
 
 def _in_folder_of_another_class(index: DatasetIndex) -> Iterable[Finding]:
@@ -224,7 +226,7 @@ def _in_folder_of_another_class(index: DatasetIndex) -> Iterable[Finding]:
     if not apart or 10 * len(apart) > len(index.records):
         return
     items = tuple(
-        f"{record.path} ({index.classes[record.label]!r}, its folder {index.classes[usual[record.path.parent]]!r})"
+        f"{printable(record.path)} ({index.classes[record.label]!r}, its folder {index.classes[usual[record.path.parent]]!r})"
         for record in apart
     )
     yield Finding("mislabelled", f"{_images(items)} labelled otherwise than the rest of their folder", items)
@@ -257,7 +259,7 @@ def _unlisted(index: DatasetIndex, root: Path) -> Iterable[Finding]:
     else:
         on_disk = find_images(Path(os.path.commonpath(folders)))
     listed = {os.path.abspath(record.path) for record in index.records}
-    items = tuple(str(path) for path in sorted(on_disk) if os.path.abspath(path) not in listed)
+    items = tuple(printable(path) for path in sorted(on_disk) if os.path.abspath(path) not in listed)
     if items:
         yield Finding("unlisted", f"{_images(items)} on disk that the dataset does not list", items)
 

@@ -133,6 +133,11 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def printable(text: str | Path) -> str:
+    """Escape what cannot be shown on one line: line breaks, control characters, undecodable file names."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _raise_listing_error(error: OSError) -> None:
     raise CrossXError(f"{_shown(error.filename)}: the folder cannot be listed ({error.strerror}).") from error
 
@@ -245,14 +250,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _image_error(source: ImageSource, reason: str) -> ImageError:
-    reason = _one_line(reason)
+    reason = printable(reason)
     return ImageError(f"{_shown(source)}: {reason}", reason)
 
 
 def _shown(source: ImageSource) -> str:
-    return "image data" if isinstance(source, bytes) else _one_line(os.fspath(source))
-
-
-def _one_line(text: str) -> str:
-    """Escape what a terminal cannot show on one line: line breaks, control characters, undecodable names."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "image data" if isinstance(source, bytes) else printable(os.fspath(source))
