@@ -225,9 +225,10 @@ def _in_folder_of_another_class(index: DatasetIndex) -> Iterable[Finding]:
     apart = [record for record in index.records if record.label != usual[record.path.parent]]
     if not apart or 10 * len(apart) > len(index.records):
         return
+    names = [(record, index.classes[usual[record.path.parent]]) for record in apart]
     items = tuple(
-        f"{printable(record.path)} ({index.classes[record.label]!r}, its folder {index.classes[usual[record.path.parent]]!r})"
-        for record in apart
+        f"{printable(record.path)} ({index.classes[record.label]!r}, its folder {other!r})"
+        for record, other in names
     )
     yield Finding("mislabelled", f"{_images(items)} labelled otherwise than the rest of their folder", items)
 
