@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.layers import SEModule
 from timm.models import group_parameters, load_model_config_from_hf, res2net, resnet, senet, sknet
 from torch import Tensor, nn
 
@@ -37,6 +39,38 @@ ATTENTION_SLOTS: dict[type[nn.Module], str] = {
     senet.SEResNeXtBottleneck: "se_module",
 }
 """Residual blocks whose attention slot sees F(x) right before the shortcut is added, and the slot's name."""
+
+
+default_cfgs = timm.models.generate_default_cfgs(
+    {
+        "seresnet50_16units.untrained": {
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "interpolation": "bilinear",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "conv1",
+            "classifier": "fc",
+        }
+    }
+)
+"""timm looks for this name when a model is registered."""
+
+
+@timm.models.register_model
+def seresnet50_16units(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SE-ResNet-50 with 16 hidden units in every SE gate: the trunk of the released SENet checkpoints."""
+    blocks = {"attn_layer": partial(SEModule, rd_channels=16)}
+    model: nn.Module = timm.models.build_model_with_cfg(
+        resnet.ResNet,
+        "seresnet50_16units",
+        pretrained,
+        block=resnet.Bottleneck,
+        layers=[3, 4, 6, 3],
+        block_args=blocks,
+        **kwargs,
+    )
+    return model
 
 
 class Backbone(nn.Module):

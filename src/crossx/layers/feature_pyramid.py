@@ -71,9 +71,9 @@ class MergedFeatures(nn.Module):
             return global_pool(self.forward(previous, last), "avg")
         parts, size = self.num_parts, previous.shape[-2:]
         means = tap_means(previous, size, self.interpolation)
-        reduce = self.reduce.weight.view(parts, -1, last.shape[2])
+        reduce = self.reduce.weight.reshape(parts, -1, last.shape[2])
         means = means + torch.einsum("poc,bpck->bpok", reduce, tap_means(last, size, self.interpolation))
-        smooth = self.smooth.weight.view(parts, means.shape[2], -1)
+        smooth = self.smooth.weight.reshape(parts, means.shape[2], -1)
         convolved = torch.einsum("pok,bpk->bpo", smooth, means.flatten(2))
         pooled: Tensor = self.norm(convolved.flatten(1)[..., None, None])
         return pooled.view_as(convolved)

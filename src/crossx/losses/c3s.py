@@ -28,7 +28,8 @@ def part_correlations(features: Tensor) -> Tensor:
         exchanged = all_reduce(torch.cat((total.flatten(), total.new_tensor([count]))))
         total, count = exchanged[:-1].view_as(total), exchanged[-1].detach()
     mean = total / count
-    return mean @ mean.T
+    # Not a matrix product, which autocast would round to half precision.
+    return (mean[:, None] * mean[None]).sum(2)
 
 
 def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> Tensor:

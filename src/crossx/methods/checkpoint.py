@@ -32,7 +32,7 @@ def describe(
     """
     return ModelSpec(
         method=method.name,
-        options=dict(method.options),
+        options={name: list(v) if isinstance(v, tuple) else v for name, v in method.options.items()},
         backbone=method.backbone.architecture,
         backbone_args=dict(method.backbone.args),
         classes=tuple(classes),

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from crossx.errors import UsageError
+from crossx.layers import OSME, ResidualOSME, global_pool
+
+
+def naive_features(osme: OSME, maps: torch.Tensor) -> torch.Tensor:
+    """Eq. 1 and 2 as printed: a loop over images and parts."""
+    images = []
+    for u in maps:
+        parts = []
+        for p in range(osme.num_parts):
+            z = torch.stack([channel.sum() / channel.numel() for channel in u])
+            hidden = F.relu(osme.squeeze_weight[p] @ z + osme.squeeze_bias[p])
+            m = torch.sigmoid(osme.excite_weight[p] @ hidden + osme.excite_bias[p])
+            parts.append(torch.stack([m[c] * u[c] for c in range(len(u))]))
+        images.append(torch.stack(parts))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5)])
+def test_equals_a_loop_over_parts(num_parts: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    osme = OSME(32, num_parts, reduction=8).double()
+    maps = torch.randn(3, 32, *size, dtype=torch.double)
+    features = osme(maps)
+    assert features.shape == (3, num_parts, 32, *size)
+    torch.testing.assert_close(features, naive_features(osme, maps))
+
+
+def test_gradients() -> None:
+    torch.manual_seed(0)
+    osme = OSME(6, 2, reduction=3).double()
+    maps = torch.randn(2, 6, 3, 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(osme, (maps,))
+
+
+def test_starts_like_linear_layers() -> None:
+    torch.manual_seed(0)
+    osme = OSME(1024, 4, reduction=16)
+    linear = torch.nn.Linear(1024, 64)
+    assert osme.squeeze_weight.abs().max() <= 1024**-0.5
+    assert osme.squeeze_weight.std().item() == pytest.approx(linear.weight.std().item(), rel=0.02)
+    assert osme.excite_weight.abs().max() <= 64**-0.5
+
+
+@pytest.mark.parametrize(("num_parts", "reduction"), [(0, 16), (-1, 16), (2, 0), (2, 65)])
+def test_refuses_what_cannot_work(num_parts: int, reduction: int) -> None:
+    with pytest.raises(UsageError, match="num_parts" if num_parts < 1 else "reduction"):
+        OSME(64, num_parts, reduction)
+
+
+@pytest.mark.parametrize("own", [None, torch.nn.Hardtanh(-0.5, 0.5)])
+@pytest.mark.parametrize("keep_trunk", [True, False])
+def test_slot_gives_trunk_and_parts(own: torch.nn.Module | None, keep_trunk: bool) -> None:
+    torch.manual_seed(0)
+    slot = ResidualOSME(OSME(8, 3, 2), own, None, keep_trunk)
+    residual = torch.randn(2, 8, 4, 4)
+    out = slot(residual)
+    parts = out[1:] if keep_trunk else out
+    torch.testing.assert_close(parts.transpose(0, 1), slot.osme(residual))
+    if keep_trunk:
+        assert torch.equal(out[0], residual if own is None else own(residual))
+
+
+def test_slot_drops_whole_images_not_parts() -> None:
+    class HalfPath(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.tensor([1.0, 0.0])[:, None, None, None]
+
+    slot = ResidualOSME(OSME(8, 3, 2), None, HalfPath(), keep_trunk=True)
+    out = slot(torch.ones(2, 8, 4, 4))
+    assert (out[:, 0] > 0).all()
+    assert (out[:, 1] == 0).all()
+
+
+def test_pooling_equals_a_loop() -> None:
+    features = torch.randn(2, 3, 4, 5, 6)
+    for b in range(2):
+        for p in range(3):
+            for c in range(4):
+                places = features[b, p, c]
+                assert global_pool(features, "max")[b, p, c] == places.max()
+                assert global_pool(features, "avg")[b, p, c] == pytest.approx(places.mean().item(), abs=1e-6)

@@ -1,0 +1,135 @@
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, distributed
+
+from crossx.losses import C3SLoss, c3s_loss, part_correlations
+
+
+def naive_correlations(features: Tensor) -> Tensor:
+    """Eq. 3 with all N x N cosines, as the released code reads it."""
+    batch, parts, _ = features.shape
+    s = torch.zeros(parts, parts, dtype=features.dtype)
+    for p in range(parts):
+        for q in range(parts):
+            for n in range(batch):
+                for m in range(batch):
+                    s[p, q] += torch.cosine_similarity(features[n, p], features[m, q], dim=0) / batch**2
+    return s
+
+
+def naive_loss(features: Tensor, form: str, weight: float) -> Tensor:
+    """Eq. 4, and the released form, entry by entry."""
+    s = naive_correlations(features)
+    parts = range(len(s))
+    if form == "released":
+        return sum((1 - s[p, p] for p in parts), torch.zeros(())) + sum(
+            s[p, q] for p in parts for q in parts if p < q
+        )
+    return sum(s[p, q] ** 2 for p in parts for q in parts) / 2 - weight * sum(s[p, p] ** 2 for p in parts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    parts=st.integers(1, 4),
+    form=st.sampled_from(["paper", "released"]),
+    weight=st.sampled_from([1.0, 2.0]),
+    seed=st.integers(0, 100),
+)
+def test_equals_all_pairs(batch: int, parts: int, form: str, weight: float, seed: int) -> None:
+    features = torch.randn(batch, parts, 7, generator=torch.Generator().manual_seed(seed))
+    expected = naive_loss(features, form, weight)
+    torch.testing.assert_close(c3s_loss(features, form, weight), expected, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_known_values(form: str) -> None:
+    basis = torch.eye(4)[:2].expand(3, 2, 4)
+    assert torch.equal(part_correlations(basis), torch.eye(2))
+    # S = I: |S|^2 / 2 - 2 |diag|^2 = 1 - 4; sum (1 - 1) + 0 = 0.
+    assert c3s_loss(basis, form).item() == pytest.approx({"paper": -3.0, "released": 0.0}[form])
+    equal = torch.ones(3, 2, 4)
+    # S = 1 everywhere: 4 / 2 - 2 * 2; 0 + 1.
+    assert c3s_loss(equal, form).item() == pytest.approx({"paper": -2.0, "released": 1.0}[form])
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 50))
+def test_depends_on_directions_alone(scale: float, seed: int) -> None:
+    features = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(c3s_loss(features * scale), c3s_loss(features), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_descending_joins_images_and_parts_parts(form: str) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(6, 2, 8, requires_grad=True)
+    optimizer = torch.optim.SGD([features], lr=1.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        C3SLoss(form)(features).backward()  # type: ignore[arg-type]
+        optimizer.step()
+    s = part_correlations(features.detach())
+    assert s.diagonal().min() > 0.95
+    if form == "released":
+        assert s[0, 1] < -0.9
+    else:
+        assert s[0, 1].abs() < 0.1
+
+
+def test_a_zero_feature_is_no_nan() -> None:
+    features = torch.zeros(2, 2, 3, requires_grad=True)
+    c3s_loss(features).backward()
+    assert torch.isfinite(features.grad).all()  # type: ignore[arg-type]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    features = torch.load(folder / "features.pt")
+    results = {}
+    for form in ("paper", "released"):
+        # 5 images over two ranks: uneven on purpose.
+        own = (features[:2] if rank == 0 else features[2:]).clone().requires_grad_()
+        loss = c3s_loss(own, form)  # type: ignore[arg-type]
+        loss.backward()
+        results[form] = (loss.detach(), own.grad)
+    torch.save(results, folder / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+    torch.save(torch.randn(5, 3, 6), tmp_path / "features.pt")
+    port = _free_port()
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for form in ("paper", "released"):
+        features = torch.load(tmp_path / "features.pt").requires_grad_()
+        loss = c3s_loss(features, form)  # type: ignore[arg-type]
+        loss.backward()
+        gathered = torch.cat([result[form][1] for result in results])
+        for result in results:
+            torch.testing.assert_close(result[form][0], loss.detach())
+        # DDP divides the sum over ranks by their number.
+        torch.testing.assert_close(gathered / 2, features.grad)

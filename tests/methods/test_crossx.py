@@ -1,0 +1,193 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossx.errors import UsageError
+from crossx.methods import CrossX, create_method
+
+SMALL = "resnet10t"
+
+
+def build(**options: object) -> CrossX:
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=SMALL, num_classes=5, **options)
+    assert isinstance(method, CrossX)
+    return method
+
+
+def naive_stage(stage: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run a stage of basic blocks by hand; its last block gates F(x) before the shortcut (Eq. 1 and 2)."""
+    slot = None
+    parts: list[Tensor] = []
+    for block in stage:
+        shortcut = x if block.downsample is None else block.downsample(x)
+        fx = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x)))))
+        slot = block.se
+        if slot is not None:
+            z = fx.mean((2, 3))
+            for p in range(slot.osme.num_parts):
+                hidden = F.relu(F.linear(z, slot.osme.squeeze_weight[p], slot.osme.squeeze_bias[p]))
+                m = torch.sigmoid(F.linear(hidden, slot.osme.excite_weight[p], slot.osme.excite_bias[p]))
+                parts.append(F.relu(m[:, :, None, None] * fx + shortcut))
+        x = F.relu(fx + shortcut)
+    return x, parts
+
+
+def naive_forward(method: CrossX, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Section 3 from the equations: part by part, maps and all. Returns head logits and part features."""
+    trunk = method.backbone.trunk
+    x = trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(images))))
+    x = trunk.layer2(trunk.layer1(x))
+    x, previous = naive_stage(trunk.layer3, x)
+    _, last = naive_stage(trunk.layer4, x)
+    merge = method.merge
+    assert merge is not None
+    width, deep = previous[0].shape[1], last[0].shape[1]
+    merged = []
+    for p, (u_previous, u_last) in enumerate(zip(previous, last, strict=True)):
+        rows = slice(p * width, (p + 1) * width)
+        reduced = F.conv2d(u_last, merge.reduce.weight[rows].view(width, deep, 1, 1))
+        resized = F.interpolate(reduced, u_previous.shape[-2:], mode="bilinear", align_corners=False)
+        smooth = F.conv2d(u_previous + resized, merge.smooth.weight[rows], padding=1)
+        merged.append(
+            F.batch_norm(
+                smooth, merge.norm.running_mean[rows], merge.norm.running_var[rows],
+                merge.norm.weight[rows], merge.norm.bias[rows],
+            )
+        )  # fmt: skip
+    features = {
+        "last": torch.stack([u.mean((2, 3)) for u in last], 1),
+        "previous": torch.stack([u.amax((2, 3)) for u in previous], 1),
+        "merged": torch.stack([u.mean((2, 3)) for u in merged], 1),
+    }
+    return {name: method.heads[name](f.flatten(1)) for name, f in features.items()}, features
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_forward_follows_the_equations(num_parts: int) -> None:
+    method = build(num_parts=num_parts).eval()
+    nn.init.normal_(method.merge.norm.running_mean)  # type: ignore[union-attr]
+    images = torch.randn(2, 3, 75, 64)
+    with torch.no_grad():
+        heads, _ = naive_forward(method, images)
+        actual = method.head_logits(images)
+        for name, logits in heads.items():
+            torch.testing.assert_close(actual[name], logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(method(images), sum(heads.values()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_objective_follows_the_equations(form: str) -> None:
+    method = build(c3s_form=form, c3s_weights=(0.3, 0.2, 0.1), cross_layer_weights=(0.7, 0.4)).eval()
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+    heads, features = naive_forward(method, images)
+    logits = sum(heads.values())
+    expected = {"data": -F.log_softmax(logits, 1)[torch.arange(4), targets].mean()}
+    for (name, f), weight in zip(features.items(), (0.3, 0.2, 0.1), strict=True):
+        unit = f / f.norm(dim=2, keepdim=True)
+        s = torch.einsum("npc,mqc->pq", unit, unit) / 16
+        diagonal = s.diagonal()
+        value = (1 - diagonal).sum() + s[0, 1]
+        if form == "paper":
+            value = s.square().sum() / 2 - 2 * diagonal.square().sum()
+        expected[f"c3s_{name}"] = weight * value
+    teacher = heads["last"].softmax(1)
+    for name, weight in (("previous", 0.7), ("merged", 0.4)):
+        kl = (teacher * (teacher / heads[name].softmax(1)).log()).sum(1).mean()
+        expected[f"cross_layer_{name}"] = weight * kl
+    objective = method.objective(images, targets)
+    assert objective.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(objective.terms[name], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.loss, sum(expected.values()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.logits, logits, rtol=1e-4, atol=1e-5)
+
+
+SWITCHES = [
+    ({"use_previous": False, "use_merged": False}, {"last"}),
+    ({"use_previous": True, "use_merged": False}, {"last", "previous"}),
+    ({"use_previous": False, "use_merged": True}, {"last", "merged"}),
+    ({}, {"last", "previous", "merged"}),
+]
+
+
+@pytest.mark.parametrize(("options", "heads"), SWITCHES)
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+def test_every_switch_of_the_ablation(options: dict[str, bool], heads: set[str], pooling: str) -> None:
+    method = build(previous_pooling=pooling, **options)
+    images, targets = torch.randn(2, 3, 64, 64), torch.tensor([0, 3])
+    objective = method.objective(images, targets)
+    objective.loss.backward()
+    unused = [name for name, parameter in method.named_parameters() if parameter.grad is None]
+    assert unused == []
+    assert method.head_logits(images).keys() == heads
+    assert method.activation_maps(images).keys() == heads
+    expected = {"data"} | {f"c3s_{h}" for h in heads} | {f"cross_layer_{h}" for h in heads - {"last"}}
+    assert objective.terms.keys() == expected
+
+
+def test_weight_zero_turns_a_term_off() -> None:
+    method = build(c3s_weights=(0, 0, 0), cross_layer_weights=(0, 0))
+    objective = method.objective(torch.randn(2, 3, 64, 64), torch.tensor([0, 3]))
+    assert objective.terms.keys() == {"data"}
+    assert torch.equal(objective.loss, objective.terms["data"])
+
+
+def test_soft_targets_are_class_probabilities() -> None:
+    method = build().eval()
+    images = torch.randn(2, 3, 64, 64)
+    hard = method.objective(images, torch.tensor([1, 4])).loss
+    soft = method.objective(images, F.one_hot(torch.tensor([1, 4]), 5).float()).loss
+    torch.testing.assert_close(hard, soft)
+
+
+def test_a_batch_of_one() -> None:
+    method = build()
+    objective = method.objective(torch.randn(1, 3, 64, 64), torch.tensor([2]))
+    assert torch.isfinite(objective.loss)
+
+
+def test_maps_are_channel_means_of_the_attention_features() -> None:
+    method = build().eval()
+    images = torch.randn(2, 3, 64, 96)
+    stages = method.backbone(images)
+    maps = method.activation_maps(images)
+    assert {name: tuple(m.shape) for name, m in maps.items()} == {
+        "last": (2, 2, 2, 3), "previous": (2, 2, 4, 6), "merged": (2, 2, 4, 6),
+    }  # fmt: skip
+    expected = sum(stages["previous"][:, :, c] for c in range(256)) / 256
+    torch.testing.assert_close(maps["previous"], expected)
+
+
+def test_embeddings_are_what_the_heads_classify() -> None:
+    method = build().eval()
+    images = torch.randn(2, 3, 64, 64)
+    embeddings = method.embeddings(images)
+    assert embeddings.shape == (2, 2 * (512 + 256 + 256))
+    weight = torch.cat([head.weight for head in method.heads.values()], 1)
+    bias = sum(head.bias for head in method.heads.values())
+    torch.testing.assert_close(embeddings @ weight.T + bias, method(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_parts": 0}, "num_parts must be at least 1"),
+        ({"reduction": 0}, "reduction must lie between"),
+        ({"reduction": [16]}, "reduction takes 2 numbers"),
+        ({"c3s_weights": [1.0]}, "c3s_weights takes 3 numbers"),
+        ({"cross_layer_weights": [1.0, -1.0]}, "no negative"),
+        ({"num_part": 2}, "Did you mean 'num_parts'"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(**options)
+
+
+def test_gates_per_stage() -> None:
+    method = build(reduction=[32, 8])
+    trunk = method.backbone.trunk
+    assert trunk.layer4[-1].se.osme.squeeze_weight.shape == (2, 512 // 32, 512)
+    assert trunk.layer3[-1].se.osme.squeeze_weight.shape == (2, 256 // 8, 256)

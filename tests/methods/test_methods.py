@@ -1,0 +1,146 @@
+"""What every registered method owes to the contract; a new method is tested here without new code."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from crossx.errors import CrossXError, UsageError
+from crossx.methods import Method, create_method, list_methods, method_class, method_options, register_method
+from crossx.methods.base import sum_heads
+from crossx.methods.checkpoint import build_method, describe, load_method, load_weights, save_weights
+from crossx.runs import Preprocessing, Run, write_json
+
+PREPROCESSING = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLASSES = ("ani", "auklet", "bunting")
+
+every_method = pytest.mark.parametrize("name", list_methods())
+
+
+def build(name: str) -> Method:
+    torch.manual_seed(0)
+    return create_method(name, backbone="resnet10t", num_classes=3)
+
+
+@every_method
+def test_contract(name: str) -> None:
+    method = build(name).eval()
+    images, targets = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    logits = method(images)
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(sum_heads(method.head_logits(images)), logits)
+    objective = method.objective(images, targets)
+    torch.testing.assert_close(sum(objective.terms.values()), objective.loss)
+    torch.testing.assert_close(objective.logits, logits)
+    assert all(maps.dim() == 4 and len(maps) == 2 for maps in method.activation_maps(images).values())
+    assert method.embeddings(images).dim() == 2
+
+
+@every_method
+def test_learns_a_batch_by_heart(name: str) -> None:
+    method = build(name)
+    images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(40):
+        optimizer.zero_grad()
+        objective = method.objective(images, targets)
+        objective.loss.backward()
+        optimizer.step()
+    assert F.cross_entropy(objective.logits, targets) < 0.1
+
+
+@every_method
+def test_parameters_are_pretrained_or_new(name: str) -> None:
+    method = build(name)
+    new, old = method.new_parameters(), method.backbone.pretrained_parameters()
+    assert len(new) + len(old) == len(list(method.parameters()))
+    assert not {id(p) for p in new} & {id(p) for p in old}
+    assert sum(len(group) for group in method.backbone.layer_groups()) == len(old)
+
+
+@every_method
+def test_survives_its_files(name: str, tmp_path: object) -> None:
+    method = build(name).eval()
+    run = Run(tmp_path)  # type: ignore[arg-type]
+    spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
+    write_json(run.spec, spec.to_json())
+    save_weights(method, run.weights)
+    loaded, spec_again = load_method(run.path)
+    assert spec_again == spec
+    assert not loaded.training
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(images), method(images))
+
+
+@every_method
+def test_loads_a_training_checkpoint(name: str, tmp_path: object) -> None:
+    method = build(name).eval()
+    run = Run(tmp_path)  # type: ignore[arg-type]
+    spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
+    write_json(run.spec, spec.to_json())
+    run.checkpoints.mkdir()
+    state = {f"method.{key}": value for key, value in method.state_dict().items()}
+    torch.save({"state_dict": {**state, "metric.total": torch.zeros(1)}, "epoch": 3}, run.best)
+    images = torch.randn(2, 3, 64, 64)
+    for path in (run.path, run.best):
+        assert torch.equal(load_method(path)[0](images), method(images))
+
+
+@every_method
+def test_exports(name: str) -> None:
+    method = build(name).eval()
+    images = torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(method, (images,)).module()
+    torch.testing.assert_close(exported(images), method(images), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: object) -> None:
+    save_weights(build("plain"), tmp_path / "plain.safetensors")  # type: ignore[operator]
+    with pytest.raises(CrossXError, match="do not fit the network"):
+        load_weights(build("crossx"), tmp_path / "plain.safetensors")  # type: ignore[operator]
+
+
+def test_spec_rebuilds_without_the_local_folder(tmp_path: object) -> None:
+    folder = tmp_path / "weights"  # type: ignore[operator]
+    folder.mkdir()
+    config = {
+        "architecture": "resnet10t",
+        "model_args": {"in_chans": 3},
+        "pretrained_cfg": {"mean": [0.1] * 3},
+    }
+    write_json(folder / "config.json", config)
+    method = create_method("plain", backbone=f"local-dir:{folder}", num_classes=3)
+    assert tuple(method.backbone.data_config["mean"]) == (0.1, 0.1, 0.1)
+    (folder / "config.json").unlink()
+    spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
+    assert build_method(spec).state_dict().keys() == method.state_dict().keys()
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'crossx'"):
+        method_class("cross-x")
+    with pytest.raises(UsageError, match=r"method 'plain' has no option 'num_parts'.*It has: none"):
+        create_method("plain", backbone="resnet10t", num_classes=3, num_parts=2)
+    with pytest.raises(UsageError, match="num_classes must be at least 1"):
+        create_method("plain", backbone="resnet10t", num_classes=0)
+
+
+def test_options_are_kept_with_their_defaults() -> None:
+    method = create_method("crossx", backbone="resnet10t", num_classes=3, num_parts=3)
+    assert method.options == {**method_options("crossx"), "num_parts": 3}
+    assert method.name == "crossx"
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="registered twice"):
+        register_method("plain")(method_class("plain"))
+
+
+@every_method
+def test_channels_last_changes_nothing(name: str) -> None:
+    method = build(name).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = method(images)
+    method.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        method(images.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5
+    )

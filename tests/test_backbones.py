@@ -1,0 +1,239 @@
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from crossx.backbones import Backbone, create_backbone, load_trunk_weights
+from crossx.errors import CrossXError, UsageError
+
+RESIDUAL = ["resnet18", "resnet50", "seresnet50", "resnext50_32x4d", "legacy_seresnet50", "res2net50_26w_4s"]
+OTHERS = [
+    "convnext_tiny",
+    "efficientnet_b0",
+    "mobilenetv2_035",
+    "swin_tiny_patch4_window7_224",
+    "vit_tiny_patch16_224",
+]
+FIXED_SIZE = ("swin", "vit")
+
+
+def size_for(name: str) -> int:
+    return 224 if name.startswith(FIXED_SIZE) else 96
+
+
+def build(name: str) -> Backbone:
+    torch.manual_seed(0)
+    backbone = create_backbone(name)
+    for module in backbone.modules():
+        # timm starts the last norm of a residual block at 0, which would make F(x) vanish.
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("name", RESIDUAL + OTHERS)
+@torch.inference_mode()
+def test_maps_are_those_of_timm(name: str) -> None:
+    backbone = build(name)
+    images = torch.randn(1, 3, size_for(name), size_for(name))
+    maps = backbone(images)
+    for stage in ("previous", "last"):
+        side = images.shape[-1] // backbone.strides[stage]
+        assert maps[stage].shape == (1, backbone.channels[stage], side, side)
+    torch.testing.assert_close(backbone.pool(backbone.features(images)), backbone.trunk(images))
+    if not name.startswith("vit"):
+        assert backbone.strides["last"] == 2 * backbone.strides["previous"] == 32
+        # What the classifier would pool, and no earlier map (the trap of MobileNet's head convolution).
+        norm = getattr(getattr(backbone.trunk, "head", None), "norm", torch.nn.Identity())
+        pooled = norm(maps["last"].mean((2, 3), keepdim=True)).flatten(1)
+        torch.testing.assert_close(pooled, backbone.trunk(images), rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_stages_of_one_stride_are_two_depths() -> None:
+    backbone = build("vit_tiny_patch16_224")
+    tokens: dict[int, torch.Tensor] = {}
+    for depth in (8, 11):
+        backbone.trunk.blocks[depth].register_forward_hook(
+            lambda _m, _i, out, d=depth: tokens.update({d: out})
+        )
+    maps = backbone(torch.randn(1, 3, 224, 224))
+    for stage, depth in (("previous", 8), ("last", 11)):
+        expected = backbone.trunk.norm(tokens[depth])[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
+        torch.testing.assert_close(maps[stage], expected)
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+@torch.inference_mode()
+def test_osme_inside_the_block_leaves_the_trunk_as_it_was(name: str) -> None:
+    plain, backbone = build(name), build(name)
+    for stage in ("previous", "last"):
+        backbone.attach_osme(stage, 3, 16, None)
+    backbone.eval()
+    seen = []
+    backbone.trunk.layer4[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    images = torch.randn(2, 3, 96, 96)
+    expected = plain(images)
+    features = backbone(images)
+    assert torch.equal(seen[0], expected["previous"])
+    assert features["previous"].shape == (2, 3, backbone.channels["previous"], 6, 6)
+    # A gate of exactly one gives the map of a block without attention, a gate of zero the shortcut alone.
+    slot = backbone.trunk.layer4[-1].se_module if name.startswith("legacy") else backbone.trunk.layer4[-1].se
+    slot.osme.excite_weight.zero_()
+    slot.osme.excite_bias.copy_(torch.tensor([40.0, -200.0, 0.0])[:, None].expand_as(slot.osme.excite_bias))
+    full, none, half = backbone(images)["last"].unbind(1)
+    if name.startswith(("resnet", "resnext", "res2net")):
+        torch.testing.assert_close(full, expected["last"])
+    assert (none >= 0).all()
+    assert not torch.equal(none, full)
+    # ReLU(F / 2 + s) lies between ReLU(s) and ReLU(F + s) everywhere.
+    low, high = torch.minimum(none, full), torch.maximum(none, full)
+    assert ((half >= low - 1e-5) & (half <= high + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "mobilenetv2_035", "resnet18"])
+@torch.inference_mode()
+def test_osme_on_the_output_gates_the_map(name: str) -> None:
+    plain, backbone = build(name), build(name)
+    backbone.attach_osme("last", 2, 16, "output")
+    backbone.eval()
+    images = torch.randn(2, 3, 96, 96)
+    maps = plain(images)["last"]
+    torch.testing.assert_close(backbone(images)["last"], backbone.osme["last"](maps))
+
+
+def test_residual_placement_needs_residual_blocks() -> None:
+    with pytest.raises(UsageError, match="no residual blocks"):
+        build("convnext_tiny").attach_osme("last", 2, 16, "residual")
+
+
+def test_stochastic_depth_drops_images_not_parts() -> None:
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet18", args={"drop_path_rate": 0.9})
+    backbone.attach_osme("last", 2, 16, None)
+    backbone.train()
+    features = backbone(torch.randn(8, 3, 64, 64))["last"]
+    assert features.shape == (8, 2, 512, 2, 2)
+    dropped = [torch.equal(image[0], image[1]) for image in features]
+    assert any(dropped)
+
+
+def test_head_layers_go_where_a_method_has_its_own() -> None:
+    backbone = build("mobilenetv3_small_050")
+    before = backbone(torch.zeros(1, 3, 64, 64))["last"]
+    count = len(list(backbone.parameters()))
+    backbone.drop_head()
+    assert isinstance(backbone.trunk.conv_head, torch.nn.Identity)
+    assert len(list(backbone.parameters())) == count - 2
+    torch.testing.assert_close(backbone(torch.zeros(1, 3, 64, 64))["last"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("resnet_50", {}, "unknown backbone 'resnet_50'. Did you mean 'resnet"),
+        ("resnet50.tv_in2k", {}, "unknown weights.*Did you mean 'resnet50.tv"),
+        ("resnet18", {"dept": 3}, "does not take backbone_args"),
+        ("local-dir:/nowhere", {}, "there is no /nowhere/config.json"),
+        ("resnet50/x", {}, "unknown backbone"),
+    ],
+)
+def test_names_that_cannot_work(name: str, args: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create_backbone(name, args=args)
+
+
+def test_no_network_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        if pretrained:
+            raise OSError("Name or service not known\nlong story")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        CrossXError, match=r"weights cannot be had .Name or service not known.*local-dir:FOLDER"
+    ) as e:
+        create_backbone("resnet18.tv_in1k", pretrained=True)
+    assert "\n" not in str(e.value)
+
+
+def test_own_data_config_and_weights_of_a_folder(tmp_path: Path) -> None:
+    source = timm.create_model("mobilenetv2_035", num_classes=0, bn_eps=1e-3)
+    cfg = {
+        "num_classes": 0,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bilinear",
+        "classifier": "classifier",
+    }
+    config = {
+        "architecture": "mobilenetv2_035",
+        "num_classes": 0,
+        "model_args": {"bn_eps": 1e-3},
+        "pretrained_cfg": cfg,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    backbone = create_backbone(f"local-dir:{tmp_path}", pretrained=True)
+    assert tuple(backbone.data_config["std"]) == (0.25, 0.25, 0.25)
+    assert backbone.data_config["interpolation"] == "bilinear"
+    assert backbone.args == {"bn_eps": 1e-3}
+    assert backbone.trunk.bn1.eps == 1e-3
+    torch.testing.assert_close(backbone.trunk.state_dict(), source.state_dict())
+
+
+def test_weights_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = timm.create_model("resnet10t")
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    del state["module.conv1.0.weight"]
+    state["module.layer1.0.conv1.weight"] = torch.zeros(3)
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    backbone = create_backbone("resnet10t", weights=str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.trunk.layer2[0].conv1.weight, source.layer2[0].conv1.weight)
+    for line in ("missing: conv1.0.weight", "shape (3,)", "not known: fc.weight"):
+        assert line in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_weights_files_that_are_none(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "w.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CrossXError, match=r"weights file|plain state dict") as error:
+        load_trunk_weights(torch.nn.Linear(1, 1), path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(CrossXError, match="none of its 1 keys"):
+        create_backbone("resnet10t", weights=str(tmp_path / "w.pth"))
+
+
+def test_files_with_python_objects_are_not_loaded(tmp_path: Path) -> None:
+    torch.save({"weight": Path("x")}, tmp_path / "w.pth")
+    with pytest.raises(CrossXError, match="plain state dict"):
+        create_backbone("resnet10t", weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        (
+            "resnet18",
+            32,
+            "too small for backbone 'resnet18': its last map has 1 x 1 places. Use --data.image_size 64",
+        ),
+        ("vit_tiny_patch16_224", 160, "does not work.*--data.image_size 224"),
+    ],
+)
+def test_image_sizes_that_cannot_work(name: str, size: int, message: str) -> None:
+    backbone = create_backbone(name)
+    with pytest.raises(UsageError, match=message):
+        backbone.check_image_size(size)
+    assert backbone.training
