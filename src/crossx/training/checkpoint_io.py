@@ -29,9 +29,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CrossXError: If the disk is full or the folder not writable; an older file is untouched.
         """
-        # through a Python file: torch's own writer turns "disk full" into an assertion about its archive
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # closing the archive after a failed write fails too, and hides why
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def load_checkpoint(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
@@ -184,9 +185,15 @@ def _recorded(session: Session, info: dict[str, Any], checkpoints: Checkpoints) 
     """Keep ``status`` and ``selection`` of run.json true, and turn what can happen into one line."""
     run = session.run
     status = "failed"
+
+    def record() -> None:
+        if _is_leader():
+            write_json(run.info, {**info, "status": status, "selection": _selection(session, checkpoints)})
+
     try:
         yield
         status = "finished"
+        record()
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns both signals into SystemExit
         status = "stopped"
@@ -201,9 +208,13 @@ def _recorded(session: Session, info: dict[str, Any], checkpoints: Checkpoints) 
             "(and raise --trainer.accumulate_grad_batches by as much) or --data.image_size, or use "
             "--trainer.precision bf16-mixed."
         ) from error
+    except MisconfigurationException as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     finally:
-        if _is_leader():
-            write_json(run.info, {**info, "status": status, "selection": _selection(session, checkpoints)})
+        if status != "finished":
+            # on a full disk this fails as well, and must not hide the first error
+            with suppress(CrossXError):
+                record()
 
 
 def _claim(path: Path) -> None:

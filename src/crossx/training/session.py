@@ -100,6 +100,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
             backbone_args=model.backbone_args,
             **model.options,
         )
+        method.backbone.check_image_size(config.data.image_size)
         preprocessing = preprocessing_for(config.data, method.backbone.data_config)
     else:
         check_classes(saved.classes, index.classes, index.name)
@@ -180,6 +181,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
             warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec")
             yield
     finally:

@@ -55,6 +55,8 @@ class Task(LightningModule):
         self.objective: Callable[..., Any] = method.objective
         self.eval_loss = MeanMetric()
         self.eval_top1 = MulticlassAccuracy(method.num_classes, average="micro", validate_args=False)
+        # Lightning keeps the modes it finds: frozen norms must be in evaluation mode from the start
+        self.train()
 
     def on_fit_start(self) -> None:
         """Compile once the network is on its device (and copied, where an average is kept)."""

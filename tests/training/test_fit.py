@@ -1,0 +1,246 @@
+import csv
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crossx.data.catalog import read_dataset
+from crossx.data.datamodule import DataModule
+from crossx.errors import CrossXError, UsageError
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_method
+from crossx.methods.plain import Plain
+from crossx.training import session as session_module
+from crossx.training.checkpoint_io import read_checkpoint
+from crossx.training.config import Config
+from crossx.training.fit import fit
+from crossx.training.task import Task
+
+
+def rows(run):
+    with (run.path / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def method_weights(path):
+    state = read_checkpoint(path)["state_dict"]
+    return {name.removeprefix("method."): value for name, value in state.items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def accuracy(method, spec, split):
+    """Accuracy by a plain loop over single images."""
+    config = Config.from_yaml(spec.config).data
+    index = read_dataset(config.dataset, config.root, test_fraction=config.test_fraction, split_seed=0)
+    data = DataModule(index, spec.read_spec().preprocessing, config, seed=0)
+    right = [int(method(images).argmax(1)[0] == targets[0]) for images, targets in _single(data, split)]
+    return sum(right) / len(right)
+
+
+def _single(data, split):
+    for images, targets in data.eval_loader(split):
+        yield from zip(images.split(1), targets.split(1), strict=True)
+
+
+def test_run_folder_holds_everything(make_config):
+    config = make_config(trainer={"logger": ["tensorboard", "csv"], "log_every_n_steps": 2})
+    run = fit(config)
+    assert Config.from_yaml(run.config) == config
+    info = run.read_info()
+    assert info["status"] == "finished"
+    assert info["images"] == {"train": 27, "val": 3, "test": 6}
+    assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
+    assert [row["step"] for row in rows(run)] == ["4", "8", "12"]
+    written = json.loads((run.path / "metrics.json").read_text())["epochs"]
+    assert [{name: str(value) for name, value in row.items()} for row in written] == rows(run)
+    best = max(written, key=lambda row: (row["val/top1"], -row["epoch"]))
+    assert info["selection"] == {
+        "how": "best",
+        "split": "val",
+        "metric": "top1",
+        "epoch": best["epoch"],
+        "value": best["val/top1"],
+    }
+    assert list((run.path / "tensorboard").glob("events.out.tfevents*"))
+    assert_same(load_file(run.weights), method_weights(run.best))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay):
+    run = fit(make_config(optim={"ema_decay": ema_decay, "lr": 0.002}, trainer={"max_epochs": 2}))
+    history = rows(run)
+    assert read_checkpoint(run.last)["epoch"] == 1
+    for path, epoch in ((run.best, run.read_info()["selection"]["epoch"]), (run.last, 2)):
+        method, _ = load_method(path)
+        with torch.no_grad():
+            assert accuracy(method, run, "val") == pytest.approx(float(history[epoch - 1]["val/top1"]))
+
+
+def test_average_follows_its_definition(make_config, monkeypatch):
+    seen = []
+    step = Task.on_train_batch_end
+    monkeypatch.setattr(
+        Task,
+        "on_train_batch_end",
+        lambda self, *a: (
+            seen.append(self.method.classifier.weight.detach().clone()),
+            step(self, *a),
+        ),
+    )
+    run = fit(make_config(optim={"ema_decay": 0.9}, trainer={"max_epochs": 1}))
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.9 * average + 0.1 * weight
+    torch.testing.assert_close(load_file(run.weights)["classifier.weight"], average)
+    assert not torch.equal(average, seen[-1])
+
+
+def test_same_seed_gives_the_same_weights(make_config):
+    first, second = fit(make_config("a")), fit(make_config("b"))
+    assert_same(load_file(first.weights), load_file(second.weights))
+
+
+def test_last_epoch_is_kept_where_asked_or_nothing_is_held_out(make_config, caplog):
+    asked = fit(make_config("a", optim={"selection": "last"}))
+    no_val = fit(make_config("b", data={"train_on": "trainval"}))
+    assert "no validation images" in caplog.text
+    for run in (asked, no_val):
+        assert run.read_info()["selection"] == {"how": "last", "split": None, "epoch": 3, "value": None}
+        assert not run.best.exists()
+        assert_same(load_file(run.weights), method_weights(run.last))
+    assert "val/top1" in rows(asked)[0]
+    assert "val/top1" not in rows(no_val)[0]
+
+
+def test_selection_on_test_is_named(make_config):
+    run = fit(make_config(optim={"selection": "best_on_test"}))
+    selection = run.read_info()["selection"]
+    assert (selection["how"], selection["split"]) == ("best_on_test", "test")
+    assert selection["value"] == max(float(row["test/top1"]) for row in rows(run))
+    method, _ = load_method(run.path)
+    with torch.no_grad():
+        assert accuracy(method, run, "test") == pytest.approx(selection["value"])
+
+
+def test_epochs_without_validation_have_no_value(make_config):
+    run = fit(make_config(trainer={"check_val_every_n_epoch": 2}))
+    assert [bool(row["val/top1"]) for row in rows(run)] == [False, True, False]
+    assert run.read_info()["selection"]["epoch"] == 2
+
+
+def test_options_work_together(make_config):
+    optim = {
+        "optimizer": "adamw",
+        "schedule": "one_cycle",
+        "weight_decay": 0.05,
+        "layer_decay": 0.7,
+        "label_smoothing": 0.1,
+        "class_weights": "balanced",
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "freeze_batch_norm": True,
+        "ema_decay": 0.9,
+    }
+    trainer = {"max_epochs": 2, "accumulate_grad_batches": 3, "gradient_clip_val": 1.0}
+    run = fit(make_config(optim=optim, trainer=trainer))
+    assert [row["step"] for row in rows(run)] == ["2", "4"]
+    weights = load_file(run.weights)
+    assert all(value.isfinite().all() for value in weights.values())
+    statistics = [value for name, value in weights.items() if name.endswith("running_mean")]
+    assert statistics
+    assert not any(value.any() for value in statistics)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(make_config, monkeypatch):
+    step, seen = Task.training_step, []
+
+    def diverging(self, batch, batch_idx):
+        seen.append(batch_idx)
+        output = step(self, batch, batch_idx)
+        if len(seen) == 6:
+            output["numbers"]["data"] = output["numbers"]["data"] * float("inf")
+            output["loss"] = output["loss"] * float("inf")
+        return output
+
+    monkeypatch.setattr(Task, "training_step", diverging)
+    config = make_config()
+    with pytest.raises(
+        CrossXError, match=r"at step 6 \(epoch 2, batch 2\): train/loss .*train/data inf"
+    ) as caught:
+        fit(config)
+    assert "last.ckpt (epoch 1)" in str(caught.value)
+    run = session_module.Run(config.run_path())
+    assert run.read_info()["status"] == "failed"
+    assert read_checkpoint(run.last)["global_step"] == 4
+    assert all(value.isfinite().all() for value in method_weights(run.last).values())
+
+
+def test_diverging_for_real(make_config):
+    with pytest.raises(CrossXError, match="not finite"):
+        fit(make_config(optim={"lr": 1e30}))
+
+
+def test_out_of_gpu_memory_is_one_line(make_config, monkeypatch):
+    def full(self, images, targets):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(Plain, "objective", full)
+    with pytest.raises(
+        CrossXError, match=r"out of GPU memory at 8 images of 64 pixels: lower --data\.batch_size"
+    ):
+        fit(make_config())
+
+
+def test_a_run_is_never_overwritten(make_config):
+    run = fit(make_config(trainer={"max_epochs": 1}))
+    with pytest.raises(UsageError, match="holds a run already: continue it with `crossx fit --resume"):
+        fit(make_config())
+    run.config.unlink()
+    with pytest.raises(UsageError, match="is not empty already: choose another --output"):
+        fit(make_config())
+
+
+def test_a_failed_start_leaves_no_folder(make_config, images, tmp_path):
+    config = make_config(data={"root": str(tmp_path / "nowhere")})
+    with pytest.raises(CrossXError, match="nowhere"):
+        fit(config)
+    assert not config.run_path().exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_write_permission(make_config, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CrossXError, match="no permission to write"):
+        fit(make_config())
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [({"max_epoch": 3}, "Did you mean 'max_epochs'"), ({"precision": "bf17"}, "precision")],
+)
+def test_wrong_trainer_arguments(make_config, trainer, message):
+    with pytest.raises(UsageError, match=message):
+        fit(make_config(trainer=trainer))
+
+
+def test_prepare_sees_the_training_set_once(make_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Plain, "prepare", lambda self, batches: seen.append(sum(len(targets) for _, targets in batches))
+    )
+    assert Plain.prepare is not Method.prepare
+    fit(make_config(trainer={"max_epochs": 1}))
+    assert seen == [27]
+
+
+def test_image_size_that_the_backbone_cannot_take(make_config):
+    with pytest.raises(UsageError, match="image_size 50 does not work with backbone 'test_vit'"):
+        fit(make_config(model={"backbone": "test_vit"}, data={"image_size": 50}))

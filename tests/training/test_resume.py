@@ -1,0 +1,218 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import layouts
+from crossx.errors import CrossXError, UsageError
+from crossx.runs import Run
+from crossx.training import callbacks
+from crossx.training.checkpoint_io import read_checkpoint
+from crossx.training.fit import Stopped, fit, resume
+from crossx.training.task import Task
+
+RANDOM = {
+    "model": {"backbone_args": {"drop_path_rate": 0.3}},
+    "data": {"augmentation": "trivial", "random_erasing": 0.5},
+    "optim": {"mixup": 0.4, "cutmix": 1.0, "momentum": 0.9, "schedule": "cosine", "warmup_epochs": 1},
+}
+"""Everything that draws random numbers in training."""
+
+
+def interrupt(monkeypatch, at_step, action):
+    """Call ``action`` instead of training step ``at_step``, counted over the whole run, once."""
+    step, seen = Task.training_step, []
+
+    def counted(self, batch, batch_idx):
+        seen.append(batch_idx)
+        if len(seen) == at_step:
+            action()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Task, "training_step", counted)
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+def history(run):
+    rows = json.loads((run.path / "metrics.json").read_text())["epochs"]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def flatten(value, name=""):
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    if items is None:
+        return {name: value}
+    return {key: leaf for k, v in items for key, leaf in flatten(v, f"{name}/{k}").items()}
+
+
+def assert_same_run(run, reference):
+    """Every weight, statistic, momentum and number is the same, bit for bit."""
+    assert history(run) == history(reference)
+    assert run.read_info()["selection"] == reference.read_info()["selection"]
+    ours, theirs = load_file(run.weights), load_file(reference.weights)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for path in ("last", "best"):
+        first, second = (flatten(read_checkpoint(getattr(r, path))) for r in (run, reference))
+        different = [
+            name
+            for name, value in first.items()
+            if not name.endswith("seconds") and not _equal(value, second.get(name))
+        ]
+        assert first.keys() == second.keys()
+        assert not different
+
+
+def _equal(first, second):
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def test_a_killed_run_continues_bit_exactly(make_config, tmp_path):
+    """Killed in a process with its own loader process; the others here load in the training process itself."""
+    data = {**RANDOM["data"], "num_workers": 1}
+    killed, whole = (make_config(name, **{**RANDOM, "data": data}) for name in ("killed", "whole"))
+    (tmp_path / "killed.yaml").write_text(killed.to_yaml())
+    script = Path(__file__).with_name("killed_fit.py")
+    command = [sys.executable, str(script), str(tmp_path / "killed.yaml"), "7"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    run = Run(killed.run_path())
+    assert run.read_info()["status"] == "running"
+    assert read_checkpoint(run.last)["global_step"] == 4
+    assert_same_run(resume(run.path), fit(whole))
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"ema_decay": 0.8, "schedule": "step", "step_size": 1},
+        {"optimizer": "adamw", "schedule": "one_cycle", "layer_decay": 0.8},
+        {"schedule": "multistep", "milestones": [1, 2], "selection": "best_on_test"},
+    ],
+)
+def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypatch, optim):
+    whole = fit(make_config("whole", **{**RANDOM, "optim": optim}))
+    interrupt(monkeypatch, 10, crash)
+    config = make_config("killed", **{**RANDOM, "optim": optim})
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    assert_same_run(resume(config.run_path()), whole)
+
+
+def test_killed_between_best_and_last(make_config, monkeypatch):
+    """The older last.ckpt remains: the epoch is trained again, to the same weights."""
+    whole = fit(make_config("whole", **RANDOM))
+    config = make_config("killed", **RANDOM)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "_link", lambda source, target: crash())
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    run = Run(config.run_path())
+    assert run.best.exists()
+    assert not run.last.exists()
+    assert_same_run(resume(run.path), whole)
+
+
+def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch):
+    whole = fit(make_config("whole", **RANDOM))
+    interrupt(monkeypatch, 2, crash)
+    config = make_config("killed", **RANDOM)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    assert_same_run(resume(config.run_path()), whole)
+
+
+def test_killed_after_the_last_epoch(make_config, monkeypatch):
+    whole = fit(make_config("whole"))
+    config = make_config("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("crossx.training.fit.save_weights", lambda method, path: crash())
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    (config.run_path() / "metrics.json").unlink()
+    assert_same_run(resume(config.run_path()), whole)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tmp_path, sent):
+    whole = fit(make_config("whole"))
+    interrupt(monkeypatch, 6, lambda: os.kill(os.getpid(), sent))
+    config = make_config("stopped")
+    with pytest.raises(
+        Stopped, match=r"after 1 complete epochs; continue with `crossx fit --resume .*stopped`"
+    ):
+        fit(config)
+    assert Run(config.run_path()).read_info()["status"] == "stopped"
+    moved = shutil.move(config.run_path(), tmp_path / "moved")
+    assert_same_run(resume(moved), whole)
+
+
+def test_leftovers_of_a_killed_write_are_removed(make_config, monkeypatch):
+    interrupt(monkeypatch, 6, crash)
+    config = make_config()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    leftover = config.run_path() / "checkpoints" / ".last.ckpt.abc.tmp"
+    leftover.write_bytes(b"half")
+    resume(config.run_path())
+    assert not leftover.exists()
+
+
+def test_full_disk_stops_with_the_last_good_checkpoint_and_resumes(make_config, monkeypatch):
+    whole = fit(make_config("whole"))
+    save, seen = torch.save, []
+
+    def full(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    config = make_config("full")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CrossXError, match="no space left on the disk"):
+            fit(config)
+    run = Run(config.run_path())
+    assert read_checkpoint(run.last)["global_step"] == 4
+    assert_same_run(resume(run.path), whole)
+
+
+def test_what_cannot_be_resumed(make_config, monkeypatch, tmp_path):
+    finished = fit(make_config("finished", trainer={"max_epochs": 1}))
+    with pytest.raises(UsageError, match="is finished"):
+        resume(finished.path)
+    with pytest.raises(UsageError, match="no run to resume"):
+        resume(tmp_path / "nothing")
+    images = layouts.write_folder(tmp_path / "images", classes=3, images_per_class=12)
+    interrupt(monkeypatch, 6, crash)
+    config = make_config("changed", data={"root": str(images)})
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    layouts.write_folder(tmp_path / "images", classes=3, images_per_class=14)
+    with pytest.raises(CrossXError, match="can only be resumed on the same data"):
+        resume(config.run_path())
+
+
+def test_tensorboard_shows_each_step_once(make_config, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    interrupt(monkeypatch, 7, crash)
+    config = make_config(trainer={"logger": ["tensorboard"], "log_every_n_steps": 1})
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    events = EventAccumulator(str(resume(config.run_path()).path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss_step")] == list(range(1, 13))
+    assert len(events.Scalars("train/loss")) == len(events.Scalars("val/top1")) == 3

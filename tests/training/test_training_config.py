@@ -1,0 +1,89 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossx.errors import CrossXError, UsageError
+from crossx.training.config import Config, ModelConfig, OptimConfig
+
+SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(0, 1) | st.text(max_size=8)
+
+
+def test_method_options_lie_flat_in_yaml():
+    config = Config(model=ModelConfig(method="crossx", options={"num_parts": 3}))
+    written = yaml.safe_load(config.to_yaml())
+    assert written["model"]["num_parts"] == 3
+    assert "options" not in written["model"]
+
+
+@given(
+    options=st.dictionaries(st.from_regex(r"part_[a-z]{1,8}", fullmatch=True), SCALARS, max_size=3),
+    lr=st.floats(1e-6, 10),
+    milestones=st.lists(st.integers(1, 99), unique=True).map(sorted),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_yaml_round_trip(options, lr, milestones, seed):
+    config = Config(
+        model=ModelConfig(options=options), optim=OptimConfig(lr=lr, milestones=milestones), seed=seed
+    )
+    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_left_out_options_take_their_defaults():
+    assert Config.from_dict({"trainer": {"precision": "bf16-mixed"}}).trainer == {
+        "max_epochs": 30,
+        "logger": ["tensorboard", "csv"],
+        "precision": "bf16-mixed",
+    }
+    assert Config.from_dict({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimm": {}}, "Did you mean 'optim'"),
+        ({"optim": {"momentumm": 0.9}}, "Did you mean 'momentum'"),
+        ({"optim": {"schedule": "cosin"}}, "Did you mean 'cosine'"),
+        ({"optim": {"selection": "best_on_tets"}}, "Did you mean 'best_on_test'"),
+        ({"optim": {"lr": -1}}, "optim.lr must be above 0"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr must be above 0"),
+        ({"optim": {"lr": "fast"}}, "wrong type"),
+        ({"optim": {"milestones": [25, 15]}}, "milestones"),
+        ({"optim": {"schedule": "multistep"}}, "needs optim.milestones"),
+        ({"optim": {"ema_decay": 1.0}}, r"ema_decay must be in \(0, 1\)"),
+        ({"optim": {"nesterov": True, "momentum": 0}}, "nesterov needs"),
+        ({"optim": 3}, "optim must be a mapping"),
+        ({"trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
+        ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
+        ({"trainer": {"logger": ["tensorbord"]}}, "Did you mean 'tensorboard'"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_are_one_line(values, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        Config.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "model: {", "\x00"])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(CrossXError, match=r"config\.yaml") as caught:
+        Config.from_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_run_path_names_what_the_run_is():
+    config = Config(model=ModelConfig(method="plain", backbone="local-dir:/data/mobilenet/"), seed=4)
+    assert config.run_path() == Path("runs/plain-synthetic-mobilenet-s4")
+    assert Config(output="out").run_path() == Path("out")
+
+
+def test_import_is_torch_free():
+    code = "import sys, crossx.training.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
