@@ -244,3 +244,15 @@ def test_prepare_sees_the_training_set_once(make_config, monkeypatch):
 def test_image_size_that_the_backbone_cannot_take(make_config):
     with pytest.raises(UsageError, match="image_size 50 does not work with backbone 'test_vit'"):
         fit(make_config(model={"backbone": "test_vit"}, data={"image_size": 50}))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_top1_and_the_time_left(make_config, monkeypatch, capsys, terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    run = fit(make_config(trainer={"enable_progress_bar": True}))
+    shown = capsys.readouterr().err
+    last = rows(run)[-1]
+    top1 = f"train {float(last['train/top1']):.2%}  val {float(last['val/top1']):.2%}"
+    assert f"epoch 3/3  loss {float(last['train/loss']):.4f}  {top1}" in shown
+    assert "0:00:00 left" in shown
+    assert (f"val: {float(last['val/top1']):.1%}" in shown) is terminal

@@ -219,6 +219,11 @@ class Config:
         epochs = self.trainer["max_epochs"]
         if not isinstance(epochs, int) or epochs < 1:
             raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")
+        if self.optim.warmup_epochs >= epochs:
+            raise UsageError(
+                f"optim.warmup_epochs must be less than trainer.max_epochs ({epochs}), not "
+                f"{self.optim.warmup_epochs:g}."
+            )
 
     @property
     def loggers(self) -> list[str]:
