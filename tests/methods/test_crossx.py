@@ -127,6 +127,22 @@ def test_every_switch_of_the_ablation(options: dict[str, bool], heads: set[str],
     assert objective.terms.keys() == expected
 
 
+BACKBONES = {
+    "resnet18": 64, "resnet50": 64, "seresnet50": 64, "resnext50_32x4d": 64, "convnext_tiny": 64,
+    "efficientnet_b0": 64, "mobilenetv2_035": 67, "swin_tiny_patch4_window7_224": 224, "vit_tiny_patch16_224": 224,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("backbone", "size"), BACKBONES.items())
+def test_every_backbone_trains_every_weight(backbone: str, size: int) -> None:
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=backbone, num_classes=3)
+    objective = method.objective(torch.randn(2, 3, size, size), torch.tensor([0, 2]))
+    objective.loss.backward()
+    assert [name for name, parameter in method.named_parameters() if parameter.grad is None] == []
+    assert torch.isfinite(objective.loss)
+
+
 def test_weight_zero_turns_a_term_off() -> None:
     method = build(c3s_weights=(0, 0, 0), cross_layer_weights=(0, 0))
     objective = method.objective(torch.randn(2, 3, 64, 64), torch.tensor([0, 3]))

@@ -1,0 +1,136 @@
+import errno
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossx.errors import CrossXError
+from crossx.runs import (
+    ModelSpec,
+    Preprocessing,
+    Run,
+    atomic_path,
+    environment,
+    open_run,
+    read_json,
+    write_json,
+    write_text,
+)
+
+SPEC = ModelSpec(
+    method="crossx",
+    options={"num_parts": 2, "c3s_weights": [0.5, 0.25, 0.5]},
+    backbone="resnet18",
+    backbone_args={},
+    classes=("ani", "auklet"),
+    preprocessing=Preprocessing(448, 600, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 20),
+    dataset="cub",
+    levels={"family": ("Cuculidae", "Alcidae")},
+)
+
+
+def make_run(folder: Path, *files: str) -> Run:
+    run = Run(folder)
+    write_json(run.spec, SPEC.to_json())
+    for name in files:
+        write_text(folder / name, "weights")
+    return run
+
+
+@given(classes=st.lists(st.text(min_size=1), min_size=1, max_size=5), size=st.integers(32, 2000))
+def test_spec_survives_json(classes: list[str], size: int) -> None:
+    spec = replace(SPEC, classes=tuple(classes), preprocessing=replace(SPEC.preprocessing, image_size=size))
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json())), Path("model.json")) == spec
+
+
+def test_spec_of_another_version_or_kind() -> None:
+    with pytest.raises(CrossXError, match="schema 2, this version of crossx reads 1: upgrade"):
+        ModelSpec.from_json({**SPEC.to_json(), "schema": 2}, Path("model.json"))
+    values = SPEC.to_json()
+    del values["classes"]
+    with pytest.raises(CrossXError, match=r"model.json: not a model description of crossx .'classes'"):
+        ModelSpec.from_json(values, Path("model.json"))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt"), "model.safetensors"),
+        (("checkpoints/best.ckpt", "checkpoints/last.ckpt"), "checkpoints/best.ckpt"),
+        (("checkpoints/last.ckpt",), "checkpoints/last.ckpt"),
+    ],
+)
+def test_run_folder_gives_its_best_weights(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
+    run = make_run(tmp_path, *files)
+    assert open_run(tmp_path) == (run, tmp_path / expected)
+    for file in files:
+        assert open_run(tmp_path / file) == (run, tmp_path / file)
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CrossXError, match="no such run folder or checkpoint"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(CrossXError, match="not a run folder"):
+        open_run(tmp_path)
+    (tmp_path / "stray.ckpt").touch()
+    with pytest.raises(CrossXError, match=r"no model\.json beside it"):
+        open_run(tmp_path / "stray.ckpt")
+    make_run(tmp_path / "run")
+    with pytest.raises(CrossXError, match="has no weights yet"):
+        open_run(tmp_path / "run")
+
+
+def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "old")
+
+    def half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CrossXError, match="no space left on the disk"):
+        half()
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_written_files_follow_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file.txt", "x")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+        write_text(tmp_path / "file" / "run.json", "x")
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"top1": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    for name, message in (
+        ("list", "not a JSON object"),
+        ("broken", "not valid JSON"),
+        ("none", "no such file"),
+    ):
+        with pytest.raises(CrossXError, match=message):
+            read_json(tmp_path / f"{name}.json")
+
+
+def test_environment_names_versions() -> None:
+    found = environment()
+    assert {"crossx", "torch", "timm", "lightning"} <= found["versions"].keys()
+    json.dumps(found)
