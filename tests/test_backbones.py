@@ -66,6 +66,25 @@ def test_stages_of_one_stride_are_two_depths() -> None:
         torch.testing.assert_close(maps[stage], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "block"), [("mobilenetv2_035", "blocks.5.0"), ("efficientnet_b0", "blocks.5.0")]
+)
+@torch.inference_mode()
+def test_previous_of_inverted_residuals_is_the_expanded_map(name: str, block: str) -> None:
+    torch.manual_seed(0)
+    original = timm.create_model(name, num_classes=0).eval()
+    expanded = []
+    original.get_submodule(block).bn1.register_forward_hook(lambda _m, _i, out: expanded.append(out))
+    backbone = build(name)
+    backbone.trunk.load_state_dict(
+        dict(zip(backbone.trunk.state_dict(), original.state_dict().values(), strict=True))
+    )
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(backbone.trunk(images), original(images))
+    assert torch.equal(backbone(images)["previous"], expanded[0])
+    assert backbone.channels["previous"] == expanded[0].shape[1]
+
+
 @pytest.mark.parametrize("name", RESIDUAL)
 @torch.inference_mode()
 def test_osme_inside_the_block_leaves_the_trunk_as_it_was(name: str) -> None:
@@ -184,7 +203,8 @@ def test_own_data_config_and_weights_of_a_folder(tmp_path: Path) -> None:
     assert backbone.data_config["interpolation"] == "bilinear"
     assert backbone.args == {"bn_eps": 1e-3}
     assert backbone.trunk.bn1.eps == 1e-3
-    torch.testing.assert_close(backbone.trunk.state_dict(), source.state_dict())
+    for own, theirs in zip(backbone.trunk.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(own, theirs)
 
 
 def test_weights_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.layers import SEModule
-from timm.models import group_parameters, load_model_config_from_hf, res2net, resnet, senet, sknet
+from timm.models import (
+    efficientnet,
+    group_parameters,
+    load_model_config_from_hf,
+    mobilenetv3,
+    res2net,
+    resnet,
+    senet,
+    sknet,
+)
+from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 
 from crossx.errors import CrossXError, UsageError, nearest
@@ -57,7 +67,7 @@ default_cfgs = timm.models.generate_default_cfgs(
 """timm looks for this name when a model is registered."""
 
 
-@timm.models.register_model
+@timm.models.register_model  # type: ignore[untyped-decorator]
 def seresnet50_16units(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-ResNet-50 with 16 hidden units in every SE gate: the trunk of the released SENet checkpoints."""
     blocks = {"attn_layer": partial(SEModule, rd_channels=16)}
@@ -76,7 +86,7 @@ def seresnet50_16units(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 class Backbone(nn.Module):
     """A timm model without its classifier, giving the maps of two stages.
 
-    ``last`` is the map that the model's own classifier would pool; ``previous`` the deepest map at twice its
+    ``last`` is the map that the model's own classifier would pool; ``previous`` the deepest map of half its
     stride, or, where all maps have one stride (ViT), the one after three quarters of the blocks.
 
     Args:
@@ -104,7 +114,11 @@ class Backbone(nn.Module):
         self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
         self._previous = _previous_index([stage["reduction"] for stage in info])
         self._deepest = len(info) - 1
-        self.channels = {"previous": info[self._previous]["num_chs"], "last": self.trunk.num_features}
+        expanded = _expand_stage(trunk, info[self._previous]["module"])
+        self.channels = {
+            "previous": expanded or info[self._previous]["num_chs"],
+            "last": self.trunk.num_features,
+        }
         self.strides = {"previous": info[self._previous]["reduction"], "last": info[-1]["reduction"]}
         self.osme = nn.ModuleDict()
         self._slots: dict[str, ResidualOSME] = {}
@@ -306,10 +320,9 @@ def create_backbone(
             f"backbone {name!r}: its pretrained weights cannot be had ({_first_line(error)}). Check the network, "
             "or use --model.backbone_weights FILE, --model.backbone local-dir:FOLDER or --model.pretrained false."
         ) from error
-    backbone = Backbone(name, architecture, merged, trunk)
     if weights is not None:
         load_trunk_weights(trunk, Path(weights))
-    return backbone
+    return Backbone(name, architecture, merged, trunk)
 
 
 def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
@@ -417,6 +430,26 @@ def _previous_index(reductions: Sequence[int]) -> int:
     """Return which stage map is ``previous``, given each map's stride, shallow to deep."""
     twice = [index for index, stride in enumerate(reductions) if 2 * stride == reductions[-1]]
     return twice[-1] if twice else max(0, (3 * len(reductions)) // 4 - 1)
+
+
+def _expand_stage(trunk: nn.Module, stage: str) -> int | None:
+    """Let a stage of inverted residual blocks end with the next one's expansion, and return its channels.
+
+    In EfficientNet and MobileNet the deepest map at a stride is the expanded one inside the next stage's first
+    block, before its strided convolution; the stage's own output is a bottleneck a sixth as wide. Moving the
+    expansion to the end of the stage computes the same in the same order. None where the trunk is of another kind.
+    """
+    if not isinstance(trunk, efficientnet.EfficientNet | mobilenetv3.MobileNetV3):
+        return None
+    name, _, number = stage.rpartition(".")
+    block = getattr(trunk.get_submodule(f"{name}.{int(number) + 1}"), "0")
+    if type(block) is not InvertedResidual or block.has_skip or block.conv_s2d is not None:
+        return None
+    channels = int(block.conv_pw.out_channels)
+    blocks: Any = trunk.get_submodule(stage)
+    blocks.append(nn.Sequential(block.conv_pw, block.bn1))
+    block.conv_pw = block.bn1 = nn.Identity()
+    return channels
 
 
 def _residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], list[str]] | None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 C3SForm: TypeAlias = Literal["paper", "released"]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce through which gradients flow: each rank's share of the sum gets every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
 
 
 def part_correlations(features: Tensor) -> Tensor:
@@ -25,7 +40,7 @@ def part_correlations(features: Tensor) -> Tensor:
     total = unit.sum(0)
     count = float(len(unit))
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        exchanged = all_reduce(torch.cat((total.flatten(), total.new_tensor([count]))))
+        exchanged = _SumOverRanks.apply(torch.cat((total.flatten(), total.new_tensor([count]))))
         total, count = exchanged[:-1].view_as(total), exchanged[-1].detach()
     mean = total / count
     # Not a matrix product, which autocast would round to half precision.
