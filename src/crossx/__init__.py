@@ -1,1 +1,45 @@
-"""Fine-grained visual categorization: Cross-X learning and the methods it is compared with, on one contract."""
+"""Fine-grained visual categorization: Cross-X learning and the methods it is compared with, on one contract.
+
+The public names are imported when they are first used, so that ``import crossx`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossx.deploy.predictor import Predictor
+    from crossx.methods import create_method, list_methods
+    from crossx.training.fit import fit
+
+    load = Predictor.load
+    __version__: str
+
+__all__ = ["__version__", "create_method", "fit", "list_methods", "load"]
+
+_HOMES = {
+    "create_method": ("crossx.methods", "create_method"),
+    "fit": ("crossx.training.fit", "fit"),
+    "list_methods": ("crossx.methods", "list_methods"),
+    "load": ("crossx.deploy.predictor", "Predictor.load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("crossx")
+    elif name in _HOMES:
+        module, attribute = _HOMES[name]
+        value = attrgetter(attribute)(importlib.import_module(module))
+    else:
+        raise AttributeError(f"module 'crossx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

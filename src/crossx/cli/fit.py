@@ -1,0 +1,93 @@
+"""``crossx fit``."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossx.cli.fit_options import FitArguments, parse_fit
+from crossx.data.catalog import read_dataset
+from crossx.data.index import SPLITS
+from crossx.errors import UsageError
+from crossx.runs import Run, open_run
+from crossx.training.config import Config
+
+RUNS = Path("runs")
+LAUNCHED = "CROSSX_RUN"
+"""Environment variable that tells the processes which Lightning starts for further GPUs the run's folder."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train a network, or continue a run."""
+    asked = parse_fit(arguments)
+
+    from crossx.training import fit as training
+
+    if asked.resume:
+        done = training.resume(asked.resume, root=asked.config.data.root)
+    else:
+        config = asked.config
+        config.output = config.output or str(_free_folder(asked))
+        _announce(asked)
+        done = training.fit(config)
+    _conclude(done)
+    return 0
+
+
+def _free_folder(asked: FitArguments) -> Path:
+    """Return the first free ``runs/NAME-DATASET-N``."""
+    if LAUNCHED in os.environ:
+        return Path(os.environ[LAUNCHED])
+    if "RANK" in os.environ:
+        raise UsageError("several processes were started for one run: give --output, so that they share it.")
+    config = asked.config
+    name = Path(asked.recipe).stem if asked.recipe else config.model.method
+    number = 1
+    while (folder := RUNS / f"{name}-{config.data.dataset}-{number}").exists():
+        number += 1
+    os.environ[LAUNCHED] = str(folder)
+    return folder
+
+
+def _announce(asked: FitArguments) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    config = asked.config
+    for note in asked.notes:
+        print(f"note: {note}")
+    start = "pretrained" if config.model.pretrained else "random weights"
+    print(f"method    {config.model.method}")
+    print(f"backbone  {config.model.backbone} ({config.model.backbone_weights or start})")
+    print(f"dataset   {config.data.dataset}: {_count_images(config)}")
+    print(f"run       {config.output}", flush=True)
+
+
+def _count_images(config: Config) -> str:
+    data = config.data
+    index = read_dataset(
+        data.dataset,
+        data.root,
+        level=data.level,
+        num_classes=data.num_classes,
+        images_per_class=data.images_per_class,
+        test_fraction=data.test_fraction,
+        split_seed=data.split_seed,
+    ).with_validation(data.val_fraction, data.split_seed)
+    counts = Counter(record.split for record in index.records)
+    images = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+    return f"{len(index.classes)} classes, images: {images}"
+
+
+def _conclude(done: Run) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    _, weights = open_run(done.path)
+    selection = done.read_info().get("selection") or {}
+    if selection.get("value") is not None:
+        reached = f"{selection['value']:.2%} top-1 on {selection['split']}"
+        print(f"best epoch {selection['epoch']:.0f}: {reached}; weights: {weights}")
+    else:
+        print(f"last epoch {selection.get('epoch') or 0:.0f}; weights: {weights}")
+    print(f"next: crossx test {done.path}")

@@ -1,0 +1,144 @@
+"""The command ``crossx``: finds the verb, and turns what goes wrong into one line and an exit code.
+
+Imports nothing heavy, so that ``crossx --help`` answers at once; a verb's module is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+from crossx.cli.options import unknown_argument
+from crossx.errors import CrossXError, UsageError, unknown
+
+VERBS = {
+    "quickstart": "draw images, train on them, test, show the result: the whole in a few minutes",
+    "fit": "train a network",
+    "test": "measure a trained network, or compare two",
+    "predict": "name what is on images",
+    "recipes": "list the packaged training recipes, or print one",
+    "datasets": "list the datasets and where to get them, or check one on disk",
+    "import-released": "make a run of a checkpoint that the authors of Cross-X released",
+}
+
+USAGE = """\
+usage: crossx VERB [options]
+
+Fine-grained visual categorization: Cross-X learning and the methods it is compared with.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help     show this, or after a verb its options and examples
+  --version      show the version
+  --debug        show the traceback of an error (also: CROSSX_DEBUG=1)
+
+examples:
+  crossx quickstart
+  crossx fit --config finetune --data.dataset folder --data.root my_images --output runs/mine
+  crossx test runs/mine
+  crossx predict runs/mine bird.jpg
+
+RUN is a run folder, or a checkpoint file in one, in every verb.
+"""
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: What follows ``crossx``; by default the process's own arguments.
+
+    Returns:
+        0, 1 for a failure, 2 for a wrong command, 130 after Ctrl-C, 141 where the reader of a pipe has gone.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("CROSSX_DEBUG", "0") not in ("", "0") or "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    _show_log()
+    command = f"crossx {words[0]}" if words and words[0] in VERBS else "crossx"
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out; nobody reads it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _fail(command, "stopped by Ctrl-C.", INTERRUPTED, debug)
+    except CrossXError as error:
+        return _fail(command, str(error), error.exit_code, debug)
+    except OSError as error:
+        return _fail(command, _os_error(error), CrossXError.exit_code, debug)
+    except Exception as error:
+        return _fail(command, _defect(error), CrossXError.exit_code, debug)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        raise UsageError(f"which verb? Choose from: {', '.join(VERBS)}; see `crossx --help`.")
+    verb, rest = words[0], words[1:]
+    if verb in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(
+            USAGE.format(verbs="\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())),
+            end="",
+        )
+        return 0
+    if verb == "--version":
+        from crossx import __version__
+
+        print(f"crossx {__version__}")
+        return 0
+    if verb not in VERBS:
+        if verb.startswith("-"):
+            raise unknown_argument(verb, ("--help", "--version", "--debug"), "crossx")
+        raise unknown("verb", verb, VERBS)
+    module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")
+    try:
+        return int(module.run(rest))
+    except SystemExit as leaving:
+        # argparse leaves this way after --help, Lightning after Ctrl-C.
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from leaving
+        return leaving.code if isinstance(leaving.code, int) else 0
+
+
+def _show_log() -> None:
+    """Print what the library has to say to stderr, as it is now; a failed download is told once, in our line."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    log = logging.getLogger("crossx")
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.INFO)
+
+
+def _fail(command: str, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{command}: error: {message}", file=sys.stderr)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}."
+
+
+def _defect(error: Exception) -> str:
+    """Describe an error that nobody foresaw, and keep its traceback where it can be found."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: lower --data.batch_size."
+    with tempfile.NamedTemporaryFile("w", prefix="crossx-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    reason = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {reason} (a defect of crossx; report it with {log.name})."

@@ -1,0 +1,136 @@
+"""``crossx quickstart``: the whole way from drawn images to tested networks, as the commands that anyone can type."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossx.cli.options import VerbParser, natural
+from crossx.errors import UsageError
+
+RECIPE = "quickstart"
+METHODS = ("plain", "crossx")
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained and tested network.
+
+    Attributes:
+        folder: Its run folder.
+        results: What ``test_run`` returned.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Draw images, train the plain backbone and Cross-X on them, test both, show the result."""
+    parser = VerbParser(
+        "quickstart",
+        "See the whole work on this machine in a few minutes: draws birds whose classes differ in one part, trains\n"
+        "a small plain network and the same network with Cross-X from scratch, tests both on new images.",
+        ["crossx quickstart", "crossx quickstart --output runs/first --seed 1"],
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder to make (default: the first free runs/quickstart-N)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the training (default: 0)")
+    options = parser.parse(arguments)
+    output = Path(options.output) if options.output else _free_folder()
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty: choose another --output.")
+
+    started = time.monotonic()
+    trained = {method: train_and_test(method, output, options.seed) for method in METHODS}
+    picture = output / "predictions.png"
+    draw_predictions(trained["crossx"].folder, picture)
+    _print_outcome(trained, picture, time.monotonic() - started)
+    return 0
+
+
+def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
+    """Train a method by the packaged recipe on the drawn images in ``output/images``, and test it.
+
+    Args:
+        method: Its registered name.
+        output: The folder of the quickstart; the run is ``output/METHOD``.
+        seed: Seed of the training; the images are the same for every seed.
+    """
+    from crossx.cli import fit
+    from crossx.evaluation.testing import test_run
+
+    folder = output / method
+    arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]
+    arguments += ["--seed", str(seed), "--output", str(folder)]
+    print(f"\n$ crossx fit {' '.join(arguments)}", flush=True)
+    fit.run(arguments)
+    return Trained(folder, test_run(folder))
+
+
+def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> None:
+    """Draw one tested image of each class with what the network says about it.
+
+    Args:
+        run_folder: A tested run of a dataset whose root is still there.
+        target: The picture to write, PNG.
+        split: The split it was tested on.
+
+    Raises:
+        CrossXError: If the run was not tested, or an image cannot be read.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from crossx.data.images import read_image
+    from crossx.evaluation.predictions import Predictions, predictions_path
+    from crossx.runs import Run, atomic_path, read_json
+
+    tested = Predictions.load(predictions_path(run_folder, split), run_folder, split)
+    root = Path(read_json(Run(run_folder).path / f"{split}.json")["data_root"])
+    chosen = [int(np.flatnonzero(tested.targets == label)[0]) for label in np.unique(tested.targets)]
+    rows = -(-len(chosen) // COLUMNS)
+    figure = Figure(figsize=(2.6 * COLUMNS, 3.2 * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"One new image of each class: {tested.correct.mean():.0%} of all {len(tested.targets)} are right"
+    )
+    for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, chosen, strict=False):
+        axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
+        probabilities = np.exp(tested.logits[index] - np.logaddexp.reduce(tested.logits[index]))
+        guess, right = int(probabilities.argmax()), bool(tested.correct[index])
+        said = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
+        text = said if right else f"{said}\nwrong: {tested.labels[index]}"
+        wrapped = "\n".join(textwrap.fill(line, 26) for line in text.split("\n"))
+        axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
+    for axes in figure.axes:
+        axes.set_axis_off()
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _print_outcome(trained: dict[str, Trained], picture: Path, seconds: float) -> None:
+    results = trained["crossx"].results
+    print(f"\nTop-1 accuracy on {results['n']} new images of {results['num_classes']} classes:")
+    print(f"  chance   {1 / results['num_classes']:7.1%}")
+    for method, network in trained.items():
+        low, high = network.results["intervals"]["top1"]
+        print(f"  {method:<8} {network.results['top1']:7.1%}  ({low:.1%} to {high:.1%}, 95% interval)")
+    print(f"\nrun      {trained['crossx'].folder}")
+    print(f"picture  {picture}")
+    print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")
+    print(f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3")
+
+
+def _free_folder() -> Path:
+    number = 1
+    while (folder := Path("runs") / f"quickstart-{number}").exists():
+        number += 1
+    return folder

@@ -1,0 +1,46 @@
+"""``crossx recipes [NAME]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crossx.cli.options import VerbParser
+from crossx.recipes import list_recipes, load_recipe
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List the packaged recipes, or print one with everything that it builds on filled in."""
+    parser = VerbParser(
+        "recipes",
+        "List the packaged training recipes, or print one as YAML: each number with its source.",
+        [
+            "crossx recipes",
+            "crossx recipes finetune > mine.yaml    # a start for a recipe of your own",
+            "crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011",
+        ],
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a recipe's name, or a YAML file")
+    name = parser.parse(arguments).name
+    if name:
+        print(load_recipe(name).to_yaml(), end="")
+    else:
+        _print_table()
+    return 0
+
+
+def _print_table() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "method", "backbone", "dataset", "what it is", box=None, pad_edge=False)
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        table.add_row(
+            name,
+            recipe.get("model", "method", default=""),
+            recipe.get("model", "backbone", default=""),
+            recipe.get("data", "dataset", default=""),
+            recipe.description,
+        )
+    Console().print(table)
+    print("\n`crossx recipes NAME` prints one; `crossx fit --config NAME` trains it.")

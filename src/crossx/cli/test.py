@@ -1,0 +1,124 @@
+"""``crossx test RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossx.cli.options import VerbParser, add_device, add_loading, add_run
+from crossx.errors import UsageError
+from crossx.runs import open_run, read_json, write_json
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Test a run, or two against each other, print the numbers and where everything is written."""
+    parser = VerbParser(
+        "test",
+        "Measure a trained network on the images of one split: accuracies with intervals, for each head and class,\n"
+        "confusion matrix, calibration. With --against, the paired test of two runs on the same images.",
+        [
+            "crossx test runs/mine",
+            "crossx test runs/mine --data.root /other/place/CUB_200_2011 --split val",
+            "crossx test runs/mine/checkpoints/last.ckpt",
+            "crossx test runs/crossx --against runs/plain",
+        ],
+    )
+    add_run(parser)
+    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+    parser.add_argument("--against", metavar="RUN_B", help="compare with this run, image by image")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
+    parser.add_argument(
+        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
+    )
+    add_loading(parser)
+    add_device(parser)
+    options = parser.parse(arguments)
+    if options.against is None:
+        print_results(options.run, _test(options.run, options))
+    else:
+        _compare(options)
+    return 0
+
+
+def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Print what ``test_run`` returned for the run at ``path``."""
+    folder, split = open_run(path)[0].path, results["split"]
+    low_high = results["intervals"]
+    print(
+        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: {results['n']} images, "
+        f"{results['num_classes']} classes, weights {results['weights']}"
+    )
+    rows = {
+        "top-1": _percent(results["top1"], low_high["top1"]),
+        "top-5": _percent(results["top5"]),
+        "class mean": _percent(results["class_mean"], low_high["class_mean"]),
+    }
+    for kind in ("heads", "levels"):
+        if len(results[kind]) > 1 or kind == "levels":
+            rows |= {
+                f"{kind.removesuffix('s')} {name}": _percent(value) for name, value in results[kind].items()
+            }
+    rows["calibration error"] = _percent(results["ece"])
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+    if results["seen_in_training"]:
+        print("  These images were trained on: the numbers say nothing about new images.")
+    print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
+
+
+def _test(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    from crossx.evaluation.testing import test_run
+
+    return test_run(
+        path,
+        root=options.root,
+        dataset=options.dataset,
+        split=options.split,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=options.device,
+    )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from crossx.evaluation.comparison import compare_runs
+
+    folders = [open_run(path)[0].path for path in (options.run, options.against)]
+    if folders[0].resolve() == folders[1].resolve():
+        raise UsageError(
+            f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
+        )
+    for path in (options.run, options.against):
+        if not _is_tested(path, options):
+            print_results(path, _test(path, options))
+    result = compare_runs(options.run, options.against, options.split)
+    target = folders[0] / f"{options.split}_against_{folders[1].resolve().name}.json"
+    write_json(target, result)
+    low, high = result["interval"]["difference"]
+    print(
+        f"{options.run}: {_percent(result['top1']['a'])} top-1\n"
+        f"{options.against}: {_percent(result['top1']['b'])} top-1\n"
+        f"difference: {100 * result['difference']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}, 95% interval)\n"
+        f"right on one alone: {result['correct']['only_a']} and {result['correct']['only_b']} of {result['n']} images, "
+        f"McNemar's exact test p = {result['p_value']:.3g}\n"
+        f"results: {target}"
+    )
+
+
+def _is_tested(path: str, options: argparse.Namespace) -> bool:
+    """Say whether the results in the run folder are those of these weights and this request."""
+    run, weights = open_run(path)
+    results = run.path / f"{options.split}.json"
+    if options.root or options.dataset or not results.is_file():
+        return False
+    same = read_json(results).get("weights") == os.path.relpath(weights, run.path)
+    return same and results.stat().st_mtime >= weights.stat().st_mtime
+
+
+def _percent(value: float, interval: Sequence[float] | None = None) -> str:
+    text = f"{100 * value:.2f}%"
+    return f"{text}  ({100 * interval[0]:.2f} to {100 * interval[1]:.2f}, 95% interval)" if interval else text

@@ -1,0 +1,187 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossx import recipes
+from crossx.errors import UsageError
+from crossx.recipes import Recipe, Setting, list_recipes, load_recipe
+
+FILES = sorted(Path(recipes.__file__).parent.glob("*.yaml"))
+
+# The released code's initialization.py: dataset -> lambda of L, L-1 and G as they are meant.
+LAMBDAS = {
+    "resnet50": {
+        "cub": [0.5, 0.25, 0.5],
+        "nabirds": [0.5, 0.25, 0.5],
+        "cars": [1, 0.25, 1],
+        "dogs": [0.01, 0.01, 1],
+        "aircraft": [0.5, 0.1, 0.5],
+    },
+    "senet50": {
+        "cub": [1, 0.25, 1],
+        "nabirds": [0.1, 0.25, 0.5],
+        "cars": [1, 0.25, 1],
+        "dogs": [1, 0.5, 1],
+        "aircraft": [0.5, 0.1, 0.1],
+    },
+}
+CASES = [(backbone, dataset) for backbone, values in LAMBDAS.items() for dataset in values]
+
+
+def has_number(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_number_of_a_packaged_file_has_its_source_in_a_comment(path: Path) -> None:
+    recipe = recipes._parse(path.stem, path.read_text())
+    bare = [
+        key
+        for key, item in recipe.settings.items()
+        if has_number(item.value) and not (item.above or item.beside)
+    ]
+    assert not bare
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_printed_recipe_reads_back_with_its_comments(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.to_yaml())
+    again = load_recipe(copy)
+    assert dict(again.settings) == dict(recipe.settings)
+    assert yaml.safe_load(recipe.to_yaml()) == {"description": recipe.description, **recipe.to_dict()}
+
+
+def test_there_is_a_recipe_for_every_dataset_backbone_and_kind() -> None:
+    wanted = {
+        f"crossx_{dataset}_{backbone}{kind}" for backbone, dataset in CASES for kind in ("", "_released")
+    }
+    wanted |= {f"plain_{dataset}_{backbone}" for backbone, dataset in CASES}
+    assert wanted | {"finetune", "quickstart"} <= set(list_recipes())
+
+
+@pytest.mark.parametrize(("backbone", "dataset"), CASES)
+def test_paper_recipe(backbone: str, dataset: str) -> None:
+    recipe = load_recipe(f"crossx_{dataset}_{backbone}")
+    birds, dogs = dataset in ("cub", "nabirds"), dataset == "dogs"
+    expected = {
+        ("model", "num_parts"): 2,
+        ("model", "c3s_form"): "paper",
+        ("model", "interpolation"): "bilinear",
+        ("model", "previous_pooling"): "max" if birds else "avg",
+        ("model", "c3s_weights"): LAMBDAS[backbone][dataset],
+        ("data", "dataset"): dataset,
+        ("data", "image_size"): 448,
+        ("data", "resize_size"): 448 if dataset in ("cars", "dogs") else 600,
+        ("data", "batch_size"): 32,
+        ("data", "val_fraction"): 0.1,
+        ("optim", "optimizer"): "sgd",
+        ("optim", "lr"): 0.001 if dogs else 0.01,
+        ("optim", "momentum"): 0.9,
+        ("optim", "schedule"): "step",
+        ("optim", "step_size"): 15,
+        ("optim", "selection"): "best",
+        ("trainer", "max_epochs"): 30,
+    }
+    assert {key: recipe.get(*key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("backbone", "dataset"), CASES)
+def test_released_recipe(backbone: str, dataset: str) -> None:
+    recipe = load_recipe(f"crossx_{dataset}_{backbone}_released")
+    aircraft, dogs = dataset == "aircraft", dataset == "dogs"
+    expected = {
+        ("model", "num_parts"): 3 if dogs and backbone == "senet50" else 2,
+        ("model", "use_merged"): not (dogs and backbone == "resnet50"),
+        ("model", "reduction"): 256 if backbone == "resnet50" else [128, 64],
+        ("model", "c3s_form"): "released",
+        ("model", "interpolation"): "nearest",
+        ("model", "c3s_weights"): [0, 0, 0] if aircraft else LAMBDAS[backbone][dataset],
+        ("data", "train_on"): "trainval",
+        ("optim", "schedule"): "multistep",
+        ("optim", "milestones"): [14, 24],
+        ("optim", "selection"): "best_on_test",
+        ("optim", "weight_decay"): 0,
+    }
+    assert {key: recipe.get(*key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("backbone", "dataset"), CASES)
+def test_plain_recipe_trains_like_the_paper_recipe(backbone: str, dataset: str) -> None:
+    plain = load_recipe(f"plain_{dataset}_{backbone}").to_dict()
+    crossx = load_recipe(f"crossx_{dataset}_{backbone}").to_dict()
+    assert plain.pop("model") == {
+        "method": "plain",
+        "pretrained": True,
+        "backbone": crossx["model"]["backbone"],
+    }
+    crossx.pop("model")
+    assert plain == crossx
+
+
+def test_own_file_builds_on_packaged_recipe(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: crossx_cub_resnet50\noptim:\n  lr: 1e-4  # mine\n")
+    recipe = load_recipe(mine)
+    assert recipe.settings["optim", "lr"] == Setting(1e-4, beside="mine")
+    assert recipe.get("data", "dataset") == "cub"
+
+
+def test_later_base_wins(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\noptim: {{lr: {seed}.5}}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: [{tmp_path}/a.yaml, {tmp_path}/b.yaml]\nseed: 3\n")
+    assert load_recipe(mine).to_dict() == {"seed": 3, "optim": {"lr": 2.5}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: [1, 2]", "line 1 is not a mapping"),
+        ("- a", "line 1 is not a mapping"),
+        ("optim:\n  lr: 1\n  lr: 2", "line 3 gives 'lr' again"),
+        ("optim: {lr: 1", "line 1 is not valid YAML"),
+        (
+            "base: crossx_cub_resnet",
+            "unknown recipe 'crossx_cub_resnet'. Did you mean 'crossx_cub_resnet50'?",
+        ),
+        ("base: nowhere.yaml", "nowhere.yaml: no such file"),
+    ],
+)
+def test_wrong_file_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        load_recipe(path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_base_of_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text(f"base: {path}\n")
+    with pytest.raises(UsageError, match="based on it in turn"):
+        load_recipe(path)
+
+
+names = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, width=32) | st.text(max_size=20)
+)
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(names, scalars, max_size=2)
+comments = st.from_regex(r"[A-Za-z0-9#:%][ -~]{0,20}", fullmatch=True).map(str.strip)
+settings = st.builds(Setting, values, st.lists(comments, max_size=2).map(tuple), comments | st.just(""))
+
+
+@given(st.dictionaries(st.tuples(st.sampled_from(recipes.SECTIONS), names), settings, max_size=6))
+def test_any_recipe_survives_printing(drawn: dict[recipes.Key, Setting]) -> None:
+    recipe = Recipe("drawn", settings=drawn)
+    assert dict(recipes._parse("drawn", recipe.to_yaml()).settings) == drawn
