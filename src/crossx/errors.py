@@ -28,3 +28,9 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     """Build the error for a name outside ``choices``: the nearest match and every choice."""
     ordered = sorted(choices)
     return UsageError(f"unknown {kind} {name!r}.{nearest(name, ordered)} Choose from: {', '.join(ordered)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, without its full stop, to quote within one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

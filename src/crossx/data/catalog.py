@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError, nearest, unknown
 
@@ -250,6 +251,19 @@ def read_dataset(name: str, root: str | Path | None, **options: Any) -> DatasetI
     given = {key: value for key, value in given.items() if key in accepted}
     index: DatasetIndex = reader(dataset_root(name, root, given), **given)
     return index
+
+
+def read_configured(config: DataConfig) -> DatasetIndex:
+    """Read the dataset that the options of ``--data.*`` name; errors as ``read_dataset``."""
+    return read_dataset(
+        config.dataset,
+        config.root,
+        level=config.level,
+        num_classes=config.num_classes,
+        images_per_class=config.images_per_class,
+        test_fraction=config.test_fraction,
+        split_seed=config.split_seed,
+    )
 
 
 def dataset_root(name: str, root: str | Path | None, options: Mapping[str, Any]) -> Path:

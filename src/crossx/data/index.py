@@ -63,9 +63,7 @@ class DatasetIndex:
                     f"{record.path}: label {record.label} is outside the {len(self.classes)} classes."
                 )
             if record.split not in SPLITS:
-                raise CrossXError(
-                    f"{record.path}: split {record.split!r} is not one of {', '.join(SPLITS)}."
-                )
+                raise CrossXError(f"{record.path}: split {record.split!r} is not one of {', '.join(SPLITS)}.")
 
     def split(self, name: str) -> tuple[Record, ...]:
         """Return the records of one split.

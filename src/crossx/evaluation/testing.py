@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from crossx.data.catalog import read_dataset
+from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.index import SPLITS, DatasetIndex
@@ -151,7 +151,7 @@ def test_run(
             f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
             "them their names and order."
         )
-    index = _read_index(config)
+    index = read_configured(config)
     check_classes(spec.classes, index.classes, index.name)
     data = DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
     data.check_images([split])
@@ -206,18 +206,6 @@ def _data_config(
     if num_workers is not None:
         config = replace(config, num_workers=num_workers)
     return config
-
-
-def _read_index(config: DataConfig) -> DatasetIndex:
-    return read_dataset(
-        config.dataset,
-        Path(config.root) if config.root is not None else None,
-        level=config.level,
-        num_classes=config.num_classes,
-        images_per_class=config.images_per_class,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
-    )
 
 
 def _provenance(

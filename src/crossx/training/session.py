@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,11 +17,10 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from crossx.data.catalog import read_dataset
-from crossx.data.config import DataConfig
+from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
 from crossx.data.dataset import ImageLoader
-from crossx.data.index import SPLITS, DatasetIndex
+from crossx.data.index import SPLITS
 from crossx.data.transforms import preprocessing_for
 from crossx.errors import UsageError, nearest
 from crossx.evaluation.classes import check_classes
@@ -87,7 +85,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
     Raises:
         CrossXError: If the data or the network cannot be used.
     """
-    index = _read_index(config.data)
+    index = read_configured(config.data)
     seed_everything(config.seed, verbose=False)
     if saved is None:
         model = config.model
@@ -187,18 +185,6 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _read_index(config: DataConfig) -> DatasetIndex:
-    return read_dataset(
-        config.dataset,
-        Path(config.root) if config.root is not None else None,
-        level=config.level,
-        num_classes=config.num_classes,
-        images_per_class=config.images_per_class,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
-    )
 
 
 def _monitor(config: Config, data: DataModule) -> str | None:

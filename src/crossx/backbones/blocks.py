@@ -1,0 +1,95 @@
+"""What crossx knows of the insides of timm's models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import SEModule
+from timm.models import efficientnet, mobilenetv3, res2net, resnet, senet, sknet
+from timm.models._efficientnet_blocks import InvertedResidual
+from torch import nn
+
+ATTENTION_SLOTS: dict[type[nn.Module], str] = {
+    resnet.BasicBlock: "se",
+    resnet.Bottleneck: "se",
+    res2net.Bottle2neck: "se",
+    sknet.SelectiveKernelBasic: "se",
+    sknet.SelectiveKernelBottleneck: "se",
+    senet.SEBottleneck: "se_module",
+    senet.SEResNetBlock: "se_module",
+    senet.SEResNetBottleneck: "se_module",
+    senet.SEResNeXtBottleneck: "se_module",
+}
+"""Residual blocks whose attention slot sees F(x) right before the shortcut is added, and the slot's name."""
+
+
+def previous_index(reductions: Sequence[int]) -> int:
+    """Return which stage map is ``previous``, given each map's stride, shallow to deep."""
+    twice = [index for index, stride in enumerate(reductions) if 2 * stride == reductions[-1]]
+    return twice[-1] if twice else max(0, (3 * len(reductions)) // 4 - 1)
+
+
+def expand_stage(trunk: nn.Module, stage: str) -> int | None:
+    """Let a stage of inverted residual blocks end with the next one's expansion, and return its channels.
+
+    In EfficientNet and MobileNet the deepest map at a stride is the expanded one inside the next stage's first
+    block, before its strided convolution; the stage's own output is a bottleneck a sixth as wide. Moving the
+    expansion to the end of the stage computes the same in the same order. None where the trunk is of another kind.
+    """
+    if not isinstance(trunk, efficientnet.EfficientNet | mobilenetv3.MobileNetV3):
+        return None
+    name, _, number = stage.rpartition(".")
+    block = getattr(trunk.get_submodule(f"{name}.{int(number) + 1}"), "0")
+    if type(block) is not InvertedResidual or block.has_skip or block.conv_s2d is not None:
+        return None
+    channels = int(block.conv_pw.out_channels)
+    blocks: Any = trunk.get_submodule(stage)
+    blocks.append(nn.Sequential(block.conv_pw, block.bn1))
+    block.conv_pw = block.bn1 = nn.Identity()
+    return channels
+
+
+def residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Return the trunk's children to run in order and those that end a stage, None unless it is of that plain kind."""
+    if not isinstance(trunk, resnet.ResNet | senet.SENet):
+        return None
+    for name in ends[-2:]:
+        if type(list(trunk.get_submodule(name).children())[-1]) not in ATTENTION_SLOTS:
+            return None
+    children = [name for name, _ in trunk.named_children()]
+    return children[: children.index(ends[-1]) + 1], list(ends)
+
+
+default_cfgs = timm.models.generate_default_cfgs(
+    {
+        "seresnet50_16units.untrained": {
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "interpolation": "bilinear",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "conv1",
+            "classifier": "fc",
+        }
+    }
+)
+"""timm looks for this name when a model is registered."""
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def seresnet50_16units(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SE-ResNet-50 with 16 hidden units in every SE gate: the trunk of the released SENet checkpoints."""
+    blocks = {"attn_layer": partial(SEModule, rd_channels=16)}
+    model: nn.Module = timm.models.build_model_with_cfg(
+        resnet.ResNet,
+        "seresnet50_16units",
+        pretrained,
+        block=resnet.Bottleneck,
+        layers=[3, 4, 6, 3],
+        block_args=blocks,
+        **kwargs,
+    )
+    return model

@@ -1,0 +1,92 @@
+"""From a model's name to a trunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_model_config_from_hf
+
+from crossx.backbones.state_dict import load_trunk_weights
+from crossx.backbones.trunk import Backbone
+from crossx.errors import CrossXError, UsageError, first_line, nearest
+
+
+def create_backbone(
+    name: str, *, pretrained: bool = False, weights: str | None = None, args: Mapping[str, Any] | None = None
+) -> Backbone:
+    """Build a trunk by its timm name.
+
+    Args:
+        name: A timm model, with or without a weight tag (``resnet50.tv_in1k``), ``hf-hub:USER/NAME`` or
+            ``local-dir:FOLDER``.
+        pretrained: Whether to load the weights that belong to the name.
+        weights: A state dict (``.pth``, ``.pt``, ``.safetensors``) to load instead.
+        args: Further arguments of ``timm.create_model``.
+
+    Raises:
+        UsageError: If timm knows no such model or it does not take these arguments.
+        CrossXError: If the weights cannot be had or do not fit.
+    """
+    architecture, own_args = _resolve(name)
+    merged = {**own_args, **(args or {})}
+    try:
+        trunk = timm.create_model(
+            name, pretrained=pretrained and weights is None, num_classes=0, **dict(args or {})
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"backbone {name!r} does not take backbone_args {dict(args or {})}: {error}."
+        ) from error
+    except Exception as error:
+        if not pretrained or weights is not None:
+            raise UsageError(f"backbone {name!r} cannot be built: {first_line(error)}.") from error
+        raise CrossXError(
+            f"backbone {name!r}: its pretrained weights cannot be had ({first_line(error)}). Check the network, "
+            "or use --model.backbone_weights FILE, --model.backbone local-dir:FOLDER or --model.pretrained false."
+        ) from error
+    if weights is not None:
+        load_trunk_weights(trunk, Path(weights))
+    return Backbone(name, architecture, merged, trunk)
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the architecture behind a name and the arguments that come with it."""
+    source, _, identifier = name.partition(":")
+    if source == "local-dir" and identifier:
+        path = Path(identifier) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            architecture, own_args = config["architecture"], config.get("model_args") or {}
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"backbone {name!r}: there is no {path}; timm's config.json must lie there."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"backbone {name!r}: {path} is not a timm config ({error}).") from error
+    elif source == "hf-hub" and identifier:
+        try:
+            _, architecture, own_args = load_model_config_from_hf(identifier)
+        except Exception as error:
+            raise CrossXError(
+                f"backbone {name!r} cannot be had from the Hugging Face Hub ({first_line(error)}). Check the name "
+                "and the network, or use --model.backbone local-dir:FOLDER."
+            ) from error
+    else:
+        architecture, own_args = name, {}
+    base, _, tag = architecture.partition(".")
+    if not timm.is_model(base):
+        raise UsageError(
+            f"unknown backbone {name!r}.{nearest(base, timm.list_models())} "
+            "Every name of timm.list_models() works; also local-dir:FOLDER and hf-hub:USER/NAME."
+        )
+    tagged = timm.list_models(f"{base}.*", pretrained=True)
+    if tag and architecture not in tagged:
+        raise UsageError(
+            f"unknown weights {architecture!r}.{nearest(architecture, tagged)} "
+            f"timm has for {base}: {', '.join(tagged) or 'none'}."
+        )
+    return architecture, dict(own_args or {})

@@ -1,0 +1,79 @@
+"""Plain state dicts from files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from crossx.errors import CrossXError, first_line
+
+log = logging.getLogger(__name__)
+
+
+def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
+    """Load a plain state dict into a timm model and warn of every key that did not match.
+
+    A leading ``module.``, a wrapping ``state_dict`` or ``model`` entry and classifier weights are accepted.
+
+    Returns:
+        One line for each key that was missing, not known or of another shape.
+
+    Raises:
+        CrossXError: If the file cannot be read or none of its keys match.
+    """
+    state = read_state_dict(path)
+    own = trunk.state_dict()
+    matching = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    if not matching:
+        found = ", ".join(list(state)[:3])
+        raise CrossXError(f"{path}: none of its {len(state)} keys ({found}, ...) belongs to this backbone.")
+    trunk.load_state_dict(matching, strict=False)
+    problems = [
+        f"missing: {key}" for key in own if key not in state and not key.endswith("num_batches_tracked")
+    ]
+    for key, value in state.items():
+        if key not in own:
+            problems.append(f"not known: {key}")
+        elif own[key].shape != value.shape:
+            problems.append(f"shape {tuple(value.shape)}, the backbone has {tuple(own[key].shape)}: {key}")
+    if problems:
+        log.warning(
+            "%s: %d of the backbone's %d tensors were loaded; what did not match:\n  %s",
+            path, len(matching), len(own), "\n  ".join(problems),
+        )  # fmt: skip
+    return problems
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from ``.safetensors`` or a PyTorch file (``weights_only=True``), ``module.`` removed.
+
+    Raises:
+        CrossXError: If there is no such file or it holds something else.
+    """
+    if not path.is_file():
+        raise CrossXError(f"{path}: no such weights file.")
+    try:
+        state: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CrossXError(f"{path}: not a weights file ({first_line(error)}).") from error
+    except Exception as error:
+        raise CrossXError(
+            f"{path}: not a plain state dict; files that hold Python objects are not loaded."
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CrossXError(f"{path}: not a plain state dict of tensors.")
+    return {key.removeprefix("module."): value for key, value in state.items()}

@@ -1,0 +1,220 @@
+"""A timm model as every method sees it: the maps of two stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from crossx.backbones.blocks import ATTENTION_SLOTS, expand_stage, previous_index, residual_steps
+from crossx.errors import UsageError, first_line
+from crossx.layers import OSME, ResidualOSME
+
+Placement: TypeAlias = Literal["residual", "output"]
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier, giving the maps of two stages.
+
+    ``last`` is the map that the model's own classifier would pool; ``previous`` the deepest map of half its
+    stride, or, where all maps have one stride (ViT), the one after three quarters of the blocks.
+
+    Args:
+        name: The name that the user gave.
+        architecture: timm's name of the architecture, which with ``args`` rebuilds the trunk without ``name``'s files.
+        args: Arguments of the architecture.
+        trunk: The timm model, without classifier.
+
+    Attributes:
+        channels: Stage name -> channels of its map.
+        strides: Stage name -> input pixels over map pixels, along one side.
+        data_config: timm's mean, std, interpolation and input_size for this model and its weights.
+    """
+
+    def __init__(self, name: str, architecture: str, args: Mapping[str, Any], trunk: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.architecture = architecture
+        self.args = dict(args)
+        self.trunk: Any = trunk
+        self.data_config: dict[str, Any] = resolve_model_data_config(trunk)
+        if not hasattr(trunk, "forward_intermediates"):
+            raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
+        info = list(trunk.feature_info)
+        self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
+        self._previous = previous_index([stage["reduction"] for stage in info])
+        self._deepest = len(info) - 1
+        expanded = expand_stage(trunk, info[self._previous]["module"])
+        self.channels = {
+            "previous": expanded or info[self._previous]["num_chs"],
+            "last": self.trunk.num_features,
+        }
+        self.strides = {"previous": info[self._previous]["reduction"], "last": info[-1]["reduction"]}
+        self.osme = nn.ModuleDict()
+        self._slots: dict[str, ResidualOSME] = {}
+        self._steps = residual_steps(trunk, [stage["module"] for stage in info])
+
+    @property
+    def has_residual_blocks(self) -> bool:
+        """Whether OSME can be placed inside the last residual block of both stages."""
+        return self._steps is not None
+
+    def attach_osme(self, stage: str, num_parts: int, reduction: int, placement: Placement | None) -> None:
+        """Make ``forward`` return attention features (B, P, C, H, W) for a stage instead of its map.
+
+        Args:
+            stage: ``previous`` or ``last``.
+            num_parts: P.
+            reduction: See ``OSME``.
+            placement: ``residual`` gates F(x) inside the stage's last block, before the shortcut is added; the
+                trunk goes on as it was. ``output`` gates the stage's map. None takes ``residual`` where the
+                backbone has residual blocks to extend.
+
+        Raises:
+            UsageError: For ``residual`` on a backbone without such blocks, or options OSME refuses.
+        """
+        osme = OSME(self.channels[stage], num_parts, reduction)
+        if placement == "output" or (placement is None and self._steps is None):
+            self.osme[stage] = osme
+            return
+        if self._steps is None:
+            raise UsageError(
+                f"osme_placement=residual: {self.name!r} has no residual blocks that can be extended; use output."
+            )
+        block = self._last_block(stage)
+        slot_name = ATTENTION_SLOTS[type(block)]
+        drop_path = getattr(block, "drop_path", None)
+        slot = ResidualOSME(osme, getattr(block, slot_name), drop_path, keep_trunk=stage != "last")
+        setattr(block, slot_name, slot)
+        if drop_path is not None:
+            block.drop_path = None
+        # A plain dict: registered a second time, its weights would stand twice in the state dict.
+        self._slots[stage] = slot
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``previous`` and ``last`` of images (B, 3, H, W).
+
+        Each is a map (B, C, h, w), or attention features (B, P, C, h, w) where OSME is attached.
+        """
+        maps = self._run_steps(images) if self._slots else self._run_trunk(images)
+        return {stage: self.osme[stage](map_) if stage in self.osme else map_ for stage, map_ in maps.items()}
+
+    def drop_head(self) -> None:
+        """Remove the layers that only the model's own classifier runs, for methods with heads of their own.
+
+        ``features`` still works afterwards, ``pool`` does not. Unused weights would cost memory and make DDP fail.
+        """
+        if self._slots:
+            return
+        leaves = {
+            name: module
+            for name, module in self.trunk.named_modules()
+            if name and not list(module.children()) and list(module.parameters())
+        }
+        called: set[nn.Module] = set()
+        hooks = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in leaves.values()]
+        self._probe(self.data_config["input_size"][-1])
+        for hook in hooks:
+            hook.remove()
+        for name, module in leaves.items():
+            if module not in called:
+                self.trunk.set_submodule(name, nn.Identity())
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the model's own features of images (B, 3, H, W), in timm's layout, for ``pool``."""
+        features: Tensor = self.trunk.forward_features(images)
+        return features
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return what the model's own classifier would see, (B, ``pooled_channels``), of ``features``."""
+        pooled: Tensor = self.trunk.forward_head(features, pre_logits=True)
+        return pooled
+
+    @property
+    def pooled_channels(self) -> int:
+        """Width of ``pool``'s result."""
+        return int(self.trunk.head_hidden_size)
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """Return the trunk's own parameters, without those of attached OSME gates."""
+        new = {id(p) for module in self.modules() if isinstance(module, OSME) for p in module.parameters()}
+        return [parameter for parameter in self.trunk.parameters() if id(parameter) not in new]
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Return ``pretrained_parameters`` by depth, shallow to deep, as timm's layer decay groups them."""
+        own = {id(parameter) for parameter in self.pretrained_parameters()}
+        named = dict(self.trunk.named_parameters())
+        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
+        depths = [
+            [named[name] for name in groups[depth] if id(named[name]) in own] for depth in sorted(groups)
+        ]
+        return [group for group in depths if group]
+
+    def check_image_size(self, size: int) -> None:
+        """Run one empty image through the trunk.
+
+        Raises:
+            UsageError: If the backbone refuses that size or is left with fewer than 2 x 2 places to attend to.
+        """
+        smallest = 2 * self.strides["last"]
+        try:
+            height, width = self._probe(size)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            own = self.data_config["input_size"][-1]
+            raise UsageError(
+                f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). "
+                f"Its own size is {own}: --data.image_size {own}, or --model.backbone_args.img_size {size}."
+            ) from error
+        if min(height, width) < 2:
+            raise UsageError(
+                f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
+                f"places. Use --data.image_size {smallest} or more."
+            )
+
+    def _probe(self, size: int) -> torch.Size:
+        """Run one empty image in evaluation mode and return the last map's (h, w)."""
+        modes = {module: module.training for module in self.modules()}
+        try:
+            with torch.inference_mode():
+                last = self.eval().forward(next(self.parameters()).new_zeros(1, 3, size, size))["last"]
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return last.shape[-2:]
+
+    def _run_trunk(self, images: Tensor) -> dict[str, Tensor]:
+        wanted = [self._previous, self._deepest] if self._tokens else [self._previous]
+        last, maps = self.trunk.forward_intermediates(
+            images, indices=wanted, norm=self._tokens, output_fmt="NCHW"
+        )
+        if self._tokens:
+            last = maps[1]
+        elif last.shape[1] != self.channels["last"]:
+            last = last.permute(0, 3, 1, 2)
+        return {"previous": maps[0], "last": last}
+
+    def _run_steps(self, x: Tensor) -> dict[str, Tensor]:
+        assert self._steps is not None
+        maps: dict[str, Tensor] = {}
+        ends = {self._steps[1][self._previous]: "previous", self._steps[1][self._deepest]: "last"}
+        for step in self._steps[0]:
+            x = getattr(self.trunk, step)(x)
+            stage = ends.get(step)
+            if stage is None:
+                continue
+            if stage in self._slots:
+                keep = int(self._slots[stage].keep_trunk)
+                maps[stage] = x[keep:].transpose(0, 1)
+                x = x[0]
+            else:
+                maps[stage] = x
+        return maps
+
+    def _last_block(self, stage: str) -> Any:
+        assert self._steps is not None
+        index = self._previous if stage == "previous" else self._deepest
+        return list(self.trunk.get_submodule(self._steps[1][index]).children())[-1]
