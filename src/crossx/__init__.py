@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crossx.deploy.predictor import Predictor
     from crossx.methods import create_method, list_methods
+    from crossx.training.config import Config
     from crossx.training.fit import fit
 
     load = Predictor.load
     __version__: str
 
-__all__ = ["__version__", "create_method", "fit", "list_methods", "load"]
+__all__ = ["Config", "__version__", "create_method", "fit", "list_methods", "load"]
 
 _HOMES = {
+    "Config": ("crossx.training.config", "Config"),
     "create_method": ("crossx.methods", "create_method"),
     "fit": ("crossx.training.fit", "fit"),
     "list_methods": ("crossx.methods", "list_methods"),

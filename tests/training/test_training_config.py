@@ -88,3 +88,16 @@ def test_run_path_names_what_the_run_is():
 def test_import_is_torch_free():
     code = "import sys, crossx.training.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_recipe_with_options_changed() -> None:
+    config = Config.from_recipe(
+        "crossx_cub_resnet50", data={"root": "cub"}, model={"num_parts": 3}, output="runs/mine", seed=4
+    )
+    assert (config.data.root, config.data.image_size, config.data.resize_size) == ("cub", 448, 600)
+    assert config.model.options["num_parts"] == 3
+    assert config.model.options["c3s_form"] == "paper"
+    assert (config.optim.lr, config.trainer["max_epochs"]) == (0.01, 30)
+    assert (config.output, config.seed) == ("runs/mine", 4)
+    with pytest.raises(UsageError, match=r"unknown option data\.rot"):
+        Config.from_recipe("crossx_cub_resnet50", data={"rot": "cub"})

@@ -12,6 +12,7 @@ import yaml
 
 from crossx.data.config import DataConfig
 from crossx.errors import CrossXError, UsageError, nearest, unknown
+from crossx.recipes import load_recipe
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "multistep", "cosine", "one_cycle"]
@@ -262,6 +263,27 @@ class Config:
             for key, value in values.items()
         }
         return _build(cls, parsed, "")
+
+    @classmethod
+    def from_recipe(cls, name: str | Path, **overrides: Any) -> Config:
+        """Take a packaged recipe, or a YAML file, with some options changed.
+
+        ::
+
+            Config.from_recipe("finetune", data={"root": "my_images"}, output="runs/mine")
+
+        Args:
+            name: See ``crossx.recipes.load_recipe``.
+            **overrides: Top-level options, or sections (``model``, ``data``, ``optim``, ``trainer``) of which the
+                options given replace the recipe's.
+
+        Raises:
+            UsageError: If there is no such recipe, or as ``from_dict``.
+        """
+        values = load_recipe(name).to_dict()
+        for key, value in overrides.items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
+        return cls.from_dict(values)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, in the order of the fields."""
