@@ -76,7 +76,7 @@ def parse_fit(arguments: Sequence[str]) -> FitArguments:
     if first.resume:
         return _resume(first.resume, first.root, arguments)
     recipe = load_recipe(first.config) if first.config else None
-    method = first.method or (recipe.get("model", "method") if recipe else None) or ModelConfig().method
+    method = first.method or _method(recipe)
     parser = build_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     values = _parse(parser, arguments, method).as_dict()
@@ -175,22 +175,28 @@ def _resume(run: str, root: str | None, arguments: Sequence[str]) -> FitArgument
     return FitArguments(Config(data=DataConfig(root=root)), resume=run)
 
 
+def _method(recipe: Recipe | None) -> str:
+    default = ModelConfig().method
+    return str(recipe.get("model", "method", default=default)) if recipe else default
+
+
 def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> list[str]:
     """Make the recipe's values the parser's defaults; note the options that another method left over."""
     known = {action.dest for action in parser._actions}
     dropped = []
-    values: dict[str, Any] = {}
+    values = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
     for key, setting in recipe.settings.items():
         name = ".".join(key)
         if name in known:
             values[name] = setting.value
-        elif key[0] == "model" and recipe.get("model", "method") != method:
+        elif key[0] == "model" and method != _method(recipe):
             dropped.append(name)
         else:
             raise UsageError(f"{recipe.name}: {_unknown_option(f'--{name}', parser, method)}")
     try:
-        parser.set_defaults({**values, "model.method": method})
-        parser.parse_args([])
+        # set_defaults alone takes any value
+        parser.parse_object(values)
+        parser.set_defaults({**vars(values.as_flat()), "model.method": method})
     except argparse.ArgumentError as error:
         raise UsageError(f"{recipe.name}: {_readable(str(error), parser)}") from error
     return [f"method {method} has no {', '.join(dropped)}: left out of {recipe.name}."] if dropped else []

@@ -163,7 +163,7 @@ def _parse(name: str, text: str) -> Recipe:
         raise UsageError(f"{name}: not valid YAML ({' '.join(str(error).split())}).") from error
     finally:
         loader.dispose()
-    lines = text.splitlines()
+    lines = text.split("\n")
     settings = {
         key: Setting(value, _comments_above(lines, key_node), _comment_beside(lines, key_node, value_node))
         for key, value, key_node, value_node in entries
@@ -220,4 +220,4 @@ def _scalar(value: Any) -> str:
     text = yaml.safe_dump(
         value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
     )
-    return text.removesuffix("\n...\n").strip()
+    return text.removesuffix("...\n").removesuffix("\n")

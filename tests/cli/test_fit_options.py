@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import pytest
+
+from crossx.cli.fit_options import parse_fit
+from crossx.data.config import DataConfig
+from crossx.errors import UsageError
+from crossx.methods import list_methods, method_options
+from crossx.recipes import SECTIONS, list_recipes, load_recipe
+from crossx.training.config import TRAINER_DEFAULTS, Config, OptimConfig
+
+
+def test_without_arguments_every_default_is_that_of_the_dataclasses() -> None:
+    config = parse_fit([]).config
+    assert config.data == DataConfig()
+    assert config.optim == OptimConfig()
+    assert config.trainer == TRAINER_DEFAULTS
+    assert config.model.options == method_options("crossx")
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_second_pass_has_the_options_of_the_chosen_method(method: str) -> None:
+    assert parse_fit(["--model.method", method]).config.model.options == method_options(method)
+    assert parse_fit([f"--model.method={method}"]).config.model.method == method
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_becomes_a_configuration_with_its_values(name: str) -> None:
+    asked = parse_fit(["--config", name])
+    values = asked.config.to_dict()
+    expected = load_recipe(name).to_dict()
+    assert asked.recipe == name
+    assert not asked.notes
+    for section in SECTIONS:
+        for option, value in expected.get(section, {}).items():
+            assert values[section][option] == value, (section, option)
+
+
+def test_options_override_the_recipe() -> None:
+    words = ["--optim.lr", "0.5", "--config", "crossx_cub_resnet50", "--model.num_parts", "5", "--seed=3"]
+    words += ["--data.root", "012", "--output", "runs/x", "--trainer.precision", "bf16-mixed"]
+    config = parse_fit(words).config
+    assert (config.optim.lr, config.model.options["num_parts"], config.seed) == (0.5, 5, 3)
+    assert (config.data.root, config.output, config.data.dataset) == ("012", "runs/x", "cub")
+    assert config.trainer == {**TRAINER_DEFAULTS, "precision": "bf16-mixed"}
+
+
+def test_configuration_of_a_run_reads_back(tmp_path: Path) -> None:
+    words = [
+        "--config",
+        "crossx_dogs_senet50_released",
+        "--trainer.devices",
+        "[0, 1]",
+        "--trainer.logger",
+        "false",
+    ]
+    words += ["--model.backbone_args", "{drop_path_rate: 0.1}", "--trainer.max_time", "{hours: 2}"]
+    config = parse_fit(words).config
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml())
+    assert parse_fit(["--config", str(saved)]).config.to_dict() == config.to_dict()
+    assert Config.from_yaml(saved).to_dict() == config.to_dict()
+
+
+def test_another_method_leaves_the_options_of_the_recipes_method_out_and_says_so() -> None:
+    asked = parse_fit(["--config", "crossx_cub_resnet50", "--model.method", "plain"])
+    assert asked.config.model.options == {}
+    assert asked.config.data == parse_fit(["--config", "plain_cub_resnet50"]).config.data
+    assert len(asked.notes) == 1
+    assert "num_parts" in asked.notes[0]
+
+
+def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
+    asked = parse_fit(["--config", "crossx_cub_resnet50", "--data.image_size", "224"])
+    assert asked.config.data.resize_size == 300
+    assert "data.resize_size is 300" in asked.notes[0]
+    given = parse_fit(
+        ["--config", "crossx_cub_resnet50", "--data.image_size", "224", "--data.resize_size=256"]
+    )
+    assert (given.config.data.resize_size, given.notes) == (256, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data.rot x", "unknown option '--data.rot'. Did you mean '--data.root'?"),
+        ("--num_parts 3", "unknown option '--num_parts'. Did you mean '--model.num_parts'?"),
+        ("--optim.lrr=3", "unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        ("cub", "unexpected argument 'cub'"),
+        ("--model.method cross", "unknown method 'cross'. Did you mean 'crossx'?"),
+        (
+            "--model.method plain --model.num_parts 3",
+            "method 'plain' has no option 'num_parts'; crossx has it",
+        ),
+        (
+            "--config crossx_cub_resnet",
+            "unknown recipe 'crossx_cub_resnet'. Did you mean 'crossx_cub_resnet50'?",
+        ),
+        ("--config none.yaml", "none.yaml: no such file"),
+        ("--data.image_size big", "--data.image_size takes a whole number, not 'big'"),
+        (
+            "--data.sampling balance",
+            "--data.sampling takes uniform, balanced, not 'balance'. Did you mean 'balanced'?",
+        ),
+        ("--trainer.precision bf17", "--trainer.precision takes 64, 32, 16, transformer-engine"),
+        ("--trainer.max_epochs many", "--trainer.max_epochs takes a whole number or null, not 'many'"),
+        ("--model.c3s_weights 3", "--model.c3s_weights takes a list such as [1, 2], not '3'"),
+        ("--model.use_merged maybe", "--model.use_merged takes true or false, not 'maybe'"),
+        ("--model.num_parts", "--model.num_parts: expected one argument"),
+        ("--trainer.callbacks x", "--trainer.callbacks cannot be given: crossx chooses the callbacks"),
+        ("--trainer.logger [tensorbord]", "--trainer.logger takes"),
+        ("--data.image_size 8", "data.image_size must be at least 32, not 8"),
+        ("--optim.lr -1", "optim.lr must be above 0"),
+        ("--resume r --seed 3", "leave out --seed"),
+    ],
+)
+def test_wrong_option_is_refused_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_fit(words.split())
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        ("data: {image_size: big}", "--data.image_size takes a whole number, not 'big'"),
+        ("modle: {method: crossx}", "unknown option '--modle'."),
+        ("model: {num_part: 3}", "unknown option '--model.num_part'. Did you mean '--model.num_parts'?"),
+        ("trainer: {callbacks: []}", "--trainer.callbacks cannot be given"),
+    ],
+)
+def test_wrong_file_is_refused_with_its_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        parse_fit(["--config", str(path)])
+    assert str(refused.value).startswith(f"{path}: ")
+    assert message in str(refused.value)
+
+
+def test_resume_takes_the_root_of_the_data_alone() -> None:
+    asked = parse_fit(["--resume", "runs/a", "--data.root", "elsewhere"])
+    assert (asked.resume, asked.config.data.root) == ("runs/a", "elsewhere")
+
+
+def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_fit(["--config", "crossx_dogs_senet50_released", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "excitation modules (section 4.2 takes 2). (type: int, default: 3)" in shown
+    assert "default: legacy_seresnet50.in1k" in shown
+    assert "30% of training" in shown

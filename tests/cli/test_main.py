@@ -1,0 +1,181 @@
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from crossx.cli import main as main_module
+from crossx.cli.main import VERBS, main
+from crossx.errors import CrossXError, UsageError
+
+
+def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the verb ``recipes`` raise ``error``."""
+
+    def run(arguments: Sequence[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("crossx.cli.recipes"), "run", run)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    started = time.perf_counter()
+    done = python(
+        "import sys; from crossx.cli.main import main; main(['--help'])\n"
+        "print({'torch', 'lightning', 'jsonargparse', 'rich', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    seconds = time.perf_counter() - started
+    assert done.stderr.strip() == "set()"
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert seconds < 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("crossx 0.")
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "datasets check"])
+def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: crossx {verb}")
+    assert f"examples:\n  crossx {verb}" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CrossXError("it broke."), 1, "crossx recipes: error: it broke."),
+        (UsageError("no."), 2, "crossx recipes: error: no."),
+        (KeyboardInterrupt(), 130, "crossx recipes: error: stopped by Ctrl-C."),
+        (PermissionError(13, "Permission denied", "/x"), 1, "crossx recipes: error: /x: Permission denied."),
+    ],
+)
+def test_error_is_one_line_and_a_code(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fails_with(error, monkeypatch)
+    assert main(["recipes"]) == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_unforeseen_error_is_one_line_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(main_module.tempfile, "tempdir", str(tmp_path))
+    fails_with(ZeroDivisionError("of two\nlines"), monkeypatch)
+    assert main(["recipes"]) == 1
+    (log,) = tmp_path.iterdir()
+    assert "ZeroDivisionError: of two\nlines" in log.read_text()
+    shown = capsys.readouterr().err
+    assert shown.startswith("crossx recipes: error: unexpected ZeroDivisionError: of two lines (")
+    assert str(log) in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_debug_shows_the_traceback(
+    way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails_with(CrossXError("it broke."), monkeypatch)
+    if way == "variable":
+        monkeypatch.setenv("CROSSX_DEBUG", "1")
+    assert main(["recipes"] + ["--debug"] * (way == "option")) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("crossx recipes: error: it broke.\n")
+
+
+def test_exit_inside_ctrl_c_counts_as_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaving = SystemExit(1)
+    leaving.__context__ = KeyboardInterrupt()
+    fails_with(leaving, monkeypatch)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "crossx recipes: error: stopped by Ctrl-C.\n"
+
+
+def test_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from crossx.cli.main import main; sys.exit(main(['recipes', 'finetune']))",
+        ],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["fti"], "crossx: error: unknown verb 'fti'. Did you mean 'fit'? Choose from: "),
+        (["--versoin"], "crossx: error: unknown option '--versoin'. Did you mean '--version'? "),
+        ([], "crossx: error: which verb? Choose from: quickstart, fit, "),
+        (
+            ["recipes", "finetun"],
+            "crossx recipes: error: unknown recipe 'finetun'. Did you mean 'finetune'? ",
+        ),
+        (["recipes", "a", "b"], "crossx recipes: error: unexpected argument 'b'; "),
+        (
+            ["test", "--data.rot", "x", "run"],
+            "crossx test: error: unknown option '--data.rot'. Did you mean '--data.root'? ",
+        ),
+        (
+            ["predict", "run"],
+            "crossx predict: error: the following arguments are required: IMAGE_OR_FOLDER; ",
+        ),
+        (
+            ["predict", "run", "a.jpg", "--top", "0"],
+            "crossx predict: error: argument --top: must be a whole number from 1 on",
+        ),
+        (["datasets", "lst"], "crossx datasets: error: unknown action 'lst'. Did you mean 'list'? "),
+    ],
+)
+def test_wrong_command_is_one_line_and_2(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(line)
+    assert shown.count("\n") == 1
+
+
+def test_recipe_is_printed_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "crossx_dogs_senet50_released"]) == 0
+    shown = capsys.readouterr().out
+    assert "  num_parts: 3" in shown
+    assert "  lr: 0.001  # section 4.2: 0.001 on Dogs" in shown
+
+
+def test_recipes_and_datasets_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["recipes"]) == 0
+    assert "crossx_cub_resnet50_released" in capsys.readouterr().out
+    assert main(["datasets", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "cub: Caltech-UCSD Birds-200-2011" in listed
+    assert "md5:97eceeb196236b17998738112f37df78" in listed

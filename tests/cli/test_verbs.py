@@ -1,0 +1,133 @@
+"""The verbs together on a tiny drawn set, as a user goes through them."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from crossx.cli import quickstart
+from crossx.cli.fit import LAUNCHED
+from crossx.cli.main import main
+
+RECIPE = """
+model: {method: crossx, backbone: resnet10t, backbone_args: {channels: [4, 8, 16, 32]}, pretrained: false}
+data: {dataset: synthetic, num_classes: 3, images_per_class: 9, image_size: 64, batch_size: 4, num_workers: 0}
+trainer: {max_epochs: 1, logger: false, accelerator: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run ``crossx quickstart`` with a tiny recipe; return its working folder and what it printed."""
+    place = tmp_path_factory.mktemp("verbs")
+    recipe = place / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(quickstart, "RECIPE", str(recipe))
+        patch.setattr("sys.stdout", printed)
+        assert main(["quickstart", "--seed", "1"]) == 0
+    return place, printed.getvalue()
+
+
+@pytest.fixture
+def place(started: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(started[0])
+    monkeypatch.delenv(LAUNCHED, raising=False)
+    return started[0]
+
+
+def test_quickstart_trains_and_tests_both_and_draws_a_picture(started: tuple[Path, str]) -> None:
+    place, printed = started
+    output = place / "runs/quickstart-1"
+    for method in ("plain", "crossx"):
+        results = json.loads((output / method / "test.json").read_text())
+        assert (results["method"], results["n"], results["seed"]) == (method, 9, 1)
+        assert f"  {method:<8} {results['top1']:7.1%}  (" in printed
+    assert "  chance     33.3%" in printed
+    with Image.open(output / "predictions.png") as picture:
+        assert picture.width > picture.height > 200
+
+
+def test_test_prints_what_the_json_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = "runs/quickstart-1/crossx"
+    assert main(["test", run, "--split", "val", "--data.num_workers", "0", "--data.batch_size", "2"]) == 0
+    results = json.loads(Path(run, "val.json").read_text())
+    shown = capsys.readouterr().out
+    assert f"top-1              {100 * results['top1']:.2f}%" in shown
+    assert f"head merged        {100 * results['heads']['merged']:.2f}%" in shown
+
+
+def test_two_runs_are_compared_without_testing_them_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path("runs/quickstart-1/plain/test.json").stat().st_mtime_ns
+    assert main(["test", "runs/quickstart-1/crossx", "--against", "runs/quickstart-1/plain"]) == 0
+    compared = json.loads(Path("runs/quickstart-1/crossx/test_against_plain.json").read_text())
+    shown = capsys.readouterr().out
+    assert f"difference: {100 * compared['difference']:+.2f} points" in shown
+    assert Path("runs/quickstart-1/plain/test.json").stat().st_mtime_ns == before
+
+
+def test_other_weights_of_a_run_are_tested_before_they_are_compared(place: Path) -> None:
+    plain = Path("runs/quickstart-1/plain")
+    assert main(["test", f"{plain}/checkpoints/last.ckpt", "--against", "runs/quickstart-1/crossx"]) == 0
+    assert json.loads((plain / "test.json").read_text())["weights"] == "checkpoints/last.ckpt"
+
+
+def test_predictions_are_printed_as_csv(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "runs/quickstart-1/crossx", "runs/quickstart-1/images/images", "--top", "2"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 2 * 27
+    assert [row["rank"] for row in rows[:2]] == ["1", "2"]
+    assert float(rows[0]["probability"]) >= float(rows[1]["probability"])
+
+
+def test_fit_chooses_the_first_free_folder_and_says_what_comes_next(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "runs/tiny-synthetic-1").mkdir()
+    words = [
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--model.method",
+        "plain",
+        "--data.root",
+        "runs/quickstart-1/images",
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "dataset   synthetic: 3 classes, images: 15 train, 3 val, 9 test\n" in shown
+    assert "run       runs/tiny-synthetic-2\n" in shown
+    assert shown.endswith("next: crossx test runs/tiny-synthetic-2\n")
+    assert Path("runs/tiny-synthetic-2/model.safetensors").is_file()
+    # a process that Lightning starts for a further GPU inherits the folder
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(words) == 2
+    assert "runs/tiny-synthetic-2 holds a run already" in capsys.readouterr().err
+
+
+def test_processes_of_one_launcher_need_a_common_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    assert "give --output" in capsys.readouterr().err
+
+
+def test_dataset_check_gives_its_exit_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["datasets", "check", "synthetic", "runs/quickstart-1/images"]
+    words += ["--data.num_classes", "3", "--data.images_per_class", "9"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["splits"]["test"] == {"classes": 3, "images": 9}
+    image = next(Path("runs/quickstart-1/images/images").rglob("*.jpg"))
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    assert main(words) == 1
+    assert str(image.relative_to("runs/quickstart-1/images")) in capsys.readouterr().out
+    image.write_bytes(whole)

@@ -1,0 +1,225 @@
+"""Every wrong input of docs/errors.md through ``main``: the exit code and the line that it gives."""
+
+import errno
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+import layouts
+from crossx.cli.main import main
+
+SMALL = shlex.split(
+    "--model.method plain --model.backbone resnet10t --model.backbone_args.channels [4,8,16,32] "
+    "--model.pretrained false --data.image_size 64 --data.batch_size 4 --data.num_workers 0 "
+    "--trainer.max_epochs 1 --trainer.logger false --trainer.accelerator cpu"
+)
+OWN = ["--data.dataset", "folder", "--data.root", "own"]
+CROSSX = ["--model.method", "crossx"]
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write ``own`` (3 classes of 6 images), ``run`` (trained on it) and what is wrong in one way each."""
+    base = tmp_path_factory.mktemp("wrong")
+    for label in range(3):
+        for number in range(6):
+            layouts.write_image(base / f"own/class {label}/{number}.jpg", label, number)
+    for name in ("corrupt", "empty_class", "test_only", "another", "two_splits"):
+        shutil.copytree(base / "own", base / name)
+    (base / "corrupt/class 1/2.jpg").write_bytes(b"no image")
+    (base / "empty_class/class 9").mkdir()
+    shutil.copytree(base / "own/class 0", base / "another/class 3")
+    shutil.rmtree(base / "two_splits")
+    shutil.copytree(base / "own", base / "two_splits/train")
+    shutil.copytree(base / "another", base / "two_splits/test")
+    layouts.write_cub(base / "half_archive")
+    (base / "half_archive/image_class_labels.txt").unlink()
+    layouts.write_cub(base / "half_images")
+    shutil.rmtree(base / "half_images/images/002.Laysan_Albatross")
+    (base / "no_column.csv").write_text("path,species\na.jpg,robin\n")
+    (base / "no_run").mkdir()
+    (base / "file").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        assert main(["fit", *SMALL, *OWN, "--output", "run"]) == 0
+    shutil.copytree(base / "run", base / "no_weights")
+    for weights in [base / "no_weights/model.safetensors", *(base / "no_weights/checkpoints").iterdir()]:
+        weights.unlink()
+    return base
+
+
+@pytest.fixture
+def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Return a function that runs a command which must fail, and gives its line without ``crossx VERB: error:``."""
+    monkeypatch.chdir(places)
+
+    def run(code: int, *words: str) -> str:
+        assert main(words) == code
+        errors = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert len(errors) == 1
+        command, _, message = errors[0].partition(": error: ")
+        assert command == f"crossx {words[0]}"
+        assert message.endswith(".")
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, ["--data.dataset", "cub"], "dataset 'cub' needs --data.root: https://data.caltech.edu/"),
+        (1, ["--data.dataset", "cub", "--data.root", "nowhere"], "nowhere does not exist: pass the folder"),
+        (1, ["--data.dataset", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
+        (
+            1,
+            ["--data.dataset", "cub", "--data.root", "half_archive"],
+            "image_class_labels.txt is missing: check",
+        ),
+        (
+            1,
+            ["--data.dataset", "cub", "--data.root", "half_images"],
+            r"4 of 12 images cannot be read: .*no such file",
+        ),
+        (
+            1,
+            ["--data.dataset", "folder", "--data.root", "corrupt"],
+            r"1 of 18 images cannot be read: .*/class 1/2.jpg: ",
+        ),
+        (
+            1,
+            ["--data.dataset", "folder", "--data.root", "empty_class"],
+            "empty_class: no images in class 'class 9'",
+        ),
+        (
+            1,
+            ["--data.dataset", "folder", "--data.root", "two_splits"],
+            "class 'class 3' only in the test split",
+        ),
+        (
+            1,
+            ["--data.dataset", "table", "--data.root", "no_column.csv"],
+            "no_column.csv: there is no column 'label'",
+        ),
+        (2, ["--data.dataset", "foldr"], "unknown dataset 'foldr'. Did you mean 'folder'?"),
+        (2, [*OWN, "--model.method", "crossy"], "unknown method 'crossy'. Did you mean 'crossx'?"),
+        (
+            2,
+            [*OWN, "--model.backbone", "resnet10x"],
+            "unknown backbone 'resnet10x'. Did you mean 'resnet10t'?",
+        ),
+        (2, [*OWN, "--config", "finetun"], "unknown recipe 'finetun'. Did you mean 'finetune'?"),
+        (
+            2,
+            [*OWN, "--data.imagesize", "64"],
+            "unknown option '--data.imagesize'. Did you mean '--data.image_size'?",
+        ),
+        (2, [*OWN, *CROSSX, "--model.num_parts", "0"], "num_parts must be at least 1, not 0"),
+        (2, [*OWN, "--data.image_size", "16"], "data.image_size must be at least 32, not 16"),
+        (
+            2,
+            [*OWN, *CROSSX, "--data.image_size", "32"],
+            "image_size 32 is too small for backbone 'resnet10t'",
+        ),
+        (
+            2,
+            [*OWN, "--output", "run"],
+            "run holds a run already: continue it with `crossx fit --resume run`, or",
+        ),
+        (1, [*OWN, "--output", "file/run"], "file/run: a file stands where a folder is needed"),
+    ],
+)
+def test_fit(code: int, words: list[str], message: str, refused: Refused) -> None:
+    line = refused(code, "fit", *SMALL, *words)
+    assert re.search(message, line) if ".*" in message else message in line
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (1, "test run --data.root another", "'class 3'"),
+        (1, "test no_run", "no_run: not a run folder (no model.json)"),
+        (1, "test no_weights", "no_weights: the run has no weights yet"),
+        (1, "test nowhere", "nowhere: no such run folder or checkpoint file"),
+        (2, "test run --split tets", "unknown split 'tets'"),
+        (1, "test run --against no_run", "no_run: not a run folder"),
+        (2, "test run --against run/checkpoints/last.ckpt", "a run folder holds the results of one network"),
+        (1, "predict no_weights own", "no_weights: the run has no weights yet"),
+        (1, "predict run nowhere.jpg", "nowhere.jpg: no such file or folder"),
+        (1, "predict run own --output file/p.csv", "file/p.csv: a file stands where a folder is needed"),
+        (2, "fit --resume run", "run: this run is finished"),
+        (2, "fit --resume no_run", "no_run: no run to resume"),
+        (1, "import-released own --dataset cub --output new", "own"),
+        (
+            2,
+            "import-released run/model.safetensors --dataset cubs --output new",
+            "unknown dataset 'cubs'. Did you mean 'cub'?",
+        ),
+        (
+            1,
+            "import-released run/model.safetensors --dataset cub --output new",
+            "not a released Cross-X checkpoint",
+        ),
+        (2, "datasets check cubb own", "unknown dataset 'cubb'. Did you mean 'cub'?"),
+        (2, "quickstart --output run", "run is not empty: choose another --output"),
+    ],
+)
+def test_other_verbs(code: int, words: str, message: str, refused: Refused) -> None:
+    assert message in refused(code, *words.split())
+
+
+def test_no_network_for_pretrained_weights(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words = [
+        "--model.pretrained",
+        "true",
+        "--model.backbone",
+        "resnet18.a1_in1k",
+        "--model.backbone_args",
+        "{}",
+    ]
+    line = refused(1, "fit", *SMALL, *OWN, *words)
+    assert "backbone 'resnet18.a1_in1k': its pretrained weights cannot be had" in line
+    assert "--model.backbone_weights FILE" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space left on the disk. What was written before is intact: free some room."),
+        (errno.EACCES, "no permission to write there. Choose another --output."),
+    ],
+)
+def test_disk_that_takes_nothing(
+    number: int, message: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    # the last call of each atomic write; what fails earlier gives the same OSError
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert refused(1, "fit", *SMALL, *OWN, "--output", f"full {number}").endswith(message)
+    assert refused(1, "predict", "run", "own", "--output", "p.csv") == f"p.csv: {message}"
+
+
+def test_unreadable_image_keeps_its_row_and_gives_1(
+    places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(places)
+    assert main(["predict", "run", "corrupt/class 1", "--output", "rows.csv"]) == 1
+    rows = (places / "rows.csv").read_text().splitlines()
+    assert rows[0] == "path,label,probability,error"
+    assert len(rows) == 7
+    assert [row for row in rows if row.startswith("corrupt/class 1/2.jpg,,,")]
+    assert capsys.readouterr().err == "crossx predict: 1 of 6 images cannot be read: see the column error.\n"

@@ -1,0 +1,43 @@
+import subprocess
+import sys
+
+import pytest
+
+import crossx
+from crossx.deploy.predictor import Predictor
+from crossx.methods import create_method, list_methods
+from crossx.training.fit import fit
+
+
+def test_public_names_are_those_of_the_rooms() -> None:
+    assert crossx.create_method is create_method
+    assert crossx.list_methods is list_methods
+    assert crossx.fit is fit
+    assert crossx.load == Predictor.load
+    assert set(crossx.__all__) <= set(dir(crossx))
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert crossx.__version__.count(".") == 2
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'crossx' has no attribute 'nothing'"):
+        _ = crossx.nothing
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "crossx",
+        "crossx.errors",
+        "crossx.runs",
+        "crossx.recipes",
+        "crossx.data.catalog",
+        "crossx.training.config",
+    ],
+)
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'lightning', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
