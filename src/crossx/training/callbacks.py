@@ -47,7 +47,8 @@ class Checkpoints(Checkpoint):
     Args:
         run: The run folder.
         history: Its rows hold the monitored value.
-        monitor: The column of which the highest value is best; None keeps no ``best.ckpt``.
+        monitor: The column of which the highest value is best, of equal ones the later; None keeps no
+            ``best.ckpt``.
 
     Attributes:
         best: ``epoch`` (epochs trained) and ``value`` of the best; empty before there is one.
@@ -76,7 +77,7 @@ class Checkpoints(Checkpoint):
         self._require_finite(pl_module)
         row = self.history.rows[-1]
         value = row.get(self.monitor) if self.monitor else None
-        if value is not None and (not self.best or value > self.best["value"]):
+        if value is not None and (not self.best or value >= self.best["value"]):
             self.best = {"epoch": row["epoch"], "value": value}
             # best first: a kill in between leaves an older last, from which this epoch is repeated exactly
             trainer.save_checkpoint(self.run.best)
