@@ -60,7 +60,7 @@ def test_run_folder_holds_everything(make_config):
     assert [row["step"] for row in rows(run)] == ["4", "8", "12"]
     written = json.loads((run.path / "metrics.json").read_text())["epochs"]
     assert [{name: str(value) for name, value in row.items()} for row in written] == rows(run)
-    best = max(written, key=lambda row: (row["val/top1"], -row["epoch"]))
+    best = max(written, key=lambda row: (row["val/top1"], row["epoch"]))
     assert info["selection"] == {
         "how": "best",
         "split": "val",
