@@ -6,10 +6,12 @@ import pytest
 import crossx
 from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method, list_methods
+from crossx.training.config import Config
 from crossx.training.fit import fit
 
 
 def test_public_names_are_those_of_the_rooms() -> None:
+    assert crossx.Config is Config
     assert crossx.create_method is create_method
     assert crossx.list_methods is list_methods
     assert crossx.fit is fit

@@ -21,6 +21,7 @@ SMALL = shlex.split(
 )
 OWN = ["--data.dataset", "folder", "--data.root", "own"]
 CROSSX = ["--model.method", "crossx"]
+VIT = ["--model.backbone", "vit_tiny_patch16_224", "--model.backbone_args", "{}"]
 
 Refused = Callable[..., str]
 
@@ -134,6 +135,9 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             [*OWN, "--output", "run"],
             "run holds a run already: continue it with `crossx fit --resume run`, or",
         ),
+        (2, [*OWN, *VIT], "image_size 64 does not work with backbone 'vit_tiny_patch16_224'"),
+        (1, [*OWN, "--model.backbone_weights", "run/model.safetensors"], "keys .* belongs to this backbone"),
+        (1, [*OWN, "--optim.lr", "1e30"], "the loss is not finite at step .*Lower --optim.lr"),
         (1, [*OWN, "--output", "file/run"], "file/run: a file stands where a folder is needed"),
     ],
 )

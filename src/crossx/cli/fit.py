@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.fit_options import FitArguments, parse_fit
-from crossx.data.catalog import read_dataset
+from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
 from crossx.runs import Run, open_run
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _free_folder(asked: FitArguments) -> Path:
     """Return the first free ``runs/NAME-DATASET-N``."""
-    if LAUNCHED in os.environ:
+    if not _is_first() and LAUNCHED in os.environ:
         return Path(os.environ[LAUNCHED])
     if "RANK" in os.environ:
         raise UsageError("several processes were started for one run: give --output, so that they share it.")
@@ -51,8 +51,13 @@ def _free_folder(asked: FitArguments) -> Path:
     return folder
 
 
+def _is_first() -> bool:
+    """Say whether this process is the one that speaks: Lightning numbers those that it starts for further GPUs."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _announce(asked: FitArguments) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not _is_first():
         return
     config = asked.config
     for note in asked.notes:
@@ -66,22 +71,14 @@ def _announce(asked: FitArguments) -> None:
 
 def _count_images(config: Config) -> str:
     data = config.data
-    index = read_dataset(
-        data.dataset,
-        data.root,
-        level=data.level,
-        num_classes=data.num_classes,
-        images_per_class=data.images_per_class,
-        test_fraction=data.test_fraction,
-        split_seed=data.split_seed,
-    ).with_validation(data.val_fraction, data.split_seed)
+    index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
     counts = Counter(record.split for record in index.records)
     images = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     return f"{len(index.classes)} classes, images: {images}"
 
 
 def _conclude(done: Run) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not _is_first():
         return
     _, weights = open_run(done.path)
     selection = done.read_info().get("selection") or {}

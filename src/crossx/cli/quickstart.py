@@ -107,8 +107,8 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
         probabilities = np.exp(tested.logits[index] - np.logaddexp.reduce(tested.logits[index]))
         guess, right = int(probabilities.argmax()), bool(tested.correct[index])
         said = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
-        text = said if right else f"{said}\nwrong: {tested.labels[index]}"
-        wrapped = "\n".join(textwrap.fill(line, 26) for line in text.split("\n"))
+        text = said if right else f"{said}\nit is: {tested.labels[index]}"
+        wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
         axes.set_axis_off()
