@@ -32,15 +32,8 @@ def _print_table() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "method", "backbone", "dataset", "what it is", box=None, pad_edge=False)
+    table = Table("recipe", "what it trains", box=None, pad_edge=False)
     for name in list_recipes():
-        recipe = load_recipe(name)
-        table.add_row(
-            name,
-            recipe.get("model", "method", default=""),
-            recipe.get("model", "backbone", default=""),
-            recipe.get("data", "dataset", default=""),
-            recipe.description,
-        )
+        table.add_row(name, load_recipe(name).description)
     Console().print(table)
     print("\n`crossx recipes NAME` prints one; `crossx fit --config NAME` trains it.")
