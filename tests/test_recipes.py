@@ -186,3 +186,12 @@ settings = st.builds(Setting, values, st.lists(comments, max_size=2).map(tuple),
 def test_any_recipe_survives_printing(drawn: dict[recipes.Key, Setting]) -> None:
     recipe = Recipe("drawn", settings=drawn)
     assert dict(recipes._parse("drawn", recipe.to_yaml()).settings) == drawn
+
+
+def test_a_base_that_is_not_there_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: crossx_cub_resnet5\n")
+    with pytest.raises(
+        UsageError, match=r"mine.yaml: base: unknown recipe .*Did you mean 'crossx_cub_resnet50'"
+    ):
+        load_recipe(path)

@@ -176,7 +176,9 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         )
     run = Run(given)
     if not run.spec.is_file():
-        raise CrossXError(f"{given}: not a run folder (no model.json). `crossx fit --output {given}` makes one.")
+        raise CrossXError(
+            f"{given}: not a run folder (no model.json). `crossx fit --output {given}` makes one."
+        )
     for weights in (run.weights, run.best, run.last):
         if weights.is_file():
             return run, weights
@@ -218,7 +220,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def storage_error(path: Path, error: OSError) -> CrossXError:
     """Turn an ``OSError`` while writing ``path`` into one line that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CrossXError(f"{path}: no space left on the disk. What was written before is intact: free some room.")
+        return CrossXError(
+            f"{path}: no space left on the disk. What was written before is intact: free some room."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CrossXError(f"{path}: no permission to write there. Choose another --output.")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):

@@ -256,3 +256,15 @@ def test_progress_shows_top1_and_the_time_left(make_config, monkeypatch, capsys,
     assert f"epoch 3/3  loss {float(last['train/loss']):.4f}  {top1}" in shown
     assert "0:00:00 left" in shown
     assert (f"val: {float(last['val/top1']):.1%}" in shown) is terminal
+
+
+def test_more_processes_than_cores_are_refused(make_config):
+    with pytest.raises(UsageError, match=r"trainer.devices 9999: there is no GPU"):
+        fit(make_config(trainer={"devices": 9999, "accelerator": "cpu"}))
+
+
+@pytest.mark.parametrize("option", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 5}])
+def test_selection_without_validated_epochs_is_said(make_config, caplog, option):
+    run = fit(make_config(trainer={"max_epochs": 1, **option}))
+    assert "the last epoch's weights become the model" in caplog.text
+    assert run.read_info()["selection"]["how"] == "last"

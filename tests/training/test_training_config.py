@@ -101,3 +101,9 @@ def test_a_recipe_with_options_changed() -> None:
     assert (config.output, config.seed) == ("runs/mine", 4)
     with pytest.raises(UsageError, match=r"unknown option data\.rot"):
         Config.from_recipe("crossx_cub_resnet50", data={"rot": "cub"})
+
+
+@pytest.mark.parametrize("option", ["accumulate_grad_batches", "limit_train_batches"])
+def test_trainer_options_that_leave_no_step(option: str) -> None:
+    with pytest.raises(UsageError, match=f"trainer.{option}"):
+        Config(trainer={option: 0})

@@ -11,6 +11,7 @@ from typing import Any
 
 from crossx.cli.options import VerbParser, natural
 from crossx.errors import UsageError
+from crossx.runs import storage_error
 
 RECIPE = "quickstart"
 METHODS = ("plain", "crossx")
@@ -46,6 +47,10 @@ def run(arguments: Sequence[str]) -> int:
     output = Path(options.output) if options.output else _free_folder()
     if output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty: choose another --output.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(output, error) from error
 
     started = time.monotonic()
     trained = {method: train_and_test(method, output, options.seed) for method in METHODS}

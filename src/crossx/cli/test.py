@@ -12,6 +12,9 @@ from crossx.cli.options import VerbParser, add_device, add_loading, add_run
 from crossx.errors import UsageError
 from crossx.runs import open_run, read_json, write_json
 
+FINAL = ("finished", "imported", None)
+"""Values of a run's status that leave nothing to be trained; None is that of a folder without run.json."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Test a run, or two against each other, print the numbers and where everything is written."""
@@ -65,6 +68,10 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
+    if results["run_status"] not in FINAL:
+        print(
+            f"  The run is not finished ({results['run_status']}): these are the weights of its last checkpoint."
+        )
     if results["seen_in_training"]:
         print("  These images were trained on: the numbers say nothing about new images.")
     print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")

@@ -224,6 +224,7 @@ def _provenance(
         "dataset": config.dataset,
         "data_root": config.root,
         "split": split,
+        "run_status": info.get("status"),
         "seen_in_training": seen and config.dataset == spec.dataset,
         "num_classes": len(spec.classes),
         "preprocessing": asdict(spec.preprocessing),

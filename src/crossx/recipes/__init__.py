@@ -109,7 +109,12 @@ def load_recipe(name: str | Path) -> Recipe:
 def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     if name in parents:
         raise UsageError(f"recipe {parents[-1]!r}: its base {name!r} is based on it in turn.")
-    recipe = _parse(name, _read(name))
+    try:
+        recipe = _parse(name, _read(name))
+    except UsageError as error:
+        if not parents:
+            raise
+        raise UsageError(f"{parents[-1]}: base: {error}") from error
     settings: dict[Key, Setting] = {}
     for base in recipe.bases:
         settings |= _resolve(base, (*parents, name)).settings

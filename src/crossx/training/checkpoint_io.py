@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from crossx.errors import CrossXError, first_line
+from crossx.errors import CrossXError
 from crossx.runs import atomic_path
 
 
@@ -63,7 +63,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
-        raise CrossXError(f"{path}: damaged, or no checkpoint of crossx ({first_line(error)}).") from error
+        raise CrossXError(
+            f"{path}: damaged, or no checkpoint of crossx. best.ckpt beside it may be whole; `crossx test` and "
+            "`crossx predict` take it."
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CrossXError(f"{path}: not a training checkpoint of crossx.")
     return checkpoint

@@ -220,6 +220,11 @@ class Config:
         epochs = self.trainer["max_epochs"]
         if not isinstance(epochs, int) or epochs < 1:
             raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")
+        accumulate = self.trainer.get("accumulate_grad_batches", 1)
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise UsageError(f"trainer.accumulate_grad_batches must be at least 1, not {accumulate}.")
+        if self.trainer.get("limit_train_batches", 1.0) == 0:
+            raise UsageError("trainer.limit_train_batches 0 leaves nothing to train on.")
         if self.optim.warmup_epochs >= epochs:
             raise UsageError(
                 f"optim.warmup_epochs must be less than trainer.max_epochs ({epochs}), not "

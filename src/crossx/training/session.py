@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer, seed_everything
@@ -149,6 +151,7 @@ def build_trainer(
     for name in arguments:
         if name not in known:
             raise UsageError(f"unknown option trainer.{name}.{nearest(name, known)} See `crossx fit --help`.")
+    _check_devices(arguments)
     callbacks = [EpochSeed(config.seed), history, checkpoints]
     if config.optim.ema_decay is not None:
         callbacks.append(EMA(config.optim.ema_decay))
@@ -194,10 +197,32 @@ def _monitor(config: Config, data: DataModule) -> str | None:
         return "test/top1"
     if config.optim.selection == "last":
         return None
-    if not data.val_dataloader():
-        log.warning("There are no validation images: the last epoch's weights become the model.")
+    missing = _no_validation(config, data)
+    if missing:
+        log.warning("%s: the last epoch's weights become the model.", missing)
         return None
     return "val/top1"
+
+
+def _no_validation(config: Config, data: DataModule) -> str:
+    """Say why no epoch is validated, empty where one is."""
+    if not data.val_dataloader():
+        return "There are no validation images"
+    if config.trainer.get("limit_val_batches", 1.0) == 0:
+        return "trainer.limit_val_batches 0 switches validation off"
+    every = config.trainer.get("check_val_every_n_epoch") or 1
+    if every > config.trainer["max_epochs"]:
+        return f"trainer.check_val_every_n_epoch {every} is more than trainer.max_epochs"
+    return ""
+
+
+def _check_devices(arguments: Mapping[str, Any]) -> None:
+    """Refuse more processes than the CPU has cores; of GPUs Lightning knows the number itself."""
+    devices = arguments.get("devices", "auto")
+    on_cpu = arguments.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    if on_cpu and str(devices).isdecimal() and int(devices) > cores:
+        raise UsageError(f"trainer.devices {devices}: there is no GPU, and the CPU has {cores} cores.")
 
 
 def _loggers(config: Config, run: Run, run_id: str, steps_before: int) -> list[Logger]:
