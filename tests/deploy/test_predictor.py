@@ -86,7 +86,7 @@ def test_pillow_modes_are_read_like_files(predictor, tmp_path, images, mode):
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
         assert image.mode == mode
-    path = tmp_path / "mode.tif"
+    path = tmp_path / ("mode.jpg" if mode == "YCbCr" else "mode.tif")
     image.save(path)
     memory, file = predictor.predict([image, path])
     assert memory.error is None

@@ -42,8 +42,6 @@ class Backbone(nn.Module):
         self.args = dict(args)
         self.trunk: Any = trunk
         self.data_config: dict[str, Any] = resolve_model_data_config(trunk)
-        if not hasattr(trunk, "forward_intermediates"):
-            raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
         info = list(trunk.feature_info)
         self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
         self._previous = previous_index([stage["reduction"] for stage in info])
@@ -57,6 +55,8 @@ class Backbone(nn.Module):
         self.osme = nn.ModuleDict()
         self._slots: dict[str, ResidualOSME] = {}
         self._steps = residual_steps(trunk, [stage["module"] for stage in info])
+        if self._steps is None and not hasattr(trunk, "forward_intermediates"):
+            raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
 
     @property
     def has_residual_blocks(self) -> bool:
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
 
         Each is a map (B, C, h, w), or attention features (B, P, C, h, w) where OSME is attached.
         """
-        maps = self._run_steps(images) if self._slots else self._run_trunk(images)
+        maps = self._run_trunk(images) if self._steps is None else self._run_steps(images)
         return {stage: self.osme[stage](map_) if stage in self.osme else map_ for stage, map_ in maps.items()}
 
     def drop_head(self) -> None:
