@@ -1,15 +1,13 @@
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, distributed
+from torch import Tensor
 
 from crossx.losses import C3SLoss, c3s_loss, part_correlations
+from distributed import run_on_two_ranks
 
 
 def naive_correlations(features: Tensor) -> Tensor:
@@ -90,17 +88,7 @@ def test_a_zero_feature_is_no_nan() -> None:
     assert torch.isfinite(features.grad).all()  # type: ignore[arg-type]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _rank(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def both_forms(rank: int, folder: Path) -> None:
     features = torch.load(folder / "features.pt")
     results = {}
     for form in ("paper", "released"):
@@ -110,19 +98,11 @@ def _rank(rank: int, port: int, folder: Path) -> None:
         loss.backward()
         results[form] = (loss.detach(), own.grad)
     torch.save(results, folder / f"rank{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path: Path) -> None:
     torch.save(torch.randn(5, 3, 6), tmp_path / "features.pt")
-    port = _free_port()
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_on_two_ranks(both_forms, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for form in ("paper", "released"):
         features = torch.load(tmp_path / "features.pt").requires_grad_()

@@ -145,7 +145,10 @@ def test_killed_after_the_last_epoch(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tmp_path, sent):
+def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tmp_path, request, sent):
+    # A shell that starts the tests in the background has SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     whole = fit(make_config("whole"))
     interrupt(monkeypatch, 6, lambda: os.kill(os.getpid(), sent))
     config = make_config("stopped")
