@@ -126,7 +126,7 @@ def test_wrong_option_is_refused_in_one_line(words: str, message: str) -> None:
     [
         ("optim: {lrr: 1}", "unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
         ("data: {image_size: big}", "--data.image_size takes a whole number, not 'big'"),
-        ("modle: {method: crossx}", "unknown option '--modle'."),
+        ("modle: {method: crossx}", "unknown section 'modle'. Did you mean 'model'?"),
         ("model: {num_part: 3}", "unknown option '--model.num_part'. Did you mean '--model.num_parts'?"),
         ("trainer: {callbacks: []}", "--trainer.callbacks cannot be given"),
     ],

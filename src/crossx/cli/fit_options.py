@@ -28,7 +28,7 @@ from crossx.cli.typed_options import (
 )
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, nearest
-from crossx.recipes import Recipe, load_recipe
+from crossx.recipes import SECTIONS, Recipe, load_recipe
 from crossx.training.config import (
     LOGGERS,
     OWN_TRAINER_ARGUMENTS,
@@ -191,6 +191,8 @@ def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> 
             values[name] = setting.value
         elif key[0] == "model" and method != _method(recipe):
             dropped.append(name)
+        elif len(key) == 1 and (hint := nearest(name, SECTIONS)):
+            raise UsageError(f"{recipe.name}: unknown section {name!r}.{hint}")
         else:
             raise UsageError(f"{recipe.name}: {_unknown_option(f'--{name}', parser, method)}")
     try:
