@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ def test_defaults_are_valid_and_need_no_torch():
 
 
 def test_every_field_is_documented():
-    documented = re.findall(r"^ {8}(\w+): ", DataConfig.__doc__, re.MULTILINE)
+    documented = re.findall(r"^ {4}(\w+): ", inspect.getdoc(DataConfig) or "", re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(DataConfig)]
 
 
