@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from crossx.runs import Run, read_json
+from crossx.training.config import Config
 
 KEYS = (
     "method",
@@ -34,7 +36,9 @@ def collect(folder: Path, split: str) -> dict[str, Any]:
     history = read_json(folder / "metrics.json")["epochs"]
     backbone = tested["backbone"]
     source, colon, path = backbone.partition(":")
+    config = Config.from_yaml(Run(folder).config)
     return {
+        "run": folder.name,
         **{key: tested[key] for key in KEYS},
         "top1_interval": tested["intervals"]["top1"],
         "heads": tested["heads"],
@@ -43,6 +47,7 @@ def collect(folder: Path, split: str) -> dict[str, Any]:
         "pretrained": tested["pretrained"],
         "data_root": Path(tested["data_root"]).name,
         "preprocessing": tested["preprocessing"],
+        "optim": asdict(config.optim),
         "epochs": len(history),
         "val_top1": [epoch.get("val/top1") for epoch in history],
         "versions": Run(folder).read_info()["environment"]["versions"],
