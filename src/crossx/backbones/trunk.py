@@ -58,11 +58,6 @@ class Backbone(nn.Module):
         if self._steps is None and not hasattr(trunk, "forward_intermediates"):
             raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
 
-    @property
-    def has_residual_blocks(self) -> bool:
-        """Whether OSME can be placed inside the last residual block of both stages."""
-        return self._steps is not None
-
     def attach_osme(self, stage: str, num_parts: int, reduction: int, placement: Placement | None) -> None:
         """Make ``forward`` return attention features (B, P, C, H, W) for a stage instead of its map.
 

@@ -119,8 +119,8 @@ def _set_environment() -> None:
     """Choose what libraries read from the environment when they are imported, where the user has not."""
     # a failed download is told once, in our line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # threads that spin while they wait make a step ten times slower as soon as another process (one that loads
-    # images, say) needs a core too: 44 against 5 ms an image on two cores
+    # threads that spin while they wait slow each other down as soon as another process (one that loads images,
+    # say) needs a core too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -31,8 +31,8 @@ class Method(nn.Module, ABC):
     """A network and its objective. The trainer, evaluation, explanation and export know nothing else.
 
     Args:
-        backbone: The trunk; ``self.backbone`` afterwards. Everything outside it counts as new layers (own
-            learning-rate factor, no pretrained weights), but for what ``new_parameters`` says.
+        backbone: The trunk; ``self.backbone`` afterwards. What is not its pretrained parameters counts as new layers
+            (``new_parameters``), with a learning-rate factor of their own.
         num_classes: K.
     """
 
