@@ -283,3 +283,22 @@ def write_table(
         writer.writeheader()
         writer.writerows(rows)
     return table
+
+
+def write_run(root: Path, classes: Sequence[str] = FOLDERS) -> Path:
+    """Write a run folder of a tiny Cross-X network with random weights, the same on every call."""
+    import torch
+
+    from crossx.methods import create_method
+    from crossx.methods.checkpoint import describe, save_weights
+    from crossx.runs import Preprocessing, Run, write_json
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        method = create_method("crossx", backbone="test_resnet", num_classes=len(classes))
+    preprocessing = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    run = Run(root)
+    spec = describe(method, classes=classes, preprocessing=preprocessing, dataset="folder")
+    write_json(run.spec, spec.to_json())
+    save_weights(method, run.weights)
+    return root

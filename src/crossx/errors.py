@@ -18,6 +18,12 @@ class UsageError(CrossXError):
     exit_code = 2
 
 
+class Stopped(CrossXError):  # noqa: N818  no error, an ending
+    """The work was stopped by a signal (Ctrl-C, SIGTERM) and can be continued."""
+
+    exit_code = 130
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the choice closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

@@ -112,10 +112,15 @@ def test_fit_chooses_the_first_free_folder_and_says_what_comes_next(
     assert "runs/tiny-synthetic-2 holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("variable", "value"), [("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "2")])
 def test_processes_of_one_launcher_need_a_common_folder(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    value: str,
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(variable, value)
     assert main(["fit", "--config", "tiny.yaml"]) == 2
     assert "give --output" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from crossx.data import sampler as module
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler, derive_seed
+from crossx.errors import UsageError
 
 
 def on_ranks(world_size, make):
@@ -24,7 +25,7 @@ def on_ranks(world_size, make):
     return outputs
 
 
-@given(st.integers(0, 60), st.integers(0, 2**62), st.integers(0, 1000))
+@given(st.integers(1, 60), st.integers(0, 2**62), st.integers(0, 1000))
 @settings(deadline=None, max_examples=50)
 def test_uniform_epoch_draws_each_image_once(count, seed, epoch):
     sampler = EpochSampler([0] * count, seed)
@@ -35,20 +36,31 @@ def test_uniform_epoch_draws_each_image_once(count, seed, epoch):
     assert draws == list(sampler)
 
 
-@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from(["uniform", "balanced"]))
-@settings(deadline=None, max_examples=50)
-def test_ranks_share_the_epoch_equally_and_lose_nothing(count, world_size, sampling):
+def batches(draws, size):
+    return [draws[start : start + size] for start in range(0, len(draws), size)]
+
+
+@given(st.integers(1, 9), st.integers(0, 60), st.integers(1, 6), st.sampled_from(["uniform", "balanced"]))
+@settings(deadline=None, max_examples=200)
+def test_batches_of_all_ranks_are_those_of_one_process(world_size, more, batch_size, sampling):
+    count = world_size + more
     labels = [index % 3 for index in range(count)]
-    alone = list(EpochSampler(labels, 5, sampling))
-    ranks = on_ranks(world_size, lambda: EpochSampler(labels, 5, sampling))
-    lengths = {len(rank) for rank in ranks}
-    assert lengths == {-(-count // world_size)}
-    together = [draw for step in zip(*ranks, strict=True) for draw in step]
-    assert together[:count] == alone
-    # the padding comes from the beginning again, as draws of their own
-    padding = together[count:]
-    assert [draw.index for draw in padding] == [alone[i % count].index for i in range(len(padding))]
-    assert len(set(together)) == len(together)
+    alone = batches(list(EpochSampler(labels, 5, sampling)), world_size * batch_size)
+    ranks = on_ranks(world_size, lambda: EpochSampler(labels, 5, sampling, batch_size))
+    ranks = [batches(draws, batch_size) for draws in ranks]
+    steps = list(zip(*ranks, strict=True))
+    for step, batch in zip(steps, alone, strict=False):
+        assert Counter(draw for own in step for draw in own) == Counter(batch)
+    left_out = alone[len(steps) :]
+    assert sum(map(len, left_out)) < 2 * world_size
+    sizes = [len(own) for step in steps for own in step]
+    assert min(sizes) >= min(2, batch_size) or len(steps) == 1
+    assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in steps)
+
+
+def test_fewer_images_than_ranks_are_refused():
+    with pytest.raises(UsageError, match=r"2 training images are too few for 3 processes"):
+        on_ranks(3, lambda: EpochSampler([0, 1], 0))
 
 
 def test_order_depends_on_seed_and_epoch():
@@ -101,8 +113,11 @@ def test_repeats_of_an_image_are_counted():
 @settings(deadline=None, max_examples=50)
 def test_evaluation_counts_every_image_once(count, world_size):
     ranks = on_ranks(world_size, lambda: EvaluationSampler(count))
-    assert sorted(index for rank in ranks for index in rank) == list(range(count))
-    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+    if count < world_size:
+        assert ranks == [list(range(count))] * world_size
+    else:
+        assert sorted(index for rank in ranks for index in rank) == list(range(count))
+        assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
 def test_evaluation_on_one_rank_is_in_order():

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.errors import UsageError
 from crossx.layers import MergedFeatures
 
 
@@ -89,3 +90,76 @@ def test_kernels_start_as_in_the_released_code() -> None:
     merge = MergedFeatures(64, 32, 2)
     assert merge.reduce.weight.std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.05)
     assert merge.smooth.weight.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
+
+
+def batch(parts: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    previous = torch.randn(4, parts, 2, 7, 5, dtype=torch.double, generator=generator)
+    return previous, torch.randn(4, parts, 3, 4, 3, dtype=torch.double, generator=generator)
+
+
+def convolved(merge: MergedFeatures, previous: Tensor, last: Tensor) -> Tensor:
+    """What the batch norm sees, (B, P C, H, W)."""
+    resized = F.interpolate(merge.reduce(last.flatten(1, 2)), previous.shape[-2:], mode=merge.interpolation)
+    return merge.smooth(previous.flatten(1, 2) + resized)
+
+
+def test_training_leaves_the_statistics_that_the_batch_norm_itself_would() -> None:
+    ours, torchs = trained(3, 2, 2).train(), trained(3, 2, 2).train()
+    for _ in range(2):
+        torch.testing.assert_close(ours.pooled(*batch()), torchs(*batch()).mean((3, 4)))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+
+
+def test_gradients_in_training_equal_those_through_the_normalised_maps() -> None:
+    gradients = []
+    for pooled in (True, False):
+        merge = trained(3, 2, 2).train()
+        inputs = [tensor.requires_grad_() for tensor in batch()]
+        out = merge.pooled(*inputs) if pooled else merge(*inputs).mean((3, 4))
+        out.square().sum().backward()
+        gradients.append([*(tensor.grad for tensor in inputs), *(p.grad for p in merge.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_strided_statistics_have_the_exact_mean_and_the_variance_of_a_quarter_of_the_places() -> None:
+    merge = trained(3, 2, 2).train()
+    merge.statistics = "strided"
+    maps = convolved(merge, *batch())
+    means = maps.mean((2, 3))
+    quarter = maps[:, :, ::2, ::2]
+    within = quarter.var((2, 3), unbiased=False).mean(0)
+    variance = within + means.var(0, unbiased=False)
+    expected = (means - means.mean(0)) / (variance + merge.norm.eps).sqrt()
+    expected = expected * merge.norm.weight + merge.norm.bias
+    torch.testing.assert_close(merge.pooled(*batch()).flatten(1), expected)
+
+
+def test_pooled_statistics_are_those_of_a_batch_norm_over_vectors() -> None:
+    merge = trained(3, 2, 2).train()
+    merge.statistics = "pooled"
+    norm = nn.BatchNorm1d(4).double()
+    norm.load_state_dict(merge.norm.state_dict())
+    expected = norm(convolved(merge, *batch()).mean((2, 3)))
+    torch.testing.assert_close(merge.pooled(*batch()).flatten(1), expected)
+    torch.testing.assert_close(merge.norm.state_dict(), norm.state_dict())
+    torch.testing.assert_close(merge.eval().pooled(*batch()), merge(*batch()).mean((3, 4)))
+
+
+def test_pooled_statistics_of_one_image_are_refused() -> None:
+    merge = trained(3, 2, 2).train()
+    merge.statistics = "pooled"
+    with pytest.raises(UsageError, match="at least 2 images"):
+        merge.pooled(*(tensor[:1] for tensor in batch()))
+
+
+@pytest.mark.parametrize("statistics", ["map", "strided", "pooled"])
+def test_half_precision_keeps_the_statistics_in_full(statistics: str) -> None:
+    merge = trained(3, 2, 2).float().train()
+    merge.statistics = statistics  # type: ignore[assignment]
+    inputs = [tensor.float() + 30 for tensor in batch()]
+    exact = merge.pooled(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = merge.pooled(*inputs)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.2

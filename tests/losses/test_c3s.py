@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +5,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossx.losses import C3SLoss, c3s_loss, part_correlations
-from distributed import run_on_two_ranks
 
 
 def naive_correlations(features: Tensor) -> Tensor:
@@ -86,30 +83,3 @@ def test_a_zero_feature_is_no_nan() -> None:
     features = torch.zeros(2, 2, 3, requires_grad=True)
     c3s_loss(features).backward()
     assert torch.isfinite(features.grad).all()  # type: ignore[arg-type]
-
-
-def both_forms(rank: int, folder: Path) -> None:
-    features = torch.load(folder / "features.pt")
-    results = {}
-    for form in ("paper", "released"):
-        # 5 images over two ranks: uneven on purpose.
-        own = (features[:2] if rank == 0 else features[2:]).clone().requires_grad_()
-        loss = c3s_loss(own, form)  # type: ignore[arg-type]
-        loss.backward()
-        results[form] = (loss.detach(), own.grad)
-    torch.save(results, folder / f"rank{rank}.pt")
-
-
-def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path: Path) -> None:
-    torch.save(torch.randn(5, 3, 6), tmp_path / "features.pt")
-    run_on_two_ranks(both_forms, tmp_path)
-    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for form in ("paper", "released"):
-        features = torch.load(tmp_path / "features.pt").requires_grad_()
-        loss = c3s_loss(features, form)  # type: ignore[arg-type]
-        loss.backward()
-        gathered = torch.cat([result[form][1] for result in results])
-        for result in results:
-            torch.testing.assert_close(result[form][0], loss.detach())
-        # DDP divides the sum over ranks by their number.
-        torch.testing.assert_close(gathered / 2, features.grad)

@@ -1,72 +1,149 @@
+"""Two ranks against one process on the whole batch, through DDP and the whole method."""
+
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from crossx.backbones import synchronize_batch_norms
+from crossx.losses import ClassificationLoss
 from crossx.methods import CrossX, create_method
 from distributed import run_on_two_ranks
 
-FORMS = ("paper", "released")
+
+class Case(NamedTuple):
+    """How a batch of six is trained on.
+
+    Attributes:
+        form: Of C3S.
+        first: Images that the first rank has, in each micro-batch.
+        weighted: Whether classes are weighted, and labels smoothed.
+    """
+
+    form: str
+    first: tuple[int, ...]
+    weighted: bool = False
 
 
-class Objective(torch.nn.Module):
+CASES = {
+    "paper, even": Case("paper", (3,)),
+    "released, even": Case("released", (3,)),
+    "paper, uneven": Case("paper", (4,)),
+    "released, uneven": Case("released", (4,)),
+    "paper, one image": Case("paper", (5,), weighted=True),
+    "released, one image": Case("released", (5,), weighted=True),
+    "paper, accumulated": Case("paper", (3, 5)),
+    "released, accumulated": Case("released", (4, 3), weighted=True),
+}
+
+
+class Objective(nn.Module):
     """DDP hooks into ``forward`` alone."""
 
     def __init__(self, method: CrossX) -> None:
         super().__init__()
         self.method = method
 
-    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         objective = self.method.objective(images, targets)
         return {"loss": objective.loss, **objective.terms}
 
 
-def build(form: str) -> CrossX:
+def build(case: Case) -> CrossX:
     """Batch norm in evaluation mode: each rank's own batch statistics are no part of the method."""
     torch.manual_seed(0)
-    method = create_method("crossx", backbone="resnet10t", num_classes=3, c3s_form=form)
+    method = create_method("crossx", backbone="test_resnet", num_classes=3, c3s_form=case.form)
     assert isinstance(method, CrossX)
+    if case.weighted:
+        method.criterion = ClassificationLoss(torch.tensor([0.5, 1.0, 3.0]), 0.1)
     return method.eval()
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batches(case: Case) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(6, 3, 64, 64, generator=generator), torch.tensor([0, 1, 2, 2, 1, 0])
+    targets = torch.tensor([0, 1, 2, 2, 1, 0])
+    return [(torch.randn(6, 3, 64, 64, generator=generator), targets) for _ in case.first]
 
 
-def one_step(rank: int, folder: Path) -> None:
-    images, targets = batch()
+def on_ranks(rank: int, folder: Path) -> None:
     results = {}
-    for form in FORMS:
-        objective = DistributedDataParallel(Objective(build(form)))
-        terms = objective(images[3 * rank : 3 * rank + 3], targets[3 * rank : 3 * rank + 3])
-        terms["loss"].backward()
+    for name, case in CASES.items():
+        objective = DistributedDataParallel(Objective(build(case)))
+        terms = []
+        for (images, targets), first in zip(micro_batches(case), case.first, strict=True):
+            own = slice(first) if rank == 0 else slice(first, None)
+            last = len(terms) == len(case.first) - 1
+            with nullcontext() if last else objective.no_sync():
+                terms.append(objective(images[own], targets[own]))
+                (terms[-1]["loss"] / len(case.first)).backward()
         gradients = {name: p.grad for name, p in objective.module.method.named_parameters()}
-        results[form] = ({name: term.detach() for name, term in terms.items()}, gradients)
+        results[name] = [{key: term.detach() for key, term in step.items()} for step in terms], gradients
     torch.save(results, folder / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[dict[str, torch.Tensor], ...]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_two_ranks(one_step, folder)
+    run_on_two_ranks(on_ranks, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_ranks_train_like_one_process_on_the_whole_batch(ranks: list, form: str) -> None:
-    method = build(form)
-    objective = method.objective(*batch())
-    objective.loss.backward()
-    for name, term in objective.terms.items():
-        values = [rank[form][0][name] for rank in ranks]
-        if name.startswith("c3s"):
-            # S is that of the global batch, on every rank.
-            torch.testing.assert_close(values[0], term.detach())
-            torch.testing.assert_close(values[1], term.detach())
-        else:
-            torch.testing.assert_close((values[0] + values[1]) / 2, term.detach())
-    for name, parameter in method.named_parameters():
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_like_one_process_on_the_whole_batch(ranks: list[dict], name: str) -> None:
+    case = CASES[name]
+    method = build(case)
+    for step, (images, targets) in enumerate(micro_batches(case)):
+        objective = method.objective(images, targets)
+        (objective.loss / len(case.first)).backward()
+        for key, term in {"loss": objective.loss, **objective.terms}.items():
+            values = [rank[name][0][step][key] for rank in ranks]
+            torch.testing.assert_close(sum(values) / 2, term.detach(), rtol=1e-4, atol=1e-6)
+            if key.startswith("c3s"):
+                # S is that of the global batch, on every rank
+                assert values[0] == values[1]
+    for key, parameter in method.named_parameters():
         for rank in ranks:
-            torch.testing.assert_close(rank[form][1][name], parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(rank[name][1][key], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def with_synchronized_norms(rank: int, folder: Path) -> None:
+    case = CASES["paper, even"]
+    method = build(case).train()
+    synchronize_batch_norms(method)
+    objective = DistributedDataParallel(Objective(method.cuda()))
+    images, targets = (tensor.chunk(2)[rank].cuda() for tensor in micro_batches(case)[0])
+    objective(images, targets)["loss"].backward()
+    if rank == 0:
+        torch.save({name: p.grad.cpu() for name, p in method.named_parameters()}, folder / "gradients.pt")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="synchronised batch norm needs two GPUs")
+def test_synchronized_batch_norm_trains_like_one_process(tmp_path: Path) -> None:
+    run_on_two_ranks(with_synchronized_norms, tmp_path, "nccl")
+    gradients = torch.load(tmp_path / "gradients.pt")
+    method = build(CASES["paper, even"]).train().cuda()
+    images, targets = micro_batches(CASES["paper, even"])[0]
+    method.objective(images.cuda(), targets.cuda()).loss.backward()
+    for name, parameter in method.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv2_035"])
+def test_synchronizing_changes_no_number_in_evaluation(backbone: str) -> None:
+    """The second backbone has timm's norms that hold an activation."""
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=backbone, num_classes=3)
+    frozen = method.backbone.trunk.bn1.eval()
+    images, keys = torch.randn(2, 3, 64, 64), list(method.state_dict())
+    synchronize_batch_norms(method)
+    kinds = [type(module).__name__ for module in method.modules()]
+    assert any(kind.startswith("SyncBatchNorm") for kind in kinds)
+    assert method.backbone.trunk.bn1 is frozen
+    assert list(method.state_dict()) == keys
+    torch.manual_seed(0)
+    before = create_method("crossx", backbone=backbone, num_classes=3)
+    assert torch.equal(method.eval()(images), before.eval()(images))

@@ -49,6 +49,18 @@ def test_learns_a_batch_by_heart(name: str) -> None:
 
 
 @every_method
+def test_recomputing_activations_is_the_same_training(name: str) -> None:
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    plain, saving = build(name), build(name)
+    saving.backbone.recompute_activations()
+    for method in (plain, saving):
+        method.objective(images, targets).loss.backward()
+    for (key, own), other in zip(saving.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=lambda text, key=key: f"{key}: {text}")
+    torch.testing.assert_close(saving.state_dict(), plain.state_dict())
+
+
+@every_method
 def test_parameters_are_pretrained_or_new(name: str) -> None:
     method = build(name)
     new, old = method.new_parameters(), method.backbone.pretrained_parameters()

@@ -1,7 +1,15 @@
 """Pretrained trunks. The only room that knows timm."""
 
+from crossx.backbones.blocks import synchronize_batch_norms
 from crossx.backbones.create import create_backbone
 from crossx.backbones.state_dict import load_trunk_weights, read_state_dict
 from crossx.backbones.trunk import Backbone, Placement
 
-__all__ = ["Backbone", "Placement", "create_backbone", "load_trunk_weights", "read_state_dict"]
+__all__ = [
+    "Backbone",
+    "Placement",
+    "create_backbone",
+    "load_trunk_weights",
+    "read_state_dict",
+    "synchronize_batch_norms",
+]

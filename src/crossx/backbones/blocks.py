@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import SEModule
+from timm.layers import SEModule, convert_sync_batchnorm
 from timm.models import efficientnet, mobilenetv3, res2net, resnet, senet, sknet
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
@@ -61,6 +61,21 @@ def residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], li
             return None
     children = [name for name, _ in trunk.named_children()]
     return children[: children.index(ends[-1]) + 1], list(ends)
+
+
+def synchronize_batch_norms(network: nn.Module) -> None:
+    """Let the batch norms that are in training mode take their statistics over all ranks.
+
+    timm's layers that hold an activation beside the norm keep it, which torch's own conversion drops.
+    """
+    norms = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    for name, module in norms:
+        if module.training:
+            network.set_submodule(name, convert_sync_batchnorm(module))
 
 
 default_cfgs = timm.models.generate_default_cfgs(

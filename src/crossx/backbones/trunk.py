@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crossx.backbones.blocks import ATTENTION_SLOTS, expand_stage, previous_index, residual_steps
 from crossx.errors import UsageError, first_line
-from crossx.layers import OSME, ResidualOSME
+from crossx.layers import OSME, ResidualOSME, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
 
@@ -33,6 +33,7 @@ class Backbone(nn.Module):
         channels: Stage name -> channels of its map.
         strides: Stage name -> input pixels over map pixels, along one side.
         data_config: timm's mean, std, interpolation and input_size for this model and its weights.
+        recomputes: Whether activations are computed again in the backward pass, see ``recompute_activations``.
     """
 
     def __init__(self, name: str, architecture: str, args: Mapping[str, Any], trunk: Any) -> None:
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.strides = {"previous": info[self._previous]["reduction"], "last": info[-1]["reduction"]}
         self.osme = nn.ModuleDict()
         self._slots: dict[str, ResidualOSME] = {}
+        self.recomputes = False
         self._steps = residual_steps(trunk, [stage["module"] for stage in info])
         if self._steps is None and not hasattr(trunk, "forward_intermediates"):
             raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
@@ -119,9 +121,27 @@ class Backbone(nn.Module):
             if module not in called:
                 self.trunk.set_submodule(name, nn.Identity())
 
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of the blocks in training, and compute the rest again in the backward pass.
+
+        Residual trunks run each block through ``crossx.layers.recompute``; the others have timm's own
+        checkpointing, which counts a batch twice in the running statistics of batch norms.
+
+        Raises:
+            UsageError: If timm offers none for this backbone.
+        """
+        self.recomputes = True
+        if self._steps is None:
+            try:
+                self.trunk.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError) as error:
+                raise UsageError(f"backbone {self.name!r} cannot recompute activations in timm.") from error
+
     def features(self, images: Tensor) -> Tensor:
         """Return the model's own features of images (B, 3, H, W), in timm's layout, for ``pool``."""
-        features: Tensor = self.trunk.forward_features(images)
+        features: Tensor = (
+            self.trunk.forward_features(images) if self._steps is None else self._run_steps(images)["last"]
+        )
         return features
 
     def pool(self, features: Tensor) -> Tensor:
@@ -194,20 +214,30 @@ class Backbone(nn.Module):
 
     def _run_steps(self, x: Tensor) -> dict[str, Tensor]:
         assert self._steps is not None
+        steps, ends = self._steps
         maps: dict[str, Tensor] = {}
-        ends = {self._steps[1][self._previous]: "previous", self._steps[1][self._deepest]: "last"}
-        for step in self._steps[0]:
-            x = getattr(self.trunk, step)(x)
-            stage = ends.get(step)
-            if stage is None:
-                continue
+        stages = {ends[self._previous]: "previous", ends[self._deepest]: "last"}
+        # timm's first map is the stem's, the others end a stage of blocks
+        first = steps.index(ends[1])
+        x = self._recomputed(lambda x: self._run_stem(steps[:first], x), x, self.trunk)
+        for step in steps[first:]:
+            for block in self.trunk.get_submodule(step).children():
+                x = self._recomputed(block, x, block)
+            stage = stages.get(step)
             if stage in self._slots:
-                keep = int(self._slots[stage].keep_trunk)
-                maps[stage] = x[keep:].transpose(0, 1)
-                x = x[0]
-            else:
+                x, maps[stage] = self._slots[stage].split(x)
+            elif stage is not None:
                 maps[stage] = x
         return maps
+
+    def _run_stem(self, steps: Sequence[str], x: Tensor) -> Tensor:
+        for step in steps:
+            x = self.trunk.get_submodule(step)(x)
+        return x
+
+    def _recomputed(self, part: Callable[[Tensor], Tensor], x: Tensor, owner: nn.Module) -> Tensor:
+        y: Tensor = recompute(part, x, norms_of=owner) if self.recomputes else part(x)
+        return y
 
     def _last_block(self, stage: str) -> Any:
         assert self._steps is not None

@@ -40,7 +40,7 @@ def _free_folder(asked: FitArguments) -> Path:
     """Return the first free ``runs/NAME-DATASET-N``."""
     if not _is_first() and LAUNCHED in os.environ:
         return Path(os.environ[LAUNCHED])
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError("several processes were started for one run: give --output, so that they share it.")
     config = asked.config
     name = Path(asked.recipe).stem if asked.recipe else config.model.method
@@ -52,8 +52,9 @@ def _free_folder(asked: FitArguments) -> Path:
 
 
 def _is_first() -> bool:
-    """Say whether this process is the one that speaks: Lightning numbers those that it starts for further GPUs."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Say whether this process is the one that speaks, by the number that its launcher gave it."""
+    launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
+    return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
 
 
 def _announce(asked: FitArguments) -> None:

@@ -12,6 +12,7 @@ from torch import distributed
 from torch.utils.data import Sampler
 
 from crossx.data.config import Sampling
+from crossx.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,8 @@ class Draw:
     Attributes:
         epoch: Counted from 0.
         index: The record's position in the dataset.
-        repeat: How often the image was drawn before in this epoch (balanced sampling, padding), so that a second
-            copy is augmented differently.
+        repeat: How often the image was drawn before in this epoch (balanced sampling), so that a second copy is
+            augmented differently.
     """
 
     epoch: int
@@ -37,22 +38,28 @@ def derive_seed(*parts: object) -> int:
 
 
 class EpochSampler(Sampler[Draw]):
-    """Draws the training images of an epoch.
+    """Draws the training images of an epoch, as many as there are images.
 
-    Without a process group, or on one rank, an epoch has as many draws as there are images. On several ranks the
-    epoch is dealt out in turn, after the first draws are appended again so that every rank has equally many.
+    On several ranks the draws are dealt out in turn: the ranks' n-th batches together are the n-th batch of one
+    process with so many times the batch size. In the last batch a rank may have one image fewer than another. That
+    batch is left out where a rank would have fewer than two images, of which batch norm could take no variance, unless
+    it is the only one.
 
     Args:
         labels: Class index of each image.
         seed: The run's seed.
         sampling: ``uniform``: each image once. ``balanced``: with replacement, each class present with the same
             probability, then each image of the class.
+        batch_size: Images in a batch of one rank.
     """
 
-    def __init__(self, labels: Sequence[int], seed: int, sampling: Sampling = "uniform") -> None:
+    def __init__(
+        self, labels: Sequence[int], seed: int, sampling: Sampling = "uniform", batch_size: int = 1
+    ) -> None:
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.seed = seed
         self.sampling = sampling
+        self.batch_size = batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,14 +67,23 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // _world()[1])
+        return len(self._positions())
 
     def __iter__(self) -> Iterator[Draw]:
+        draws = _count_repeats(self.epoch, self._order())
+        return iter([draws[position] for position in self._positions()])
+
+    def _positions(self) -> range:
+        """Return which draws of the epoch are this rank's."""
         rank, world_size = _world()
-        order = self._order()
-        total = len(self) * world_size
-        padded = order * -(-total // max(1, len(order)))
-        return iter(_count_repeats(self.epoch, padded[:total])[rank::world_size])
+        count = len(self.labels)
+        if count < world_size:
+            raise UsageError(
+                f"{count} training images are too few for {world_size} processes: lower --trainer.devices."
+            )
+        rest = count % (world_size * self.batch_size)
+        kept = count - rest if rest < 2 * world_size and rest < count else count
+        return range(rank, kept, world_size)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
@@ -84,7 +100,9 @@ class EpochSampler(Sampler[Draw]):
 class EvaluationSampler(Sampler[int]):
     """Yields the indices of this rank in order: 0, 1, 2, ... on one rank, dealt out in turn on several.
 
-    Over all ranks each image comes exactly once, so ranks may differ by one image: nothing is counted twice.
+    Over all ranks each image comes exactly once, so ranks may differ by one image: nothing is counted twice. Where
+    there are fewer images than ranks, every rank has all of them: means stay the same, and no rank is left without a
+    batch, for which Lightning and DDP would wait for ever.
 
     Args:
         count: Number of images.
@@ -101,7 +119,7 @@ class EvaluationSampler(Sampler[int]):
 
     def _indices(self) -> range:
         rank, world_size = _world()
-        return range(rank, self.count, world_size)
+        return range(self.count) if self.count < world_size else range(rank, self.count, world_size)
 
 
 def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:

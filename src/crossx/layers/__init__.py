@@ -3,5 +3,6 @@
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.osme import OSME, ResidualOSME
 from crossx.layers.pooling import global_pool
+from crossx.layers.recompute import recompute
 
-__all__ = ["OSME", "MergedFeatures", "ResidualOSME", "global_pool"]
+__all__ = ["OSME", "MergedFeatures", "ResidualOSME", "global_pool", "recompute"]

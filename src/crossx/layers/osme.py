@@ -98,3 +98,14 @@ class ResidualOSME(nn.Module):
             return gated
         own: Tensor = self.own(residual)
         return torch.cat((own[None], gated))
+
+    def split(self, block_output: Tensor) -> tuple[Tensor, Tensor]:
+        """Part what the block made of ``forward``'s result into the trunk's map (B, C, H, W) and U_p (B, P, C, H, W).
+
+        Where the trunk's map is not kept nothing comes after it, and the first of the two has no meaning.
+        """
+        if not self.keep_trunk:
+            return block_output, block_output.transpose(0, 1)
+        # One split: its gradient is one concatenation, that of two slices a sum of maps filled with zeros.
+        trunk, parts = block_output.split((1, self.osme.num_parts))
+        return trunk[0], parts.transpose(0, 1)

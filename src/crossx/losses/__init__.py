@@ -1,6 +1,15 @@
 """Losses: tensors in, scalar out; a pure function and a thin module each."""
 
 from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations
+from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 
-__all__ = ["C3SLoss", "CrossLayerLoss", "c3s_loss", "cross_layer_loss", "part_correlations"]
+__all__ = [
+    "C3SLoss",
+    "ClassificationLoss",
+    "CrossLayerLoss",
+    "c3s_loss",
+    "classification_loss",
+    "cross_layer_loss",
+    "part_correlations",
+]

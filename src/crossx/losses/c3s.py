@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.ranks import sum_over_ranks, world_size
+
 C3SForm: TypeAlias = Literal["paper", "released"]
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce through which gradients flow: each rank's share of the sum gets every rank's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        distributed.all_reduce(total)
-        return total
 
 
 def part_correlations(features: Tensor) -> Tensor:
@@ -38,9 +24,9 @@ def part_correlations(features: Tensor) -> Tensor:
     """
     unit = F.normalize(features.float(), dim=2)
     total = unit.sum(0)
-    count = float(len(unit))
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        exchanged = _SumOverRanks.apply(torch.cat((total.flatten(), total.new_tensor([count]))))
+    count: int | Tensor = len(unit)
+    if world_size() > 1:
+        exchanged = sum_over_ranks(torch.cat((total.flatten(), total.new_full((1,), len(unit)))))
         total, count = exchanged[:-1].view_as(total), exchanged[-1].detach()
     mean = total / count
     # Not a matrix product, which autocast would round to half precision.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.ranks import batch_mean
+
 
 def cross_layer_loss(teacher: Tensor, student: Tensor, detach_teacher: bool = False) -> Tensor:
     """Return ``KL(softmax(teacher) || softmax(student))``, the mean over the batch (Eq. 6), a scalar.
+
+    In a process group this is the rank's part of the mean over the whole batch (``crossx.ranks``).
 
     Args:
         teacher: Logits of stage L, (B, K).
@@ -17,9 +21,10 @@ def cross_layer_loss(teacher: Tensor, student: Tensor, detach_teacher: bool = Fa
     """
     if detach_teacher:
         teacher = teacher.detach()
-    return F.kl_div(
+    divergence = F.kl_div(
         F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True
     )
+    return batch_mean(divergence, len(student))
 
 
 class CrossLayerLoss(nn.Module):

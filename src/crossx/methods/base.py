@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
 from crossx.errors import UsageError, nearest, unknown
+from crossx.losses import ClassificationLoss
 
 
 class Objective(NamedTuple):
@@ -18,7 +19,8 @@ class Objective(NamedTuple):
 
     Attributes:
         loss: Scalar to minimise: the sum of ``terms``.
-        terms: Name to weighted scalar, for the logs.
+        terms: Name to weighted scalar, for the logs. On several ranks ``loss`` and each term are the rank's part of
+            the whole batch's: their average over the ranks is what one process would give.
         logits: (B, K), the prediction of ``forward`` on the same batch, for the metrics.
     """
 
@@ -51,7 +53,7 @@ class Method(nn.Module, ABC):
             raise UsageError(f"num_classes must be at least 1, not {num_classes}.")
         self.backbone = backbone
         self.num_classes = num_classes
-        self.criterion = nn.CrossEntropyLoss()
+        self.criterion = ClassificationLoss()
         """The classification loss; training replaces it for label smoothing or class weights."""
 
     @abstractmethod

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError
-from crossx.layers import MergedFeatures, global_pool
-from crossx.layers.feature_pyramid import Interpolation
+from crossx.errors import UsageError, unknown
+from crossx.layers import MergedFeatures, global_pool, recompute
+from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
 from crossx.layers.pooling import Pooling
 from crossx.losses import C3SLoss, CrossLayerLoss
 from crossx.losses.c3s import C3SForm
@@ -35,6 +36,9 @@ class CrossX(Method):
         use_merged: Whether the merged features have a head (the ablation's +FP).
         previous_pooling: ``max`` (GMP; the paper's for birds) or ``avg`` (GAP; for cars, dogs, aircraft) on stage L-1.
         interpolation: ``bilinear`` (Eq. 5) or ``nearest`` (released code) in the merged features.
+        merged_statistics: Where the batch norm of Eq. 5 takes its variance in training: ``map`` (exact), ``strided`` (a
+            quarter of the places, the mean exact; faster) or ``pooled`` (the pooled features; fastest, but not the
+            paper's model). Inference costs the same.
         c3s_form: ``paper`` (Eq. 4) or ``released``; see ``crossx.losses.c3s_loss``.
         diagonal_weight: Weight of the diagonal in the paper's form: 2 as printed, or 1.
         c3s_weights: lambda of Eq. 10 for ``last``, ``previous`` and ``merged``; 0 turns a term off. The default is
@@ -58,6 +62,7 @@ class CrossX(Method):
         use_merged: bool = True,
         previous_pooling: Pooling = "max",
         interpolation: Interpolation = "bilinear",
+        merged_statistics: MergeStatistics = "map",
         c3s_form: C3SForm = "paper",
         diagonal_weight: float = 2.0,
         c3s_weights: Sequence[float] = (0.5, 0.25, 0.5),
@@ -65,6 +70,14 @@ class CrossX(Method):
         detach_teacher: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
+        for option, value, choices in (
+            ("previous_pooling", previous_pooling, Pooling),
+            ("interpolation", interpolation, Interpolation),
+            ("merged_statistics", merged_statistics, MergeStatistics),
+            ("c3s_form", c3s_form, C3SForm),
+        ):
+            if value not in get_args(choices):
+                raise unknown(option, value, get_args(choices))
         reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
         _check_length("reduction", reductions, ("last", "previous"))
         _check_length("c3s_weights", c3s_weights, HEADS)
@@ -81,7 +94,7 @@ class CrossX(Method):
             self.heads["previous"] = nn.Linear(num_parts * previous, num_classes)
         self.merge: MergedFeatures | None = None
         if use_merged:
-            self.merge = MergedFeatures(last, previous, num_parts, interpolation)
+            self.merge = MergedFeatures(last, previous, num_parts, interpolation, merged_statistics)
             self.heads["merged"] = nn.Linear(num_parts * previous, num_classes)
         self.c3s = C3SLoss(c3s_form, diagonal_weight)
         self.cross_layer = CrossLayerLoss(detach_teacher)
@@ -95,7 +108,7 @@ class CrossX(Method):
         if "previous" in self.heads:
             features["previous"] = global_pool(stages["previous"], self.previous_pooling)
         if self.merge is not None:
-            features["merged"] = self.merge.pooled(stages["previous"], stages["last"])
+            features["merged"] = self._merge(stages["previous"], stages["last"])
         return features
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
@@ -135,6 +148,13 @@ class CrossX(Method):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, joined, (B, D)."""
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def _merge(self, previous: Tensor, last: Tensor) -> Tensor:
+        assert self.merge is not None
+        if self.backbone.recomputes:
+            pooled: Tensor = recompute(self.merge.pooled, previous, last, norms_of=self.merge)
+            return pooled
+        return self.merge.pooled(previous, last)
 
     def _classify(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.heads[name](pooled.flatten(1)) for name, pooled in features.items()}

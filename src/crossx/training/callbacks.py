@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from crossx.data.sampler import derive_seed
 from crossx.errors import CrossXError
 from crossx.runs import Run, atomic_path
 from crossx.training.history import History
+
+DRAWN_PER_SECOND = 4
+"""How often the progress bar is drawn."""
 
 
 class EpochSeed(Callback):
@@ -115,11 +119,24 @@ class EMA(WeightAveraging):
 
 
 class LiveProgressBar(RichProgressBar):
-    """Lightning's progress bar with time left, fed from ``History``: no number is fetched from the GPU for it."""
+    """Lightning's progress bar with time left, fed from ``History``: no number is fetched from the GPU for it.
+
+    Lightning draws up to a hundred times a second, which takes longer than a short step.
+    """
 
     def __init__(self, history: History) -> None:
-        super().__init__(console_kwargs={"stderr": True})
+        super().__init__(refresh_rate=DRAWN_PER_SECOND, console_kwargs={"stderr": True})
         self.history = history
+        self._drawn = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the step's numbers where it is time to draw, and after the last step."""
+        now = time.monotonic()
+        if now - self._drawn >= 1 / DRAWN_PER_SECOND or batch_idx + 1 == trainer.num_training_batches:
+            self._drawn = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the newest loss and top-1."""

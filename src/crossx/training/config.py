@@ -108,6 +108,8 @@ class OptimConfig:
             checkpoints and the final model then use the averaged weights. Left out, no average is kept.
         channels_last: Keep images and convolutions in channels-last memory order, which is the faster one.
         compile: Compile the method's objective with `torch.compile`.
+        recompute_activations: Activation checkpointing: keep only the inputs of the blocks and compute the rest
+            again in the backward pass. The numbers stay the same; it takes less memory and more time.
         selection: Which epoch's weights become the model: `best` (highest top-1 on validation; the last
             epoch where there are no validation images), `last`, or `best_on_test` (highest top-1 on the test
             images, as the released code did: the test accuracy is then no estimate for new images, and the
@@ -137,6 +139,7 @@ class OptimConfig:
     ema_decay: float | None = None
     channels_last: bool = True
     compile: bool = False
+    recompute_activations: bool = False
     selection: Selection = "best"
 
     def __post_init__(self) -> None:
@@ -169,6 +172,11 @@ class OptimConfig:
             _check("ema_decay", self.ema_decay, "in (0, 1)", 0 < self.ema_decay < 1)
         if self.nesterov and self.momentum == 0:
             raise UsageError("optim.nesterov needs optim.momentum above 0.")
+        if self.compile and self.recompute_activations:
+            raise UsageError(
+                "optim.recompute_activations does not go with optim.compile, which plans itself what to keep: leave "
+                "one of them out."
+            )
         if self.schedule == "multistep" and not self.milestones:
             raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
         if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_weights, save_weights
 from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
@@ -23,12 +23,6 @@ from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.history import History
 from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
-
-
-class Stopped(CrossXError):  # noqa: N818  no error, an ending
-    """The run was stopped by a signal (Ctrl-C, SIGTERM) and can be resumed."""
-
-    exit_code = 130
 
 
 def fit(config: Config) -> Run:
@@ -131,8 +125,9 @@ def _prepare(session: Session, trainer: Trainer) -> None:
     if type(session.method).prepare is not Method.prepare:
         device = trainer.strategy.root_device
         loader = session.data.train_dataloader()
+        normalize = session.data.normalize
         session.method.to(device).prepare(
-            (images.to(device), targets.to(device)) for images, targets in loader
+            (normalize(images.to(device)), targets.to(device)) for images, targets in loader
         )
 
 

@@ -33,21 +33,20 @@ class History(Callback):
         rows: One row an epoch. ``epoch`` counts the epochs trained, ``step`` the optimiser steps; ``train/...``
             are means over the epoch while it was trained, ``lr`` is the highest learning rate at its first step,
             ``seconds`` the time since the start.
-        live: For the progress bar: means over the epoch so far, and the newest evaluation.
     """
 
     def __init__(self, run: Run, *, quiet: bool = False) -> None:
         self.run = run
         self.quiet = quiet
         self.rows: list[dict[str, float]] = []
-        self.live: dict[str, float] = {}
+        self._live: dict[str, float] = {}
         self._evaluated: dict[str, float] = {}
-        self._names: list[str] = []
+        self._names: tuple[str, ...] = ()
         self._pending: list[Tensor] = []
-        self._sizes: list[int] = []
+        self._sizes: list[float] = []
         self._newest: list[float] = []
         self._totals = np.zeros(1)
-        self._images = 0
+        self._images = 0.0
         self._batches = 0
         self._lr = 0.0
         self._before = 0.0
@@ -64,6 +63,13 @@ class History(Callback):
         self._before = self.rows[-1]["seconds"]
         self._resumed_at = len(self.rows)
 
+    @property
+    def live(self) -> dict[str, float]:
+        """For the progress bar: means over the epoch so far, and the newest evaluation."""
+        if self._batches:
+            self._live.update(self._means())
+        return self._live
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.monotonic()
@@ -71,7 +77,7 @@ class History(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a row."""
         self._pending, self._sizes, self._evaluated = [], [], {}
-        self._totals, self._images, self._batches = np.zeros(1), 0, 0
+        self._totals, self._images, self._batches = np.zeros(1), 0.0, 0
         self._lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(
@@ -82,14 +88,17 @@ class History(Callback):
         Raises:
             CrossXError: If one of them is not finite, at the latest ``log_every_n_steps`` steps later.
         """
-        self._names = [f"train/{name}" for name in outputs["numbers"]]
-        self._pending.append(torch.stack(list(outputs["numbers"].values())))
+        self._names = tuple(outputs["numbers"])
+        self._pending.append(torch.stack(tuple(outputs["numbers"].values())))
         self._sizes.append(len(batch[1]))
-        logs = (batch_idx + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = every > 0 and (batch_idx + 1) % every == 0
         if logs or pl_module.device.type == "cpu":
             self._collect(trainer)
         if logs:
-            values = dict(zip((f"{name}_step" for name in self._names), self._newest, strict=True))
+            values = {
+                f"train/{name}_step": value for name, value in zip(self._names, self._newest, strict=True)
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(values, trainer.global_step)
 
@@ -104,7 +113,7 @@ class History(Callback):
         split: Any = pl_module.eval_split
         names = (f"{split}/loss", f"{split}/top1")
         self._evaluated = {name: float(trainer.callback_metrics[name]) for name in names}
-        self.live.update(self._evaluated)
+        self._live.update(self._evaluated)
         if not all(map(math.isfinite, self._evaluated.values())):
             raise self._not_finite(f"after epoch {trainer.current_epoch + 1}", self._evaluated)
 
@@ -133,22 +142,28 @@ class History(Callback):
     def _collect(self, trainer: Trainer) -> None:
         if not self._pending:
             return
-        # over all ranks, so that each sees the same numbers and all stop together
-        rows = trainer.strategy.reduce(torch.stack(self._pending), reduce_op="mean").tolist()
-        for row, size in zip(rows, self._sizes, strict=True):
+        numbers, sizes = torch.stack(self._pending), self._sizes
+        if trainer.world_size > 1:
+            # over all ranks, so that each sees the same numbers and all stop together
+            own = torch.cat((numbers, numbers.new_tensor(sizes)[:, None]), 1)
+            means = trainer.strategy.reduce(own, reduce_op="mean")
+            numbers, sizes = means[:, :-1], means[:, -1].tolist()
+        rows = numbers.tolist()
+        for row, size in zip(rows, sizes, strict=True):
             self._batches += 1
             if not all(map(math.isfinite, row)):
                 loop = trainer.fit_loop
                 step = loop.total_batch_idx - loop.batch_idx + self._batches
                 when = f"at step {step} (epoch {trainer.current_epoch + 1}, batch {self._batches})"
-                raise self._not_finite(when, dict(zip(self._names, row, strict=True)))
+                names = (f"train/{name}" for name in self._names)
+                raise self._not_finite(when, dict(zip(names, row, strict=True)))
             self._totals = self._totals + size * np.array(row)
             self._images += size
         self._newest, self._pending, self._sizes = rows[-1], [], []
-        self.live.update(self._means())
 
     def _means(self) -> dict[str, float]:
-        return dict(zip(self._names, (self._totals / self._images).tolist(), strict=True))
+        means = (self._totals / self._images).tolist()
+        return {f"train/{name}": mean for name, mean in zip(self._names, means, strict=True)}
 
     def _not_finite(self, when: str, values: dict[str, float]) -> CrossXError:
         numbers = ", ".join(

@@ -34,6 +34,7 @@ from crossx.training.callbacks import EMA, Checkpoints, EpochSeed, LiveProgressB
 from crossx.training.checkpoint_io import AtomicCheckpointIO
 from crossx.training.config import Config
 from crossx.training.history import History
+from crossx.training.synchronized_norms import SynchronizedNorms
 from crossx.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
     on_test = config.optim.selection == "best_on_test"
     data = (TestAsValidation if on_test else DataModule)(index, preprocessing, config.data, config.seed)
     data.check_images()
+    data.open_caches()
     spec = saved or describe(
         method,
         classes=index.classes,
@@ -162,7 +164,10 @@ def build_trainer(
         "enable_progress_bar": bar,
         "logger": _loggers(config, session.run, run_id, steps_before),
         "callbacks": callbacks,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [
+            AtomicCheckpointIO(),
+            *([SynchronizedNorms()] if arguments.get("sync_batchnorm") else []),
+        ],
         "default_root_dir": session.run.path,
         "use_distributed_sampler": False,
     }

@@ -8,14 +8,16 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from crossx.errors import UsageError
+from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
+from crossx.ranks import batch_mean
 from crossx.training.config import OptimConfig
 from crossx.training.optim import build_optimizer, build_scheduler, freeze
 
@@ -50,7 +52,9 @@ class Task(LightningModule):
         self.method.criterion = _criterion(config, class_counts)
         self.mix = _mix(method, config)
         self.frozen_norms = freeze(method, config)
-        self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        if config.recompute_activations:
+            method.backbone.recompute_activations()
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.objective: Callable[..., Any] = method.objective
         self.eval_loss = MeanMetric()
@@ -78,7 +82,7 @@ class Task(LightningModule):
         objective = self.objective(images.to(memory_format=self.memory_format), targets)
         # a mixed image counts as the class that has most of it
         labels = targets.argmax(1) if targets.ndim == 2 else targets
-        top1 = (objective.logits.detach().argmax(1) == labels).float().mean()
+        top1 = batch_mean((objective.logits.detach().argmax(1) == labels).float().mean(), len(labels))
         numbers = {"loss": objective.loss, **objective.terms, "top1": top1}
         return {
             "loss": objective.loss,
@@ -110,14 +114,12 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _criterion(config: OptimConfig, class_counts: Sequence[int]) -> nn.CrossEntropyLoss:
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+def _criterion(config: OptimConfig, class_counts: Sequence[int]) -> ClassificationLoss:
+    weights = None
     if config.class_weights == "balanced":
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weights = counts.sum() / (len(counts) * counts.clamp(min=1))
-        # not persistent: the weights belong to the training, not to the trained network
-        criterion.register_buffer("weight", weights, persistent=False)
-    return criterion
+    return ClassificationLoss(weights, config.label_smoothing)
 
 
 def _mix(method: Method, config: OptimConfig) -> v2.Transform | None:

@@ -1,0 +1,60 @@
+"""The batch as the ranks of a process group hold it together.
+
+DDP averages the gradients of the ranks. So that this average is the gradient of one process on the whole batch, a
+batch sum goes through ``sum_over_ranks``, and a batch mean is weighed by the rank's share (``batch_mean``): with n_r
+images on rank r of W, ``1/W sum_r (W n_r / sum n) mean_r`` is the mean over all images. The whole batch is that of one
+backward pass: under gradient accumulation the micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce through which gradients flow: each rank's share of the sum gets every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum of every rank's tensor (one all-reduce, differentiable); in one process the tensor itself."""
+    summed: Tensor = _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
+    return summed
+
+
+def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
+    """Turn the mean over this rank's images into its part of the mean over all ranks' images.
+
+    The average of the parts over the ranks is the mean over the whole batch. In one process the mean stays as it is,
+    and so it does where the ranks' weights are equal.
+
+    Args:
+        mean: Mean over the rank's images, a scalar.
+        weight: What that mean was divided by: the number of images, or the sum of their weights.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return mean
+    own = weight.detach() if isinstance(weight, Tensor) else mean.new_full((), weight, dtype=torch.float32)
+    return mean * (own * ranks / sum_over_ranks(own))

@@ -1,0 +1,22 @@
+"""Run as a script on each rank: train each configuration of a folder; the one called ``stopped`` is resumed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_resume import crash, interrupt
+
+from crossx.training.config import Config
+from crossx.training.fit import fit, resume
+
+if __name__ == "__main__":
+    for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
+        config = Config.from_yaml(path)
+        if path.stem == "stopped":
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt(patch, 6, crash)
+                with pytest.raises(RuntimeError, match="power cut"):
+                    fit(config)
+            resume(config.run_path())
+        else:
+            fit(config)

@@ -1,0 +1,110 @@
+"""Whole trainings on two ranks against one process."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import RANDOM, assert_same_run
+from torch.nn import functional as F
+
+import layouts
+from crossx.data.catalog import read_configured
+from crossx.data.datamodule import DataModule
+from crossx.methods.checkpoint import load_method
+from crossx.runs import Run
+from crossx.training.config import Config
+from crossx.training.fit import fit
+from distributed import free_port
+
+ALIKE = {
+    "model": {"method": "crossx", "use_merged": False},
+    "data": {"batch_size": 5},
+    "optim": {"freeze_batch_norm": True, "class_weights": "balanced", "label_smoothing": 0.1, "lr": 0.003},
+}
+"""What differs by rounding alone between one process and two: nothing drawn for a rank, no statistics of a rank."""
+
+
+def rows(run: Run) -> list[dict[str, float]]:
+    with (run.path / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def evaluate(run: Run, weights: Path) -> dict[str, float]:
+    """Take the validation images one at a time through the weights."""
+    method, spec = load_method(weights)
+    config = Config.from_yaml(run.config).data
+    data = DataModule(read_configured(config), spec.preprocessing, config, seed=0)
+    data.config.eval_batch_size = 1
+    batches = list(data.eval_loader("val"))
+    with torch.inference_mode():
+        logits = torch.cat([method(data.normalize(images)) for images, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    hits = (logits.argmax(1) == targets).float()
+    return {"val/loss": F.cross_entropy(logits, targets).item(), "val/top1": hits.mean().item()}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images to train on and one for validation: fewer than ranks."""
+    root = layouts.write_folder(tmp_path_factory.mktemp("few") / "train", images_per_class=8).parent
+    label = sorted((root / "train").iterdir())[1].name
+    shutil.copytree(root / "train" / label, root / "val" / label)
+    for path in sorted((root / "val" / label).iterdir())[1:]:
+        path.unlink()
+    return root
+
+
+@pytest.fixture
+def runs(make_config, few, tmp_path) -> dict[str, Run]:
+    """Runs on two ranks, started by torchrun."""
+    configs = {
+        "alike": make_config("alike", **ALIKE, trainer={"devices": 2}),
+        "few": make_config("few", data={"root": str(few)}, trainer={"devices": 2, "max_epochs": 2}),
+        "stopped": make_config("stopped", **RANDOM, trainer={"devices": 2}),
+        "whole": make_config("whole", **RANDOM, trainer={"devices": 2}),
+    }
+    for name, config in configs.items():
+        config.data.batch_size = min(config.data.batch_size, 5)
+        (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
+    script = Path(__file__).with_name("fit_on_ranks.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, *launcher, str(script), str(tmp_path)]
+    subprocess.run(words, check=True, timeout=120, env=environment)
+    return {name: Run(config.run_path()) for name, config in configs.items()}
+
+
+def test_runs_on_two_ranks(runs, make_config):
+    assert_same_run(runs["stopped"], runs["whole"])
+    # one process that takes the batches of both; 27 images leave 4 and 3 for the last batch of the ranks
+    alone = fit(make_config("alone", **{**ALIKE, "data": {"batch_size": 10}}))
+    for ours, theirs in zip(rows(runs["alike"]), rows(alone), strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    # three images for validation, and one: as many as are counted
+    for name in ("alike", "whole", "few"):
+        last = rows(runs[name])[-1]
+        expected = evaluate(runs[name], runs[name].last)
+        assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_command_starts_its_own_second_process(make_config, tmp_path):
+    config = make_config(trainer={"devices": 2, "max_epochs": 1})
+    config.output = None
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = [sys.executable, "-m", "crossx", "fit", "--config", "config.yaml"]
+    shown = subprocess.run(
+        words, check=True, timeout=120, cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    assert shown.count("next: crossx test runs/config-folder-1") == 1
+    run = Run(tmp_path / "runs" / "config-folder-1")
+    assert run.read_info()["status"] == "finished"
+    assert [path.name for path in run.path.parent.iterdir()] == ["config-folder-1"]
+    last = rows(run)[-1]
+    expected = evaluate(run, run.weights)
+    assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
