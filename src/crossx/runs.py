@@ -45,6 +45,7 @@ class Preprocessing:
         mean: Per-channel mean, of images scaled to [0, 1].
         std: Per-channel standard deviation, likewise.
         crop_bottom: Rows cut off the bottom first (20 removes FGVC-Aircraft's banner).
+        pipeline: ``fast`` or ``strict``, see ``DataConfig``.
     """
 
     image_size: int
@@ -53,6 +54,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_bottom: int = 0
+    pipeline: str = "fast"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.images import read_image
 from crossx.data.index import DatasetIndex, Record
-from crossx.data.transforms import eval_transform
+from crossx.data.transforms import Normalize, eval_transform
 from crossx.errors import CrossXError
 from crossx.runs import Preprocessing
 
@@ -70,6 +70,19 @@ def test_evaluation_batches_come_in_the_order_of_records(tmp_path, num_workers):
     records = index.split("test")
     assert targets.tolist() == [record.label for record in records]
     assert torch.equal(images, torch.stack([transform(read_image(record.path)) for record in records]))
+
+
+def test_batches_travel_as_bytes_and_reach_the_network_as_floats(tmp_path):
+    data = make(make_index(tmp_path), num_workers=2)
+    batch = next(iter(data.test_dataloader()))
+    assert batch[0].dtype == torch.uint8
+    assert batch[0].is_contiguous(memory_format=torch.channels_last)
+    images, targets = data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(images, Normalize(PREPROCESSING)(batch[0]))
+    assert torch.equal(targets, batch[1])
+    seen = fit(data, 1)["train"]
+    floats = [Normalize(PREPROCESSING)(images).double().sum().item() for images, _ in data.train_dataloader()]
+    assert [checksum for _, checksum, _ in seen] == floats
 
 
 def test_a_lone_last_image_is_left_out_of_training(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from crossx.data.images import MAX_PIXELS, ImageError, find_images, image_problem, read_image
+from crossx.data.images import MAX_PIXELS, ImageError, find_images, image_problem, read_image, read_size
 from crossx.errors import CrossXError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -75,6 +75,50 @@ def test_jpeg_agrees_with_torchvisions_decoder() -> None:
     assert (
         read_image(data).int() - theirs.int()
     ).abs().max() <= 2  # two builds of libjpeg may round differently
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    options=st.fixed_dictionaries(
+        {
+            "quality": st.integers(1, 100),
+            "progressive": st.booleans(),
+            "subsampling": st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+            "keep_rgb": st.booleans(),
+        }
+    ),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+)
+def test_jpegs_have_the_pixels_that_pillow_gives(
+    size: tuple[int, int], options: dict[str, object], mode: str
+) -> None:
+    if options["keep_rgb"]:
+        options = {**options, "subsampling": "4:4:4"}
+    data = encoded(photograph().resize(size).convert(mode), "JPEG", **options)
+    assert torch.equal(read_image(data), read_image(data, pillow=True))
+    assert read_size(data) == (size[1], size[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    min_side=st.integers(1, 70),
+    orientation=st.integers(1, 8),
+    file_format=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+)
+def test_decoded_size_is_known_from_the_header(
+    size: tuple[int, int], min_side: int, orientation: int, file_format: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph().resize(size), file_format, exif=exif)
+    shape = read_image(data, min_side=min_side).shape[1:]
+    assert read_size(data, min_side=min_side) == tuple(shape)
+    scale = min(size) // min(shape)
+    assert sorted(size) == sorted(scale * side for side in shape)
+    assert scale == 1 or (file_format == "JPEG" and min(shape) >= min_side)
+    assert read_size(data, min_side=min_side, pillow=True) == tuple(read_image(data).shape[1:])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -261,6 +305,16 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, width: int, height: i
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height))
     assert f"{MAX_PIXELS:,} pixels" in (image_problem(path) or "")
+
+
+def test_jpeg_bombs_are_refused_by_their_header() -> None:
+    data = encoded(photograph(), "JPEG")
+    frame = data.index(b"\xff\xc0") + 5
+    bomb = data[:frame] + struct.pack(">HH", 65_000, 65_000) + data[frame + 4 :]
+    assert f"{MAX_PIXELS:,} pixels" in (image_problem(bomb) or "")
+    for read in (read_image, read_size):
+        with pytest.raises(ImageError, match="pixels"):
+            read(bomb)
 
 
 def test_missing_folder_and_special_files(tmp_path: Path) -> None:

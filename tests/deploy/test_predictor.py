@@ -7,7 +7,7 @@ from PIL import Image
 
 import crossx
 from crossx.data.images import read_image
-from crossx.data.transforms import eval_transform
+from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.deploy import predictor as module
 from crossx.deploy.predictor import Prediction, Predictor, expand_paths, write_csv
 from crossx.errors import CrossXError, UsageError
@@ -46,7 +46,7 @@ def images(tmp_path):
 @torch.inference_mode()
 def probabilities(predictor, path):
     image = eval_transform(PREPROCESSING)(read_image(path))
-    return predictor.method(image[None]).softmax(1)[0].numpy()
+    return predictor.method(Normalize(PREPROCESSING)(image[None])).softmax(1)[0].numpy()
 
 
 def test_load_takes_run_and_checkpoint(run):
@@ -143,11 +143,11 @@ def test_top_ends_at_the_number_of_classes(predictor, images):
 def test_streaming_decodes_only_a_little_ahead(predictor, images, monkeypatch):
     read = []
 
-    def counted(path):
+    def counted(transform, path):
         read.append(path)
         return read_image(path)
 
-    monkeypatch.setattr(module, "read_image", counted)
+    monkeypatch.setattr(Transform, "read", counted)
     stream = predictor.iter_predict(images * 40, batch_size=4)
     first = next(stream)
     assert first.path == images[0]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from crossx.data.catalog import read_dataset
 from crossx.data.images import read_image
-from crossx.data.transforms import eval_transform
+from crossx.data.transforms import Normalize, eval_transform
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.comparison import compare_runs
 from crossx.evaluation.predictions import Predictions
@@ -70,8 +70,9 @@ def run(tmp_path, root):
 @torch.inference_mode()
 def predict_one_by_one(run, records):
     method, spec = load_method(run.path)
-    transform = eval_transform(spec.preprocessing)
-    return np.stack([method(transform(read_image(record.path))[None])[0].numpy() for record in records])
+    transform, normalize = eval_transform(spec.preprocessing), Normalize(spec.preprocessing)
+    images = [normalize(transform(read_image(record.path))[None]) for record in records]
+    return np.stack([method(image)[0].numpy() for image in images])
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -88,6 +89,14 @@ def test_evaluate_answers_in_order_with_the_sum_of_heads(channels_last):
     assert torch.equal(outputs.targets, targets)
     assert not method.training
     assert not outputs.logits.requires_grad
+
+
+def test_evaluate_normalizes_bytes_on_the_device():
+    method, normalize = make_method(), Normalize(PREPROCESSING)
+    images, targets = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8), torch.arange(5) % 3
+    from_bytes = evaluate(method, [(images, targets)], "cpu", normalize=normalize)
+    from_floats = evaluate(method, [(normalize(images), targets)], "cpu")
+    assert torch.equal(from_bytes.logits, from_floats.logits)
 
 
 def test_evaluate_refuses_logits_that_are_not_finite():

@@ -40,7 +40,8 @@ def accuracy(method, spec, split):
     config = Config.from_yaml(spec.config).data
     index = read_dataset(config.dataset, config.root, test_fraction=config.test_fraction, split_seed=0)
     data = DataModule(index, spec.read_spec().preprocessing, config, seed=0)
-    right = [int(method(images).argmax(1)[0] == targets[0]) for images, targets in _single(data, split)]
+    single = ((data.normalize(images), targets) for images, targets in _single(data, split))
+    right = [int(method(images).argmax(1)[0] == targets[0]) for images, targets in single]
     return sum(right) / len(right)
 
 
@@ -268,3 +269,11 @@ def test_selection_without_validated_epochs_is_said(make_config, caplog, option)
     run = fit(make_config(trainer={"max_epochs": 1, **option}))
     assert "the last epoch's weights become the model" in caplog.text
     assert run.read_info()["selection"]["how"] == "last"
+
+
+def test_pipeline_is_recorded_and_a_cache_changes_nothing(make_config):
+    plain, cached = (
+        fit(make_config(cache, data={"pipeline": "strict", "cache": cache})) for cache in ("none", "ram")
+    )
+    assert plain.read_spec().preprocessing.pipeline == "strict"
+    assert_same(load_file(plain.weights), load_file(cached.weights))

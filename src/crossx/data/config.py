@@ -11,6 +11,8 @@ Augmentation = Literal["crop", "resized_crop", "trivial"]
 Sampling = Literal["uniform", "balanced"]
 BadImages = Literal["stop", "skip"]
 TrainOn = Literal["train", "trainval"]
+Pipeline = Literal["fast", "strict"]
+Cache = Literal["none", "ram", "disk"]
 
 MIN_IMAGE_SIZE = 32
 
@@ -41,6 +43,11 @@ class DataConfig:
             aspect ratio) or `trivial` (resized_crop and TrivialAugment).
         hflip: Probability of a horizontal flip in training.
         random_erasing: Probability of erasing a random rectangle in training.
+        pipeline: `fast`, or `strict`: decoded and resized by Pillow alone, the pixels of the released code. `fast`
+            differs from them by a grey level at most (bicubic: by a few), and by more in large JPEGs, which it
+            decodes at half, a quarter or an eighth of their size.
+        cache: Keep decoded images: `none`, `ram`, or `disk` (in $XDG_CACHE_HOME/crossx/decoded, for the next run
+            too). The room is reserved, and named, before training; an image is stored when it is first read.
         batch_size: Images a training step and device.
         eval_batch_size: Images a step in validation and testing; left out, as batch_size.
         num_workers: Processes that load images; left out, one for each CPU core, at most 8. The images do not
@@ -66,6 +73,8 @@ class DataConfig:
     augmentation: Augmentation = "crop"
     hflip: float = 0.5
     random_erasing: float = 0.0
+    pipeline: Pipeline = "fast"
+    cache: Cache = "none"
     batch_size: int = 32
     eval_batch_size: int | None = None
     num_workers: int | None = None
@@ -102,6 +111,8 @@ class DataConfig:
             _one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
         _one_of("train_on", self.train_on, ("train", "trainval"))
         _one_of("augmentation", self.augmentation, ("crop", "resized_crop", "trivial"))
+        _one_of("pipeline", self.pipeline, ("fast", "strict"))
+        _one_of("cache", self.cache, ("none", "ram", "disk"))
         _one_of("sampling", self.sampling, ("uniform", "balanced"))
         _one_of("bad_images", self.bad_images, ("stop", "skip"))
 

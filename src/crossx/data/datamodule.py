@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
+from crossx.data.cache import PixelCache, open_cache
 from crossx.data.config import DataConfig
-from crossx.data.dataset import ImageDataset, ImageLoader
+from crossx.data.dataset import ImageDataset, ImageLoader, collate
 from crossx.data.images import image_problem
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
-from crossx.data.transforms import eval_transform, train_transform
+from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
 from crossx.errors import CrossXError
 from crossx.runs import Preprocessing
 
 MAX_WORKERS = 8
 MAX_LISTED = 10
 
+log = logging.getLogger(__name__)
+
 
 class DataModule(LightningDataModule):
-    """Loads batches of (images (B, 3, S, S) float32 normalised, targets (B,) int64).
+    """Loads batches of (images (B, 3, S, S) uint8, targets (B,) int64).
+
+    Lightning's steps are given the images as normalised float32: they are normalised on the device. Whoever takes
+    batches from the loaders does the same with ``normalize``.
 
     Args:
         index: The dataset; where it has no validation split, one is made as ``config.val_fraction`` says.
@@ -35,6 +45,7 @@ class DataModule(LightningDataModule):
 
     Attributes:
         index: The dataset with its validation split, without the images that were skipped.
+        normalize: Bytes to normalised floats.
         skipped: Path and reason of each image that ``check_images`` left out.
     """
 
@@ -42,13 +53,20 @@ class DataModule(LightningDataModule):
         self, index: DatasetIndex, preprocessing: Preprocessing, config: DataConfig, seed: int
     ) -> None:
         super().__init__()
-        # with more ranks than images a rank has nothing to evaluate
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.index = index.with_validation(config.val_fraction, config.split_seed)
         self.preprocessing = preprocessing
         self.config = config
         self.seed = seed
         self.skipped: list[tuple[Path, str]] = []
+        self.normalize = Normalize(preprocessing)
+        self._caches: dict[str, PixelCache] = {}
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise the images, where the network is."""
+        images, targets = batch
+        return self.normalize(images), targets
 
     @property
     def num_workers(self) -> int:
@@ -107,11 +125,10 @@ class DataModule(LightningDataModule):
         transform = train_transform(
             self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
         )
-        sampler = EpochSampler([record.label for record in records], self.seed, config.sampling)
-        # batch norm has no variance to take from a last batch of one image
-        drop_last = len(sampler) > config.batch_size and len(sampler) % config.batch_size == 1
-        dataset = ImageDataset(records, transform, self.seed)
-        return self._loader(dataset, sampler, config.batch_size, drop_last=drop_last)
+        labels = [record.label for record in records]
+        sampler = EpochSampler(labels, self.seed, config.sampling, config.batch_size)
+        dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
+        return self._loader(dataset, sampler, config.batch_size)
 
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
         """Return the validation loader; an empty list where no images are held out (Lightning then skips it)."""
@@ -135,27 +152,47 @@ class DataModule(LightningDataModule):
             raise CrossXError(
                 f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
             )
-        dataset = ImageDataset(records, eval_transform(self.preprocessing), self.seed)
+        transform = eval_transform(self.preprocessing)
+        dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
         batch_size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(dataset, EvaluationSampler(len(records)), batch_size)
+
+    def open_caches(self) -> None:
+        """Reserve the room for decoded images now, where there is to be a cache.
+
+        Raises:
+            UsageError: If there is not enough.
+        """
+        if self.config.cache != "none":
+            self.train_dataloader()
+            self.val_dataloader()
+
+    def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
+        kind = self.config.cache
+        if kind == "none":
+            return transform.read
+        if name not in self._caches:
+            paths = [record.path for record in records]
+            self._caches[name], summary = open_cache(kind, name, paths, transform)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                log.info(summary)
+        return partial(self._caches[name].read, decode=transform.read)
 
     def _loader(
         self,
         dataset: ImageDataset,
         sampler: EpochSampler | EvaluationSampler,
         batch_size: int,
-        *,
-        drop_last: bool = False,
     ) -> ImageLoader:
         workers = self.num_workers
         return ImageLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
+            collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            drop_last=drop_last,
             # each iteration draws a seed for its workers: not from the generator that dropout draws from
             generator=torch.Generator(),
         )

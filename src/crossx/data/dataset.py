@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from crossx.data.images import read_image
 from crossx.data.index import Record
 from crossx.data.sampler import Draw, derive_seed
-from crossx.data.transforms import Transform
+from crossx.data.transforms import Step, batch_images
 from crossx.errors import CrossXError
 
 
@@ -24,14 +25,22 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Args:
         records: The images.
-        transform: uint8 (3, H, W) to float32 (3, S, S).
+        transform: uint8 (3, H, W) to uint8 (3, S, S).
         seed: The run's seed.
+        read: Decodes an image; the transform does not write to what it gives.
     """
 
-    def __init__(self, records: Sequence[Record], transform: Transform, seed: int = 0) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        transform: Step,
+        seed: int = 0,
+        read: Callable[[Path], Tensor] = read_image,
+    ) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.records)
@@ -45,12 +54,18 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if isinstance(draw, int):
             draw = Draw(epoch=0, index=draw)
         record = self.records[draw.index]
-        image = read_image(record.path)
+        image = self.read(record.path)
         try:
             with _seeded(derive_seed(self.seed, draw.epoch, draw.index, draw.repeat)):
                 return self.transform(image), record.label
         except CrossXError as error:
             raise CrossXError(f"{record.path}: {error}") from error
+
+
+def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Join samples to images (B, 3, S, S), channels last in memory, and class indices (B,) int64."""
+    images, labels = zip(*samples, strict=True)
+    return batch_images(images), torch.tensor(labels)
 
 
 class ImageLoader(DataLoader[tuple[Tensor, int]]):

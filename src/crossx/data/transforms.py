@@ -1,24 +1,33 @@
-"""From a decoded image to the network's input: uint8 (3, H, W) to normalised float32 (3, S, S).
+"""From an image file to the network's input: bytes in the worker, normalised floats on the device.
 
-Images stay uint8 until the last steps: torchvision resizes bytes several times as fast as floats, with the same
-antialiasing. Every random choice is drawn from torch's CPU generator, which ``ImageDataset`` seeds for each image.
+A worker hands on uint8 (3, S, S), a quarter of the floats' bytes; ``Normalize`` turns batches into floats where the
+network is. Only what the crop keeps is resized, on bytes with antialiasing. Images lie in (H, W, 3) order in memory,
+as they are decoded: torch resizes them in half the time, and nothing has to be reordered. Every random choice is
+drawn from torch's CPU generator, which ``ImageDataset`` seeds for each image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from crossx.data.config import Augmentation, DataConfig
+from crossx.data.images import ImageSource, read_image, read_size
 from crossx.errors import CrossXError
 from crossx.runs import Preprocessing
 
-Transform: TypeAlias = Callable[[Tensor], Tensor]
+Step: TypeAlias = Callable[[Tensor], Tensor]
 
 CROP_FRACTION = 0.875
 """Crop over resized size where no ``resize_size`` is given: the 224 of 256 of ImageNet evaluation."""
@@ -26,6 +35,67 @@ CROP_FRACTION = 0.875
 MAX_ASPECT = 8
 """Longer images are cut to this aspect ratio about their centre before resizing: enlarging the shorter side of a
 scan line of 1 x 5000 pixels to 512 would fill the memory."""
+
+DECODE_MARGIN = 2
+"""JPEGs are decoded at 1/2, 1/4 or 1/8 of their size while their sides stay this many times what they are resized to.
+Pillow's thumbnails keep the same margin (``reducing_gap`` of ``Image.thumbnail``)."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to an image before it joins a batch.
+
+    Attributes:
+        steps: What is done with the decoded image, in order.
+        min_side: Length that the shorter side of a JPEG must keep in decoding; None decodes it at full size.
+        strict: Whether Pillow alone decodes.
+    """
+
+    steps: tuple[Step, ...]
+    min_side: int | None
+    strict: bool
+
+    def read(self, source: ImageSource) -> Tensor:
+        """Decode an image as large as the steps need it, see ``read_image``."""
+        return read_image(source, min_side=self.min_side, pillow=self.strict)
+
+    def size(self, source: ImageSource) -> tuple[int, int]:
+        """Return height and width of what ``read`` gives, see ``read_size``."""
+        return read_size(source, min_side=self.min_side, pillow=self.strict)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Take the decoded image, uint8 (3, H, W), to uint8 (3, S, S); the input is left as it is."""
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+class Normalize:
+    """Bytes to floats, (x / 255 - mean) / std, on the device where they are.
+
+    Args:
+        preprocessing: Mean and standard deviation.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self._scale, self._offset = 1 / (255 * std), -mean / std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return float32 (B, 3, H, W), channels last in memory, of uint8 (B, 3, H, W)."""
+        if self._scale.device != images.device:
+            self._scale, self._offset = self._scale.to(images.device), self._offset.to(images.device)
+        width = images.shape[-1]
+        # row by row: broadcasting along a dimension of 3 takes a CPU three times as long
+        rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)
+        rows.mul_(self._scale.repeat(width)).add_(self._offset.repeat(width))
+        return rows.view(*rows.shape[:2], width, 3).permute(0, 3, 1, 2)
+
+
+def batch_images(images: Sequence[Tensor]) -> Tensor:
+    """Join images (3, S, S) to a batch (B, 3, S, S), channels last in memory as they lie; shared in a worker."""
+    joined: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
+    return joined.permute(0, 3, 1, 2)
 
 
 def preprocessing_for(config: DataConfig, data_config: Mapping[str, Any]) -> Preprocessing:
@@ -43,15 +113,13 @@ def preprocessing_for(config: DataConfig, data_config: Mapping[str, Any]) -> Pre
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         crop_bottom=config.crop_bottom,
+        pipeline=config.pipeline,
     )
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the deterministic transform of evaluation: resize, then centre crop."""
-    size = preprocessing.image_size
-    return _compose(
-        _resize(preprocessing), v2.CenterCrop(size), _Normalize(preprocessing), prep=preprocessing
-    )
+    return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False))
 
 
 def train_transform(
@@ -73,53 +141,103 @@ def train_transform(
         random_erasing: Probability of replacing a rectangle with the mean colour
             (https://arxiv.org/abs/1708.04896).
     """
-    size = preprocessing.image_size
-    steps: list[Transform]
+    steps: list[Step] = []
     if augmentation == "crop":
-        steps = [_resize(preprocessing), v2.RandomCrop(size)]
+        steps.append(partial(_resize_and_crop, preprocessing, random=True))
     else:
-        interpolation = v2.InterpolationMode(preprocessing.interpolation)
-        steps = [v2.RandomResizedCrop(size, interpolation=interpolation, antialias=True)]
+        steps.append(partial(_crop_and_resize, preprocessing, v2.RandomResizedCrop(preprocessing.image_size)))
     if hflip:
-        steps.append(v2.RandomHorizontalFlip(hflip))
+        steps.append(partial(_flip, probability=hflip))
     if augmentation == "trivial":
         # rotation and shear of tensors know no bicubic
         steps.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
-    steps.append(_Normalize(preprocessing))
     if random_erasing:
-        steps.append(v2.RandomErasing(random_erasing, inplace=True))
-    return _compose(*steps, prep=preprocessing)
+        mean_colour = [round(255 * mean) for mean in preprocessing.mean]
+        steps.append(v2.RandomErasing(random_erasing, value=mean_colour))
+    return _transform(preprocessing, *steps, small_crops=augmentation != "crop")
 
 
-def _compose(*steps: Transform, prep: Preprocessing) -> Transform:
-    first: list[Transform] = [partial(_cut_bottom, rows=prep.crop_bottom)] if prep.crop_bottom else []
-    composed: Transform = v2.Compose([*first, _limit_aspect, *steps])
-    return composed
-
-
-def _resize(preprocessing: Preprocessing) -> Transform:
-    side = preprocessing.resize_size
-    size = [int(preprocessing.image_size / CROP_FRACTION)] if side is None else [side, side]
-    resize: Transform = v2.Resize(
-        size, interpolation=v2.InterpolationMode(preprocessing.interpolation), antialias=True
+def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = False) -> Transform:
+    strict, rows = preprocessing.pipeline == "strict", preprocessing.crop_bottom
+    # small crops need the detail, and a banner need not end on a pixel of the smaller image
+    whole = strict or small_crops or rows > 0
+    return Transform(
+        (partial(_cut_bottom, rows=rows), _limit_aspect, *steps),
+        min_side=None if whole else DECODE_MARGIN * _resized_side(preprocessing),
+        strict=strict,
     )
-    return resize
 
 
-class _Normalize:
-    """Bytes to floats, (x / 255 - mean) / std, written as one scale and offset.
+def _resized_side(preprocessing: Preprocessing) -> int:
+    return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
 
-    torchvision's ToDtype and Normalize on images in (H, W, 3) memory order, as decoded ones are, take twice as
-    long and leave the batch to be reordered.
+
+def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: bool) -> Tensor:
+    """Resize, then crop about the centre or at a random place, without resizing what the crop leaves out."""
+    crop, side = preprocessing.image_size, _resized_side(preprocessing)
+    size = [side, side]
+    if preprocessing.resize_size is None:
+        shorter = min(image.shape[-2:])
+        size = [int(side * length / shorter) for length in image.shape[-2:]]
+    spare = [length - crop for length in size]
+    starts = [int(torch.randint(more + 1, ())) if random and more else round(more / 2) for more in spare]
+    if preprocessing.pipeline == "fast":
+        reach = 2 if preprocessing.interpolation == "bicubic" else 1
+        for axis in range(2):
+            first, last, size[axis], starts[axis] = _window(
+                image.shape[1 + axis], size[axis], starts[axis], crop, reach
+            )
+            image = image.narrow(1 + axis, first, last - first)
+    top, left = starts
+    return _resize(preprocessing, image, size)[:, top : top + crop, left : left + crop]
+
+
+def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tuple[int, int, int, int]:
+    """Find the part of an axis whose resizing alone gives the crop's pixels exactly.
+
+    Such a part begins and ends where places before and after resizing coincide: every ``length / gcd`` places
+    before, every ``resized / gcd`` after. A filter that reaches over its ends would miss what is beyond them, so
+    they keep a distance from the crop.
+
+    Args:
+        length: Places before resizing.
+        resized: Places after it.
+        start: The crop's first place after resizing.
+        crop: The crop's places.
+        reach: Half the filter's width, in places of the coarser side.
+
+    Returns:
+        First place of the part and the one after its last, its places after resizing, and the crop's first place
+        among these.
     """
+    periods = math.gcd(length, resized)
+    before, after = length // periods, resized // periods
+    margin = reach * math.ceil(max(1, resized / length)) + 1
+    first = max(0, start - margin) // after
+    last = min(-(-(start + crop + margin) // after), periods)
+    return first * before, last * before, (last - first) * after, start - first * after
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.scale = (1 / (255 * std))[:, None, None]
-        self.offset = (-mean / std)[:, None, None]
 
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.contiguous().to(torch.float32).mul_(self.scale).add_(self.offset)
+def _crop_and_resize(preprocessing: Preprocessing, crop: v2.RandomResizedCrop, image: Tensor) -> Tensor:
+    place = crop.make_params([image])
+    top, left, height, width = (place[name] for name in ("top", "left", "height", "width"))
+    region = image[:, top : top + height, left : left + width]
+    return _resize(preprocessing, region, [preprocessing.image_size] * 2)
+
+
+def _flip(image: Tensor, probability: float) -> Tensor:
+    return image.flip(-1) if torch.rand(1) < probability else image
+
+
+def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Tensor:
+    pixels = image.permute(1, 2, 0)
+    if preprocessing.pipeline == "strict":
+        picture = Image.fromarray(pixels.numpy())
+        resized = picture.resize((size[1], size[0]), Image.Resampling[preprocessing.interpolation.upper()])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    # the dimension of the batch goes before the three in memory too, else torch answers channel by channel
+    batch = pixels[None].permute(0, 3, 1, 2)
+    return interpolate(batch, size=size, mode=preprocessing.interpolation, antialias=True)[0]
 
 
 def _cut_bottom(image: Tensor, rows: int) -> Tensor:

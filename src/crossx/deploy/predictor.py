@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossx.data.images import ImageError, find_images, read_image
-from crossx.data.transforms import eval_transform
+from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.device import select_device
 from crossx.evaluation.tables import write_table
@@ -25,9 +25,13 @@ from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
 
-ImageInput: TypeAlias = str | Path | Image.Image | Tensor
-"""An image file or a folder of them, an opened image, or a uint8 RGB tensor (3, H, W)."""
+OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
+"""An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
+ImageInput: TypeAlias = str | OneImage
+"""One image, or a folder of image files."""
 
+TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
+"""Columns of a table of predictions; ``rank`` only where more than one class an image was asked for."""
 MAX_WORKERS = 8
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
@@ -70,6 +74,7 @@ class Predictor:
         self.method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.spec = spec
         self._transform = eval_transform(spec.preprocessing)
+        self._normalize = Normalize(spec.preprocessing)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto") -> Predictor:
@@ -96,8 +101,8 @@ class Predictor:
         An image that cannot be read gives a prediction with ``error`` set, and the rest goes on.
 
         Args:
-            images: Image files, folders (every image below them, sorted), opened Pillow images or uint8 RGB
-                tensors (3, H, W); or just one of these.
+            images: Image files, folders (every image below them, sorted), the bytes of image files, opened Pillow
+                images or uint8 RGB tensors (3, H, W); or just one of these.
             top: How many classes to give for each image.
             batch_size: Images a step.
 
@@ -118,29 +123,39 @@ class Predictor:
         """
         if top < 1 or batch_size < 1:
             raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
-        given = [images] if isinstance(images, str | Path | Image.Image | Tensor) else images
-        return self._predictions(_expand(given), top, batch_size)
+        given = [images] if isinstance(images, str | bytes | Path | Image.Image | Tensor) else images
+        return self.iter_images(_expand(given), top, batch_size)
 
-    def _predictions(
-        self, items: Sequence[Path | Image.Image | Tensor], top: int, batch_size: int
+    def iter_images(
+        self, images: Iterable[OneImage], top: int = 1, batch_size: int = 16
     ) -> Iterator[Prediction]:
+        """Classify images one for one, as ``iter_predict`` does, but take each path as a file, there or not.
+
+        The images are taken from ``images`` only a few batches ahead.
+        """
         workers = min(MAX_WORKERS, os.cpu_count() or 1)
-        waiting: deque[Future[Tensor | str]] = deque()
-        todo = iter(items)
+        waiting: deque[tuple[OneImage, Future[Tensor | str]]] = deque()
+        todo = iter(images)
         pool = ThreadPoolExecutor(workers)
         try:
-            for start in range(0, len(items), batch_size):
+            while True:
                 ahead = batch_size + max(batch_size, workers) - len(waiting)
-                waiting.extend(pool.submit(self._prepare, item) for item in islice(todo, ahead))
-                batch = items[start : start + batch_size]
-                yield from self._classify(batch, [waiting.popleft().result() for _ in batch], top)
+                waiting.extend((item, pool.submit(self._prepare, item)) for item in islice(todo, ahead))
+                if not waiting:
+                    return
+                batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+                yield from self._classify(
+                    [item for item, _ in batch], [prepared.result() for _, prepared in batch], top
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, item: Path | Image.Image | Tensor) -> Tensor | str:
-        """Return the network's input (3, S, S), or why there is none."""
+    def _prepare(self, item: OneImage) -> Tensor | str:
+        """Return the image as bytes (3, S, S), or why there is none."""
         try:
-            return self._transform(_pixels(item))
+            return self._transform(
+                self._transform.read(item) if isinstance(item, Path | bytes) else _pixels(item)
+            )
         except ImageError as error:
             return error.reason
         except CrossXError as error:
@@ -148,12 +163,12 @@ class Predictor:
 
     @torch.inference_mode()
     def _classify(
-        self, items: Sequence[Path | Image.Image | Tensor], prepared: Sequence[Tensor | str], top: int
+        self, items: Sequence[OneImage], prepared: Sequence[Tensor | str], top: int
     ) -> list[Prediction]:
         readable = [image for image in prepared if isinstance(image, Tensor)]
         answers: Iterator[list[tuple[str, float]]] = iter(())
         if readable:
-            answers = iter(self._top(torch.stack(readable), top))
+            answers = iter(self._top(batch_images(readable), top))
         predictions = []
         for item, image in zip(items, prepared, strict=True):
             path = item if isinstance(item, Path) else None
@@ -166,7 +181,7 @@ class Predictor:
 
     def _top(self, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
         try:
-            logits = self.method(images.to(self.device, memory_format=torch.channels_last))
+            logits = self.method(self._normalize(images.to(self.device)))
         except torch.OutOfMemoryError as error:
             raise CrossXError(
                 f"out of GPU memory at {len(images)} images a step: lower the batch size, or use the CPU."
@@ -201,23 +216,25 @@ def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> No
     Raises:
         CrossXError: If the file cannot be written.
     """
-    header = ("path", "label", "probability", "error")
-    rows = (row for prediction in predictions for row in _rows(prediction, top))
+    rows = (row for prediction in predictions for row in table_rows(prediction.path, prediction, top))
     if top == 1:
-        write_table(path, header, (row[:4] for row in rows))
+        write_table(path, TABLE_COLUMNS[:4], (row[:4] for row in rows))
     else:
-        write_table(path, (*header, "rank"), rows)
+        write_table(path, TABLE_COLUMNS, rows)
 
 
-def _rows(prediction: Prediction, top: int) -> Iterator[tuple[object, ...]]:
+def table_rows(
+    name: object, prediction: Prediction, top: int
+) -> Iterator[tuple[object, str | None, float | None, str | None, int | None]]:
+    """Give the rows of a table with ``TABLE_COLUMNS``: one a rank, or one with the error."""
     if prediction.error is not None:
-        yield prediction.path, None, None, prediction.error, None
+        yield name, None, None, prediction.error, None
     for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
-        yield prediction.path, label, probability, None, rank
+        yield name, label, probability, None, rank
 
 
-def _expand(images: Iterable[ImageInput]) -> list[Path | Image.Image | Tensor]:
-    items: list[Path | Image.Image | Tensor] = []
+def _expand(images: Iterable[ImageInput]) -> list[OneImage]:
+    items: list[OneImage] = []
     for image in images:
         if isinstance(image, str | Path):
             items.extend(_files(Path(image)))
@@ -238,9 +255,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _pixels(item: Path | Image.Image | Tensor) -> Tensor:
-    if isinstance(item, Path):
-        return read_image(item)
+def _pixels(item: Image.Image | Tensor) -> Tensor:
     if isinstance(item, Tensor):
         if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
             raise CrossXError(

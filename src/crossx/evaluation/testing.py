@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     device: str | torch.device = "auto",
     *,
+    normalize: Callable[[Tensor], Tensor] | None = None,
     channels_last: bool = True,
     progress: bool = False,
 ) -> Outputs:
@@ -63,8 +64,10 @@ def evaluate(
 
     Args:
         method: The network.
-        loader: Batches of images (B, 3, H, W), normalised, and targets (B,); at least one.
+        loader: Batches of images (B, 3, H, W) and targets (B,); at least one.
         device: See ``select_device``.
+        normalize: What is done with the images on the device, ``DataModule.normalize`` for its loaders' bytes; None
+            where they are normalised.
         channels_last: Whether images and weights lie in memory channel by channel last, which convolutions are
             faster on; the logits are the same up to rounding.
         progress: Whether to show a progress bar on a terminal.
@@ -82,7 +85,10 @@ def evaluate(
         loader, "Testing", console=console, transient=True, disable=not (progress and console.is_terminal)
     ):
         try:
-            answers = method.head_logits(images.to(device, memory_format=memory_format, non_blocking=True))
+            inputs = images.to(device, non_blocking=True)
+            if normalize is not None:
+                inputs = normalize(inputs)
+            answers = method.head_logits(inputs.to(memory_format=memory_format))
         except torch.OutOfMemoryError as error:
             raise CrossXError(
                 f"out of GPU memory at {len(images)} images a step: lower --data.batch_size, or use --device cpu."
@@ -155,7 +161,9 @@ def test_run(
     check_classes(spec.classes, index.classes, index.name)
     data = DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
     data.check_images([split])
-    outputs = evaluate(method, data.eval_loader(split), target_device, progress=True)
+    outputs = evaluate(
+        method, data.eval_loader(split), target_device, normalize=data.normalize, progress=True
+    )
     results = {
         **summarize(outputs.logits, outputs.heads, outputs.targets, spec.classes, index.levels),
         **_provenance(run, weights, spec, info, config, split),
@@ -193,7 +201,8 @@ def _data_config(
     trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
     # The folder as it was then named from the working folder may not be there from today's.
     trained["root"] = info.get("data_root") or trained.get("root")
-    config = DataConfig(**{"dataset": spec.dataset, **trained})
+    # each image is read once: a cache would never be read from
+    config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
     if dataset is not None and dataset != config.dataset:
         # Root and the options of a reader belong to the dataset of the training.
         config = replace(
