@@ -1,0 +1,146 @@
+"""The ways to run a network that inference.py compares.
+
+Each takes a network in evaluation mode and a batch of images, and returns a function from batches like it (float32,
+contiguous) to logits (float32). All use as many threads as ``torch.get_num_threads()`` says.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Run: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a network.
+
+    Attributes:
+        name: As ``--backends`` takes it.
+        precision: ``fp32`` or ``bf16``.
+        variant: What sets it apart from others of that name and precision.
+        prepare: Network and example to the function that is timed.
+        device: The only type of device that it is for; None for any.
+        needs: Packages that it cannot do without.
+        max_batch: The largest batch that it is for; None for any.
+    """
+
+    name: str
+    precision: str
+    variant: str
+    prepare: Callable[[nn.Module, Tensor], Run]
+    device: str | None = None
+    needs: tuple[str, ...] = ()
+    max_batch: int | None = None
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.name, self.precision, self.variant)))
+
+    def fits(self, device: torch.device, batch: int) -> bool:
+        return self.device in (None, device.type) and batch <= (self.max_batch or batch)
+
+    def missing(self) -> list[str]:
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
+
+def run_torch(
+    network: nn.Module,
+    example: Tensor,
+    layout: torch.memory_format = torch.channels_last,
+    bf16: bool = False,
+    compile_options: dict[str, Any] | None = None,
+) -> Run:
+    own: Callable[[Tensor], Any] = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
+    if compile_options is not None:
+        own = torch.compile(own, fullgraph=True, dynamic=False, **compile_options)
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return prediction(own(images.to(memory_format=layout))).float()
+
+    return run
+
+
+def run_onnxruntime(network: nn.Module, example: Tensor) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(network, example, Path(folder))
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def run_openvino(network: nn.Module, example: Tensor, precision: str) -> Run:
+    import openvino
+
+    # Left to itself, OpenVINO computes in bfloat16 on a processor that has it.
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(network, example, Path(folder))
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def export_onnx(network: nn.Module, example: Tensor, folder: Path) -> Path:
+    """Export for any number of images, by two of them: torch.export takes one for a constant."""
+    path = folder / "network.onnx"
+    torch.onnx.export(
+        network,
+        (example[:1].repeat(2, 1, 1, 1),),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    return path
+
+
+def prediction(answer: Any) -> Tensor:
+    """The other implementations return three heads' logits, then features; what they predict by is the sum."""
+    return answer if isinstance(answer, Tensor) else sum(answer[:3])
+
+
+ONNX = ("onnx", "onnxscript")
+FREEZING = {"options": {"freezing": True}}
+GRAPHS = {"mode": "reduce-overhead"}
+
+BACKENDS = (
+    Backend("eager", "fp32", "contiguous", partial(run_torch, layout=torch.contiguous_format)),
+    Backend("eager", "fp32", "channels_last", run_torch),
+    Backend("eager", "bf16", "channels_last", partial(run_torch, bf16=True)),
+    Backend("compile", "fp32", "", partial(run_torch, compile_options=FREEZING), "cpu"),
+    Backend("compile", "bf16", "", partial(run_torch, bf16=True, compile_options=FREEZING), "cpu"),
+    Backend("compile", "fp32", "", partial(run_torch, compile_options={}), "cuda"),
+    Backend("compile", "bf16", "", partial(run_torch, bf16=True, compile_options={}), "cuda"),
+    Backend("compile", "fp32", "graphs", partial(run_torch, compile_options=GRAPHS), "cuda", max_batch=8),
+    Backend(
+        "compile",
+        "bf16",
+        "graphs",
+        partial(run_torch, bf16=True, compile_options=GRAPHS),
+        "cuda",
+        max_batch=8,
+    ),
+    Backend("onnxruntime", "fp32", "", run_onnxruntime, "cpu", (*ONNX, "onnxruntime")),
+    Backend("openvino", "fp32", "", partial(run_openvino, precision="f32"), "cpu", (*ONNX, "openvino")),
+    Backend("openvino", "bf16", "", partial(run_openvino, precision="bf16"), "cpu", (*ONNX, "openvino")),
+)

@@ -1,0 +1,168 @@
+"""What the benchmarks share: interleaved timing, the machine's description, tables and JSON.
+
+Absolute times differ from run to run and machine to machine, so candidates take turns (A B A B ...) and the ratio
+within a round is what counts; a table shows the median of these ratios with the smallest and largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "crossx",
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "openvino",
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each run of one candidate, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_json(self) -> dict[str, float | int]:
+        return {
+            "median_s": self.median,
+            "min_s": min(self.seconds),
+            "max_s": max(self.seconds),
+            "runs": len(self.seconds),
+        }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time over the reference's time in the same round: median, smallest, largest."""
+
+    median: float
+    min: float
+    max: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.min:.3f} to {self.max:.3f})"
+
+
+def parser(description: str | None, name: str, *, runs: int, peer: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--runs", type=int, default=runs, help=f"timed rounds (default: {runs})")
+    options.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / f"{name}.json",
+        help="JSON file to write (default: %(default)s)",
+    )
+    if peer:
+        options.add_argument(
+            "--peer-root", type=Path, action="append", default=[], metavar="DIR",
+            help="a clone of https://github.com/cswluo/CrossX or https://github.com/Hawkeye-FineGrained/Hawkeye; "
+            "may be given twice",
+        )  # fmt: skip
+    return options
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1, pause: float = 0.0
+) -> dict[str, Timing]:
+    """Time the candidates in turn, ``runs`` rounds after ``warmup`` rounds that do not count.
+
+    A ``pause`` in seconds before each lets the threads of the one before go to sleep, which otherwise spin for a while.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for done in range(-warmup, runs):
+        for name, candidate in candidates.items():
+            time.sleep(pause)
+            synchronize()
+            start = time.perf_counter()
+            candidate()
+            synchronize()
+            if done >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def ratios(timings: Mapping[str, Timing], reference: str) -> dict[str, Ratio]:
+    """Return each candidate's time over the reference's, round by round."""
+    base = timings[reference].seconds
+    found = {}
+    for name, timing in timings.items():
+        rounds = [own / other for own, other in zip(timing.seconds, base, strict=True)]
+        found[name] = Ratio(statistics.median(rounds), min(rounds), max(rounds))
+    return found
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the numbers were measured on and with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format a Markdown table."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the results beside the machine's description."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8") if unit in flags]
+    return f"{name} ({', '.join(units)})"

@@ -1,0 +1,342 @@
+"""How many images a second one core prepares, against the released transforms and against decoding alone.
+
+    OMP_NUM_THREADS=1 CROSSX_DATA=DIR python benchmarks/input_pipeline.py
+
+Images are 500 x 375 JPEGs made on the spot: mosaics of the photographs in ``$CROSSX_DATA/cub80``, so that they have
+the detail of photographs at this size (without CROSSX_DATA: the drawn set). Candidates, all from files in memory:
+
+- ``released``: the transforms of the released code: Pillow, Resize((600, 600)), RandomCrop(448), flip, ToTensor,
+  Normalize;
+- ``fast``, ``strict``: what a worker of ours does for an image, which is normalised later, on the device;
+- ``fast, ram cache``: the same with every image decoded before;
+- ``decode: ...``: decoding to uint8 RGB and nothing else, with each library that is installed.
+
+Then the same through a DataLoader with two workers, what normalising costs, and how far ``fast`` is from ``strict``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from crossx.data.cache import PixelCache
+from crossx.data.dataset import ImageDataset, collate
+from crossx.data.images import read_image
+from crossx.data.index import Record
+from crossx.data.synthetic import read_synthetic
+from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.runs import Preprocessing
+from harness import Ratio, Timing, interleave, parser, ratios, synchronize, table, write
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FAST = Preprocessing(448, 600, "bilinear", MEAN, STD)
+STRICT = replace(FAST, pipeline="strict")
+SIZE = (500, 375)
+LARGE = (3200, 2400)
+BATCH = 32
+
+
+class Released(Dataset[tuple[Tensor, int]]):
+    """What the released code does for an image of CUB-200-2011 in training."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((600, 600)),
+                transforms.RandomCrop((448, 448)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self.paths[index].open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        return self.transform(image), 0
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options = parser(__doc__, "input_pipeline", runs=9)
+    options.add_argument("--images", type=int, default=64, help="images a round (default: 64)")
+    options.add_argument("--qualities", type=int, nargs="+", default=[75, 90], help="of the JPEGs")
+    options.add_argument("--loader-runs", type=int, default=5, help="rounds with workers (default: 5)")
+    options.add_argument("--differences", type=int, default=400, help="images to compare (default: 400)")
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        photographs, source = find_photographs(Path(folder) / "drawn")
+        results: dict[str, Any] = {"source": source, "size": SIZE, "images": arguments.images}
+        print(f"images: {source}")
+        for quality in arguments.qualities:
+            paths = write_mosaics(
+                photographs, Path(folder) / f"quality{quality}", arguments.images, quality, SIZE
+            )
+            results[f"quality {quality}"] = measure_speed(paths, quality, arguments)
+        results["normalize"] = measure_normalize(arguments.runs)
+        results["differences"] = measure_differences(
+            photographs[:: max(1, len(photographs) // arguments.differences)]
+        )
+        results["large"] = measure_large(photographs, Path(folder) / "large", arguments.runs)
+    write(arguments.output, results)
+
+
+def find_photographs(drawn: Path) -> tuple[list[Path], str]:
+    """Return images to make the JPEGs of, and what they are."""
+    root = os.environ.get("CROSSX_DATA")
+    if root:
+        return sorted(Path(root, "cub80", "images").rglob("*.jpg")), "mosaics of cub80"
+    index = read_synthetic(drawn, num_classes=4, images_per_class=40, image_size=256)
+    return sorted(
+        record.path for record in index.records
+    ), "mosaics of the drawn set (CROSSX_DATA is not set)"
+
+
+def write_mosaics(
+    photographs: Sequence[Path], folder: Path, count: int, quality: int, size: tuple[int, int]
+) -> list[Path]:
+    """Write JPEGs of ``size``, each tiled with photographs at their own size."""
+    folder.mkdir()
+    order = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        mosaic = Image.new("RGB", size)
+        tile = Image.open(photographs[0]).size
+        for left in range(0, size[0], tile[0]):
+            for top in range(0, size[1], tile[1]):
+                chosen = photographs[int(order.integers(len(photographs)))]
+                mosaic.paste(Image.open(chosen).convert("RGB"), (left, top))
+        paths.append(folder / f"{number}.jpg")
+        mosaic.save(paths[-1], quality=quality)
+    return paths
+
+
+def decoders() -> dict[str, Callable[[Path], object]]:
+    """Return what decodes a JPEG file to uint8 RGB."""
+    found: dict[str, Callable[[Path], object]] = {
+        "simplejpeg": lambda path: simplejpeg.decode_jpeg(path.read_bytes()),
+        "Pillow": lambda path: np.asarray(Image.open(path)),
+    }
+    try:
+        import cv2
+    except ImportError:
+        pass
+    else:
+        cv2.setNumThreads(1)
+        found["OpenCV"] = lambda path: cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    try:
+        from torchvision.io import decode_jpeg
+    except ImportError:
+        return found
+    found["torchvision"] = lambda path: decode_jpeg(
+        torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    )
+    return found
+
+
+def datasets(paths: Sequence[Path]) -> dict[str, Dataset[tuple[Tensor, int]]]:
+    """Return the pipelines by name, all with random crops and flips."""
+    records = [Record(path, 0, "train") for path in paths]
+    fast, strict = (train_transform(preprocessing, "crop") for preprocessing in (FAST, STRICT))
+    cache = PixelCache({path: fast.size(path) for path in paths})
+    return {
+        "released": Released(paths),
+        "fast": ImageDataset(records, fast, 0, fast.read),
+        "strict": ImageDataset(records, strict, 0, strict.read),
+        "fast, ram cache": ImageDataset(records, fast, 0, partial(cache.read, decode=fast.read)),
+    }
+
+
+def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[str, Any]:
+    """Time one core, then a DataLoader with two workers."""
+    count = len(paths)
+    pipelines = datasets(paths)
+    candidates: dict[str, Callable[[], object]] = {
+        name: partial(_read_all, pipeline, count) for name, pipeline in pipelines.items()
+    }
+    for name, decode in decoders().items():
+        candidates[f"decode: {name}"] = partial(_decode_all, decode, paths)
+    timings = interleave(candidates, arguments.runs)
+    fastest = min(
+        (name for name in timings if name.startswith("decode")), key=lambda name: timings[name].median
+    )
+    size = sum(path.stat().st_size for path in paths) / count
+    print(f"\nJPEG quality {quality}, {size / 1000:.0f} kB an image; one core; fastest decoder: {fastest}\n")
+    against_released, against_decoding = ratios(timings, "released"), ratios(timings, fastest)
+    rows = [
+        [
+            name,
+            f"{1000 * timing.median / count:.3f}",
+            f"{count / timing.median:,.0f}",
+            f"{1 / against_released[name].median:.2f}",
+            f"{1 / against_decoding[name].median:.2f}",
+        ]
+        for name, timing in timings.items()
+    ]
+    print(table(["", "ms an image", "images/s", "speed / released", "decode's time / its time"], rows))
+
+    loaders = {
+        name: DataLoader(
+            pipeline,
+            BATCH,
+            num_workers=2,
+            persistent_workers=True,
+            collate_fn=None if name == "released" else collate,
+        )
+        for name, pipeline in pipelines.items()
+    }
+    by_workers = interleave(
+        {name: partial(_exhaust, loader) for name, loader in loaders.items()}, arguments.loader_runs
+    )
+    speedups = ratios(by_workers, "released")
+    rows = [
+        [name, f"{count / timing.median:,.0f}", f"{1 / speedups[name].median:.2f}"]
+        for name, timing in by_workers.items()
+    ]
+    print(f"\nDataLoader, 2 workers, batches of {BATCH}, {count} images an epoch\n")
+    print(table(["", "images/s", "speed / released"], rows))
+    return {
+        "bytes_an_image": size,
+        "fastest_decoder": fastest,
+        "one_core": _described(timings, against_released, against_decoding, count),
+        "two_workers": _described(by_workers, speedups, None, count),
+    }
+
+
+def measure_normalize(runs: int) -> dict[str, Any]:
+    """Time normalising in the worker, image by image, and on the device, batch by batch."""
+    images = [torch.randint(0, 256, (448, 448, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(BATCH)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = torch.stack(images).to(device, memory_format=torch.channels_last)
+    in_worker = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD, inplace=True)])
+    normalize = Normalize(FAST)
+
+    def on_device() -> None:
+        normalize(batch)
+        synchronize()
+
+    timings = interleave(
+        {
+            "in the worker (torchvision)": lambda: [in_worker(image) for image in images],
+            f"on the device ({device})": on_device,
+        },
+        runs,
+    )
+    print("\nNormalising, ms an image\n")
+    rows = [[name, f"{1000 * timing.median / BATCH:.4f}"] for name, timing in timings.items()]
+    print(table(["", "ms an image"], rows))
+    return {name: timing.to_json() for name, timing in timings.items()} | {"images": BATCH}
+
+
+def measure_differences(photographs: Sequence[Path]) -> dict[str, Any]:
+    """Compare the bytes of ``fast`` and ``strict`` in evaluation, in grey levels."""
+    found: dict[str, Any] = {"images": len(photographs)}
+    rows = []
+    for interpolation in ("bilinear", "bicubic"):
+        fast, strict = (
+            eval_transform(replace(preprocessing, interpolation=interpolation))
+            for preprocessing in (FAST, STRICT)
+        )
+        found[interpolation] = _differences(fast, strict, photographs)
+        rows.append([interpolation, *(f"{value:.2g}" for value in found[interpolation].values())])
+    equal = sum(torch.equal(read_image(path), read_image(path, pillow=True)) for path in photographs)
+    found["decoded_equal"] = equal
+    print(f"\nfast against strict, {len(photographs)} images, in grey levels of 255\n")
+    print(table(["", "largest", "mean", "99th percentile"], rows))
+    print(f"\ndecoded to the same pixels as by Pillow: {equal} of {len(photographs)}")
+    return found
+
+
+def measure_large(photographs: Sequence[Path], folder: Path, runs: int) -> dict[str, Any]:
+    """Measure what decoding large JPEGs at half their size saves, and what it changes."""
+    paths = write_mosaics(photographs, folder, 4, 90, LARGE)
+    fast, strict = eval_transform(FAST), eval_transform(STRICT)
+    full = replace(fast, min_side=None)
+    timings = interleave(
+        {
+            name: partial(_decode_all, lambda path, used=used: used(used.read(path)), paths)
+            for name, used in (("fast", fast), ("fast at full size", full), ("strict", strict))
+        },
+        runs,
+    )
+    differences = _differences(fast, strict, paths)
+    width, height = fast.size(paths[0])[::-1]
+    print(f"\n{LARGE[0]} x {LARGE[1]} pixels, decoded at {width} x {height}\n")
+    rows = [[name, f"{1000 * timing.median / len(paths):.1f}"] for name, timing in timings.items()]
+    print(table(["", "ms an image"], rows))
+    print("\n" + table(list(differences), [[f"{value:.2g}" for value in differences.values()]]))
+    return {
+        "size": LARGE,
+        "images": len(paths),
+        "decoded_size": (width, height),
+        "timings": {name: timing.to_json() for name, timing in timings.items()},
+        "differences": differences,
+    }
+
+
+def _differences(one: Transform, other: Transform, paths: Sequence[Path]) -> dict[str, float]:
+    distances = [(one(one.read(path)).int() - other(other.read(path)).int()).abs() for path in paths]
+    return {
+        "largest": float(max(distance.max() for distance in distances)),
+        "mean": float(np.mean([distance.float().mean() for distance in distances])),
+        "p99": float(np.mean([np.percentile(distance.numpy(), 99) for distance in distances])),
+    }
+
+
+def _read_all(dataset: Dataset[tuple[Tensor, int]], count: int) -> None:
+    for index in range(count):
+        dataset[index]
+
+
+def _decode_all(decode: Callable[[Path], object], paths: Sequence[Path]) -> None:
+    for path in paths:
+        decode(path)
+
+
+def _exhaust(loader: DataLoader[tuple[Tensor, int]]) -> None:
+    for _ in loader:
+        pass
+
+
+def _described(
+    timings: dict[str, Timing],
+    against_released: dict[str, Ratio],
+    against_decoding: dict[str, Ratio] | None,
+    count: int,
+) -> dict[str, Any]:
+    """Return timings with the images a second and, as times, the ratios."""
+    return {
+        name: {
+            **timing.to_json(),
+            "images_a_second": count / timing.median,
+            "time_over_released": vars(against_released[name]),
+            **({"time_over_decoding": vars(against_decoding[name])} if against_decoding else {}),
+        }
+        for name, timing in timings.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

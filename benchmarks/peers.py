@@ -1,0 +1,83 @@
+"""Other implementations of Cross-X, run from the user's own clones as they were published."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GAMMAS = (0.5, 0.25, 0.5)
+"""Their weights of C3S on L, L-1 and G for CUB on ResNet-50."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A clone of https://github.com/cswluo/CrossX (``released``) or https://github.com/Hawkeye-FineGrained/Hawkeye.
+
+    Both run the same network: ResNet-50 with GMP on stage L-1.
+    """
+
+    name: str
+    module: Any
+    regularizer: Callable[[float, int], nn.Module]
+
+    @classmethod
+    def load(cls, root: Path) -> Peer:
+        sys.path.insert(0, str(root))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            if (root / "crossxresnetmix.py").is_file():
+                module = importlib.import_module("crossxresnetmix")
+                return cls("released", module, lambda gamma, parts: module.RegularLoss(gamma, None, parts))
+            if (root / "model/methods/CrossX.py").is_file():
+                # not as its package, which imports every other method and what these need
+                registry: Any = ModuleType("model.registry")
+                registry.MODEL = SimpleNamespace(register=lambda network: network)
+                sys.modules.update({"model": ModuleType("model"), "model.registry": registry})
+                module = _load(root / "model/methods/CrossX.py")
+                loss = _load(root / "model/loss/CrossX_loss.py")
+                return cls("hawkeye", module, loss.RegularLoss)
+        sys.exit(f"{root}: no clone of CrossX or Hawkeye.")
+
+    def network(self, num_classes: int, num_parts: int = 2) -> nn.Module:
+        """Build its ResNet-50, randomly initialised."""
+        # their resnet50() differ in whether they download ImageNet weights
+        network: nn.Module = self.module.ResNet(
+            self.module.Bottleneck, [3, 4, 6, 3], nparts=num_parts, meflag=True, num_classes=num_classes
+        )
+        return network
+
+    def objective(self, network: nn.Module, num_parts: int = 2) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return images, targets -> loss: cross-entropy, C3S by N x N matrices and CL, as in its loop."""
+        c3s = [self.regularizer(gamma, num_parts) for gamma in GAMMAS]
+        divergence = nn.KLDivLoss(reduction="sum")
+
+        def objective(images: Tensor, targets: Tensor) -> Tensor:
+            last, previous, merged, *parts = network(images)
+            loss = F.cross_entropy(last + previous + merged, targets)
+            for regularizer, features in zip(c3s, parts, strict=True):
+                loss = loss + regularizer(features)
+            teacher = F.softmax(last, 1)
+            for student in (previous, merged):
+                loss = loss + divergence(F.log_softmax(student, 1), teacher) / len(images)
+            return loss
+
+        return objective
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

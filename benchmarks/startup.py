@@ -1,0 +1,134 @@
+"""What a command costs before it does anything, and what a training costs before its first step.
+
+    python benchmarks/startup.py
+
+The training is of a small network on 64 drawn images, in processes of their own: checking the images and the first step
+itself are next to nothing, so that what remains is import and set-up.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import interleave, parser, ratios, table, write
+
+EMPTY = "python -c pass"
+COMMANDS: dict[str, list[str]] = {
+    EMPTY: ["-c", "pass"],
+    "import crossx": ["-c", "import crossx"],
+    "crossx --help": ["-m", "crossx", "--help"],
+    "crossx --version": ["-m", "crossx", "--version"],
+    "crossx predict --help": ["-m", "crossx", "predict", "--help"],
+    "crossx fit --help": ["-m", "crossx", "fit", "--help"],
+}
+
+
+def command(arguments: list[str]) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+
+
+def first_step(folder: Path) -> dict[str, float]:
+    """Return the seconds of each stage up to the end of the first training step; to be run in a fresh process."""
+    clock = [time.perf_counter()]
+
+    def stage() -> float:
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from crossx.data.config import DataConfig
+    from crossx.runs import Run
+    from crossx.training.callbacks import Checkpoints
+    from crossx.training.config import Config, ModelConfig
+    from crossx.training.history import History
+    from crossx.training.session import build_task, build_trainer, open_session, quiet_lightning
+
+    seconds = {"import": stage()}
+    config = Config(
+        model=ModelConfig(method="plain", backbone="resnet10t", pretrained=False),
+        data=DataConfig(
+            root=str(folder / "images"), num_classes=4, images_per_class=16, image_size=64, batch_size=8
+        ),
+        trainer={"max_epochs": 1, "accelerator": "cpu"},
+    )
+    run = Run(folder / "run")
+    session = open_session(config, run)
+    seconds["data and network"] = stage()
+    with quiet_lightning():
+        history = History(run, quiet=True)
+        checkpoints = Checkpoints(run, history, session.monitor)
+        trainer: Any = build_trainer(session, history, checkpoints, run_id="startup", steps_before=0)
+        seconds["trainer"] = stage()
+
+        def stop(*_: object) -> None:
+            seconds.setdefault("workers and first step", stage())
+            trainer.should_stop = True
+
+        trainer.callbacks.append(LambdaCallback(on_train_batch_end=stop))
+        trainer.fit(build_task(session), datamodule=session.data)
+    return seconds
+
+
+def measure_first_step(runs: int) -> dict[str, dict[str, float]]:
+    measured = []
+    for _ in range(runs + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            answer = subprocess.run(
+                [sys.executable, __file__, "--first-step", folder],
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+            )
+        measured.append(json.loads(answer.stdout.splitlines()[-1]))
+    # the first draws on a cold disk cache
+    return {
+        name: {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
+        for name in measured[0]
+        for times in [[seconds[name] for seconds in measured[1:]]]
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--first-step"]:
+        print(json.dumps(first_step(Path(sys.argv[2]))))
+        return
+    asked = parser(__doc__, "startup", runs=11).parse_args()
+    timings = interleave({name: command(words) for name, words in COMMANDS.items()}, asked.runs)
+    found = ratios(timings, EMPTY)
+    base = timings[EMPTY].median
+    rows = [
+        [name, f"{timing.median:.3f}", f"{timing.median - base:.3f}", str(found[name])]
+        for name, timing in timings.items()
+    ]
+    print(table(["command", "seconds", "more", f"over {EMPTY}"], rows))
+    stages = measure_first_step(asked.runs)
+    print(
+        table(
+            ["before the first step", "seconds"],
+            [[name, f"{t['median_s']:.2f}"] for name, t in stages.items()],
+        )
+    )
+    write(
+        asked.output,
+        {
+            "question": "What does a command cost before it does anything?",
+            "commands": {
+                name: {**timing.to_json(), "more_seconds": timing.median - base}
+                for name, timing in timings.items()
+            },
+            "first_step": stages,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
