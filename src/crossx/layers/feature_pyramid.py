@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.errors import UsageError
+from crossx.layers.winograd import convolve3x3
 from crossx.ranks import sum_over_ranks
 
 Interpolation: TypeAlias = Literal["bilinear", "nearest"]
@@ -119,7 +120,7 @@ class MergedFeatures(nn.Module):
         moments = []
         for own, deeper, reduce, smooth in zip(previous.unbind(1), last.unbind(1), *kernels, strict=True):
             resized = F.interpolate(F.conv2d(deeper, reduce), size=own.shape[-2:], mode=self.interpolation)
-            maps = F.conv2d(own + resized, smooth, stride=stride, padding=1)
+            maps = convolve3x3(own + resized, smooth, stride)
             moments.append(
                 torch.var_mean(maps.float() if maps.dtype.itemsize < 4 else maps, (2, 3), correction=0)
             )
