@@ -10,6 +10,8 @@ bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/inference.py $(PEER_ROOTS)
 	$(PYTHON) benchmarks/training_step.py $(PEER_ROOTS)
+	$(PYTHON) benchmarks/convolution.py
+	$(PYTHON) benchmarks/allocator.py
 	$(PYTHON) benchmarks/losses.py $(PEER_ROOTS)
 	$(PYTHON) benchmarks/input_pipeline.py
 	$(PYTHON) benchmarks/loop_overhead.py

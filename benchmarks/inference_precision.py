@@ -31,8 +31,13 @@ def compare(folder: Path, data_root: Path, backends: list[Backend]) -> list[dict
     """Return one entry a backend, the first being the reference."""
     method, spec = load_method(folder)
     run = Run(folder)
+    # no workers: a process forked beside OpenVINO's threads may crash when it ends, and take this one along
     config = replace(
-        Config.from_yaml(run.config).data, root=str(data_root), batch_size=BATCH, eval_batch_size=BATCH
+        Config.from_yaml(run.config).data,
+        root=str(data_root),
+        batch_size=BATCH,
+        eval_batch_size=BATCH,
+        num_workers=0,
     )
     data = DataModule(read_configured(config), spec.preprocessing, config, run.read_info()["seed"])
     batches = [(data.normalize(images).contiguous(), labels) for images, labels in data.eval_loader("test")]

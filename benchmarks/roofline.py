@@ -2,7 +2,8 @@
 
     python benchmarks/roofline.py
 
-One image of 448 x 448, ResNet-50, P = 2, 200 classes, float32 on the CPU, channels last. Parts: trunk, gates (with
+Images of 448 x 448, ResNet-50, P = 2, 200 classes, float32 on the CPU, channels last; inference of one, a training
+step of eight, told for one of them. Parts: trunk, gates (with
 shortcut and activation over the parts), merge, heads (with pooling and, in training, the losses). FLOPs are what
 torch.utils.flop_counter counts in the operators that really run: convolutions and matrix products, two for a
 multiplication and addition. Bytes are the sizes of the operators' inputs and outputs, views left out: the traffic
@@ -35,7 +36,7 @@ from crossx.layers import OSME, ResidualOSME, global_pool
 from crossx.methods import CrossX, create_method
 from harness import interleave, parser, table, write
 
-CLASSES, SIZE = 200, 448
+CLASSES, SIZE, TRAINING_BATCH = 200, 448, 8
 PARTS = ("trunk", "gates", "merge", "heads")
 MATRIX, FLOATS = 2048, 2**26
 """Side of the matrices and length of the vector that the peaks are measured with."""
@@ -138,14 +139,16 @@ def count_inference(method: CrossX, images: Tensor, full_maps: bool) -> dict[str
 
 
 def count_training(method: CrossX, images: Tensor) -> dict[str, Cost]:
-    """Count a forward and a backward pass; the backward pass as a whole."""
+    """Count a forward and a backward pass of ``TRAINING_BATCH`` images, for one; the backward pass as a whole."""
     ledger = Ledger()
-    targets = torch.zeros(len(images), dtype=torch.long)
+    batch = images.repeat(TRAINING_BATCH, 1, 1, 1)
+    targets = torch.zeros(TRAINING_BATCH, dtype=torch.long)
     with watched(method.train(), ledger.enter, False), ledger:
-        loss = method.objective(images, targets).loss
+        loss = method.objective(batch, targets).loss
         ledger.enter("backward")
         loss.backward()
-    return {part: ledger.costs[part] for part in (*PARTS, "backward")}
+    costs = {part: ledger.costs[part] for part in (*PARTS, "backward")}
+    return {part: Cost(c.flops // TRAINING_BATCH, c.bytes // TRAINING_BATCH) for part, c in costs.items()}
 
 
 def least_bytes(method: CrossX, images: Tensor) -> dict[str, int]:

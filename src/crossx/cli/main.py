@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
+from crossx.cli.memory import keep_freed_memory
 from crossx.cli.options import unknown_argument
 from crossx.errors import CrossXError, UsageError, unknown
 
@@ -106,6 +107,7 @@ def _dispatch(words: list[str]) -> int:
             raise unknown_argument(verb, ("--help", "--version", "--debug"), "crossx")
         raise unknown("verb", verb, VERBS)
     module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")
+    keep_freed_memory()
     try:
         return int(module.run(rest))
     except SystemExit as leaving:

@@ -1,0 +1,24 @@
+"""How the process gets its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation, instead of giving it back to the kernel.
+
+    By default every large tensor is mapped anew and its pages are faulted in one by one, on a CPU up to a third of the
+    time of a network (benchmarks/allocator.py). See https://man7.org/linux/man-pages/man3/mallopt.3.html. Does nothing
+    where the user has set glibc's malloc up, or where there is another one.
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
