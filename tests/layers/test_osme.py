@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional as F
 
 from crossx.errors import UsageError
-from crossx.layers import OSME, ResidualOSME, global_pool
+from crossx.layers import OSME, ResidualOSME
+from crossx.layers.osme import gate
 
 
 def naive_features(osme: OSME, maps: torch.Tensor) -> torch.Tensor:
@@ -77,11 +78,20 @@ def test_slot_drops_whole_images_not_parts() -> None:
     assert (out[:, 1] == 0).all()
 
 
-def test_pooling_equals_a_loop() -> None:
-    features = torch.randn(2, 3, 4, 5, 6)
-    for b in range(2):
-        for p in range(3):
-            for c in range(4):
-                places = features[b, p, c]
-                assert global_pool(features, "max")[b, p, c] == places.max()
-                assert global_pool(features, "avg")[b, p, c] == pytest.approx(places.mean().item(), abs=1e-6)
+@pytest.mark.parametrize("gates_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("maps_dtype", [torch.float32, torch.bfloat16])
+def test_gating_has_the_gradients_of_a_plain_product(
+    maps_dtype: torch.dtype, gates_dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 4, 3, generator=generator).to(maps_dtype)
+    gates = torch.rand(3, 2, 5, generator=generator).to(gates_dtype)
+    gradients = []
+    for product in (gate, lambda maps, gates: gates[..., None, None] * maps):
+        inputs = maps.clone().requires_grad_(), gates.clone().requires_grad_()
+        out = product(*inputs)
+        (out.square() + out).sum().backward()
+        gradients.append((out.detach(), *(tensor.grad for tensor in inputs)))
+    exact = maps_dtype == gates_dtype == torch.float32
+    tolerance = {} if exact else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(*gradients, **tolerance)

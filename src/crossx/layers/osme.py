@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from crossx.errors import UsageError
@@ -60,7 +62,37 @@ class OSME(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the attention features U_p, (B, P, C, H, W), of maps (B, C, H, W)."""
-        return self.gates(maps)[..., None, None] * maps[:, None]
+        return gate(maps, self.gates(maps).transpose(0, 1)).transpose(0, 1)
+
+
+def gate(maps: Tensor, gates: Tensor) -> Tensor:
+    """Return ``m_p * U``, (P, B, C, H, W), of maps U (B, C, H, W) and gates m_p (P, B, C).
+
+    A plain product, whose gradient is taken part by part: autograd's own fills two tensors of the result's size first.
+    """
+    if torch.compiler.is_compiling():
+        return gates[..., None, None] * maps
+    gated: Tensor = _Gate.apply(maps, gates)
+    return gated
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(maps, gates)
+        return gates[..., None, None] * maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        maps, gates = ctx.saved_tensors
+        first, *others = (
+            (part, m[..., None, None].to(part)) for part, m in zip(gradient, gates, strict=True)
+        )
+        of_maps = first[0] * first[1]
+        for part, m in others:
+            of_maps.addcmul_(part, m)
+        return of_maps, torch.stack([(part * maps).sum((2, 3)) for part in gradient])
 
 
 class ResidualOSME(nn.Module):
@@ -93,7 +125,7 @@ class ResidualOSME(nn.Module):
         gates = self.osme.gates(residual).transpose(0, 1)
         if self.keep_trunk and self.own is None:
             gates = torch.cat((torch.ones_like(gates[:1]), gates))
-        gated = gates[..., None, None] * residual
+        gated = gate(residual, gates)
         if self.own is None:
             return gated
         own: Tensor = self.own(residual)
@@ -108,4 +140,4 @@ class ResidualOSME(nn.Module):
             return block_output, block_output.transpose(0, 1)
         # One split: its gradient is one concatenation, that of two slices a sum of maps filled with zeros.
         trunk, parts = block_output.split((1, self.osme.num_parts))
-        return trunk[0], parts.transpose(0, 1)
+        return trunk.squeeze(0), parts.transpose(0, 1)

@@ -85,30 +85,31 @@ def winograd3x3(maps: Tensor, kernel: Tensor) -> Tensor:
 class _Winograd3x3(torch.autograd.Function):
     """Takes the six rows of the carried tiles one after the other, so that what they fill is small and used again.
 
-    It keeps the maps and the kernel alone: carrying them over once more costs less than the memory.
+    It keeps the padded maps and the kernel alone: carrying them over once more costs less than the memory.
     """
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(maps, kernel)
         batch, _, height, width = maps.shape
         grid = batch, _tiles(height), _tiles(width)
         padded, taps = _pad(maps, 1), _taps(kernel)
+        ctx.save_for_backward(padded, kernel)
+        ctx.size = height, width
         tiles = maps.new_zeros(*grid[:2], OUT, grid[2], OUT, len(kernel))
         for row in range(IN):
             products = torch.bmm(_carried_inputs(padded, row), _carried_kernel(taps, row).mT)
             columns = _carry(OUTPUTS, products).view(OUT, *grid, -1).permute(1, 2, 3, 0, 4)
             for out, weight in _nonzero(_column(OUTPUTS, row)):
                 tiles[:, :, out].add_(columns, alpha=weight)
-        return _crop(tiles.flatten(3, 4).flatten(1, 2), maps, 0)
+        return _crop(tiles.flatten(3, 4).flatten(1, 2), 0, height, width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        maps, kernel = ctx.saved_tensors
-        batch, channels, height, width = maps.shape
-        rows, cols = _tiles(height), _tiles(width)
-        padded, taps = _pad(maps, 1), _taps(kernel)
+        padded, kernel = ctx.saved_tensors
+        batch, _, _, channels = padded.shape
+        rows, cols = map(_tiles, ctx.size)
+        taps = _taps(kernel)
         tiles = _pad(gradient, 0).view(batch, rows, OUT, cols, OUT, -1)
         of_padded, of_taps = torch.zeros_like(padded), torch.zeros_like(taps)
         for row in range(IN):
@@ -116,7 +117,7 @@ class _Winograd3x3(torch.autograd.Function):
             products = _carry(_transposed(OUTPUTS), columns.reshape(OUT, -1, len(kernel)))
 
             of_inputs = _carry(_transposed(INPUTS), torch.bmm(products, _carried_kernel(taps, row)))
-            of_rows = maps.new_zeros(batch, rows, cols * OUT + 2, channels)
+            of_rows = padded.new_zeros(batch, rows, cols * OUT + 2, channels)
             for column, of_column in enumerate(of_inputs.view(IN, batch, rows, cols, channels)):
                 of_rows[:, :, column : column + cols * OUT : OUT] += of_column
             for source, weight in _nonzero(INPUTS[row]):
@@ -126,7 +127,7 @@ class _Winograd3x3(torch.autograd.Function):
             of_kernel = _carry(_transposed(KERNEL), of_kernel)
             for tap, weight in _nonzero(KERNEL[row]):
                 of_taps[tap].add_(of_kernel, alpha=weight)
-        return _crop(of_padded, maps, 1), of_taps.permute(2, 3, 0, 1)
+        return _crop(of_padded, 1, *ctx.size), of_taps.permute(2, 3, 0, 1)
 
 
 def _tiles(length: int) -> int:
@@ -141,12 +142,15 @@ def _taps(kernel: Tensor) -> Tensor:
 def _pad(maps: Tensor, border: int) -> Tensor:
     """Return maps (B, C, H, W) channels last, with a border of zeros around whole tiles."""
     below, right = (_tiles(length) * OUT - length + border for length in maps.shape[2:])
-    return F.pad(maps.permute(0, 2, 3, 1), (0, 0, border, right, border, below))
+    places = maps.permute(0, 2, 3, 1)
+    # F.pad copies where there is nothing to pad
+    if border == below == right == 0:
+        return places.contiguous()
+    return F.pad(places, (0, 0, border, right, border, below))
 
 
-def _crop(padded: Tensor, like: Tensor, border: int) -> Tensor:
-    """Undo ``_pad``: return the (B, C, H, W) of ``like`` within ``padded``."""
-    height, width = like.shape[2:]
+def _crop(padded: Tensor, border: int, height: int, width: int) -> Tensor:
+    """Undo ``_pad``: return the (B, C, H, W) within."""
     return padded[:, border : border + height, border : border + width].permute(0, 3, 1, 2)
 
 

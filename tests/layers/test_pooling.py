@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from crossx.layers import global_pool
+
+
+def test_pooling_equals_a_loop() -> None:
+    features = torch.randn(2, 3, 4, 5, 6)
+    for b in range(2):
+        for p in range(3):
+            for c in range(4):
+                places = features[b, p, c]
+                assert global_pool(features, "max")[b, p, c] == places.max()
+                assert global_pool(features, "avg")[b, p, c] == pytest.approx(places.mean().item(), abs=1e-6)
+
+
+def test_gradient_of_max_is_shared_by_equal_places_as_that_of_amax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randint(3, (2, 3, 4, 5, 2), generator=generator).double()
+    gradients = []
+    for pool in (lambda maps: global_pool(maps, "max"), lambda maps: maps.amax((3, 4))):
+        leaf = features.clone().requires_grad_()
+        pool(leaf).pow(3).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    several = (features == features.amax((3, 4), keepdim=True)).sum((3, 4)) > 1
+    assert several.any()
+
+
+def test_gradient_of_max() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 2, 3, 4, 3, dtype=torch.double, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda maps: global_pool(maps, "max"), (features,))
