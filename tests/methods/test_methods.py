@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
@@ -103,6 +104,25 @@ def test_exports(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     exported = torch.export.export(method, (images,)).module()
     torch.testing.assert_close(exported(images), method(images), rtol=1e-4, atol=1e-5)
+
+
+@every_method
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: bool) -> None:
+    method, compiler = build(name).train(training), CompileCounter()
+    images, targets = torch.randn(5, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0])
+
+    def compute(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return method.objective(images, targets).loss if training else method(images)
+
+    torch.compiler.reset()
+    compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend=compiler)
+    compiled(images[:2], targets[:2])
+    once = compiler.frame_count
+    for count in (3, 4, 5):
+        batch = images[:count], targets[:count]
+        torch.testing.assert_close(compiled(*batch), compute(*batch))
+    assert compiler.frame_count == once
 
 
 def test_weights_of_another_network_are_refused(tmp_path: object) -> None:
