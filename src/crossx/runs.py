@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -217,6 +218,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, work: str) -> Iterator[None]:
+    """Make a folder, and keep other processes that ask for it out until the block ends.
+
+    Args:
+        folder: The folder.
+        work: What this process does, as in "another process is WORK".
+
+    Raises:
+        CrossXError: If another process is at work in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    try:
+        # some network file systems know no locks
+        with contextlib.suppress(OSError):
+            _lock(folder, handle, work)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path, handle: int, work: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CrossXError(
+            f"{folder}: another process is {work}. Wait for it, or choose another --output."
+        ) from error
 
 
 def storage_error(path: Path, error: OSError) -> CrossXError:

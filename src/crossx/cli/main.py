@@ -21,6 +21,8 @@ VERBS = {
     "quickstart": "draw images, train on them, test, show the result: the whole in a few minutes",
     "fit": "train a network",
     "test": "measure a trained network, or compare two",
+    "ablate": "train variants of a recipe with several seeds, and tabulate what each changes",
+    "compare": "put tested runs into one table, beside the published numbers",
     "predict": "name what is on images",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",

@@ -11,7 +11,6 @@ Programs that read a folder of Parquet files as one table pass over a name that 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -25,8 +24,8 @@ from typing import Any
 from crossx.deploy.cluster import predict_shards
 from crossx.deploy.predictor import Predictor
 from crossx.deploy.shards import Shard, count_failed, find_collection, predict_shard
-from crossx.errors import CrossXError, Stopped, UsageError, unknown
-from crossx.runs import atomic_path, open_run, read_json, storage_error, write_json
+from crossx.errors import Stopped, UsageError, unknown
+from crossx.runs import atomic_path, locked_folder, open_run, read_json, storage_error, write_json
 
 ENGINES = ("local", "ray")
 MANIFEST = "_manifest.json"
@@ -149,28 +148,9 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[None]:
         UsageError: If it holds predictions of something else, or no predictions.
         CrossXError: If another process is at work in it, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    try:
-        _lock(folder, handle)
+    with locked_folder(folder, "predicting into it"):
         _prepare(folder, manifest)
         yield
-    finally:
-        os.close(handle)
-
-
-def _lock(folder: Path, handle: int) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CrossXError(
-            f"{folder}: another process is predicting into it. Wait for it, or choose another --output."
-        ) from error
-    except OSError:  # some network file systems know no locks
-        return
 
 
 def _prepare(folder: Path, manifest: Mapping[str, Any]) -> None:

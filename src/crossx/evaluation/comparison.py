@@ -52,7 +52,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
     run_a, run_b = open_run(a)[0], open_run(b)[0]
     tested_a = Predictions.load(predictions_path(run_a.path, split), run_a.path, split)
     tested_b = Predictions.load(predictions_path(run_b.path, split), run_b.path, split)
-    correct_a, correct_b = _paired(tested_a, tested_b, (str(a), str(b)), split)
+    correct_a, correct_b = paired_correct(tested_a, tested_b, (str(a), str(b)), split)
     both = int(np.count_nonzero(correct_a & correct_b))
     only_a = int(np.count_nonzero(correct_a)) - both
     only_b = int(np.count_nonzero(correct_b)) - both
@@ -75,10 +75,20 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
     }
 
 
-def _paired(
+def paired_correct(
     a: Predictions, b: Predictions, names: tuple[str, str], split: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which images each run has right, the images in the same order for both."""
+    """Return which images each of two runs has right, (N,) each, the images ordered by path for both.
+
+    Args:
+        a: What the first predicted.
+        b: What the second predicted.
+        names: How errors call them.
+        split: The split, named in errors.
+
+    Raises:
+        CrossXError: If they were not tested on the same images with the same labels and classes.
+    """
     order_a, order_b = np.lexsort((a.labels, a.paths)), np.lexsort((b.labels, b.paths))
     paths_a, paths_b = a.paths[order_a], b.paths[order_b]
     if not np.array_equal(paths_a, paths_b):

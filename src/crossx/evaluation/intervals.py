@@ -1,4 +1,4 @@
-"""Bootstrap intervals of accuracies, over test images.
+"""Intervals of accuracies: bootstrap over test images, Student's over seeds.
 
 Resampling N images with replacement draws from a handful of kinds of image (its class, right or wrong), so the
 numbers of each kind in a resample are multinomial. Drawing these numbers is the same bootstrap without the
@@ -7,10 +7,12 @@ numbers of each kind in a resample are multinomial. Drawing these numbers is the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -90,12 +92,43 @@ def difference_interval(
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
     """
-    n = len(correct_a)
-    only_a = np.count_nonzero(correct_a & ~correct_b)
-    only_b = np.count_nonzero(correct_b & ~correct_a)
-    shares = np.array([only_a, only_b, n - only_a - only_b]) / n
-    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    return _percentile((drawn[:, 0] - drawn[:, 1]) / n, confidence)
+    differences = correct_a.astype(np.float64) - correct_b
+    return mean_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def mean_interval(
+    values: NDArray[np.float64],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the percentile bootstrap interval of a mean over images.
+
+    Args:
+        values: (N,), one number an image out of a handful that occur, such as the share of trainings that have it
+            right; N > 0.
+        confidence: Probability that the interval is to cover.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+    """
+    kinds, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
+    return _percentile(drawn @ kinds / len(values), confidence)
+
+
+def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval | None:
+    """Return Student's t interval of the mean of a few normally distributed numbers, such as accuracies over seeds.
+
+    Args:
+        values: The numbers; with fewer than two there is no interval.
+        confidence: Probability that the interval is to cover.
+    """
+    if len(values) < 2:
+        return None
+    mean, error = np.mean(values), stats.sem(values)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
+    return Interval(float(mean) - half, float(mean) + half)
 
 
 def _percentile(values: NDArray[np.float64], confidence: float) -> Interval:

@@ -141,6 +141,21 @@ def method_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Check that the method registered as ``name`` has these options.
+
+    Raises:
+        UsageError: If it lacks one; the nearest is suggested.
+    """
+    known = method_options(name)
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"method {name!r} has no option {option!r}.{nearest(option, known)} "
+                f"It has: {', '.join(sorted(known)) or 'none'}."
+            )
+
+
 def create_method(
     name: str,
     *,
@@ -167,16 +182,10 @@ def create_method(
         CrossXError: If pretrained weights cannot be had.
     """
     cls = method_class(name)
-    known = method_options(name)
-    for option in options:
-        if option not in known:
-            raise UsageError(
-                f"method {name!r} has no option {option!r}.{nearest(option, known)} "
-                f"It has: {', '.join(sorted(known)) or 'none'}."
-            )
+    check_options(name, options)
     trunk = create_backbone(
         backbone, pretrained=pretrained, weights=backbone_weights, args=dict(backbone_args or {})
     )
     method = cls(trunk, num_classes, **options)
-    method.name, method.options = name, {**known, **options}
+    method.name, method.options = name, {**method_options(name), **options}
     return method

@@ -142,14 +142,14 @@ def _read(name: str) -> str:
         raise CrossXError(f"{path}: cannot be read ({reason}).") from error
 
 
-class _Loader(yaml.SafeLoader):
+class YAMLLoader(yaml.SafeLoader):
     """PyYAML reads ``1e-4`` as a string (YAML 1.1); as a number here, as in YAML 1.2."""
 
 
-_Loader.yaml_implicit_resolvers = {
+YAMLLoader.yaml_implicit_resolvers = {
     first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+YAMLLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -157,7 +157,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(name: str, text: str) -> Recipe:
-    loader = _Loader(text)
+    loader = YAMLLoader(text)
     try:
         root = loader.get_single_node()
         entries = list(_entries(loader, root, name)) if root is not None else []
@@ -178,7 +178,9 @@ def _parse(name: str, text: str) -> Recipe:
     return Recipe(name, str(description), (base,) if isinstance(base, str) else tuple(base or ()), settings)
 
 
-def _entries(loader: _Loader, root: yaml.Node, name: str) -> Iterator[tuple[Key, Any, yaml.Node, yaml.Node]]:
+def _entries(
+    loader: YAMLLoader, root: yaml.Node, name: str
+) -> Iterator[tuple[Key, Any, yaml.Node, yaml.Node]]:
     for key_node, value_node in _members(loader, root, name):
         key = str(key_node.value)
         value = loader.construct_document(value_node)
@@ -190,7 +192,7 @@ def _entries(loader: _Loader, root: yaml.Node, name: str) -> Iterator[tuple[Key,
                 yield option, loader.construct_document(option_value), option_node, option_value
 
 
-def _members(loader: _Loader, node: yaml.Node, where: str) -> list[tuple[yaml.Node, yaml.Node]]:
+def _members(loader: YAMLLoader, node: yaml.Node, where: str) -> list[tuple[yaml.Node, yaml.Node]]:
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{where}: line {node.start_mark.line + 1} is not a mapping of options to values.")
     loader.flatten_mapping(node)

@@ -1,0 +1,218 @@
+"""What an ablation found: means over seeds, paired differences, table and chart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossx.ablation.runner import SPLIT, Trial
+from crossx.ablation.suite import Suite
+from crossx.evaluation.comparison import paired_correct
+from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
+from crossx.evaluation.predictions import Predictions, predictions_path
+from crossx.report.plots import Bar, plot_bars
+from crossx.report.tables import Table, percent, points
+from crossx.runs import SCHEMA, environment, read_json, write_json
+
+METRICS = ("top1", "top5", "class_mean", "ece")
+INTERVALS = (
+    "95%: intervals, over seeds by Student's t, over images by the bootstrap of the mean over seeds; Δ: difference, "
+    "paired by seed and image; val: validation accuracy of the tested weights."
+)
+
+
+def summarize_suite(suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> dict[str, Any]:
+    """Return what an ablation found, for JSON.
+
+    Args:
+        suite: The variants.
+        trials: All trials; those that are not in ``failed`` are done.
+        failed: Trial -> reason.
+
+    Returns:
+        ``rows``, one a variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
+        metrics, and ``against``: the paired difference to the first variant over the seeds that both have. ``runs``,
+        one a trial: its results, or why it failed.
+
+    Raises:
+        CrossXError: If results are damaged or were not on the same images.
+    """
+    done = [trial for trial in trials if trial not in failed]
+    results = {trial: _read(trial) for trial in done}
+    correct = _load_correct(done)
+    first = next(iter(suite.variants))
+    rows = [
+        _summarize(name, {trial.seed: results[trial] for trial in done if trial.variant == name}, correct)
+        | {"against": None if name == first else _against(name, first, correct)}
+        for name in suite.variants
+    ]
+    return {
+        "schema": SCHEMA,
+        "suite": suite.name,
+        "title": suite.title,
+        "source": suite.source,
+        "variants": suite.variants,
+        "split": SPLIT,
+        "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": 0},
+        "rows": rows,
+        "runs": [
+            {"variant": trial.variant, "seed": trial.seed}
+            | ({"failed": failed[trial]} if trial in failed else results[trial])
+            for trial in trials
+        ],
+        "base": _describe_base(trials[0]),
+        "environment": environment(),
+    }
+
+
+def build_table(summary: Mapping[str, Any]) -> Table:
+    """Return the table of what ``summarize_suite`` returned."""
+    first = summary["rows"][0]["variant"]
+    heads = list(dict.fromkeys(head for row in summary["rows"] for head in row["heads"]))
+    several = any(len(row["seeds"]) > 1 for row in summary["rows"])
+    columns = ["variant", "seeds", "top-1", *(["sd", "95% (seeds)"] if several else []), "95% (images)"]
+    columns += [f"Δ {first}", *(["Δ 95% (seeds)"] if several else []), "Δ 95% (images)"]
+    columns += ["val", *(f"head {head}" for head in heads), "calibration error"]
+    rows = []
+    for row in summary["rows"]:
+        against = row["against"] or {}
+        over = against.get("intervals", {})
+        cells = [row["variant"], str(len(row["seeds"])), percent(row["top1"])]
+        cells += [percent(row["sd"]), _bounds(row["intervals"]["seeds"])] if several else []
+        cells += [_bounds(row["intervals"]["images"]), points(against.get("difference"))]
+        cells += [_bounds(over.get("seeds"), signed=True)] if several else []
+        cells += [_bounds(over.get("images"), signed=True), percent(row["val_top1"])]
+        cells += [percent(row["heads"].get(head)) for head in heads] + [percent(row["ece"])]
+        rows.append(cells)
+    source = f" ({summary['source']})" if summary["source"] else ""
+    caption = f"{summary['title']}{source}. Percent. {INTERVALS}"
+    return Table(columns, rows, caption)
+
+
+def write_summary(summary: Mapping[str, Any], output: Path) -> None:
+    """Write ``results.json``, ``table.md``, ``table.csv``, ``table.tex`` and ``chart.png``.
+
+    Raises:
+        CrossXError: If one cannot be written.
+    """
+    write_json(output / "results.json", summary)
+    build_table(summary).write(output / "table")
+    bars = [
+        Bar(row["variant"], row["values"], row["intervals"]["images"])
+        for row in summary["rows"]
+        if row["values"]
+    ]
+    if bars:
+        note = "Dots: seeds. Error bars: 95% interval over the test images."
+        plot_bars(bars, output / "chart.png", title=summary["title"], note=note)
+
+
+def _read(trial: Trial) -> dict[str, Any]:
+    tested = read_json(trial.run.path / f"{SPLIT}.json")
+    history = read_json(trial.run.path / "metrics.json")["epochs"]
+    return {
+        **{key: tested[key] for key in METRICS},
+        "n": tested["n"],
+        "interval": tested["intervals"]["top1"],
+        "heads": tested["heads"],
+        "val_top1": [epoch.get("val/top1") for epoch in history],
+        "seconds": history[-1]["seconds"],
+        "selection": tested["selection"],
+        "options": tested["options"],
+        "versions": trial.run.read_info()["environment"]["versions"],
+    }
+
+
+def _summarize(
+    name: str,
+    by_seed: Mapping[int, Mapping[str, Any]],
+    correct: Mapping[tuple[str, int], NDArray[np.bool_]],
+) -> dict[str, Any]:
+    results = list(by_seed.values())
+    values = [result["top1"] for result in results]
+    by_image = np.mean([correct[name, seed] for seed in by_seed], axis=0) if by_seed else np.empty(0)
+    heads = list(dict.fromkeys(head for result in results for head in result["heads"]))
+    return {
+        "variant": name,
+        "seeds": list(by_seed),
+        "values": values,
+        "intervals": _intervals(values, by_image),
+        **{key: _mean([result[key] for result in results]) for key in METRICS},
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "heads": {head: _mean([result["heads"][head] for result in results]) for head in heads},
+        "val_top1": _mean([_selected(result) for result in results]),
+        "seconds": _mean([result["seconds"] for result in results]),
+    }
+
+
+def _selected(result: Mapping[str, Any]) -> float | None:
+    """Return the validation accuracy of the epoch whose weights were tested."""
+    epoch = result["selection"]["epoch"]
+    value: float | None = result["val_top1"][int(epoch) - 1]
+    return value
+
+
+def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[str, Any]:
+    seeds = student_interval(values)
+    return {
+        "seeds": seeds.to_json() if seeds else None,
+        "images": mean_interval(by_image).to_json() if len(by_image) else None,
+    }
+
+
+def _against(
+    name: str, first: str, correct: Mapping[tuple[str, int], NDArray[np.bool_]]
+) -> dict[str, Any] | None:
+    """Return the paired difference of a variant to the first one over the seeds that both have."""
+    seeds = [seed for variant, seed in correct if variant == name and (first, seed) in correct]
+    if not seeds:
+        return None
+    by_seed = np.stack([correct[name, seed].astype(float) - correct[first, seed] for seed in seeds])
+    values = by_seed.mean(axis=1).tolist()
+    return {
+        "seeds": seeds,
+        "values": values,
+        "difference": _mean(values),
+        "intervals": _intervals(values, by_seed.mean(axis=0)),
+    }
+
+
+def _load_correct(trials: Sequence[Trial]) -> dict[tuple[str, int], NDArray[np.bool_]]:
+    """Return (variant, seed) -> which images are right, (N,), the images in the same order for all."""
+    loaded = {
+        trial: Predictions.load(predictions_path(trial.run.path, SPLIT), trial.run.path, SPLIT)
+        for trial in trials
+    }
+    return {
+        (trial.variant, trial.seed): paired_correct(
+            loaded[trials[0]], loaded[trial], (str(trials[0].run.path), str(trial.run.path)), SPLIT
+        )[1]
+        for trial in trials
+    }
+
+
+def _describe_base(trial: Trial) -> dict[str, Any]:
+    """Return the configuration that the variants change, without the places of this machine."""
+    values = trial.config.to_dict()
+    source, colon, path = values["model"]["backbone"].partition(":")
+    values["model"] = {key: values["model"][key] for key in ("backbone", "pretrained")}
+    if colon == ":" and source == "local-dir":
+        values["model"]["backbone"] = f"{source}:{Path(path).name}"
+    values["data"]["root"] = Path(values["data"]["root"]).name if values["data"]["root"] else None
+    return {key: values[key] for key in ("model", "data", "optim", "trainer")}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _bounds(interval: Sequence[float] | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return "–"
+    low, high = (f"{100 * bound:{'+' if signed else ''}.2f}" for bound in interval)
+    return f"{low} to {high}"

@@ -1,0 +1,90 @@
+"""``crossx ablate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from crossx.ablation.suite import list_suites, load_suite
+from crossx.cli.options import VerbParser, natural, positive
+from crossx.errors import Stopped, UsageError
+from crossx.runs import locked_folder
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train and test every variant of a suite with every seed, and write table and chart."""
+    suites = ", ".join(list_suites())
+    parser = VerbParser(
+        "ablate",
+        "Compare variants of one recipe: train and test each with several seeds, and write a table with intervals and\n"
+        "paired differences (Markdown, CSV, LaTeX), a bar chart and JSON. What is finished is not run again: the same\n"
+        "command goes on where it was stopped, and takes more seeds. Further options are those of `crossx fit`; they\n"
+        "hold for every variant.",
+        [
+            "crossx ablate --suite fig3 --config crossx_cub_senet50 --data.root CUB_200_2011 --seeds 0 1 --output out",
+            "crossx ablate --suite mine.yaml --config finetune --data.root my_images --output runs/mine --jobs 4",
+        ],
+    )
+    parser.add_argument(
+        "--suite", required=True, metavar="NAME", help=f"{suites}, or a YAML file (docs/ablation.md)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and results")
+    parser.add_argument(
+        "--seeds",
+        type=natural,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="seeds of the trainings (default: 0)",
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="trainings at the same time (default: 1)"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.split("=", 1)[0] in ("--seed", "--resume"):
+            raise UsageError(
+                "--seeds gives the seeds."
+                if "seed" in word
+                else "the same command resumes: leave out --resume."
+            )
+    suite = load_suite(options.suite)
+
+    from crossx.ablation.runner import Trial, check_trials, plan, run_trials
+    from crossx.ablation.summary import build_table, summarize_suite, write_summary
+    from crossx.cli.fit_options import parse_fit
+
+    base = parse_fit(rest).config
+    output = Path(options.output)
+    trials = plan(suite, base, options.seeds, output)
+    check_trials(trials)
+    finished = 0
+    start = time.monotonic()
+
+    def report(trial: Trial, reason: str | None) -> None:
+        nonlocal finished
+        finished += 1
+        text = f"failed: {reason}" if reason else "done"
+        minutes = (time.monotonic() - start) / 60
+        print(
+            f"[{finished}/{len(trials)}, {minutes:.0f} min] {trial.variant}, seed {trial.seed}: {text}",
+            flush=True,
+        )
+
+    with locked_folder(output, "running trainings in it"):
+        try:
+            failed = run_trials(trials, options.jobs, report)
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(
+                f"stopped after {finished} of {len(trials)}; the same command goes on from there."
+            ) from interrupt
+        summary = summarize_suite(suite, trials, failed)
+        write_summary(summary, output)
+    print(f"\n{build_table(summary).to_markdown()}")
+    print(
+        f"results: {output / 'results.json'}; table: {output / 'table.md'}, .csv, .tex; chart: {output / 'chart.png'}"
+    )
+    for trial, reason in failed.items():
+        print(f"failed: {trial.variant}, seed {trial.seed}: {reason} (log: {trial.log})")
+    return 1 if failed else 0

@@ -1,0 +1,1 @@
+"""Tables, charts and published numbers: what evaluation found, for people to read."""

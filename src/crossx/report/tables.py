@@ -1,0 +1,117 @@
+"""Tables as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crossx.runs import write_text
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "–": "--",
+        "…": r"\ldots{}",
+        "Δ": r"$\Delta$",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below column heads; the first column is text, the others are numbers.
+
+    Attributes:
+        columns: The heads.
+        rows: Each as long as ``columns``.
+        caption: One line on what it shows.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def to_markdown(self) -> str:
+        """Return a GitHub-flavoured Markdown table, its columns aligned in the source too."""
+        cells = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
+        widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [_line(row, widths) for row in cells]
+        ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines.insert(1, f"| {' | '.join(ruler)} |")
+        return "\n".join(lines) + "\n"
+
+    def to_csv(self) -> str:
+        """Return comma-separated values."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+        return text.getvalue()
+
+    def to_latex(self) -> str:
+        """Return a ``table`` environment with booktabs rules (``\\usepackage{booktabs}``)."""
+        head, *body = [
+            " & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.columns, *self.rows)
+        ]
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            *([rf"\caption{{{self.caption.translate(_LATEX)}}}"] if self.caption else []),
+            rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self, stem: Path) -> None:
+        """Write ``STEM.md``, ``STEM.csv`` and ``STEM.tex``.
+
+        Raises:
+            CrossXError: If one cannot be written.
+        """
+        caption = f"{_markdown(self.caption)}\n\n" if self.caption else ""
+        write_text(stem.with_name(f"{stem.name}.md"), caption + self.to_markdown())
+        write_text(stem.with_name(f"{stem.name}.csv"), self.to_csv())
+        write_text(stem.with_name(f"{stem.name}.tex"), self.to_latex())
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """Return a fraction as percent with its interval: ``88.81 (87.53, 90.05)``; a dash for None."""
+    if value is None:
+        return "–"
+    bounds = f" ({100 * interval[0]:.2f}, {100 * interval[1]:.2f})" if interval else ""
+    return f"{100 * value:.2f}{bounds}"
+
+
+def points(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """Return a difference of fractions in percentage points, with sign: ``+2.56 (+1.41, +3.76)``; a dash for None."""
+    if value is None:
+        return "–"
+    bounds = f" ({100 * interval[0]:+.2f}, {100 * interval[1]:+.2f})" if interval else ""
+    return f"{100 * value:+.2f}{bounds}"
+
+
+def _markdown(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"

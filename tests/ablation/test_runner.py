@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from crossx.ablation import runner
+from crossx.ablation.runner import Trial, check_trials, places, plan, run_trials
+from crossx.ablation.suite import load_suite
+from crossx.errors import CrossXError, UsageError
+from crossx.training.config import Config, ModelConfig
+
+BASE = Config(
+    model=ModelConfig(
+        backbone="resnet10t",
+        backbone_args={"channels": [4, 8, 16, 32]},
+        pretrained=False,
+        options={"num_parts": 2},
+    )
+)
+
+# Stands in for the command: trains for a moment, fails where the seed is 1, notes what it was asked for.
+COMMAND = """
+import json, os, pathlib, sys, time, yaml
+words = sys.argv[3:]
+if words[0] == "fit" and "--config" in words:
+    folder = pathlib.Path(yaml.safe_load(open(words[2]))["output"])
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(open(words[2]).read())
+else:
+    folder = pathlib.Path(words[words.index("--resume") + 1] if words[0] == "fit" else words[1])
+with open(folder.parent / "asked", "a") as asked:
+    print(folder.name, *words[:2], os.environ.get("OMP_NUM_THREADS"), time.monotonic(), file=asked)
+time.sleep(float(os.environ.get("TAKES", 0)))
+if folder.name == "seed-1":
+    print("much output")
+    print("crossx fit: error: the loss is not finite.")
+    sys.exit(1)
+if folder.name == "seed-2":
+    os.kill(os.getpid(), 9)
+if words[0] == "fit":
+    (folder / "run.json").write_text(json.dumps({"status": "finished"}))
+    (folder / "model.safetensors").touch()
+else:
+    (folder / "test.json").write_text("{}")
+with open(folder.parent / "asked", "a") as asked:
+    print(folder.name, "ended", time.monotonic(), file=asked)
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the stand-in in the place of Python; return the folder for the trials."""
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(wrapper))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return tmp_path / "out"
+
+
+def trials(output: Path, *seeds: int, text: str = "variants: {a: {}}") -> list[Trial]:
+    path = output.parent / "suite.yaml"
+    path.write_text(text)
+    return plan(load_suite(path), BASE, seeds, output)
+
+
+def asked(output: Path, variant: str = "a") -> list[list[str]]:
+    return [line.split() for line in (output / variant / "asked").read_text().splitlines()]
+
+
+def test_a_trial_is_trained_and_tested_once(command: Path) -> None:
+    assert run_trials(trials(command, 0)) == {}
+    assert [words[1] for words in asked(command)] == ["fit", "ended", "test", "ended"]
+    assert run_trials(trials(command, 0)) == {}
+    assert len(asked(command)) == 4
+
+
+def test_what_was_tested_before_its_weights_changed_is_tested_again(command: Path) -> None:
+    run_trials(trials(command, 0))
+    run = trials(command, 0)[0].run
+    later = (run.path / "test.json").stat().st_mtime + 10
+    os.utime(run.weights, (later, later))
+    run_trials(trials(command, 0))
+    assert [words[1] for words in asked(command)][4:] == ["test", "ended"]
+
+
+def test_what_was_stopped_is_resumed(command: Path) -> None:
+    run_trials(trials(command, 0))
+    trial = trials(command, 0)[0]
+    trial.run.info.write_text(json.dumps({"status": "stopped"}))
+    run_trials([trial])
+    assert asked(command)[4][1:3] == ["fit", "--resume"]
+
+
+def test_a_failure_is_told_in_one_line_and_stops_no_other(command: Path) -> None:
+    reports = []
+    failed = run_trials(
+        trials(command, 1, 2, 0), report=lambda trial, reason: reports.append((trial.seed, reason))
+    )
+    reasons = {trial.seed: reason for trial, reason in failed.items()}
+    assert reasons.keys() == {1, 2}
+    assert reasons[1] == "crossx fit: error: the loss is not finite."
+    assert "SIGKILL" in reasons[2]
+    assert sorted(reports) == sorted([(0, None), *reasons.items()], key=lambda pair: pair[0])
+
+
+def test_jobs_run_at_the_same_time_and_share_the_cores(
+    command: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAKES", "0.5")
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
+    run_trials(trials(command, 0, 3), jobs=2)
+    began = {words[0]: float(words[4]) for words in asked(command) if words[1] == "fit"}
+    ended = [float(words[2]) for words in asked(command) if words[1] == "ended"]
+    assert max(began.values()) < min(ended)
+    assert {words[3] for words in asked(command) if words[1] == "fit"} == {"3"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_processes_and_what_is_left_runs_next_time(
+    command: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("TAKES", "60")
+
+    def interrupt() -> None:
+        while not (command / "a" / "asked").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(trials(command, 0, 3))
+    assert time.monotonic() - start < 30
+    assert [words[1] for words in asked(command)] == ["fit"]
+
+
+def test_an_existing_run_with_other_options_is_refused_before_anything_runs(command: Path) -> None:
+    run_trials(trials(command, 0))
+    with pytest.raises(UsageError, match=r"a/seed-0: trained with model.num_parts 2, and now it is 4"):
+        trials(command, 0, text="variants: {a: {model: {num_parts: 4}}}")
+    # what changes no result is no other option
+    trials(command, 0, text="variants: {a: {data: {num_workers: 3}}}")
+
+
+def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="twice: 3 0 3"):
+        trials(tmp_path / "out", 3, 0, 3)
+
+
+def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
+    data = f"data: {{dataset: synthetic, root: {tmp_path / 'images'}, num_classes: 2, images_per_class: 4}}"
+    good, bad = f"good: {{{data}}}", f"bad: {{{data}, model: {{c3s_weights: [1]}}}}"
+    check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}}}"))
+    with pytest.raises(UsageError, match="variant bad: c3s_weights takes 3 numbers"):
+        check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, {bad}}}"))
+    with pytest.raises(CrossXError, match="nowhere"):
+        check_trials(trials(tmp_path / "out", 0, text="variants: {a: {data: {dataset: cub, root: nowhere}}}"))
+
+
+def test_places_share_cores_and_take_gpus_in_turn() -> None:
+    assert places(1, 8, ["0", "1"], {}) == [{}]
+    assert places(2, 8, [], {}) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert places(3, 2, ["0"], {"OMP_NUM_THREADS": "9"}) == [{}] * 3
+    gpus = [place["CUDA_VISIBLE_DEVICES"] for place in places(3, 8, ["4", "7"], {})]
+    assert gpus == ["4", "7", "4"]
+
+
+def test_the_real_command_fails_as_the_stand_in_does(tmp_path: Path) -> None:
+    suite = textwrap.dedent("""
+        variants:
+          a:
+            data: {dataset: folder, root: nowhere}
+    """)
+    failed = run_trials(trials(tmp_path / "out", 0, text=suite))
+    assert "crossx fit: error: " in "".join(failed.values())
+    assert "nowhere" in "".join(failed.values())

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from crossx.cli.main import main
+
+RECIPE = """
+model: {method: crossx, backbone: resnet10t, backbone_args: {channels: [4, 8, 16, 32]}, pretrained: false}
+data: {dataset: synthetic, num_classes: 2, images_per_class: 6, image_size: 64, batch_size: 4, num_workers: 0}
+trainer: {max_epochs: 1, logger: false, accelerator: cpu}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(RECIPE)
+    Path("suite.yaml").write_text("variants: {crossx: {}, plain: {model: {method: plain}}}")
+    return tmp_path
+
+
+def ablate(*more: str) -> int:
+    command = [
+        "ablate",
+        "--suite",
+        "suite.yaml",
+        "--config",
+        "tiny.yaml",
+        "--data.root",
+        "images",
+        "--output",
+        "out",
+    ]
+    return main([*command, *more])
+
+
+def test_a_suite_is_trained_tested_and_tabulated_and_not_twice(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("--jobs", "2") == 0
+    printed = capsys.readouterr().out
+    assert "| crossx " in printed
+    assert "| plain " in printed
+    for name in ("results.json", "table.md", "table.csv", "table.tex", "chart.png"):
+        assert Path("out", name).stat().st_size > 0
+    trained = Path("out/crossx/seed-0/model.safetensors").stat().st_mtime_ns
+    assert ablate() == 0
+    assert Path("out/crossx/seed-0/model.safetensors").stat().st_mtime_ns == trained
+    assert capsys.readouterr().out.endswith(printed[printed.index("\n| variant") :])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--suite", "fig5"], "Did you mean 'fig"),
+        (["--seeds", "a"], "must be a whole number from 0 on"),
+        (["--seeds", "1", "1"], "names a seed twice"),
+        (["--seed", "1"], "--seeds gives the seeds"),
+        (["--resume", "out"], "the same command resumes"),
+        (["--jobs", "0"], "from 1 on"),
+        (["--config", "none.yaml"], "no such file"),
+        (["--optim.lrr", "1"], "Did you mean '--optim.lr'"),
+        (["--model.method", "plane"], "Did you mean 'plain'"),
+        (["--data.dataset", "folder", "--data.root", "nowhere"], "has no option 'num_classes'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(
+    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert ablate(*more) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("crossx ablate: error: ")
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_failed_variant_is_named_and_the_exit_code_says_so(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("suite.yaml").write_text("variants: {good: {}, diverges: {optim: {lr: 1e30}}}")
+    assert ablate() == 1
+    printed = capsys.readouterr().out
+    assert "failed: diverges, seed 0: crossx fit: error: " in printed
+    assert "| good " in printed
