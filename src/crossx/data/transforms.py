@@ -139,7 +139,7 @@ class CropPlace:
 
 
 def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> CropPlace:
-    """Return where ``eval_transform`` puts an image of this size; a JPEG that is decoded smaller ends at the same place.
+    """Return where ``eval_transform`` puts an image of this size, whether or not it is decoded smaller.
 
     Raises:
         CrossXError: If ``crop_bottom`` leaves nothing.
