@@ -425,5 +425,5 @@ def test_a_jpeg_decoded_smaller_ends_at_the_same_place():
 
 
 def test_the_crop_place_of_an_image_that_the_cut_leaves_nothing_of():
-    with pytest.raises(CrossXError, match="10 rows high and data.crop_bottom cuts off 20"):
+    with pytest.raises(CrossXError, match=r"10 rows high and data\.crop_bottom cuts off 20"):
         eval_crop_place(prep(crop_bottom=20), 10, 50)
