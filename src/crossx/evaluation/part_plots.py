@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from crossx.runs import atomic_path
 
 DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Of Okabe and Ito, "Color Universal Design", https://jfly.uni-koeln.de/color/."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""One more than colours, so that pairs of the two repeat late."""
 OBJECT = "whole object"
 CHANCE = "0.45"
 
@@ -39,7 +40,7 @@ def plot_parts(
     Raises:
         CrossXError: If the file cannot be written.
     """
-    width = max(6.5, 1.6 + 0.75 * (len(names) + 1))
+    width = max(8.0, 2.0 + 0.7 * (len(names) + 1))
     figure = Figure(figsize=(width, 0.9 + 2.3 * len(stages)), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
     panels = figure.subplots(len(stages), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -50,9 +51,10 @@ def plot_parts(
     labels = [*names, *([OBJECT] if has_object else [])]
     panels[-1].set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize=9, parse_math=False)
     panels[-1].set_xlim(-0.6, len(labels) - 0.4)
-    if len(panels[0].get_legend_handles_labels()[0]) > 1:
-        panels[0].legend(
-            title="excitation", fontsize=8, title_fontsize=8, ncols=4, loc="best", framealpha=0.9
+    handles, excitations = panels[0].get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(
+            handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
         )
     figure.supylabel("share of activation / share of area", fontsize=9)
     with atomic_path(path) as temporary:
@@ -61,9 +63,11 @@ def plot_parts(
 
 def _draw_stage(axes: Axes, excitations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     axes.axhline(1, color=CHANCE, linewidth=1, zorder=1)
-    axes.set_yscale("log", base=2)
+    axes.axvline(len(names) - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color="0.92", linewidth=0.6)
     axes.tick_params(axis="y", labelsize=8)
     for edge in ("top", "right"):
