@@ -72,6 +72,8 @@ def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.Ca
         for part, images in results["parts"].items():
             row = next(line.split() for line in shown.splitlines() if line.startswith(f"  {part} "))
             assert row[1:3] == [str(images), f"{first['share'][part]['over_chance']:.2f}"]
+        peak = next(line.split() for line in shown.splitlines() if line.startswith("  peak in a part "))
+        assert peak[4] == f"{first['any_part']['value']:.2f}"
         assert f"results: {run}/test_parts.json; picture: {run}/test/parts.png" in shown
         with Image.open(f"{run}/test/parts.png") as picture:
             assert picture.width > 600

@@ -343,5 +343,8 @@ def test_summary_is_json_and_leaves_out_what_one_excitation_has_not(excitations)
     seen = parts.visible[:, 1]
     share = shares(mass(maps), parts.coverage(5, 7))[0][seen, 0, 1].mean()
     assert first["share"]["b"]["value"] == pytest.approx(float(share))
+    hits = shares(peaks(maps), parts.contain(5, 7).any(1, keepdim=True))[0][parts.visible.any(1), 0, 0]
+    assert first["any_part"]["value"] == pytest.approx(float(hits.mean()))
+    assert 0 < first["any_part"]["chance"] < 1
     nothing = summarize_parts(measured(maps, parts), list("abcd"), parts.visible, ~has_object, places=35)
     assert nothing["excitations"][0]["object"] is None

@@ -108,11 +108,16 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     ]
     if columns[0][1]["object"] is not None:
         rows.append(["whole object", "", *(_ratio(excitation["object"]) for _, excitation in columns)])
+    for key, name in (("value", "peak in a part"), ("chance", "  by chance")):
+        rows.append([name, "", *(f"{excitation['any_part'][key]:.2f}" for _, excitation in columns)])
     for view, name in (("flip", "flipped"), ("zoom", "zoomed")):
         rows.append(
             [f"r with {name}", "", *(f"{excitation[view]['value']:.2f}" for _, excitation in columns)]
         )
-    print("share of activation over share of area, by stage and excitation; r: correlation of maps")
+    print(
+        "share of activation over share of area, by stage and excitation; "
+        "peak: the largest place; r: correlation of maps"
+    )
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]

@@ -171,15 +171,18 @@ def measure_images(
 
     Returns:
         Name to one value an image and, where it says so, excitation and part: ``share`` and ``pointing`` (B, P, K),
-        ``share_chance`` and ``pointing_chance`` (B, K), ``object`` (B, P, 1), ``object_chance`` (B, 1), ``found``
-        (B, P), ``flip`` and ``zoom`` (B, P) and, for P > 1, ``overlap`` and ``correlation`` (B,).
+        ``share_chance`` and ``pointing_chance`` (B, K); ``any_part`` (pointing at the parts taken as one) and
+        ``object`` (share of the object) (B, P, 1), and their ``_chance`` (B, 1); ``found``, ``flip`` and ``zoom``
+        (B, P) and, for P > 1, ``overlap`` and ``correlation`` (B,).
     """
     maps, flipped, zoomed = maps.float(), flipped.float(), zoomed.float()
     size = maps.shape[2], maps.shape[3]
     measures = {}
+    contained = parts.contain(*size)
     for name, distribution, regions in (
         ("share", mass(maps), parts.coverage(*size)),
-        ("pointing", peaks(maps), parts.contain(*size)),
+        ("pointing", peaks(maps), contained),
+        ("any_part", peaks(maps), contained.any(1, keepdim=True)),
         ("object", mass(maps), objects.coverage(*size)),
     ):
         measures[name], measures[f"{name}_chance"] = shares(distribution, regions)
@@ -293,9 +296,10 @@ def summarize_parts(
 
     Returns:
         ``excitations``, a list over p: ``share`` and ``pointing`` (part to numbers beside chance, over the images that
-        show the part), ``object`` (the same of the whole object, None without boxes), ``found`` (part to the share
-        of images in which p finds it), ``flip`` and ``zoom`` (mean correlations). For P > 1 ``consistency`` and
-        ``diversity`` (``overlap`` beside chance, and ``correlation``), else None.
+        show the part), ``object`` (the share of the whole object, None without boxes), ``any_part`` (pointing at any
+        part, over the images that show one), ``found`` (part to the share of images in which p finds it), ``flip`` and
+        ``zoom`` (mean correlations). For P > 1 ``consistency`` and ``diversity`` (``overlap`` beside chance, and
+        ``correlation``), else None.
     """
     arrays = {name: values.double().numpy() for name, values in measures.items()}
     seen, with_object = visible.numpy(), has_object.numpy()
@@ -309,16 +313,17 @@ def summarize_parts(
             for k, part in enumerate(names)
         }
 
-    def whole_object(p: int) -> dict[str, Any] | None:
-        if not with_object.any():
+    def of_one_region(name: str, p: int, shown: NDArray[np.bool_]) -> dict[str, Any] | None:
+        if not shown.any():
             return None
-        return bootstrap.beside_chance(arrays["object"][:, p, 0], arrays["object_chance"][:, 0], with_object)
+        return bootstrap.beside_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
 
     excitations = [
         {
             "share": beside_chance("share", p),
             "pointing": beside_chance("pointing", p),
-            "object": whole_object(p),
+            "object": of_one_region("object", p, with_object),
+            "any_part": of_one_region("any_part", p, used.numpy()),
             "found": {part: float((found[used, p] == k).double().mean()) for k, part in enumerate(names)},
             **{view: bootstrap.mean(arrays[view][:, p]) for view in ("flip", "zoom")},
         }

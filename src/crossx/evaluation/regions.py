@@ -16,7 +16,8 @@ from crossx.runs import Preprocessing
 
 KEYPOINT_RADIUS = 0.1
 """Radius of the disc that stands for a keypoint, as a share of the longer side of the object's box (of the crop's side
-where there is none): the tolerance of PCK@0.1 (Yang and Ramanan, "Articulated human detection with flexible mixtures of parts", PAMI 2013)."""
+where there is none): the tolerance of PCK@0.1 (Yang and Ramanan, "Articulated human detection with flexible mixtures
+of parts", PAMI 2013)."""
 
 MIN_SAMPLES = 64
 """Least number of points along a map's side at which discs are sampled to find how much of a place they cover."""
