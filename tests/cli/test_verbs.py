@@ -62,6 +62,27 @@ def test_test_prints_what_the_json_holds(place: Path, capsys: pytest.CaptureFixt
     assert f"head merged        {100 * results['heads']['merged']:.2f}%" in shown
 
 
+def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("crossx", "plain"):
+        run = f"runs/quickstart-1/{method}"
+        assert main(["test", run, "--parts", "--data.num_workers", "0"]) == 0
+        shown = capsys.readouterr().out
+        results = json.loads(Path(run, "test_parts.json").read_text())
+        first = results["stages"]["last"]["excitations"][0]
+        for part, images in results["parts"].items():
+            row = next(line.split() for line in shown.splitlines() if line.startswith(f"  {part} "))
+            assert row[1:3] == [str(images), f"{first['share'][part]['over_chance']:.2f}"]
+        peak = next(line.split() for line in shown.splitlines() if line.startswith("  peak in a part "))
+        assert peak[4] == f"{first['any_part']['value']:.2f}"
+        assert f"results: {run}/test_parts.json; picture: {run}/test/parts.png" in shown
+        with Image.open(f"{run}/test/parts.png") as picture:
+            assert picture.width > 600
+        if method == "crossx":
+            assert f"NMI {results['stages']['merged']['consistency']['nmi']:.3f} (" in shown
+        else:
+            assert "NMI" not in shown
+
+
 def test_two_runs_are_compared_without_testing_them_again(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

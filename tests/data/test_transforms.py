@@ -17,6 +17,7 @@ from crossx.data.transforms import (
     MAX_ASPECT,
     Normalize,
     batch_images,
+    eval_crop_place,
     eval_transform,
     preprocessing_for,
     train_transform,
@@ -368,3 +369,61 @@ def test_preprocessing_follows_the_backbone_unless_told():
     assert made == Preprocessing(64, 80, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), 3, "fast")
     assert preprocessing_for(DataConfig(pipeline="strict"), backbone).pipeline == "strict"
     assert preprocessing_for(DataConfig(interpolation="bilinear"), backbone).interpolation == "bilinear"
+
+
+@st.composite
+def marked(draw):
+    """An image's size, a square in it, and a preprocessing."""
+    height, width = draw(st.tuples(st.integers(24, 200), st.integers(24, 200)))
+    side = draw(st.integers(6, 20))
+    top, left = draw(st.integers(0, height - side)), draw(st.integers(0, width - side))
+    image_size = draw(st.integers(32, 64))
+    resize_size = draw(st.none() | st.integers(image_size, 80))
+    crop_bottom = draw(st.sampled_from([0, 0, 3]))
+    return (height, width), (top, left, side), prep(image_size, resize_size, crop_bottom=crop_bottom)
+
+
+def centre_of_light(image):
+    """x and y of the centre of what is light, its pixels' centres at 0.5, 1.5, ..."""
+    light = image[0].double()
+    y, x = (torch.arange(length) + 0.5 for length in light.shape)
+    return torch.stack([(light.sum(0) * x).sum(), (light.sum(1) * y).sum()]) / light.sum()
+
+
+@example(case=((30, 400), (5, 190, 20), prep(48)))  # cut to MAX_ASPECT
+@example(case=((400, 30), (195, 5, 20), prep(48, 64)))
+@settings(max_examples=60, deadline=None)
+@given(case=marked())
+def test_a_mark_is_where_its_place_in_the_crop_is_said_to_be(case):
+    (height, width), (top, left, side), preprocessing = case
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[:, top : top + side, left : left + side] = 255
+    place = eval_crop_place(preprocessing, height, width)
+    corners = place(torch.tensor([[left, top], [left + side, top + side]], dtype=torch.float64))
+    crop = eval_transform(preprocessing)(image)
+    last_row = height - preprocessing.crop_bottom
+    # the filter blurs by up to two pixels: a mark near a border loses light beyond it
+    inside = corners.min() >= 2 and corners.max() <= preprocessing.image_size - 2 and top + side <= last_row
+    if inside:
+        torch.testing.assert_close(centre_of_light(crop), corners.mean(0), atol=0.15, rtol=0)
+    outside = (corners[1] <= -2).any() or (corners[0] >= preprocessing.image_size + 2).any()
+    if outside:
+        assert crop.sum() == 0
+
+
+def test_a_jpeg_decoded_smaller_ends_at_the_same_place():
+    image = np.zeros((960, 1280, 3), np.uint8)
+    image[320:400, 600:680] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    transform = eval_transform(prep(112))
+    small = transform.read(buffer.getvalue())
+    assert small.shape[1:] == (480, 640)
+    centre = eval_crop_place(prep(112), 960, 1280)(torch.tensor([640.0, 360.0]))
+    light = (transform(small).int() - 20).clamp(min=0)
+    torch.testing.assert_close(centre_of_light(light).float(), centre, atol=0.15, rtol=0)
+
+
+def test_the_crop_place_of_an_image_that_the_cut_leaves_nothing_of():
+    with pytest.raises(CrossXError, match=r"10 rows high and data\.crop_bottom cuts off 20"):
+        eval_crop_place(prep(crop_bottom=20), 10, 50)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crossx.losses import C3SLoss, c3s_loss, part_correlations
+from crossx.losses import C3SLoss, c3s_loss, part_correlations, summarize_correlations
 
 
 def naive_correlations(features: Tensor) -> Tensor:
@@ -53,6 +53,20 @@ def test_known_values(form: str) -> None:
     equal = torch.ones(3, 2, 4)
     # S = 1 everywhere: 4 / 2 - 2 * 2; 0 + 1.
     assert c3s_loss(equal, form).item() == pytest.approx({"paper": -2.0, "released": 1.0}[form])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_means_of_s_on_and_off_the_diagonal(parts: int) -> None:
+    features = torch.randn(5, parts, 7, generator=torch.Generator().manual_seed(parts), requires_grad=True)
+    s = naive_correlations(features.detach()).tolist()
+    entries = [(p, q) for p in range(parts) for q in range(parts)]
+    expected = {"diagonal": sum(s[p][p] for p in range(parts)) / parts}
+    if parts > 1:
+        others = [s[p][q] for p, q in entries if p != q]
+        expected["off_diagonal"] = sum(others) / len(others)
+    measured = summarize_correlations(part_correlations(features))
+    assert not any(value.requires_grad for value in measured.values())
+    assert {name: value.item() for name, value in measured.items()} == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=20, deadline=None)

@@ -150,6 +150,53 @@ def test_weight_zero_turns_a_term_off() -> None:
     assert torch.equal(objective.loss, objective.terms["data"])
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.25, 0.5), (0, 0, 0)])
+def test_measures_follow_s_with_c3s_and_without(weights: tuple[float, ...]) -> None:
+    method = build(num_parts=3, c3s_weights=weights).eval()
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+    measures = method.objective(images, targets).measures
+    expected = {}
+    for name, f in method.part_features(images).items():
+        unit = f / f.norm(dim=2, keepdim=True)
+        s = torch.stack(
+            [torch.stack([(unit[:, p] @ unit[:, q].T).mean() for q in range(3)]) for p in range(3)]
+        )
+        expected[f"s_diagonal_{name}"] = s.diag().mean()
+        expected[f"s_off_diagonal_{name}"] = s[~torch.eye(3, dtype=torch.bool)].mean()
+    assert not any(value.requires_grad for value in measures.values())
+    torch.testing.assert_close(dict(measures), expected)
+
+
+def test_measures_of_one_part_have_no_off_diagonal() -> None:
+    measures = build(num_parts=1).objective(torch.randn(2, 3, 64, 64), torch.tensor([0, 3])).measures
+    assert measures.keys() == {f"s_diagonal_{head}" for head in ("last", "previous", "merged")}
+
+
+def test_measures_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+
+    def gradients(method: CrossX) -> dict[str, Tensor | None]:
+        method.objective(images, targets).loss.backward()
+        return {name: parameter.grad for name, parameter in method.named_parameters()}
+
+    for weights in ((0.5, 0.25, 0.5), (0, 0, 0)):
+        with_measures = gradients(build(c3s_weights=weights))
+        with monkeypatch.context() as patch:
+            patch.setattr("crossx.methods.crossx.summarize_correlations", lambda s: {})
+            without = gradients(build(c3s_weights=weights))
+        torch.testing.assert_close(with_measures, without, rtol=0, atol=0)
+
+
+def test_measures_compile_in_one_graph() -> None:
+    method = build(c3s_weights=(0.5, 0, 0.5))
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+    torch.compiler.reset()
+    compiled = torch.compile(method.objective, fullgraph=True, backend="eager")(images, targets)
+    expected = build(c3s_weights=(0.5, 0, 0.5)).objective(images, targets)
+    torch.testing.assert_close(dict(compiled.measures), dict(expected.measures))
+    torch.testing.assert_close(compiled.loss, expected.loss)
+
+
 def test_soft_targets_are_class_probabilities() -> None:
     method = build().eval()
     images = torch.randn(2, 3, 64, 64)

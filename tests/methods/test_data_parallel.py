@@ -50,7 +50,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         objective = self.method.objective(images, targets)
-        return {"loss": objective.loss, **objective.terms}
+        return {"loss": objective.loss, **objective.terms, **objective.measures}
 
 
 def build(case: Case) -> CrossX:
@@ -99,10 +99,10 @@ def test_two_ranks_train_like_one_process_on_the_whole_batch(ranks: list[dict], 
     for step, (images, targets) in enumerate(micro_batches(case)):
         objective = method.objective(images, targets)
         (objective.loss / len(case.first)).backward()
-        for key, term in {"loss": objective.loss, **objective.terms}.items():
+        for key, term in {"loss": objective.loss, **objective.terms, **objective.measures}.items():
             values = [rank[name][0][step][key] for rank in ranks]
             torch.testing.assert_close(sum(values) / 2, term.detach(), rtol=1e-4, atol=1e-6)
-            if key.startswith("c3s"):
+            if key.startswith(("c3s", "s_")):
                 # S is that of the global batch, on every rank
                 assert values[0] == values[1]
     for key, parameter in method.named_parameters():

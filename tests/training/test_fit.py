@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
+from crossx.losses import part_correlations
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
@@ -101,6 +102,30 @@ def test_average_follows_its_definition(make_config, monkeypatch):
         average = 0.9 * average + 0.1 * weight
     torch.testing.assert_close(load_file(run.weights)["classifier.weight"], average)
     assert not torch.equal(average, seen[-1])
+
+
+def test_history_has_the_means_of_s_over_the_images_of_an_epoch(make_config, monkeypatch):
+    seen = []
+
+    def recorded(features):
+        seen.append(features.detach())
+        return part_correlations(features)
+
+    monkeypatch.setattr("crossx.methods.crossx.part_correlations", recorded)
+    options = {"method": "crossx", "use_previous": False, "use_merged": False, "c3s_weights": [0, 0, 0]}
+    run = fit(make_config(model=options, optim={"lr": 0.002}, trainer={"max_epochs": 2}))
+    # four steps an epoch, of 8, 8, 8 and 3 images
+    assert [len(features) for features in seen] == [8, 8, 8, 3] * 2
+    for row, steps in zip(rows(run), (seen[:4], seen[4:]), strict=True):
+        assert not [name for name in row if name.startswith("train/c3s")]
+        totals = [0.0, 0.0]
+        for features in steps:
+            unit = features / features.norm(dim=2, keepdim=True)
+            s = [[float((unit[:, p] @ unit[:, q].T).mean()) for q in range(2)] for p in range(2)]
+            totals[0] += len(features) * (s[0][0] + s[1][1]) / 2
+            totals[1] += len(features) * s[0][1]
+        means = [float(row[f"train/s_{name}_last"]) for name in ("diagonal", "off_diagonal")]
+        assert means == pytest.approx([total / 27 for total in totals], rel=1e-5)
 
 
 def test_same_seed_gives_the_same_weights(make_config):

@@ -21,17 +21,24 @@ def run(arguments: Sequence[str]) -> int:
     parser = VerbParser(
         "test",
         "Measure a trained network on the images of one split: accuracies with intervals, for each head and class,\n"
-        "confusion matrix, calibration. With --against, the paired test of two runs on the same images.",
+        "confusion matrix, calibration. With --against, the paired test of two runs on the same images; with --parts,\n"
+        "what the excitations of one look at.",
         [
             "crossx test runs/mine",
             "crossx test runs/mine --data.root /other/place/CUB_200_2011 --split val",
             "crossx test runs/mine/checkpoints/last.ckpt",
             "crossx test runs/crossx --against runs/plain",
+            "crossx test runs/crossx --parts",
         ],
     )
     add_run(parser)
     parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
     parser.add_argument("--against", metavar="RUN_B", help="compare with this run, image by image")
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="measure the activation maps beside known parts instead (cub, nabirds, synthetic)",
+    )
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
     parser.add_argument(
         "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
@@ -39,7 +46,11 @@ def run(arguments: Sequence[str]) -> int:
     add_loading(parser)
     add_device(parser)
     options = parser.parse(arguments)
-    if options.against is None:
+    if options.parts and options.against is not None:
+        raise UsageError("--parts measures one run and does not go with --against: leave one of them out.")
+    if options.parts:
+        _measure_parts(options)
+    elif options.against is None:
         print_results(options.run, _test(options.run, options))
     else:
         _compare(options)
@@ -75,6 +86,85 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     if results["seen_in_training"]:
         print("  These images were trained on: the numbers say nothing about new images.")
     print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
+
+
+def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Print what ``measure_run`` returned for the run at ``path``."""
+    folder, split = open_run(path)[0].path, results["split"]
+    print(
+        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: {results['n']} images, "
+        f"{len(results['parts'])} parts, weights {results['weights']}"
+    )
+    stages = results["stages"]
+    columns = [
+        (f"{stage} {p}", excitation)
+        for stage, measured in stages.items()
+        for p, excitation in enumerate(measured["excitations"], start=1)
+    ]
+    header = ["", "images", *(name for name, _ in columns)]
+    rows = [
+        [part, str(shown), *(_ratio(excitation["share"][part]) for _, excitation in columns)]
+        for part, shown in results["parts"].items()
+    ]
+    if columns[0][1]["object"] is not None:
+        rows.append(["whole object", "", *(_ratio(excitation["object"]) for _, excitation in columns)])
+    for key, name in (("value", "peak in a part"), ("chance", "  by chance")):
+        rows.append([name, "", *(f"{excitation['any_part'][key]:.2f}" for _, excitation in columns)])
+    for view, name in (("flip", "flipped"), ("zoom", "zoomed")):
+        rows.append(
+            [f"r with {name}", "", *(f"{excitation[view]['value']:.2f}" for _, excitation in columns)]
+        )
+    print(
+        "share of activation over share of area, by stage and excitation; "
+        "peak: the largest place; r: correlation of maps"
+    )
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
+    for stage, measured in stages.items():
+        if measured["consistency"] is not None:
+            _print_excitations(stage, measured)
+    if results["seen_in_training"]:
+        print("  These images were trained on: the numbers say nothing about new images.")
+    print(f"results: {folder / f'{split}_parts.json'}; picture: {folder / split / 'parts.png'}")
+
+
+def _print_excitations(stage: str, measured: Mapping[str, Any]) -> None:
+    height, width = measured["size"]
+    consistency, diversity = measured["consistency"], measured["diversity"]
+    overlap, correlation = diversity["overlap"], diversity["correlation"]
+    print(
+        f"{stage}, {height} x {width} places:\n"
+        f"  part and excitation  NMI {consistency['nmi']:.3f}{_interval(consistency['interval'])}, "
+        f"by chance {consistency['chance']:.3f}, p = {consistency['p_value']:.3g}\n"
+        f"  overlap of foci      {overlap['value']:.3f}{_interval(overlap['interval'])}, "
+        f"by chance {overlap['chance']:.3f}\n"
+        f"  correlation          {correlation['value']:.3f}{_interval(correlation['interval'])}"
+    )
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def _ratio(number: Mapping[str, Any]) -> str:
+    return "-" if number["over_chance"] is None else f"{number['over_chance']:.2f}"
+
+
+def _measure_parts(options: argparse.Namespace) -> None:
+    from crossx.evaluation.part_testing import measure_run
+
+    results = measure_run(
+        options.run,
+        root=options.root,
+        dataset=options.dataset,
+        split=options.split,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=options.device,
+    )
+    print_parts(options.run, results)
 
 
 def _test(path: str, options: argparse.Namespace) -> dict[str, Any]:

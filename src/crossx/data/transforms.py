@@ -117,6 +117,42 @@ def preprocessing_for(config: DataConfig, data_config: Mapping[str, Any]) -> Pre
     )
 
 
+@dataclass(frozen=True)
+class CropPlace:
+    """Where the points of an image are in the crop that the network sees: ``scale * x + shift`` along each axis.
+
+    Attributes:
+        scale: Of x and of y, crop pixels an image pixel.
+        shift: Of x and of y, in crop pixels.
+    """
+
+    scale: tuple[float, float]
+    shift: tuple[float, float]
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return points (..., 2), x and y in pixels of the image, in pixels of the crop.
+
+        Coordinates count from the outer edge of the first pixel, whose centre is at 0.5. Points that the crop
+        leaves out lie outside [0, image_size].
+        """
+        return points * points.new_tensor(self.scale) + points.new_tensor(self.shift)
+
+
+def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> CropPlace:
+    """Return where ``eval_transform`` puts an image of this size, whether or not it is decoded smaller.
+
+    Raises:
+        CrossXError: If ``crop_bottom`` leaves nothing.
+    """
+    height = _height_without_bottom(height, preprocessing.crop_bottom)
+    limits = _aspect_limits(height, width)
+    size = _resized_size(preprocessing, [length for _, length in limits])
+    starts = [_centred(more - preprocessing.image_size) for more in size]
+    scale = [after / length for after, (_, length) in zip(size, limits, strict=True)]
+    shift = [-start - s * first for start, s, (first, _) in zip(starts, scale, limits, strict=True)]
+    return CropPlace((scale[1], scale[0]), (shift[1], shift[0]))
+
+
 def eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the deterministic transform of evaluation: resize, then centre crop."""
     return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False))
@@ -174,13 +210,9 @@ def _resized_side(preprocessing: Preprocessing) -> int:
 
 def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: bool) -> Tensor:
     """Resize, then crop about the centre or at a random place, without resizing what the crop leaves out."""
-    crop, side = preprocessing.image_size, _resized_side(preprocessing)
-    size = [side, side]
-    if preprocessing.resize_size is None:
-        shorter = min(image.shape[-2:])
-        size = [int(side * length / shorter) for length in image.shape[-2:]]
+    crop, size = preprocessing.image_size, _resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
-    starts = [int(torch.randint(more + 1, ())) if random and more else round(more / 2) for more in spare]
+    starts = [int(torch.randint(more + 1, ())) if random and more else _centred(more) for more in spare]
     if preprocessing.pipeline == "fast":
         reach = 2 if preprocessing.interpolation == "bicubic" else 1
         for axis in range(2):
@@ -190,6 +222,18 @@ def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: boo
             image = image.narrow(1 + axis, first, last - first)
     top, left = starts
     return _resize(preprocessing, image, size)[:, top : top + crop, left : left + crop]
+
+
+def _resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
+    """Return height and width after resizing of those before."""
+    side = _resized_side(preprocessing)
+    if preprocessing.resize_size is not None:
+        return [side, side]
+    return [int(side * length / min(size)) for length in size]
+
+
+def _centred(spare: int) -> int:
+    return round(spare / 2)
 
 
 def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tuple[int, int, int, int]:
@@ -241,16 +285,23 @@ def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Ten
 
 
 def _cut_bottom(image: Tensor, rows: int) -> Tensor:
-    height = image.shape[-2]
+    return image[..., : _height_without_bottom(image.shape[-2], rows), :]
+
+
+def _height_without_bottom(height: int, rows: int) -> int:
     if height <= rows:
         raise CrossXError(f"the image is {height} rows high and data.crop_bottom cuts off {rows}: lower it.")
-    return image[..., : height - rows, :]
+    return height - rows
 
 
 def _limit_aspect(image: Tensor) -> Tensor:
-    longest = MAX_ASPECT * min(image.shape[-2:])
-    for dim in (-2, -1):
-        excess = image.shape[dim] - longest
-        if excess > 0:
-            image = image.narrow(dim, excess // 2, longest)
+    for dim, (first, length) in zip((-2, -1), _aspect_limits(*image.shape[-2:]), strict=True):
+        if length < image.shape[dim]:
+            image = image.narrow(dim, first, length)
     return image
+
+
+def _aspect_limits(height: int, width: int) -> list[tuple[int, int]]:
+    """Return the first row and the number of rows to keep, and the same of the columns."""
+    longest = MAX_ASPECT * min(height, width)
+    return [(max(0, length - longest) // 2, min(length, longest)) for length in (height, width)]

@@ -48,6 +48,42 @@ class Outputs:
     targets: Tensor
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A run, and the images of one split to measure it on.
+
+    Attributes:
+        run: The run folder.
+        weights: The weights in it that are measured.
+        method: The network with them, in evaluation mode on the CPU.
+        spec: Its description.
+        index: The dataset as it was read.
+        data: Loads it as the network takes it.
+        split: What is measured on.
+        device: Where to compute.
+        output: The folder for the results.
+    """
+
+    run: Run
+    weights: Path
+    method: Method
+    spec: ModelSpec
+    index: DatasetIndex
+    data: DataModule
+    split: str
+    device: torch.device
+    output: Path
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the results belong to, for JSON; call it when the images have been checked."""
+        info = self.run.read_info()
+        return {
+            **_provenance(self.run, self.weights, self.spec, info, self.data.config, self.split),
+            "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
+            "environment": environment(),
+        }
+
+
 @torch.inference_mode()
 def evaluate(
     method: Method,
@@ -143,6 +179,49 @@ def test_run(
         CrossXError: If the run, its data or the output folder cannot be used, or the dataset's classes are not
             the run's.
     """
+    subject = prepare_test(
+        path,
+        root=root,
+        dataset=dataset,
+        split=split,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        output=output,
+    )
+    data, spec = subject.data, subject.spec
+    data.check_images([split])
+    outputs = evaluate(
+        subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress=True
+    )
+    results = {
+        **summarize(outputs.logits, outputs.heads, outputs.targets, spec.classes, subject.index.levels),
+        **subject.describe(),
+    }
+    paths = _relative_paths(data.index, split, data.config.root)
+    _write_files(subject.output, split, outputs, spec, results, paths)
+    return results
+
+
+# pytest would take it for a test wherever it is imported.
+test_run.__test__ = False  # type: ignore[attr-defined]
+
+
+def prepare_test(
+    path: str | Path,
+    *,
+    root: str | Path | None,
+    dataset: str | None,
+    split: str,
+    batch_size: int | None,
+    num_workers: int | None,
+    device: str,
+    output: str | Path | None,
+) -> Subject:
+    """Open a run and the images to measure it on; arguments and errors are those of ``test_run``.
+
+    The images themselves are not looked at yet.
+    """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     run, weights = open_run(path)
@@ -160,22 +239,7 @@ def test_run(
     index = read_configured(config)
     check_classes(spec.classes, index.classes, index.name)
     data = DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
-    data.check_images([split])
-    outputs = evaluate(
-        method, data.eval_loader(split), target_device, normalize=data.normalize, progress=True
-    )
-    results = {
-        **summarize(outputs.logits, outputs.heads, outputs.targets, spec.classes, index.levels),
-        **_provenance(run, weights, spec, info, config, split),
-        "skipped": [f"{image}: {reason}" for image, reason in data.skipped],
-        "environment": environment(),
-    }
-    _write_files(folder, split, outputs, spec, results, _relative_paths(data.index, split, config.root))
-    return results
-
-
-# pytest would take it for a test wherever it is imported.
-test_run.__test__ = False  # type: ignore[attr-defined]
+    return Subject(run, weights, method, spec, index, data, split, target_device, folder)
 
 
 def _check_writable(folder: Path) -> None:

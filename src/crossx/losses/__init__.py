@@ -1,6 +1,6 @@
 """Losses: tensors in, scalar out; a pure function and a thin module each."""
 
-from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations
+from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations, summarize_correlations
 from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 
@@ -12,4 +12,5 @@ __all__ = [
     "classification_loss",
     "cross_layer_loss",
     "part_correlations",
+    "summarize_correlations",
 ]

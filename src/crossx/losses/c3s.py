@@ -42,11 +42,30 @@ def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float =
             ``sum_p (1 - S_pp) + sum_{p<q} S_pq``, the code of https://github.com/cswluo/CrossX.
         diagonal_weight: w of the paper's form: 2 as printed; 1 if the factor 1/2 was meant for both terms.
     """
-    s = part_correlations(features)
+    return correlation_loss(part_correlations(features), form, diagonal_weight)
+
+
+def correlation_loss(s: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> Tensor:
+    """Return the C3S loss, a scalar, of S (P, P); the other arguments are those of ``c3s_loss``."""
     diagonal = s.diagonal()
     if form == "released":
         return (1 - diagonal).sum() + s.triu(1).sum()
     return s.square().sum() / 2 - diagonal_weight * diagonal.square().sum()
+
+
+def summarize_correlations(s: Tensor) -> dict[str, Tensor]:
+    """Return the means of S (P, P) by which it is followed, detached scalars.
+
+    ``diagonal``: how alike one excitation's features are over the images, 1 where all have one direction.
+    ``off_diagonal``: how alike those of two excitations are; left out for P = 1. C3S raises the first and lowers the
+    second.
+    """
+    s = s.detach()
+    total, parts = s.trace(), len(s)
+    means = {"diagonal": total / parts}
+    if parts > 1:
+        means["off_diagonal"] = (s.sum() - total) / (parts * (parts - 1))
+    return means
 
 
 class C3SLoss(nn.Module):
@@ -59,4 +78,8 @@ class C3SLoss(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the C3S loss, a scalar, of part features (B, P, C)."""
-        return c3s_loss(features, self.form, self.diagonal_weight)
+        return self.of_correlations(part_correlations(features))
+
+    def of_correlations(self, s: Tensor) -> Tensor:
+        """Return the C3S loss, a scalar, of S (P, P), where that is known already."""
+        return correlation_loss(s, self.form, self.diagonal_weight)

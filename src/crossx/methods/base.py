@@ -22,11 +22,14 @@ class Objective(NamedTuple):
         terms: Name to weighted scalar, for the logs. On several ranks ``loss`` and each term are the rank's part of
             the whole batch's: their average over the ranks is what one process would give.
         logits: (B, K), the prediction of ``forward`` on the same batch, for the metrics.
+        measures: Name to detached scalar, logged like the terms and no part of the loss. Their average over the
+            ranks is logged too, so each rank gives what one process would.
     """
 
     loss: Tensor
     terms: Mapping[str, Tensor]
     logits: Tensor
+    measures: Mapping[str, Tensor] = {}
 
 
 class Method(nn.Module, ABC):

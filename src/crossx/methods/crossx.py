@@ -13,7 +13,7 @@ from crossx.errors import UsageError, unknown
 from crossx.layers import MergedFeatures, global_pool, recompute
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
 from crossx.layers.pooling import Pooling
-from crossx.losses import C3SLoss, CrossLayerLoss
+from crossx.losses import C3SLoss, CrossLayerLoss, part_correlations, summarize_correlations
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective, register_method, sum_heads
 
@@ -116,21 +116,29 @@ class CrossX(Method):
         return self._classify(self.part_features(images))
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the loss of Eq. 8 and its terms: ``data`` (Eq. 9), ``c3s_*`` (Eq. 10), ``cross_layer_*`` (Eq. 11)."""
+        """Return the loss of Eq. 8 and its terms: ``data`` (Eq. 9), ``c3s_*`` (Eq. 10), ``cross_layer_*`` (Eq. 11).
+
+        The measures are the means of S (Eq. 3) on and off the diagonal, ``s_diagonal_*`` and ``s_off_diagonal_*``,
+        with C3S and without it.
+        """
         features = self.part_features(images)
         heads = self._classify(features)
         logits = sum_heads(heads)
         terms = {"data": self.criterion(logits, targets)}
+        measures: dict[str, Tensor] = {}
         for name, pooled in features.items():
-            if weight := self.c3s_weights[name]:
-                terms[f"c3s_{name}"] = weight * self.c3s(pooled)
+            weight = self.c3s_weights[name]
+            s = part_correlations(pooled if weight else pooled.detach())
+            if weight:
+                terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
+            measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
         for name, weight in self.cross_layer_weights.items():
             if weight and name in heads:
                 terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
         loss = terms["data"]
         for term in list(terms.values())[1:]:
             loss = loss + term
-        return Objective(loss, terms, logits)
+        return Objective(loss, terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> channel means of the attention features U_p (Fig. 5), (B, P, h, w).

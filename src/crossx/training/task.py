@@ -83,7 +83,7 @@ class Task(LightningModule):
         # a mixed image counts as the class that has most of it
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         top1 = batch_mean((objective.logits.detach().argmax(1) == labels).float().mean(), len(labels))
-        numbers = {"loss": objective.loss, **objective.terms, "top1": top1}
+        numbers = {"loss": objective.loss, **objective.terms, **objective.measures, "top1": top1}
         return {
             "loss": objective.loss,
             "numbers": {name: value.detach().float() for name, value in numbers.items()},
