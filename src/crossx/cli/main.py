@@ -22,6 +22,7 @@ VERBS = {
     "fit": "train a network",
     "test": "measure a trained network, or compare two",
     "predict": "name what is on images",
+    "explain": "draw where a network looks: maps of every part and stage over images",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",
     "import-released": "make a run of a checkpoint that the authors of Cross-X released",
