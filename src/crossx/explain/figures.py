@@ -1,9 +1,8 @@
-"""Maps laid over images, and figures of them with a row an image and a column a map."""
+"""Maps laid over images, and figures of them with a row an image."""
 
 from __future__ import annotations
 
 import io
-import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
@@ -35,8 +35,10 @@ CELL = 1.5
 """Side of an image in inches."""
 GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
-TEXT_WIDTH = 30
-"""Letters a line of the text left of a row."""
+TEXT_WIDTH = 32
+"""Letters a line of the text left of a row; longer names are cut."""
+LUMA = (0.299, 0.587, 0.114)
+"""Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ def overlay(
     colormap: str = COLORMAP,
     opacity: float = OPACITY,
 ) -> NDArray[np.uint8]:
-    """Lay a map over an image: ``(1 - opacity) image + opacity colormap(map)``.
+    """Lay a map over an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
 
-    The map is brought to [0, 1] by its lowest and highest place, then resized to the image bilinearly.
+    The map is brought to [0, 1] by its lowest and highest place, then resized to the image bilinearly. The image is
+    grey below it, so that every colour is the map's: a yellow bird would pass for a high value.
 
     Args:
         image: uint8 (H, W, 3).
@@ -90,7 +93,8 @@ def overlay(
     values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
     height, width = image.shape[:2]
     resized = resize(values[None, None], (height, width))[0, 0].numpy()
-    mixed: NDArray[np.float64] = (1 - share) * image + share * 255 * colours(resized)[..., :3]
+    grey = (image @ np.array(LUMA))[..., None]
+    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * colours(resized)[..., :3]
     return mixed.round().astype(np.uint8)
 
 
@@ -106,7 +110,7 @@ def figure(
     colormap: str = COLORMAP,
     opacity: float = OPACITY,
 ) -> Figure:
-    """Draw where a network looks, as Fig. 5 does: a row an image, a column a map.
+    """Draw where a network looks, as Fig. 5 does: a row an image, a column a stage and part.
 
     Args:
         network: A trained method, or a run folder or a checkpoint file in one.
@@ -172,21 +176,23 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
 def describe(
     explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
 ) -> str:
-    """Return the text of a row: name, prediction with its probability, true class, class explained."""
+    """Return the text of a row: name, prediction with its probability, true class, and the class of class maps where
+    it is not the predicted one.
+    """
     prediction = explanation.prediction
     lines = [name] if name else []
-    lines.append(f"predicted: {classes[prediction]} ({explanation.probabilities[prediction]:.0%})")
+    lines += [f"predicted, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
     if label is not None:
-        lines.append("right" if label == classes[prediction] else f"wrong, it is: {label}")
-    if any("CAM " in map_ for map_ in explanation.maps):
-        lines.append(f"class maps of: {classes[explanation.target]}")
-    return "\n".join(textwrap.fill(line, TEXT_WIDTH, break_on_hyphens=False) for line in lines)
+        lines += ["right"] if label == classes[prediction] else ["wrong, it is:", label]
+    if explanation.target != prediction:
+        lines += ["class maps of:", classes[explanation.target]]
+    return "\n".join(_shortened(line) for line in lines)
 
 
 def draw(
     rows: Sequence[Row], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
 ) -> MapFigure:
-    """Draw rows whose explanations have the same maps.
+    """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
 
     Args:
         rows: At least one.
@@ -198,28 +204,59 @@ def draw(
         UsageError: For an unknown colormap, or an opacity outside 0 to 1.
     """
     names = list(rows[0].explanation.maps)
-    columns = 1 + len(names)
-    width, height = TEXT + columns * (cell + GAP) + BAR, HEADS + len(rows) * (cell + GAP)
-    drawn = MapFigure(figsize=(width, height), dpi=DPI)
+    kinds = list(dict.fromkeys(_kind(name) for name in names))
+    places = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
+    grid = _Grid(columns=1 + len(places), lines=len(kinds) * len(rows), cell=cell)
     for number, row in enumerate(rows):
-        bottom = height - HEADS - (number + 1) * (cell + GAP) + GAP
-        drawn.text(
-            (TEXT - 2 * GAP) / width, (bottom + cell / 2) / height, row.text,
-            fontsize=8, ha="right", va="center", linespacing=1.4, parse_math=False,
+        first = number * len(kinds)
+        grid.write(row.text, 0, first + (len(kinds) - 1) / 2, size=8)
+        grid.show(row.image, 0, first, head="image" if number == 0 else "")
+        for line, kind in enumerate(kinds, start=first):
+            if line > first:
+                grid.write(kind, 1, line, size=9)
+            for column, place in enumerate(places, start=1):
+                if (map_ := row.explanation.maps.get(kind + place)) is not None:
+                    picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
+                    head = f"{kind.strip()}\n{place}".strip().replace(" part ", "\npart ") if line == 0 else ""
+                    grid.show(picture, column, line, head)
+    grid.add_colour_bar(check_colormap(colormap))
+    return grid.figure
+
+
+class _Grid:
+    """A figure of square cells in columns and lines, with room for text left of them and for a colour bar."""
+
+    def __init__(self, columns: int, lines: int, cell: float) -> None:
+        self.cell, self.pitch = cell, cell + GAP
+        self.width, self.height = TEXT + columns * self.pitch + BAR, HEADS + lines * self.pitch
+        self.figure = MapFigure(figsize=(self.width, self.height), dpi=DPI)
+
+    def show(self, picture: NDArray[np.uint8], column: int, line: int, head: str) -> None:
+        axes = self._axes(TEXT + column * self.pitch, line, self.cell)
+        axes.imshow(picture)
+        axes.set_axis_off()
+        axes.set_title(head, fontsize=9, pad=4, parse_math=False)
+
+    def write(self, text: str, column: int, line: float, size: float) -> None:
+        """Write left of a cell."""
+        x, y = TEXT + column * self.pitch - 2 * GAP, self._bottom(line) + self.cell / 2
+        self.figure.text(
+            x / self.width, y / self.height, text,
+            fontsize=size, ha="right", va="center", linespacing=1.3, parse_math=False,
         )  # fmt: skip
-        shown = [row.image] + [
-            overlay(row.image, map_, colormap=colormap, opacity=opacity)
-            for map_ in row.explanation.maps.values()
-        ]
-        for column, picture in enumerate(shown):
-            left = TEXT + column * (cell + GAP)
-            axes = drawn.add_axes((left / width, bottom / height, cell / width, cell / height))
-            axes.imshow(picture)
-            axes.set_axis_off()
-            if number == 0:
-                axes.set_title(_head(["image", *names][column]), fontsize=9, pad=4)
-    _add_colour_bar(drawn, check_colormap(colormap), width, height, cell)
-    return drawn
+
+    def add_colour_bar(self, colours: Colormap) -> None:
+        axes = self._axes(self.width - BAR + GAP, 0, 0.1)
+        bar = self.figure.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=axes)
+        bar.set_ticks([0, 1], labels=["lowest", "highest"])
+        axes.tick_params(labelsize=7, length=2)
+
+    def _axes(self, left: float, line: int, width: float) -> Axes:
+        x, y, w, h = left, self._bottom(line), width, self.cell
+        return self.figure.add_axes((x / self.width, y / self.height, w / self.width, h / self.height))
+
+    def _bottom(self, line: float) -> float:
+        return self.height - HEADS - line * self.pitch - self.cell
 
 
 def save_png(drawn: Figure, target: Any) -> None:
@@ -255,14 +292,12 @@ def check_opacity(value: float) -> float:
     return value
 
 
-def _head(name: str) -> str:
-    """Break a map's name: what, stage, part."""
-    return name.replace("CAM ", "CAM\n").replace(" part ", "\npart ")
+def _shortened(text: str) -> str:
+    """Cut a long text out of its middle: file names differ at their end, class names at their beginning."""
+    half = TEXT_WIDTH // 2
+    return text if len(text) <= TEXT_WIDTH else f"{text[:half]}…{text[1 - half :]}"
 
 
-def _add_colour_bar(drawn: Figure, colours: Colormap, width: float, height: float, cell: float) -> None:
-    bottom = height - HEADS - cell
-    axes = drawn.add_axes(((width - BAR + GAP) / width, bottom / height, 0.1 / width, cell / height))
-    bar = drawn.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=axes)
-    bar.set_ticks([0, 1], labels=["lowest", "highest"])
-    axes.tick_params(labelsize=7, length=2)
+def _kind(name: str) -> str:
+    """Return what a map's name begins with: ``CAM ``, ``Grad-CAM `` or nothing, for activation maps."""
+    return name[: name.find("CAM ") + len("CAM ")] if "CAM " in name else ""
