@@ -94,7 +94,7 @@ def test_class_maps_stand_below_the_activation_maps_of_their_part() -> None:
     assert len(pictures) == 2 * (1 + len(names))
     left = {round(axes.get_position().x0, 4) for axes in pictures}
     assert len(left) == 4
-    assert [text.get_text() for text in drawn.texts] == ["a", "CAM ", "b", "CAM "]
+    assert [text.get_text() for text in drawn.texts] == ["a", "CAM", "b", "CAM"]
     only = explanation(**dict.fromkeys(names[3:], np.eye(2)))
     assert heads(draw([Row(picture(), only, "")])) == ["image", "CAM\nprevious\npart 1", "CAM\nlast\npart 1"]
 
@@ -133,6 +133,7 @@ def test_figure_needs_no_run_and_one_name_an_image() -> None:
         "figure takes one of names for each of the 2"
     )
     assert "unknown colormap" in refusal(figure, method, batch, colormap="no")
+    assert refusal(figure, method, batch[:0]) == "figure needs at least one image."
 
 
 def test_the_room_loads_nothing_before_it_is_used() -> None:

@@ -133,6 +133,8 @@ def figure(
     """
     check_colormap(colormap)
     check_opacity(opacity)
+    if len(images) == 0:
+        raise UsageError("figure needs at least one image.")
     for what, given in (("names", names), ("labels", labels)):
         if given is not None and len(given) != len(images):
             raise UsageError(
@@ -209,16 +211,15 @@ def draw(
     grid = _Grid(columns=1 + len(places), lines=len(kinds) * len(rows), cell=cell)
     for number, row in enumerate(rows):
         first = number * len(kinds)
-        grid.write(row.text, 0, first + (len(kinds) - 1) / 2, size=8)
+        grid.write(row.text, 0, first, size=8)
         grid.show(row.image, 0, first, head="image" if number == 0 else "")
         for line, kind in enumerate(kinds, start=first):
             if line > first:
-                grid.write(kind, 1, line, size=9)
+                grid.write(kind.strip(), 1, line, size=9)
             for column, place in enumerate(places, start=1):
                 if (map_ := row.explanation.maps.get(kind + place)) is not None:
                     picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
-                    head = f"{kind.strip()}\n{place}".strip().replace(" part ", "\npart ") if line == 0 else ""
-                    grid.show(picture, column, line, head)
+                    grid.show(picture, column, line, _head(kind, place) if line == 0 else "")
     grid.add_colour_bar(check_colormap(colormap))
     return grid.figure
 
@@ -237,7 +238,7 @@ class _Grid:
         axes.set_axis_off()
         axes.set_title(head, fontsize=9, pad=4, parse_math=False)
 
-    def write(self, text: str, column: int, line: float, size: float) -> None:
+    def write(self, text: str, column: int, line: int, size: float) -> None:
         """Write left of a cell."""
         x, y = TEXT + column * self.pitch - 2 * GAP, self._bottom(line) + self.cell / 2
         self.figure.text(
@@ -255,7 +256,7 @@ class _Grid:
         x, y, w, h = left, self._bottom(line), width, self.cell
         return self.figure.add_axes((x / self.width, y / self.height, w / self.width, h / self.height))
 
-    def _bottom(self, line: float) -> float:
+    def _bottom(self, line: int) -> float:
         return self.height - HEADS - line * self.pitch - self.cell
 
 
@@ -296,6 +297,10 @@ def _shortened(text: str) -> str:
     """Cut a long text out of its middle: file names differ at their end, class names at their beginning."""
     half = TEXT_WIDTH // 2
     return text if len(text) <= TEXT_WIDTH else f"{text[:half]}…{text[1 - half :]}"
+
+
+def _head(kind: str, place: str) -> str:
+    return f"{kind.strip()}\n{place}".strip().replace(" part ", "\npart ")
 
 
 def _kind(name: str) -> str:
