@@ -257,3 +257,14 @@ def test_image_sizes_that_cannot_work(name: str, size: int, message: str) -> Non
     with pytest.raises(UsageError, match=message):
         backbone.check_image_size(size)
     assert backbone.training
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_every_stage_map_passes_its_place_for_hooks(name: str) -> None:
+    backbone, seen = create_backbone(name, pretrained=False).eval(), {}
+    for place in backbone.stage_maps.values():
+        place.register_forward_hook(lambda place, _, output: seen.update({place: output}))
+    images = torch.randn(1, 3, 64, 64)
+    for stage, map_ in backbone(images).items():
+        assert seen[backbone.stage_maps[stage]] is map_
+    assert backbone.features(images) is seen[backbone.stage_maps["last"]]

@@ -183,6 +183,46 @@ def test_damaged_weights_are_an_error(run, images):
         predictor.predict(images)
 
 
+@torch.inference_mode()
+def test_inputs_are_what_the_network_is_fed(predictor, tmp_path, images):
+    batch = predictor.inputs(images[:2])
+    assert batch.shape == (2, 3, 64, 64)
+    for row, path in zip(predictor.method(batch).softmax(1), images, strict=False):
+        np.testing.assert_allclose(row.numpy(), probabilities(predictor, path), atol=1e-5)
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    with pytest.raises(CrossXError, match=r"empty\.png: is empty \(0 bytes\)\.$"):
+        predictor.inputs([images[0], empty])
+    with pytest.raises(CrossXError, match="no images"):
+        predictor.inputs([])
+
+
+def test_explanations_belong_to_their_images(predictor, tmp_path, images):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    given = [images[0], bad, *images[1:]]
+    explained = list(predictor.iter_explain(given, maps="both", target="owl", batch_size=2))
+    assert [one.path for one in explained] == given
+    assert explained[1].pixels is explained[1].explanation is None
+    assert "\n" not in explained[1].error
+    for one in explained[:1] + explained[2:]:
+        expected = probabilities(predictor, one.path)
+        np.testing.assert_allclose(one.explanation.probabilities, expected, atol=1e-5)
+        assert one.explanation.target == 2
+        seen = eval_transform(PREPROCESSING)(read_image(one.path)).permute(1, 2, 0).numpy()
+        assert np.array_equal(one.pixels, seen)
+        with torch.no_grad():
+            maps = predictor.method.activation_maps(predictor.inputs(one.path))
+        np.testing.assert_allclose(
+            one.explanation.maps["last part 2"], maps["last"][0, 1], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_an_unknown_class_is_refused(predictor, images):
+    with pytest.raises(UsageError, match=r"unknown class 'ow'. Did you mean 'owl'\? .* its 3 classes\.$"):
+        next(predictor.iter_explain(images, maps="class", target="ow"))
+
+
 def test_unknown_devices_are_refused(run):
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         Predictor.load(run.path, device="gpu")

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from crossx.layers import global_pool
+from crossx.layers.pooling import pooled_shares
 
 
 def test_pooling_equals_a_loop() -> None:
@@ -31,3 +32,13 @@ def test_gradient_of_max() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 2, 3, 4, 3, dtype=torch.double, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda maps: global_pool(maps, "max"), (features,))
+
+
+def test_shares_average_to_the_pooled_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randint(-3, 4, (2, 3, 4, 5, 6), generator=generator).double()
+    for pooling in ("max", "avg"):
+        shares = pooled_shares(features, pooling)
+        torch.testing.assert_close(shares.mean((3, 4)), global_pool(features, pooling))
+    largest = features == features.amax((3, 4), keepdim=True)
+    assert pooled_shares(features, "max")[~largest].eq(0).all()

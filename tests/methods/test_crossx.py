@@ -254,3 +254,28 @@ def test_gates_per_stage() -> None:
     trunk = method.backbone.trunk
     assert trunk.layer4[-1].se.osme.squeeze_weight.shape == (2, 512 // 32, 512)
     assert trunk.layer3[-1].se.osme.squeeze_weight.shape == (2, 256 // 8, 256)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg"])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_class_maps_and_bias_are_the_logits_of_each_head(pooling: str, num_parts: int) -> None:
+    method = build(previous_pooling=pooling, num_parts=num_parts).eval()
+    images, classes = torch.randn(3, 3, 64, 96), torch.tensor([4, 0, 2])
+    maps = method.class_activation_maps(images, classes)
+    assert list(maps) == list(method.activation_maps(images)) == ["previous", "last", "merged"]
+    for name, logits in method.head_logits(images).items():
+        expected = logits.gather(1, classes[:, None])[:, 0]
+        bias = method.heads[name].bias[classes]
+        torch.testing.assert_close(maps[name].mean((2, 3)).sum(1) + bias, expected, rtol=1e-4, atol=1e-4)
+        assert maps[name].shape == method.activation_maps(images)[name].shape
+
+
+def test_class_maps_of_average_pooled_heads_are_weighted_channels() -> None:
+    method = build().eval()
+    images = torch.randn(1, 3, 64, 64)
+    last, weights = method.backbone(images)["last"], method.heads["last"].weight[3]
+    channels = last.shape[2]
+    for part in range(2):
+        terms = [weights[part * channels + c] * last[0, part, c] for c in range(channels)]
+        maps = method.class_activation_maps(images, torch.tensor([3]))["last"]
+        torch.testing.assert_close(maps[0, part], sum(terms), rtol=1e-4, atol=1e-4)

@@ -37,6 +37,18 @@ def test_contract(name: str) -> None:
 
 
 @every_method
+def test_class_maps_are_the_heads_logits_but_for_the_bias(name: str) -> None:
+    method = build(name).eval()
+    images = torch.randn(3, 3, 64, 96)
+    maps = method.class_activation_maps(images, torch.tensor([1, 1, 1]))
+    if maps is None:
+        pytest.skip(f"{name} has no exact class maps")
+    for head, logits in method.head_logits(images).items():
+        bias = logits[:, 1] - maps[head].sum(1).mean((1, 2))
+        torch.testing.assert_close(bias, bias[:1].expand(3), rtol=1e-4, atol=1e-5)
+
+
+@every_method
 def test_learns_a_batch_by_heart(name: str) -> None:
     method = build(name)
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])

@@ -33,6 +33,7 @@ class Backbone(nn.Module):
         channels: Stage name -> channels of its map.
         strides: Stage name -> input pixels over map pixels, along one side.
         data_config: timm's mean, std, interpolation and input_size for this model and its weights.
+        stage_maps: Stage name -> a module that passes the stage's map on unchanged: the place for a hook.
         recomputes: Whether activations are computed again in the backward pass, see ``recompute_activations``.
     """
 
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         }
         self.strides = {"previous": info[self._previous]["reduction"], "last": info[-1]["reduction"]}
         self.osme = nn.ModuleDict()
+        self.stage_maps = nn.ModuleDict({stage: nn.Identity() for stage in self.channels})
         self._slots: dict[str, ResidualOSME] = {}
         self.recomputes = False
         self._steps = residual_steps(trunk, [stage["module"] for stage in info])
@@ -98,7 +100,9 @@ class Backbone(nn.Module):
         Each is a map (B, C, h, w), or attention features (B, P, C, h, w) where OSME is attached.
         """
         maps = self._run_trunk(images) if self._steps is None else self._run_steps(images)
-        return {stage: self.osme[stage](map_) if stage in self.osme else map_ for stage, map_ in maps.items()}
+        for stage, osme in self.osme.items():
+            maps[stage] = osme(maps[stage])
+        return {stage: self.stage_maps[stage](map_) for stage, map_ in maps.items()}
 
     def drop_head(self) -> None:
         """Remove the layers that only the model's own classifier runs, for methods with heads of their own.
@@ -142,7 +146,8 @@ class Backbone(nn.Module):
         features: Tensor = (
             self.trunk.forward_features(images) if self._steps is None else self._run_steps(images)["last"]
         )
-        return features
+        seen: Tensor = self.stage_maps["last"](features)
+        return seen
 
     def pool(self, features: Tensor) -> Tensor:
         """Return what the model's own classifier would see, (B, ``pooled_channels``), of ``features``."""

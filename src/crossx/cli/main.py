@@ -24,6 +24,7 @@ VERBS = {
     "ablate": "train variants of a recipe with several seeds, and tabulate what each changes",
     "compare": "put tested runs into one table, beside the published numbers",
     "predict": "name what is on images",
+    "explain": "draw where a network looks: maps of every part and stage over images",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",
     "import-released": "make a run of a checkpoint that the authors of Cross-X released",

@@ -7,20 +7,24 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from crossx.data.images import ImageError, find_images, read_image
 from crossx.data.transforms import Normalize, batch_images, eval_transform
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, nearest
 from crossx.evaluation.device import select_device
 from crossx.evaluation.tables import write_table
+from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
@@ -53,6 +57,23 @@ class Prediction:
     probability: float | None = None
     error: str | None = None
     top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """Where the network looks in one image.
+
+    Attributes:
+        path: The image file; None for an image that was given in memory.
+        pixels: uint8 (S, S, 3), what the network saw of it; None where the image could not be read.
+        explanation: Prediction and maps; None likewise.
+        error: Why there is none, on one line; None where there is one.
+    """
+
+    path: Path | None
+    pixels: NDArray[np.uint8] | None = None
+    explanation: Explanation | None = None
+    error: str | None = None
 
 
 class Predictor:
@@ -123,8 +144,7 @@ class Predictor:
         """
         if top < 1 or batch_size < 1:
             raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
-        given = [images] if isinstance(images, str | bytes | Path | Image.Image | Tensor) else images
-        return self.iter_images(_expand(given), top, batch_size)
+        return self.iter_images(_expand(_listed(images)), top, batch_size)
 
     def iter_images(
         self, images: Iterable[OneImage], top: int = 1, batch_size: int = 16
@@ -133,6 +153,65 @@ class Predictor:
 
         The images are taken from ``images`` only a few batches ahead.
         """
+        for items, prepared in self._batches(images, batch_size):
+            yield from self._classify(items, prepared, top)
+
+    def iter_explain(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        maps: Kind = "activation",
+        target: str | None = None,
+        batch_size: int = 16,
+    ) -> Iterator[ExplainedImage]:
+        """Compute where the network looks in images, giving each result as soon as its batch is done.
+
+        An image that cannot be read gives a result with ``error`` set, and the rest goes on.
+
+        Args:
+            images: See ``predict``.
+            maps: ``activation``, ``class`` or ``both``, see ``crossx.explain.explain_images``.
+            target: Name of the class that class maps explain; by default each image's predicted one.
+            batch_size: Images a step.
+
+        Raises:
+            UsageError: For an unknown class or ``maps``, or class maps that the network does not have.
+            CrossXError: If a path does not exist, a folder holds no image, or the network's maps are not finite.
+        """
+        number = None if target is None else class_number(target, self.classes)
+        for items, prepared in self._batches(_expand(_listed(images)), batch_size):
+            readable = [image for image in prepared if isinstance(image, Tensor)]
+            explanations: Iterator[Explanation] = iter(())
+            if readable:
+                with _within_memory(len(readable)):
+                    inputs = self._normalize(batch_images(readable).to(self.device))
+                    explanations = iter(explain_images(self.method, inputs, maps=maps, classes=number))
+            for item, image in zip(items, prepared, strict=True):
+                path = item if isinstance(item, Path) else None
+                if isinstance(image, str):
+                    yield ExplainedImage(path, error=image)
+                else:
+                    yield ExplainedImage(path, image.permute(1, 2, 0).numpy(), next(explanations))
+
+    def inputs(self, images: ImageInput | Iterable[ImageInput]) -> Tensor:
+        """Return images as the network takes them, float32 (B, 3, S, S), normalised, on ``device``.
+
+        Raises:
+            CrossXError: If an image cannot be read, or there is none.
+        """
+        items = _expand(_listed(images))
+        prepared = [self._prepare(item) for item in items]
+        for item, image in zip(items, prepared, strict=True):
+            if isinstance(image, str):
+                raise CrossXError(f"{item if isinstance(item, Path) else 'an image'}: {image.rstrip('.')}.")
+        if not prepared:
+            raise CrossXError("there are no images.")
+        return self._normalize(batch_images([i for i in prepared if isinstance(i, Tensor)]).to(self.device))
+
+    def _batches(
+        self, images: Iterable[OneImage], batch_size: int
+    ) -> Iterator[tuple[list[OneImage], list[Tensor | str]]]:
+        """Give batches of images and what ``_prepare`` makes of them, in threads a few batches ahead."""
         workers = min(MAX_WORKERS, os.cpu_count() or 1)
         waiting: deque[tuple[OneImage, Future[Tensor | str]]] = deque()
         todo = iter(images)
@@ -144,9 +223,7 @@ class Predictor:
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-                yield from self._classify(
-                    [item for item, _ in batch], [prepared.result() for _, prepared in batch], top
-                )
+                yield [item for item, _ in batch], [prepared.result() for _, prepared in batch]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -180,12 +257,8 @@ class Predictor:
         return predictions
 
     def _top(self, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
-        try:
+        with _within_memory(len(images)):
             logits = self.method(self._normalize(images.to(self.device)))
-        except torch.OutOfMemoryError as error:
-            raise CrossXError(
-                f"out of GPU memory at {len(images)} images a step: lower the batch size, or use the CPU."
-            ) from error
         if not logits.isfinite().all():
             raise CrossXError("the network's output is not finite: its weights are damaged.")
         values, indices = logits.float().softmax(dim=1).topk(min(top, len(self.classes)))
@@ -231,6 +304,33 @@ def table_rows(
         yield name, None, None, prediction.error, None
     for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
         yield name, label, probability, None, rank
+
+
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """Return the label of the class called ``name``.
+
+    Raises:
+        UsageError: If there is none; the nearest name is suggested.
+    """
+    if name not in classes:
+        raise UsageError(
+            f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."
+        )
+    return classes.index(name)
+
+
+@contextmanager
+def _within_memory(count: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CrossXError(
+            f"out of GPU memory at {count} images a step: lower the batch size, or use the CPU."
+        ) from error
+
+
+def _listed(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
+    return [images] if isinstance(images, str | bytes | Path | Image.Image | Tensor) else images
 
 
 def _expand(images: Iterable[ImageInput]) -> list[OneImage]:

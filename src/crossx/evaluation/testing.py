@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from crossx.evaluation.summary import summarize
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
 from crossx.methods.base import Method, sum_heads
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec, Run, environment, open_run, storage_error, write_json
+from crossx.runs import ModelSpec, Run, check_writable, environment, open_run, write_json
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ def prepare_test(
         raise unknown("split", split, SPLITS)
     run, weights = open_run(path)
     folder = Path(output) if output is not None else run.path
-    _check_writable(folder)
+    check_writable(folder)
     target_device = select_device(device)
     method, spec = load_method(path)
     info = run.read_info()
@@ -240,16 +239,6 @@ def prepare_test(
     check_classes(spec.classes, index.classes, index.name)
     data = DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
     return Subject(run, weights, method, spec, index, data, split, target_device, folder)
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before hours of testing rather than after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise storage_error(folder, error) from error
 
 
 def _data_config(

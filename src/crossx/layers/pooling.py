@@ -24,6 +24,18 @@ def global_pool(features: Tensor, pooling: Pooling) -> Tensor:
     return pooled
 
 
+def pooled_shares(features: Tensor, pooling: Pooling) -> Tensor:
+    """Return maps (B, P, C, H, W) whose mean over the places is ``global_pool(features, pooling)``.
+
+    For ``avg`` the features themselves. For ``max`` zero wherever a channel is not largest, and ``H W`` times its
+    maximum where it is, shared by equal places as the gradient of ``amax`` is.
+    """
+    if pooling == "avg":
+        return features
+    largest = (features == features.amax((3, 4), keepdim=True)).to(features.dtype)
+    return features * largest / largest.mean((3, 4), keepdim=True)
+
+
 class _GlobalMax(torch.autograd.Function):
     """``amax`` over the places with its gradient, shared by equal places, in a quarter of the time and memory.
 

@@ -76,6 +76,21 @@ class Method(nn.Module, ABC):
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> activation maps (B, P, h, w), channel means as in Fig. 5."""
 
+    def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor] | None:
+        """Return head name -> class activation maps (CAM; Zhou et al. 2016, https://arxiv.org/abs/1512.04150).
+
+        They are exact: summed over the parts and averaged over the places, a head's maps are its logit of the class
+        without the bias.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            classes: int64 (B,), the class to explain in each image.
+
+        Returns:
+            Head name -> (B, P, h, w), or None where the heads are not linear in the pooled maps (the default).
+        """
+        return None
+
     @abstractmethod
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""

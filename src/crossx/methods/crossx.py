@@ -12,7 +12,7 @@ from crossx.backbones import Backbone, Placement
 from crossx.errors import UsageError, unknown
 from crossx.layers import MergedFeatures, global_pool, recompute
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
-from crossx.layers.pooling import Pooling
+from crossx.layers.pooling import Pooling, pooled_shares
 from crossx.losses import C3SLoss, CrossLayerLoss, part_correlations, summarize_correlations
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective, register_method, sum_heads
@@ -143,19 +143,34 @@ class CrossX(Method):
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> channel means of the attention features U_p (Fig. 5), (B, P, h, w).
 
-        ``last``, and ``previous`` and ``merged`` as far as the options have them.
+        In the figure's order: ``previous`` where it has a head, ``last``, ``merged`` where the options have it.
         """
-        stages = self.backbone(images)
-        maps = {"last": stages["last"]}
-        if "previous" in self.heads:
-            maps["previous"] = stages["previous"]
-        if self.merge is not None:
-            maps["merged"] = self.merge(stages["previous"], stages["last"])
-        return {name: features.mean(2) for name, features in maps.items()}
+        return {name: features.mean(2) for name, features in self._attention_features(images).items()}
+
+    def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """Return head name -> (B, P, h, w), a head's weights split by part; see ``Method``.
+
+        Under GMP a channel counts at its largest place alone, with the weight of all places: what the head uses.
+        """
+        maps = {}
+        for name, features in self._attention_features(images).items():
+            shares = pooled_shares(features, self.previous_pooling if name == "previous" else "avg")
+            weights = self.heads[name].get_parameter("weight")[classes].view(features.shape[:3])
+            maps[name] = torch.einsum("bpchw,bpc->bphw", shares, weights)
+        return maps
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, joined, (B, D)."""
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def _attention_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> U_p, (B, P, C, h, w), in the order of Fig. 5."""
+        stages = self.backbone(images)
+        features = {"previous": stages["previous"]} if "previous" in self.heads else {}
+        features["last"] = stages["last"]
+        if self.merge is not None:
+            features["merged"] = self.merge(stages["previous"], stages["last"])
+        return features
 
     def _merge(self, previous: Tensor, last: Tensor) -> Tensor:
         assert self.merge is not None

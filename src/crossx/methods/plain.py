@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone
@@ -29,6 +30,17 @@ class Plain(Method):
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
         return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+
+    def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor] | None:
+        """Return ``last`` -> (B, 1, h, w), or None where the backbone's own pooling is not an average of its last map.
+
+        ConvNeXt normalises what it has averaged, a ViT classifies a token: CAM is defined for neither.
+        """
+        maps = self.backbone(images)["last"]
+        pooled, average = self.embeddings(images), maps.mean((2, 3))
+        if pooled.shape != average.shape or not torch.allclose(pooled, average, rtol=1e-3, atol=1e-4):
+            return None
+        return {"last": torch.einsum("bchw,bc->bhw", maps, self.classifier.weight[classes])[:, None]}
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the pooled features that the classifier sees, (B, D)."""

@@ -1,0 +1,308 @@
+"""Maps laid over images, and figures of them with a row an image."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crossx.errors import UsageError, nearest
+from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_method
+from crossx.runs import ModelSpec
+
+COLORMAP = "inferno"
+"""Perceptually uniform, told apart with every common colour vision deficiency, and lighter means more in grey print
+too (https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
+
+OPACITY = 0.5
+DPI = 150
+CELL = 1.5
+"""Side of an image in inches."""
+GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
+"""Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
+TEXT_WIDTH = 32
+"""Letters a line of the text left of a row; longer names are cut."""
+LUMA = (0.299, 0.587, 0.114)
+"""Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a figure.
+
+    Attributes:
+        image: uint8 (H, W, 3), as the network saw it.
+        explanation: Its maps.
+        text: What stands left of it.
+    """
+
+    image: NDArray[np.uint8]
+    explanation: Explanation
+    text: str
+
+
+class MapFigure(Figure):
+    """A figure that a notebook shows without pyplot, and that no pyplot state holds on to."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        save_png(self, buffer)
+        return buffer.getvalue()
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    map_: NDArray[Any],
+    *,
+    colormap: str = COLORMAP,
+    opacity: float = OPACITY,
+) -> NDArray[np.uint8]:
+    """Lay a map over an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
+
+    The map is brought to [0, 1] by its lowest and highest place, then resized to the image bilinearly. The image is
+    grey below it, so that every colour is the map's: a yellow bird would pass for a high value.
+
+    Args:
+        image: uint8 (H, W, 3).
+        map_: (h, w), of any size and scale, finite.
+        colormap: Name of a matplotlib colormap.
+        opacity: From 0, the image alone, to 1, the map alone.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
+    """
+    colours, share = check_colormap(colormap), check_opacity(opacity)
+    values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
+    height, width = image.shape[:2]
+    resized = resize(values[None, None], (height, width))[0, 0].numpy()
+    grey = (image @ np.array(LUMA))[..., None]
+    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * colours(resized)[..., :3]
+    return mixed.round().astype(np.uint8)
+
+
+def figure(
+    network: Method | str | Path,
+    images: Tensor,
+    spec: ModelSpec | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    maps: Kind = "activation",
+    classes: int | Sequence[int] | Tensor | None = None,
+    colormap: str = COLORMAP,
+    opacity: float = OPACITY,
+) -> Figure:
+    """Draw where a network looks, as Fig. 5 does: a row an image, a column a stage and part.
+
+    Args:
+        network: A trained method, or a run folder or a checkpoint file in one.
+        images: (B, 3, H, W), normalised; ``Predictor.inputs`` makes them of files.
+        spec: What belongs to a method given as such: class names and normalisation. A run has its own. Without one
+            the normalisation is the backbone's and classes have numbers.
+        names: What to call the images.
+        labels: The names of their true classes.
+        maps: See ``explain_images``.
+        classes: See ``explain_images``.
+        colormap: See ``overlay``.
+        opacity: See ``overlay``.
+
+    Returns:
+        A matplotlib figure that shows itself as the last value of a notebook's cell; ``savefig`` writes it.
+
+    Raises:
+        UsageError: For options that ``explain_images`` or ``overlay`` refuses, or not one name or label an image.
+        CrossXError: If there is no such run.
+    """
+    check_colormap(colormap)
+    check_opacity(opacity)
+    if len(images) == 0:
+        raise UsageError("figure needs at least one image.")
+    for what, given in (("names", names), ("labels", labels)):
+        if given is not None and len(given) != len(images):
+            raise UsageError(
+                f"figure takes one of {what} for each of the {len(images)} images, not {len(given)}."
+            )
+    if isinstance(network, Method):
+        method = network
+    else:
+        method, spec = load_method(network)
+    class_names = spec.classes if spec else [f"class {number}" for number in range(method.num_classes)]
+    statistics = method.backbone.data_config
+    mean, std = (
+        (spec.preprocessing.mean, spec.preprocessing.std) if spec else (statistics["mean"], statistics["std"])
+    )
+    explanations = explain_images(method, images, maps=maps, classes=classes)
+    rows = [
+        Row(
+            image,
+            explanation,
+            describe(
+                explanation,
+                class_names,
+                name=names[number] if names else "",
+                label=labels[number] if labels else None,
+            ),
+        )
+        for number, (image, explanation) in enumerate(
+            zip(to_pixels(images, mean, std), explanations, strict=True)
+        )
+    ]
+    return draw(rows, colormap=colormap, opacity=opacity)
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Undo the normalisation: (B, 3, H, W) to uint8 (B, H, W, 3)."""
+    scaled = images.detach().float().cpu().permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
+    pixels: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).numpy()
+    return pixels
+
+
+def describe(
+    explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
+) -> str:
+    """Return the text of a row: name, prediction with its probability, true class, and the class of class maps where
+    it is not the predicted one.
+    """
+    prediction = explanation.prediction
+    lines = [name] if name else []
+    lines += [f"predicted, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
+    if label is not None:
+        lines += ["right"] if label == classes[prediction] else ["wrong, it is:", label]
+    if explanation.target != prediction:
+        lines += ["class maps of:", classes[explanation.target]]
+    return "\n".join(_shortened(line) for line in lines)
+
+
+def draw(
+    rows: Sequence[Row], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
+) -> MapFigure:
+    """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
+
+    Args:
+        rows: At least one.
+        colormap: See ``overlay``.
+        opacity: See ``overlay``.
+        cell: Side of an image in inches; the figure grows with the number of rows and columns.
+
+    Raises:
+        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
+    """
+    names = list(rows[0].explanation.maps)
+    kinds = list(dict.fromkeys(_kind(name) for name in names))
+    places = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
+    grid = _Grid(columns=1 + len(places), lines=len(kinds) * len(rows), cell=cell)
+    for number, row in enumerate(rows):
+        first = number * len(kinds)
+        grid.write(row.text, 0, first, size=8)
+        grid.show(row.image, 0, first, head="image" if number == 0 else "")
+        for line, kind in enumerate(kinds, start=first):
+            if line > first:
+                grid.write(kind.strip(), 1, line, size=9)
+            for column, place in enumerate(places, start=1):
+                if (map_ := row.explanation.maps.get(kind + place)) is not None:
+                    picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
+                    grid.show(picture, column, line, _head(kind, place) if line == 0 else "")
+    grid.add_colour_bar(check_colormap(colormap))
+    return grid.figure
+
+
+class _Grid:
+    """A figure of square cells in columns and lines, with room for text left of them and for a colour bar."""
+
+    def __init__(self, columns: int, lines: int, cell: float) -> None:
+        self.cell, self.pitch = cell, cell + GAP
+        self.width, self.height = TEXT + columns * self.pitch + BAR, HEADS + lines * self.pitch
+        self.figure = MapFigure(figsize=(self.width, self.height), dpi=DPI)
+
+    def show(self, picture: NDArray[np.uint8], column: int, line: int, head: str) -> None:
+        axes = self._axes(TEXT + column * self.pitch, line, self.cell)
+        axes.imshow(picture)
+        axes.set_axis_off()
+        axes.set_title(head, fontsize=9, pad=4, parse_math=False)
+
+    def write(self, text: str, column: int, line: int, size: float) -> None:
+        """Write left of a cell."""
+        x, y = TEXT + column * self.pitch - 2 * GAP, self._bottom(line) + self.cell / 2
+        self.figure.text(
+            x / self.width, y / self.height, text,
+            fontsize=size, ha="right", va="center", linespacing=1.3, parse_math=False,
+        )  # fmt: skip
+
+    def add_colour_bar(self, colours: Colormap) -> None:
+        axes = self._axes(self.width - BAR + GAP, 0, 0.1)
+        bar = self.figure.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=axes)
+        bar.set_ticks([0, 1], labels=["lowest", "highest"])
+        axes.tick_params(labelsize=7, length=2)
+
+    def _axes(self, left: float, line: int, width: float) -> Axes:
+        x, y, w, h = left, self._bottom(line), width, self.cell
+        return self.figure.add_axes((x / self.width, y / self.height, w / self.width, h / self.height))
+
+    def _bottom(self, line: int) -> float:
+        return self.height - HEADS - line * self.pitch - self.cell
+
+
+def save_png(drawn: Figure, target: Any) -> None:
+    """Write a figure as PNG to a path or an opened file."""
+    with warnings.catch_warnings():
+        # Names in a script that no font here has become boxes.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        drawn.savefig(target, format="png")
+
+
+def check_colormap(name: str) -> Colormap:
+    """Return the matplotlib colormap called ``name``.
+
+    Raises:
+        UsageError: If there is none; the nearest name is suggested.
+    """
+    if name not in matplotlib.colormaps:
+        raise UsageError(
+            f"unknown colormap {name!r}.{nearest(name, list(matplotlib.colormaps))} The names are matplotlib's "
+            "(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."
+        )
+    return matplotlib.colormaps[name]
+
+
+def check_opacity(value: float) -> float:
+    """Return an opacity from 0 to 1.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if not 0 <= value <= 1:
+        raise UsageError(f"the opacity must be from 0 to 1, not {value}.")
+    return value
+
+
+def _shortened(text: str) -> str:
+    """Cut a long text out of its middle: file names differ at their end, class names at their beginning."""
+    half = TEXT_WIDTH // 2
+    return text if len(text) <= TEXT_WIDTH else f"{text[:half]}…{text[1 - half :]}"
+
+
+def _head(kind: str, place: str) -> str:
+    return f"{kind.strip()}\n{place}".strip().replace(" part ", "\npart ")
+
+
+def _kind(name: str) -> str:
+    """Return what a map's name begins with: ``CAM ``, ``Grad-CAM `` or nothing, for activation maps."""
+    return name[: name.find("CAM ") + len("CAM ")] if "CAM " in name else ""

@@ -1,0 +1,159 @@
+"""The maps of each image by name: activation, combined and class maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from crossx.errors import CrossXError, UsageError, unknown
+from crossx.explain.gradcam import grad_cam
+from crossx.methods.base import Method
+
+Kind: TypeAlias = Literal["activation", "class", "both"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a network makes of one image, and where.
+
+    Attributes:
+        probabilities: float32 (K,), the softmax of the logits.
+        target: The class that class maps explain.
+        maps: Name -> float32 map, in the order of Fig. 5. ``STAGE part P`` is the activation map (h, w) of part P, or
+            ``STAGE`` where there is one part only; ``combined part P`` is (H, W), see ``combine``;
+            ``CAM STAGE part P`` or ``Grad-CAM STAGE part P`` is the class map (h, w).
+    """
+
+    probabilities: NDArray[np.float32]
+    target: int
+    maps: Mapping[str, NDArray[np.float32]]
+
+    @property
+    def prediction(self) -> int:
+        """The most probable class."""
+        return int(self.probabilities.argmax())
+
+
+def explain_images(
+    method: Method,
+    images: Tensor,
+    *,
+    maps: Kind = "activation",
+    classes: int | Sequence[int] | Tensor | None = None,
+) -> list[Explanation]:
+    """Compute the maps of images. The method is put into evaluation mode.
+
+    Args:
+        method: The trained network.
+        images: (B, 3, H, W), normalised; they are moved to where the network is.
+        maps: ``activation``: those of ``Method.activation_maps``, and the combined ones. ``class``: those of
+            ``Method.class_activation_maps``, or Grad-CAM where the method has none. ``both``.
+        classes: The class that class maps explain, one for all images or one an image; the predicted ones by default.
+
+    Returns:
+        An explanation for each image, on the CPU.
+
+    Raises:
+        UsageError: For unknown ``maps``, or class maps that the network does not have or that need captum.
+        CrossXError: If a map is not finite.
+    """
+    if maps not in get_args(Kind):
+        raise unknown("maps", maps, get_args(Kind))
+    method.eval()
+    images = images.to(next(method.parameters()).device)
+    with torch.no_grad():
+        probabilities = method(images).float().softmax(1)
+    targets = _targets(probabilities, classes)
+    named: dict[str, Tensor] = {}
+    if maps != "class":
+        named |= _activation(method, images)
+    if maps != "activation":
+        named |= _of_classes(method, images, targets)
+    for name, values in named.items():
+        if not values.isfinite().all():
+            raise CrossXError(
+                f"the map {name!r} is not finite: the network's weights are damaged, or training diverged."
+            )
+    arrays = {name: values.detach().float().cpu().numpy() for name, values in named.items()}
+    return [
+        Explanation(row, target, {name: values[number] for name, values in arrays.items()})
+        for number, (row, target) in enumerate(
+            zip(probabilities.cpu().numpy(), targets.tolist(), strict=True)
+        )
+    ]
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Bring each map (..., h, w) to 0 at its lowest place and 1 at its highest; a constant map is 0 everywhere."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    span = high - low
+    return (maps - low) / span.where(span > 0, 1)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (B, P, h, w) to (H, W) by bilinear interpolation, the outer edges of map and image coinciding."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def combine(stages: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """Combine the activation maps of one part from all stages, as in the last columns of Fig. 5.
+
+    The paper does not say how it combines. Here each stage's map is brought to [0, 1] (``min_max``), resized to the
+    image (``resize``), and the mean over the stages is taken: every stage counts the same, whatever its scale.
+
+    Args:
+        stages: Stage name -> (B, P, h, w), of any h and w and the same P.
+        size: (H, W) of the image.
+
+    Returns:
+        (B, P, H, W), values from 0 to 1.
+    """
+    return torch.stack([resize(min_max(maps.float()), size) for maps in stages.values()]).mean(0)
+
+
+@torch.no_grad()
+def _activation(method: Method, images: Tensor) -> dict[str, Tensor]:
+    stages = method.activation_maps(images)
+    named = _by_part(stages)
+    parts = {maps.shape[1] for maps in stages.values()}
+    if len(stages) > 1 and len(parts) == 1:
+        height, width = images.shape[-2:]
+        named |= _by_part({"combined": combine(stages, (height, width))})
+    return named
+
+
+def _of_classes(method: Method, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        exact = method.class_activation_maps(images, targets)
+    if exact is not None:
+        return _by_part({f"CAM {head}": maps for head, maps in exact.items()})
+    return _by_part({f"Grad-CAM {stage}": maps for stage, maps in grad_cam(method, images, targets).items()})
+
+
+def _by_part(stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name each part's maps (B, h, w)."""
+    return {
+        f"{stage} part {part}" if maps.shape[1] > 1 else stage: of_part
+        for stage, maps in stages.items()
+        for part, of_part in enumerate(maps.unbind(1), start=1)
+    }
+
+
+def _targets(probabilities: Tensor, classes: int | Sequence[int] | Tensor | None) -> Tensor:
+    number, num_classes = probabilities.shape
+    if classes is None:
+        return probabilities.argmax(1)
+    targets = torch.as_tensor(classes, device=probabilities.device)
+    targets = targets.expand(number) if targets.dim() == 0 else targets
+    if targets.shape != (number,) or not ((targets >= 0) & (targets < num_classes)).all():
+        raise UsageError(
+            f"classes must be one class or {number}, each from 0 to {num_classes - 1}, not {classes}."
+        )
+    return targets.long()
