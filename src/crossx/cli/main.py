@@ -21,6 +21,7 @@ VERBS = {
     "quickstart": "draw images, train on them, test, show the result: the whole in a few minutes",
     "fit": "train a network",
     "test": "measure a trained network, or compare two",
+    "report": "write an HTML page about a trained network",
     "predict": "name what is on images",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",

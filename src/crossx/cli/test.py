@@ -30,20 +30,25 @@ def run(arguments: Sequence[str]) -> int:
         ],
     )
     add_run(parser)
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+    add_data(parser)
     parser.add_argument("--against", metavar="RUN_B", help="compare with this run, image by image")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
-    parser.add_argument(
-        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
-    )
     add_loading(parser)
     add_device(parser)
     options = parser.parse(arguments)
     if options.against is None:
-        print_results(options.run, _test(options.run, options))
+        print_results(options.run, test(options.run, options))
     else:
         _compare(options)
     return 0
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options on which images are tested."""
+    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
+    parser.add_argument(
+        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
+    )
 
 
 def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
@@ -77,7 +82,8 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
 
 
-def _test(path: str, options: argparse.Namespace) -> dict[str, Any]:
+def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Test the run at ``path`` with the options of this verb."""
     from crossx.evaluation.testing import test_run
 
     return test_run(
@@ -100,8 +106,8 @@ def _compare(options: argparse.Namespace) -> None:
             f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
         )
     for path in (options.run, options.against):
-        if not _is_tested(path, options):
-            print_results(path, _test(path, options))
+        if not is_tested(path, options):
+            print_results(path, test(path, options))
     result = compare_runs(options.run, options.against, options.split)
     target = folders[0] / f"{options.split}_against_{folders[1].resolve().name}.json"
     write_json(target, result)
@@ -116,7 +122,7 @@ def _compare(options: argparse.Namespace) -> None:
     )
 
 
-def _is_tested(path: str, options: argparse.Namespace) -> bool:
+def is_tested(path: str, options: argparse.Namespace) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
     results = run.path / f"{options.split}.json"

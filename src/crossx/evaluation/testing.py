@@ -147,11 +147,11 @@ def test_run(
         raise unknown("split", split, SPLITS)
     run, weights = open_run(path)
     folder = Path(output) if output is not None else run.path
-    _check_writable(folder)
+    check_writable(folder)
     target_device = select_device(device)
     method, spec = load_method(path)
     info = run.read_info()
-    config = _data_config(info, spec, root, dataset, batch_size, num_workers)
+    config = data_config(info, spec, root, dataset, batch_size, num_workers)
     if str(info.get("class_names", "")).startswith("numbered"):
         raise CrossXError(
             f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
@@ -170,7 +170,7 @@ def test_run(
         "skipped": [f"{image}: {reason}" for image, reason in data.skipped],
         "environment": environment(),
     }
-    _write_files(folder, split, outputs, spec, results, _relative_paths(data.index, split, config.root))
+    _write_files(folder, split, outputs, spec, results, relative_paths(data.index, split, config.root))
     return results
 
 
@@ -178,8 +178,12 @@ def test_run(
 test_run.__test__ = False  # type: ignore[attr-defined]
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before hours of testing rather than after."""
+def check_writable(folder: Path) -> None:
+    """Make a folder to write to, and find out before hours of testing whether that can be done.
+
+    Raises:
+        CrossXError: If it cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -188,7 +192,7 @@ def _check_writable(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-def _data_config(
+def data_config(
     info: Mapping[str, Any],
     spec: ModelSpec,
     root: str | Path | None,
@@ -241,7 +245,7 @@ def _provenance(
     }
 
 
-def _relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
+def relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
     """Return the paths by which images are recognised wherever the data lies."""
     records = index.split(split)
     base = (
