@@ -219,6 +219,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder and find out whether it can be written to, before hours of work rather than after.
+
+    Raises:
+        CrossXError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
 def storage_error(path: Path, error: OSError) -> CrossXError:
     """Turn an ``OSError`` while writing ``path`` into one line that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -19,16 +19,18 @@ from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.evaluation.device import select_device
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.testing import check_writable, data_config, relative_paths
+from crossx.evaluation.testing import data_config, relative_paths
 from crossx.methods.checkpoint import load_method
 from crossx.report import Pictures, Tested, choose_examples, render
-from crossx.runs import open_run, write_text
+from crossx.runs import check_writable, open_run, write_text
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
 COLORMAP = "inferno"
-OPACITY = 0.55
+OPACITY = 0.5
+LUMA = (0.299, 0.587, 0.114)
+"""Red, green and blue in grey (ITU-R BT.601): below a map the image is grey, so that every colour is the map's."""
 
 
 def report_path(run: str | Path, split: str = "test", output: str | Path | None = None) -> Path:
@@ -136,11 +138,11 @@ def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dic
 
 
 def _overlay(image: NDArray[np.uint8], activation: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Lay an activation map (h, w), scaled to its own range, over an image (H, W, 3)."""
+    """Lay an activation map (h, w), scaled to its own range, over an image (H, W, 3) in grey."""
     low, high = float(activation.min()), float(activation.max())
     scaled = torch.from_numpy((activation - low) / max(high - low, 1e-12))
-    size = image.shape[:2]
-    large = interpolate(scaled[None, None], size=size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
-    colours = colormaps[COLORMAP](large.numpy())[..., :3]
-    overlay: NDArray[np.uint8] = ((1 - OPACITY) * image + OPACITY * 255 * colours).round().astype(np.uint8)
+    large = interpolate(scaled[None, None], size=image.shape[:2], mode="bilinear")[0, 0]
+    grey = (image @ np.array(LUMA))[..., None]
+    colours = 255 * colormaps[COLORMAP](large.numpy())[..., :3]
+    overlay: NDArray[np.uint8] = ((1 - OPACITY) * grey + OPACITY * colours).round().astype(np.uint8)
     return overlay

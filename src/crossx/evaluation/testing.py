@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from crossx.evaluation.summary import summarize
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
 from crossx.methods.base import Method, sum_heads
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec, Run, environment, open_run, storage_error, write_json
+from crossx.runs import ModelSpec, Run, check_writable, environment, open_run, write_json
 
 
 @dataclass(frozen=True)
@@ -176,20 +175,6 @@ def test_run(
 
 # pytest would take it for a test wherever it is imported.
 test_run.__test__ = False  # type: ignore[attr-defined]
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder to write to, and find out before hours of testing whether that can be done.
-
-    Raises:
-        CrossXError: If it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise storage_error(folder, error) from error
 
 
 def data_config(

@@ -6,11 +6,13 @@ security policy forbids the browser to load anything. Jinja escapes every name a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from crossx.report import charts
 from crossx.report.choice import SEED, Choice, confused_block
@@ -65,6 +67,7 @@ def render(
             choice=choice,
             examples=make_examples(tested, choice.images, pictures),
             has_pictures=bool(pictures),
+            many_tiles=any(sum(map(len, shown.overlays.values())) > 3 for shown in pictures.values()),
             seed=SEED,
             parts=tables_of(tested.parts),
             provenance=_provenance(tested),
@@ -86,8 +89,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
+    environment.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "breakable": _breakable}
     return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Escape a name or path and let lines break after its underscores and slashes."""
+    return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
 
 
 def _notices(results: Mapping[str, Any]) -> list[str]:
