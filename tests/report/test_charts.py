@@ -28,13 +28,18 @@ def test_numbers_that_belong_together_share_a_chart(tested):
     }
     assert charts == {
         "Loss": ["train", "val"],
-        "Classification term": ["train/data"],
-        "C3S term": ["last", "merged"],
-        "cross layer merged": ["train/cross_layer_merged"],
-        "s": ["diagonal last", "off diagonal last"],
         "Accuracy (top-1)": ["train", "val"],
+        "Classification term": ["train"],
+        "C3S term": ["last", "merged"],
+        "Cross-layer term, merged": ["train"],
+        "Likeness S of the parts (Eq. 3)": ["diagonal last", "off diagonal last"],
         "Learning rate": ["lr"],
     }
+
+
+def test_unknown_numbers_are_titled_by_their_name():
+    (chart,) = training_curves([{"epoch": 1, "train/my_term_a": 1.0, "train/my_term_b": 2.0}])
+    assert (chart.title, [series.label for series in chart.series]) == ("my term", ["a", "b"])
 
 
 def test_places_are_proportional_to_the_values():

@@ -30,8 +30,9 @@ TITLES = {
     "data": "Classification term",
     "c3s": "C3S term",
     "cross_layer": "Cross-layer term",
+    "s": "Likeness S of the parts (Eq. 3)",
 }
-"""Titles of the curves known by name; any other is titled by its name."""
+"""Titles of the curves known by the first words of their name; any other is titled by its name."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def training_curves(history: Sequence[Mapping[str, float]], kept: int | None = N
         if values not in seen:
             seen.add(values)
             groups.setdefault(_metric(name).split("_")[0], []).append(name)
-    return [_chart(history, names, kept) for names in groups.values()]
+    # what was measured on several splits is looked at first
+    ordered = sorted(groups.values(), key=lambda names: len(set(map(_split, names))) == 1)
+    return [_chart(history, names, kept) for names in ordered]
 
 
 def thinned(rows: Sequence[Mapping[str, float]], most: int) -> list[Mapping[str, float]]:
@@ -180,7 +183,6 @@ class _Axis:
 def _chart(history: Sequence[Mapping[str, float]], names: Sequence[str], kept: int | None) -> LineChart:
     words = [_metric(name).split("_") for name in names]
     common = _shared_start(words)
-    key = "_".join(common)
     several_splits = len({_split(name) for name in names}) > 1
     percent = all(_metric(name).startswith("top") for name in names)
     rows = thinned(history, MAX_POINTS)
@@ -195,8 +197,8 @@ def _chart(history: Sequence[Mapping[str, float]], names: Sequence[str], kept: i
     series = []
     for name, own, curve in zip(names, words, curves, strict=True):
         label = [*([_split(name)] if several_splits else []), *own[len(common) :]]
-        series.append(_series(" ".join(label) or name, curve, across, up, percent))
-    title = TITLES.get(key, key.replace("_", " "))
+        series.append(_series(" ".join(label) or _split(name) or name, curve, across, up, percent))
+    title = _title(common)
     told = "; ".join(
         f"{line.label} from {number_text(curve[0][1], percent=percent)} to {line.last}"
         for line, curve in zip(series, curves, strict=True)
@@ -223,6 +225,13 @@ def _series(
     ]
     path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
     return Series(label, path, tuple(dots) if len(dots) <= MAX_DOTS else (), texts[-1])
+
+
+def _title(words: Sequence[str]) -> str:
+    for count in range(len(words), 0, -1):
+        if known := TITLES.get("_".join(words[:count])):
+            return ", ".join([known, *words[count:]])
+    return " ".join(words)
 
 
 def _shared_start(words: Sequence[Sequence[str]]) -> list[str]:
