@@ -100,6 +100,39 @@ def make_tested(
     return Tested(**{**values, **changes})
 
 
+def make_parts(stages: tuple[str, ...] = ("last", "merged"), excitations: int = 2) -> dict[str, Any]:
+    """Make up what ``crossx test RUN --parts`` writes."""
+
+    def beside_chance(over_chance: float | None) -> dict[str, Any]:
+        return {"value": 0.2, "chance": 0.1, "over_chance": over_chance, "interval": [0.1, 0.3]}
+
+    excitation = {
+        "share": {"beak": beside_chance(2.0), "wing": beside_chance(None)},
+        "object": beside_chance(1.5),
+        "flip": {"value": 0.75, "interval": [0.7, 0.8]},
+        "zoom": {"value": 0.5, "interval": [0.4, 0.6]},
+    }
+    several = excitations > 1
+    measured = {
+        "excitations": [excitation] * excitations,
+        "consistency": {"nmi": 0.25, "interval": [0.2, 0.3], "chance": 0.01, "p_value": 0.001}
+        if several
+        else None,
+        "diversity": {
+            "overlap": {"value": 0.4, "interval": [0.3, 0.5], "chance": 0.11},
+            "correlation": {"value": 0.6, "interval": [0.5, 0.7]},
+        }
+        if several
+        else None,
+    }
+    return {
+        "n": 240,
+        "parts": {"beak": 200, "wing": 180},
+        "stages": dict.fromkeys(stages, measured),
+        "weights": "model.safetensors",
+    }
+
+
 def make_pictures(
     tested: Tested, *, parts: int = 2, side: int = 64, noise: bool = False
 ) -> dict[int, Pictures]:

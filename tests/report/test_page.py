@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from answers import MARKUP, make_page, make_pictures, make_tested
+from answers import MARKUP, make_page, make_parts, make_pictures, make_tested
 from crossx.report import choose_examples, render
 from crossx.report.pictures import data_uri, tile_side
 
@@ -104,7 +104,7 @@ def test_names_from_the_results_are_text():
     text = make_page(
         notices=(MARKUP,),
         results={**results, "dataset": MARKUP, "heads": {MARKUP: 0.5, "b": 0.4}, "skipped": [MARKUP]},
-        parts={MARKUP: {MARKUP: {MARKUP: MARKUP}}},
+        parts={**make_parts(stages=(MARKUP,)), "weights": MARKUP},
         history=[{"epoch": 1, f"train/{MARKUP}": 0.5}],
     )
     assert not Page(text).of("script")
@@ -167,9 +167,10 @@ def test_the_same_run_gives_the_same_page():
 
 def test_part_measures_have_a_section_of_their_own(page):
     assert "Parts" not in page.text("h2")
-    with_parts = Page(make_page(parts={"stages": {"last": {"part_iou": 0.25}}}))
+    with_parts = Page(make_page(parts=make_parts()))
     assert "Parts" in with_parts.text("h2")
-    assert "part_iou" in with_parts.text("th")
+    assert "merged · 2" in with_parts.text("th")
+    assert "does not know" in Page(make_page(parts={"form": "another"})).text("p")
 
 
 def test_a_page_without_pictures_history_and_configuration():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from answers import make_page
+from answers import make_page, make_parts
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (crossx[browser])")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,8 +25,7 @@ def browser():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     path: Path = tmp_path_factory.mktemp("report") / "report.html"
-    long = {"stages": {"last": {f"a_measure_with_a_long_name_{i}": 0.5 for i in range(9)}}}
-    path.write_text(make_page(parts=long), encoding="utf-8")
+    path.write_text(make_page(parts=make_parts()), encoding="utf-8")
     return path.as_uri()
 
 
@@ -82,7 +81,7 @@ def test_the_keyboard_reaches_links_tables_and_details(browser, address):
 def test_axe_finds_nothing(browser, tmp_path, mode, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     path = tmp_path / "report.html"
-    path.write_text(make_page(num_classes=6, parts={"stages": {"last": {"iou": 0.5}}}), encoding="utf-8")
+    path.write_text(make_page(num_classes=6, parts=make_parts()), encoding="utf-8")
     options = {"color_scheme": mode, "viewport": {"width": width, "height": 800}, "bypass_csp": True}
     page = open_page(browser, path.as_uri(), **options)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")

@@ -87,7 +87,7 @@ def report_run(
     except CrossXError as error:
         images = {}
         notices.append(f"The page has no pictures: {error}")
-        log.warning("the page goes without pictures: %s Its --data.root can be given.", error)
+        log.warning("the page goes without pictures: %s", error)
     pictures = _pictures(run, images, device) if images else {}
     write_text(target, render(tested, choice, pictures, notices))
     return target

@@ -18,7 +18,8 @@ from crossx.report import charts
 from crossx.report.choice import SEED, Choice, confused_block
 from crossx.report.classes import class_rows, confusion_rows
 from crossx.report.examples import Pictures, make_examples
-from crossx.report.generic_tables import Table, cell, tables_of
+from crossx.report.part_tables import part_tables
+from crossx.report.table_text import Table, cell
 from crossx.report.tested import Tested
 
 BLOCK = 20
@@ -69,7 +70,7 @@ def render(
             has_pictures=bool(pictures),
             many_tiles=any(sum(map(len, shown.overlays.values())) > 3 for shown in pictures.values()),
             seed=SEED,
-            parts=tables_of(tested.parts),
+            part_tables=part_tables(tested.parts),
             provenance=_provenance(tested),
             skipped={
                 "training": tested.info.get("skipped") or [],

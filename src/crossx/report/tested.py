@@ -61,7 +61,7 @@ class Tested:
             info=run.read_info(),
             results=read_json(run.path / f"{split}.json"),
             config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
-            history=read_json(history)["epochs"] if history.is_file() else [],
+            history=read_json(history).get("epochs", []) if history.is_file() else [],
             parts=read_json(parts) if parts.is_file() else {},
             logits=logits,
             targets=targets,
