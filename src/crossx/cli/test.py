@@ -32,16 +32,12 @@ def run(arguments: Sequence[str]) -> int:
         ],
     )
     add_run(parser)
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+    add_data(parser)
     parser.add_argument("--against", metavar="RUN_B", help="compare with this run, image by image")
     parser.add_argument(
         "--parts",
         action="store_true",
         help="measure the activation maps beside known parts instead (cub, nabirds, synthetic)",
-    )
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
-    parser.add_argument(
-        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
     )
     add_loading(parser)
     add_device(parser)
@@ -51,10 +47,19 @@ def run(arguments: Sequence[str]) -> int:
     if options.parts:
         _measure_parts(options)
     elif options.against is None:
-        print_results(options.run, _test(options.run, options))
+        print_results(options.run, test(options.run, options))
     else:
         _compare(options)
     return 0
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options on which images are tested."""
+    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
+    parser.add_argument(
+        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
+    )
 
 
 def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
@@ -167,7 +172,8 @@ def _measure_parts(options: argparse.Namespace) -> None:
     print_parts(options.run, results)
 
 
-def _test(path: str, options: argparse.Namespace) -> dict[str, Any]:
+def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Test the run at ``path`` with the options of this verb."""
     from crossx.evaluation.testing import test_run
 
     return test_run(
@@ -190,8 +196,8 @@ def _compare(options: argparse.Namespace) -> None:
             f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
         )
     for path in (options.run, options.against):
-        if not _is_tested(path, options):
-            print_results(path, _test(path, options))
+        if not is_tested(path, options):
+            print_results(path, test(path, options))
     result = compare_runs(options.run, options.against, options.split)
     target = folders[0] / f"{options.split}_against_{folders[1].resolve().name}.json"
     write_json(target, result)
@@ -206,7 +212,7 @@ def _compare(options: argparse.Namespace) -> None:
     )
 
 
-def _is_tested(path: str, options: argparse.Namespace) -> bool:
+def is_tested(path: str, options: argparse.Namespace) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
     results = run.path / f"{options.split}.json"

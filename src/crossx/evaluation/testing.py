@@ -197,7 +197,7 @@ def test_run(
         **summarize(outputs.logits, outputs.heads, outputs.targets, spec.classes, subject.index.levels),
         **subject.describe(),
     }
-    paths = _relative_paths(data.index, split, data.config.root)
+    paths = relative_paths(data.index, split, data.config.root)
     _write_files(subject.output, split, outputs, spec, results, paths)
     return results
 
@@ -229,7 +229,7 @@ def prepare_test(
     target_device = select_device(device)
     method, spec = load_method(path)
     info = run.read_info()
-    config = _data_config(info, spec, root, dataset, batch_size, num_workers)
+    config = data_config(info, spec, root, dataset, batch_size, num_workers)
     if str(info.get("class_names", "")).startswith("numbered"):
         raise CrossXError(
             f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
@@ -241,7 +241,7 @@ def prepare_test(
     return Subject(run, weights, method, spec, index, data, split, target_device, folder)
 
 
-def _data_config(
+def data_config(
     info: Mapping[str, Any],
     spec: ModelSpec,
     root: str | Path | None,
@@ -294,7 +294,7 @@ def _provenance(
     }
 
 
-def _relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
+def relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
     """Return the paths by which images are recognised wherever the data lies."""
     records = index.split(split)
     base = (

@@ -1,1 +1,1 @@
-"""Tables, charts and published numbers: what evaluation found, for people to read."""
+"""What evaluation found, for people to read: tables, charts, the published numbers, a page about a run. No network."""

@@ -1,0 +1,158 @@
+"""From what is known about a run to the text of its page.
+
+The page needs nothing beside itself: styles are in it, pictures are data URIs, there is no script, and a content
+security policy forbids the browser to load anything. Jinja escapes every name and path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from crossx.report import charts
+from crossx.report.choice import SEED, Choice, confused_block
+from crossx.report.classes import class_rows, confusion_rows
+from crossx.report.examples import Pictures, make_examples
+from crossx.report.part_tables import part_tables
+from crossx.report.table_text import Table, cell
+from crossx.report.tested import Tested
+
+BLOCK = 20
+"""Classes in the confusion matrix; of more the most confused ones are shown."""
+EXTREMES = 10
+"""Worst and best classes; up to twice as many classes are in one table."""
+MAX_LISTED_CLASSES = 1000
+"""Up to so many classes the page has a table of all of them."""
+MAX_HISTORY_ROWS = 100
+MAX_SKIPPED = 20
+
+
+def render(
+    tested: Tested, choice: Choice, pictures: Mapping[int, Pictures], notices: Sequence[str] = ()
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        tested: The run.
+        choice: Which images are shown.
+        pictures: Image number -> its pictures, as far as there are any.
+        notices: What the reader should know first, one sentence each.
+    """
+    rows = class_rows(tested)
+    ranked = sorted(rows, key=lambda row: row.accuracy)
+    block = confused_block(tested.confusion, BLOCK)
+    kept = (tested.info.get("selection") or {}).get("epoch")
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            tested=tested,
+            results=tested.results,
+            info=tested.info,
+            notices=[*_notices(tested.results), *notices],
+            charts=charts,
+            curves=charts.training_curves(tested.history, kept),
+            history=_history(tested),
+            bins=charts.reliability_bins(tested.confidences, tested.correct),
+            ranked=ranked,
+            best=sorted(rows, key=lambda row: -row.accuracy)[:EXTREMES],
+            extremes=EXTREMES,
+            listed=rows if 2 * EXTREMES < len(rows) <= MAX_LISTED_CLASSES else [],
+            block=[tested.classes[label] for label in block],
+            confusion=confusion_rows(tested, block),
+            choice=choice,
+            examples=make_examples(tested, choice.images, pictures),
+            has_pictures=bool(pictures),
+            many_tiles=any(sum(map(len, shown.overlays.values())) > 3 for shown in pictures.values()),
+            seed=SEED,
+            part_tables=part_tables(tested.parts),
+            provenance=_provenance(tested),
+            skipped={
+                "training": tested.info.get("skipped") or [],
+                "test": tested.results.get("skipped") or [],
+            },
+            max_skipped=MAX_SKIPPED,
+            version=metadata.version("crossx"),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("crossx.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "breakable": _breakable}
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Escape a name or path and let lines break after its underscores and slashes."""
+    return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
+
+
+def _notices(results: Mapping[str, Any]) -> list[str]:
+    notices = []
+    if results.get("run_status") not in ("finished", "imported", None):
+        notices.append(
+            f"The run is not finished ({results['run_status']}): these are the weights of its last checkpoint."
+        )
+    if results.get("seen_in_training"):
+        notices.append("These images were trained on: the numbers say nothing about new images.")
+    return notices
+
+
+def _history(tested: Tested) -> Table:
+    columns = tuple(dict.fromkeys(name for row in tested.history for name in row))
+    rows = charts.thinned(tested.history, MAX_HISTORY_ROWS)
+    return Table(
+        "Every number of the training, a row an epoch",
+        columns,
+        tuple(tuple(cell(row.get(name)) for name in columns) for row in rows),
+        len(tested.history) - len(rows),
+    )
+
+
+def _provenance(tested: Tested) -> dict[str, str]:
+    """Return where the run and its results come from, name to text, without what is not known."""
+    results, info = tested.results, tested.info
+    facts = {
+        "run": info.get("id"),
+        "status": info.get("status"),
+        "method": tested.spec.method,
+        "backbone": results["backbone"],
+        "pretrained": results.get("pretrained"),
+        "backbone weights": results.get("backbone_weights"),
+        "weights": results["weights"],
+        "selection of the weights": _in_words(results.get("selection")),
+        "seed": results.get("seed"),
+        "data": results.get("data_root"),
+        "images": _in_words(info.get("images")),
+        "preprocessing": _in_words(results.get("preprocessing")),
+    }
+    for when, environment in (("trained", info.get("environment")), ("tested", results.get("environment"))):
+        if environment:
+            facts[f"{when} with"] = f"Python {environment['python']}, {_in_words(environment['versions'])}"
+            facts[f"{when} on"] = environment["platform"]
+            facts[f"{when} at commit"] = _commit(environment.get("git"))
+    return {name: cell(value) for name, value in facts.items() if value is not None}
+
+
+def _in_words(values: Mapping[str, Any] | None) -> str | None:
+    if not values:
+        return None
+    return ", ".join(f"{name} {cell(value)}" for name, value in values.items() if value is not None)
+
+
+def _commit(git: Mapping[str, Any] | None) -> str | None:
+    if not git:
+        return None
+    return f"{git['commit']}{', with uncommitted changes' if git['dirty'] else ''}"

@@ -1,0 +1,80 @@
+"""Tables of what ``crossx test RUN --parts`` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from crossx.report.table_text import Table, cell
+
+VIEWS = {"flip": "correlation with the map of the flipped image", "zoom": "the same, zoomed"}
+
+
+def part_tables(measures: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of ``SPLIT_parts.json``; none where it has a form that is not known here."""
+    try:
+        agreement = _agreement(measures["stages"])
+        return [_shares(measures), *([agreement] if agreement.rows else [])]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _shares(measures: Mapping[str, Any]) -> Table:
+    columns = [
+        (f"{stage} · {number}", excitation)
+        for stage, measured in measures["stages"].items()
+        for number, excitation in enumerate(measured["excitations"], start=1)
+    ]
+    rows = [
+        (part, cell(images), *(_ratio(excitation["share"][part]) for _, excitation in columns))
+        for part, images in measures["parts"].items()
+    ]
+    if any(excitation["object"] for _, excitation in columns):
+        rows.append(("whole object", "", *(_ratio(excitation["object"]) for _, excitation in columns)))
+    rows += [
+        (name, "", *(f"{excitation[view]['value']:.2f}" for _, excitation in columns))
+        for view, name in VIEWS.items()
+    ]
+    caption = (
+        "Share of the activation within a part over the part's share of the area, by stage and network part"
+    )
+    return Table(caption, ("part", "images", *(name for name, _ in columns)), tuple(rows))
+
+
+def _agreement(stages: Mapping[str, Any]) -> Table:
+    rows = []
+    for stage, measured in stages.items():
+        consistency, diversity = measured["consistency"], measured["diversity"]
+        if consistency is None:
+            continue
+        rows.append(
+            (
+                stage,
+                _with_interval(consistency["nmi"], consistency["interval"]),
+                f"{consistency['chance']:.3f}",
+                f"{consistency['p_value']:.3g}",
+                _with_interval(diversity["overlap"]["value"], diversity["overlap"]["interval"]),
+                f"{diversity['overlap']['chance']:.3f}",
+                _with_interval(diversity["correlation"]["value"], diversity["correlation"]["interval"]),
+            )
+        )
+    header = (
+        "stage",
+        "same part in all images (NMI)",
+        "by chance",
+        "p",
+        "overlap",
+        "by chance",
+        "correlation",
+    )
+    return Table(
+        "Whether each part of the network finds a part of its own, with 95% intervals", header, tuple(rows)
+    )
+
+
+def _ratio(number: Mapping[str, Any] | None) -> str:
+    return "—" if number is None or number["over_chance"] is None else f"{number['over_chance']:.2f}"
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

@@ -1,0 +1,37 @@
+"""Tables as texts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+MAX_LISTED = 12
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+        caption: What it holds.
+        header: Names of its columns.
+        rows: Each as long as the header; the first cell names the row.
+        left_out: Number of rows that are not shown.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left_out: int = 0
+
+
+def cell(value: Any) -> str:
+    """Write one value of JSON for a reader."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        more = len(value) - MAX_LISTED
+        return ", ".join(map(cell, value[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
+    return str(value)

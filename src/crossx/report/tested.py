@@ -1,0 +1,105 @@
+"""A tested run as its page needs it: what the run folder holds, and the network's answers as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from crossx.runs import ModelSpec, Run, read_json
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What is known about a tested run.
+
+    Attributes:
+        spec: ``model.json``.
+        info: ``run.json``, empty where there is none.
+        results: ``SPLIT.json``, as ``crossx test`` writes it.
+        config: ``config.yaml`` as text, empty where there is none.
+        history: A row of numbers for each epoch (``metrics.json``), none for an imported checkpoint.
+        parts: Measures of parts (``SPLIT_parts.json``), empty where there are none.
+        logits: float32 (N, K).
+        targets: int64 (N,).
+        paths: (N,) strings, the images' paths below the root of the data.
+    """
+
+    spec: ModelSpec
+    info: Mapping[str, Any]
+    results: Mapping[str, Any]
+    config: str
+    history: Sequence[Mapping[str, float]]
+    parts: Mapping[str, Any]
+    logits: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    paths: NDArray[np.str_]
+
+    @classmethod
+    def read(
+        cls,
+        run: Run,
+        split: str,
+        *,
+        logits: NDArray[np.float32],
+        targets: NDArray[np.int64],
+        paths: NDArray[np.str_],
+    ) -> Tested:
+        """Gather what the run folder holds about ``split``.
+
+        Raises:
+            CrossXError: If the results are missing, or a file is damaged.
+        """
+        history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
+        return cls(
+            spec=run.read_spec(),
+            info=run.read_info(),
+            results=read_json(run.path / f"{split}.json"),
+            config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
+            history=read_json(history).get("epochs", []) if history.is_file() else [],
+            parts=read_json(parts) if parts.is_file() else {},
+            logits=logits,
+            targets=targets,
+            paths=paths,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K class names in label order."""
+        return self.spec.classes
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32]:
+        """(N, K), softmax of the logits."""
+        answer: NDArray[np.float32] = softmax(self.logits, axis=1)
+        return answer
+
+    @cached_property
+    def predictions(self) -> NDArray[np.int64]:
+        """(N,), the class of the largest logit."""
+        answer: NDArray[np.int64] = self.logits.argmax(axis=1)
+        return answer
+
+    @cached_property
+    def confidences(self) -> NDArray[np.float32]:
+        """(N,), the probability of the predicted class."""
+        answer: NDArray[np.float32] = self.probabilities.max(axis=1)
+        return answer
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """(N,), whether the prediction is the target."""
+        answer: NDArray[np.bool_] = self.predictions == self.targets
+        return answer
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64]:
+        """(K, K), numbers of images: a row for each true class, a column for each predicted one."""
+        count = len(self.classes)
+        cells = np.bincount(self.targets * count + self.predictions, minlength=count * count)
+        return cells.reshape(count, count)

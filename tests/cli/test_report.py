@@ -1,0 +1,95 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+import layouts
+from crossx.cli.main import main
+
+QUICK = ["--device", "cpu", "--data.num_workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write ``images``, a run on them, and the run once it was tested (``tested``)."""
+    place = tmp_path_factory.mktemp("report")
+    layouts.write_folder(place / "images", split_folders=True)
+    layouts.write_run(place / "run", sorted(layouts.FOLDERS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        shutil.copytree("run", "tested")
+        assert main(["test", "tested", "--data.root", "images", *QUICK]) == 0
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("images", "run", "tested"):
+        shutil.copytree(made / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "run", "--data.root", "images", *QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("crossx (test_resnet) on folder, test: 6 images")
+    assert lines[-1].startswith("report: run/test/report.html (")
+    page = Path("run/test/report.html").read_text(encoding="utf-8")
+    # 6 images with 2 parts on 3 stages, each in its section and in at most one pair for each role
+    assert page.count("data:image/webp") >= 6 * 7
+    assert "robin/" in page
+
+
+def test_a_tested_run_is_not_tested_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("tested/test.json").stat().st_mtime_ns
+    assert main(["report", "tested", "--output", "pages/mine.html", *QUICK]) == 0
+    assert capsys.readouterr().out.startswith("report: pages/mine.html (")
+    assert Path("tested/test.json").stat().st_mtime_ns == before
+
+
+def test_another_split_has_a_page_of_its_own(place: Path) -> None:
+    assert main(["report", "run", "--split", "val", "--data.root", "images", *QUICK]) == 0
+    assert "6 val images" in Path("run/val/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lost", ["images", "images/test/robin/003.jpg"])
+def test_lost_images_leave_a_page_without_pictures(
+    place: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    path = Path(lost)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    assert main(["report", "tested", *QUICK]) == 0
+    assert "the page goes without pictures: " in capsys.readouterr().err
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "The page has no pictures: " in page
+    assert "data:image" not in page
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (1, ["nowhere"], "nowhere: no such run folder or checkpoint file."),
+        (1, ["images"], "images: not a run folder (no model.json)."),
+        (2, ["tested", "--split", "tset"], "unknown split 'tset'. Did you mean 'test'?"),
+        (2, ["tested", "--output", "page.pdf"], "page.pdf: the report is one HTML page"),
+        (2, ["tested", "--output", "folder.html"], "folder.html is a folder"),
+        (1, ["tested", "--output", "file/page.html"], "a file stands where a folder is needed"),
+        (1, ["run", "--data.root", "gone"], "gone: no such folder"),
+        (2, ["run", "--outptu", "a.html"], "unknown option '--outptu'. Did you mean '--output'?"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], code: int, words: list[str], message: str
+) -> None:
+    Path("folder.html").mkdir()
+    Path("file").touch()
+    assert main(["report", *words]) == code
+    shown = capsys.readouterr()
+    assert shown.err.startswith("crossx report: error: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert not list(place.rglob("report.html"))

@@ -1,0 +1,96 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from crossx.evaluation.metrics import calibration_error
+from crossx.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    reliability_bins,
+    thinned,
+    training_curves,
+)
+
+
+def points(series):
+    return [tuple(map(float, pair.split(","))) for pair in re.findall(r"[\d.]+,[\d.]+", series.path)]
+
+
+def test_numbers_that_belong_together_share_a_chart(tested):
+    charts = {
+        chart.title: [series.label for series in chart.series] for chart in training_curves(tested.history)
+    }
+    assert charts == {
+        "Loss": ["train", "val"],
+        "Accuracy (top-1)": ["train", "val"],
+        "Classification term": ["train"],
+        "C3S term": ["last", "merged"],
+        "Cross-layer term, merged": ["train"],
+        "Likeness S of the parts (Eq. 3)": ["diagonal last", "off diagonal last"],
+        "Learning rate": ["lr"],
+    }
+
+
+def test_unknown_numbers_are_titled_by_their_name():
+    (chart,) = training_curves([{"epoch": 1, "train/my_term_a": 1.0, "train/my_term_b": 2.0}])
+    assert (chart.title, [series.label for series in chart.series]) == ("my term", ["a", "b"])
+
+
+def test_places_are_proportional_to_the_values():
+    (chart,) = training_curves(
+        [{"epoch": epoch, "x": value} for epoch, value in ((1, 0.0), (2, 4.0), (5, 1.0))]
+    )
+    (x0, y0), (x1, y1), (x2, y2) = points(chart.series[0])
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(1 / 4, abs=1e-3)
+    assert (y2 - y0) / (y1 - y0) == pytest.approx(1 / 4, abs=2e-3)
+    assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in points(chart.series[0]))
+    zero = next(tick for tick in chart.y_ticks if tick.text == "0")
+    assert zero.place == y0
+
+
+def test_a_repeated_curve_and_missing_values_are_left_out():
+    rows = [
+        {"epoch": 1, "train/loss": 2.0, "train/data": 2.0},
+        {"epoch": 2, "train/loss": 1.0, "train/data": 1.0},
+    ]
+    rows[1]["val/loss"] = 3.0
+    (chart,) = training_curves(rows)
+    assert [(series.label, len(points(series))) for series in chart.series] == [("train", 2), ("val", 1)]
+
+
+@pytest.mark.parametrize("kept", [None, 1, 7])
+def test_one_epoch_is_a_chart_too(kept):
+    (chart,) = training_curves([{"epoch": 1, "train/top1": 0.5}], kept)
+    assert chart.series[0].last == "50.0%"
+    assert (chart.kept is not None) == (kept == 1)
+
+
+def test_no_history_is_no_chart():
+    assert training_curves([]) == []
+
+
+def test_long_histories_are_thinned_and_keep_their_end():
+    rows = [{"epoch": epoch} for epoch in range(1, 1002)]
+    kept = thinned(rows, 100)
+    assert len(kept) <= 101
+    assert (kept[0], kept[-1]) == (rows[0], rows[-1])
+    assert thinned(rows[:100], 100) == rows[:100]
+
+
+def test_bins_sum_up_to_the_calibration_error(tested):
+    bins = reliability_bins(tested.confidences, tested.correct)
+    assert sum(b.n for b in bins) == len(tested.targets)
+    error = sum(b.n * abs(b.accuracy - b.confidence) for b in bins if b.n) / len(tested.targets)
+    expected = calibration_error(torch.from_numpy(tested.logits), torch.from_numpy(tested.targets))
+    assert error == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_ends_of_the_range_have_a_bin():
+    bins = reliability_bins(np.array([0.0, 1.0], np.float32), np.array([False, True]))
+    assert (bins[0].n, bins[-1].n) == (1, 1)
