@@ -1,22 +1,46 @@
-"""Compare the logits of imported released checkpoints with the released code's own, on the same random weights.
+"""Run Cross-X beside the released code from the same random weights: logits, losses, gradients and training.
 
     python benchmarks/parity.py --peer-root DIR
 
-DIR is a clone of https://github.com/cswluo/CrossX. For ResNet-50 and SENet-50, GMP and GAP on stage L-1, P = 2 and 3,
-prints each head's and the prediction's largest difference over the largest logit, for one 448 x 448 image in float32.
+DIR is a clone of https://github.com/cswluo/CrossX. For ResNet-50 and SENet-50, GMP (the settings of CUB) and GAP (those
+of Cars) on stage L-1, P = 2 and 3, both get the same weights and batches of 448 x 448, and are compared in
+
+- the logits of each head and the prediction, in evaluation mode;
+- each weighted term of the objective and their sum, in training mode;
+- the gradient of every parameter;
+- how far three steps of SGD move every weight and every running statistic of a batch norm.
+
+The released code is called as its training loop calls it, with the weights of C3S and the learning rate from its
+initialization.py; crossx takes both from its ``_released`` recipe and its optimiser from ``build_optimizer``.
+
+The difference of a tensor is the largest of its entries' over the largest entry of the released code's tensor; that of
+several tensors is the worst tensor's, and beside it, for gradients and what training moves, the norm of all
+differences over the norm of all entries. Rounding in float32 grows from step to step, so the same is done in float64,
+and the released code's own float32 is set against its float64: a difference no larger than that one is rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-from crossx.interop.released_checkpoint import build_released
+from crossx.interop.released_checkpoint import build_released, convert_released
+from crossx.methods.crossx import HEADS
+from crossx.training.config import Config
+from crossx.training.optim import build_optimizer
+from harness import RESULTS, table, write
+from peers import terms
 
 NETWORKS = {
     ("resnet50", "max"): "crossxresnetmix",
@@ -24,46 +48,262 @@ NETWORKS = {
     ("senet50", "max"): "crossxsenetmix",
     ("senet50", "avg"): "crossxsenetavg",
 }
-HEADS = ("last", "previous", "merged")
+RECIPES = {"max": "cub", "avg": "cars"}
+DATASETS = {"max": "cubbirds", "avg": "stcars"}
+CLASSES, SIZE, BATCH, STEPS = 200, 448, 2, 3
+MOVED = ("gradients", "weights", "statistics")
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+Tensors: TypeAlias = dict[str, Tensor]
 
 
-def randomise_norms(network: torch.nn.Module) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What one implementation makes of the start and the batches.
+
+    Attributes:
+        logits: Each head's and the prediction's, of the first batch, in evaluation mode.
+        terms: The objective, ``loss``, and its weighted terms, of the first batch, in training mode.
+        gradients: Of ``loss`` by each parameter.
+        weights: The last step's less the start's.
+        statistics: The same of the running means and variances.
+    """
+
+    logits: Tensors
+    terms: Tensors
+    gradients: Tensors
+    weights: Tensors
+    statistics: Tensors
+
+
+def randomise_norms(network: nn.Module) -> None:
     """Batch norms start as the identity, which would hide statistics that are not carried over."""
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            torch.nn.init.uniform_(module.weight, 0.5, 1)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1)
+            nn.init.normal_(module.bias, 0, 0.1)
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def shrink_residuals(network: nn.Module) -> None:
+    """Make a random network's gradients as tame as a trained one's.
+
+    With residual branches as large as the shortcuts a random network of this depth is chaotic: a rounding error of
+    float32 grows beyond the gradient itself within three steps, in the released code alone.
+    """
+    for name, parameter in network.named_parameters():
+        if name.endswith(".bn3.weight"):
+            nn.init.constant_(parameter, 0.2)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference over the largest of theirs; 0 where both are 0 throughout."""
+    largest = (ours - theirs).abs().max()
+    return (largest / theirs.abs().max()).item() if largest else 0.0
+
+
+def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    if ours.keys() != theirs.keys():
+        sys.exit(f"only in one of both: {sorted(ours.keys() ^ theirs.keys())}")
+    return {name: difference(ours[name].double(), theirs[name].double()) for name in ours}
 
 
 @torch.inference_mode()
+def predict(network: nn.Module, heads: Callable[[Tensor], Tensors], images: Tensor) -> Tensors:
+    network.eval()
+    logits = heads(images)
+    return {**logits, "prediction": logits["last"] + logits["previous"] + logits["merged"]}
+
+
+def train(
+    network: nn.Module,
+    objective: Callable[[Tensor, Tensor], Tensors],
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+) -> tuple[Tensors, Tensors, Tensors]:
+    """Return the first batch's terms, its gradients, and how far all batches move the state, under its own names."""
+    network.train()
+    # the start is a float32 state in float64 too
+    start = {name: value.to(torch.float32, copy=True) for name, value in network.state_dict().items()}
+    first: Tensors = {}
+    gradients: Tensors = {}
+    for images, targets in batches:
+        optimizer.zero_grad()
+        found = objective(images, targets)
+        found["loss"].backward()
+        if not first:
+            first = {name: term.detach() for name, term in found.items()}
+            gradients = {
+                name: parameter.grad
+                for name, parameter in network.named_parameters()
+                if parameter.grad is not None
+            }
+        optimizer.step()
+    moved = {name: value - start[name] for name, value in network.state_dict().items()}
+    return first, gradients, moved
+
+
+def outcome(logits: Tensors, terms: Tensors, gradients: Tensors, moved: Tensors) -> Outcome:
+    statistics = {name: value for name, value in moved.items() if "running_" in name}
+    weights = {name: moved[name] for name in gradients}
+    return Outcome(logits, terms, gradients, weights, statistics)
+
+
+def run_released(
+    module: Any, settings: Sequence[float], network: nn.Module, num_parts: int, batches: Sequence[Batch]
+) -> Outcome:
+    """Run the released code; its weights come under the names that crossx gives them."""
+    *gammas, lr, _ = settings
+    c3s = [module.RegularLoss(gamma, None, num_parts) for gamma in gammas]
+
+    def objective(images: Tensor, targets: Tensor) -> Tensors:
+        found = terms(network(images), targets, c3s)
+        return {**found, "loss": torch.stack(list(found.values())).sum()}
+
+    logits = predict(
+        network, lambda images: dict(zip(HEADS, network(images)[:3], strict=True)), batches[0][0]
+    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+    first, gradients, moved = train(network, objective, optimizer, batches)
+    rename = partial(convert_released, num_parts=num_parts)
+    named = {name: gradient for name, gradient in rename(gradients).items() if gradient.numel()}
+    return outcome(logits, first, named, rename(moved))
+
+
+def run_crossx(method: Any, recipe: Config, batches: Sequence[Batch]) -> Outcome:
+    method.c3s_weights = dict(zip(HEADS, recipe.model.options["c3s_weights"], strict=True))
+
+    def objective(images: Tensor, targets: Tensor) -> Tensors:
+        found = method.objective(images, targets)
+        return {**found.terms, "loss": found.loss}
+
+    logits = predict(method, method.head_logits, batches[0][0])
+    return outcome(logits, *train(method, objective, build_optimizer(method, recipe.optim), batches))
+
+
+def compare(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
+    """Return the logits' and terms' differences by name; of the others the worst and that of the norms."""
+    found: dict[str, Any] = {
+        kind: differences(getattr(ours, kind), getattr(theirs, kind)) for kind in ("logits", "terms")
+    }
+    for kind in MOVED:
+        own, other = getattr(ours, kind), getattr(theirs, kind)
+        by_name = differences(own, other)
+        worst = max(by_name, key=by_name.__getitem__)
+        apart = math.hypot(*(torch.dist(own[name].double(), other[name].double()).item() for name in own))
+        whole = math.hypot(*(tensor.double().norm().item() for tensor in other.values()))
+        found[kind] = {
+            "worst": by_name[worst],
+            "worst_tensor": worst,
+            "tensors": len(by_name),
+            "norm": apart / whole,
+        }
+    return found
+
+
+def compare_network(network: str, pooling: str, num_parts: int) -> dict[str, Any]:
+    """Return the comparisons ``float32``, ``float64`` and the released code's ``float32_to_float64``."""
+    name = NETWORKS[network, pooling]
+    module: Any = importlib.import_module(name)
+    module.device = torch.device("cpu")
+    # it compares strings by identity
+    names = sys.intern(network.removesuffix("50")), DATASETS[pooling]
+    settings = importlib.import_module("initialization").init_crossx_params(*names)
+    recipe = Config.from_recipe(f"crossx_{RECIPES[pooling]}_{network}_released")
+    build = getattr(module, network)
+    torch.manual_seed(0)
+    peer = build(num_classes=CLASSES, nparts=num_parts)
+    randomise_norms(peer)
+    shrink_residuals(peer)
+    state = {key: value.clone() for key, value in peer.state_dict().items()}
+    batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))) for _ in range(STEPS)]
+    found: dict[str, Any] = {"network": network, "pooling": pooling, "num_parts": num_parts}
+    single: Outcome | None = None
+    for dtype in (torch.float32, torch.float64):
+        # their regularizer fills a matrix of the default type
+        torch.set_default_dtype(dtype)
+        peer = build(num_classes=CLASSES, nparts=num_parts)
+        peer.load_state_dict(state)
+        same = [(images.to(dtype), targets) for images, targets in batches]
+        theirs = run_released(module, settings, peer, num_parts, same)
+        del peer
+        if single is not None:
+            found["float32_to_float64"] = compare(single, theirs)
+        single = None if dtype is torch.float64 else theirs
+        method = build_released(state, pooling, True, Path(name)).to(dtype)  # type: ignore[arg-type]
+        found[str(dtype).removeprefix("torch.")] = compare(run_crossx(method, recipe, same), theirs)
+    torch.set_default_dtype(torch.float32)
+    return found
+
+
+def compare_all() -> Iterator[dict[str, Any]]:
+    for network, pooling in NETWORKS:
+        for num_parts in (2, 3):
+            yield compare_network(network, pooling, num_parts)
+
+
+def trained(comparison: Mapping[str, Any], measure: str) -> list[float]:
+    return [max(comparison["terms"].values()), *(comparison[kind][measure] for kind in MOVED)]
+
+
+def show(
+    title: str,
+    results: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    values: Callable[[Any], Sequence[float]],
+) -> None:
+    rows = [
+        [
+            result["network"],
+            result["pooling"],
+            result["num_parts"],
+            *(f"{value:.1e}" for value in values(result)),
+        ]
+        for result in results
+    ]
+    print(f"\n{title}\n\n{table(('network', 'L-1', 'P', *columns), rows)}")
+
+
+def show_all(results: Sequence[Mapping[str, Any]]) -> None:
+    show(
+        f"Logits in evaluation mode, float32, {BATCH} images, and the worst in float64",
+        results,
+        (*HEADS, "prediction", "float64"),
+        lambda result: [*result["float32"]["logits"].values(), max(result["float64"]["logits"].values())],
+    )
+    columns = ("terms", *MOVED)
+    show(
+        f"Terms, gradients, and what {STEPS} steps change, float64, worst tensor",
+        results,
+        columns,
+        lambda result: trained(result["float64"], "worst"),
+    )
+    show("Float32, norms", results, columns, lambda result: trained(result["float32"], "norm"))
+    show(
+        "The released code's own float32 and float64, norms",
+        results,
+        columns,
+        lambda result: trained(result["float32_to_float64"], "norm"),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer-root", required=True, type=Path)
-    sys.path.insert(0, str(parser.parse_args().peer_root))
+    parser.add_argument("--output", type=Path, default=RESULTS / "parity.json")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.peer_root))
     warnings.simplefilter("ignore", SyntaxWarning)
-    torch.manual_seed(0)
-    print(f"{'network':<9} {'L-1':<4} P  " + "  ".join(f"{name:<10}" for name in (*HEADS, "prediction")))
-    for (network, pooling), module in NETWORKS.items():
-        for num_parts in (2, 3):
-            peer = getattr(importlib.import_module(module), network)(num_classes=200, nparts=num_parts).eval()
-            randomise_norms(peer)
-            method = build_released(peer.state_dict(), pooling, True, Path(module))
-            images = torch.randn(1, 3, 448, 448)
-            theirs = dict(zip(HEADS, peer(images)[:3], strict=True))
-            ours = method.head_logits(images)
-            values = [difference(ours[name], theirs[name]) for name in HEADS]
-            values.append(difference(method(images), sum(theirs.values())))
-            print(
-                f"{network:<9} {pooling:<4} {num_parts}  " + "  ".join(f"{value:<10.1e}" for value in values)
-            )
+    results = []
+    for result in compare_all():
+        results.append(result)
+        # after each, for all of them take an hour
+        settings = {"image_size": SIZE, "batch_size": BATCH, "classes": CLASSES, "steps": STEPS}
+        write(arguments.output, {**settings, "results": results})
+    show_all(results)
 
 
 if __name__ == "__main__":

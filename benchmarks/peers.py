@@ -6,14 +6,17 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from crossx.methods.crossx import HEADS
 
 GAMMAS = (0.5, 0.25, 0.5)
 """Their weights of C3S on L, L-1 and G for CUB on ResNet-50."""
@@ -59,19 +62,27 @@ class Peer:
     def objective(self, network: nn.Module, num_parts: int = 2) -> Callable[[Tensor, Tensor], Tensor]:
         """Return images, targets -> loss: cross-entropy, C3S by N x N matrices and CL, as in its loop."""
         c3s = [self.regularizer(gamma, num_parts) for gamma in GAMMAS]
-        divergence = nn.KLDivLoss(reduction="sum")
+        return lambda images, targets: torch.stack(list(terms(network(images), targets, c3s).values())).sum()
 
-        def objective(images: Tensor, targets: Tensor) -> Tensor:
-            last, previous, merged, *parts = network(images)
-            loss = F.cross_entropy(last + previous + merged, targets)
-            for regularizer, features in zip(c3s, parts, strict=True):
-                loss = loss + regularizer(features)
-            teacher = F.softmax(last, 1)
-            for student in (previous, merged):
-                loss = loss + divergence(F.log_softmax(student, 1), teacher) / len(images)
-            return loss
 
-        return objective
+def terms(outputs: Sequence[Any], targets: Tensor, c3s: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the terms of their loop's objective, under the names of ``crossx.methods.CrossX.objective``.
+
+    Args:
+        outputs: What their network returns: the logits of L, L-1 and G, then the list of part features of each.
+        targets: int64 (B,).
+        c3s: Their regularizers of L, L-1 and G, which carry their weights.
+    """
+    logits = dict(zip(HEADS, outputs[:3], strict=True))
+    found = {"data": F.cross_entropy(logits["last"] + logits["previous"] + logits["merged"], targets)}
+    for name, regularizer, features in zip(HEADS, c3s, outputs[3:], strict=True):
+        # their regularizers change the list in place
+        found[f"c3s_{name}"] = regularizer(list(features))
+    teacher = F.softmax(logits["last"], 1)
+    for name in HEADS[1:]:
+        divergence = F.kl_div(F.log_softmax(logits[name], 1), teacher, reduction="sum")
+        found[f"cross_layer_{name}"] = divergence / len(targets)
+    return found
 
 
 def _load(path: Path) -> Any:

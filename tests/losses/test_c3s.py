@@ -77,6 +77,17 @@ def test_depends_on_directions_alone(scale: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
+def test_gradient_equals_finite_differences_in_float64(form: str) -> None:
+    torch.manual_seed(0)
+    features = torch.rand(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: c3s_loss(f, form), features)  # type: ignore[arg-type]
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    assert part_correlations(torch.rand(3, 2, 5, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
 def test_descending_joins_images_and_parts_parts(form: str) -> None:
     torch.manual_seed(0)
     features = torch.randn(6, 2, 8, requires_grad=True)
