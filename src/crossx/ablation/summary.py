@@ -14,7 +14,7 @@ from crossx.ablation.suite import Suite
 from crossx.evaluation.comparison import paired_correct
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.report.plots import Bar, plot_bars
+from crossx.report.bars import Bar, plot_bars
 from crossx.report.tables import Table, percent, points
 from crossx.runs import SCHEMA, environment, read_json, write_json
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossx.report.plots import Bar, plot_bars
+from crossx.report.bars import Bar, plot_bars
 
 
 def bar_tops(path: Path) -> list[int]:
