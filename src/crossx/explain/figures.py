@@ -60,8 +60,9 @@ class MapFigure(Figure):
     """A figure that a notebook shows without pyplot, and that no pyplot state holds on to."""
 
     def _repr_png_(self) -> bytes:
+        # half of a file's resolution: a notebook keeps every picture it shows, and is as wide as a page
         buffer = io.BytesIO()
-        save_png(self, buffer)
+        save_png(self, buffer, dpi=DPI / 2)
         return buffer.getvalue()
 
 
@@ -260,12 +261,12 @@ class _Grid:
         return self.height - HEADS - line * self.pitch - self.cell
 
 
-def save_png(drawn: Figure, target: Any) -> None:
+def save_png(drawn: Figure, target: Any, dpi: float = DPI) -> None:
     """Write a figure as PNG to a path or an opened file."""
     with warnings.catch_warnings():
         # Names in a script that no font here has become boxes.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        drawn.savefig(target, format="png")
+        drawn.savefig(target, format="png", dpi=dpi)
 
 
 def check_colormap(name: str) -> Colormap:
