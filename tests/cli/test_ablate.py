@@ -61,7 +61,7 @@ def test_a_suite_is_trained_tested_and_tabulated_and_not_twice(
         (["--config", "none.yaml"], "no such file"),
         (["--optim.lrr", "1"], "Did you mean '--optim.lr'"),
         (["--model.method", "plane"], "Did you mean 'plain'"),
-        (["--data.dataset", "folder", "--data.root", "nowhere"], "has no option 'num_classes'"),
+        (["--data.dataset", "folder", "--data.root", "nowhere"], "dataset 'folder' has no option"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_trained(

@@ -180,5 +180,5 @@ def test_maps_that_are_not_finite_are_refused(tmp_path, birds):
     with torch.no_grad():
         method.backbone.trunk.conv1[0].weight.fill_(torch.nan)
     save_weights(method, run.weights)
-    with pytest.raises(CrossXError, match="maps of stage 'last' are not finite"):
+    with pytest.raises(CrossXError, match="maps of stage 'previous' are not finite"):
         measure_run(run.path)
