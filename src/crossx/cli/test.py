@@ -160,31 +160,20 @@ def _ratio(number: Mapping[str, Any]) -> str:
 def _measure_parts(options: argparse.Namespace) -> None:
     from crossx.evaluation.part_testing import measure_run
 
-    results = measure_run(
-        options.run,
-        root=options.root,
-        dataset=options.dataset,
-        split=options.split,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=options.device,
-    )
-    print_parts(options.run, results)
+    print_parts(options.run, measure_run(options.run, **_asked(options)))
 
 
 def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """Test the run at ``path`` with the options of this verb."""
     from crossx.evaluation.testing import test_run
 
-    return test_run(
-        path,
-        root=options.root,
-        dataset=options.dataset,
-        split=options.split,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=options.device,
-    )
+    return test_run(path, **_asked(options))
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options ask for, as ``test_run`` and ``measure_run`` take it."""
+    names = ("root", "dataset", "split", "batch_size", "num_workers", "device")
+    return {name: getattr(options, name) for name in names}
 
 
 def _compare(options: argparse.Namespace) -> None:
