@@ -16,7 +16,7 @@ from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, st
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.report.bars import Bar, plot_bars
 from crossx.report.tables import Table, percent, points
-from crossx.runs import SCHEMA, environment, read_json, write_json
+from crossx.runs import SCHEMA, read_json, write_json
 
 METRICS = ("top1", "top5", "class_mean", "ece")
 INTERVALS = (
@@ -65,7 +65,6 @@ def summarize_suite(suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial
             for trial in trials
         ],
         "base": _describe_base(trials[0]),
-        "environment": environment(),
     }
 
 
