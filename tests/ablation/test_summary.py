@@ -102,6 +102,19 @@ def test_seeds_that_one_variant_lacks_count_for_neither_difference(ablation) -> 
     assert rows[1]["against"]["difference"] == pytest.approx(expected)
 
 
+def test_another_variant_can_be_the_reference(ablation) -> None:
+    suite, trials, _ = ablation
+    default = summarize_suite(suite, trials, failures(trials))
+    turned = summarize_suite(suite, trials, failures(trials), "better")
+    assert turned["rows"][1]["against"] is None
+    forth, back = default["rows"][1]["against"], turned["rows"][0]["against"]
+    assert back["difference"] == pytest.approx(-forth["difference"])
+    assert back["intervals"]["seeds"] == pytest.approx(
+        [-bound for bound in reversed(forth["intervals"]["seeds"])]
+    )
+    assert "Δ better" in build_table(turned).columns
+
+
 def test_everything_is_written_and_agrees(ablation, tmp_path: Path) -> None:
     suite, trials, _ = ablation
     summary = summarize_suite(suite, trials, failures(trials))

@@ -58,6 +58,7 @@ def test_a_suite_is_trained_tested_and_tabulated_and_not_twice(
         (["--seed", "1"], "--seeds gives the seeds"),
         (["--resume", "out"], "the same command resumes"),
         (["--jobs", "0"], "from 1 on"),
+        (["--against", "corssx"], "Did you mean 'crossx'?"),
         (["--config", "none.yaml"], "no such file"),
         (["--optim.lrr", "1"], "Did you mean '--optim.lr'"),
         (["--model.method", "plane"], "Did you mean 'plain'"),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from crossx.ablation.runner import SPLIT, Trial
 from crossx.ablation.suite import Suite
+from crossx.errors import unknown
 from crossx.evaluation.comparison import paired_correct
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
 from crossx.evaluation.predictions import Predictions, predictions_path
@@ -25,29 +26,33 @@ INTERVALS = (
 )
 
 
-def summarize_suite(suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str]) -> dict[str, Any]:
+def summarize_suite(
+    suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str], reference: str | None = None
+) -> dict[str, Any]:
     """Return what an ablation found, for JSON.
 
     Args:
         suite: The variants.
         trials: All trials; those that are not in ``failed`` are done.
         failed: Trial -> reason.
+        reference: The variant that the others are held against; by default the first.
 
     Returns:
         ``rows``, one a variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
-        metrics, and ``against``: the paired difference to the first variant over the seeds that both have. ``runs``,
+        metrics, and ``against``: the paired difference to the reference over the seeds that both have. ``runs``,
         one a trial: its results, or why it failed.
 
     Raises:
+        UsageError: If there is no variant called ``reference``.
         CrossXError: If results are damaged or were not on the same images.
     """
     done = [trial for trial in trials if trial not in failed]
     results = {trial: _read(trial) for trial in done}
     correct = _load_correct(done)
-    first = next(iter(suite.variants))
+    reference = check_reference(suite, reference)
     rows = [
         _summarize(name, {trial.seed: results[trial] for trial in done if trial.variant == name}, correct)
-        | {"against": None if name == first else _against(name, first, correct)}
+        | {"against": None if name == reference else _against(name, reference, correct)}
         for name in suite.variants
     ]
     return {
@@ -55,6 +60,7 @@ def summarize_suite(suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial
         "suite": suite.name,
         "title": suite.title,
         "source": suite.source,
+        "reference": reference,
         "variants": suite.variants,
         "split": SPLIT,
         "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": 0},
@@ -68,13 +74,25 @@ def summarize_suite(suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial
     }
 
 
+def check_reference(suite: Suite, reference: str | None) -> str:
+    """Return the name of the variant that the others are held against.
+
+    Raises:
+        UsageError: If there is none called so.
+    """
+    if reference is None:
+        return next(iter(suite.variants))
+    if reference not in suite.variants:
+        raise unknown("variant", reference, suite.variants)
+    return reference
+
+
 def build_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of what ``summarize_suite`` returned."""
-    first = summary["rows"][0]["variant"]
     heads = list(dict.fromkeys(head for row in summary["rows"] for head in row["heads"]))
     several = any(len(row["seeds"]) > 1 for row in summary["rows"])
     columns = ["variant", "seeds", "top-1", *(["sd", "95% (seeds)"] if several else []), "95% (images)"]
-    columns += [f"Δ {first}", *(["Δ 95% (seeds)"] if several else []), "Δ 95% (images)"]
+    columns += [f"Δ {summary['reference']}", *(["Δ 95% (seeds)"] if several else []), "Δ 95% (images)"]
     columns += ["val", *(f"head {head}" for head in heads), "calibration error"]
     rows = []
     for row in summary["rows"]:
@@ -107,7 +125,7 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
     ]
     if bars:
         note = "Dots: seeds. Error bars: 95% interval over the test images."
-        plot_bars(bars, output / "chart.png", title=summary["title"], note=note)
+        plot_bars(bars, output / "chart.png", title=summary["title"], note=note, line=summary["reference"])
 
 
 def _read(trial: Trial) -> dict[str, Any]:
@@ -166,7 +184,7 @@ def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[s
 def _against(
     name: str, first: str, correct: Mapping[tuple[str, int], NDArray[np.bool_]]
 ) -> dict[str, Any] | None:
-    """Return the paired difference of a variant to the first one over the seeds that both have."""
+    """Return the paired difference of a variant to another over the seeds that both have."""
     seeds = [seed for variant, seed in correct if variant == name and (first, seed) in correct]
     if not seeds:
         return None

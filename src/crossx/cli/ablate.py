@@ -41,6 +41,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="trainings at the same time (default: 1)"
     )
+    parser.add_argument(
+        "--against", metavar="VARIANT", help="what the others are held against (default: the suite's first)"
+    )
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.split("=", 1)[0] in ("--seed", "--resume"):
@@ -52,9 +55,10 @@ def run(arguments: Sequence[str]) -> int:
     suite = load_suite(options.suite)
 
     from crossx.ablation.runner import Trial, check_trials, plan, run_trials
-    from crossx.ablation.summary import build_table, summarize_suite, write_summary
+    from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
     from crossx.cli.fit_options import parse_fit
 
+    check_reference(suite, options.against)
     base = parse_fit(rest).config
     output = Path(options.output)
     trials = plan(suite, base, options.seeds, output)
@@ -79,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
             raise Stopped(
                 f"stopped after {finished} of {len(trials)}; the same command goes on from there."
             ) from interrupt
-        summary = summarize_suite(suite, trials, failed)
+        summary = summarize_suite(suite, trials, failed, options.against)
         write_summary(summary, output)
     print(f"\n{build_table(summary).to_markdown()}")
     print(

@@ -31,8 +31,8 @@ class Bar:
     interval: Sequence[float] | None = None
 
 
-def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, note: str = "") -> None:
-    """Draw accuracies in percent: a bar a variant, a dot a seed, a dashed line at the first bar's height.
+def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, note: str = "", line: str = "") -> None:
+    """Draw accuracies in percent: a bar a variant, a dot a seed, a dashed line at one bar's height.
 
     The axis begins below the smallest value, not at 0, as in Fig. 3 and 4 of Cross-X, and says so.
 
@@ -41,6 +41,7 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, note: str = "") ->
         path: The PNG file to write.
         title: Printed above.
         note: Printed below: what the error bars are.
+        line: Name of the bar that has the line; empty for none.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -55,7 +56,9 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, note: str = "") ->
     axes.grid(axis="y", color="0.88", linewidth=0.8)
     places = range(len(bars))
     axes.bar(places, [mean - floor for mean in means], bottom=floor, width=0.62, color=BAR)
-    axes.axhline(means[0], color=REFERENCE, linewidth=1, linestyle="--", zorder=1.5)
+    for bar, mean in zip(bars, means, strict=True):
+        if bar.name == line:
+            axes.axhline(mean, color=REFERENCE, linewidth=1, linestyle="--", zorder=1.5)
     for place, bar, mean in zip(places, bars, means, strict=True):
         if bar.interval is not None:
             below, above = mean - 100 * bar.interval[0], 100 * bar.interval[1] - mean
