@@ -98,7 +98,7 @@ def shrink_stages(network: nn.Module) -> None:
     """Make what the blocks add up as small as in a trained network.
 
     At a random start it is so large that the first step at the released learning rate throws the logits by tens, and
-    training is chaotic: rounding in float32 grows beyond the steps themselves, in the released code alone.
+    the later steps would compare saturated softmaxes.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("downsample.1.weight"):

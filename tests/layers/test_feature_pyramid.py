@@ -70,6 +70,21 @@ def test_pooled_needs_no_maps(
     )
 
 
+@settings(max_examples=10, deadline=None)
+@given(last=sizes)
+def test_interpolation_does_not_matter_in_evaluation_for_maps_of_twice_the_size(
+    last: tuple[int, int],
+) -> None:
+    merge = trained(3, 2, 2)
+    previous_features = torch.randn(2, 2, 2, 2 * last[0], 2 * last[1], dtype=torch.double)
+    last_features = torch.randn(2, 2, 3, *last, dtype=torch.double)
+    pooled = []
+    for interpolation in ("bilinear", "nearest"):
+        merge.interpolation = interpolation  # type: ignore[assignment]
+        pooled.append(merge(previous_features, last_features).mean((3, 4)))
+    torch.testing.assert_close(*pooled)
+
+
 def test_pooled_in_training_follows_the_batch_statistics() -> None:
     merge = trained(3, 2, 2).train()
     previous = torch.randn(4, 2, 2, 5, 5, dtype=torch.double)
