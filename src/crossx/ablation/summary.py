@@ -182,13 +182,13 @@ def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[s
 
 
 def _against(
-    name: str, first: str, correct: Mapping[tuple[str, int], NDArray[np.bool_]]
+    name: str, reference: str, correct: Mapping[tuple[str, int], NDArray[np.bool_]]
 ) -> dict[str, Any] | None:
     """Return the paired difference of a variant to another over the seeds that both have."""
-    seeds = [seed for variant, seed in correct if variant == name and (first, seed) in correct]
+    seeds = [seed for variant, seed in correct if variant == name and (reference, seed) in correct]
     if not seeds:
         return None
-    by_seed = np.stack([correct[name, seed].astype(float) - correct[first, seed] for seed in seeds])
+    by_seed = np.stack([correct[name, seed].astype(float) - correct[reference, seed] for seed in seeds])
     values = by_seed.mean(axis=1).tolist()
     return {
         "seeds": seeds,
@@ -213,11 +213,11 @@ def _load_correct(trials: Sequence[Trial]) -> dict[tuple[str, int], NDArray[np.b
 
 
 def _describe_base(trial: Trial) -> dict[str, Any]:
-    """Return the configuration that the variants change, without the places of this machine."""
+    """Return the first trial's configuration without the method's options, which each run has, and without places."""
     values = trial.config.to_dict()
-    source, colon, path = values["model"]["backbone"].partition(":")
+    source, _, path = values["model"]["backbone"].partition(":")
     values["model"] = {key: values["model"][key] for key in ("backbone", "pretrained")}
-    if colon == ":" and source == "local-dir":
+    if source == "local-dir":
         values["model"]["backbone"] = f"{source}:{Path(path).name}"
     values["data"]["root"] = Path(values["data"]["root"]).name if values["data"]["root"] else None
     return {key: values[key] for key in ("model", "data", "optim", "trainer")}

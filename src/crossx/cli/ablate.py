@@ -11,6 +11,12 @@ from crossx.cli.options import VerbParser, natural, positive
 from crossx.errors import Stopped, UsageError
 from crossx.runs import locked_folder
 
+NOT_TAKEN = {
+    "--seed": "--seeds gives the seeds.",
+    "--resume": "the same command resumes: leave out --resume.",
+}
+"""Options of ``crossx fit`` that an ablation sets itself."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Train and test every variant of a suite with every seed, and write table and chart."""
@@ -46,12 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
-        if word.split("=", 1)[0] in ("--seed", "--resume"):
-            raise UsageError(
-                "--seeds gives the seeds."
-                if "seed" in word
-                else "the same command resumes: leave out --resume."
-            )
+        if reason := NOT_TAKEN.get(word.split("=", 1)[0]):
+            raise UsageError(reason)
     suite = load_suite(options.suite)
 
     from crossx.ablation.runner import Trial, check_trials, plan, run_trials
