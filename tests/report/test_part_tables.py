@@ -6,7 +6,7 @@ from crossx.report.part_tables import part_tables
 
 def test_shares_have_a_column_for_each_stage_and_part():
     shares, agreement = part_tables(make_parts())
-    assert shares.header == ("part", "images", "last · 1", "last · 2", "merged · 1", "merged · 2")
+    assert shares.columns == ("part", "images", "last · 1", "last · 2", "merged · 1", "merged · 2")
     assert shares.rows[:3] == (
         ("beak", "200", *["2.00"] * 4),
         ("wing", "180", *["—"] * 4),
@@ -17,7 +17,7 @@ def test_shares_have_a_column_for_each_stage_and_part():
 
 def test_one_part_has_nothing_to_agree_with():
     (shares,) = part_tables(make_parts(excitations=1))
-    assert len(shares.header) == 4
+    assert len(shares.columns) == 4
 
 
 @pytest.mark.parametrize("measures", [{}, {"stages": 3}, {"stages": {"last": {"iou": 0.5}}}, {"stages": []}])

@@ -19,7 +19,8 @@ from crossx.report.choice import SEED, Choice, confused_block
 from crossx.report.classes import class_rows, confusion_rows
 from crossx.report.examples import Pictures, make_examples
 from crossx.report.part_tables import part_tables
-from crossx.report.table_text import Table, cell
+from crossx.report.table_text import cell
+from crossx.report.tables import Table
 from crossx.report.tested import Tested
 
 BLOCK = 20
@@ -114,9 +115,9 @@ def _history(tested: Tested) -> Table:
     columns = tuple(dict.fromkeys(name for row in tested.history for name in row))
     rows = charts.thinned(tested.history, MAX_HISTORY_ROWS)
     return Table(
-        "Every number of the training, a row an epoch",
         columns,
         tuple(tuple(cell(row.get(name)) for name in columns) for row in rows),
+        "Every number of the training, a row an epoch",
         len(tested.history) - len(rows),
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from crossx.report.table_text import Table, cell
+from crossx.report.table_text import cell
+from crossx.report.tables import Table
 
 VIEWS = {"flip": "correlation with the map of the flipped image", "zoom": "the same, zoomed"}
 
@@ -38,7 +39,7 @@ def _shares(measures: Mapping[str, Any]) -> Table:
     caption = (
         "Share of the activation within a part over the part's share of the area, by stage and network part"
     )
-    return Table(caption, ("part", "images", *(name for name, _ in columns)), tuple(rows))
+    return Table(("part", "images", *(name for name, _ in columns)), tuple(rows), caption)
 
 
 def _agreement(stages: Mapping[str, Any]) -> Table:
@@ -68,7 +69,7 @@ def _agreement(stages: Mapping[str, Any]) -> Table:
         "correlation",
     )
     return Table(
-        "Whether each part of the network finds a part of its own, with 95% intervals", header, tuple(rows)
+        header, tuple(rows), "Whether each part of the network finds a part of its own, with 95% intervals"
     )
 
 

@@ -1,26 +1,10 @@
-"""Tables as texts."""
+"""Values of JSON as texts."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 MAX_LISTED = 12
-
-
-class Table(NamedTuple):
-    """A table of texts.
-
-    Attributes:
-        caption: What it holds.
-        header: Names of its columns.
-        rows: Each as long as the header; the first cell names the row.
-        left_out: Number of rows that are not shown.
-    """
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    left_out: int = 0
 
 
 def cell(value: Any) -> str:

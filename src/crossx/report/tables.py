@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX."""
+"""Tables of texts, and as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below column heads; the first column is text, the others are numbers.
+    """Rows of text below column heads.
 
     Attributes:
         columns: The heads.
-        rows: Each as long as ``columns``.
+        rows: Each as long as ``columns``; the first cell names the row.
         caption: One line on what it shows.
+        left_out: Number of rows that are not shown.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    left_out: int = 0
 
     def to_markdown(self) -> str:
         """Return a GitHub-flavoured Markdown table, its columns aligned in the source too."""
