@@ -6,9 +6,13 @@ import pytest
 from crossx.ablation.suite import list_suites, load_suite
 from crossx.errors import UsageError
 from crossx.methods import create_method
-from crossx.training.config import Config, ModelConfig
+from crossx.training.config import Config, ModelConfig, OptimConfig
 
-BASE = Config(model=ModelConfig(options={"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}), seed=7)
+BASE = Config(
+    model=ModelConfig(options={"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}),
+    optim=OptimConfig(lr=0.02),
+    seed=7,
+)
 
 # Section 4.3: what each row of Fig. 3 has. Heads of Eq. 7, terms of Eq. 8.
 FIG3 = {
@@ -44,7 +48,7 @@ def test_the_rows_of_fig_3_have_the_heads_and_terms_that_the_paper_gives_them() 
     images, targets = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
     configs = load_suite("fig3").configure(BASE)
     assert list(configs) == list(FIG3)
-    for name, config in configs.items():
+    for name, (config,) in configs.items():
         method = build(config)
         heads, terms = FIG3[name]
         assert set(method.head_logits(images)) == heads, name
@@ -55,7 +59,8 @@ def test_fig_4_is_fig_3_with_gap_on_the_previous_stage() -> None:
     third, fourth = load_suite("fig3"), load_suite("fig4")
     assert [name.replace("gmp", "gap") for name in third.variants] == list(fourth.variants)
     pooled = {
-        name: build(config).options.get("previous_pooling") for name, config in fourth.configure(BASE).items()
+        name: build(config).options.get("previous_pooling")
+        for name, (config,) in fourth.configure(BASE).items()
     }
     assert {name for name, pooling in pooled.items() if pooling == "avg"} == {n for n in pooled if "gap" in n}
 
@@ -65,15 +70,19 @@ def test_every_packaged_suite_can_be_built_and_no_two_variants_are_the_same(name
     suite = load_suite(name)
     assert suite.title
     assert suite.source
-    options = [(build(c).name, build(c).options) for c in suite.configure(BASE).values()]
+    options = [
+        (build(c).name, build(c).options, c.optim)
+        for configs in suite.configure(BASE).values()
+        for c in configs
+    ]
     assert all(options.count(entry) == 1 for entry in options)
 
 
 def test_a_variant_keeps_what_it_does_not_change_and_another_method_keeps_no_option() -> None:
     configs = load_suite("fig3").configure(BASE)
-    assert configs["plain"].model.options == {}
-    assert configs["c3s"].model.options["num_parts"] == 3
-    assert configs["c3s"].seed == 7
+    assert configs["plain"][0].model.options == {}
+    assert configs["c3s"][0].model.options["num_parts"] == 3
+    assert configs["c3s"][0].seed == 7
     assert BASE.model.options == {"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}
 
 
@@ -83,8 +92,28 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         "variants: {slow: {optim: {lr: 1e-4}}, fast: {optim: {lr: 0.1}, trainer: {max_epochs: 3}}}"
     )
     configs = load_suite(path).configure(replace(BASE))
-    assert [c.optim.lr for c in configs.values()] == [1e-4, 0.1]
-    assert configs["fast"].trainer["max_epochs"] == 3
+    assert [c.optim.lr for (c,) in configs.values()] == [1e-4, 0.1]
+    assert configs["fast"][0].trainer["max_epochs"] == 3
+
+
+def test_alternatives_are_the_same_for_all_variants_or_given_for_each(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "variants: {crossx: {}, plain: {model: {method: plain}}}\ntune: [{optim: {lr: 0.1}}, {optim: {lr: 0.3}}]"
+    )
+    configs = load_suite(path).configure(BASE)
+    for variant in configs.values():
+        assert [c.optim.lr for c in variant] == [BASE.optim.lr, 0.1, 0.3]
+    path.write_text(
+        "variants: {a: {model: {num_parts: 1}}, b: {}}\n"
+        "tune: {a: [{optim: {lr: 0.1}}], b: [{model: {num_parts: 4}}]}"
+    )
+    configs = load_suite(path).configure(BASE)
+    assert [(c.model.options["num_parts"], c.optim.lr) for c in configs["a"]] == [
+        (1, BASE.optim.lr),
+        (1, 0.1),
+    ]
+    assert [c.model.options["num_parts"] for c in configs["b"]] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +127,14 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         ("variants: {a: 3}", "must map sections to options"),
         ("titel: x\nvariants: {a: {}}", "unknown key 'titel'"),
         ("variants: {a: {", "not valid YAML"),
+        ("variants: {a: {}}\ntune: {lr: 1}", "`tune` is a list of changes"),
+        ("variants: {a: {}, b: {}}\ntune: {a: [{optim: {lr: 1}}]}", "`tune` is a list of changes"),
+        (
+            "variants: {a: {}, b: {}}\ntune: {a: [{optim: {lr: 1}}], b: []}",
+            "as many alternatives, not [0, 1]",
+        ),
+        ("variants: {a: {}}\ntune: [{lr: 1}]", "tune: a, alternative 1 must map sections"),
+        ("variants: {a: {}}\ntune: [{optm: {lr: 1}}]", "Did you mean 'optim'?"),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_said(tmp_path: Path, text: str, message: str) -> None:

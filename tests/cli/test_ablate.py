@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
     assert not Path("out").exists()
 
 
+def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("suite.yaml").write_text("variants: {crossx: {}}\ntune: [{optim: {lr: 0.1}}]")
+    assert ablate("--data.val_fraction", "0") == 2
+    assert "see --data.val_fraction" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_failed_variant_is_named_and_the_exit_code_says_so(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,3 +92,24 @@ def test_a_failed_variant_is_named_and_the_exit_code_says_so(
     printed = capsys.readouterr().out
     assert "failed: diverges, seed 0: crossx fit: error: " in printed
     assert "| good " in printed
+
+
+def test_options_are_chosen_on_validation_and_only_what_was_chosen_is_tested(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("suite.yaml").write_text(
+        "variants: {plain: {model: {method: plain}}}\ntune: [{optim: {lr: 1e30}}, {optim: {lr: 0.003}}]"
+    )
+    assert ablate("--data.val_fraction", "0.4") == 1
+    printed = capsys.readouterr().out
+    assert "failed: plain, alternative 1, seed 0: crossx fit: error: " in printed
+    rows = json.loads(Path("out/results.json").read_text())["tuning"]
+    assert [row["changes"] for row in rows] == [{}, {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.003}}]
+    assert rows[1]["val_top1"] is None
+    best = max(row["val_top1"] for row in rows if row["val_top1"] is not None)
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert chosen["val_top1"] == best
+    tested = [path.parent for path in Path("out").rglob("test.json")]
+    folder = f"tune-{chosen['alternative']}/" if chosen["alternative"] else ""
+    assert tested == [Path(f"out/plain/{folder}seed-0")]
+    assert Path("out/tuning.md").read_text().count("| chosen |") == 1

@@ -4,6 +4,7 @@
 
     OUTPUT/
       VARIANT/seed-N/       the run folder; what `crossx test` writes lies in it
+      VARIANT/tune-K/...    the same of the variant's alternative K, where the suite tunes
       VARIANT/seed-N.yaml   its configuration
       VARIANT/seed-N.log    what its processes printed
 
@@ -13,6 +14,7 @@ run again; what was stopped is continued.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
@@ -48,11 +50,17 @@ class Trial:
         variant: The variant's name.
         seed: Seed of the training.
         config: Its configuration, ``output`` included.
+        alternative: Which of the variant's alternatives, counted from 1; 0 is the variant as it stands.
     """
 
     variant: str
     seed: int
     config: Config
+    alternative: int = 0
+
+    def __str__(self) -> str:
+        number = f", alternative {self.alternative}" if self.alternative else ""
+        return f"{self.variant}{number}, seed {self.seed}"
 
     @property
     def run(self) -> Run:
@@ -85,7 +93,9 @@ class Trial:
         )
 
 
-def plan(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
+def plan(
+    suite: Suite, base: Config, seeds: Sequence[int], output: Path, chosen: Mapping[str, int] | None = None
+) -> list[Trial]:
     """Return the trials of a suite, all variants with the first seed first.
 
     Args:
@@ -93,6 +103,7 @@ def plan(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list
         base: What they change.
         seeds: Seeds of the trainings, each once.
         output: The folder that holds all.
+        chosen: Variant -> alternative to take; by default each variant as it stands.
 
     Raises:
         UsageError: If an option of a variant cannot work, a seed is given twice, or ``output`` holds a training of the
@@ -100,21 +111,40 @@ def plan(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list
     """
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds names a seed twice: {' '.join(map(str, seeds))}.")
+    chosen = chosen or {}
+    every = _alternatives(suite, base, seeds, output)
+    return [trial for trial in every if trial.alternative == chosen.get(trial.variant, 0)]
+
+
+def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Trial]:
+    """Return the trials among which validation chooses: every variant and its alternatives, with one seed.
+
+    Raises:
+        UsageError: As ``plan``.
+    """
+    return _alternatives(suite, base, [seed], output) if suite.tune else []
+
+
+def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
     # a progress bar would fill the log
     base = replace(base, trainer={**base.trainer, "enable_progress_bar": False})
-    configs = suite.configure(base)
-    trials = [
-        Trial(name, seed, replace(config, seed=seed, output=str(output / name / f"seed-{seed}")))
-        for seed in seeds
-        for name, config in configs.items()
-    ]
+    trials = []
+    for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
+        for number, config in enumerate(configs):
+            folder = output / name / f"tune-{number}" if number else output / name
+            config = replace(config, seed=seed, output=str(folder / f"seed-{seed}"))
+            trials.append(Trial(name, seed, config, number))
     for trial in trials:
         _check_same(trial)
     return trials
 
 
-def check_trials(trials: Sequence[Trial]) -> None:
+def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
     """Find out before hours of training what no training of a suite can do without: its data, and a network to build.
+
+    Args:
+        trials: All that will be trained.
+        tuned: Whether validation images are needed, too.
 
     Raises:
         UsageError: If an option cannot work, naming the variant.
@@ -127,10 +157,16 @@ def check_trials(trials: Sequence[Trial]) -> None:
     from crossx.methods.base import create_method
 
     classes: dict[str, int] = {}
-    for trial in {trial.variant: trial for trial in trials}.values():
+    for trial in {(trial.variant, trial.alternative): trial for trial in trials}.values():
         data, model = trial.config.data, trial.config.model
         if repr(data) not in classes:
-            classes[repr(data)] = len(read_configured(data).classes)
+            index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
+            classes[repr(data)] = len(index.classes)
+            if tuned and (data.train_on == "trainval" or not index.split("val")):
+                raise UsageError(
+                    f"variant {trial.variant}: tuning needs validation images that are not trained on: see "
+                    "--data.val_fraction and --data.train_on."
+                )
         try:
             with torch.device("meta"):
                 create_method(
@@ -145,7 +181,11 @@ def check_trials(trials: Sequence[Trial]) -> None:
 
 
 def run_trials(
-    trials: Sequence[Trial], jobs: int = 1, report: Callable[[Trial, str | None], None] = lambda *_: None
+    trials: Sequence[Trial],
+    jobs: int = 1,
+    report: Callable[[Trial, str | None], None] = lambda *_: None,
+    *,
+    test: bool = True,
 ) -> dict[Trial, str]:
     """Train and test what is not done yet, several at a time.
 
@@ -153,6 +193,7 @@ def run_trials(
         trials: See ``plan``.
         jobs: How many run at the same time; each takes its share of the CPU cores, and GPUs in turn.
         report: Called after each trial with it and the reason if it failed; in the calling thread.
+        test: Whether to test; what only validation looks at need not be.
 
     Returns:
         The trials that failed, with the reason in one line. The others are done.
@@ -161,7 +202,7 @@ def run_trials(
         KeyboardInterrupt: After Ctrl-C or SIGTERM; what was running has saved what it had.
     """
     failed = {}
-    crew = _Crew(jobs)
+    crew = _Crew(jobs, test)
     with crew.stopped_by_signals(), ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(crew.run, trial): trial for trial in trials}
         try:
@@ -183,8 +224,9 @@ def run_trials(
 class _Crew:
     """The processes at work: starts them, each with its share of the machine, and stops them."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, test: bool) -> None:
         self.stopping = False
+        self._test = test
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._places: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
@@ -197,7 +239,7 @@ class _Crew:
         try:
             if not trial.is_trained:
                 self._call(trial, place, _training(trial))
-            if not trial.is_done:
+            if self._test and not trial.is_done:
                 self._call(trial, place, ["test", str(trial.run.path)])
         except CrossXError as error:
             return str(error)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from crossx.errors import UsageError, nearest, unknown
 from crossx.recipes import SECTIONS, YAMLLoader
 from crossx.training.config import Config
+
+Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Section -> option -> value: what a variant changes."""
+
+KEYS = ("title", "source", "variants", "tune")
 
 _FOLDER = resources.files("crossx.ablation") / "suites"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.,_=-]*")
@@ -27,17 +32,19 @@ class Suite:
         name: Its packaged name, or the stem of its file.
         title: What it asks.
         source: Figure, table or equation that it belongs to; empty where there is none.
-        variants: Variant name -> section -> option -> value, what it changes. The first is the one that the others
-            are held against.
+        variants: Variant name -> what it changes. The first is the one that the others are held against.
+        tune: Variant name -> alternatives, each a further change, of which validation chooses one or none; as many for
+            each variant. Empty where nothing is tuned.
     """
 
     name: str
     title: str
     source: str
-    variants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    variants: Mapping[str, Changes]
+    tune: Mapping[str, Sequence[Changes]] = field(default_factory=dict)
 
-    def configure(self, base: Config) -> dict[str, Config]:
-        """Return variant name -> ``base`` with the variant's changes.
+    def configure(self, base: Config) -> dict[str, list[Config]]:
+        """Return variant name -> ``base`` with the variant's changes, and the same with each of its alternatives.
 
         A variant of another method than ``base`` keeps none of its method's options.
 
@@ -47,7 +54,8 @@ class Suite:
         configs = {}
         for name, changes in self.variants.items():
             try:
-                configs[name] = _change(base, changes)
+                config = _change(base, changes)
+                configs[name] = [config, *(_change(config, further) for further in self.tune.get(name, ()))]
             except UsageError as error:
                 raise UsageError(f"suite {self.name}, variant {name}: {error}") from error
         return configs
@@ -91,30 +99,51 @@ def _build(name: str, source: str, values: Any) -> Suite:
     if not isinstance(variants, Mapping) or not variants:
         raise UsageError(f"{source}: a suite has `variants`, a mapping of names to options.")
     for key in values:
-        if key not in ("title", "source", "variants"):
-            raise UsageError(f"{source}: unknown key {key!r}. There is: title, source, variants.")
+        if key not in KEYS:
+            raise UsageError(f"{source}: unknown key {key!r}. There is: {', '.join(KEYS)}.")
     for variant, changes in variants.items():
         if not _NAME.fullmatch(str(variant)):
             raise UsageError(
                 f"{source}: {variant!r} cannot be a variant's name, which becomes a folder: use letters, digits and "
                 "+.,_=- alone."
             )
-        if not isinstance(changes, Mapping) or not all(isinstance(v, Mapping) for v in changes.values()):
-            raise UsageError(f"{source}: {variant} must map sections to options: model: {{num_parts: 3}}.")
-        for section in changes:
-            if section not in SECTIONS:
-                raise UsageError(
-                    f"{source}: {variant}: unknown section {section!r}.{nearest(str(section), SECTIONS)}"
-                )
+        _check_changes(f"{source}: {variant}", changes)
     return Suite(
         name,
         str(values.get("title", name)),
         str(values.get("source", "")),
         {str(variant): changes for variant, changes in variants.items()},
+        _read_tune(source, values.get("tune", {}), variants),
     )
 
 
-def _change(base: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+def _read_tune(source: str, tune: Any, variants: Mapping[Any, Any]) -> dict[str, Sequence[Changes]]:
+    """Return variant -> alternatives of the key ``tune``: one list for all variants, or a list for each."""
+    if not tune:
+        return {}
+    by_variant = tune if isinstance(tune, Mapping) else dict.fromkeys(variants, tune)
+    if by_variant.keys() != variants.keys() or not all(isinstance(a, list) for a in by_variant.values()):
+        raise UsageError(f"{source}: `tune` is a list of changes, or maps every variant to such a list.")
+    budgets = {len(alternatives) for alternatives in by_variant.values()}
+    if len(budgets) > 1:
+        raise UsageError(
+            f"{source}: `tune` must give every variant as many alternatives, not {sorted(budgets)}."
+        )
+    for variant, alternatives in by_variant.items():
+        for number, changes in enumerate(alternatives, start=1):
+            _check_changes(f"{source}: tune: {variant}, alternative {number}", changes)
+    return {str(variant): alternatives for variant, alternatives in by_variant.items()}
+
+
+def _check_changes(where: str, changes: Any) -> None:
+    if not isinstance(changes, Mapping) or not all(isinstance(v, Mapping) for v in changes.values()):
+        raise UsageError(f"{where} must map sections to options: model: {{num_parts: 3}}.")
+    for section in changes:
+        if section not in SECTIONS:
+            raise UsageError(f"{where}: unknown section {section!r}.{nearest(str(section), SECTIONS)}")
+
+
+def _change(base: Config, changes: Changes) -> Config:
     if changes.get("model", {}).get("method", base.model.method) != base.model.method:
         base = replace(base, model=replace(base.model, options={}))
     values = base.to_dict()

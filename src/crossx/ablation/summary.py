@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from crossx.ablation.runner import SPLIT, Trial
 from crossx.ablation.suite import Suite
+from crossx.ablation.tuning import build_tuning_table, describe_changes
 from crossx.errors import unknown
 from crossx.evaluation.comparison import paired_correct
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
@@ -27,7 +28,11 @@ INTERVALS = (
 
 
 def summarize_suite(
-    suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str], reference: str | None = None
+    suite: Suite,
+    trials: Sequence[Trial],
+    failed: Mapping[Trial, str],
+    reference: str | None = None,
+    tuning: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return what an ablation found, for JSON.
 
@@ -36,11 +41,12 @@ def summarize_suite(
         trials: All trials; those that are not in ``failed`` are done.
         failed: Trial -> reason.
         reference: The variant that the others are held against; by default the first.
+        tuning: What ``describe_tuning`` returned; empty where nothing was tuned.
 
     Returns:
         ``rows``, one a variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
         metrics, and ``against``: the paired difference to the reference over the seeds that both have. ``runs``,
-        one a trial: its results, or why it failed.
+        one a trial: its results, or why it failed. ``tuning`` as given.
 
     Raises:
         UsageError: If there is no variant called ``reference``.
@@ -66,10 +72,11 @@ def summarize_suite(
         "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": 0},
         "rows": rows,
         "runs": [
-            {"variant": trial.variant, "seed": trial.seed}
+            {"variant": trial.variant, "alternative": trial.alternative, "seed": trial.seed}
             | ({"failed": failed[trial]} if trial in failed else results[trial])
             for trial in trials
         ],
+        "tuning": list(tuning),
         "base": _describe_base(trials[0]),
     }
 
@@ -91,14 +98,23 @@ def build_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of what ``summarize_suite`` returned."""
     heads = list(dict.fromkeys(head for row in summary["rows"] for head in row["heads"]))
     several = any(len(row["seeds"]) > 1 for row in summary["rows"])
-    columns = ["variant", "seeds", "top-1", *(["sd", "95% (seeds)"] if several else []), "95% (images)"]
+    chosen = {row["variant"]: describe_changes(row["changes"]) for row in summary["tuning"] if row["chosen"]}
+    columns = [
+        "variant",
+        *(["chosen"] if chosen else []),
+        "seeds",
+        "top-1",
+        *(["sd", "95% (seeds)"] if several else []),
+        "95% (images)",
+    ]
     columns += [f"Δ {summary['reference']}", *(["Δ 95% (seeds)"] if several else []), "Δ 95% (images)"]
     columns += ["val", *(f"head {head}" for head in heads), "calibration error"]
     rows = []
     for row in summary["rows"]:
         against = row["against"] or {}
         over = against.get("intervals", {})
-        cells = [row["variant"], str(len(row["seeds"])), percent(row["top1"])]
+        cells = [row["variant"], *([chosen[row["variant"]] or "as it stands"] if chosen else [])]
+        cells += [str(len(row["seeds"])), percent(row["top1"])]
         cells += [percent(row["sd"]), _bounds(row["intervals"]["seeds"])] if several else []
         cells += [_bounds(row["intervals"]["images"]), points(against.get("difference"))]
         cells += [_bounds(over.get("seeds"), signed=True)] if several else []
@@ -111,13 +127,15 @@ def build_table(summary: Mapping[str, Any]) -> Table:
 
 
 def write_summary(summary: Mapping[str, Any], output: Path) -> None:
-    """Write ``results.json``, ``table.md``, ``table.csv``, ``table.tex`` and ``chart.png``.
+    """Write ``results.json``, ``table.md``, ``.csv``, ``.tex`` and ``chart.png``; after tuning ``tuning.md``, ... too.
 
     Raises:
         CrossXError: If one cannot be written.
     """
     write_json(output / "results.json", summary)
     build_table(summary).write(output / "table")
+    if summary["tuning"]:
+        build_tuning_table(summary["tuning"]).write(output / "tuning")
     bars = [
         Bar(row["variant"], row["values"], row["intervals"]["images"])
         for row in summary["rows"]

@@ -56,16 +56,18 @@ def run(arguments: Sequence[str]) -> int:
             raise UsageError(reason)
     suite = load_suite(options.suite)
 
-    from crossx.ablation.runner import Trial, check_trials, plan, run_trials
+    from crossx.ablation.runner import Trial, check_trials, plan, plan_tuning, run_trials
     from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
+    from crossx.ablation.tuning import build_tuning_table, choose_alternatives, describe_tuning
     from crossx.cli.fit_options import parse_fit
 
     check_reference(suite, options.against)
     base = parse_fit(rest).config
     output = Path(options.output)
+    search = plan_tuning(suite, base, options.seeds[0], output)
     trials = plan(suite, base, options.seeds, output)
-    check_trials(trials)
-    finished = 0
+    check_trials(search or trials, tuned=bool(search))
+    finished, total = 0, len(search) + len(trials)
     start = time.monotonic()
 
     def report(trial: Trial, reason: str | None) -> None:
@@ -73,24 +75,27 @@ def run(arguments: Sequence[str]) -> int:
         finished += 1
         text = f"failed: {reason}" if reason else "done"
         minutes = (time.monotonic() - start) / 60
-        print(
-            f"[{finished}/{len(trials)}, {minutes:.0f} min] {trial.variant}, seed {trial.seed}: {text}",
-            flush=True,
-        )
+        print(f"[{finished}/{total}, {minutes:.0f} min] {trial}: {text}", flush=True)
 
     with locked_folder(output, "running trainings in it"):
         try:
+            untrained = run_trials(search, options.jobs, report, test=False)
+            chosen = choose_alternatives(search, untrained)
+            tuning = describe_tuning(suite, search, untrained, chosen)
+            trials = plan(suite, base, options.seeds, output, chosen)
             failed = run_trials(trials, options.jobs, report)
         except KeyboardInterrupt as interrupt:
             raise Stopped(
-                f"stopped after {finished} of {len(trials)}; the same command goes on from there."
+                f"stopped after {finished} of {total}; the same command goes on from there."
             ) from interrupt
-        summary = summarize_suite(suite, trials, failed, options.against)
+        summary = summarize_suite(suite, trials, failed, options.against, tuning)
         write_summary(summary, output)
+    if tuning:
+        print(f"\n{build_tuning_table(tuning).to_markdown()}")
     print(f"\n{build_table(summary).to_markdown()}")
     print(
         f"results: {output / 'results.json'}; table: {output / 'table.md'}, .csv, .tex; chart: {output / 'chart.png'}"
     )
-    for trial, reason in failed.items():
-        print(f"failed: {trial.variant}, seed {trial.seed}: {reason} (log: {trial.log})")
-    return 1 if failed else 0
+    for trial, reason in {**untrained, **failed}.items():
+        print(f"failed: {trial}: {reason} (log: {trial.log})")
+    return 1 if untrained or failed else 0

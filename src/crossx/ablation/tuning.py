@@ -1,0 +1,85 @@
+"""The choice of each variant's options on validation, with as many trainings for every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crossx.ablation.runner import Trial
+from crossx.ablation.suite import Changes, Suite
+from crossx.report.tables import Table, percent
+from crossx.runs import read_json
+
+
+def choose_alternatives(trials: Sequence[Trial], failed: Mapping[Trial, str]) -> dict[str, int]:
+    """Return variant -> the alternative with the best validation accuracy, the earlier of equals.
+
+    Args:
+        trials: See ``plan_tuning``; those that are not in ``failed`` are trained.
+        failed: Trial -> reason. A variant of which all failed keeps its options.
+    """
+    chosen: dict[str, int] = {}
+    best: dict[str, float] = {}
+    for trial in trials:
+        accuracy = -1.0 if trial in failed else read_validation(trial)
+        if accuracy > best.get(trial.variant, float("-inf")):
+            chosen[trial.variant], best[trial.variant] = trial.alternative, accuracy
+    return chosen
+
+
+def describe_tuning(
+    suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str], chosen: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return a row a training of the search, for JSON: its changes, validation accuracy, and whether it was chosen."""
+    return [
+        {
+            "variant": trial.variant,
+            "alternative": trial.alternative,
+            "changes": alternative(suite, trial.variant, trial.alternative),
+            "seed": trial.seed,
+            "val_top1": None if trial in failed else read_validation(trial),
+            "chosen": trial.alternative == chosen[trial.variant],
+        }
+        | ({"failed": failed[trial]} if trial in failed else {})
+        for trial in trials
+    ]
+
+
+def alternative(suite: Suite, variant: str, number: int) -> Changes:
+    """Return what a variant's alternative changes further; nothing for 0."""
+    return suite.tune[variant][number - 1] if number else {}
+
+
+def describe_changes(changes: Changes) -> str:
+    """Return changes as they are given on the command line: ``optim.lr 0.04``."""
+    return ", ".join(
+        f"{section}.{option} {value}"
+        for section, options in changes.items()
+        for option, value in options.items()
+    )
+
+
+def build_tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of what ``describe_tuning`` returned."""
+    seeds = sorted({row["seed"] for row in rows})
+    caption = (
+        f"Validation accuracy of every training of the search, percent; seed {', '.join(map(str, seeds))}. "
+        "The best of each variant is chosen, the first of equals."
+    )
+    cells = [
+        [
+            row["variant"],
+            describe_changes(row["changes"]) or "as it stands",
+            percent(row["val_top1"]) if "failed" not in row else "failed",
+            "chosen" if row["chosen"] else "",
+        ]
+        for row in rows
+    ]
+    return Table(["variant", "options", "val", "choice"], cells, caption)
+
+
+def read_validation(trial: Trial) -> float:
+    """Return the validation accuracy of the weights that a trained run ended with."""
+    epochs = read_json(trial.run.path / "metrics.json")["epochs"]
+    accuracy: float = epochs[trial.run.read_info()["selection"]["epoch"] - 1]["val/top1"]
+    return accuracy
