@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from crossx.errors import CrossXError, UsageError, first_line
 
@@ -67,6 +68,13 @@ def download_model(model: HubModel) -> Path:
             cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """A progress bar that leaves nothing behind, and is not drawn where stderr is no terminal."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "leave": False, "disable": None})
 
     try:
         folder = snapshot_download(
@@ -75,6 +83,7 @@ def download_model(model: HubModel) -> Path:
             allow_patterns=list(TAKEN),
             library_name=LIBRARY,
             library_version=metadata.version(LIBRARY),
+            tqdm_class=Bar,
         )
     except Exception as error:
         reason = _why_not_downloaded(model, error)
@@ -154,7 +163,7 @@ def _why_not_downloaded(model: HubModel, error: Exception) -> str:
                 "unset HF_HUB_OFFLINE."
             )
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return f"the Hugging Face Hub does not give the model ({_said(error)}). Check the path or the name, and the network."
+    return f"the Hugging Face Hub does not give the model ({_said(error)}). Check the name and the network."
 
 
 def _why_not_uploaded(error: Exception) -> str:
@@ -175,7 +184,8 @@ def _why_not_uploaded(error: Exception) -> str:
 
 def _said(error: Exception) -> str:
     """Return what a server or library said, on one line."""
-    return first_line(error).removesuffix(":") or type(error).__name__
+    server = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return ": ".join(filter(None, (first_line(error).rstrip(":"), server.rstrip("."))))
 
 
 def _is_offline() -> bool:

@@ -128,8 +128,8 @@ def _check_spec(values: Mapping[str, Any]) -> None:
     classes = values["classes"]
     if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
         raise TypeError("classes is no list of names")
-    if not classes or len(set(classes)) < len(classes):
-        raise TypeError("classes is empty or names one twice")
+    if not classes:
+        raise TypeError("classes is empty")
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,9 @@ class Run:
             UsageError: If neither is there to be written to.
         """
         if output is None and self.hub:
+            words = self.hub.replace("@", " --revision ")
             raise UsageError(
-                f"{self.hub}: a model on the Hub has no folder for results. Get it with `hf download {self.hub} "
+                f"{self.hub}: a model on the Hub has no folder for results. Get it with `hf download {words} "
                 "--local-dir DIR`, and name DIR."
             )
         return Path(output) if output is not None else self.path

@@ -39,11 +39,11 @@ def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> 
     named = ranked if len(ranked) <= MAX_NAMED else ranked[:NAMED_WORST]
     figure = Figure(figsize=(9, max(2.6, 0.9 + 0.24 * len(named))), dpi=DPI, layout="constrained")
     if named is ranked:
-        _draw_named(figure.subplots(), named, mean)
+        _draw_named(figure.subplots(), named, mean, BAR)
     else:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _draw_all(left, ranked, mean, len(named))
-        _draw_named(right, named, mean)
+        _draw_named(right, named, mean, WORST)
     figure.suptitle(title, fontsize=11, parse_math=False)
     with atomic_path(path) as temporary, warnings.catch_warnings():
         # names in a script that no font here has become boxes; the card's table has them whole
@@ -64,9 +64,9 @@ def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -
     _trim(axes)
 
 
-def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float) -> None:
+def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) -> None:
     places = range(len(rows))
-    axes.barh(places, [100 * row.accuracy for row in rows], height=0.7, color=WORST if mean < 1 else BAR)
+    axes.barh(places, [100 * row.accuracy for row in rows], height=0.7, color=colour)
     axes.axvline(100 * mean, color=MEAN, linewidth=1, linestyle="--")
     for place, row in zip(places, rows, strict=True):
         axes.annotate(
