@@ -112,7 +112,7 @@ def write_card(
         .get_template("model_card.md.j2")
         .render(
             metadata=_metadata(facts, repository, license).to_yaml(),
-            name=repository.partition("/")[2] if repository else facts.name,
+            name=_title(facts, repository),
             address=repository or f"USER/{facts.name}",
             spec=spec,
             description=_summary(facts.method),
@@ -159,6 +159,10 @@ def _environment() -> Environment:
     )
 
 
+def _title(facts: Facts, repository: str | None) -> str:
+    return repository.partition("/")[2] if repository else facts.name
+
+
 def _metadata(facts: Facts, repository: str | None, license: str | None) -> ModelCardData:
     check_license(license)
     spec, results = facts.spec, facts.results
@@ -171,7 +175,7 @@ def _metadata(facts: Facts, repository: str | None, license: str | None) -> Mode
         datasets=[spec.dataset] if public else None,
         metrics=["accuracy"] if results else None,
         base_model=_base_model(facts.info),
-        model_name=repository.partition("/")[2] if repository else facts.name,
+        model_name=_title(facts, repository) if results else None,
         eval_results=_eval_results(facts) or None,
     )
 
