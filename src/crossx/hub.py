@@ -68,13 +68,13 @@ def download_model(model: HubModel) -> Path:
             cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """A progress bar that leaves nothing behind, and is not drawn where stderr is no terminal."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "leave": False, "disable": None})
+            super().__init__(*args, **{**options, "leave": False, "disable": None})  # type: ignore[no-untyped-call]
 
     try:
         folder = snapshot_download(

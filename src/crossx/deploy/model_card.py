@@ -127,6 +127,7 @@ def write_card(
             selected=_describe_selection(results.get("selection") or {}),
             notices=_notices(facts),
             confidence=_describe_confidence(results),
+            numbered=str(facts.info.get("class_names", "")).startswith("numbered"),
             worst=_worst_table(facts.classes),
             confused=_confusions_table(results.get("confused_pairs") or []),
             training=_training(facts.config, spec),
