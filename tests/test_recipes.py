@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from crossx import recipes
 from crossx.errors import UsageError
-from crossx.recipes import Recipe, Setting, list_recipes, load_recipe
+from crossx.recipes import Recipe, Setting, list_recipes, load_recipe, model_name, model_names
 
 FILES = sorted(Path(recipes.__file__).parent.glob("*.yaml"))
 
@@ -195,3 +196,41 @@ def test_a_base_that_is_not_there_names_the_file(tmp_path):
         UsageError, match=r"mine.yaml: base: unknown recipe .*Did you mean 'crossx_cub_resnet50'"
     ):
         load_recipe(path)
+
+
+def test_every_recipe_has_a_model_name_that_leads_back_to_it() -> None:
+    names = model_names()
+    assert sorted(names.values()) == list_recipes()
+    for name, recipe in names.items():
+        assert load_recipe(name).to_dict() == load_recipe(recipe).to_dict()
+        assert re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("crossx_cub_resnet50", "crossx_resnet50.cub_448"),
+        ("crossx_cub_resnet50_released", "crossx_resnet50.cub_448_released"),
+        ("plain_cars_senet50", "plain_legacy_seresnet50.cars_448"),
+        ("crossx_mobilenetv2_160", "crossx_mobilenetv2_035.cub_160"),
+        ("finetune", "crossx_convnext_tiny.folder_384"),
+    ],
+)
+def test_a_model_is_named_as_timm_names_models(recipe: str, name: str) -> None:
+    assert model_names()[name] == recipe
+
+
+def test_a_trained_network_has_the_name_of_its_recipe() -> None:
+    assert model_names()[model_name("crossx", "resnet50.tv_in1k", "cub", 448)] == "crossx_cub_resnet50"
+
+
+def test_own_file_builds_on_a_model_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: crossx_resnet50.cub_448\nseed: 3\n")
+    expected = {**load_recipe("crossx_cub_resnet50").to_dict(), "seed": 3}
+    assert load_recipe(mine).to_dict() == expected
+
+
+def test_a_misspelt_model_name_is_suggested() -> None:
+    with pytest.raises(UsageError, match=r"Did you mean 'crossx_resnet50\.cub_448'"):
+        load_recipe("crossx_resnet50.cub_44")

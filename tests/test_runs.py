@@ -21,6 +21,7 @@ from crossx.runs import (
     write_json,
     write_text,
 )
+from refusals import refusal
 
 SPEC = ModelSpec(
     method="crossx",
@@ -55,6 +56,41 @@ def test_spec_of_another_version_or_kind() -> None:
     del values["classes"]
     with pytest.raises(CrossXError, match=r"model.json: not a model description of crossx .'classes'"):
         ModelSpec.from_json(values, Path("model.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"backbone": "hf-hub:evil/model"}, "backbone is no plain name"),
+        ({"backbone": ["resnet18"]}, "backbone is no plain name"),
+        ({"classes": "abc"}, "classes is no list of names"),
+        ({"classes": [1, 2]}, "classes is no list of names"),
+        ({"classes": []}, "classes is empty"),
+        ({"options": [1]}, "options is no mapping"),
+        ({"levels": ["family"]}, "levels is no mapping"),
+        (
+            {"preprocessing": {**SPEC.to_json()["preprocessing"], "crop": 3}},
+            "unexpected keyword argument 'crop'",
+        ),
+        ({"preprocessing": {}}, "'mean'"),
+    ],
+)
+def test_spec_of_a_stranger_is_checked(change: dict[str, object], reason: str) -> None:
+    line = refusal(ModelSpec.from_json, {**SPEC.to_json(), **change}, Path("model.json"))
+    assert line.startswith("model.json: not a model description of crossx (")
+    assert reason in line
+
+
+def test_results_are_those_of_the_weights(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "model.safetensors", "checkpoints/best.ckpt")
+    assert run.read_results(run.weights) == {}
+    results = {"weights": "model.safetensors", "top1": 0.5}
+    write_json(tmp_path / "test.json", results)
+    assert run.read_results(run.weights) == results
+    assert run.read_results(run.weights, "val") == run.read_results(run.best) == {}
+    later = (tmp_path / "test.json").stat().st_mtime + 1
+    os.utime(run.weights, (later, later))
+    assert run.read_results(run.weights) == {}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, UsageError
+from crossx.hub import HubModel, download_model
 
 SCHEMA = 1
 PACKAGES = ("crossx", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
@@ -91,13 +92,14 @@ class ModelSpec:
         """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
 
         Raises:
-            CrossXError: If a key is missing or the schema is newer than this version reads.
+            CrossXError: If a key is missing or of the wrong type, or the schema is newer than this version reads.
         """
         if values.get("schema") != SCHEMA:
             raise CrossXError(
                 f"{source}: schema {values.get('schema')!r}, this version of crossx reads {SCHEMA}: upgrade crossx."
             )
         try:
+            _check_spec(values)
             prep = dict(values["preprocessing"])
             prep["mean"], prep["std"] = tuple(prep["mean"]), tuple(prep["std"])
             return cls(
@@ -114,11 +116,33 @@ class ModelSpec:
             raise CrossXError(f"{source}: not a model description of crossx ({error}).") from error
 
 
+def _check_spec(values: Mapping[str, Any]) -> None:
+    """Check what ``model.json`` says, for it may come from a stranger; raises KeyError or TypeError."""
+    for key in ("method", "backbone", "dataset"):
+        if not isinstance(values[key], str) or ":" in values[key]:
+            raise TypeError(f"{key} is no plain name")
+    mappings = {key: values[key] for key in ("options", "backbone_args", "preprocessing")}
+    for key, value in (mappings | {"levels": values.get("levels", {})}).items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{key} is no mapping")
+    classes = values["classes"]
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise TypeError("classes is no list of names")
+    if not classes:
+        raise TypeError("classes is empty")
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run folder. Every path below it is a property, so that no other file spells them."""
+    """A run folder. Every path below it is a property, so that no other file spells them.
+
+    Attributes:
+        path: The folder.
+        hub: The name on the Hub of a model that was downloaded; its folder is the Hub's cache, and is not written to.
+    """
 
     path: Path
+    hub: str = ""
 
     @property
     def config(self) -> Path:  # noqa: D102
@@ -156,9 +180,35 @@ class Run:
         """Read ``run.json``, empty where there is none."""
         return read_json(self.info) if self.info.is_file() else {}
 
+    def read_results(self, weights: Path, split: str = "test") -> dict[str, Any]:
+        """Read what ``crossx test`` found on ``split``, empty where it did not test these weights."""
+        path = self.path / f"{split}.json"
+        if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
+            return {}
+        results = read_json(path)
+        return results if results.get("weights") == os.path.relpath(weights, self.path) else {}
+
+    def results_folder(self, output: str | Path | None = None) -> Path:
+        """Return the folder for results: ``output``, by default the run folder.
+
+        Raises:
+            UsageError: If neither is there to be written to.
+        """
+        if output is None and self.hub:
+            words = self.hub.replace("@", " --revision ")
+            raise UsageError(
+                f"{self.hub}: a model on the Hub has no folder for results. Get it with `hf download {words} "
+                "--local-dir DIR`, and name DIR."
+            )
+        return Path(output) if output is not None else self.path
+
 
 def open_run(path: str | Path) -> tuple[Run, Path]:
-    """Resolve what a user calls RUN: a run folder or a checkpoint file in one.
+    """Resolve what a user calls RUN: a run folder, a checkpoint file in one, or a model on the Hugging Face Hub.
+
+    Args:
+        path: A folder made by ``crossx fit`` or ``crossx share``, a checkpoint file in one, or, where there is no
+            such path, ``user/name``, ``user/name@revision`` or ``hf-hub:user/name`` as text.
 
     Returns:
         The run and the weights to load: the file given, else ``model.safetensors``, else ``best.ckpt``, else
@@ -169,6 +219,10 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
     """
     given = Path(path)
     if not given.exists():
+        model = HubModel.parse(path) if isinstance(path, str) else None
+        if model is not None:
+            run = Run(download_model(model), hub=str(model))
+            return run, run.weights
         raise CrossXError(f"{given}: no such run folder or checkpoint file.")
     if given.is_file():
         for folder in (given.parent, given.parent.parent):

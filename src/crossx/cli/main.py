@@ -26,6 +26,7 @@ VERBS = {
     "report": "write an HTML page about a trained network",
     "predict": "name what is on images",
     "explain": "draw where a network looks: maps of every part and stage over images",
+    "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",
     "import-released": "make a run of a checkpoint that the authors of Cross-X released",
@@ -50,7 +51,7 @@ examples:
   crossx test runs/mine
   crossx predict runs/mine bird.jpg
 
-RUN is a run folder, or a checkpoint file in one, in every verb.
+RUN is a run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub, in every verb.
 """
 
 INTERRUPTED = 130

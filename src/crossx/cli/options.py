@@ -67,7 +67,11 @@ def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageE
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument RUN."""
-    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint file in one")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub",
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crossx.cli.options import VerbParser, add_device, add_loading, add_run
 from crossx.errors import UsageError
-from crossx.runs import open_run, read_json, write_json
+from crossx.runs import open_run, write_json
 
 FINAL = ("finished", "imported", None)
 """Values of a run's status that leave nothing to be trained; None is that of a folder without run.json."""
@@ -204,11 +203,7 @@ def _compare(options: argparse.Namespace) -> None:
 def is_tested(path: str, options: argparse.Namespace) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
-    results = run.path / f"{options.split}.json"
-    if options.root or options.dataset or not results.is_file():
-        return False
-    same = read_json(results).get("weights") == os.path.relpath(weights, run.path)
-    return same and results.stat().st_mtime >= weights.stat().st_mtime
+    return not (options.root or options.dataset) and bool(run.read_results(weights, options.split))
 
 
 def _percent(value: float, interval: Sequence[float] | None = None) -> str:

@@ -27,7 +27,7 @@ from crossx.evaluation.tables import write_table
 from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec
+from crossx.runs import ModelSpec, Run, open_run
 
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
 """An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
@@ -88,7 +88,10 @@ class Predictor:
         method: The network: images (B, 3, H, W) to logits (B, K).
         spec: What ``model.json`` of the run says.
         device: Where the network is.
+        origin: The run and the file of weights that it was loaded from; None for a network made otherwise.
     """
+
+    origin: tuple[Run, Path] | None = None
 
     def __init__(self, method: Method, spec: ModelSpec, device: str | torch.device = "auto") -> None:
         self.device = select_device(device)
@@ -99,15 +102,79 @@ class Predictor:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto") -> Predictor:
-        """Load a run folder (its selected weights) or a checkpoint file in one.
+        """Load a run folder (its selected weights), a checkpoint file in one, or a model on the Hugging Face Hub.
+
+        Args:
+            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``.
+            device: See ``select_device``.
 
         Raises:
             UsageError: If there is no such device.
-            CrossXError: If there is no such run, or it has no weights that fit.
+            CrossXError: If there is no such run or model, or it has no weights that fit.
         """
         chosen = select_device(device)
-        method, spec = load_method(path)
-        return cls(method, spec, chosen)
+        origin = open_run(path)
+        method, spec = load_method(origin[1])
+        predictor = cls(method, spec, chosen)
+        predictor.origin = origin
+        return predictor
+
+    def save_pretrained(
+        self, folder: str | Path, *, license: str | None = None, images: Iterable[ImageInput] = ()
+    ) -> Path:
+        """Write the network into a folder to share: safetensors, JSON, a model card and figures.
+
+        ``crossx.load(folder)`` gives the same network again. The card gives the results of ``crossx test`` where
+        the network was loaded from a run that has them.
+
+        Args:
+            folder: A new or empty folder, or one that was written so before, whose files are written anew.
+            license: The Hub's identifier of the licence of the weights (``apache-2.0``); None leaves it open.
+            images: Images to show activation maps of in the card. They are published: they must be yours to give.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UsageError: If the folder holds something else, or ``license`` cannot be an identifier.
+            CrossXError: If an image cannot be read, or the folder cannot be written to.
+        """
+        from crossx.deploy.sharing import save_pretrained
+
+        return save_pretrained(self, folder, license=license, images=images)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        images: Iterable[ImageInput] = (),
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to the Hugging Face Hub.
+
+        Args:
+            name: ``user/name``; made where it is not there yet.
+            private: Whether a new repository is visible to its owner alone.
+            token: An access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: Branch to upload to, made where it is not there yet; the main one by default.
+            license: See ``save_pretrained``.
+            images: See ``save_pretrained``.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UsageError: If ``name`` is no name of a repository, or ``license`` cannot be an identifier.
+            CrossXError: If an image cannot be read, or the Hub cannot be reached or refuses.
+        """
+        from crossx.deploy.sharing import push_to_hub
+
+        return push_to_hub(
+            self, name, private=private, token=token, revision=revision, license=license, images=images
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def report_path(run: str | Path, split: str = "test", output: str | Path | None 
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    path = Path(output) if output is not None else open_run(run)[0].path / split / "report.html"
+    path = Path(output) if output is not None else open_run(run)[0].results_folder() / split / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{path}: the report is one HTML page: give --output a name that ends in .html.")
     if path.is_dir():

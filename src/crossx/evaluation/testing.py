@@ -224,7 +224,7 @@ def prepare_test(
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     run, weights = open_run(path)
-    folder = Path(output) if output is not None else run.path
+    folder = run.results_folder(output)
     check_writable(folder)
     target_device = select_device(device)
     method, spec = load_method(path)

@@ -44,6 +44,9 @@ class Method(nn.Module, ABC):
     supports_soft_targets: ClassVar[bool] = True
     """Whether ``objective`` takes (B, K) class probabilities as targets (Mixup, CutMix)."""
 
+    citation: ClassVar[str] = ""
+    """BibTeX of the publication, for the card of a shared model; empty where there is none."""
+
     name: str = ""
     """The registered name; set by ``create_method``."""
 

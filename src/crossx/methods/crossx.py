@@ -50,6 +50,15 @@ class CrossX(Method):
         UsageError: For an option that cannot work.
     """
 
+    citation = """\
+@inproceedings{luo2019crossx,
+  title     = {Cross-X Learning for Fine-Grained Visual Categorization},
+  author    = {Luo, Wei and Yang, Xitong and Mo, Xianjie and Lu, Yuheng and Davis, Larry S. and Li, Jun and Yang, Jian
+               and Lim, Ser-Nam},
+  booktitle = {ICCV},
+  year      = {2019}
+}"""
+
     def __init__(
         self,
         backbone: Backbone,

@@ -4,6 +4,9 @@ A recipe holds the sections of ``crossx fit`` (``model``, ``data``, ``optim``, `
 (``seed``, ``output``). ``base: NAME`` or ``base: [NAME, ...]`` takes the values of other recipes first, left to
 right, and what the recipe itself says overrides them; a file of one's own can name a packaged recipe as its base.
 Files whose name starts with an underscore are parts that only serve as a base.
+
+What a recipe trains has a name as timm's models have one, ``architecture.tag``, which stands for the recipe wherever
+its own name does: ``crossx_resnet50.cub_448`` is ``crossx_cub_resnet50``.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +24,8 @@ import yaml
 from crossx.errors import CrossXError, UsageError, nearest
 
 SECTIONS = ("model", "data", "optim", "trainer")
+RELEASED = "_released"
+"""How the names of the recipes end that follow the released code and not the paper."""
 
 Key: TypeAlias = tuple[str, ...]
 """``("seed",)`` or ``("optim", "lr")``."""
@@ -94,11 +100,44 @@ def list_recipes() -> list[str]:
     return [name for name in _packaged() if not name.startswith("_")]
 
 
+def architecture(method: str, backbone: str) -> str:
+    """Return the timm-style name of a network: ``crossx_resnet50``; the backbone's weight tag is left out."""
+    return f"{method}_{backbone.partition('.')[0]}"
+
+
+def model_name(method: str, backbone: str, dataset: str, image_size: int) -> str:
+    """Return the timm-style name of a trained network: ``crossx_resnet50.cub_448``.
+
+    Args:
+        method: A registered method.
+        backbone: A timm name.
+        dataset: Name of the dataset.
+        image_size: Side of the crop that the network sees, in pixels.
+    """
+    return f"{architecture(method, backbone)}.{dataset}_{image_size}"
+
+
+@cache
+def model_names() -> Mapping[str, str]:
+    """Return model name -> packaged recipe that trains it, sorted by recipe."""
+    return {_model_name(load_recipe(name)): name for name in list_recipes()}
+
+
+def _model_name(recipe: Recipe) -> str:
+    name = model_name(
+        recipe.get("model", "method"),
+        recipe.get("model", "backbone"),
+        recipe.get("data", "dataset"),
+        recipe.get("data", "image_size"),
+    )
+    return name + RELEASED if recipe.name.endswith(RELEASED) else name
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """Read a packaged recipe or a YAML file and fill in its bases.
 
     Args:
-        name: A packaged name (see ``list_recipes``) or the path of a YAML file.
+        name: A packaged name (see ``list_recipes``), its model name (see ``model_names``) or the path of a YAML file.
 
     Raises:
         UsageError: If there is no such recipe or file, or the file is no valid recipe.
@@ -131,7 +170,9 @@ def _read(name: str) -> str:
         return resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        hint = nearest(name, list_recipes())
+        if name in model_names():
+            return _read(model_names()[name])
+        hint = nearest(name, [*list_recipes(), *model_names()])
         raise UsageError(f"unknown recipe {name!r}.{hint} `crossx recipes` lists them; a file ends in .yaml.")
     try:
         return path.read_text(encoding="utf-8")

@@ -55,7 +55,7 @@ def render(
             tested=tested,
             results=tested.results,
             info=tested.info,
-            notices=[*_notices(tested.results), *notices],
+            notices=[*result_notices(tested.results), *notices],
             charts=charts,
             curves=charts.training_curves(tested.history, kept),
             history=_history(tested),
@@ -100,7 +100,8 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
 
 
-def _notices(results: Mapping[str, Any]) -> list[str]:
+def result_notices(results: Mapping[str, Any]) -> list[str]:
+    """Return what lessens the worth of a test's results (``SPLIT.json``), one sentence each."""
     notices = []
     if results.get("run_status") not in ("finished", "imported", None):
         notices.append(

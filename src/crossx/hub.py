@@ -1,0 +1,200 @@
+"""Models on the Hugging Face Hub: their names, getting them and putting them there. Imports no torch.
+
+Only safetensors and JSON are taken from the Hub, so that a model of a stranger runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import CrossXError, UsageError, first_line
+
+LIBRARY = "crossx"
+CONFIG, SPEC, WEIGHTS = "config.json", "model.json", "model.safetensors"
+TAKEN = (CONFIG, SPEC, WEIGHTS)
+"""What is downloaded. The Hub counts requests of ``config.json`` as downloads."""
+PREFIX = "hf-hub:"
+LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
+"""A name that ends so means a file."""
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """The name of a model on the Hub.
+
+    Attributes:
+        repository: ``user/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        explicit: Whether ``hf-hub:`` stood before it, so that no folder can have been meant.
+    """
+
+    repository: str
+    revision: str | None = None
+    explicit: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> HubModel | None:
+        """Read ``user/name``, ``user/name@revision``, either after ``hf-hub:``; None for what can only be a path.
+
+        Raises:
+            UsageError: If ``hf-hub:`` stands before something else.
+        """
+        explicit = text.startswith(PREFIX)
+        repository, at, revision = text.removeprefix(PREFIX).partition("@")
+        user, _, name = repository.partition("/")
+        named = bool(user and name) and "/" not in name and bool(revision) == bool(at)
+        if explicit and not named:
+            raise UsageError(
+                f"{text!r} names no model: write {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION."
+            )
+        local = user in (".", "..", "~") or name.endswith(LOCAL_SUFFIXES)
+        return cls(repository, revision or None, explicit) if named and (explicit or not local) else None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+
+def download_model(model: HubModel) -> Path:
+    """Download a model, as far as it is not in the Hub's cache, and return its folder there.
+
+    Without a network the cache alone is asked.
+
+    Raises:
+        CrossXError: If there is no such model or revision, it may not be had, it is no model of crossx, or the Hub
+            cannot be reached and the model is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """A progress bar that leaves nothing behind, and is not drawn where stderr is no terminal."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "leave": False, "disable": None})  # type: ignore[no-untyped-call]
+
+    try:
+        folder = snapshot_download(
+            model.repository,
+            revision=model.revision,
+            allow_patterns=list(TAKEN),
+            library_name=LIBRARY,
+            library_version=metadata.version(LIBRARY),
+            tqdm_class=Bar,
+        )
+    except Exception as error:
+        reason = _why_not_downloaded(model, error)
+        place = "" if model.explicit else "no such run folder or checkpoint file, and "
+        raise CrossXError(f"{model}: {place}{reason}") from error
+    missing = [name for name in (SPEC, WEIGHTS) if not os.path.exists(os.path.join(folder, name))]
+    if missing:
+        raise CrossXError(
+            f"{model}: the model on the Hugging Face Hub was not made by crossx (no {missing[0]}). Only models "
+            "shared by `crossx share` can be loaded."
+        )
+    return Path(folder)
+
+
+def upload_model(
+    folder: Path,
+    model: HubModel,
+    *,
+    files: list[str],
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Upload a model in one commit, making the repository and the branch where there are none.
+
+    Args:
+        folder: Where the files lie.
+        model: Where they go; the revision is a branch.
+        files: Names of the files in ``folder``; nothing else is uploaded.
+        private: Whether a new repository is visible to its owner alone.
+        token: An access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        CrossXError: If the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    version = metadata.version(LIBRARY)
+    api = HfApi(token=token, library_name=LIBRARY, library_version=version)
+    try:
+        address = api.create_repo(model.repository, private=private or None, exist_ok=True)
+        if model.revision:
+            api.create_branch(model.repository, branch=model.revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=model.repository,
+            folder_path=folder,
+            revision=model.revision,
+            allow_patterns=files,
+            commit_message=f"Upload a model of crossx {version}",
+        )
+    except Exception as error:
+        raise CrossXError(f"{model}: not uploaded: {_why_not_uploaded(error)}") from error
+    return str(address)
+
+
+def _why_not_downloaded(model: HubModel, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"the model on the Hugging Face Hub is gated: ask for access at {_address(model)} and log in with "
+            "`hf auth login`."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return (
+            "no such model on the Hugging Face Hub. Check the path or the name; for a private model log in with "
+            "`hf auth login`."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the model on the Hugging Face Hub has no revision {model.revision!r}: see {_address(model)}/tree."
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if _is_offline():
+            return (
+                "the model was not downloaded before, and HF_HUB_OFFLINE forbids to do it now. Check the path, or "
+                "unset HF_HUB_OFFLINE."
+            )
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"the Hugging Face Hub does not give the model ({_said(error)}). Check the name and the network."
+
+
+def _why_not_uploaded(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+        return (
+            f"the Hugging Face Hub refuses ({_said(error)}). Log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write there."
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"{_said(error)}."
+    if _is_offline():
+        return "HF_HUB_OFFLINE is set. Unset it, or use --output DIR."
+    return f"the Hugging Face Hub does not take it ({_said(error)}). Try again later."
+
+
+def _said(error: Exception) -> str:
+    """Return what a server or library said, on one line."""
+    server = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return ": ".join(filter(None, (first_line(error).rstrip(":"), server.rstrip("."))))
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _address(model: HubModel) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{model.repository}"

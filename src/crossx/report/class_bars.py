@@ -1,0 +1,93 @@
+"""The accuracy of each class as a picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from crossx.report.classes import ClassRow
+from crossx.runs import atomic_path
+
+DPI = 150
+BAR, WORST, MEAN = "#56b4e9", "#d55e00", "#003a5c"
+"""Told apart with every common colour vision deficiency and in grey (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
+MAX_NAMED = 20
+"""Up to so many classes each has its name; of more, the ``NAMED_WORST`` worst have."""
+NAMED_WORST = 12
+MAX_NAME_LENGTH = 34
+
+
+def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> None:
+    """Draw the accuracy of each class as a PNG, the worst class first, with the mean over the classes.
+
+    Of more than ``MAX_NAMED`` classes the left half shows all, without names, and the right half the worst by name.
+
+    Args:
+        rows: At least one class, each with at least one image.
+        path: The PNG file to write.
+        title: Printed above.
+
+    Raises:
+        CrossXError: If the file cannot be written.
+    """
+    ranked = sorted(rows, key=lambda row: row.accuracy)
+    mean = sum(row.accuracy for row in rows) / len(rows)
+    named = ranked if len(ranked) <= MAX_NAMED else ranked[:NAMED_WORST]
+    figure = Figure(figsize=(9, max(2.6, 0.9 + 0.24 * len(named))), dpi=DPI, layout="constrained")
+    if named is ranked:
+        _draw_named(figure.subplots(), named, mean, BAR)
+    else:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        _draw_all(left, ranked, mean, len(named))
+        _draw_named(right, named, mean, WORST)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # names in a script that no font here has become boxes; the card's table has them whole
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.savefig(temporary, format="png")
+
+
+def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -> None:
+    colours = [WORST if place < worst else BAR for place in range(len(ranked))]
+    axes.bar(range(len(ranked)), [100 * row.accuracy for row in ranked], width=1.0, color=colours)
+    axes.axhline(100 * mean, color=MEAN, linewidth=1, linestyle="--", label=f"mean {100 * mean:.1f}%")
+    axes.set_xlim(-0.5, len(ranked) - 0.5)
+    axes.set_ylim(0, 100)
+    axes.set_xticks([])
+    axes.set_xlabel(f"{len(ranked)} classes, the worst first", fontsize=9)
+    axes.set_ylabel("accuracy, %", fontsize=9)
+    axes.legend(loc="lower right", fontsize=8)
+    _trim(axes)
+
+
+def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) -> None:
+    places = range(len(rows))
+    axes.barh(places, [100 * row.accuracy for row in rows], height=0.7, color=colour)
+    axes.axvline(100 * mean, color=MEAN, linewidth=1, linestyle="--")
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(
+            f"{round(row.accuracy * row.n)} of {row.n}",
+            (0, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(places, [_shortened(row.name) for row in rows], fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"accuracy, % (dashed: mean over the classes, {100 * mean:.1f}%)", fontsize=9)
+    _trim(axes)
+
+
+def _trim(axes: Axes) -> None:
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

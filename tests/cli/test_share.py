@@ -1,0 +1,94 @@
+"""``crossx share`` and RUN as the name of a model on the Hub."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hub_stub
+import layouts
+from crossx.cli.main import main
+from hub_stub import Hub
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.chdir(tmp_path)
+    layouts.write_image(tmp_path / "bird.jpg", 0, 0)
+    with hub_stub.serve() as (content, address):
+        hub_stub.use(monkeypatch, address, str(tmp_path / "cache"), token="secret")
+        content.writers.add("secret")
+        yield content
+
+
+def test_a_run_is_shared_and_used_by_its_name(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["share", run, "--hub", "me/birds", "--private", "--license", "mit"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("shared: http://127.0.0.1:")
+    assert f"the model card has no results: run `crossx test {run}` first." in shown.err
+    assert hub.private == {"me/birds"}
+    assert main(["predict", "me/birds", "bird.jpg", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert main(["predict", run, "bird.jpg", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["predict", "me/birds", ".", "--output", "../out", "--device", "cpu"]) == 0
+    assert main(["explain", "me/birds", "bird.jpg", "--output", "maps", "--device", "cpu"]) == 0
+    assert Path("maps/bird.png").is_file()
+
+
+def test_a_folder_is_shared(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["share", run, "--output", "shared", "--figure", "bird.jpg"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "shared: shared\n"
+    assert "--license ID names one" in shown.err
+    assert "activation_maps.png" in ModelCard.load(Path("shared/README.md")).text
+    assert main(["predict", "shared", "bird.jpg", "--device", "cpu"]) == 0
+    assert hub.requests == []
+
+
+@pytest.fixture
+def refused(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def call(code: int, *words: str) -> str:
+        assert main([run if word == "RUN" else word for word in words]) == code
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "expected"),
+    [
+        (2, "share RUN", "where to? Give either --output DIR or --hub USER/NAME."),
+        (2, "share RUN --output a --hub me/a", "where to? Give either"),
+        (2, "share RUN --output a --private", "--private belongs to --hub"),
+        (2, "share RUN --hub birds", "'birds' names no repository"),
+        (2, "share RUN --output a --license CC_BY", "license 'CC_BY' is no identifier"),
+        (2, "share RUN --output .", ".: holds other files (bird.jpg)"),
+        (1, "share nowhere --output a", "nowhere: no such run folder or checkpoint file"),
+        (1, "share RUN --output a --figure none.jpg", "none.jpg: no such file"),
+        (1, "predict me/none bird.jpg", "no such run folder or checkpoint file, and no such model on the"),
+        (2, "test me/none --split no", "unknown split"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    refused: Callable[..., str], code: int, words: str, expected: str
+) -> None:
+    assert expected in refused(code, *words.split())
+    assert not Path("a/model.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["test", "report"])
+def test_results_of_a_model_on_the_hub_have_no_place(
+    hub: Hub, run: str, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    assert main(["share", run, "--hub", "me/birds", "--license", "mit"]) == 0
+    capsys.readouterr()
+    assert "`hf download me/birds --local-dir DIR`" in refused(2, verb, "me/birds")
