@@ -41,6 +41,16 @@ def test_names_on_the_hub_are_told_from_paths(text: str, expected: HubModel | No
 
 
 @pytest.mark.parametrize("text", ["hf-hub:", "hf-hub:birds", "hf-hub:me/birds@", "hf-hub:a/b/c"])
+def test_a_slip_in_a_folder_that_is_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert HubModel.parse("runs/mien") is not None
+    (tmp_path / "runs").mkdir()
+    assert HubModel.parse("runs/mien") is None
+    assert HubModel.parse("hf-hub:runs/mien") is not None
+
+
 def test_a_prefix_before_no_name_is_refused(text: str) -> None:
     assert refusal(HubModel.parse, text).startswith(f"{text!r} names no model: write hf-hub:USER/NAME")
 

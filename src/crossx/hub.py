@@ -51,7 +51,8 @@ class HubModel:
             raise UsageError(
                 f"{text!r} names no model: write {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION."
             )
-        local = user in (".", "..", "~") or name.endswith(LOCAL_SUFFIXES)
+        # with a folder of that name here, a missing run in it is a slip, and the network is not asked
+        local = user in (".", "..", "~") or name.endswith(LOCAL_SUFFIXES) or os.path.isdir(user)
         return cls(repository, revision or None, explicit) if named and (explicit or not local) else None
 
     def __str__(self) -> str:
