@@ -53,9 +53,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options on which images are tested."""
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+def add_data(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """Add the options on which images are taken, those of ``split`` by default."""
+    parser.add_argument(
+        "--split", default=split, metavar="NAME", help=f"train, val or test (default: {split})"
+    )
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
     parser.add_argument(
         "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
@@ -81,6 +83,9 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
                 f"{kind.removesuffix('s')} {name}": _percent(value) for name, value in results[kind].items()
             }
     rows["calibration error"] = _percent(results["ece"])
+    if results["temperature"] != 1:
+        calibrated = f"{_percent(results['ece_calibrated'])} at temperature {results['temperature']:.3g}"
+        rows["calibration error"] += f", {calibrated}"
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
@@ -207,7 +212,9 @@ def is_tested(path: str, options: argparse.Namespace) -> bool:
     results = run.path / f"{options.split}.json"
     if options.root or options.dataset or not results.is_file():
         return False
-    same = read_json(results).get("weights") == os.path.relpath(weights, run.path)
+    known = read_json(results)
+    same = known.get("weights") == os.path.relpath(weights, run.path)
+    same = same and known.get("temperature", 1.0) == run.read_spec().temperature
     return same and results.stat().st_mtime >= weights.stat().st_mtime
 
 
