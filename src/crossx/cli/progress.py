@@ -28,6 +28,15 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f} images/s", style="progress.data.speed")
 
 
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    RateColumn(),
+    TimeRemainingColumn(),
+)
+
+
 @contextmanager
 def images_bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
     """Show a bar with rate and remaining time on stderr where that is a terminal; it goes when the block ends.
@@ -35,12 +44,5 @@ def images_bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, 
     Gives the bar and its task, for ``update`` and ``advance``.
     """
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar, bar.add_task(what, total=total)
