@@ -27,7 +27,8 @@ import torch
 from crossx.data.images import find_images
 from crossx.deploy.cluster import session
 from crossx.deploy.collection import predict_collection
-from crossx.deploy.predictor import Predictor, write_csv
+from crossx.deploy.outputs import write_csv
+from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe, save_weights
 from crossx.runs import Preprocessing, Run, write_json

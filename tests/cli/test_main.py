@@ -144,7 +144,7 @@ def test_closed_pipe_is_quiet() -> None:
         ),
         (
             ["predict", "run"],
-            "crossx predict: error: the following arguments are required: IMAGE_OR_FOLDER; ",
+            "crossx predict: error: the following arguments are required: IMAGES; ",
         ),
         (
             ["predict", "run", "a.jpg", "--top", "0"],

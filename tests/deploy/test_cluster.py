@@ -107,7 +107,7 @@ def test_a_workers_error_is_an_answer(ray_session, run, photos):
     (shard,) = find_collection(photos, 100).shards
     batch = pa.table({"number": [7], "shard": [pickle.dumps(shard)]})
     attempts = ray.remote(Attempts).options(num_cpus=0).remote()
-    worker = Worker(spec, [ray.put(method.state_dict())], attempts, "cpu", 1, 16)
+    worker = Worker(spec, [ray.put(method.state_dict())], attempts, "cpu", 1, 16, {})
     damaged = {
         "number": 7,
         "part": None,

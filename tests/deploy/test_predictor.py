@@ -1,4 +1,4 @@
-import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 import crossx
-from crossx.data.images import read_image
+from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.deploy import predictor as module
-from crossx.deploy.predictor import Prediction, Predictor, expand_paths, write_csv
+from crossx.deploy.predictor import Prediction, Predictor
 from crossx.errors import CrossXError, UsageError
 from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, save_weights
@@ -156,25 +156,6 @@ def test_streaming_decodes_only_a_little_ahead(predictor, images, monkeypatch):
     assert len(read) < 200
 
 
-def test_expand_paths_goes_through_folders_in_order(tmp_path, images):
-    write_image(tmp_path / "birds" / "nested" / "0.PNG", 0, 0)
-    (tmp_path / "birds" / "notes.txt").touch()
-    expected = [*images, tmp_path / "birds" / "nested" / "0.PNG"]
-    assert expand_paths([tmp_path / "birds"]) == expected
-    assert expand_paths([str(images[3]), images[1]]) == [images[3], images[1]]
-
-
-def test_expand_paths_refuses_what_is_not_there(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path, message in (
-        (tmp_path / "no.jpg", "no such file or folder"),
-        (tmp_path / ("x" * 400), "no such file or folder"),
-        (tmp_path / "empty", "no image in this folder"),
-    ):
-        with pytest.raises(CrossXError, match=message):
-            expand_paths([path])
-
-
 def test_damaged_weights_are_an_error(run, images):
     predictor = Predictor.load(run.path, device="cpu")
     with torch.no_grad():
@@ -231,40 +212,124 @@ def test_unknown_devices_are_refused(run):
         Predictor.load(run.path, device=missing)
 
 
-def read_csv(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_csv_holds_one_row_an_image(predictor, tmp_path, images):
-    empty = tmp_path / "a, b.png"
-    empty.touch()
-    predictions = predictor.predict([images[0], empty], top=3)
-    write_csv(tmp_path / "out.csv", predictions)
-    header, first, second = read_csv(tmp_path / "out.csv")
-    assert header == ["path", "label", "probability", "error"]
-    assert first == [str(images[0]), predictions[0].label, str(predictions[0].probability), ""]
-    assert second == [str(empty), "", "", "is empty (0 bytes)"]
-
-
-def test_csv_holds_one_row_a_rank(predictor, tmp_path, images):
-    empty = tmp_path / "empty.png"
-    empty.touch()
-    predictions = predictor.predict([images[0], empty], top=3)
-    write_csv(tmp_path / "out.csv", predictions, top=2)
-    header, *rows = read_csv(tmp_path / "out.csv")
-    assert header == ["path", "label", "probability", "error", "rank"]
-    assert [(row[1], float(row[2]), row[4]) for row in rows[:2]] == [
-        (label, value, str(rank)) for rank, (label, value) in enumerate(predictions[0].top[:2], start=1)
+def test_prepare_and_classify_are_the_two_steps_of_predict(predictor, images):
+    prepared = [
+        predictor.prepare(item) for item in (images[0], images[1].read_bytes(), read_image(images[2]))
     ]
-    assert rows[2] == [str(empty), "", "", "is empty (0 bytes)", ""]
+    assert {(image.dtype, tuple(image.shape)) for image in prepared} == {(torch.uint8, (3, 64, 64))}
+    expected = [prediction.top for prediction in predictor.predict(images[:3], top=2)]
+    assert predictor.classify(prepared, top=2) == expected
+    assert predictor.classify(torch.stack(prepared), top=2) == expected
+    assert predictor.classify([]) == []
 
 
-def test_csv_is_whole_or_not_there(tmp_path):
-    def failing():
-        yield Prediction(None, "auk", 1.0, top=(("auk", 1.0),))
-        raise CrossXError("out of GPU memory")
+def test_prepare_says_why_there_is_no_image(predictor, tmp_path):
+    with pytest.raises(ImageError) as caught:
+        predictor.prepare(tmp_path / "none.jpg")
+    assert caught.value.reason == "no such file"
+    with pytest.raises(CrossXError, match="uint8 RGB"):
+        predictor.prepare(torch.zeros(3, 8, 8))
 
-    with pytest.raises(CrossXError, match="GPU memory"):
-        write_csv(tmp_path / "out.csv", failing())
-    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_probabilities_are_scaled_by_the_temperature_and_labels_are_not(predictor, images, temperature):
+    scaled = Predictor(predictor.method, replace(predictor.spec, temperature=temperature), "cpu")
+    for one, raw in zip(scaled.predict(images, top=3), predictor.predict(images, top=3), strict=True):
+        powers = np.array([value for _, value in raw.top]) ** (1 / temperature)
+        assert [label for label, _ in one.top] == [label for label, _ in raw.top]
+        assert [value for _, value in one.top] == pytest.approx(powers / powers.sum(), abs=1e-6)
+    for one, raw in zip(scaled.iter_explain(images), scaled.predict(images), strict=True):
+        assert one.explanation.probabilities.max() == pytest.approx(raw.probability, abs=1e-6)
+
+
+def test_images_of_many_sizes_in_one_batch_are_as_one_by_one(predictor, tmp_path):
+    sizes = [(48, 40), (40, 300), (641, 480), (1, 1), (73, 72), (2000, 30)]
+    paths = [tmp_path / f"{width}x{height}.png" for width, height in sizes]
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        write_image(path, number % 3, number, size)
+    together = predictor.predict(paths, top=3, batch_size=len(paths))
+    for path, prediction in zip(paths, together, strict=True):
+        (alone,) = predictor.predict(path, top=3)
+        assert [label for label, _ in prediction.top] == [label for label, _ in alone.top]
+        assert [p for _, p in prediction.top] == pytest.approx([p for _, p in alone.top], abs=1e-6)
+
+
+def resized_square(path):
+    """The image resized and cut to the square of 72 pixels that 5 crops are taken from."""
+    return eval_transform(replace(PREPROCESSING, image_size=72))(read_image(path))
+
+
+def naive_views(square, flip, crops):
+    """Views by plain slicing, in any order."""
+    corners = [(0, 0), (0, 8), (8, 0), (8, 8)] if crops == 5 else []
+    views = [square[:, top : top + 64, left : left + 64] for top, left in [(4, 4), *corners]]
+    return views + [torch.flip(view, dims=[2]) for view in views] if flip else views
+
+
+@pytest.mark.parametrize(("flip", "crops"), [(True, 1), (False, 5), (True, 5)])
+@torch.inference_mode()
+def test_views_are_averaged_as_by_a_plain_loop(predictor, images, flip, crops):
+    spec = replace(predictor.spec, temperature=0.4)
+    averaging = Predictor(predictor.method, spec, "cpu", flip=flip, crops=crops)
+    normalize = Normalize(PREPROCESSING)
+    for path, found, feature in zip(
+        images, averaging.predict(images, top=3), averaging.iter_features(images), strict=True
+    ):
+        views = [normalize(view[None]) for view in naive_views(resized_square(path), flip, crops)]
+        assert len(views) == crops * (1 + flip)
+        expected = np.mean([(predictor.method(view)[0] / 0.4).softmax(0).numpy() for view in views], axis=0)
+        assert dict(found.top) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-5)
+        vector = np.mean([predictor.method.embeddings(view)[0].numpy() for view in views], axis=0)
+        np.testing.assert_allclose(feature.vector, vector / np.linalg.norm(vector), atol=1e-5)
+
+
+def test_explanations_and_inputs_are_of_the_centre_crop(predictor, images):
+    averaging = Predictor(predictor.method, predictor.spec, "cpu", flip=True, crops=5)
+    torch.testing.assert_close(averaging.inputs(images), predictor.inputs(images))
+    (one,), (other,) = (list(p.iter_explain(images[0])) for p in (averaging, predictor))
+    assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_features_are_the_networks_embeddings_of_length_1(predictor, tmp_path, images):
+    bad = tmp_path / "bad.jpg"
+    bad.touch()
+    first, broken, second = predictor.iter_features([images[0], bad, images[1]])
+    assert (broken.path, broken.vector, broken.error) == (bad, None, "is empty (0 bytes)")
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(predictor.method.embeddings(predictor.inputs(images[:2])))
+    np.testing.assert_allclose(np.stack([first.vector, second.vector]), expected.numpy(), atol=1e-5)
+    assert first.vector.shape == (predictor.feature_size,)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.05), ("fp16", 0.005)])
+def test_lower_precisions_give_nearly_the_same(predictor, images, precision, tolerance):
+    seen = []
+    lower = Predictor(predictor.method, predictor.spec, "cpu", precision=precision)
+    hook = lower.method.heads["last"].register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    found = lower.predict(images, top=3)
+    hook.remove()
+    assert set(seen) == {module.PRECISIONS[precision]}
+    for one, expected in zip(found, predictor.predict(images, top=3), strict=True):
+        assert dict(one.top) == pytest.approx(dict(expected.top), abs=tolerance)
+
+
+def test_what_leaves_the_range_of_fp16_is_computed_in_fp32(run, images):
+    predictor = Predictor.load(run.path, "cpu", precision="fp16")
+    with torch.no_grad():
+        predictor.method.heads["last"].bias += 1e5
+    wide = Predictor(predictor.method, predictor.spec, "cpu", precision="fp32")
+    assert predictor.predict(images) == wide.predict(images)
+
+
+def test_the_default_precision_on_a_cpu_is_float32(predictor):
+    assert predictor.precision == torch.float32
+
+
+def test_options_that_cannot_be_are_refused(run, predictor):
+    with pytest.raises(UsageError, match=r"unknown precision 'fp61'\. Did you mean 'fp16'"):
+        Predictor.load(run.path, "cpu", precision="fp61")
+    with pytest.raises(UsageError, match="crops must be 1 or 5, not 3"):
+        Predictor.load(run.path, "cpu", crops=3)
+    whole = replace(predictor.spec, preprocessing=replace(PREPROCESSING, resize_size=64))
+    with pytest.raises(UsageError, match="resizes images to the 64 pixels that it crops"):
+        Predictor(predictor.method, whole, "cpu", crops=5)

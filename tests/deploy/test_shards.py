@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import layouts
 from crossx.data.images import find_images
 from crossx.deploy import shards as module
-from crossx.deploy.predictor import Predictor, write_csv
+from crossx.deploy.outputs import write_csv
+from crossx.deploy.predictor import Predictor
 from crossx.deploy.shards import Entry, count_failed, find_collection, predict_shard
 from refusals import refusal
 

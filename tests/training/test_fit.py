@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.calibration import calibrate_run
 from crossx.losses import part_correlations
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
@@ -302,3 +303,19 @@ def test_pipeline_is_recorded_and_a_cache_changes_nothing(make_config):
     )
     assert plain.read_spec().preprocessing.pipeline == "strict"
     assert_same(load_file(plain.weights), load_file(cached.weights))
+
+
+def test_the_run_is_calibrated_on_its_validation_images(make_config):
+    run = fit(make_config())
+    kept = run.read_info()["calibration"]
+    assert (kept["dataset"], kept["split"], kept["n"]) == ("folder", "val", 3)
+    assert run.read_spec().temperature == kept["temperature"]
+    before = run.spec.read_text()
+    assert calibrate_run(run.path) == kept
+    assert run.spec.read_text() == before
+
+
+def test_without_validation_images_the_temperature_stays_1(make_config):
+    run = fit(make_config(data={"train_on": "trainval"}, optim={"selection": "last"}))
+    assert run.read_info()["calibration"] is None
+    assert run.read_spec().temperature == 1

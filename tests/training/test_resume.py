@@ -60,7 +60,9 @@ def flatten(value, name=""):
 def assert_same_run(run, reference):
     """Every weight, statistic, momentum and number is the same, bit for bit."""
     assert history(run) == history(reference)
-    assert run.read_info()["selection"] == reference.read_info()["selection"]
+    for key in ("selection", "calibration"):
+        assert run.read_info()[key] == reference.read_info()[key]
+    assert run.read_spec() == reference.read_spec()
     ours, theirs = load_file(run.weights), load_file(reference.weights)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -75,7 +75,8 @@ def _explain(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from crossx.deploy.predictor import Predictor, expand_paths
+    from crossx.deploy.inputs import expand_paths
+    from crossx.deploy.predictor import Predictor
 
     paths = expand_paths(options.images)
     check_writable(Path(options.output))

@@ -24,6 +24,7 @@ VERBS = {
     "ablate": "train variants of a recipe with several seeds, and tabulate what each changes",
     "compare": "put tested runs into one table, beside the published numbers",
     "report": "write an HTML page about a trained network",
+    "calibrate": "fit the temperature of a run's probabilities on its validation images",
     "predict": "name what is on images",
     "explain": "draw where a network looks: maps of every part and stage over images",
     "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",

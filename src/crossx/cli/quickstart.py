@@ -99,7 +99,8 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
     from crossx.runs import Run, atomic_path, read_json
 
     tested = Predictions.load(predictions_path(run_folder, split), run_folder, split)
-    root = Path(read_json(Run(run_folder).path / f"{split}.json")["data_root"])
+    results = read_json(Run(run_folder).path / f"{split}.json")
+    root, temperature = Path(results["data_root"]), results["temperature"]
     chosen = [int(np.flatnonzero(tested.targets == label)[0]) for label in np.unique(tested.targets)]
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(2.6 * COLUMNS, 3.2 * rows + 0.5), layout="constrained")
@@ -109,7 +110,8 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
     )
     for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, chosen, strict=False):
         axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
-        probabilities = np.exp(tested.logits[index] - np.logaddexp.reduce(tested.logits[index]))
+        scaled = tested.logits[index] / temperature
+        probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
         guess, right = int(probabilities.argmax()), bool(tested.correct[index])
         said = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
         text = said if right else f"{said}\nit is: {tested.labels[index]}"

@@ -52,9 +52,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options on which images are tested."""
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
+def add_data(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """Add the options on which images are taken, those of ``split`` by default."""
+    parser.add_argument(
+        "--split", default=split, metavar="NAME", help=f"train, val or test (default: {split})"
+    )
     parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
     parser.add_argument(
         "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
@@ -80,6 +82,9 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
                 f"{kind.removesuffix('s')} {name}": _percent(value) for name, value in results[kind].items()
             }
     rows["calibration error"] = _percent(results["ece"])
+    if results["temperature"] != 1:
+        calibrated = f"{_percent(results['ece_calibrated'])} at temperature {results['temperature']:.3g}"
+        rows["calibration error"] += f", {calibrated}"
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
@@ -203,7 +208,8 @@ def _compare(options: argparse.Namespace) -> None:
 def is_tested(path: str, options: argparse.Namespace) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
-    return not (options.root or options.dataset) and bool(run.read_results(weights, options.split))
+    results = {} if options.root or options.dataset else run.read_results(weights, options.split)
+    return bool(results) and results.get("temperature", 1.0) == run.read_spec().temperature
 
 
 def _percent(value: float, interval: Sequence[float] | None = None) -> str:

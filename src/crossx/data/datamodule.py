@@ -130,11 +130,14 @@ class DataModule(LightningDataModule):
         dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
         return self._loader(dataset, sampler, config.batch_size)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are validation images that are not trained on."""
+        return self.config.train_on != "trainval" and bool(self.index.split("val"))
+
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
         """Return the validation loader; an empty list where no images are held out (Lightning then skips it)."""
-        if self.config.train_on == "trainval" or not self.index.split("val"):
-            return []
-        return self.eval_loader("val")
+        return self.eval_loader("val") if self.holds_out else []
 
     def test_dataloader(self) -> ImageLoader:
         """Return the loader of the test split."""

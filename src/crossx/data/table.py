@@ -37,7 +37,7 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
             unknown splits, an image listed twice, a class without training images. Rows are named by number.
         UsageError: If it is neither CSV nor Parquet, or ``test_fraction`` is out of range.
     """
-    rows = list(_rows(path))
+    rows = [_Row.parse(place, fields) for place, fields in _fields(path, COLUMNS)]
     if not rows:
         raise CrossXError(f"{path}: the table has no rows.")
     _require_sound(path, rows)
@@ -48,6 +48,24 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
     if not rows[0].has_split:
         records = hold_out_test(records, classes, folder, test_fraction, split_seed)
     return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records))
+
+
+def read_paths(path: Path) -> list[Path]:
+    """Return the files in the column ``path`` of a table, as ``read_table`` finds them; it needs no other column.
+
+    Raises:
+        CrossXError: If the table is missing or unreadable, lacks the column, has no rows, or a field is empty.
+        UsageError: If it is neither CSV nor Parquet.
+    """
+    files = []
+    for place, fields in _fields(path, ("path",)):
+        name = _text(fields["path"])
+        if not name:
+            raise CrossXError(f"{path}: {place}: path empty. Mend the table.")
+        files.append(path.parent / name)
+    if not files:
+        raise CrossXError(f"{path}: the table has no rows.")
+    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +85,8 @@ class _Row:
         return cls(place, _text(fields["path"]), _text(fields["label"]), split, has_split)
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give for each row its place, as an editor or viewer calls it, and the fields of the columns in use."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path}: is a folder. --data.root takes the table itself.{_tables_in(path)}")
@@ -76,17 +95,17 @@ def _rows(path: Path) -> Iterator[_Row]:
     if not path.exists():
         raise CrossXError(f"{path}: no such file. --data.root takes the table of path, label and split.")
     try:
-        yield from _csv_rows(path) if suffix == ".csv" else _parquet_rows(path)
+        yield from _csv_fields(path, required) if suffix == ".csv" else _parquet_fields(path, required)
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            columns = _columns(path, header)
+            columns = _columns(path, header, required)
             for fields in reader:
                 if not fields:
                     continue
@@ -96,21 +115,21 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                         f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
                         "A comma inside a field needs quotes around the field."
                     )
-                yield _Row.parse(place, {name: fields[index] for name, index in columns.items()})
+                yield place, {name: fields[index] for name, index in columns.items()}
         except UnicodeDecodeError as error:
             raise CrossXError(f"{path}: is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
         except csv.Error as error:
             raise CrossXError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[_Row]:
+def _parquet_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = _columns(path, names)
+            columns = _columns(path, names, required)
             table = file.read(columns=[names[index] for index in columns.values()])
     except pa.ArrowException as error:
         raise CrossXError(
@@ -118,19 +137,19 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
         ) from error
     values = {name: table.column(names[index]).to_pylist() for name, index in columns.items()}
     for number, fields in enumerate(zip(*values.values(), strict=True), start=1):
-        yield _Row.parse(f"row {number}", dict(zip(values, fields, strict=True)))
+        yield f"row {number}", dict(zip(values, fields, strict=True))
 
 
-def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:
+def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> dict[str, int]:
     """Return where the columns stand; case and blanks around the names do not matter."""
     names = [name.strip().lower() for name in header]
     found = ", ".join(repr(name) for name in header)
-    for name in COLUMNS:
+    for name in required:
         if name not in names:
             raise CrossXError(
                 f"{path}: there is no column {name!r}.{nearest(name, [*header])} Columns found: {found or 'none'}."
             )
-    columns = [name for name in (*COLUMNS, "split") if name in names]
+    columns = [name for name in (*required, "split") if name in names]
     for name in columns:
         if names.count(name) > 1:
             raise CrossXError(f"{path}: two columns are called {name!r}. Columns found: {found}.")

@@ -158,6 +158,17 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False))
 
 
+def square_transform(preprocessing: Preprocessing) -> Transform:
+    """Return ``eval_transform`` with a larger crop: the central square of the resized image, as large as can be."""
+    side = resized_side(preprocessing)
+    return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False, crop=side))
+
+
+def resized_side(preprocessing: Preprocessing) -> int:
+    """Return the length in pixels of the shorter side after resizing."""
+    return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
+
+
 def train_transform(
     preprocessing: Preprocessing,
     augmentation: Augmentation,
@@ -199,18 +210,17 @@ def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = F
     whole = strict or small_crops or rows > 0
     return Transform(
         (partial(_cut_bottom, rows=rows), _limit_aspect, *steps),
-        min_side=None if whole else DECODE_MARGIN * _resized_side(preprocessing),
+        min_side=None if whole else DECODE_MARGIN * resized_side(preprocessing),
         strict=strict,
     )
 
 
-def _resized_side(preprocessing: Preprocessing) -> int:
-    return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
-
-
-def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: bool) -> Tensor:
+def _resize_and_crop(
+    preprocessing: Preprocessing, image: Tensor, *, random: bool, crop: int | None = None
+) -> Tensor:
     """Resize, then crop about the centre or at a random place, without resizing what the crop leaves out."""
-    crop, size = preprocessing.image_size, _resized_size(preprocessing, image.shape[-2:])
+    crop = preprocessing.image_size if crop is None else crop
+    size = _resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
     starts = [int(torch.randint(more + 1, ())) if random and more else _centred(more) for more in spare]
     if preprocessing.pipeline == "fast":
@@ -226,7 +236,7 @@ def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: boo
 
 def _resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
     """Return height and width after resizing of those before."""
-    side = _resized_side(preprocessing)
+    side = resized_side(preprocessing)
     if preprocessing.resize_size is not None:
         return [side, side]
     return [int(side * length / min(size)) for length in size]

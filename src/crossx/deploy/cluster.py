@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -48,6 +48,7 @@ def predict_shards(
     device: str,
     top: int,
     batch_size: int,
+    options: Mapping[str, Any],
 ) -> Generator[tuple[int, bytes], None, None]:
     """Predict shards in several processes.
 
@@ -58,6 +59,7 @@ def predict_shards(
         device: ``auto`` (GPUs where the cluster has any), ``cpu`` or ``cuda``. A worker has one GPU.
         top: Classes an image.
         batch_size: Images a step.
+        options: ``precision``, ``flip`` and ``crops`` of ``Predictor``.
 
     Yields:
         The number and the Parquet file of each shard, see ``predict_shard``, as they are finished.
@@ -82,7 +84,7 @@ def predict_shards(
         blocks = [pa.table({"number": [n], "shard": [pickle.dumps(shard)]}) for n, shard in shards.items()]
         finished = ray.data.from_arrow(blocks).map_batches(
             Worker,
-            fn_constructor_args=(spec, [weights], attempts, device, top, batch_size),
+            fn_constructor_args=(spec, [weights], attempts, device, top, batch_size, options),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers),
@@ -112,11 +114,12 @@ class Worker:
         device: str,
         top: int,
         batch_size: int,
+        options: Mapping[str, Any],
     ) -> None:
         # in a list, lest some version of Ray looks it up itself
         (self.weights,) = weights
         self.spec, self.attempts = spec, attempts
-        self.device, self.top, self.batch_size = device, top, batch_size
+        self.device, self.top, self.batch_size, self.options = device, top, batch_size, options
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -125,7 +128,7 @@ class Worker:
 
         method = build_method(self.spec)
         method.load_state_dict(ray.get(self.weights))
-        return Predictor(method, self.spec, self.device)
+        return Predictor(method, self.spec, self.device, **self.options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict the one shard of a batch with the columns ``number`` and ``shard``."""

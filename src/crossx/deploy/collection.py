@@ -36,7 +36,11 @@ _FIXED = {
     "collection": "another collection, or one that has changed since",
     "shard_size": "another --shard_size",
     "top": "another --top",
+    "flip": "another --flip",
+    "crops": "another --crops",
 }
+# folders begun before there were these options
+_DEFAULTS = {"flip": False, "crops": 1}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ def predict_collection(
     top: int = 1,
     batch_size: int = 16,
     shard_size: int = SHARD_SIZE,
+    precision: str = "auto",
+    flip: bool = False,
+    crops: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Predict a collection into a folder, or what a call that was stopped has left of it.
@@ -81,6 +88,9 @@ def predict_collection(
         top: Classes an image, a row each.
         batch_size: Images a step.
         shard_size: Images a file.
+        precision: See ``Predictor``.
+        flip: See ``Predictor``.
+        crops: See ``Predictor``.
         progress: Called with the images finished and all images.
 
     Raises:
@@ -106,15 +116,18 @@ def predict_collection(
         "collection": collection.fingerprint,
         "shard_size": shard_size,
         "top": top,
+        "flip": flip,
+        "crops": crops,
     }
+    options = {"precision": precision, "flip": flip, "crops": crops}
     with _opened(folder, manifest):
         todo = {n: shard for n, shard in enumerate(collection.shards) if not _part(folder, n).exists()}
         left = sum(shard.size for shard in todo.values())
         done = collection.size - left
         parts = (
-            _predict_here(run, todo, device, top, batch_size)
+            _predict_here(run, todo, device, top, batch_size, options)
             if engine == "local"
-            else predict_shards(run, todo, workers, device, top, batch_size)
+            else predict_shards(run, todo, workers, device, top, batch_size, options)
         )
         try:
             progress(done, collection.size)
@@ -133,9 +146,14 @@ def predict_collection(
 
 
 def _predict_here(
-    run: str | Path, shards: Mapping[int, Shard], device: str, top: int, batch_size: int
+    run: str | Path,
+    shards: Mapping[int, Shard],
+    device: str,
+    top: int,
+    batch_size: int,
+    options: Mapping[str, Any],
 ) -> Generator[tuple[int, bytes], None, None]:
-    predictor = Predictor.load(run, device)
+    predictor = Predictor.load(run, device, **options)
     for number, shard in shards.items():
         yield number, predict_shard(predictor, shard, top, batch_size)
 
@@ -160,7 +178,7 @@ def _prepare(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{folder}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
         )
-    old = read_json(path) if MANIFEST in names else {}
+    old = {**_DEFAULTS, **read_json(path)} if MANIFEST in names else {}
     differs = [what for key, what in _FIXED.items() if old.get(key) != manifest[key]]
     if differs and len(names) > 1:
         raise UsageError(

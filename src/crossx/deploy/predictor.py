@@ -1,43 +1,40 @@
-"""From image files to class names with a trained run."""
+"""From images to class names and features with a trained run: the one place that computes them."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms.v2 import functional as vision
 
-from crossx.data.images import ImageError, find_images, read_image
-from crossx.data.transforms import Normalize, batch_images, eval_transform
-from crossx.errors import CrossXError, UsageError, nearest
+from crossx.data.images import ImageError
+from crossx.data.transforms import Normalize, batch_images, eval_transform, resized_side, square_transform
+from crossx.deploy.inputs import ImageInput, OneImage, decode, expand
+from crossx.errors import CrossXError, UsageError, nearest, unknown
 from crossx.evaluation.device import select_device
-from crossx.evaluation.tables import write_table
 from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec, Run, open_run
+from crossx.runs import ModelSpec, Preprocessing, Run, open_run
 
-OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
-"""An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
-ImageInput: TypeAlias = str | OneImage
-"""One image, or a folder of image files."""
-
-TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
-"""Columns of a table of predictions; ``rank`` only where more than one class an image was asked for."""
 MAX_WORKERS = 8
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CROPS = (1, 5)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Prediction:
     Attributes:
         path: The image file; None for an image that was given in memory.
         label: Name of the most probable class; None where the image could not be read.
-        probability: Its softmax probability; None likewise.
+        probability: Its calibrated probability, softmax(logits / temperature); None likewise.
         error: Why there is no prediction, on one line; None where there is one.
         top: The most probable classes and their probabilities, best first, as many as were asked for.
     """
@@ -76,46 +73,88 @@ class ExplainedImage:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the network's classifiers see of one image.
+
+    Attributes:
+        path: The image file; None for an image that was given in memory.
+        vector: float32 (D,), of length 1; None where the image could not be read.
+        error: Why there is none, on one line; None where there is one.
+    """
+
+    path: Path | None
+    vector: NDArray[np.float32] | None = None
+    error: str | None = None
+
+
 class Predictor:
-    """A trained network with its class names and preprocessing.
+    """A trained network with its class names and preprocessing: files, bytes, Pillow images or arrays to predictions.
+
+    With ``flip`` or ``crops`` the network sees several views of each image. The probabilities of the views are
+    averaged, as by Krizhevsky et al. (2012, section 4.1), and not the logits: a probability is what the temperature
+    has calibrated, and a view that sees nothing, whose classes are all about as probable, then weighs little.
 
     Args:
         method: The trained network; it is moved to ``device`` and put into evaluation mode.
         spec: The description that belongs to it.
         device: See ``select_device``.
+        precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on a GPU that is fast in it (compute capability 7
+            or above), else fp32. fp16 has eight times the resolution of bf16; where its range is left, the batch is
+            computed again in fp32. The parameters stay float32 (``torch.autocast``).
+        flip: Whether the mirror image of each view is a view too.
+        crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
 
     Attributes:
         method: The network: images (B, 3, H, W) to logits (B, K).
         spec: What ``model.json`` of the run says.
         device: Where the network is.
         origin: The run and the file of weights that it was loaded from; None for a network made otherwise.
+
+    Raises:
+        UsageError: For an unknown device or precision, or crops that cannot be.
     """
 
     origin: tuple[Run, Path] | None = None
 
-    def __init__(self, method: Method, spec: ModelSpec, device: str | torch.device = "auto") -> None:
+    def __init__(
+        self,
+        method: Method,
+        spec: ModelSpec,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "auto",
+        flip: bool = False,
+        crops: int = 1,
+    ) -> None:
         self.device = select_device(device)
+        self.precision = _select_precision(precision, self.device)
+        self.flip = flip
+        self.crops = crops
         self.method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.spec = spec
         self._transform = eval_transform(spec.preprocessing)
+        if crops != 1:
+            self._transform = square_transform(_checked_crops(crops, spec.preprocessing))
         self._normalize = Normalize(spec.preprocessing)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "auto") -> Predictor:
+    def load(cls, path: str | Path, device: str | torch.device = "auto", **options: Any) -> Predictor:
         """Load a run folder (its selected weights), a checkpoint file in one, or a model on the Hugging Face Hub.
 
         Args:
             path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``.
             device: See ``select_device``.
+            **options: ``precision``, ``flip`` and ``crops``, as the class takes them.
 
         Raises:
-            UsageError: If there is no such device.
+            UsageError: If there is no such device, or an option cannot be.
             CrossXError: If there is no such run or model, or it has no weights that fit.
         """
         chosen = select_device(device)
         origin = open_run(path)
         method, spec = load_method(origin[1])
-        predictor = cls(method, spec, chosen)
+        predictor = cls(method, spec, chosen, **options)
         predictor.origin = origin
         return predictor
 
@@ -211,7 +250,7 @@ class Predictor:
         """
         if top < 1 or batch_size < 1:
             raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
-        return self.iter_images(_expand(_listed(images)), top, batch_size)
+        return self.iter_images(expand(images), top, batch_size)
 
     def iter_images(
         self, images: Iterable[OneImage], top: int = 1, batch_size: int = 16
@@ -220,8 +259,26 @@ class Predictor:
 
         The images are taken from ``images`` only a few batches ahead.
         """
-        for items, prepared in self._batches(images, batch_size):
-            yield from self._classify(items, prepared, top)
+        for item, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield Prediction(path, error=answer)
+            else:
+                yield Prediction(path, *answer[0], top=answer)
+
+    def iter_features(
+        self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
+    ) -> Iterator[Features]:
+        """Compute the features of images, see ``features``, giving each as soon as its batch is done.
+
+        Arguments, errors and images that cannot be read: as in ``iter_predict``.
+        """
+        for item, answer in self._stream(expand(images), batch_size, self.features):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield Features(path, error=answer)
+            else:
+                yield Features(path, answer.numpy())
 
     def iter_explain(
         self,
@@ -246,19 +303,25 @@ class Predictor:
             CrossXError: If a path does not exist, a folder holds no image, or the network's maps are not finite.
         """
         number = None if target is None else class_number(target, self.classes)
-        for items, prepared in self._batches(_expand(_listed(images)), batch_size):
-            readable = [image for image in prepared if isinstance(image, Tensor)]
-            explanations: Iterator[Explanation] = iter(())
-            if readable:
-                with _within_memory(len(readable)):
-                    inputs = self._normalize(batch_images(readable).to(self.device))
-                    explanations = iter(explain_images(self.method, inputs, maps=maps, classes=number))
-            for item, image in zip(items, prepared, strict=True):
-                path = item if isinstance(item, Path) else None
-                if isinstance(image, str):
-                    yield ExplainedImage(path, error=image)
-                else:
-                    yield ExplainedImage(path, image.permute(1, 2, 0).numpy(), next(explanations))
+
+        def explain(batch: Sequence[Tensor]) -> Iterable[tuple[Tensor, Explanation]]:
+            centres = self._centres(batch_images(batch))
+            with _within_memory(len(batch)):
+                explanations = explain_images(
+                    self.method,
+                    self._normalize(centres.to(self.device)),
+                    maps=maps,
+                    classes=number,
+                    temperature=self.spec.temperature,
+                )
+            return zip(centres, explanations, strict=True)
+
+        for item, answer in self._stream(expand(images), batch_size, explain):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield ExplainedImage(path, error=answer)
+            else:
+                yield ExplainedImage(path, answer[0].permute(1, 2, 0).numpy(), answer[1])
 
     def inputs(self, images: ImageInput | Iterable[ImageInput]) -> Tensor:
         """Return images as the network takes them, float32 (B, 3, S, S), normalised, on ``device``.
@@ -266,19 +329,33 @@ class Predictor:
         Raises:
             CrossXError: If an image cannot be read, or there is none.
         """
-        items = _expand(_listed(images))
-        prepared = [self._prepare(item) for item in items]
+        items = expand(images)
+        prepared = [self._try(item) for item in items]
         for item, image in zip(items, prepared, strict=True):
             if isinstance(image, str):
                 raise CrossXError(f"{item if isinstance(item, Path) else 'an image'}: {image.rstrip('.')}.")
         if not prepared:
             raise CrossXError("there are no images.")
-        return self._normalize(batch_images([i for i in prepared if isinstance(i, Tensor)]).to(self.device))
+        batch = batch_images([image for image in prepared if isinstance(image, Tensor)])
+        return self._normalize(self._centres(batch).to(self.device))
+
+    def _stream(
+        self,
+        images: Iterable[OneImage],
+        batch_size: int,
+        compute: Callable[[Sequence[Tensor]], Iterable[T]],
+    ) -> Iterator[tuple[OneImage, T | str]]:
+        """Give each image with what ``compute`` makes of it in its batch, or why it cannot be read."""
+        for items, prepared in self._batches(images, batch_size):
+            readable = [image for image in prepared if isinstance(image, Tensor)]
+            answers = iter(compute(readable)) if readable else iter(())
+            for item, image in zip(items, prepared, strict=True):
+                yield item, image if isinstance(image, str) else next(answers)
 
     def _batches(
         self, images: Iterable[OneImage], batch_size: int
     ) -> Iterator[tuple[list[OneImage], list[Tensor | str]]]:
-        """Give batches of images and what ``_prepare`` makes of them, in threads a few batches ahead."""
+        """Give batches of images and what ``_try`` makes of them, in threads a few batches ahead."""
         workers = min(MAX_WORKERS, os.cpu_count() or 1)
         waiting: deque[tuple[OneImage, Future[Tensor | str]]] = deque()
         todo = iter(images)
@@ -286,7 +363,7 @@ class Predictor:
         try:
             while True:
                 ahead = batch_size + max(batch_size, workers) - len(waiting)
-                waiting.extend((item, pool.submit(self._prepare, item)) for item in islice(todo, ahead))
+                waiting.extend((item, pool.submit(self._try, item)) for item in islice(todo, ahead))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
@@ -294,83 +371,112 @@ class Predictor:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, item: OneImage) -> Tensor | str:
-        """Return the image as bytes (3, S, S), or why there is none."""
+    def prepare(self, item: OneImage) -> Tensor:
+        """Decode one image and prepare it as the run does in evaluation. Threads may call it side by side.
+
+        Returns:
+            uint8 (3, S, S), on the CPU; with 5 crops (3, R, R), the square of the resized image that they are cut from.
+
+        Raises:
+            ImageError: If the file or its bytes cannot be read; ``reason`` says why without the path.
+            CrossXError: If it is no image that can be prepared.
+        """
+        decoded = self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
+        return self._transform(decoded)
+
+    @torch.inference_mode()
+    def classify(
+        self, images: Sequence[Tensor] | Tensor, top: int = 1
+    ) -> list[tuple[tuple[str, float], ...]]:
+        """Classify what ``prepare`` gave, as one batch.
+
+        Args:
+            images: uint8 tensors (3, S, S), or one tensor (B, 3, S, S).
+            top: How many classes to give for each image; all of them where there are fewer.
+
+        Returns:
+            For each image its most probable classes with their probabilities, best first: the softmax of
+            logits / T, T being the run's temperature.
+
+        Raises:
+            CrossXError: If the logits are not finite or the GPU's memory is too small.
+        """
+        if len(images) == 0:
+            return []
+        views = [
+            (self._compute(self.method, view) / self.spec.temperature).softmax(dim=1)
+            for view in self._views(images)
+        ]
+        probabilities = torch.stack(views).mean(dim=0)
+        values, indices = probabilities.topk(min(top, len(self.classes)))
+        return [
+            tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
+            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return what the network's classifiers see (``Method.embeddings``) of what ``prepare`` gave, as one batch.
+
+        Args:
+            images: As ``classify`` takes them, at least one.
+
+        Returns:
+            float32 (B, D) on the CPU: the mean over the views, scaled to length 1, so that the inner product of two
+            images' features is their cosine similarity.
+
+        Raises:
+            CrossXError: As ``classify``.
+        """
+        views = [self._compute(self.method.embeddings, view) for view in self._views(images)]
+        return normalize(torch.stack(views).mean(dim=0)).cpu()
+
+    @cached_property
+    def feature_size(self) -> int:
+        """D, the length of a feature vector."""
+        side = self.spec.preprocessing.image_size
+        return self._compute(self.method.embeddings, torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[
+            1
+        ]
+
+    def _views(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
+        """Give the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
+        batch = images if isinstance(images, Tensor) else batch_images(images)
+        side = self.spec.preprocessing.image_size
+        for crop in [batch] if self.crops == 1 else vision.five_crop(batch, [side, side]):
+            yield crop
+            if self.flip:
+                yield crop.flip(-1)
+
+    def _centres(self, images: Tensor) -> Tensor:
+        """Return the centre crops (B, 3, S, S) of a batch of prepared images, which they are but for 5 crops."""
+        side = self.spec.preprocessing.image_size
+        return images if self.crops == 1 else vision.center_crop(images, [side, side])
+
+    @torch.inference_mode()
+    def _compute(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Return the network's answer, float32 (B, N) on ``device``, to uint8 (B, 3, S, S)."""
+        reduced = self.precision != torch.float32
+        with _within_memory(len(images)):
+            inputs = self._normalize(images.to(self.device))
+            with torch.autocast(self.device.type, self.precision, enabled=reduced):
+                answer = network(inputs).float()
+            finite = bool(answer.isfinite().all())
+            if reduced and not finite:
+                answer = network(inputs)
+                finite = bool(answer.isfinite().all())
+        if not finite:
+            raise CrossXError("the network's output is not finite: its weights are damaged.")
+        return answer
+
+    def _try(self, item: OneImage) -> Tensor | str:
+        """Return the prepared image, or why there is none."""
         try:
-            return self._transform(
-                self._transform.read(item) if isinstance(item, Path | bytes) else _pixels(item)
-            )
+            return self.prepare(item)
         except ImageError as error:
             return error.reason
         except CrossXError as error:
             return str(error)
-
-    @torch.inference_mode()
-    def _classify(
-        self, items: Sequence[OneImage], prepared: Sequence[Tensor | str], top: int
-    ) -> list[Prediction]:
-        readable = [image for image in prepared if isinstance(image, Tensor)]
-        answers: Iterator[list[tuple[str, float]]] = iter(())
-        if readable:
-            answers = iter(self._top(batch_images(readable), top))
-        predictions = []
-        for item, image in zip(items, prepared, strict=True):
-            path = item if isinstance(item, Path) else None
-            if isinstance(image, str):
-                predictions.append(Prediction(path, error=image))
-                continue
-            best = next(answers)
-            predictions.append(Prediction(path, best[0][0], best[0][1], top=tuple(best)))
-        return predictions
-
-    def _top(self, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
-        with _within_memory(len(images)):
-            logits = self.method(self._normalize(images.to(self.device)))
-        if not logits.isfinite().all():
-            raise CrossXError("the network's output is not finite: its weights are damaged.")
-        values, indices = logits.float().softmax(dim=1).topk(min(top, len(self.classes)))
-        return [
-            [(self.classes[i], value) for i, value in zip(labels, row, strict=True)]
-            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
-        ]
-
-
-def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
-    """Return image files: files as they are given, in place of a folder every image below it, sorted.
-
-    Raises:
-        CrossXError: If a path does not exist, or a folder holds no image.
-    """
-    return [file for path in paths for file in _files(Path(path))]
-
-
-def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write predictions as CSV, atomically.
-
-    Args:
-        path: The file: columns ``path, label, probability, error``; with ``top`` above 1 one row a rank with
-            the further column ``rank``, 1 for the best, empty where there is an error.
-        predictions: What ``predict`` or ``iter_predict`` gave with the same ``top``.
-        top: How many classes an image.
-
-    Raises:
-        CrossXError: If the file cannot be written.
-    """
-    rows = (row for prediction in predictions for row in table_rows(prediction.path, prediction, top))
-    if top == 1:
-        write_table(path, TABLE_COLUMNS[:4], (row[:4] for row in rows))
-    else:
-        write_table(path, TABLE_COLUMNS, rows)
-
-
-def table_rows(
-    name: object, prediction: Prediction, top: int
-) -> Iterator[tuple[object, str | None, float | None, str | None, int | None]]:
-    """Give the rows of a table with ``TABLE_COLUMNS``: one a rank, or one with the error."""
-    if prediction.error is not None:
-        yield name, None, None, prediction.error, None
-    for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
-        yield name, label, probability, None, rank
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
@@ -386,6 +492,26 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     return classes.index(name)
 
 
+def _select_precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        return torch.float16 if fast else torch.float32
+    if name not in PRECISIONS:
+        raise unknown("precision", name, ("auto", *PRECISIONS))
+    return PRECISIONS[name]
+
+
+def _checked_crops(crops: int, preprocessing: Preprocessing) -> Preprocessing:
+    if crops not in CROPS:
+        raise UsageError(f"crops must be 1 or 5, not {crops}.")
+    if resized_side(preprocessing) <= preprocessing.image_size:
+        raise UsageError(
+            f"crops: the run resizes images to the {preprocessing.image_size} pixels that it crops, so that 5 crops "
+            "would be one. Leave it at 1."
+        )
+    return preprocessing
+
+
 @contextmanager
 def _within_memory(count: int) -> Iterator[None]:
     try:
@@ -394,46 +520,3 @@ def _within_memory(count: int) -> Iterator[None]:
         raise CrossXError(
             f"out of GPU memory at {count} images a step: lower the batch size, or use the CPU."
         ) from error
-
-
-def _listed(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
-    return [images] if isinstance(images, str | bytes | Path | Image.Image | Tensor) else images
-
-
-def _expand(images: Iterable[ImageInput]) -> list[OneImage]:
-    items: list[OneImage] = []
-    for image in images:
-        if isinstance(image, str | Path):
-            items.extend(_files(Path(image)))
-        else:
-            items.append(image)
-    return items
-
-
-def _files(path: Path) -> list[Path]:
-    # os.path and not Path: it is also false for a name too long or a folder that may not be entered
-    if not os.path.exists(path):
-        raise CrossXError(f"{path}: no such file or folder.")
-    if not path.is_dir():
-        return [path]
-    files = find_images(path)
-    if not files:
-        raise CrossXError(f"{path}: there is no image in this folder or below it.")
-    return files
-
-
-def _pixels(item: Image.Image | Tensor) -> Tensor:
-    if isinstance(item, Tensor):
-        if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
-            raise CrossXError(
-                f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."
-            )
-        return item
-    # Through a file's bytes, so that rotation, transparency and modes are treated in one place.
-    buffer = io.BytesIO()
-    try:
-        picture = item if item.mode in _PNG_MODES else item.convert("RGB")
-        picture.save(buffer, "PNG", compress_level=0, exif=item.getexif())
-    except Exception as error:  # an image opened from a broken file makes Pillow's plugins raise anything
-        raise CrossXError(f"the image cannot be decoded ({error}).") from error
-    return read_image(buffer.getvalue())

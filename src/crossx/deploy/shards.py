@@ -16,16 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crossx.data.images import find_images
-from crossx.deploy.predictor import TABLE_COLUMNS, Predictor, table_rows
+from crossx.deploy.outputs import TABLE_COLUMNS, Row, table_rows, to_table, utf8
+from crossx.deploy.predictor import Predictor
 from crossx.errors import CrossXError, UsageError, first_line
 
 LARGEST = 16
 """A row group with more rows than this many shards is cut, although each of its shards reads past those before."""
 
 _READ_ROWS = 64
-_SCHEMA = pa.schema(
-    zip(TABLE_COLUMNS, (pa.string(), pa.string(), pa.float32(), pa.string(), pa.int32()), strict=True)
-)
 
 
 class Entry(NamedTuple):
@@ -62,8 +60,7 @@ class FileShard:
     def read(self) -> Iterator[Entry]:
         """Give its images in order."""
         for name in self.names:
-            # Parquet holds valid UTF-8 alone, file names any bytes
-            yield Entry(os.fsencode(name).decode("utf-8", "backslashreplace"), self.root / name)
+            yield Entry(utf8(name), self.root / name)
 
     def __str__(self) -> str:
         return f"{self.names[0]} to {self.names[-1]}"
@@ -208,15 +205,13 @@ def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int)
     """
     entries, ahead = tee(shard.read())
     predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
-    rows: list[tuple[object, ...]] = []
+    rows: list[Row] = []
     for entry, prediction in zip(entries, predictions, strict=True):
         if entry.problem is not None:
             prediction = replace(prediction, error=entry.problem)
         rows.extend(table_rows(entry.name, prediction, top))
-    schema = _SCHEMA if top > 1 else pa.schema(list(_SCHEMA)[:4])
-    columns = [[row[place] for row in rows] for place in range(len(schema))]
     file = io.BytesIO()
-    pq.write_table(pa.table(columns, schema), file)
+    pq.write_table(to_table(rows, top), file)
     return file.getvalue()
 
 

@@ -26,6 +26,7 @@ def summarize(
     targets: Tensor,
     classes: Sequence[str],
     levels: Mapping[str, Sequence[str]],
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Return every metric as a dictionary for JSON; accuracies and errors are fractions.
 
@@ -35,6 +36,7 @@ def summarize(
         targets: int64 (N,).
         classes: The K class names.
         levels: See ``DatasetIndex.levels``.
+        temperature: The run's, see ``ModelSpec``.
     """
     predictions = logits.argmax(dim=1)
     confusion = confusion_matrix(predictions, targets, len(classes))
@@ -47,6 +49,8 @@ def summarize(
         "heads": {name: top_k_accuracy(head, targets) for name, head in heads.items()},
         "levels": {name: level_accuracy(predictions, targets, groups) for name, groups in levels.items()},
         "ece": calibration_error(logits, targets),
+        "ece_calibrated": calibration_error(logits / temperature, targets),
+        "temperature": temperature,
         "confused_pairs": [pair._asdict() for pair in confused_pairs(confusion, classes)[:LISTED_PAIRS]],
         "intervals": {
             **{name: interval.to_json() for name, interval in intervals.items()},

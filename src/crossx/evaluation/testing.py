@@ -73,11 +73,21 @@ class Subject:
     device: torch.device
     output: Path
 
+    @property
+    def seen_in_training(self) -> bool:
+        """Whether the network was trained on these images."""
+        # the released checkpoints were trained on all that is not test
+        on_all = self.data.config.train_on == "trainval" or self.run.read_info().get("status") == "imported"
+        seen = self.split == "train" or (self.split == "val" and on_all)
+        return seen and self.data.config.dataset == self.spec.dataset
+
     def describe(self) -> dict[str, Any]:
         """Return what the results belong to, for JSON; call it when the images have been checked."""
         info = self.run.read_info()
         return {
             **_provenance(self.run, self.weights, self.spec, info, self.data.config, self.split),
+            "seen_in_training": self.seen_in_training,
+            "calibration": info.get("calibration"),
             "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
             "environment": environment(),
         }
@@ -91,7 +101,7 @@ def evaluate(
     *,
     normalize: Callable[[Tensor], Tensor] | None = None,
     channels_last: bool = True,
-    progress: bool = False,
+    progress: str = "",
 ) -> Outputs:
     """Run a network over a loader, each image once through.
 
@@ -105,7 +115,7 @@ def evaluate(
             where they are normalised.
         channels_last: Whether images and weights lie in memory channel by channel last, which convolutions are
             faster on; the logits are the same up to rounding.
-        progress: Whether to show a progress bar on a terminal.
+        progress: What a progress bar on a terminal is called; empty for none.
 
     Raises:
         CrossXError: If the logits are not finite or the GPU's memory is too small.
@@ -117,7 +127,7 @@ def evaluate(
     targets = []
     console = Console(stderr=True)
     for images, labels in track(
-        loader, "Testing", console=console, transient=True, disable=not (progress and console.is_terminal)
+        loader, progress, console=console, transient=True, disable=not (progress and console.is_terminal)
     ):
         try:
             inputs = images.to(device, non_blocking=True)
@@ -191,10 +201,17 @@ def test_run(
     data, spec = subject.data, subject.spec
     data.check_images([split])
     outputs = evaluate(
-        subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress=True
+        subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress="Testing"
     )
     results = {
-        **summarize(outputs.logits, outputs.heads, outputs.targets, spec.classes, subject.index.levels),
+        **summarize(
+            outputs.logits,
+            outputs.heads,
+            outputs.targets,
+            spec.classes,
+            subject.index.levels,
+            temperature=spec.temperature,
+        ),
         **subject.describe(),
     }
     paths = relative_paths(data.index, split, data.config.root)
@@ -274,7 +291,6 @@ def _provenance(
     run: Run, weights: Path, spec: ModelSpec, info: Mapping[str, Any], config: DataConfig, split: str
 ) -> dict[str, Any]:
     selected = weights in (run.weights, run.best)
-    seen = split == "train" or (split == "val" and config.train_on == "trainval")
     return {
         "method": spec.method,
         "options": dict(spec.options),
@@ -287,7 +303,6 @@ def _provenance(
         "data_root": config.root,
         "split": split,
         "run_status": info.get("status"),
-        "seen_in_training": seen and config.dataset == spec.dataset,
         "num_classes": len(spec.classes),
         "preprocessing": asdict(spec.preprocessing),
         "seed": info.get("seed"),

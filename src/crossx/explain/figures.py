@@ -150,7 +150,9 @@ def figure(
     mean, std = (
         (spec.preprocessing.mean, spec.preprocessing.std) if spec else (statistics["mean"], statistics["std"])
     )
-    explanations = explain_images(method, images, maps=maps, classes=classes)
+    explanations = explain_images(
+        method, images, maps=maps, classes=classes, temperature=spec.temperature if spec else 1.0
+    )
     rows = [
         Row(
             image,

@@ -75,8 +75,9 @@ class Tested:
 
     @cached_property
     def probabilities(self) -> NDArray[np.float32]:
-        """(N, K), softmax of the logits."""
-        answer: NDArray[np.float32] = softmax(self.logits, axis=1)
+        """(N, K), softmax of the logits over the temperature that the run had when it was tested."""
+        temperature = np.float32(self.results.get("temperature", 1))
+        answer: NDArray[np.float32] = softmax(self.logits / temperature, axis=1)
         return answer
 
     @cached_property

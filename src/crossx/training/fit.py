@@ -15,6 +15,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
 from crossx.errors import CrossXError, Stopped, UsageError
+from crossx.evaluation.calibration import describe_calibration, write_temperature
+from crossx.evaluation.testing import evaluate
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_weights, save_weights
 from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
@@ -106,6 +108,7 @@ def _train(session: Session, info: dict[str, Any], *, resume: bool) -> Run:
         trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
         if trainer.is_global_zero:
             _finish(session, history, checkpoints)
+            info["calibration"] = _calibrate(session, trainer)
     return run
 
 
@@ -118,6 +121,23 @@ def _finish(session: Session, history: History, checkpoints: Checkpoints) -> Non
     history.write()
     load_weights(session.method, run.best if checkpoints.best else run.last)
     save_weights(session.method, run.weights)
+
+
+def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
+    """Fit the temperature of the selected weights where images are held out for validation."""
+    data = session.data
+    if not data.holds_out:
+        return None
+    outputs = evaluate(
+        session.method,
+        data.eval_loader("val"),
+        trainer.strategy.root_device,
+        normalize=data.normalize,
+        progress="Calibrating" if session.config.trainer.get("enable_progress_bar") is not False else "",
+    )
+    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
+    write_temperature(session.run, described["temperature"])
+    return described
 
 
 def _prepare(session: Session, trainer: Trainer) -> None:

@@ -1,0 +1,103 @@
+"""What users call images: files, folders, patterns, tables of paths, bytes, Pillow images and tensors."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from crossx.data.images import IMAGE_SUFFIXES, find_images, read_image
+from crossx.data.table import SUFFIXES, read_paths
+from crossx.errors import CrossXError
+
+OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
+"""An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
+ImageInput: TypeAlias = str | OneImage
+"""One image, or several by a path: a folder, a pattern, or a table, see ``expand_paths``."""
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
+    """Return image files.
+
+    A file stands for itself; a folder for every image below it, sorted; a pattern (``*``, ``?``, ``[...]``, and ``**``
+    for any depth of folders) for the image files it matches, sorted; a table, ``.csv`` or ``.parquet``, for the files
+    in its column ``path``, relative to the table's folder, whether or not they are there. A path that exists is no
+    pattern.
+
+    Raises:
+        CrossXError: If a path does not exist, a folder holds no image, a pattern matches none, or a table cannot be
+            read.
+    """
+    return [file for path in paths for file in _files(Path(path))]
+
+
+def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
+    """Return one image an item, in place of each path what ``expand_paths`` makes of it.
+
+    Raises:
+        CrossXError: As ``expand_paths``.
+    """
+    if isinstance(images, str | bytes | Path | Image.Image | Tensor):
+        images = [images]
+    return list(_expand(images))
+
+
+def decode(item: Image.Image | Tensor) -> Tensor:
+    """Return an image in memory as uint8 RGB (3, H, W), as ``read_image`` would read it from a file.
+
+    Raises:
+        CrossXError: If a tensor is no such image, or the Pillow image cannot be decoded.
+    """
+    if isinstance(item, Tensor):
+        if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
+            raise CrossXError(
+                f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."
+            )
+        return item
+    # Through a file's bytes, so that rotation, transparency and modes are treated in one place.
+    buffer = io.BytesIO()
+    try:
+        picture = item if item.mode in _PNG_MODES else item.convert("RGB")
+        picture.save(buffer, "PNG", compress_level=0, exif=item.getexif())
+    except Exception as error:  # an image opened from a broken file makes Pillow's plugins raise anything
+        raise CrossXError(f"the image cannot be decoded ({error}).") from error
+    return read_image(buffer.getvalue())
+
+
+def _expand(images: Iterable[ImageInput]) -> Iterator[OneImage]:
+    for image in images:
+        if isinstance(image, str | Path):
+            yield from _files(Path(image))
+        else:
+            yield image
+
+
+def _files(path: Path) -> list[Path]:
+    # os.path and not Path: it is also false for a name too long or a folder that may not be entered
+    if not os.path.exists(path):
+        if glob.has_magic(str(path)):
+            return _matches(path)
+        raise CrossXError(f"{path}: no such file or folder.")
+    if path.is_dir():
+        files = find_images(path)
+        if not files:
+            raise CrossXError(f"{path}: there is no image in this folder or below it.")
+        return files
+    return read_paths(path) if path.suffix.lower() in SUFFIXES else [path]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    files = sorted(Path(name) for name in glob.iglob(str(pattern), recursive=True))
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir()]
+    if not images:
+        raise CrossXError(f"{pattern}: no such file, and as a pattern it matches no image.")
+    return images
