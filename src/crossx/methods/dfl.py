@@ -84,23 +84,23 @@ class DFL(Method):
         )
         self.heads = nn.ModuleDict(
             {
-                "global": nn.Linear(backbone.channels["last"], num_classes),
+                "whole": nn.Linear(backbone.channels["last"], num_classes),
                 "part": nn.Linear(num_classes * num_filters, num_classes),
             }
         )
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return ``global``, ``part`` and ``side`` -> logits (B, K), the last with its weight."""
+        """Return ``whole``, ``part`` and ``side`` -> logits (B, K), the last with its weight."""
         return self._predicting(self._branch_logits(*self._features(images)))
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the sum of the branches' cross-entropies, each on its own logits, the side branch's weighted."""
         branches = self._branch_logits(*self._features(images))
         terms = {
-            "data_global": self.criterion(branches["global"], targets),
+            "data_whole": self.criterion(branches["whole"], targets),
             "data_part": self.criterion(branches["part"], targets),
         }
-        loss = terms["data_global"] + terms["data_part"]
+        loss = terms["data_whole"] + terms["data_part"]
         if self.side_weight:
             terms["data_side"] = self.side_weight * self.criterion(branches["side"], targets)
             loss = loss + terms["data_side"]
@@ -124,8 +124,8 @@ class DFL(Method):
         """
         responses, last = self._maps(images)
         shares = pooled_shares(responses, "max")
-        weights = self.heads["global"].get_parameter("weight")[classes]
-        maps = {"global": torch.einsum("bchw,bc->bhw", last, weights)[:, None]}
+        weights = self.heads["whole"].get_parameter("weight")[classes]
+        maps = {"whole": torch.einsum("bchw,bc->bhw", last, weights)[:, None]}
         weights = self.heads["part"].get_parameter("weight")[classes].unflatten(1, self.filters.groups)
         maps["part"] = torch.einsum("bcfhw,bcf->bhw", shares, weights)[:, None]
         maps["side"] = _of_class(shares, classes).mean(1, keepdim=True)
@@ -185,14 +185,14 @@ class DFL(Method):
     def _branch_logits(self, pooled: Tensor, whole: Tensor) -> dict[str, Tensor]:
         """Return each branch's own logits; the side branch's are the means of a class's filters."""
         return {
-            "global": self.heads["global"](whole),
+            "whole": self.heads["whole"](whole),
             "part": self.heads["part"](pooled.flatten(1)),
             "side": pooled.mean(2),
         }
 
     def _predicting(self, branches: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return of each branch's logits, or maps, those that count in the prediction, weighted."""
-        heads = {name: branches[name] for name in ("global", "part")}
+        heads = {name: branches[name] for name in ("whole", "part")}
         if self.predict_with_side and self.side_weight:
             heads["side"] = self.side_weight * branches["side"]
         return heads
