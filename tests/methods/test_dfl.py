@@ -14,9 +14,7 @@ from crossx.methods.dfl import cluster_centers
 
 def build(num_classes: int = 3, **options: object) -> DFL:
     torch.manual_seed(0)
-    method = create_method(
-        "dfl", backbone="test_resnet", num_classes=num_classes, num_filters=2, **options
-    )
+    method = create_method("dfl", backbone="test_resnet", num_classes=num_classes, num_filters=2, **options)
     assert isinstance(method, DFL)
     return method.eval()
 
@@ -53,7 +51,9 @@ def test_branches_equal_a_loop_over_images_classes_and_filters() -> None:
             pooled.append(max(float(weight[number] @ place + bias[number]) for place in places))
         for k in range(3):
             head = method.heads["whole"]
-            assert heads["whole"][b, k] == pytest.approx(float(head.weight[k] @ whole + head.bias[k]), abs=1e-4)
+            assert heads["whole"][b, k] == pytest.approx(
+                float(head.weight[k] @ whole + head.bias[k]), abs=1e-4
+            )
             head = method.heads["part"]
             part = sum(float(head.weight[k, n]) * pooled[n] for n in range(6)) + float(head.bias[k])
             assert heads["part"][b, k] == pytest.approx(part, abs=1e-4)
@@ -74,9 +74,7 @@ def test_each_branch_has_its_own_cross_entropy() -> None:
         for name, logits in heads.items()
     }
     objective = method.objective(images, targets)
-    torch.testing.assert_close(
-        objective.loss, losses["whole"] + losses["part"] + 0.3 * losses["side"]
-    )
+    torch.testing.assert_close(objective.loss, losses["whole"] + losses["part"] + 0.3 * losses["side"])
     assert list(objective.terms) == ["data_whole", "data_part", "data_side"]
 
 

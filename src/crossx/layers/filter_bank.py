@@ -63,6 +63,4 @@ def energy_peaks(maps: Tensor, count: int) -> list[Tensor]:
     is_peak = (strongest == torch.arange(energy.shape[1], device=maps.device)) & (energy > 0)
     ranked, places = energy.where(is_peak, -1).topk(min(count, energy.shape[1]))
     features = maps.flatten(2).transpose(1, 2)
-    return [
-        feature[place[value > 0]] for feature, place, value in zip(features, places, ranked, strict=True)
-    ]
+    return [feature[place[value > 0]] for feature, place, value in zip(features, places, ranked, strict=True)]

@@ -210,9 +210,7 @@ def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
     with warnings.catch_warnings():
         # an empty cluster keeps its last centre
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        centers, _ = kmeans2(
-            features.double().numpy(), count, iter=KMEANS_ITERATIONS, minit="++", rng=seed
-        )
+        centers, _ = kmeans2(features.double().numpy(), count, iter=KMEANS_ITERATIONS, minit="++", rng=seed)
     return torch.from_numpy(centers).to(features.dtype)
 
 

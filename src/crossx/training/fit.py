@@ -123,11 +123,10 @@ def _finish(session: Session, history: History, checkpoints: Checkpoints) -> Non
 
 
 def _prepare(session: Session, task: Task, trainer: Trainer) -> None:
-    # before Lightning starts the process group and copies the weights for an average: every rank then has all images,
-    # and nothing is to be gathered
+    # before Lightning copies the weights for an average; each rank has all images, so nothing is to be gathered
     if type(session.method).prepare is not Method.prepare:
         device = trainer.strategy.root_device
-        loader = session.data.train_dataloader()
+        loader = session.data.whole_train_loader()
         normalize = session.data.normalize
         task.eval()
         session.method.to(device).prepare(
