@@ -32,8 +32,8 @@ class FilterBank(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the responses (B, K, k, h, w) to maps (B, C, h, w)."""
-        responses: Tensor = self.norm(self.conv(maps))
-        return responses.unflatten(1, self.groups)
+        responses: Tensor = self.norm(self.conv(maps)).unflatten(1, self.groups)
+        return responses
 
     @torch.no_grad()
     def set_filters(self, label: int, filters: Tensor) -> None:
