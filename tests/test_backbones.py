@@ -268,3 +268,25 @@ def test_every_stage_map_passes_its_place_for_hooks(name: str) -> None:
     for stage, map_ in backbone(images).items():
         assert seen[backbone.stage_maps[stage]] is map_
     assert backbone.features(images) is seen[backbone.stage_maps["last"]]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet10t", "efficientnet_b0", "convnext_tiny"])
+@torch.inference_mode()
+def test_previous_is_taken_at_another_stride(name: str) -> None:
+    images = torch.randn(1, 3, 64, 64)
+    backbone, before = build(name), build(name)
+    backbone.take_previous(8)
+    maps, expected = backbone(images), before(images)
+    assert maps["previous"].shape == (1, backbone.channels["previous"], 8, 8)
+    assert backbone.strides == {**before.strides, "previous": 8}
+    torch.testing.assert_close(maps["last"], expected["last"])
+    stages = [stage["reduction"] for stage in before.trunk.feature_info]
+    if name != "efficientnet_b0":  # whose map of a stride is the next stage's expanded one
+        index = max(i for i, stride in enumerate(stages) if stride == 8)
+        (of_timm,) = before.trunk.forward_intermediates(images, indices=[index], intermediates_only=True)
+        torch.testing.assert_close(maps["previous"], of_timm)
+
+
+def test_a_stride_without_a_map_is_refused() -> None:
+    with pytest.raises(UsageError, match="has no map of stride 2 before its last one; it has: 4, 8, 16"):
+        create_backbone("resnet10t").take_previous(2)

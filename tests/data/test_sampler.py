@@ -63,6 +63,12 @@ def test_fewer_images_than_ranks_are_refused():
         on_ranks(3, lambda: EpochSampler([0, 1], 0))
 
 
+def test_undealt_draws_are_those_of_one_process_on_every_rank():
+    labels = [0] * 11
+    ranks = on_ranks(3, lambda: EpochSampler(labels, 0, dealt=False))
+    assert ranks == [list(EpochSampler(labels, 0))] * 3
+
+
 def test_order_depends_on_seed_and_epoch():
     def order(seed, epoch):
         sampler = EpochSampler([0] * 50, seed)

@@ -99,6 +99,13 @@ def test_class_maps_stand_below_the_activation_maps_of_their_part() -> None:
     assert heads(draw([Row(picture(), only, "")])) == ["image", "CAM\nprevious\npart 1", "CAM\nlast\npart 1"]
 
 
+def test_class_maps_of_a_head_without_activation_map_have_a_title_of_their_own() -> None:
+    names = ("previous", "last", "CAM last", "CAM side")
+    shown = explanation(**dict.fromkeys(names, np.eye(2)))
+    drawn = draw([Row(picture(), shown, "a"), Row(picture(), shown, "b")])
+    assert heads(drawn) == ["image", "previous", "last", "CAM\nside"]
+
+
 def test_the_figure_grows_with_columns_and_rows() -> None:
     small = draw([Row(picture(), explanation(last=np.eye(2)), "")]).get_size_inches()
     wide = draw([Row(picture(), explanation(**{f"s{i}": np.eye(2) for i in range(9)}), "")]).get_size_inches()

@@ -28,6 +28,9 @@ ALIKE = {
 }
 """What differs by rounding alone between one process and two: nothing drawn for a rank, no statistics of a rank."""
 
+PREPARED = {**ALIKE, "model": {"method": "dfl"}}
+"""Filters that start from the whole training set, which each rank is given."""
+
 
 def rows(run: Run) -> list[dict[str, float]]:
     with (run.path / "metrics.csv").open(newline="") as file:
@@ -64,6 +67,7 @@ def runs(make_config, few, tmp_path) -> dict[str, Run]:
     """Runs on two ranks, started by torchrun."""
     configs = {
         "alike": make_config("alike", **ALIKE, trainer={"devices": 2}),
+        "prepared": make_config("prepared", **PREPARED, trainer={"devices": 2}),
         "few": make_config("few", data={"root": str(few)}, trainer={"devices": 2, "max_epochs": 2}),
         "stopped": make_config("stopped", **RANDOM, trainer={"devices": 2}),
         "whole": make_config("whole", **RANDOM, trainer={"devices": 2}),
@@ -82,10 +86,11 @@ def runs(make_config, few, tmp_path) -> dict[str, Run]:
 def test_runs_on_two_ranks(runs, make_config):
     assert_same_run(runs["stopped"], runs["whole"])
     # one process that takes the batches of both; 27 images leave 4 and 3 for the last batch of the ranks
-    alone = fit(make_config("alone", **{**ALIKE, "data": {"batch_size": 10}}))
-    for ours, theirs in zip(rows(runs["alike"]), rows(alone), strict=True):
-        del ours["seconds"], theirs["seconds"]
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, sections in (("alike", ALIKE), ("prepared", PREPARED)):
+        alone = fit(make_config(f"{name}-alone", **{**sections, "data": {"batch_size": 10}}))
+        for ours, theirs in zip(rows(runs[name]), rows(alone), strict=True):
+            del ours["seconds"], theirs["seconds"]
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     # three images for validation, and one: as many as are counted
     for name in ("alike", "whole", "few"):
         last = rows(runs[name])[-1]

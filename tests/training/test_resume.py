@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import layouts
 from crossx.errors import CrossXError, UsageError
+from crossx.methods import DFL
 from crossx.runs import Run
 from crossx.training import callbacks
 from crossx.training.checkpoint_io import read_checkpoint
@@ -124,6 +125,18 @@ def test_killed_between_best_and_last(make_config, monkeypatch):
     assert run.best.exists()
     assert not run.last.exists()
     assert_same_run(resume(run.path), whole)
+
+
+def test_a_resumed_run_is_not_prepared_again(make_config, monkeypatch):
+    """What the preparation found is in the checkpoint, the average of the weights included."""
+    sections = {**RANDOM, "model": {"method": "dfl"}, "optim": {**RANDOM["optim"], "ema_decay": 0.8}}
+    whole = fit(make_config("whole", **sections))
+    interrupt(monkeypatch, 10, crash)
+    config = make_config("killed", **sections)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    monkeypatch.setattr(DFL, "prepare", lambda self, batches: crash())
+    assert_same_run(resume(config.run_path()), whole)
 
 
 def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch):

@@ -44,16 +44,13 @@ class Backbone(nn.Module):
         self.args = dict(args)
         self.trunk: Any = trunk
         self.data_config: dict[str, Any] = resolve_model_data_config(trunk)
-        info = list(trunk.feature_info)
+        info = self._info = [dict(stage) for stage in trunk.feature_info]
         self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
-        self._previous = previous_index([stage["reduction"] for stage in info])
         self._deepest = len(info) - 1
-        expanded = expand_stage(trunk, info[self._previous]["module"])
-        self.channels = {
-            "previous": expanded or info[self._previous]["num_chs"],
-            "last": self.trunk.num_features,
-        }
-        self.strides = {"previous": info[self._previous]["reduction"], "last": info[-1]["reduction"]}
+        self.channels = {"previous": 0, "last": int(trunk.num_features)}
+        self.strides = {"previous": 0, "last": int(info[-1]["reduction"])}
+        self._previous = -1
+        self._set_previous(previous_index([stage["reduction"] for stage in info]))
         self.osme = nn.ModuleDict()
         self.stage_maps = nn.ModuleDict({stage: nn.Identity() for stage in self.channels})
         self._slots: dict[str, ResidualOSME] = {}
@@ -61,6 +58,21 @@ class Backbone(nn.Module):
         self._steps = residual_steps(trunk, [stage["module"] for stage in info])
         if self._steps is None and not hasattr(trunk, "forward_intermediates"):
             raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
+
+    def take_previous(self, stride: int) -> None:
+        """Let ``previous`` be the deepest map, ``last`` left aside, with ``stride`` input pixels a place.
+
+        Raises:
+            UsageError: If the backbone gives no such map.
+        """
+        # the first map is the stem's
+        strides = [int(stage["reduction"]) for stage in self._info[1:-1]]
+        if stride not in strides:
+            known = ", ".join(map(str, sorted(set(strides)))) or "none"
+            raise UsageError(
+                f"backbone {self.name!r} has no map of stride {stride} before its last one; it has: {known}."
+            )
+        self._set_previous(max(index for index, own in enumerate(strides, start=1) if own == stride))
 
     def attach_osme(self, stage: str, num_parts: int, reduction: int, placement: Placement | None) -> None:
         """Make ``forward`` return attention features (B, P, C, H, W) for a stage instead of its map.
@@ -194,6 +206,14 @@ class Backbone(nn.Module):
                 f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
                 f"places. Use --data.image_size {smallest} or more."
             )
+
+    def _set_previous(self, index: int) -> None:
+        if index == self._previous:
+            return
+        stage = self._info[index]
+        self._previous = index
+        self.channels["previous"] = expand_stage(self.trunk, stage["module"]) or int(stage["num_chs"])
+        self.strides["previous"] = int(stage["reduction"])
 
     def _probe(self, size: int) -> torch.Size:
         """Run one empty image in evaluation mode and return the last map's (h, w)."""

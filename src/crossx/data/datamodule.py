@@ -121,14 +121,11 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Return the loader of training batches, in a new random order and augmentation each epoch."""
-        config, records = self.config, self.train_records()
-        transform = train_transform(
-            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
-        )
-        labels = [record.label for record in records]
-        sampler = EpochSampler(labels, self.seed, config.sampling, config.batch_size)
-        dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
-        return self._loader(dataset, sampler, config.batch_size)
+        return self._train_loader()
+
+    def whole_train_loader(self) -> ImageLoader:
+        """Return a loader of the first epoch's training images that gives all of them to every rank."""
+        return self._train_loader(dealt=False)
 
     @property
     def holds_out(self) -> bool:
@@ -169,6 +166,16 @@ class DataModule(LightningDataModule):
         if self.config.cache != "none":
             self.train_dataloader()
             self.val_dataloader()
+
+    def _train_loader(self, dealt: bool = True) -> ImageLoader:
+        config, records = self.config, self.train_records()
+        transform = train_transform(
+            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
+        )
+        labels = [record.label for record in records]
+        sampler = EpochSampler(labels, self.seed, config.sampling, config.batch_size, dealt)
+        dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
+        return self._loader(dataset, sampler, config.batch_size)
 
     def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
         kind = self.config.cache

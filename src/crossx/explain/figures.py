@@ -211,6 +211,8 @@ def draw(
     names = list(rows[0].explanation.maps)
     kinds = list(dict.fromkeys(_kind(name) for name in names))
     places = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
+    # a class map's head may have no activation map above it that would carry the title
+    titled = {place: next(kind for kind in kinds if kind + place in names) for place in places}
     grid = _Grid(columns=1 + len(places), lines=len(kinds) * len(rows), cell=cell)
     for number, row in enumerate(rows):
         first = number * len(kinds)
@@ -222,7 +224,8 @@ def draw(
             for column, place in enumerate(places, start=1):
                 if (map_ := row.explanation.maps.get(kind + place)) is not None:
                     picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
-                    grid.show(picture, column, line, _head(kind, place) if line == 0 else "")
+                    title = _head(kind, place) if number == 0 and kind == titled[place] else ""
+                    grid.show(picture, column, line, title)
     grid.add_colour_bar(check_colormap(colormap))
     return grid.figure
 

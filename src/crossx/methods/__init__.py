@@ -10,9 +10,11 @@ from crossx.methods.base import (
     register_method,
 )
 from crossx.methods.crossx import CrossX
+from crossx.methods.dfl import DFL
 from crossx.methods.plain import Plain
 
 __all__ = [
+    "DFL",
     "CrossX",
     "Method",
     "Objective",

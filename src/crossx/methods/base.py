@@ -103,7 +103,15 @@ class Method(nn.Module, ABC):
         return sum_heads(self.head_logits(images))
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """See the training set once before step 0. Does nothing unless a method needs it."""
+        """See the training set before step 0. Does nothing unless a method needs it.
+
+        Called in evaluation mode, once a run: what it finds must be left in parameters and buffers, which a resumed
+        run takes from its checkpoint. On several ranks each is given all batches, in the same order.
+
+        Args:
+            batches: Images (B, 3, H, W), normalised, on the method's device, and targets int64 (B,), augmented and
+                ordered as in a first epoch. It need not be read to the end.
+        """
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch, as against the pretrained trunk's."""

@@ -25,6 +25,7 @@ from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.history import History
 from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
+from crossx.training.task import Task
 
 
 def fit(config: Config) -> Run:
@@ -104,7 +105,8 @@ def _train(session: Session, info: dict[str, Any], *, resume: bool) -> Run:
     with _recorded(session, info, checkpoints), quiet_lightning():
         task = build_task(session)
         trainer = build_trainer(session, history, checkpoints, run_id=info["id"], steps_before=steps)
-        _prepare(session, trainer)
+        if not resume:
+            _prepare(session, task, trainer)
         trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
         if trainer.is_global_zero:
             _finish(session, history, checkpoints)
@@ -140,15 +142,17 @@ def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
     return described
 
 
-def _prepare(session: Session, trainer: Trainer) -> None:
-    # on resume too: what it leaves outside the state dict is needed, what it leaves inside is overwritten
+def _prepare(session: Session, task: Task, trainer: Trainer) -> None:
+    # before Lightning copies the weights for an average; each rank has all images, so nothing is to be gathered
     if type(session.method).prepare is not Method.prepare:
         device = trainer.strategy.root_device
-        loader = session.data.train_dataloader()
+        loader = session.data.whole_train_loader()
         normalize = session.data.normalize
+        task.eval()
         session.method.to(device).prepare(
             (normalize(images.to(device)), targets.to(device)) for images, targets in loader
         )
+        task.train()
 
 
 def _selection(session: Session, checkpoints: Checkpoints | None = None) -> dict[str, Any]:
