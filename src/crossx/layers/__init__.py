@@ -1,8 +1,22 @@
 """Building blocks of networks; torch only."""
 
 from crossx.layers.feature_pyramid import MergedFeatures
+from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
+from crossx.layers.modes import evaluation_mode
 from crossx.layers.osme import OSME, ResidualOSME
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
+from crossx.layers.tensor_sketch import TensorSketch
 
-__all__ = ["OSME", "MergedFeatures", "ResidualOSME", "global_pool", "recompute"]
+__all__ = [
+    "OSME",
+    "BilinearPooling",
+    "MergedFeatures",
+    "ResidualOSME",
+    "TaylorSeriesKernel",
+    "TensorSketch",
+    "evaluation_mode",
+    "global_pool",
+    "recompute",
+    "signed_sqrt",
+]

@@ -10,10 +10,12 @@ from crossx.methods.base import (
     register_method,
 )
 from crossx.methods.crossx import CrossX
+from crossx.methods.kernel_pooling import KernelPooling
 from crossx.methods.plain import Plain
 
 __all__ = [
     "CrossX",
+    "KernelPooling",
     "Method",
     "Objective",
     "Plain",
