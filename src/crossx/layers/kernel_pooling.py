@@ -53,7 +53,7 @@ class TaylorSeriesKernel(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, 1 + C + (p - 1) d) of features (B, N, C) at N places."""
-        constant = self.composition[:1].expand(len(features), 1)
+        constant = self.composition[:1].expand(features.shape[0], 1)
         linear = self.composition[1] * features.mean(1)
         powers = self.composition[2:, None] * self.sketch(features)
         return torch.cat([constant, linear, powers.flatten(1)], 1)
