@@ -122,7 +122,9 @@ def test_gamma_is_one_over_the_mean_inner_product_of_an_images_features() -> Non
     assert changed == {"pool.composition"}
 
 
-@pytest.mark.parametrize("options", [{"gamma": 2.0, "sketch_size": 8}, {"pooling": "bilinear", "channels": 2}])
+@pytest.mark.parametrize(
+    "options", [{"gamma": 2.0, "sketch_size": 8}, {"pooling": "bilinear", "channels": 2}]
+)
 def test_nothing_is_prepared_where_gamma_is_given_or_not_used(options: dict[str, object]) -> None:
     method = build(**options)
     before = [parameter.clone() for parameter in method.parameters()]
@@ -130,7 +132,9 @@ def test_nothing_is_prepared_where_gamma_is_given_or_not_used(options: dict[str,
     assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("backbone", "size"), [("mobilenetv2_035", 64), ("test_vit", 160), ("test_convnext", 64)])
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("mobilenetv2_035", 64), ("test_vit", 160), ("test_convnext", 64)]
+)
 def test_every_backbone_trains_every_weight(backbone: str, size: int) -> None:
     method = build(backbone, **POOLINGS["kernel"])
     loss = method.objective(torch.randn(2, 3, size, size), torch.tensor([0, 2])).loss
@@ -155,15 +159,23 @@ def test_activation_maps_are_channel_means() -> None:
     images = torch.randn(2, 3, 64, 96)
     assert method.class_activation_maps(images, torch.tensor([0, 1])) is None
     maps = method.activation_maps(images)["last"]
-    torch.testing.assert_close(maps[:, 0], sum(method.backbone(images)["last"].unbind(1)) / method.backbone.channels["last"])
+    torch.testing.assert_close(
+        maps[:, 0], sum(method.backbone(images)["last"].unbind(1)) / method.backbone.channels["last"]
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"pooling": "kernels"}, "unknown pooling 'kernels'. Did you mean 'kernel'"),
-        ({"pooling": "bilinear", "sketch_size": 64}, "sketch_size belongs to pooling kernel and compact_bilinear"),
-        ({"pooling": "compact_bilinear", "order": 3}, "order belongs to pooling kernel, not compact_bilinear"),
+        (
+            {"pooling": "bilinear", "sketch_size": 64},
+            "sketch_size belongs to pooling kernel and compact_bilinear",
+        ),
+        (
+            {"pooling": "compact_bilinear", "order": 3},
+            "order belongs to pooling kernel, not compact_bilinear",
+        ),
         ({"pooling": "bilinear", "gamma": 1.0}, "gamma belongs to pooling kernel, not bilinear"),
         ({"order": 1}, "order must be at least 2"),
         ({"sketch_size": 0}, "sketch_size must be at least 2"),

@@ -46,7 +46,9 @@ class TaylorSeriesKernel(nn.Module):
         UsageError: For an option that cannot work.
     """
 
-    def __init__(self, channels: int, order: int, sketch_size: int, gamma: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, channels: int, order: int, sketch_size: int, gamma: float = 1.0, seed: int = 0
+    ) -> None:
         super().__init__()
         self.sketch = TensorSketch(channels, sketch_size, order, seed)
         self.composition = nn.Parameter(gaussian_composition(order, gamma))

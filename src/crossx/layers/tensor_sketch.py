@@ -16,8 +16,8 @@ class TensorSketch(nn.Module):
     Pham and Pagh, KDD 2013. A count sketch adds entry c of x, times a random sign s(c), to entry h(c) of a vector of d;
     the circular convolution of i independent count sketches of x sketches the i-th tensor power of x, so that the inner
     product of two such sketches estimates ``<x, y>^i`` without bias. Convolutions are products in the Fourier domain:
-    power i takes the product of power i - 1 and one more count sketch (as in Kernel Pooling's Figure 1). The mean over
-    the places is taken there too, for it is linear: one inverse transform an image instead of one a place.
+    power i takes the product of power i - 1 and one more count sketch. The mean over the places is taken there too, for
+    the inverse transform is linear: one an image instead of one a place.
 
     The hashes h and signs s are buffers: a run keeps those that it was trained with.
 

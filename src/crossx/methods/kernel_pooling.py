@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from crossx.backbones import Backbone
 from crossx.errors import UsageError, unknown
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
-from crossx.layers.kernel_pooling import gaussian_composition
 from crossx.methods.base import Method, Objective, register_method
 
 Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
