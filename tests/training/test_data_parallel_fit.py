@@ -24,7 +24,13 @@ from distributed import free_port
 ALIKE = {
     "model": {"method": "crossx", "use_merged": False},
     "data": {"batch_size": 5},
-    "optim": {"freeze_batch_norm": True, "class_weights": "balanced", "label_smoothing": 0.1, "lr": 0.003},
+    "optim": {
+        "freeze_batch_norm": True,
+        "freeze_backbone_epochs": 1,
+        "class_weights": "balanced",
+        "label_smoothing": 0.1,
+        "lr": 0.003,
+    },
 }
 """What differs by rounding alone between one process and two: nothing drawn for a rank, no statistics of a rank."""
 

@@ -11,6 +11,7 @@ from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import calibrate_run
 from crossx.losses import part_correlations
+from crossx.methods import create_method
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
@@ -103,6 +104,36 @@ def test_average_follows_its_definition(make_config, monkeypatch):
         average = 0.9 * average + 0.1 * weight
     torch.testing.assert_close(load_file(run.weights)["classifier.weight"], average)
     assert not torch.equal(average, seen[-1])
+
+
+def test_average_leaves_whole_numbers_as_they_are(make_config):
+    options = {"method": "kernel_pooling", "order": 2, "sketch_size": 4096, "gamma": 1.0}
+    run = fit(make_config(model=options, optim={"ema_decay": 0.9}, trainer={"max_epochs": 1}))
+    # averaged as numbers, a quarter of the hashes came out one too small
+    drawn = create_method("kernel_pooling", backbone="test_resnet", num_classes=3, order=2).pool.sketch
+    assert torch.equal(load_file(run.weights)["pool.sketch.hashes"], drawn.hashes)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_backbone_is_frozen_in_the_first_epochs_alone(make_config, monkeypatch, optimizer):
+    seen = []
+    start = Task.on_train_batch_start
+
+    def recorded(self, batch, batch_idx):
+        start(self, batch, batch_idx)
+        seen.append({name: value.clone() for name, value in self.method.state_dict().items()})
+
+    monkeypatch.setattr(Task, "on_train_batch_start", recorded)
+    optim = {"optimizer": optimizer, "weight_decay": 0.1, "freeze_backbone_epochs": 2, "lr": 0.002}
+    fit(make_config(optim=optim))
+
+    def changed(first, last):
+        pairs = {name: torch.equal(value, seen[last][name]) for name, value in seen[first].items()}
+        return {name for name, same in pairs.items() if not same}
+
+    # four steps an epoch: entry 8 is the state before the first step of the third
+    assert changed(0, 8) == {"classifier.weight", "classifier.bias"}
+    assert changed(8, 11) == seen[0].keys()
 
 
 def test_history_has_the_means_of_s_over_the_images_of_an_epoch(make_config, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_killed_run_continues_bit_exactly(make_config, tmp_path):
 @pytest.mark.parametrize(
     "optim",
     [
-        {"ema_decay": 0.8, "schedule": "step", "step_size": 1},
+        {"ema_decay": 0.8, "schedule": "step", "step_size": 1, "freeze_backbone_epochs": 2},
         {"optimizer": "adamw", "schedule": "one_cycle", "layer_decay": 0.8},
         {"schedule": "multistep", "milestones": [1, 2], "selection": "best_on_test"},
     ],

@@ -59,6 +59,10 @@ def test_left_out_options_take_their_defaults():
         ({"optim": 3}, "optim must be a mapping"),
         ({"trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
         ({"trainer": {"max_epochs": 5}, "optim": {"warmup_epochs": 5}}, "less than trainer.max_epochs"),
+        (
+            {"trainer": {"max_epochs": 5}, "optim": {"freeze_backbone_epochs": 5}},
+            r"freeze_backbone_epochs must be less than trainer.max_epochs \(5\), not 5",
+        ),
         ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
         ({"trainer": {"logger": ["tensorbord"]}}, "Did you mean 'tensorboard'"),
         ({"seed": -1}, "seed"),

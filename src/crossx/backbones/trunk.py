@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crossx.backbones.blocks import ATTENTION_SLOTS, expand_stage, previous_index, residual_steps
 from crossx.errors import UsageError, first_line
-from crossx.layers import OSME, ResidualOSME, recompute
+from crossx.layers import OSME, ResidualOSME, evaluation_mode, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
 
@@ -217,13 +217,8 @@ class Backbone(nn.Module):
 
     def _probe(self, size: int) -> torch.Size:
         """Run one empty image in evaluation mode and return the last map's (h, w)."""
-        modes = {module: module.training for module in self.modules()}
-        try:
-            with torch.inference_mode():
-                last = self.eval().forward(next(self.parameters()).new_zeros(1, 3, size, size))["last"]
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluation_mode(self), torch.inference_mode():
+            last = self.forward(next(self.parameters()).new_zeros(1, 3, size, size))["last"]
         return last.shape[-2:]
 
     def _run_trunk(self, images: Tensor) -> dict[str, Tensor]:

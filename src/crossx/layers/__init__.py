@@ -2,16 +2,24 @@
 
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.filter_bank import FilterBank, energy_peaks
+from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
+from crossx.layers.modes import evaluation_mode
 from crossx.layers.osme import OSME, ResidualOSME
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
+from crossx.layers.tensor_sketch import TensorSketch
 
 __all__ = [
     "OSME",
+    "BilinearPooling",
     "FilterBank",
     "MergedFeatures",
     "ResidualOSME",
+    "TaylorSeriesKernel",
+    "TensorSketch",
     "energy_peaks",
+    "evaluation_mode",
     "global_pool",
     "recompute",
+    "signed_sqrt",
 ]

@@ -11,11 +11,13 @@ from crossx.methods.base import (
 )
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
+from crossx.methods.kernel_pooling import KernelPooling
 from crossx.methods.plain import Plain
 
 __all__ = [
     "DFL",
     "CrossX",
+    "KernelPooling",
     "Method",
     "Objective",
     "Plain",

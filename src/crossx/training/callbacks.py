@@ -115,7 +115,16 @@ class EMA(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         # Lightning's EMAWeightAveraging takes the function that updates one tensor at a time
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        average = get_ema_multi_avg_fn(decay)
+
+        def update(averages: Any, values: Any, count: Any) -> None:
+            if averages[0].is_floating_point():
+                average(averages, values, count)
+            else:
+                # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
+                torch._foreach_copy_(averages, values)
+
+        super().__init__(multi_avg_fn=update)
 
 
 class LiveProgressBar(RichProgressBar):

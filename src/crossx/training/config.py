@@ -103,6 +103,7 @@ class OptimConfig:
         cutmix: Alpha of CutMix (Yun et al., 2019); 0 is off; with mixup each batch takes one of the two.
         freeze_backbone: Train the new layers alone: the pretrained parameters stay as they are, and so do the
             batch norm statistics of the backbone.
+        freeze_backbone_epochs: Freeze it so for the first epochs alone: the new layers first, then all.
         freeze_batch_norm: Keep statistics, scales and shifts of the backbone's batch norms as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999; validation,
             checkpoints and the final model then use the averaged weights. Left out, no average is kept.
@@ -135,6 +136,7 @@ class OptimConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     freeze_backbone: bool = False
+    freeze_backbone_epochs: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
@@ -166,7 +168,9 @@ class OptimConfig:
         _check("layer_decay", self.layer_decay, "in (0, 1]", 0 < self.layer_decay <= 1)
         for option in ("min_lr_factor", "label_smoothing"):
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
-        for option in ("weight_decay", "warmup_epochs", "new_layers_lr_factor", "mixup", "cutmix"):
+        for option in (
+            "weight_decay", "warmup_epochs", "new_layers_lr_factor", "mixup", "cutmix", "freeze_backbone_epochs",
+        ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
             _check("ema_decay", self.ema_decay, "in (0, 1)", 0 < self.ema_decay < 1)
@@ -233,11 +237,12 @@ class Config:
             raise UsageError(f"trainer.accumulate_grad_batches must be at least 1, not {accumulate}.")
         if self.trainer.get("limit_train_batches", 1.0) == 0:
             raise UsageError("trainer.limit_train_batches 0 leaves nothing to train on.")
-        if self.optim.warmup_epochs >= epochs:
-            raise UsageError(
-                f"optim.warmup_epochs must be less than trainer.max_epochs ({epochs}), not "
-                f"{self.optim.warmup_epochs:g}."
-            )
+        for option in ("warmup_epochs", "freeze_backbone_epochs"):
+            if getattr(self.optim, option) >= epochs:
+                raise UsageError(
+                    f"optim.{option} must be less than trainer.max_epochs ({epochs}), not "
+                    f"{getattr(self.optim, option):g}."
+                )
 
     @property
     def loggers(self) -> list[str]:

@@ -24,21 +24,26 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
         The batch norm layers of the pretrained backbone whose statistics must not change: to be kept in
         evaluation mode.
     """
-    pretrained = {id(parameter) for parameter in method.backbone.pretrained_parameters()}
     if config.freeze_backbone:
         for parameter in method.backbone.pretrained_parameters():
             parameter.requires_grad_(False)
     if not (config.freeze_backbone or config.freeze_batch_norm):
         return []
-    norms: list[nn.Module] = [
+    norms = pretrained_norms(method)
+    for norm in norms:
+        norm.requires_grad_(False)
+    return norms
+
+
+def pretrained_norms(method: Method) -> list[nn.Module]:
+    """Return the batch norm layers of the pretrained backbone."""
+    pretrained = {id(parameter) for parameter in method.backbone.pretrained_parameters()}
+    return [
         module
         for module in method.backbone.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and all(id(parameter) in pretrained for parameter in module.parameters())
     ]
-    for norm in norms:
-        norm.requires_grad_(False)
-    return norms
 
 
 def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
@@ -19,7 +20,7 @@ from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
 from crossx.ranks import batch_mean
 from crossx.training.config import OptimConfig
-from crossx.training.optim import build_optimizer, build_scheduler, freeze
+from crossx.training.optim import build_optimizer, build_scheduler, freeze, pretrained_norms
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,7 +52,8 @@ class Task(LightningModule):
         self.eval_split = eval_split
         self.method.criterion = _criterion(config, class_counts)
         self.mix = _mix(method, config)
-        self.frozen_norms = freeze(method, config)
+        self.frozen_norms = self.norms_in_evaluation = freeze(method, config)
+        self.frozen_at_first = [p for p in method.backbone.pretrained_parameters() if p.requires_grad]
         if config.recompute_activations:
             method.backbone.recompute_activations()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -70,9 +72,28 @@ class Task(LightningModule):
     def train(self, mode: bool = True) -> Task:
         """Set training mode, but for frozen batch norms."""
         super().train(mode)
-        for norm in self.frozen_norms:
+        for norm in self.norms_in_evaluation:
             norm.eval()
         return self
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Freeze the backbone in the first epochs, and free it afterwards, as ``freeze_backbone_epochs`` says."""
+        if batch_idx == 0 and self.config.freeze_backbone_epochs:
+            self.norms_in_evaluation = pretrained_norms(self.method) if self._freezes() else self.frozen_norms
+            self.train()
+            # DDP waits for every gradient that it once saw: with it they are computed, and dropped before the step
+            if self.trainer.world_size == 1:
+                for parameter in self.frozen_at_first:
+                    parameter.requires_grad_(not self._freezes())
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients of a frozen backbone: the optimiser then passes its parameters over."""
+        if self._freezes():
+            for parameter in self.frozen_at_first:
+                parameter.grad = None
+
+    def _freezes(self) -> bool:
+        return self.current_epoch < self.config.freeze_backbone_epochs
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the loss, and beside it every number to report as scalars on the device."""

@@ -1,0 +1,93 @@
+"""Tensor Sketch: short vectors whose inner products are, in expectation, those of tensor powers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from crossx.errors import UsageError
+
+
+class TensorSketch(nn.Module):
+    """Sketches of the tensor powers 2 to p of vectors, averaged over the places of an image.
+
+    Pham and Pagh, KDD 2013. A count sketch adds entry c of x, times a random sign s(c), to entry h(c) of a vector of d;
+    the circular convolution of i independent count sketches of x sketches the i-th tensor power of x, so that the inner
+    product of two such sketches estimates ``<x, y>^i`` without bias. Convolutions are products in the Fourier domain:
+    power i takes the product of power i - 1 and one more count sketch. The mean over the places is taken there too, for
+    the inverse transform is linear: one an image instead of one a place.
+
+    The hashes h and signs s are buffers: a run keeps those that it was trained with.
+
+    Args:
+        channels: C.
+        size: d, the length of a sketch.
+        order: p, the highest power, at least 2.
+        seed: Of the hashes and signs.
+
+    Raises:
+        UsageError: If ``size`` or ``order`` is too small.
+    """
+
+    hashes: Tensor
+    signs: Tensor
+
+    def __init__(self, channels: int, size: int, order: int, seed: int = 0) -> None:
+        super().__init__()
+        if size < 2:
+            raise UsageError(f"sketch_size must be at least 2, not {size}.")
+        if order < 2:
+            raise UsageError(f"order must be at least 2, not {order}.")
+        self.size = size
+        self.order = order
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("hashes", torch.randint(size, (order, channels), generator=generator))
+        self.register_buffer("signs", torch.randint(2, (order, channels), generator=generator) * 2.0 - 1.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the mean sketches of the powers 2 to p, (B, p - 1, d), of features (B, N, C) at N places.
+
+        Float32 or float64: half precision has no Fourier transform.
+        """
+        if torch.compiler.is_exporting():
+            return self._by_matrix_products(features)
+        product, sketches = self._spectrum(features, 0), []
+        for factor in range(1, self.order):
+            product = product * self._spectrum(features, factor)
+            sketches.append(torch.fft.irfft(product.mean(1), n=self.size))
+        return torch.stack(sketches, 1)
+
+    def _spectrum(self, features: Tensor, factor: int) -> Tensor:
+        """Return the Fourier transform of one count sketch at each place, (B, N, d // 2 + 1)."""
+        sketch = features.new_zeros(*features.shape[:2], self.size)
+        return torch.fft.rfft(sketch.index_add(2, self.hashes[factor], features * self.signs[factor]))
+
+    def _by_matrix_products(self, features: Tensor) -> Tensor:
+        """Return what ``forward`` returns without Fourier transforms, for which not every runtime has an operator.
+
+        The transform of a count sketch is linear in x: entry k is ``sum_c s(c) exp(-2 pi i h(c) k / d) x(c)``.
+        """
+        frequencies = torch.arange(self.size // 2 + 1, device=features.device)
+        real, imaginary, sketches = None, None, []
+        for hashes, signs in zip(self.hashes, self.signs, strict=True):
+            angles = self._angles(hashes, frequencies, features.dtype)
+            cosines = features @ (signs[:, None] * angles.cos())
+            sines = features @ (-signs[:, None] * angles.sin())
+            if real is None or imaginary is None:
+                real, imaginary = cosines, sines
+                continue
+            real, imaginary = real * cosines - imaginary * sines, real * sines + imaginary * cosines
+            sketches.append(self._inverse(real.mean(1), imaginary.mean(1), frequencies))
+        return torch.stack(sketches, 1)
+
+    def _inverse(self, real: Tensor, imaginary: Tensor, frequencies: Tensor) -> Tensor:
+        angles = self._angles(frequencies, torch.arange(self.size, device=real.device), real.dtype)
+        # Every frequency but 0 and d / 2 stands for its mirror image too.
+        single = 2 * frequencies % self.size == 0
+        weights = torch.where(single, 1.0, 2.0)[:, None].to(real.dtype) / self.size
+        return real @ (weights * angles.cos()) - imaginary @ (weights * angles.sin())
+
+    def _angles(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+        return (positions[:, None] * frequencies % self.size).to(dtype) * (2 * math.pi / self.size)

@@ -1,0 +1,143 @@
+"""Kernel Pooling (Cui et al., CVPR 2017), with compact and full bilinear pooling as its special cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossx.backbones import Backbone
+from crossx.errors import UsageError, unknown
+from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
+from crossx.methods.base import Method, Objective, register_method
+
+Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
+
+GAMMA_BATCHES = 32
+"""Batches of training images from which ``prepare`` estimates gamma."""
+
+
+@register_method("kernel_pooling")
+class KernelPooling(Method):
+    """Products of the last map's features, pooled, square-rooted, normalised and classified; cross-entropy.
+
+    Args:
+        backbone: The trunk.
+        num_classes: K.
+        pooling: ``kernel``: the Taylor series of a Gaussian kernel (Cui et al., CVPR 2017); ``compact_bilinear``: the
+            Tensor Sketch of the outer product (Gao et al., CVPR 2016); ``bilinear``: the outer product itself (B-CNN;
+            Lin et al., ICCV 2015).
+        order: p, where the series of ``kernel`` ends. Default: 4, as in the paper.
+        sketch_size: d, the length of each sketch. Default: 4096 for ``kernel``, 8192 for ``compact_bilinear``, as in
+            the papers.
+        gamma: Of the Gaussian that the composition of ``kernel`` starts from. Default: one over the mean inner product
+            of an image's features, estimated on training images before the first step.
+        channels: Reduce the last map to so many channels by a 1x1 convolution first. Default: no such layer.
+        normalize_features: Whether each place's features are L2-normalised before they are multiplied. Default: for
+            ``kernel`` alone, whose series assumes it.
+        feature_norm: Length that the pooled vector is normalised to. The papers take 1, and learning rates for the
+            classifier that public B-CNN code sets to 100 times the trunk's; with 10 both learn at one rate.
+        sketch_seed: Of the sketches' hashes and signs.
+
+    Raises:
+        UsageError: For an option that cannot work.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        pooling: Pooling = "kernel",
+        order: int | None = None,
+        sketch_size: int | None = None,
+        gamma: float | None = None,
+        channels: int | None = None,
+        normalize_features: bool | None = None,
+        feature_norm: float = 10.0,
+        sketch_seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        if pooling not in get_args(Pooling):
+            raise unknown("pooling", pooling, get_args(Pooling))
+        for option, value, poolings in (
+            ("order", order, ("kernel",)),
+            ("gamma", gamma, ("kernel",)),
+            ("sketch_size", sketch_size, ("kernel", "compact_bilinear")),
+        ):
+            if value is not None and pooling not in poolings:
+                raise UsageError(f"{option} belongs to pooling {' and '.join(poolings)}, not {pooling}.")
+        width = backbone.channels["last"]
+        if channels is not None and not 1 <= channels <= width:
+            raise UsageError(f"channels must lie between 1 and the last map's {width}, not {channels}.")
+        if not feature_norm > 0:
+            raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
+        backbone.drop_head()
+        self.reduce = nn.Identity() if channels is None else _reduction(width, channels)
+        self.normalize_features = pooling == "kernel" if normalize_features is None else normalize_features
+        self.feature_norm = feature_norm
+        self.estimates_gamma = gamma is None
+        width = width if channels is None else channels
+        self.pool: nn.Module
+        if pooling == "kernel":
+            order = 4 if order is None else order
+            size = 4096 if sketch_size is None else sketch_size
+            self.pool = TaylorSeriesKernel(width, order, size, 1.0 if gamma is None else gamma, sketch_seed)
+            pooled = 1 + width + (order - 1) * size
+        elif pooling == "compact_bilinear":
+            pooled = 8192 if sketch_size is None else sketch_size
+            self.pool = TensorSketch(width, pooled, 2, sketch_seed)
+        else:
+            pooled = width * width
+            self.pool = BilinearPooling()
+        self.classifier = nn.Linear(pooled, num_classes)
+
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``last`` -> logits (B, K) for images (B, 3, H, W)."""
+        return {"last": self.classifier(self.embeddings(images).to(self.classifier.weight.dtype))}
+
+    def objective(self, images: Tensor, targets: Tensor) -> Objective:
+        """Return the cross-entropy; see ``Method.objective``."""
+        logits = self(images)
+        loss = self.criterion(logits, targets)
+        return Objective(loss, {"data": loss}, logits)
+
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
+        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return the pooled, square-rooted and normalised features that the classifier sees, (B, D)."""
+        maps = self.reduce(self.backbone(images)["last"])
+        # Products of up to p features leave half precision, and bfloat16 has no Fourier transform.
+        with torch.autocast(maps.device.type, enabled=False):
+            pooled: Tensor = self.pool(self._place_features(maps)).flatten(1)
+            return self.feature_norm * F.normalize(signed_sqrt(pooled))
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start the composition from one over the mean inner product of an image's features, unless gamma is given."""
+        if not (self.estimates_gamma and isinstance(self.pool, TaylorSeriesKernel)):
+            return
+        similarities = []
+        with evaluation_mode(self), torch.no_grad():
+            for images, _ in islice(batches, GAMMA_BATCHES):
+                features = self._place_features(self.reduce(self.backbone(images)["last"]))
+                # the mean over all pairs of places
+                similarities.append(features.mean(1).square().sum(1))
+        self.pool.start_from(1 / float(torch.cat(similarities).mean()))
+
+    def _place_features(self, maps: Tensor) -> Tensor:
+        """Return the features at each place, (B, N, C), of maps (B, C, h, w), in float32 or wider."""
+        features = maps.flatten(2).transpose(1, 2).to(torch.promote_types(maps.dtype, torch.float32))
+        return F.normalize(features, dim=2) if self.normalize_features else features
+
+
+def _reduction(channels: int, reduced: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(channels, reduced, 1, bias=False)
+    # Rows at right angles: of all random projections those that keep inner products best.
+    nn.init.orthogonal_(convolution.weight)
+    return convolution
