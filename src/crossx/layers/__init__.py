@@ -2,7 +2,8 @@
 
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.osme import OSME, ResidualOSME
+from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
 
-__all__ = ["OSME", "MergedFeatures", "ResidualOSME", "global_pool", "recompute"]
+__all__ = ["OSME", "MergedFeatures", "PartLinear", "ResidualOSME", "global_pool", "recompute"]

@@ -10,10 +10,14 @@ from crossx.methods.base import (
     register_method,
 )
 from crossx.methods.crossx import CrossX
+from crossx.methods.mamc import MAMC
+from crossx.methods.maxent import MaxEnt
 from crossx.methods.plain import Plain
 
 __all__ = [
+    "MAMC",
     "CrossX",
+    "MaxEnt",
     "Method",
     "Objective",
     "Plain",
