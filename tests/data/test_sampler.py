@@ -130,10 +130,6 @@ def test_pairs_stay_on_one_rank(world_size, pairs, half):
     assert sum(map(len, alone[len(steps) :])) < 2 * world_size
 
 
-def test_pairs_must_fill_a_batch():
-    with pytest.raises(UsageError, match=r"data.sampling pairs needs an even data.batch_size, not 5"):
-        EpochSampler([0, 0], 0, "pairs", 5)
-
 
 def test_order_depends_on_seed_and_epoch():
     def order(seed, epoch):

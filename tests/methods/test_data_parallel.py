@@ -40,7 +40,6 @@ CASES = {
     "released, accumulated": Case("released", (4, 3), weighted=True),
     "mamc, even": Case("mamc", (3,)),
     "mamc, uneven": Case("mamc", (4,), weighted=True),
-    "mamc, accumulated": Case("mamc", (2, 4)),
     "maxent, uneven": Case("maxent", (4,), weighted=True),
 }
 

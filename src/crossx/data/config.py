@@ -117,6 +117,8 @@ class DataConfig:
         _one_of("cache", self.cache, ("none", "ram", "disk"))
         if self.sampling is not None:
             _one_of("sampling", self.sampling, ("uniform", "balanced", "pairs"))
+        if self.sampling == "pairs" and self.batch_size % 2:
+            raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
         _one_of("bad_images", self.bad_images, ("stop", "skip"))
 
 

@@ -55,17 +55,12 @@ class EpochSampler(Sampler[Draw]):
         seed: The run's seed.
         sampling: ``uniform``: each image once. ``balanced``: with replacement, each class present with the same
             probability, then each image of the class. ``pairs``: two and two of one class, see above.
-        batch_size: Images in a batch of one rank.
-
-    Raises:
-        UsageError: If pairs do not fill a batch.
+        batch_size: Images in a batch of one rank; even for pairs.
     """
 
     def __init__(
         self, labels: Sequence[int], seed: int, sampling: Sampling = "uniform", batch_size: int = 1
     ) -> None:
-        if sampling == "pairs" and batch_size % 2:
-            raise UsageError(f"data.sampling pairs needs an even data.batch_size, not {batch_size}.")
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.seed = seed
         self.sampling = sampling
