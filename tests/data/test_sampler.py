@@ -130,7 +130,6 @@ def test_pairs_stay_on_one_rank(world_size, pairs, half):
     assert sum(map(len, alone[len(steps) :])) < 2 * world_size
 
 
-
 def test_order_depends_on_seed_and_epoch():
     def order(seed, epoch):
         sampler = EpochSampler([0] * 50, seed)

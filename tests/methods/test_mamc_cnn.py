@@ -36,7 +36,7 @@ def naive_features(method: MAMC, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("combination", ["join", "sum"])
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_network_and_objective_follow_the_paper(combination: str, num_parts: int) -> None:
-    method = build(num_parts=num_parts, combination=combination, mamc_weight=0.3)
+    method = build(num_parts=num_parts, combination=combination, mamc_weight=0.3, mamc_average="pairs")
     images = torch.randn(4, 3, 64, 64)
     features = naive_features(method, images)
     combined = features.flatten(1) if combination == "join" else features.sum(1)

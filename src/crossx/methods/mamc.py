@@ -36,8 +36,8 @@ class MAMC(Method):
         combination: What the classifier sees: the part features joined (``join``, P D numbers) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
         mamc_normalize: Whether MAMC compares part features of length 1.
-        mamc_average: ``pairs``: MAMC's sum is divided by the pairs of the batch, as printed; ``features``: by the
-            anchors.
+        mamc_average: ``features``: MAMC's sum is divided by the anchors of the batch, as public code has it; ``pairs``:
+            by its pairs, as printed, which gives 2 P times as much. Either grows with the batch.
 
     Raises:
         UsageError: For an option that cannot work.
@@ -58,7 +58,7 @@ class MAMC(Method):
         combination: Combination = "join",
         mamc_weight: float = 0.5,
         mamc_normalize: bool = True,
-        mamc_average: MAMCAverage = "pairs",
+        mamc_average: MAMCAverage = "features",
     ) -> None:
         super().__init__(backbone, num_classes)
         for option, value, choices in (
