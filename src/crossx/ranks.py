@@ -43,6 +43,26 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return summed
 
 
+def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
+    """Join every rank's tensor along the first dimension, in the order of the ranks; differentiable.
+
+    Ranks may differ in the length of that dimension.
+
+    Returns:
+        The joined tensor (one all-reduce of its size, one of the lengths), and where in it this rank's begins. In one
+        process the tensor itself and 0.
+    """
+    if world_size() == 1:
+        return tensor, 0
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    lengths[distributed.get_rank()] = len(tensor)
+    lengths = sum_over_ranks(lengths)
+    before = int(lengths[: distributed.get_rank()].sum())
+    joined = tensor.new_zeros(int(lengths.sum()), *tensor.shape[1:])
+    joined[before : before + len(tensor)] = tensor
+    return sum_over_ranks(joined), before
+
+
 def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
     """Turn the mean over this rank's images into its part of the mean over all ranks' images.
 

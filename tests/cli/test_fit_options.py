@@ -89,8 +89,12 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ("cub", "unexpected argument 'cub'"),
         ("--model.method cross", "unknown method 'cross'. Did you mean 'crossx'?"),
         (
+            "--model.method plain --model.c3s_form paper",
+            "method 'plain' has no option 'c3s_form'; crossx has it.",
+        ),
+        (
             "--model.method plain --model.num_parts 3",
-            "method 'plain' has no option 'num_parts'; crossx has it",
+            "method 'plain' has no option 'num_parts'; crossx, mamc have it.",
         ),
         (
             "--config crossx_cub_resnet",
@@ -100,7 +104,7 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ("--data.image_size big", "--data.image_size takes a whole number, not 'big'"),
         (
             "--data.sampling balance",
-            "--data.sampling takes uniform, balanced, not 'balance'. Did you mean 'balanced'?",
+            "--data.sampling takes uniform, balanced, pairs or null, not 'balance'. Did you mean 'balanced'?",
         ),
         ("--trainer.precision bf17", "--trainer.precision takes 64, 32, 16, transformer-engine"),
         ("--trainer.max_epochs many", "--trainer.max_epochs takes a whole number or null, not 'many'"),

@@ -21,6 +21,7 @@ SMALL = shlex.split(
 )
 OWN = ["--data.dataset", "folder", "--data.root", "own"]
 CROSSX = ["--model.method", "crossx"]
+MAMC = ["--model.method", "mamc"]
 VIT = ["--model.backbone", "vit_tiny_patch16_224", "--model.backbone_args", "{}"]
 
 Refused = Callable[..., str]
@@ -124,6 +125,16 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             "unknown option '--data.imagesize'. Did you mean '--data.image_size'?",
         ),
         (2, [*OWN, *CROSSX, "--model.num_parts", "0"], "num_parts must be at least 1, not 0"),
+        (
+            2,
+            [*OWN, *MAMC, "--data.sampling", "uniform"],
+            "method 'mamc' needs data.sampling pairs, not uniform: leave the option out, or give pairs",
+        ),
+        (
+            2,
+            [*OWN, *MAMC, "--data.batch_size", "5"],
+            "data.batch_size must be even for data.sampling pairs, not 5",
+        ),
         (2, [*OWN, "--data.image_size", "16"], "data.image_size must be at least 32, not 16"),
         (
             2,

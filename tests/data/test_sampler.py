@@ -61,6 +61,73 @@ def test_batches_of_all_ranks_are_those_of_one_process(world_size, more, batch_s
 def test_fewer_images_than_ranks_are_refused():
     with pytest.raises(UsageError, match=r"2 training images are too few for 3 processes"):
         on_ranks(3, lambda: EpochSampler([0, 1], 0))
+    with pytest.raises(UsageError, match=r"2 pairs of training images are too few for 3 processes"):
+        on_ranks(3, lambda: EpochSampler([0, 0, 0, 0], 0, "pairs", 2))
+
+
+def in_pairs(draws):
+    return list(zip(draws[::2], draws[1::2], strict=True))
+
+
+label_lists = st.lists(st.sampled_from([0, 1, 2, 4, 7]), min_size=1, max_size=60)
+
+
+@given(label_lists, st.integers(1, 6), st.integers(0, 2**62), st.integers(0, 1000))
+@settings(deadline=None, max_examples=100)
+def test_pairs_are_of_one_class_and_hold_every_image(labels, half, seed, epoch):
+    sampler = EpochSampler(labels, seed, "pairs", 2 * half)
+    sampler.set_epoch(epoch)
+    draws = list(sampler)
+    assert len(draws) == len(sampler)
+    assert draws == list(sampler)
+    assert len(set(draws)) == len(draws)
+    drawn = Counter(draw.index for draw in draws)
+    of_class = Counter(labels)
+    assert drawn.keys() == set(range(len(labels)))
+    for label, count in of_class.items():
+        twice = [index for index, times in drawn.items() if labels[index] == label and times == 2]
+        assert len(twice) == count % 2
+    for first, second in in_pairs(draws):
+        assert labels[first.index] == labels[second.index]
+        assert first.index != second.index or of_class[labels[first.index]] == 1
+
+
+@given(label_lists, st.integers(1, 6), st.integers(0, 100))
+@settings(deadline=None, max_examples=100)
+def test_pairs_of_a_batch_are_of_different_classes(labels, half, seed):
+    left = Counter({label: (count + 1) // 2 for label, count in Counter(labels).items()})
+    for batch in batches(list(EpochSampler(labels, seed, "pairs", 2 * half)), 2 * half):
+        classes = Counter(labels[first.index] for first, _ in in_pairs(batch))
+        # as many classes as there are places, or as still have pairs
+        assert len(classes) == min(half, len(+left))
+        left.subtract(classes)
+    assert not +left
+
+
+def test_a_class_is_drawn_in_the_measure_of_its_pairs():
+    """Whole batches of different classes to the end, where the largest class has a pair for each."""
+    labels = [0] * 20 + [1] * 10 + [2] * 10
+    for seed in range(5):
+        sizes = [
+            len({labels[draw.index] for draw in batch})
+            for batch in batches(list(EpochSampler(labels, seed, "pairs", 4)), 4)
+        ]
+        assert len(sizes) == 10
+        assert sizes.count(2) >= 7
+
+
+@given(st.integers(1, 5), st.integers(5, 40), st.integers(1, 4))
+@settings(deadline=None, max_examples=100)
+def test_pairs_stay_on_one_rank(world_size, pairs, half):
+    labels = [index // 2 % 7 for index in range(2 * pairs)]
+    alone = batches(list(EpochSampler(labels, 5, "pairs", 2 * half * world_size)), 2 * half * world_size)
+    ranks = on_ranks(world_size, lambda: EpochSampler(labels, 5, "pairs", 2 * half))
+    steps = list(zip(*(batches(draws, 2 * half) for draws in ranks), strict=True))
+    for step, batch in zip(steps, alone, strict=False):
+        assert Counter(pair for own in step for pair in in_pairs(own)) == Counter(in_pairs(batch))
+        assert max(map(len, step)) - min(map(len, step)) in (0, 2)
+    # a batch is left out only where a rank would have no pair of it
+    assert sum(map(len, alone[len(steps) :])) < 2 * world_size
 
 
 def test_undealt_draws_are_those_of_one_process_on_every_rank():

@@ -39,7 +39,9 @@ def birds(tmp_path_factory):
 def write_run(folder, dataset, root, method="crossx", **options):
     index = read_dataset(dataset, root, **options)
     torch.manual_seed(0)
-    network = create_method(method, backbone="test_resnet", num_classes=len(index.classes))
+    network = create_method(
+        method, backbone="test_resnet", num_classes=len(index.classes), image_size=PREPROCESSING.image_size
+    )
     spec = describe(network, classes=index.classes, preprocessing=PREPROCESSING, dataset=dataset)
     run = Run(folder)
     write_json(run.spec, spec.to_json())

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.losses import ClassificationLoss, c3s_loss, classification_loss, cross_layer_loss
-from crossx.ranks import batch_mean, sum_over_ranks
+from crossx.losses import (
+    ClassificationLoss,
+    c3s_loss,
+    classification_loss,
+    cross_layer_loss,
+    entropy_loss,
+    mamc_loss,
+)
+from crossx.ranks import batch_mean, gather_over_ranks, sum_over_ranks
 from distributed import run_on_two_ranks
 
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
@@ -20,6 +27,9 @@ LOSSES = {
     "probabilities": lambda logits, targets: classification_loss(logits, targets, None, 0.1),
     "weighted probabilities": lambda logits, targets: classification_loss(logits, targets, WEIGHTS),
     "cross-layer": lambda logits, targets: cross_layer_loss(logits, targets),
+    "entropy": lambda logits, targets: entropy_loss(logits),
+    "mamc pairs": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1)),
+    "mamc features": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1), False, "features"),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
 }
@@ -83,3 +93,4 @@ def test_one_process_computes_what_torch_computes_bit_for_bit() -> None:
     mean = F.mse_loss(logits, targets)
     assert batch_mean(mean, 6) is mean
     assert sum_over_ranks(logits) is logits
+    assert gather_over_ranks(logits) == (logits, 0)

@@ -41,6 +41,9 @@ CASES = {
     "paper, accumulated": Case("paper", (3, 5)),
     "released, accumulated": Case("released", (4, 3), weighted=True),
     "dfl, uneven": Case("", (4,), weighted=True, method="dfl"),
+    "mamc, even": Case("", (3,), method="mamc"),
+    "mamc, uneven": Case("", (4,), weighted=True, method="mamc"),
+    "maxent, uneven": Case("", (4,), weighted=True, method="maxent"),
 }
 
 
@@ -60,7 +63,7 @@ def build(case: Case) -> Method:
     """Batch norm in evaluation mode: each rank's own batch statistics are no part of the method."""
     torch.manual_seed(0)
     options = {"c3s_form": case.form} if case.method == "crossx" else {}
-    method = create_method(case.method, backbone="test_resnet", num_classes=3, **options)
+    method = create_method(case.method, backbone="test_resnet", num_classes=3, image_size=64, **options)
     if case.weighted:
         method.criterion = ClassificationLoss(torch.tensor([0.5, 1.0, 3.0]), 0.1)
     return method.eval()

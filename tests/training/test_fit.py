@@ -76,6 +76,28 @@ def test_run_folder_holds_everything(make_config):
     assert_same(load_file(run.weights), method_weights(run.best))
 
 
+def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
+    model = {"method": "mamc", "embedding_size": 8}
+    run = fit(make_config(model=model, data={"augmentation": "trivial"}, trainer={"max_epochs": 2}))
+    # 9 images of each of three classes: 5 pairs each, in batches of four
+    assert [row["step"] for row in rows(run)] == ["4", "8"]
+    assert all(float(row["train/mamc_sasc"]) > 0 for row in rows(run))
+    method, spec = load_method(run.path)
+    assert method.embed.weight.shape == (2, 8, 4 * method.backbone.channels["last"])
+    assert spec.preprocessing.image_size == 64
+    again = make_config("again", model=model, data={"sampling": "pairs", "augmentation": "trivial"})
+    again.trainer["max_epochs"] = 2
+    assert_same(load_file(fit(again).weights), load_file(run.weights))
+    with pytest.raises(UsageError, match=r"method 'mamc' needs data.sampling pairs, not uniform: leave"):
+        fit(make_config("uniform", model=model, data={"sampling": "uniform"}))
+    with pytest.raises(UsageError, match=r"data.batch_size must be even for data.sampling pairs, not 5"):
+        fit(make_config("odd", model=model, data={"batch_size": 5}))
+    assert not (tmp_path / "uniform").exists()
+    assert not (tmp_path / "odd").exists()
+    with pytest.raises(UsageError, match=r"method 'mamc' needs one class per image"):
+        fit(make_config("mixup", model=model, optim={"mixup": 0.2}))
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay):
     run = fit(make_config(optim={"ema_decay": ema_decay, "lr": 0.002}, trainer={"max_epochs": 2}))

@@ -174,6 +174,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
                     backbone=model.backbone,
                     num_classes=classes[repr(data)],
                     backbone_args=model.backbone_args,
+                    image_size=data.image_size,
                     **model.options,
                 )
         except UsageError as error:

@@ -16,7 +16,12 @@ from crossx.errors import CrossXError, UsageError, first_line, nearest
 
 
 def create_backbone(
-    name: str, *, pretrained: bool = False, weights: str | None = None, args: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
 ) -> Backbone:
     """Build a trunk by its timm name.
 
@@ -26,6 +31,7 @@ def create_backbone(
         pretrained: Whether to load the weights that belong to the name.
         weights: A state dict (``.pth``, ``.pt``, ``.safetensors``) to load instead.
         args: Further arguments of ``timm.create_model``.
+        image_size: Side of the images to build for, in pixels; by default the model's own.
 
     Raises:
         UsageError: If timm knows no such model or it does not take these arguments.
@@ -50,7 +56,7 @@ def create_backbone(
         ) from error
     if weights is not None:
         load_trunk_weights(trunk, Path(weights))
-    return Backbone(name, architecture, merged, trunk)
+    return Backbone(name, architecture, merged, trunk, image_size)
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -28,22 +28,32 @@ class Backbone(nn.Module):
         architecture: timm's name of the architecture, which with ``args`` rebuilds the trunk without ``name``'s files.
         args: Arguments of the architecture.
         trunk: The timm model, without classifier.
+        image_size: Side of the images that layers on top are built for, in pixels; by default the model's own.
 
     Attributes:
         channels: Stage name -> channels of its map.
         strides: Stage name -> input pixels over map pixels, along one side.
         data_config: timm's mean, std, interpolation and input_size for this model and its weights.
+        image_size: As given, or the side of data_config's input_size.
         stage_maps: Stage name -> a module that passes the stage's map on unchanged: the place for a hook.
         recomputes: Whether activations are computed again in the backward pass, see ``recompute_activations``.
     """
 
-    def __init__(self, name: str, architecture: str, args: Mapping[str, Any], trunk: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        architecture: str,
+        args: Mapping[str, Any],
+        trunk: Any,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.architecture = architecture
         self.args = dict(args)
         self.trunk: Any = trunk
         self.data_config: dict[str, Any] = resolve_model_data_config(trunk)
+        self.image_size: int = image_size or self.data_config["input_size"][-1]
         info = self._info = [dict(stage) for stage in trunk.feature_info]
         self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
         self._deepest = len(info) - 1
@@ -186,13 +196,16 @@ class Backbone(nn.Module):
         ]
         return [group for group in depths if group]
 
-    def check_image_size(self, size: int) -> None:
-        """Run one empty image through the trunk.
+    def map_size(self, image_size: int | None = None) -> tuple[int, int]:
+        """Return (h, w) of ``last`` for images of a side, by running one empty image through the trunk.
+
+        Args:
+            image_size: In pixels; by default ``self.image_size``.
 
         Raises:
-            UsageError: If the backbone refuses that size or is left with fewer than 2 x 2 places to attend to.
+            UsageError: If the backbone refuses that size.
         """
-        smallest = 2 * self.strides["last"]
+        size = image_size or self.image_size
         try:
             height, width = self._probe(size)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -201,10 +214,19 @@ class Backbone(nn.Module):
                 f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). "
                 f"Its own size is {own}: --data.image_size {own}, or --model.backbone_args.img_size {size}."
             ) from error
+        return height, width
+
+    def check_image_size(self, size: int) -> None:
+        """Check that images of a side, in pixels, can be used.
+
+        Raises:
+            UsageError: If the backbone refuses that size or is left with fewer than 2 x 2 places to attend to.
+        """
+        height, width = self.map_size(size)
         if min(height, width) < 2:
             raise UsageError(
                 f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
-                f"places. Use --data.image_size {smallest} or more."
+                f"places. Use --data.image_size {2 * self.strides['last']} or more."
             )
 
     def _set_previous(self, index: int) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from crossx.errors import UsageError, unknown
 
 Augmentation = Literal["crop", "resized_crop", "trivial"]
-Sampling = Literal["uniform", "balanced"]
+Sampling = Literal["uniform", "balanced", "pairs"]
 BadImages = Literal["stop", "skip"]
 TrainOn = Literal["train", "trainval"]
 Pipeline = Literal["fast", "strict"]
@@ -52,7 +52,9 @@ class DataConfig:
         eval_batch_size: Images a step in validation and testing; left out, as batch_size.
         num_workers: Processes that load images; left out, one for each CPU core, at most 8. The images do not
             depend on it.
-        sampling: `uniform` (each training image once an epoch) or `balanced` (each class equally often).
+        sampling: `uniform` (each training image once an epoch), `balanced` (each class equally often) or `pairs`
+            (each image beside another of its class, the pairs of a batch of different classes); left out, what the
+            method needs, `uniform` where it needs nothing else.
         bad_images: What to do with missing or unreadable images: `stop` before the first step and list them,
             or `skip` them and report which.
     """
@@ -78,7 +80,7 @@ class DataConfig:
     batch_size: int = 32
     eval_batch_size: int | None = None
     num_workers: int | None = None
-    sampling: Sampling = "uniform"
+    sampling: Sampling | None = None
     bad_images: BadImages = "stop"
 
     def __post_init__(self) -> None:
@@ -113,7 +115,10 @@ class DataConfig:
         _one_of("augmentation", self.augmentation, ("crop", "resized_crop", "trivial"))
         _one_of("pipeline", self.pipeline, ("fast", "strict"))
         _one_of("cache", self.cache, ("none", "ram", "disk"))
-        _one_of("sampling", self.sampling, ("uniform", "balanced"))
+        if self.sampling is not None:
+            _one_of("sampling", self.sampling, ("uniform", "balanced", "pairs"))
+        if self.sampling == "pairs" and self.batch_size % 2:
+            raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
         _one_of("bad_images", self.bad_images, ("stop", "skip"))
 
 

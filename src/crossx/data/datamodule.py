@@ -173,7 +173,7 @@ class DataModule(LightningDataModule):
             self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
         )
         labels = [record.label for record in records]
-        sampler = EpochSampler(labels, self.seed, config.sampling, config.batch_size, dealt)
+        sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", config.batch_size, dealt)
         dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
         return self._loader(dataset, sampler, config.batch_size)
 

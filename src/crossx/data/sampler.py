@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from crossx.data.config import Sampling
@@ -38,19 +38,24 @@ def derive_seed(*parts: object) -> int:
 
 
 class EpochSampler(Sampler[Draw]):
-    """Draws the training images of an epoch, as many as there are images.
+    """Draws the training images of an epoch: as many as there are, or in pairs.
 
-    On several ranks the draws are dealt out in turn: the ranks' n-th batches together are the n-th batch of one
-    process with so many times the batch size. In the last batch a rank may have one image fewer than another. That
-    batch is left out where a rank would have fewer than two images, of which batch norm could take no variance, unless
-    it is the only one.
+    On several ranks the draws (the pairs) are dealt out in turn: the ranks' n-th batches together are the n-th batch
+    of one process with so many times the batch size. In the last batch a rank may have one image (one pair) fewer than
+    another. That batch is left out where a rank would have fewer than two images, of which batch norm could take no
+    variance, unless it is the only one.
+
+    In pairs (``sampling`` ``pairs``) every image comes once, beside another of its class. Where a class has an odd
+    number, one of its images comes twice, augmented differently; a single image is its own partner. The pairs of a
+    batch, that of all ranks together, are of different classes as far as there are so many; which classes is random,
+    each as probable as it has pairs left.
 
     Args:
         labels: Class index of each image.
         seed: The run's seed.
         sampling: ``uniform``: each image once. ``balanced``: with replacement, each class present with the same
-            probability, then each image of the class.
-        batch_size: Images in a batch of one rank.
+            probability, then each image of the class. ``pairs``: two and two of one class, see above.
+        batch_size: Images in a batch of one rank; even for pairs.
         dealt: False gives every rank all draws.
     """
 
@@ -67,6 +72,8 @@ class EpochSampler(Sampler[Draw]):
         self.sampling = sampling
         self.batch_size = batch_size
         self.dealt = dealt
+        self.unit = 2 if sampling == "pairs" else 1
+        """Draws that stay on one rank together."""
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,27 +81,38 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._positions())
+        return self.unit * len(self._own())
 
     def __iter__(self) -> Iterator[Draw]:
+        own = self._own()
         draws = _count_repeats(self.epoch, self._order())
-        return iter([draws[position] for position in self._positions()])
+        return iter([draws[turn * self.unit + place] for turn in own for place in range(self.unit)])
 
-    def _positions(self) -> range:
-        """Return which draws of the epoch are this rank's."""
-        rank, world_size = _world() if self.dealt else (0, 1)
+    def _ranks(self) -> tuple[int, int]:
+        """Return the rank, and among how many the draws are dealt out."""
+        return _world() if self.dealt else (0, 1)
+
+    def _own(self) -> range:
+        """Return which of the epoch's draws (pairs) are this rank's."""
+        rank, world_size = self._ranks()
         count = len(self.labels)
+        if self.sampling == "pairs":
+            count = int(_count_pairs(self.labels).sum())
         if count < world_size:
+            drawn = "training images" if self.unit == 1 else "pairs of training images"
             raise UsageError(
-                f"{count} training images are too few for {world_size} processes: lower --trainer.devices."
+                f"{count} {drawn} are too few for {world_size} processes: lower --trainer.devices."
             )
-        rest = count % (world_size * self.batch_size)
-        kept = count - rest if rest < 2 * world_size and rest < count else count
+        rest = count % (world_size * self.batch_size // self.unit)
+        least = world_size * 2 // self.unit
+        kept = count - rest if rest < least and rest < count else count
         return range(rank, kept, world_size)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         count = len(self.labels)
+        if self.sampling == "pairs":
+            return _pair_order(self.labels, self._ranks()[1] * self.batch_size // 2, generator)
         if self.sampling == "balanced" and count:
             weights = 1 / torch.bincount(self.labels)[self.labels].double()
             drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
@@ -127,6 +145,28 @@ class EvaluationSampler(Sampler[int]):
     def _indices(self) -> range:
         rank, world_size = _world()
         return range(self.count) if self.count < world_size else range(rank, self.count, world_size)
+
+
+def _count_pairs(labels: Tensor) -> Tensor:
+    """Return how many pairs an epoch has of each class."""
+    return (torch.bincount(labels) + 1) // 2
+
+
+def _pair_order(labels: Tensor, pairs_a_batch: int, generator: torch.Generator) -> list[int]:
+    """Return the images of an epoch in pairs of one class, those of a batch of different classes where possible."""
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)].split(torch.bincount(labels).tolist())
+    pairs = [iter(torch.cat((images, images[: len(images) % 2])).view(-1, 2).tolist()) for images in by_class]
+    left = _count_pairs(labels)
+    order: list[int] = []
+    free = pairs_a_batch
+    while present := int(left.count_nonzero()):
+        chosen = torch.multinomial(left.double(), min(free, present), generator=generator)
+        for label in chosen.tolist():
+            order += next(pairs[label])
+        left[chosen] -= 1
+        free = free - len(chosen) or pairs_a_batch
+    return order
 
 
 def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:

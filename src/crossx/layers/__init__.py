@@ -5,6 +5,7 @@ from crossx.layers.filter_bank import FilterBank, energy_peaks
 from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.osme import OSME, ResidualOSME
+from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
 from crossx.layers.tensor_sketch import TensorSketch
@@ -14,6 +15,7 @@ __all__ = [
     "BilinearPooling",
     "FilterBank",
     "MergedFeatures",
+    "PartLinear",
     "ResidualOSME",
     "TaylorSeriesKernel",
     "TensorSketch",

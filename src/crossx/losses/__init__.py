@@ -3,14 +3,21 @@
 from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations, summarize_correlations
 from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
+from crossx.losses.entropy import EntropyLoss, entropy_loss
+from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
 
 __all__ = [
     "C3SLoss",
     "ClassificationLoss",
     "CrossLayerLoss",
+    "EntropyLoss",
+    "MAMCLoss",
     "c3s_loss",
     "classification_loss",
     "cross_layer_loss",
+    "entropy_loss",
+    "mamc_loss",
+    "mamc_terms",
     "part_correlations",
     "summarize_correlations",
 ]

@@ -12,12 +12,16 @@ from crossx.methods.base import (
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
 from crossx.methods.kernel_pooling import KernelPooling
+from crossx.methods.mamc import MAMC
+from crossx.methods.maxent import MaxEnt
 from crossx.methods.plain import Plain
 
 __all__ = [
     "DFL",
+    "MAMC",
     "CrossX",
     "KernelPooling",
+    "MaxEnt",
     "Method",
     "Objective",
     "Plain",

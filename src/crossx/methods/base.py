@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -46,6 +46,8 @@ class Method(nn.Module, ABC):
 
     citation: ClassVar[str] = ""
     """BibTeX of the publication, for the card of a shared model; empty where there is none."""
+    sampling: ClassVar[Literal["uniform", "balanced", "pairs"] | None] = None
+    """The ``data.sampling`` that ``objective`` needs; None where any will do."""
 
     name: str = ""
     """The registered name; set by ``create_method``."""
@@ -193,6 +195,7 @@ def create_method(
     pretrained: bool = False,
     backbone_weights: str | None = None,
     backbone_args: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
     **options: Any,
 ) -> Method:
     """Build a method on a backbone.
@@ -204,6 +207,8 @@ def create_method(
         pretrained: Whether to start from timm's pretrained weights.
         backbone_weights: A plain state dict to start from instead (a ``.pth`` or ``.safetensors`` file).
         backbone_args: Further arguments of ``timm.create_model``.
+        image_size: Side of the images to build for, in pixels, where the method's layers depend on it; by default the
+            backbone's own.
         **options: The method's own options, see ``method_options``.
 
     Raises:
@@ -213,7 +218,11 @@ def create_method(
     cls = method_class(name)
     check_options(name, options)
     trunk = create_backbone(
-        backbone, pretrained=pretrained, weights=backbone_weights, args=dict(backbone_args or {})
+        backbone,
+        pretrained=pretrained,
+        weights=backbone_weights,
+        args=dict(backbone_args or {}),
+        image_size=image_size,
     )
     method = cls(trunk, num_classes, **options)
     method.name, method.options = name, {**method_options(name), **options}

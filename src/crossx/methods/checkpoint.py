@@ -49,6 +49,7 @@ def build_method(spec: ModelSpec) -> Method:
         backbone=spec.backbone,
         num_classes=len(spec.classes),
         backbone_args=spec.backbone_args,
+        image_size=spec.preprocessing.image_size,
         **spec.options,
     )
 

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from crossx.data.catalog import read_configured
+from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.dataset import ImageLoader
 from crossx.data.index import SPLITS
@@ -99,6 +100,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
             pretrained=model.pretrained,
             backbone_weights=model.backbone_weights,
             backbone_args=model.backbone_args,
+            image_size=config.data.image_size,
             **model.options,
         )
         method.backbone.check_image_size(config.data.image_size)
@@ -107,7 +109,8 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
         check_classes(saved.classes, index.classes, index.name)
         method, preprocessing = build_method(saved), saved.preprocessing
     on_test = config.optim.selection == "best_on_test"
-    data = (TestAsValidation if on_test else DataModule)(index, preprocessing, config.data, config.seed)
+    options = replace(config.data, sampling=_sampling(config, method))
+    data = (TestAsValidation if on_test else DataModule)(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
     spec = saved or describe(
@@ -193,6 +196,16 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _sampling(config: Config, method: Method) -> Sampling:
+    """Return how training images are drawn: as asked for, else as the method needs it."""
+    asked, needed = config.data.sampling, method.sampling
+    if asked and needed and asked != needed:
+        raise UsageError(
+            f"method {method.name!r} needs data.sampling {needed}, not {asked}: leave the option out, or give {needed}."
+        )
+    return asked or needed or "uniform"
 
 
 def _monitor(config: Config, data: DataModule) -> str | None:

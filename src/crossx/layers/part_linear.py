@@ -1,0 +1,30 @@
+"""One linear layer a part."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PartLinear(nn.Module):
+    """P linear layers, their weights stacked over the parts; each starts as ``nn.Linear`` does.
+
+    Args:
+        num_parts: P.
+        in_features: F.
+        out_features: D.
+    """
+
+    def __init__(self, num_parts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_parts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_parts, out_features))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Return (B, P, D) of parts (B, P, F)."""
+        return torch.einsum("bpf,pdf->bpd", parts, self.weight) + self.bias

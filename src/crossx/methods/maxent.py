@@ -1,0 +1,44 @@
+"""Maximum-entropy fine-grained classification (Dubey et al., NeurIPS 2018, https://arxiv.org/abs/1809.05934)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from crossx.backbones import Backbone
+from crossx.errors import UsageError
+from crossx.losses import EntropyLoss
+from crossx.methods.base import Objective, register_method
+from crossx.methods.plain import Plain
+
+
+@register_method("maxent")
+class MaxEnt(Plain):
+    """The plain network, trained with ``cross-entropy - gamma H(p)``, H the entropy of its softmax.
+
+    Args:
+        backbone: The trunk.
+        num_classes: K.
+        gamma: Weight of the entropy, in nats. The paper chooses it on validation images and finds a wide range to
+            do; 1 is the weight that Zheng et al. (https://arxiv.org/abs/2011.10951, appendix) chose so for the same
+            term.
+
+    Raises:
+        UsageError: If ``gamma`` is negative or not finite.
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, *, gamma: float = 1.0) -> None:
+        super().__init__(backbone, num_classes)
+        if not (gamma >= 0 and math.isfinite(gamma)):
+            raise UsageError(f"gamma must be a number from 0 on, not {gamma}.")
+        self.gamma = gamma
+        self.entropy = EntropyLoss()
+
+    def objective(self, images: Tensor, targets: Tensor) -> Objective:
+        """Return the loss and its terms, ``data`` and ``max_entropy``; the entropy itself is a measure."""
+        plain = super().objective(images, targets)
+        negative = self.entropy(plain.logits)
+        terms = {**plain.terms, "max_entropy": self.gamma * negative}
+        loss = plain.loss + terms["max_entropy"]
+        return Objective(loss, terms, plain.logits, {"entropy": -negative.detach()})
