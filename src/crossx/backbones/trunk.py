@@ -118,7 +118,7 @@ class Backbone(nn.Module):
         }
         called: set[nn.Module] = set()
         hooks = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in leaves.values()]
-        self._probe(self.data_config["input_size"][-1])
+        self.map_size(self.data_config["input_size"][-1])
         for hook in hooks:
             hook.remove()
         for name, module in leaves.items():
@@ -182,7 +182,7 @@ class Backbone(nn.Module):
         """
         smallest = 2 * self.strides["last"]
         try:
-            height, width = self._probe(size)
+            height, width = self.map_size(size)
         except (AssertionError, RuntimeError, ValueError) as error:
             own = self.data_config["input_size"][-1]
             raise UsageError(
@@ -195,8 +195,12 @@ class Backbone(nn.Module):
                 f"places. Use --data.image_size {smallest} or more."
             )
 
-    def _probe(self, size: int) -> torch.Size:
-        """Run one empty image in evaluation mode and return the last map's (h, w)."""
+    def map_size(self, size: int) -> torch.Size:
+        """Run one empty image of ``size`` x ``size`` pixels in evaluation mode and return the last map's (h, w).
+
+        Raises:
+            AssertionError, RuntimeError, ValueError: If the backbone refuses that size.
+        """
         modes = {module: module.training for module in self.modules()}
         try:
             with torch.inference_mode():

@@ -10,11 +10,13 @@ from crossx.methods.base import (
     register_method,
 )
 from crossx.methods.crossx import CrossX
+from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
 
 __all__ = [
     "CrossX",
     "Method",
+    "NTSNet",
     "Objective",
     "Plain",
     "create_method",

@@ -61,7 +61,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> logits (B, K) for images (B, 3, H, W)."""
+        """Return head name -> logits (B, K) for images (B, 3, H, W); ``combine_heads`` makes the prediction of them."""
 
     @abstractmethod
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
@@ -91,16 +91,39 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    def boxes(self, images: Tensor) -> Tensor | None:
+        """Return the regions that the prediction looks at again, best first, or None where there are none (the default).
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            (B, n, 4), left, top, right, bottom in pixels of the images; a region may reach beyond the image.
+        """
+        return None
+
     @abstractmethod
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""
 
+    def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
+        """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless a method has another."""
+        return sum_heads(heads)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, 3, H, W): the sum over the heads (Eq. 7)."""
-        return sum_heads(self.head_logits(images))
+        """Return the prediction, logits (B, K), for images (B, 3, H, W)."""
+        return self.combine_heads(self.head_logits(images))
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """See the training set once before step 0. Does nothing unless a method needs it."""
+
+    def check_image_size(self, size: int) -> None:
+        """Check that images of ``size`` x ``size`` pixels can be trained on.
+
+        Raises:
+            UsageError: If they cannot.
+        """
+        self.backbone.check_image_size(size)
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch, as against the pretrained trunk's."""

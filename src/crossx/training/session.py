@@ -101,7 +101,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
             backbone_args=model.backbone_args,
             **model.options,
         )
-        method.backbone.check_image_size(config.data.image_size)
+        method.check_image_size(config.data.image_size)
         preprocessing = preprocessing_for(config.data, method.backbone.data_config)
     else:
         check_classes(saved.classes, index.classes, index.name)
