@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.losses import ClassificationLoss, c3s_loss, classification_loss, cross_layer_loss
+from crossx.losses import ClassificationLoss, c3s_loss, classification_loss, cross_layer_loss, ranking_loss
 from crossx.ranks import batch_mean, sum_over_ranks
 from distributed import run_on_two_ranks
 
@@ -20,6 +20,7 @@ LOSSES = {
     "probabilities": lambda logits, targets: classification_loss(logits, targets, None, 0.1),
     "weighted probabilities": lambda logits, targets: classification_loss(logits, targets, WEIGHTS),
     "cross-layer": lambda logits, targets: cross_layer_loss(logits, targets),
+    "ranking": lambda scores, losses: ranking_loss(scores, losses),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
 }
