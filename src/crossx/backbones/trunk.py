@@ -118,7 +118,7 @@ class Backbone(nn.Module):
         }
         called: set[nn.Module] = set()
         hooks = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in leaves.values()]
-        self.map_size(self.data_config["input_size"][-1])
+        self.map_size(self._own_size)
         for hook in hooks:
             hook.remove()
         for name, module in leaves.items():
@@ -184,16 +184,21 @@ class Backbone(nn.Module):
         try:
             height, width = self.map_size(size)
         except (AssertionError, RuntimeError, ValueError) as error:
-            own = self.data_config["input_size"][-1]
             raise UsageError(
-                f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). "
-                f"Its own size is {own}: --data.image_size {own}, or --model.backbone_args.img_size {size}."
+                f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). Its own size is "
+                f"{self._own_size}: --data.image_size {self._own_size}, or --model.backbone_args.img_size {size}."
             ) from error
         if min(height, width) < 2:
             raise UsageError(
                 f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
                 f"places. Use --data.image_size {smallest} or more."
             )
+
+    @property
+    def _own_size(self) -> int:
+        """Side of the images that the model is made for; timm's ``data_config`` does not know of ``img_size``."""
+        size = self.args.get("img_size") or self.data_config["input_size"][-1]
+        return size if isinstance(size, int) else size[-1]
 
     def map_size(self, size: int) -> torch.Size:
         """Run one empty image of ``size`` x ``size`` pixels in evaluation mode and return the last map's (h, w).

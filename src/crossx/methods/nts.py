@@ -145,6 +145,13 @@ class NTSNet(Method):
     def check_image_size(self, size: int) -> None:
         """Check that the backbone takes the crops, too; see ``Method.check_image_size``."""
         super().check_image_size(size)
+        with torch.no_grad():
+            maps = torch.zeros(1, self.backbone.channels["last"], *self.backbone.map_size(size))
+            anchors = len(self.navigator(maps, (size, size))[0])
+        if anchors < self.num_proposals:
+            raise UsageError(
+                f"num_proposals {self.num_proposals}: images of {size} pixels have {anchors} anchors to choose from."
+            )
         crop = self.crop_size or size // 2
         try:
             self.backbone.map_size(crop)
