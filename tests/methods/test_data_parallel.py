@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossx.backbones import synchronize_batch_norms
 from crossx.losses import ClassificationLoss
-from crossx.methods import CrossX, create_method
+from crossx.methods import Method, create_method
 from distributed import run_on_two_ranks
 
 
@@ -19,14 +19,16 @@ class Case(NamedTuple):
     """How a batch of six is trained on.
 
     Attributes:
-        form: Of C3S.
+        form: Of C3S, for Cross-X.
         first: Images that the first rank has, in each micro-batch.
         weighted: Whether classes are weighted, and labels smoothed.
+        method: Its name.
     """
 
-    form: str
+    form: str | None
     first: tuple[int, ...]
     weighted: bool = False
+    method: str = "crossx"
 
 
 CASES = {
@@ -38,13 +40,14 @@ CASES = {
     "released, one image": Case("released", (5,), weighted=True),
     "paper, accumulated": Case("paper", (3, 5)),
     "released, accumulated": Case("released", (4, 3), weighted=True),
+    "nts, uneven": Case(None, (4,), weighted=True, method="nts"),
 }
 
 
 class Objective(nn.Module):
     """DDP hooks into ``forward`` alone."""
 
-    def __init__(self, method: CrossX) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         self.method = method
 
@@ -53,11 +56,11 @@ class Objective(nn.Module):
         return {"loss": objective.loss, **objective.terms, **objective.measures}
 
 
-def build(case: Case) -> CrossX:
+def build(case: Case) -> Method:
     """Batch norm in evaluation mode: each rank's own batch statistics are no part of the method."""
     torch.manual_seed(0)
-    method = create_method("crossx", backbone="test_resnet", num_classes=3, c3s_form=case.form)
-    assert isinstance(method, CrossX)
+    options = {} if case.form is None else {"c3s_form": case.form}
+    method = create_method(case.method, backbone="test_resnet", num_classes=3, **options)
     if case.weighted:
         method.criterion = ClassificationLoss(torch.tensor([0.5, 1.0, 3.0]), 0.1)
     return method.eval()
