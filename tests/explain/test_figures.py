@@ -123,7 +123,9 @@ def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
 def test_boxes_are_drawn_on_the_image_and_not_on_the_maps() -> None:
     boxes = np.array([[2, 2, 9, 9]], np.float32)
     with_boxes = dataclasses.replace(explanation(last=np.eye(2)), boxes=boxes)
-    shown = [axes.images[0].get_array() for axes in draw([Row(picture(), with_boxes, "")]).axes if axes.images]
+    shown = [
+        axes.images[0].get_array() for axes in draw([Row(picture(), with_boxes, "")]).axes if axes.images
+    ]
     assert np.array_equal(shown[0], outline(picture(), boxes))
     assert np.array_equal(shown[1], overlay(picture(), np.eye(2)))
 

@@ -28,5 +28,7 @@ def crop_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     y = (top + steps * (bottom - 1 - top)) * (2 / (height - 1)) - 1
     # the crops of an image stand below each other in one grid: grid_sample takes one an image
     grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), -1).flatten(1, 2)
-    crops = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return crops.unflatten(2, (boxes.shape[1], size)).transpose(1, 2).to(images.dtype)
+    rows: Tensor = F.grid_sample(
+        images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True
+    )
+    return rows.view(*rows.shape[:2], boxes.shape[1], size, size).transpose(1, 2).to(images.dtype)

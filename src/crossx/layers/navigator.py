@@ -16,7 +16,7 @@ REFERENCE = 448
 
 
 class Navigator(nn.Module):
-    """Scores anchor boxes on three levels of maps, each half the size of the one before (Yang et al. 2018, section 3.2).
+    """Scores anchor boxes on three levels of maps, each half the size of the one before (Yang et al. 2018).
 
     Args:
         channels: C of the trunk's map.
