@@ -92,7 +92,7 @@ class Method(nn.Module, ABC):
         return None
 
     def boxes(self, images: Tensor) -> Tensor | None:
-        """Return the regions that the prediction looks at again, best first, or None for a method without (the default).
+        """Return the regions that the prediction looks at again, best first; None (the default) where there are none.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -107,7 +107,7 @@ class Method(nn.Module, ABC):
         """Return one feature vector an image, (B, D): what the heads classify."""
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
-        """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), or what a method has instead."""
+        """Return the prediction (B, K) of what ``head_logits`` returns; unless a method overrides it the sum (Eq. 7)."""
         return sum_heads(heads)
 
     def forward(self, images: Tensor) -> Tensor:
