@@ -107,7 +107,7 @@ class Method(nn.Module, ABC):
         """Return one feature vector an image, (B, D): what the heads classify."""
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
-        """Return the prediction (B, K) of what ``head_logits`` returns; unless a method overrides it the sum (Eq. 7)."""
+        """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""
         return sum_heads(heads)
 
     def forward(self, images: Tensor) -> Tensor:
