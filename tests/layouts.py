@@ -285,8 +285,8 @@ def write_table(
     return table
 
 
-def write_run(root: Path, classes: Sequence[str] = FOLDERS) -> Path:
-    """Write a run folder of a tiny Cross-X network with random weights, the same on every call."""
+def write_run(root: Path, classes: Sequence[str] = FOLDERS, method: str = "crossx") -> Path:
+    """Write a run folder of a tiny network with random weights, the same on every call."""
     import torch
 
     from crossx.methods import create_method
@@ -295,10 +295,10 @@ def write_run(root: Path, classes: Sequence[str] = FOLDERS) -> Path:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        method = create_method("crossx", backbone="test_resnet", num_classes=len(classes))
+        network = create_method(method, backbone="test_resnet", num_classes=len(classes))
     preprocessing = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     run = Run(root)
-    spec = describe(method, classes=classes, preprocessing=preprocessing, dataset="folder")
+    spec = describe(network, classes=classes, preprocessing=preprocessing, dataset="folder")
     write_json(run.spec, spec.to_json())
-    save_weights(method, run.weights)
+    save_weights(network, run.weights)
     return root

@@ -259,6 +259,14 @@ def test_image_sizes_that_cannot_work(name: str, size: int, message: str) -> Non
     assert backbone.training
 
 
+def test_the_head_is_dropped_whatever_size_the_model_was_given() -> None:
+    args = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "depth": 4}
+    backbone = create_backbone("vit_tiny_patch16_224", args=args)
+    backbone.drop_head()
+    with pytest.raises(UsageError, match=r"Its own size is 64: --data.image_size 64"):
+        backbone.check_image_size(96)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
 def test_every_stage_map_passes_its_place_for_hooks(name: str) -> None:
     backbone, seen = create_backbone(name, pretrained=False).eval(), {}

@@ -128,6 +128,25 @@ def test_plain_recipe_trains_like_the_paper_recipe(backbone: str, dataset: str) 
     assert plain == crossx
 
 
+def test_nts_recipe() -> None:
+    recipe = load_recipe("nts_cub_resnet50")
+    expected = {
+        ("model", "num_proposals"): 6,
+        ("model", "num_crops"): 4,
+        ("data", "dataset"): "cub",
+        ("data", "image_size"): 448,
+        ("data", "resize_size"): 600,
+        ("data", "batch_size"): 16,
+        ("data", "val_fraction"): 0,
+        ("optim", "lr"): 0.001,
+        ("optim", "weight_decay"): 1e-4,
+        ("optim", "milestones"): [60, 100],
+        ("optim", "gamma"): 0.1,
+        ("optim", "selection"): "last",
+    }
+    assert {key: recipe.get(*key) for key in expected} == expected
+
+
 def test_own_file_builds_on_packaged_recipe(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: crossx_cub_resnet50\noptim:\n  lr: 1e-4  # mine\n")

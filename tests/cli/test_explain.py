@@ -69,6 +69,17 @@ def test_saved_maps_are_the_networks(run: str, place: Path) -> None:
                 np.testing.assert_allclose(saved[f"CAM {stage} part {part}"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_boxes_are_saved_with_the_maps(place: Path) -> None:
+    run = str(layouts.write_run(place / "run", method="nts"))
+    words = ["photos/wren/000.jpg", "--output", "out", "--save-maps", "--device", "cpu"]
+    assert main(["explain", run, *words]) == 0
+    predictor = Predictor.load(run, device="cpu")
+    with np.load("out/000.npz") as saved:
+        assert saved.files == ["last", "boxes"]
+        expected = predictor.method.boxes(predictor.inputs("photos/wren/000.jpg"))
+        np.testing.assert_array_equal(saved["boxes"], expected[0])
+
+
 def test_colormap_and_opacity_reach_the_picture(run: str, place: Path) -> None:
     def colours(*words: str) -> np.ndarray:
         assert main(["explain", run, "photos/wren/000.jpg", "--output", f"out{len(words)}", *words]) == 0

@@ -41,6 +41,16 @@ def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert "robin/" in page
 
 
+def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:
+    layouts.write_run(place / "nts", sorted(layouts.FOLDERS), method="nts")
+    said = "The numbered boxes are the regions"
+    for run, count in (("nts", 1), ("run", 0)):
+        assert main(["report", run, "--data.root", "images", *QUICK]) == 0
+        page = Path(run, "test", "report.html").read_text(encoding="utf-8")
+        assert page.count(said) == count
+    assert "head <i>joined</i> alone" in Path("nts/test/report.html").read_text(encoding="utf-8")
+
+
 def test_a_tested_run_is_not_tested_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("tested/test.json").stat().st_mtime_ns
     assert main(["report", "tested", "--output", "pages/mine.html", *QUICK]) == 0

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 import layouts
 from crossx.explain import figure, overlay
-from crossx.explain.figures import Row, describe, draw, to_pixels
+from crossx.explain.figures import BOX_COLOURS, Row, describe, draw, outline, to_pixels
 from crossx.explain.maps import Explanation
 from crossx.methods import create_method
 from crossx.methods.checkpoint import load_method
@@ -104,6 +105,36 @@ def test_class_maps_of_a_head_without_activation_map_have_a_title_of_their_own()
     shown = explanation(**dict.fromkeys(names, np.eye(2)))
     drawn = draw([Row(picture(), shown, "a"), Row(picture(), shown, "b")])
     assert heads(drawn) == ["image", "previous", "last", "CAM\nside"]
+
+
+def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    boxes = np.array([[30, 30, 80, 80], [-50, 60, 50, 300]], np.float32)
+    drawn = outline(image, boxes)
+    first, second = ((drawn == colour).all(2) for colour in BOX_COLOURS[:2])
+    assert first[30:81, 80].all()
+    assert first[80, 30:81].all()
+    # what lies beyond the image is not shown: the box ends with it
+    assert second[60:99, 0].all()
+    assert second[99, :29].all()
+    # where the second box's top edge crosses the first's left edge, the first is on top
+    assert first[60, 30]
+    assert second[60, 29]
+    assert not drawn[:25, :].any()
+    # the numbers are black on a ground of the box's colour
+    ground = first[32:46, 32:46]
+    assert 0 < ground.sum() < ground.size
+    assert not image.any()
+
+
+def test_boxes_are_drawn_on_the_image_and_not_on_the_maps() -> None:
+    boxes = np.array([[2, 2, 9, 9]], np.float32)
+    with_boxes = dataclasses.replace(explanation(last=np.eye(2)), boxes=boxes)
+    shown = [
+        axes.images[0].get_array() for axes in draw([Row(picture(), with_boxes, "")]).axes if axes.images
+    ]
+    assert np.array_equal(shown[0], outline(picture(), boxes))
+    assert np.array_equal(shown[1], overlay(picture(), np.eye(2)))
 
 
 def test_the_figure_grows_with_columns_and_rows() -> None:

@@ -14,6 +14,7 @@ from crossx.losses import (
     cross_layer_loss,
     entropy_loss,
     mamc_loss,
+    ranking_loss,
 )
 from crossx.ranks import batch_mean, gather_over_ranks, sum_over_ranks
 from distributed import run_on_two_ranks
@@ -30,6 +31,7 @@ LOSSES = {
     "entropy": lambda logits, targets: entropy_loss(logits),
     "mamc pairs": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1)),
     "mamc features": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1), False, "features"),
+    "ranking": lambda scores, losses: ranking_loss(scores, losses),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
 }

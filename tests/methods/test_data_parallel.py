@@ -19,13 +19,13 @@ class Case(NamedTuple):
     """How a batch of six is trained on.
 
     Attributes:
-        form: Of C3S.
+        form: Of C3S, for Cross-X.
         first: Images that the first rank has, in each micro-batch.
         weighted: Whether classes are weighted, and labels smoothed.
-        method: The method; ``form`` is for Cross-X alone.
+        method: Its name.
     """
 
-    form: str
+    form: str | None
     first: tuple[int, ...]
     weighted: bool = False
     method: str = "crossx"
@@ -40,10 +40,11 @@ CASES = {
     "released, one image": Case("released", (5,), weighted=True),
     "paper, accumulated": Case("paper", (3, 5)),
     "released, accumulated": Case("released", (4, 3), weighted=True),
-    "dfl, uneven": Case("", (4,), weighted=True, method="dfl"),
-    "mamc, even": Case("", (3,), method="mamc"),
-    "mamc, uneven": Case("", (4,), weighted=True, method="mamc"),
-    "maxent, uneven": Case("", (4,), weighted=True, method="maxent"),
+    "dfl, uneven": Case(None, (4,), weighted=True, method="dfl"),
+    "mamc, even": Case(None, (3,), method="mamc"),
+    "mamc, uneven": Case(None, (4,), weighted=True, method="mamc"),
+    "maxent, uneven": Case(None, (4,), weighted=True, method="maxent"),
+    "nts, uneven": Case(None, (4,), weighted=True, method="nts"),
 }
 
 

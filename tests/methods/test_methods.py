@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
 from crossx.methods import Method, create_method, list_methods, method_class, method_options, register_method
-from crossx.methods.base import sum_heads
 from crossx.methods.checkpoint import build_method, describe, load_method, load_weights, save_weights
 from crossx.runs import Preprocessing, Run, write_json
 
@@ -30,12 +29,15 @@ def test_contract(name: str) -> None:
     images, targets = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
     logits = method(images)
     assert logits.shape == (2, 3)
-    torch.testing.assert_close(sum_heads(method.head_logits(images)), logits)
+    torch.testing.assert_close(method.combine_heads(method.head_logits(images)), logits)
     objective = method.objective(images, targets)
     torch.testing.assert_close(sum(objective.terms.values()), objective.loss)
     torch.testing.assert_close(objective.logits, logits)
     assert all(maps.dim() == 4 and len(maps) == 2 for maps in method.activation_maps(images).values())
     assert method.embeddings(images).dim() == 2
+    boxes = method.boxes(images)
+    assert boxes is None or (boxes.dim() == 3 and len(boxes) == 2 and boxes.shape[2] == 4)
+    assert method.check_image_size(64) is None
 
 
 @every_method
@@ -71,6 +73,7 @@ def test_recomputing_activations_is_the_same_training(name: str) -> None:
     plain, saving = build(name), build(name)
     saving.backbone.recompute_activations()
     for method in (plain, saving):
+        torch.manual_seed(0)  # for dropout
         method.objective(images, targets).loss.backward()
     for (key, own), other in zip(saving.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, msg=lambda text, key=key: f"{key}: {text}")
@@ -126,18 +129,22 @@ def test_exports(name: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: bool) -> None:
     method, compiler = build(name).train(training), CompileCounter()
-    images, targets = torch.randn(5, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0])
+    images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0, 1])
 
     def compute(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return method.objective(images, targets).loss if training else method(images)
 
     torch.compiler.reset()
     compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend=compiler)
-    compiled(images[:2], targets[:2])
+    # not fewer than four: PyTorch's convolutions on a CPU make a second graph from 16 on, of images or of their crops
+    compiled(images[:4], targets[:4])
     once = compiler.frame_count
-    for count in (3, 4, 5):
+    for count in (5, 6):
         batch = images[:count], targets[:count]
-        torch.testing.assert_close(compiled(*batch), compute(*batch))
+        torch.manual_seed(0)  # for dropout
+        loss = compiled(*batch)
+        torch.manual_seed(0)
+        torch.testing.assert_close(loss, compute(*batch))
     assert compiler.frame_count == once
 
 

@@ -34,7 +34,7 @@ class Backbone(nn.Module):
         channels: Stage name -> channels of its map.
         strides: Stage name -> input pixels over map pixels, along one side.
         data_config: timm's mean, std, interpolation and input_size for this model and its weights.
-        image_size: As given, or the side of data_config's input_size.
+        image_size: As given, or the side that the model is made for.
         stage_maps: Stage name -> a module that passes the stage's map on unchanged: the place for a hook.
         recomputes: Whether activations are computed again in the backward pass, see ``recompute_activations``.
     """
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self.args = dict(args)
         self.trunk: Any = trunk
         self.data_config: dict[str, Any] = resolve_model_data_config(trunk)
-        self.image_size: int = image_size or self.data_config["input_size"][-1]
+        self.image_size: int = image_size or self._own_size
         info = self._info = [dict(stage) for stage in trunk.feature_info]
         self._tokens = getattr(trunk, "num_prefix_tokens", None) is not None
         self._deepest = len(info) - 1
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
         }
         called: set[nn.Module] = set()
         hooks = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in leaves.values()]
-        self._probe(self.data_config["input_size"][-1])
+        self._probe(self._own_size)
         for hook in hooks:
             hook.remove()
         for name, module in leaves.items():
@@ -209,10 +209,9 @@ class Backbone(nn.Module):
         try:
             height, width = self._probe(size)
         except (AssertionError, RuntimeError, ValueError) as error:
-            own = self.data_config["input_size"][-1]
             raise UsageError(
-                f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). "
-                f"Its own size is {own}: --data.image_size {own}, or --model.backbone_args.img_size {size}."
+                f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). Its own size is "
+                f"{self._own_size}: --data.image_size {self._own_size}, or --model.backbone_args.img_size {size}."
             ) from error
         return height, width
 
@@ -228,6 +227,12 @@ class Backbone(nn.Module):
                 f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
                 f"places. Use --data.image_size {2 * self.strides['last']} or more."
             )
+
+    @property
+    def _own_size(self) -> int:
+        """Side of the images that the model is made for; timm's ``data_config`` does not know of ``img_size``."""
+        size = self.args.get("img_size") or self.data_config["input_size"][-1]
+        return size if isinstance(size, int) else size[-1]
 
     def _set_previous(self, index: int) -> None:
         if index == self._previous:

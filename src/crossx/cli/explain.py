@@ -177,7 +177,8 @@ def _save_maps(explanation: Explanation, target: Path) -> None:
     import numpy as np
 
     with atomic_path(target) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **explanation.maps)  # type: ignore[arg-type]  # no map is called allow_pickle
+        boxes = {} if explanation.boxes is None else {"boxes": explanation.boxes}
+        np.savez_compressed(file, **explanation.maps, **boxes)  # type: ignore[arg-type]  # no map is called allow_pickle
 
 
 def _sheet_names() -> Iterator[str]:

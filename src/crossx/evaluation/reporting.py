@@ -16,7 +16,7 @@ from crossx.errors import CrossXError, UsageError, unknown
 from crossx.evaluation.device import select_device
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.evaluation.testing import data_config, relative_paths
-from crossx.explain.figures import overlay
+from crossx.explain.figures import outline, overlay
 from crossx.methods.checkpoint import load_method
 from crossx.report.choice import choose_examples
 from crossx.report.examples import Pictures
@@ -113,7 +113,7 @@ def _read_images(tested: Tested, split: str, numbers: Sequence[int]) -> dict[int
 
 @torch.inference_mode()
 def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dict[int, Pictures]:
-    """Lay the activation maps of every stage and part over the images."""
+    """Lay the activation maps of every stage and part over the images; draw the method's boxes on them."""
     chosen = select_device(device)
     method, spec = load_method(run)
     method.to(chosen)
@@ -122,12 +122,15 @@ def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dic
     for start in range(0, len(images), BATCH_SIZE):
         numbers = list(images)[start : start + BATCH_SIZE]
         batch = batch_images([images[number] for number in numbers])
-        maps = method.activation_maps(normalize(batch.to(chosen)))
+        inputs = normalize(batch.to(chosen))
+        maps, boxes = method.activation_maps(inputs), method.boxes(inputs)
         for place, number in enumerate(numbers):
             image = images[number].permute(1, 2, 0).numpy()
             overlays = {
                 stage: [overlay(image, part.float().cpu().numpy()) for part in parts[place]]
                 for stage, parts in maps.items()
             }
-            pictures[number] = Pictures(image, overlays)
+            if boxes is not None:
+                image = outline(image, boxes[place].float().cpu().numpy())
+            pictures[number] = Pictures(image, overlays, boxes is not None)
     return pictures

@@ -27,7 +27,7 @@ from crossx.evaluation.plots import plot_confusion
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.evaluation.summary import summarize
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
-from crossx.methods.base import Method, sum_heads
+from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec, Run, check_writable, environment, open_run, write_json
 
@@ -37,7 +37,7 @@ class Outputs:
     """What a network answered, on the CPU in the order of the loader.
 
     Attributes:
-        logits: float32 (N, K), the prediction: the sum over the heads.
+        logits: float32 (N, K), the prediction.
         heads: Head name -> float32 (N, K).
         targets: int64 (N,).
     """
@@ -142,7 +142,7 @@ def evaluate(
             heads.setdefault(name, []).append(logits.float().cpu())
         targets.append(labels)
     joined = {name: torch.cat(parts) for name, parts in heads.items()}
-    logits = sum_heads(joined)
+    logits = method.combine_heads(joined)
     broken = int((~logits.isfinite().all(dim=1)).sum())
     if broken:
         raise CrossXError(

@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
@@ -37,6 +39,8 @@ GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
 TEXT_WIDTH = 32
 """Letters a line of the text left of a row; longer names are cut."""
+BOX_COLOURS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (230, 159, 0))
+"""Told apart with every common colour vision deficiency (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
 
@@ -97,6 +101,36 @@ def overlay(
     grey = (image @ np.array(LUMA))[..., None]
     mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * colours(resized)[..., :3]
     return mixed.round().astype(np.uint8)
+
+
+def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Draw numbered boxes on an image, the first on top.
+
+    Args:
+        image: uint8 (H, W, 3).
+        boxes: (n, 4), left, top, right, bottom in pixels; what lies beyond the image is not shown.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    # from the last to the first
+    shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
+    colours = [BOX_COLOURS[number % len(BOX_COLOURS)] for number in range(len(boxes))][::-1]
+    drawn = draw_bounding_boxes(
+        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        torch.from_numpy(shown.copy()),
+        labels=[str(number) for number in range(len(boxes), 0, -1)],
+        colors=list(colours),
+        width=max(1, round(side / 90)),
+        font=findfont("DejaVu Sans"),
+        font_size=max(8, side // 14),
+        label_colors=["black"] * len(boxes),
+        fill_labels=True,
+    )
+    pixels: NDArray[np.uint8] = drawn.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def figure(
@@ -199,6 +233,8 @@ def draw(
 ) -> MapFigure:
     """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
 
+    The regions that a method looks at again are numbered on the image, 1 the best.
+
     Args:
         rows: At least one.
         colormap: See ``overlay``.
@@ -217,7 +253,9 @@ def draw(
     for number, row in enumerate(rows):
         first = number * len(kinds)
         grid.write(row.text, 0, first, size=8)
-        grid.show(row.image, 0, first, head="image" if number == 0 else "")
+        boxes = row.explanation.boxes
+        image = row.image if boxes is None else outline(row.image, boxes)
+        grid.show(image, 0, first, head="image" if number == 0 else "")
         for line, kind in enumerate(kinds, start=first):
             if line > first:
                 grid.write(kind.strip(), 1, line, size=9)

@@ -14,8 +14,9 @@ from crossx.methods.base import Method
 def grad_cam(method: Method, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Compute Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) with captum's ``LayerGradCam``.
 
-    ``ReLU(sum_c a_c A_c)`` (Eq. 2), ``a_c`` being the mean over the places of the gradient of the class's logit (all
-    heads) by channel c (Eq. 1); for each part of attention features on its own.
+    ``ReLU(sum_c a_c A_c)`` (Eq. 2), ``a_c`` being the mean over the places of the gradient of the class's logit (the
+    prediction's) by channel c (Eq. 1); for each part of attention features on its own. Of a trunk that crops go
+    through, too, the maps are those of the first pass, the images'.
 
     Args:
         method: The network, in evaluation mode.
@@ -63,8 +64,12 @@ class _PartsAsBatch:
     def __init__(self, method: Method, stage: str) -> None:
         self.method, self.channels = method, method.backbone.channels[stage]
         self.layer = nn.Identity()
+        self.passed = False
 
     def __call__(self, place: nn.Module, inputs: Any, maps: Tensor) -> Tensor:
+        if self.passed:
+            return maps
+        self.passed = True
         if maps.dim() < 4 or maps.shape[-3] != self.channels:
             raise _no_maps(self.method)
         seen: Tensor = self.layer(maps.flatten(0, -4))

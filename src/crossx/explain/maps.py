@@ -29,11 +29,13 @@ class Explanation:
         maps: Name -> float32 map, in the order of Fig. 5. ``STAGE part P`` is the activation map (h, w) of part P, or
             ``STAGE`` where there is one part only; ``combined part P`` is (H, W), see ``combine``;
             ``CAM STAGE part P`` or ``Grad-CAM STAGE part P`` is the class map (h, w).
+        boxes: float32 (n, 4), the regions of ``Method.boxes``, best first; None for a method without.
     """
 
     probabilities: NDArray[np.float32]
     target: int
     maps: Mapping[str, NDArray[np.float32]]
+    boxes: NDArray[np.float32] | None = None
 
     @property
     def prediction(self) -> int:
@@ -72,6 +74,7 @@ def explain_images(
     images = images.to(next(method.parameters()).device)
     with torch.no_grad():
         probabilities = (method(images).float() / temperature).softmax(1)
+        regions = method.boxes(images)
     targets = _targets(probabilities, classes)
     named: dict[str, Tensor] = {}
     if maps != "class":
@@ -84,8 +87,9 @@ def explain_images(
                 f"the map {name!r} is not finite: the network's weights are damaged, or training diverged."
             )
     arrays = {name: values.detach().float().cpu().numpy() for name, values in named.items()}
+    boxes = [None] * len(images) if regions is None else list(regions.float().cpu().numpy())
     return [
-        Explanation(row, target, {name: values[number] for name, values in arrays.items()})
+        Explanation(row, target, {name: values[number] for name, values in arrays.items()}, boxes[number])
         for number, (row, target) in enumerate(
             zip(probabilities.cpu().numpy(), targets.tolist(), strict=True)
         )

@@ -1,9 +1,12 @@
-"""Building blocks of networks; torch only."""
+"""Building blocks of networks; torch and torchvision only."""
 
+from crossx.layers.anchors import anchor_boxes, select_boxes
+from crossx.layers.crops import crop_boxes
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.filter_bank import FilterBank, energy_peaks
 from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
 from crossx.layers.modes import evaluation_mode
+from crossx.layers.navigator import Navigator
 from crossx.layers.osme import OSME, ResidualOSME
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
@@ -15,13 +18,17 @@ __all__ = [
     "BilinearPooling",
     "FilterBank",
     "MergedFeatures",
+    "Navigator",
     "PartLinear",
     "ResidualOSME",
     "TaylorSeriesKernel",
     "TensorSketch",
+    "anchor_boxes",
+    "crop_boxes",
     "energy_peaks",
     "evaluation_mode",
     "global_pool",
     "recompute",
+    "select_boxes",
     "signed_sqrt",
 ]

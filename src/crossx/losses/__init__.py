@@ -5,6 +5,7 @@ from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
+from crossx.losses.ranking import RankingLoss, ranking_loss
 
 __all__ = [
     "C3SLoss",
@@ -12,6 +13,7 @@ __all__ = [
     "CrossLayerLoss",
     "EntropyLoss",
     "MAMCLoss",
+    "RankingLoss",
     "c3s_loss",
     "classification_loss",
     "cross_layer_loss",
@@ -19,5 +21,6 @@ __all__ = [
     "mamc_loss",
     "mamc_terms",
     "part_correlations",
+    "ranking_loss",
     "summarize_correlations",
 ]

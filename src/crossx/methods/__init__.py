@@ -14,6 +14,7 @@ from crossx.methods.dfl import DFL
 from crossx.methods.kernel_pooling import KernelPooling
 from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
+from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KernelPooling",
     "MaxEnt",
     "Method",
+    "NTSNet",
     "Objective",
     "Plain",
     "create_method",

@@ -66,7 +66,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> logits (B, K) for images (B, 3, H, W)."""
+        """Return head name -> logits (B, K) for images (B, 3, H, W); ``combine_heads`` makes the prediction of them."""
 
     @abstractmethod
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
@@ -96,13 +96,28 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    def boxes(self, images: Tensor) -> Tensor | None:
+        """Return the regions that the prediction looks at again, best first; None (the default) where there are none.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            (B, n, 4), left, top, right, bottom in pixels of the images; a region may reach beyond the image.
+        """
+        return None
+
     @abstractmethod
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""
 
+    def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
+        """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""
+        return sum_heads(heads)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, 3, H, W): the sum over the heads (Eq. 7)."""
-        return sum_heads(self.head_logits(images))
+        """Return the prediction, logits (B, K), for images (B, 3, H, W)."""
+        return self.combine_heads(self.head_logits(images))
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """See the training set before step 0. Does nothing unless a method needs it.
@@ -114,6 +129,14 @@ class Method(nn.Module, ABC):
             batches: Images (B, 3, H, W), normalised, on the method's device, and targets int64 (B,), augmented and
                 ordered as in a first epoch. It need not be read to the end.
         """
+
+    def check_image_size(self, size: int) -> None:
+        """Check that images of ``size`` x ``size`` pixels can be trained on.
+
+        Raises:
+            UsageError: If they cannot.
+        """
+        self.backbone.check_image_size(size)
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch, as against the pretrained trunk's."""

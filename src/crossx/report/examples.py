@@ -23,10 +23,12 @@ class Pictures:
     Attributes:
         image: uint8 (H, W, 3), what the network sees.
         overlays: Stage name -> for each part the image under its activation map, uint8 (H, W, 3).
+        has_boxes: Whether numbered regions are drawn on ``image``.
     """
 
     image: NDArray[np.uint8]
     overlays: Mapping[str, Sequence[NDArray[np.uint8]]]
+    has_boxes: bool = False
 
 
 class Example(NamedTuple):

@@ -69,6 +69,7 @@ def render(
             choice=choice,
             examples=make_examples(tested, choice.images, pictures),
             has_pictures=bool(pictures),
+            has_boxes=any(shown.has_boxes for shown in pictures.values()),
             many_tiles=any(sum(map(len, shown.overlays.values())) > 3 for shown in pictures.values()),
             seed=SEED,
             part_tables=part_tables(tested.parts),

@@ -103,7 +103,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
             image_size=config.data.image_size,
             **model.options,
         )
-        method.backbone.check_image_size(config.data.image_size)
+        method.check_image_size(config.data.image_size)
         preprocessing = preprocessing_for(config.data, method.backbone.data_config)
     else:
         check_classes(saved.classes, index.classes, index.name)

@@ -1,0 +1,70 @@
+"""The Navigator of NTS-Net: how informative each anchor box of an image is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossx.layers.anchors import RATIOS, anchor_boxes
+
+SCALES = ((2 ** (1 / 3), 2 ** (2 / 3)), (2 ** (1 / 3), 2 ** (2 / 3)), (1, 2 ** (1 / 3), 2 ** (2 / 3)))
+"""Factors on the anchor size of each level (github.com/yangze0930/NTS-Net, core/anchors.py)."""
+REFERENCE = 448
+"""Shorter side of the images that anchor sizes are given for, in pixels."""
+
+
+class Navigator(nn.Module):
+    """Scores anchor boxes on three levels of maps, each half the size of the one before (Yang et al. 2018).
+
+    Args:
+        channels: C of the trunk's map.
+        stride: Input pixels over its places, along one side.
+        sizes: Anchor size of each level, in pixels of an image of 448 pixels; they grow and shrink with the image.
+        width: Channels of the levels' maps.
+    """
+
+    def __init__(
+        self, channels: int, stride: int, sizes: Sequence[float] = (48, 96, 192), width: int = 128
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.sides = [
+            [size * factor for factor in factors] for size, factors in zip(sizes, SCALES, strict=True)
+        ]
+        self.levels = nn.ModuleList(
+            [
+                nn.Conv2d(channels, width, 3, padding=1),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+                nn.Conv2d(width, width, 3, stride=2, padding=1),
+            ]
+        )
+        self.scores = nn.ModuleList(nn.Conv2d(width, len(sides) * len(RATIOS), 1) for sides in self.sides)
+
+    def forward(self, maps: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the anchor boxes (N, 4), see ``anchor_boxes``, and their scores, float32 (B, N).
+
+        Autocast is off: in half precision many anchors would score the same.
+
+        Args:
+            maps: (B, C, h, w), the trunk's.
+            image_size: (H, W) of the images, in pixels.
+        """
+        boxes, scores = [], []
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = maps.float()
+            for level, (convolve, score) in enumerate(zip(self.levels, self.scores, strict=True)):
+                maps = convolve(maps).relu()
+                scores.append(score(maps).flatten(1))
+                boxes.append(
+                    anchor_boxes(
+                        (maps.shape[2], maps.shape[3]),
+                        self.stride * 2**level,
+                        self.sides[level],
+                        image_size,
+                        scale=min(image_size) / REFERENCE,
+                        device=maps.device,
+                    )
+                )
+        return torch.cat(boxes), torch.cat(scores, 1)
