@@ -25,6 +25,7 @@ VERBS = {
     "compare": "put tested runs into one table, beside the published numbers",
     "report": "write an HTML page about a trained network",
     "predict": "name what is on images",
+    "export": "write a trained network as one file for other programs (ONNX, OpenVINO, torch.export)",
     "explain": "draw where a network looks: maps of every part and stage over images",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",

@@ -78,8 +78,13 @@ class Normalize:
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self._scale, self._offset = self.constants(preprocessing)
+
+    @staticmethod
+    def constants(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """Return scale and offset, (3,) each, that carry a byte x to scale * x + offset."""
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self._scale, self._offset = 1 / (255 * std), -mean / std
+        return 1 / (255 * std), -mean / std
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 (B, 3, H, W), channels last in memory, of uint8 (B, 3, H, W)."""
@@ -199,12 +204,13 @@ def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = F
     whole = strict or small_crops or rows > 0
     return Transform(
         (partial(_cut_bottom, rows=rows), _limit_aspect, *steps),
-        min_side=None if whole else DECODE_MARGIN * _resized_side(preprocessing),
+        min_side=None if whole else DECODE_MARGIN * resized_side(preprocessing),
         strict=strict,
     )
 
 
-def _resized_side(preprocessing: Preprocessing) -> int:
+def resized_side(preprocessing: Preprocessing) -> int:
+    """Return the side in pixels that an image is resized to before the crop: both, or the shorter one."""
     return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
 
 
@@ -226,7 +232,7 @@ def _resize_and_crop(preprocessing: Preprocessing, image: Tensor, *, random: boo
 
 def _resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
     """Return height and width after resizing of those before."""
-    side = _resized_side(preprocessing)
+    side = resized_side(preprocessing)
     if preprocessing.resize_size is not None:
         return [side, side]
     return [int(side * length / min(size)) for length in size]
