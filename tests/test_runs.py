@@ -134,3 +134,16 @@ def test_environment_names_versions() -> None:
     found = environment()
     assert {"crossx", "torch", "timm", "lightning"} <= found["versions"].keys()
     json.dumps(found)
+
+
+def test_a_spec_without_temperature_has_1(tmp_path: Path) -> None:
+    values = SPEC.to_json()
+    del values["temperature"]
+    assert ModelSpec.from_json(values, tmp_path).temperature == 1
+    assert ModelSpec.from_json({**values, "temperature": 1.5}, tmp_path).temperature == 1.5
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "warm", None])
+def test_temperatures_that_cannot_be_are_refused(temperature: object) -> None:
+    with pytest.raises(CrossXError, match=r"model\.json: not a model description of crossx"):
+        ModelSpec.from_json({**SPEC.to_json(), "temperature": temperature}, Path("model.json"))

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -71,6 +72,7 @@ class ModelSpec:
         preprocessing: How images are prepared in evaluation.
         dataset: Name of the dataset that the labels come from.
         levels: Hierarchy of the classes, see ``DatasetIndex.levels``.
+        temperature: T > 0 of temperature scaling: probabilities are softmax(logits / T). 1 where none was fitted.
     """
 
     method: str
@@ -81,6 +83,7 @@ class ModelSpec:
     preprocessing: Preprocessing
     dataset: str
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    temperature: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain dictionary that ``from_json`` reads."""
@@ -91,7 +94,8 @@ class ModelSpec:
         """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
 
         Raises:
-            CrossXError: If a key is missing or the schema is newer than this version reads.
+            CrossXError: If a key is missing, the temperature is not above 0 or the schema is newer than this version
+                reads.
         """
         if values.get("schema") != SCHEMA:
             raise CrossXError(
@@ -109,9 +113,17 @@ class ModelSpec:
                 preprocessing=Preprocessing(**prep),
                 dataset=values["dataset"],
                 levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
+                temperature=_temperature(values.get("temperature", 1.0)),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CrossXError(f"{source}: not a model description of crossx ({error}).") from error
+
+
+def _temperature(value: Any) -> float:
+    temperature = float(value)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature {value!r} is not a finite number above 0")
+    return temperature
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 
 import crossx
-from crossx.data.images import read_image
+from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.deploy import predictor as module
 from crossx.deploy.predictor import Prediction, Predictor, expand_paths, write_csv
@@ -268,3 +269,33 @@ def test_csv_is_whole_or_not_there(tmp_path):
     with pytest.raises(CrossXError, match="GPU memory"):
         write_csv(tmp_path / "out.csv", failing())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_and_classify_are_the_two_steps_of_predict(predictor, images):
+    prepared = [
+        predictor.prepare(item) for item in (images[0], images[1].read_bytes(), read_image(images[2]))
+    ]
+    assert {(image.dtype, tuple(image.shape)) for image in prepared} == {(torch.uint8, (3, 64, 64))}
+    expected = [prediction.top for prediction in predictor.predict(images[:3], top=2)]
+    assert predictor.classify(prepared, top=2) == expected
+    assert predictor.classify(torch.stack(prepared), top=2) == expected
+    assert predictor.classify([]) == []
+
+
+def test_prepare_says_why_there_is_no_image(predictor, tmp_path):
+    with pytest.raises(ImageError) as caught:
+        predictor.prepare(tmp_path / "none.jpg")
+    assert caught.value.reason == "no such file"
+    with pytest.raises(CrossXError, match="uint8 RGB"):
+        predictor.prepare(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_probabilities_are_scaled_by_the_temperature_and_labels_are_not(predictor, images, temperature):
+    scaled = Predictor(predictor.method, replace(predictor.spec, temperature=temperature), "cpu")
+    for one, raw in zip(scaled.predict(images, top=3), predictor.predict(images, top=3), strict=True):
+        powers = np.array([value for _, value in raw.top]) ** (1 / temperature)
+        assert [label for label, _ in one.top] == [label for label, _ in raw.top]
+        assert [value for _, value in one.top] == pytest.approx(powers / powers.sum(), abs=1e-6)
+    for one, raw in zip(scaled.iter_explain(images), scaled.predict(images), strict=True):
+        assert one.explanation.probabilities.max() == pytest.approx(raw.probability, abs=1e-6)

@@ -47,7 +47,7 @@ class Prediction:
     Attributes:
         path: The image file; None for an image that was given in memory.
         label: Name of the most probable class; None where the image could not be read.
-        probability: Its softmax probability; None likewise.
+        probability: Its calibrated probability, softmax(logits / temperature); None likewise.
         error: Why there is no prediction, on one line; None where there is one.
         top: The most probable classes and their probabilities, best first, as many as were asked for.
     """
@@ -154,7 +154,14 @@ class Predictor:
         The images are taken from ``images`` only a few batches ahead.
         """
         for items, prepared in self._batches(images, batch_size):
-            yield from self._classify(items, prepared, top)
+            answers = iter(self.classify([image for image in prepared if isinstance(image, Tensor)], top))
+            for item, image in zip(items, prepared, strict=True):
+                path = item if isinstance(item, Path) else None
+                if isinstance(image, str):
+                    yield Prediction(path, error=image)
+                else:
+                    best = next(answers)
+                    yield Prediction(path, *best[0], top=best)
 
     def iter_explain(
         self,
@@ -185,7 +192,15 @@ class Predictor:
             if readable:
                 with _within_memory(len(readable)):
                     inputs = self._normalize(batch_images(readable).to(self.device))
-                    explanations = iter(explain_images(self.method, inputs, maps=maps, classes=number))
+                    explanations = iter(
+                        explain_images(
+                            self.method,
+                            inputs,
+                            maps=maps,
+                            classes=number,
+                            temperature=self.spec.temperature,
+                        )
+                    )
             for item, image in zip(items, prepared, strict=True):
                 path = item if isinstance(item, Path) else None
                 if isinstance(image, str):
@@ -200,7 +215,7 @@ class Predictor:
             CrossXError: If an image cannot be read, or there is none.
         """
         items = _expand(_listed(images))
-        prepared = [self._prepare(item) for item in items]
+        prepared = [self._try(item) for item in items]
         for item, image in zip(items, prepared, strict=True):
             if isinstance(image, str):
                 raise CrossXError(f"{item if isinstance(item, Path) else 'an image'}: {image.rstrip('.')}.")
@@ -211,7 +226,7 @@ class Predictor:
     def _batches(
         self, images: Iterable[OneImage], batch_size: int
     ) -> Iterator[tuple[list[OneImage], list[Tensor | str]]]:
-        """Give batches of images and what ``_prepare`` makes of them, in threads a few batches ahead."""
+        """Give batches of images and what ``_try`` makes of them, in threads a few batches ahead."""
         workers = min(MAX_WORKERS, os.cpu_count() or 1)
         waiting: deque[tuple[OneImage, Future[Tensor | str]]] = deque()
         todo = iter(images)
@@ -219,7 +234,7 @@ class Predictor:
         try:
             while True:
                 ahead = batch_size + max(batch_size, workers) - len(waiting)
-                waiting.extend((item, pool.submit(self._prepare, item)) for item in islice(todo, ahead))
+                waiting.extend((item, pool.submit(self._try, item)) for item in islice(todo, ahead))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
@@ -227,45 +242,57 @@ class Predictor:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, item: OneImage) -> Tensor | str:
-        """Return the image as bytes (3, S, S), or why there is none."""
+    def prepare(self, item: OneImage) -> Tensor:
+        """Decode one image and prepare it as the run does in evaluation. Threads may call it side by side.
+
+        Returns:
+            uint8 (3, S, S), on the CPU.
+
+        Raises:
+            ImageError: If the file or its bytes cannot be read; ``reason`` says why without the path.
+            CrossXError: If it is no image that can be prepared.
+        """
+        decoded = self._transform.read(item) if isinstance(item, Path | bytes) else _pixels(item)
+        return self._transform(decoded)
+
+    @torch.inference_mode()
+    def classify(
+        self, images: Sequence[Tensor] | Tensor, top: int = 1
+    ) -> list[tuple[tuple[str, float], ...]]:
+        """Classify what ``prepare`` gave, as one batch.
+
+        Args:
+            images: uint8 tensors (3, S, S), or one tensor (B, 3, S, S).
+            top: How many classes to give for each image; all of them where there are fewer.
+
+        Returns:
+            For each image its most probable classes with their probabilities, best first: the softmax of
+            logits / T, T being the run's temperature.
+
+        Raises:
+            CrossXError: If the logits are not finite or the GPU's memory is too small.
+        """
+        if len(images) == 0:
+            return []
+        batch = images if isinstance(images, Tensor) else batch_images(images)
+        with _within_memory(len(batch)):
+            logits = self.method(self._normalize(batch.to(self.device))).float()
+        if not logits.isfinite().all():
+            raise CrossXError("the network's output is not finite: its weights are damaged.")
+        values, indices = (logits / self.spec.temperature).softmax(dim=1).topk(min(top, len(self.classes)))
+        return [
+            tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
+            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
+
+    def _try(self, item: OneImage) -> Tensor | str:
+        """Return the prepared image, or why there is none."""
         try:
-            return self._transform(
-                self._transform.read(item) if isinstance(item, Path | bytes) else _pixels(item)
-            )
+            return self.prepare(item)
         except ImageError as error:
             return error.reason
         except CrossXError as error:
             return str(error)
-
-    @torch.inference_mode()
-    def _classify(
-        self, items: Sequence[OneImage], prepared: Sequence[Tensor | str], top: int
-    ) -> list[Prediction]:
-        readable = [image for image in prepared if isinstance(image, Tensor)]
-        answers: Iterator[list[tuple[str, float]]] = iter(())
-        if readable:
-            answers = iter(self._top(batch_images(readable), top))
-        predictions = []
-        for item, image in zip(items, prepared, strict=True):
-            path = item if isinstance(item, Path) else None
-            if isinstance(image, str):
-                predictions.append(Prediction(path, error=image))
-                continue
-            best = next(answers)
-            predictions.append(Prediction(path, best[0][0], best[0][1], top=tuple(best)))
-        return predictions
-
-    def _top(self, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
-        with _within_memory(len(images)):
-            logits = self.method(self._normalize(images.to(self.device)))
-        if not logits.isfinite().all():
-            raise CrossXError("the network's output is not finite: its weights are damaged.")
-        values, indices = logits.float().softmax(dim=1).topk(min(top, len(self.classes)))
-        return [
-            [(self.classes[i], value) for i, value in zip(labels, row, strict=True)]
-            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
-        ]
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:

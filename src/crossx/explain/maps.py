@@ -24,7 +24,7 @@ class Explanation:
     """What a network makes of one image, and where.
 
     Attributes:
-        probabilities: float32 (K,), the softmax of the logits.
+        probabilities: float32 (K,), the softmax of the logits over the temperature.
         target: The class that class maps explain.
         maps: Name -> float32 map, in the order of Fig. 5. ``STAGE part P`` is the activation map (h, w) of part P, or
             ``STAGE`` where there is one part only; ``combined part P`` is (H, W), see ``combine``;
@@ -47,6 +47,7 @@ def explain_images(
     *,
     maps: Kind = "activation",
     classes: int | Sequence[int] | Tensor | None = None,
+    temperature: float = 1.0,
 ) -> list[Explanation]:
     """Compute the maps of images. The method is put into evaluation mode.
 
@@ -56,6 +57,7 @@ def explain_images(
         maps: ``activation``: those of ``Method.activation_maps``, and the combined ones. ``class``: those of
             ``Method.class_activation_maps``, or Grad-CAM where the method has none. ``both``.
         classes: The class that class maps explain, one for all images or one an image; the predicted ones by default.
+        temperature: The run's, see ``ModelSpec``; maps do not depend on it.
 
     Returns:
         An explanation for each image, on the CPU.
@@ -69,7 +71,7 @@ def explain_images(
     method.eval()
     images = images.to(next(method.parameters()).device)
     with torch.no_grad():
-        probabilities = method(images).float().softmax(1)
+        probabilities = (method(images).float() / temperature).softmax(1)
     targets = _targets(probabilities, classes)
     named: dict[str, Tensor] = {}
     if maps != "class":
