@@ -108,7 +108,7 @@ def print_report(report: ExportReport) -> None:
         f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}"
     )
     if compared.source.startswith("random pixels"):
-        print("note: compared on random pixels; --images DIR compares on real ones.", file=sys.stderr)
+        print("note: --images DIR compares on real images.", file=sys.stderr)
     if report.accuracy:
         accuracy = report.accuracy
         print(

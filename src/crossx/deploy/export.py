@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,18 +126,13 @@ def export_run(
     check_writable(output.parent)
     run, _ = open_run(path)
     method, spec = load_method(path)
-    data, why = None, ""
-    try:
-        data = read_data(run, spec, root, dataset)
-    except CrossXError as error:
-        if root is not None or dataset is not None or precision == "int8":
-            raise
-        why = f" ({str(error).rstrip('.')})"
-    chosen, source = images_to_compare(data, images, spec.preprocessing)
+    read = cache(partial(read_data, run, spec, root, dataset))
+    if precision == "int8" or root is not None or dataset is not None:
+        read()
+    compared, source = images_to_compare(read, images, spec.preprocessing)
     quantized = None
     if precision == "int8":
-        assert data is not None
-        quantized = quantization_data(data, calibration_images, accuracy_images)
+        quantized = quantization_data(read(), calibration_images, accuracy_images)
 
     network = Inference(copy.deepcopy(method), spec)
     graph = _build_graph(name, network, spec, precision, quantized)
@@ -145,7 +141,7 @@ def export_run(
         file = Path(folder) / output.name
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
         model = ExportedModel.load(file)
-        comparison = compare(model, method, spec, chosen, source + why)
+        comparison = compare(model, method, spec, compared, source)
         accuracy = None if quantized is None else measure_accuracy(model, method, spec, quantized)
         allowed = TOLERANCES[precision] if tolerance is None else tolerance
         _require(output, comparison, accuracy, allowed)

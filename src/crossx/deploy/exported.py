@@ -144,6 +144,11 @@ def is_exported(path: str | Path) -> bool:
         return False
 
 
+def exported_files(file: Path) -> list[Path]:
+    """Return the files that belong to the one to open, itself included."""
+    return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
+
+
 def _read_onnx(file: Path) -> tuple[str, Run]:
     import onnxruntime
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crossx.data.images import ImageError, find_images, read_image
 from crossx.data.transforms import Normalize, batch_images, eval_transform
+from crossx.deploy.exported import ExportedModel, is_exported
 from crossx.errors import CrossXError, UsageError, nearest
 from crossx.evaluation.device import select_device
 from crossx.evaluation.tables import write_table
@@ -85,29 +86,39 @@ class Predictor:
         device: See ``select_device``.
 
     Attributes:
-        method: The network: images (B, 3, H, W) to logits (B, K).
         spec: What ``model.json`` of the run says.
         device: Where the network is.
     """
 
     def __init__(self, method: Method, spec: ModelSpec, device: str | torch.device = "auto") -> None:
         self.device = select_device(device)
-        self.method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.spec = spec
         self._transform = eval_transform(spec.preprocessing)
         self._normalize = Normalize(spec.preprocessing)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto") -> Predictor:
-        """Load a run folder (its selected weights) or a checkpoint file in one.
+        """Load a run folder (its selected weights), a checkpoint file in one, or a file of ``crossx export``.
 
         Raises:
-            UsageError: If there is no such device.
+            UsageError: If there is no such device, or an exported file is to run on another than the CPU.
             CrossXError: If there is no such run, or it has no weights that fit.
         """
+        if is_exported(path):
+            return ExportedPredictor(path, device)
         chosen = select_device(device)
         method, spec = load_method(path)
         return cls(method, spec, chosen)
+
+    @property
+    def method(self) -> Method:
+        """The network: images (B, 3, H, W), normalised, to logits (B, K).
+
+        Raises:
+            CrossXError: If this is an exported file, which gives nothing but predictions.
+        """
+        return self._method
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -276,7 +287,7 @@ class Predictor:
             return []
         batch = images if isinstance(images, Tensor) else batch_images(images)
         with _within_memory(len(batch)):
-            logits = self.method(self._normalize(batch.to(self.device))).float()
+            logits = self._logits(batch)
         if not logits.isfinite().all():
             raise CrossXError("the network's output is not finite: its weights are damaged.")
         values, indices = (logits / self.spec.temperature).softmax(dim=1).topk(min(top, len(self.classes)))
@@ -284,6 +295,11 @@ class Predictor:
             tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
             for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
         ]
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Return float32 logits (B, K) of uint8 images (B, 3, S, S)."""
+        logits: Tensor = self.method(self._normalize(images.to(self.device)))
+        return logits.float()
 
     def _try(self, item: OneImage) -> Tensor | str:
         """Return the prepared image, or why there is none."""
@@ -293,6 +309,37 @@ class Predictor:
             return error.reason
         except CrossXError as error:
             return str(error)
+
+
+class ExportedPredictor(Predictor):
+    """A file of ``crossx export`` in a network's place. It predicts on the CPU, and explains nothing.
+
+    Args:
+        path: The file.
+        device: ``auto`` or ``cpu``.
+
+    Raises:
+        UsageError: If it is another device.
+        CrossXError: If the file cannot be used, see ``ExportedModel.load``.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "auto") -> None:
+        if str(device) not in ("auto", "cpu"):
+            raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
+        self._model = ExportedModel.load(path)
+        self._path = path
+        self.device = torch.device("cpu")
+        self.spec = self._model.spec
+        self._transform = eval_transform(self.spec.preprocessing)
+        self._normalize = Normalize(self.spec.preprocessing)
+
+    @property
+    def method(self) -> Method:
+        """Always raises, see ``Predictor.method``."""
+        raise CrossXError(f"{self._path}: an exported file gives predictions alone: give the run instead.")
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self._model.logits(images)
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 BATCH = 16
 COMPARED_IMAGES = 16
+RANDOM_PIXELS = "random pixels"
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def read_data(run: Run, spec: ModelSpec, root: str | Path | None, dataset: str |
 
 
 def images_to_compare(
-    data: DataModule | None, folder: str | Path | None, preprocessing: Preprocessing
+    read: Callable[[], DataModule], folder: str | Path | None, preprocessing: Preprocessing
 ) -> tuple[Tensor, str]:
     """Choose images to compare on, spread over a folder or over a split of the dataset.
 
     Args:
-        data: The run's dataset; validation images are taken where it has any. None for random pixels.
+        read: Reads the run's dataset; where it fails random pixels are taken. Validation images come before others.
         folder: A folder of images, to take instead.
         preprocessing: The run's.
 
@@ -117,18 +118,22 @@ def images_to_compare(
     """
     if folder is not None:
         paths, source = find_images(Path(folder)), str(folder)
-    elif data is not None:
-        split = next(name for name in ("val", "test", "train") if data.index.split(name))
-        paths, source = [record.path for record in data.index.split(split)], f"{split} of {data.index.name}"
     else:
-        size = preprocessing.image_size
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
-        return pixels, "random pixels"
+        try:
+            index = read().index
+        except CrossXError as error:
+            return _random_pixels(preprocessing.image_size), f"{RANDOM_PIXELS}: {str(error).rstrip('.')}"
+        split = next(name for name in ("val", "test", "train") if index.split(name))
+        paths, source = [record.path for record in index.split(split)], f"{split} of {index.name}"
     readable = [path for path in spread(paths, COMPARED_IMAGES) if image_problem(path) is None]
     if not readable:
         raise CrossXError(f"{source}: there is no image that can be read. Give --images a folder of images.")
     return torch.cat(list(batches(readable, preprocessing))), source
+
+
+def _random_pixels(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def compare(
