@@ -2,10 +2,10 @@
 
     python benchmarks/exported.py
 
-The files are those of `crossx export`: bytes in, normalisation inside, any number of images a batch. Weights are random,
-and so are the pixels that int8 is calibrated on: the times do not depend on them. ResNet-50 at 448 x 448, 200 classes,
-and a MobileNetV2 0.35 at 160 x 160, 80 classes; P = 2. OpenVINO's bf16 is the fp32 file with its precision hint, which
-a processor without bfloat16 ignores.
+The files are those of `crossx export`: bytes in, normalisation inside, any number of images a batch. Weights are
+random, and so are the pixels that int8 is calibrated on: the times do not depend on them. ResNet-50 at 448 x 448, 200
+classes, and a MobileNetV2 0.35 at 160 x 160, 80 classes; P = 2. OpenVINO's bf16 is the fp32 file with its precision
+hint, which a processor without bfloat16 ignores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def exported(network: Network, method: str) -> Inference:
     torch.manual_seed(0)
     built = create_method(method, backbone=network.backbone, num_classes=network.classes)
     randomise_norms(built)
-    preprocessing = Preprocessing(network.size, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    preprocessing = Preprocessing(
+        network.size, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
     names = [str(number) for number in range(network.classes)]
     return Inference(built, describe(built, classes=names, preprocessing=preprocessing, dataset="random"))
 

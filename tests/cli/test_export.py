@@ -51,8 +51,6 @@ def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFix
     assert tables[0] == tables[1]
     assert main(["predict", "x.safetensors", "photos", "--output", "out"]) == 0
     assert capsys.readouterr().out.startswith("6 images, 0 failed: out")
-    assert main(["explain", "x.safetensors", "photos", "--output", "maps"]) == 1
-    assert "an exported file gives predictions alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

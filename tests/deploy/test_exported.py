@@ -1,11 +1,14 @@
 """Exported files against the network that they were made of. ONNX, OpenVINO and NNCF are in ``crossx[export]``."""
 
+import functools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 import layouts
 from crossx.data.images import find_images
-from crossx.deploy.export import export_run
+from crossx.deploy.export import ExportReport, export_run
 from crossx.deploy.exported import SUFFIXES, ExportedModel, is_exported
 from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method, list_methods
@@ -23,11 +26,14 @@ from refusals import refusal
 
 CLASSES = tuple(sorted(layouts.FOLDERS))
 TEMPERATURE = 1.7
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_without_crossx.py"
 
 
 def require(format_: str, precision: str = "fp32") -> None:
     """Skip the test where the packages of a format are missing."""
-    packages = {"onnx": ["onnxscript", "onnxruntime"], "openvino": ["onnxscript", "openvino"]}.get(format_, [])
+    packages = {"onnx": ["onnxscript", "onnxruntime"], "openvino": ["onnxscript", "openvino"]}.get(
+        format_, []
+    )
     for package in packages + ["nncf"] * (format_ == "openvino" and precision == "int8"):
         pytest.importorskip(package)
 
@@ -46,6 +52,22 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return layouts.write_folder(tmp_path_factory.mktemp("photos"), classes=3, images_per_class=8)
 
 
+Exports: TypeAlias = Callable[..., ExportReport]
+
+
+@pytest.fixture(scope="module")
+def export(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Export the run once for each format and precision, into a folder of its own."""
+
+    @functools.cache
+    def export(format_: str, precision: str = "fp32") -> ExportReport:
+        require(format_)
+        output = tmp_path_factory.mktemp("exported") / f"network{SUFFIXES[format_]}"
+        return export_run(run, output, format=format_, precision=precision, images=photos)
+
+    return export
+
+
 @pytest.fixture(scope="module")
 def batch(run: Path, photos: Path) -> Tensor:
     """Real images as the run's evaluation prepares them, uint8 (5, 3, 64, 64)."""
@@ -61,17 +83,12 @@ def probabilities(run: Path, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("format_", SUFFIXES)
-def test_the_file_gives_the_runs_numbers(
-    format_: str, run: Path, photos: Path, batch: Tensor, tmp_path: Path
-) -> None:
-    require(format_)
-    output = tmp_path / f"network{SUFFIXES[format_]}"
-    report = export_run(run, output, format=format_, images=photos)
-    assert sorted(tmp_path.iterdir()) == sorted(report.files)
-    assert report.files[0] == output
+def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Exports, batch: Tensor) -> None:
+    report = export(format_)
+    assert sorted(report.files[0].parent.iterdir()) == sorted(report.files)
     assert report.comparison.difference <= 1e-4
     assert (report.comparison.images, report.comparison.same_class) == (16, 16)
-    model = ExportedModel.load(output)
+    model = ExportedModel.load(report.files[0])
     assert model.classes == CLASSES
     assert model.spec == Run(run).read_spec()
     assert model.description == json.loads(json.dumps(report.description))
@@ -95,26 +112,21 @@ def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -
     assert report.comparison.same_class == report.comparison.images
 
 
-def test_the_onnx_file_convolves_no_more_than_the_trunk(run: Path, photos: Path, tmp_path: Path) -> None:
+def test_the_onnx_file_convolves_no_more_than_the_trunk(export: Exports) -> None:
     onnx = pytest.importorskip("onnx")
-    require("onnx")
-    export_run(run, tmp_path / "network.onnx", images=photos)
-    graph = onnx.load(tmp_path / "network.onnx").graph
+    graph = onnx.load(export("onnx").files[0]).graph
     trunk = create_method("plain", backbone="test_resnet", num_classes=3)
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in trunk.modules())
 
 
 @pytest.mark.parametrize("format_", SUFFIXES)
-def test_half_precision_halves_the_file(format_: str, run: Path, photos: Path, tmp_path: Path) -> None:
-    require(format_)
-    sizes = {}
-    for precision in ("fp32", "fp16"):
-        report = export_run(run, tmp_path / f"x{SUFFIXES[format_]}", precision=precision, images=photos)
-        sizes[precision] = sum(file.stat().st_size for file in report.files)
-        assert report.description["precision"] == precision
-    assert 0 < report.comparison.difference <= 2e-2
-    assert sizes["fp16"] < 0.75 * sizes["fp32"]
+def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
+    whole, half = export(format_), export(format_, "fp16")
+    assert half.description["precision"] == "fp16"
+    assert 0 < half.comparison.difference <= 2e-2
+    sizes = [sum(file.stat().st_size for file in report.files) for report in (whole, half)]
+    assert sizes[1] < 0.75 * sizes[0]
 
 
 @pytest.mark.parametrize("format_", ["onnx", "openvino"])
@@ -156,7 +168,11 @@ def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: P
         ("x.xml", {"format": "onnx"}, "a file of --format onnx ends in .onnx"),
         ("x.onnx", {"format": "onxx"}, "unknown format 'onxx'. Did you mean 'onnx'?"),
         ("x.pt2", {"precision": "fp8"}, "unknown precision 'fp8'"),
-        ("x.pt2", {"precision": "int8"}, "--format torch-export has no int8. It is made for: onnx, openvino."),
+        (
+            "x.pt2",
+            {"precision": "int8"},
+            "--format torch-export has no int8. It is made for: onnx, openvino.",
+        ),
         ("x.safetensors", {"images": "missing"}, "missing"),
         ("x.safetensors", {"root": "missing"}, "missing"),
     ],
@@ -193,35 +209,29 @@ def test_other_files_are_no_exported_ones(run: Path, tmp_path: Path) -> None:
     assert "was not exported by crossx" in refusal(ExportedModel.load, Run(run).weights)
 
 
-def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "x.safetensors", images=photos)
-    exported, own = Predictor.load(tmp_path / "x.safetensors"), Predictor.load(run, device="cpu")
+def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: Exports) -> None:
+    file = export("safetensors").files[0]
+    exported, own = Predictor.load(file), Predictor.load(run, device="cpu")
     for found, expected in zip(exported.predict(photos, top=3), own.predict(photos, top=3), strict=True):
         assert found.path == expected.path
         assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
     assert "an exported file gives predictions alone" in refusal(lambda: exported.method)
-    assert "is run on the CPU" in refusal(Predictor.load, tmp_path / "x.safetensors", device="cuda")
+    assert "is run on the CPU" in refusal(Predictor.load, file, device="cuda")
 
 
-def test_the_description_says_how_an_image_becomes_the_input(run: Path, photos: Path, tmp_path: Path) -> None:
-    said = export_run(run, tmp_path / "x.safetensors", images=photos).description
+def test_the_description_says_how_an_image_becomes_the_input(run: Path, export: Exports) -> None:
+    said = export("safetensors").description
     assert said["classes"] == CLASSES
     assert said["temperature"] == TEMPERATURE
     assert said["input"]["resize"] == {"width": 72, "height": 72}
-    assert ModelSpec.from_json(said, tmp_path) == Run(run).read_spec()
+    assert ModelSpec.from_json(said, run) == Run(run).read_spec()
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_without_crossx.py"
-
-
-def test_the_example_needs_no_crossx(run: Path, tmp_path: Path) -> None:
-    require("onnx")
-    photos = layouts.write_folder(tmp_path / "photos", classes=3, images_per_class=2)
-    export_run(run, tmp_path / "network.onnx", images=photos)
+def test_the_example_needs_no_crossx(run: Path, photos: Path, export: Exports) -> None:
     paths = find_images(photos)
     # -I: neither PYTHONPATH nor the working folder; what the script imports of crossx would be installed
     answer = subprocess.run(
-        [sys.executable, "-I", EXAMPLE, tmp_path / "network.onnx", *paths],
+        [sys.executable, "-I", EXAMPLE, export("onnx").files[0], *paths],
         capture_output=True,
         text=True,
         check=True,

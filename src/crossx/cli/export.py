@@ -97,10 +97,11 @@ def print_report(report: ExportReport) -> None:
     """Print what was written and how it compares with the network."""
     said, compared = report.description, report.comparison
     size = said["input"]["size"]
+    classes = len(said["classes"])
     megabytes = sum(file.stat().st_size for file in report.files) / 1e6
     print(
         f"{', '.join(map(str, report.files))}: {said['method']} ({said['backbone']}), {said['format']} "
-        f"{said['precision']}, images uint8 (batch, 3, {size}, {size}), {len(said['classes'])} classes, {megabytes:.1f} MB"
+        f"{said['precision']}, images uint8 (batch, 3, {size}, {size}), {classes} classes, {megabytes:.1f} MB"
     )
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
     print(

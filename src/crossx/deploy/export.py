@@ -304,7 +304,7 @@ def _require(output: Path, comparison: Comparison, accuracy: Accuracy | None, al
         if not lost <= allowed:
             raise CrossXError(
                 f"{output}: not written, int8 loses {lost:.2%} of top-1 accuracy on {accuracy.images} images "
-                f"({accuracy.before:.2%} before, {accuracy.after:.2%} after), more than the tolerance of {allowed:.2%}. "
+                f"({accuracy.before:.2%} before, {accuracy.after:.2%} after), more than the tolerance, {allowed:.2%}. "
                 "Try more --calibration images or --precision fp16, or allow it with --tolerance."
             )
     elif not comparison.difference <= allowed:

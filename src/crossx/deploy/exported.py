@@ -115,7 +115,9 @@ class ExportedModel:
         except (ImportError, CrossXError):
             raise
         except Exception as error:  # each runtime has errors of its own for a broken file
-            raise CrossXError(f"{file}: cannot be read as an exported network ({first_line(error)}).") from error
+            raise CrossXError(
+                f"{file}: cannot be read as an exported network ({first_line(error)})."
+            ) from error
         return cls(json.loads(text), run, file)
 
     @property

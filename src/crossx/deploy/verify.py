@@ -136,9 +136,7 @@ def _random_pixels(size: int) -> Tensor:
     return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def compare(
-    model: ExportedModel, method: Method, spec: ModelSpec, images: Tensor, source: str
-) -> Comparison:
+def compare(model: ExportedModel, method: Method, spec: ModelSpec, images: Tensor, source: str) -> Comparison:
     """Compare an exported file with the network; images are uint8 (B, 3, S, S), first one, then all others."""
     parts = [part for part in images.split([1, len(images) - 1]) if len(part)]
     found = torch.cat([model.logits(part) for part in parts])
@@ -168,7 +166,9 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
     if not tested:
         candidates, tested = candidates[::2], candidates[1::2]
     if not candidates or not tested:
-        raise CrossXError(f"dataset {data.index.name!r} has too few images to calibrate int8 and to measure it.")
+        raise CrossXError(
+            f"dataset {data.index.name!r} has too few images to calibrate int8 and to measure it."
+        )
     return QuantizationData(
         tuple(spread(candidates, calibration)),
         tuple(tested if measured is None else spread(tested, measured)),
