@@ -23,11 +23,12 @@ class Inference(nn.Module):
 
     def __init__(self, method: Method, spec: ModelSpec) -> None:
         super().__init__()
-        self.method = method.eval()
+        self.method = method
         scale, offset = Normalize.constants(spec.preprocessing)
         self.register_buffer("scale", scale.view(3, 1, 1))
         self.register_buffer("offset", offset.view(3, 1, 1))
         self.temperature = spec.temperature
+        self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify images as they were decoded, resized and cropped.
