@@ -9,6 +9,7 @@ PEER_ROOTS = $(foreach peer,$(PEERS),--peer-root $(peer))
 bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/inference.py $(PEER_ROOTS)
+	$(PYTHON) benchmarks/exported.py
 	$(PYTHON) benchmarks/training_step.py $(PEER_ROOTS)
 	$(PYTHON) benchmarks/convolution.py
 	$(PYTHON) benchmarks/allocator.py

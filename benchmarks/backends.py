@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crossx.deploy.export import export_onnx
+
 Run: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -73,17 +75,34 @@ def run_torch(
 
 
 def run_onnxruntime(network: nn.Module, example: Tensor) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        return open_onnxruntime(save_onnx(network, example, Path(folder)))
+
+
+def run_openvino(network: nn.Module, example: Tensor, precision: str) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        return open_openvino(save_onnx(network, example, Path(folder)), precision)
+
+
+def save_onnx(network: nn.Module, example: Tensor, folder: Path) -> Path:
+    import onnx
+
+    path = folder / "network.onnx"
+    onnx.save(export_onnx(network, example, ["logits"]), path)
+    return path
+
+
+def open_onnxruntime(path: Path) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(network, example, Path(folder))
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def run_openvino(network: nn.Module, example: Tensor, precision: str) -> Run:
+def open_openvino(path: Path, precision: str) -> Run:
+    """Open an ONNX file or OpenVINO's own; the precision is ``f32`` or ``bf16``."""
     import openvino
 
     # Left to itself, OpenVINO computes in bfloat16 on a processor that has it.
@@ -92,26 +111,8 @@ def run_openvino(network: nn.Module, example: Tensor, precision: str) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(network, example, Path(folder))
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
-
-
-def export_onnx(network: nn.Module, example: Tensor, folder: Path) -> Path:
-    """Export for any number of images, by two of them: torch.export takes one for a constant."""
-    path = folder / "network.onnx"
-    torch.onnx.export(
-        network,
-        (example[:1].repeat(2, 1, 1, 1),),
-        path,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
-    return path
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())["logits"].copy())
 
 
 def prediction(answer: Any) -> Tensor:

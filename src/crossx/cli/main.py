@@ -26,6 +26,7 @@ VERBS = {
     "report": "write an HTML page about a trained network",
     "calibrate": "fit the temperature of a run's probabilities on its validation images",
     "predict": "name what is on images",
+    "export": "write a trained network as one file for other programs (ONNX, OpenVINO, torch.export)",
     "explain": "draw where a network looks: maps of every part and stage over images",
     "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",
     "recipes": "list the packaged training recipes, or print one",

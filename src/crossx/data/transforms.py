@@ -78,8 +78,13 @@ class Normalize:
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self._scale, self._offset = self.constants(preprocessing)
+
+    @staticmethod
+    def constants(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """Return scale and offset, (3,) each, that carry a byte x to scale * x + offset."""
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self._scale, self._offset = 1 / (255 * std), -mean / std
+        return 1 / (255 * std), -mean / std
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 (B, 3, H, W), channels last in memory, of uint8 (B, 3, H, W)."""

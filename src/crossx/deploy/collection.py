@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.deploy.cluster import predict_shards
+from crossx.deploy.exported import exported_files, is_exported
 from crossx.deploy.predictor import Predictor
 from crossx.deploy.shards import Shard, count_failed, find_collection, predict_shard
 from crossx.errors import Stopped, UsageError, unknown
@@ -103,6 +104,8 @@ def predict_collection(
         raise unknown("engine", engine, ENGINES)
     if workers is not None and engine != "ray":
         raise UsageError("--workers belongs to --engine ray.")
+    if engine == "ray" and is_exported(run):
+        raise UsageError(f"{run}: --engine ray takes a run, not an exported file.")
     folder = Path(output)
     _require_outside(folder, Path(source))
     collection = find_collection(source, shard_size)
@@ -199,10 +202,15 @@ def _part(folder: Path, number: int) -> Path:
 
 def _fingerprint(run: str | Path) -> str:
     """Return the SHA-256 of what decides about a prediction: the description of the network and its weights."""
-    found, weights = open_run(run)
-    digest = hashlib.sha256(found.spec.read_bytes())
-    with weights.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    if is_exported(run):
+        files = exported_files(Path(run))
+    else:
+        found, weights = open_run(run)
+        files = [found.spec, weights]
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

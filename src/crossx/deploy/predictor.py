@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from crossx.data.images import ImageError
 from crossx.data.transforms import Normalize, batch_images, eval_transform, resized_side, square_transform
+from crossx.deploy.exported import ExportedModel, is_exported
 from crossx.deploy.inputs import ImageInput, OneImage, decode, expand
 from crossx.errors import CrossXError, UsageError, nearest, unknown
 from crossx.evaluation.device import select_device
@@ -106,7 +107,6 @@ class Predictor:
         crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
 
     Attributes:
-        method: The network: images (B, 3, H, W) to logits (B, K).
         spec: What ``model.json`` of the run says.
         device: Where the network is.
         origin: The run and the file of weights that it was loaded from; None for a network made otherwise.
@@ -129,9 +129,12 @@ class Predictor:
     ) -> None:
         self.device = select_device(device)
         self.precision = _select_precision(precision, self.device)
+        self._method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._set_preparation(spec, flip, crops)
+
+    def _set_preparation(self, spec: ModelSpec, flip: bool, crops: int) -> None:
         self.flip = flip
         self.crops = crops
-        self.method: Method = method.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.spec = spec
         self._transform = eval_transform(spec.preprocessing)
         if crops != 1:
@@ -140,17 +143,21 @@ class Predictor:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto", **options: Any) -> Predictor:
-        """Load a run folder (its selected weights), a checkpoint file in one, or a model on the Hugging Face Hub.
+        """Load a run (its selected weights), a checkpoint in one, a model on the Hub, or a file of ``crossx export``.
 
         Args:
-            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``.
+            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``; or the
+                exported file.
             device: See ``select_device``.
             **options: ``precision``, ``flip`` and ``crops``, as the class takes them.
 
         Raises:
-            UsageError: If there is no such device, or an option cannot be.
+            UsageError: If there is no such device, or an option cannot be; an exported file takes no other device
+                than the CPU, and no precision than its own.
             CrossXError: If there is no such run or model, or it has no weights that fit.
         """
+        if is_exported(path):
+            return ExportedPredictor(path, device, **options)
         chosen = select_device(device)
         origin = open_run(path)
         method, spec = load_method(origin[1])
@@ -214,6 +221,15 @@ class Predictor:
         return push_to_hub(
             self, name, private=private, token=token, revision=revision, license=license, images=images
         )
+
+    @property
+    def method(self) -> Method:
+        """The network: images (B, 3, H, W), normalised, to logits (B, K).
+
+        Raises:
+            CrossXError: If this is an exported file, which gives nothing but predictions.
+        """
+        return self._method
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -403,10 +419,7 @@ class Predictor:
         """
         if len(images) == 0:
             return []
-        views = [
-            (self._compute(self.method, view) / self.spec.temperature).softmax(dim=1)
-            for view in self._views(images)
-        ]
+        views = [(self._logits(view) / self.spec.temperature).softmax(dim=1) for view in self._views(images)]
         probabilities = torch.stack(views).mean(dim=0)
         values, indices = probabilities.topk(min(top, len(self.classes)))
         return [
@@ -469,6 +482,10 @@ class Predictor:
             raise CrossXError("the network's output is not finite: its weights are damaged.")
         return answer
 
+    def _logits(self, images: Tensor) -> Tensor:
+        """Return finite float32 logits (B, K) of uint8 images (B, 3, S, S)."""
+        return self._compute(self.method, images)
+
     def _try(self, item: OneImage) -> Tensor | str:
         """Return the prepared image, or why there is none."""
         try:
@@ -477,6 +494,55 @@ class Predictor:
             return error.reason
         except CrossXError as error:
             return str(error)
+
+
+class ExportedPredictor(Predictor):
+    """A file of ``crossx export`` in a network's place. It predicts on the CPU, and explains nothing.
+
+    Args:
+        path: The file.
+        device: ``auto`` or ``cpu``.
+        precision: ``auto``: the file has its own.
+        flip: See ``Predictor``.
+        crops: See ``Predictor``.
+
+    Raises:
+        UsageError: For another device or precision, or crops that cannot be.
+        CrossXError: If the file cannot be used, see ``ExportedModel.load``.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "auto",
+        flip: bool = False,
+        crops: int = 1,
+    ) -> None:
+        if str(device) not in ("auto", "cpu"):
+            raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
+        if precision != "auto":
+            raise UsageError(
+                f"{path}: an exported file has the precision that `crossx export --precision` gave it: leave out "
+                f"precision {precision!r}."
+            )
+        self._model = ExportedModel.load(path)
+        self._path = path
+        self.device = torch.device("cpu")
+        self.precision = torch.float32
+        self._set_preparation(self._model.spec, flip, crops)
+
+    @property
+    def method(self) -> Method:
+        """Always raises, see ``Predictor.method``."""
+        raise CrossXError(f"{self._path}: an exported file gives predictions alone: give the run instead.")
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits = self._model.logits(images)
+        if not logits.isfinite().all():
+            raise CrossXError(f"{self._path}: the output is not finite: the file is damaged.")
+        return logits
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:

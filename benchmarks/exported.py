@@ -1,0 +1,130 @@
+"""Exported Cross-X against the exported plain backbone, on ONNX Runtime and OpenVINO.
+
+    python benchmarks/exported.py
+
+The files are those of `crossx export`: bytes in, normalisation inside, any number of images a batch. Weights are
+random, and so are the pixels that int8 is calibrated on: the times do not depend on them. ResNet-50 at 448 x 448, 200
+classes, and a MobileNetV2 0.35 at 160 x 160, 80 classes; P = 2. OpenVINO's bf16 is the fp32 file with its precision
+hint, which a processor without bfloat16 ignores.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import openvino
+import torch
+
+from backends import Run, open_onnxruntime, open_openvino
+from crossx.deploy.export import export_onnx
+from crossx.deploy.inference import Inference
+from crossx.deploy.quantize import quantize_onnx, quantize_openvino
+from crossx.methods import create_method
+from crossx.methods.checkpoint import describe
+from crossx.runs import Preprocessing
+from harness import Timing, interleave, parser, ratios, table, write
+from parity import randomise_norms
+
+METHODS = ("plain", "crossx")
+CALIBRATION_IMAGES = 4
+PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class Network:
+    backbone: str
+    size: int
+    classes: int
+
+
+NETWORKS = (Network("resnet50", 448, 200), Network("mobilenetv2_035", 160, 80))
+
+
+def exported(network: Network, method: str) -> Inference:
+    """Return a network with random weights as it is exported."""
+    torch.manual_seed(0)
+    built = create_method(method, backbone=network.backbone, num_classes=network.classes)
+    randomise_norms(built)
+    preprocessing = Preprocessing(
+        network.size, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    names = [str(number) for number in range(network.classes)]
+    return Inference(built, describe(built, classes=names, preprocessing=preprocessing, dataset="random"))
+
+
+def backends(network: Network, method: str, folder: Path) -> Iterator[tuple[str, Run]]:
+    """Write a method's files, and yield name and function of every way to run them."""
+    pixels = torch.randint(256, (CALIBRATION_IMAGES, 3, network.size, network.size), dtype=torch.uint8)
+    stem = folder / f"{network.backbone}-{method}"
+    graph = export_onnx(exported(network, method), pixels)
+    onnx.save(graph, stem.with_suffix(".onnx"))
+    yield "onnxruntime fp32", open_onnxruntime(stem.with_suffix(".onnx"))
+    yield "openvino fp32", open_openvino(stem.with_suffix(".onnx"), "f32")
+    yield "openvino bf16", open_openvino(stem.with_suffix(".onnx"), "bf16")
+    onnx.save(quantize_onnx(graph, [pixels]), stem.with_suffix(".int8.onnx"))
+    yield "onnxruntime int8", open_onnxruntime(stem.with_suffix(".int8.onnx"))
+    model = openvino.Core().read_model(stem.with_suffix(".onnx"))
+    openvino.save_model(quantize_openvino(model, [pixels]), stem.with_suffix(".xml"))
+    yield "openvino int8", open_openvino(stem.with_suffix(".xml"), "f32")
+
+
+def measure(network: Network, batches: list[int], runs: int) -> dict[str, Any]:
+    """Time both methods on every backend, and return the times and the ratios to plain."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            (backend, method): run
+            for method in METHODS
+            for backend, run in backends(network, method, Path(folder))
+        }
+    names = list(dict.fromkeys(backend for backend, _ in found))
+    measured: dict[str, Any] = {}
+    for batch in batches:
+        images = torch.randint(256, (batch, 3, network.size, network.size), dtype=torch.uint8)
+        timings = {
+            name: interleave(
+                {method: partial(found[name, method], images) for method in METHODS}, runs, 2, PAUSE
+            )
+            for name in names
+        }
+        show(network, batch, timings)
+        measured[str(batch)] = {
+            name: {
+                **{method: timing.to_json() for method, timing in own.items()},
+                "ratio": vars(ratios(own, "plain")["crossx"]),
+            }
+            for name, own in timings.items()
+        }
+    return {**vars(network), "batches": measured}
+
+
+def show(network: Network, batch: int, timings: dict[str, dict[str, Timing]]) -> None:
+    rows = [
+        [name, *(f"{own[method].median * 1e3:.2f}" for method in METHODS), ratios(own, "plain")["crossx"]]
+        for name, own in timings.items()
+    ]
+    print(f"\n{network.backbone}, {network.size} x {network.size}, batch {batch}, milliseconds")
+    print(table(["backend", *METHODS, "ratio"], rows))
+
+
+def main() -> None:
+    options = parser(__doc__, "exported", runs=15)
+    options.add_argument("--batches", default="1,8", help="comma-separated (default: %(default)s)")
+    options.add_argument(
+        "--backbones", default=",".join(n.backbone for n in NETWORKS), help="default: %(default)s"
+    )
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    chosen = [network for network in NETWORKS if network.backbone in arguments.backbones.split(",")]
+    write(arguments.output, {"networks": [measure(network, batches, arguments.runs) for network in chosen]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""``crossx export``, and ``crossx predict`` with what it wrote."""
+
+from pathlib import Path
+
+import pytest
+
+import layouts
+from crossx.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=3)
+    return tmp_path
+
+
+def test_says_what_it_wrote_and_how_it_compares(
+    run: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", run, "--output", "out/x.safetensors", "--images", "photos"]) == 0
+    shown = capsys.readouterr()
+    written, compared = shown.out.splitlines()
+    assert written.startswith(
+        "out/x.safetensors: crossx (test_resnet), safetensors fp32, images uint8 (batch, 3, 64, 64), 3 classes, "
+    )
+    assert compared.startswith("against eager float32 on 6 images (photos): logits differ by at most ")
+    assert compared.endswith("of the largest (tolerance 1e-04), same class on 6")
+    assert shown.err == ""
+
+
+def test_random_pixels_are_told(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", run, "--output", "x.safetensors"]) == 0
+    shown = capsys.readouterr()
+    assert "on 16 images (random pixels: dataset 'folder' needs --data.root" in shown.out
+    assert shown.err == "note: --images DIR compares on real images.\n"
+
+
+def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", run, "--output", "x.safetensors", "--images", "photos"]) == 0
+    capsys.readouterr()
+    tables = []
+    for network in (run, "x.safetensors"):
+        assert main(["predict", network, "photos", "--device", "cpu"]) == 0
+        tables.append([line.split(",")[:2] for line in capsys.readouterr().out.splitlines()])
+    assert tables[0] == tables[1]
+    assert main(["predict", "x.safetensors", "photos", "--output", "out"]) == 0
+    assert capsys.readouterr().out.startswith("6 images, 0 failed: out")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: --output"),
+        (["--output", "x.txt"], "its name must end in the format's"),
+        (["--output", "x.onnx", "--tolerance", "-1"], "must be a number from 0 on, not '-1'"),
+        (["--output", "x.pt2", "--precison", "fp16"], "Did you mean '--precision'?"),
+    ],
+)
+def test_wrong_commands_are_refused(
+    words: list[str], message: str, run: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", run, *words]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
