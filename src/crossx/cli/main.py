@@ -26,6 +26,7 @@ VERBS = {
     "report": "write an HTML page about a trained network",
     "predict": "name what is on images",
     "explain": "draw where a network looks: maps of every part and stage over images",
+    "serve": "answer over HTTP what is on images, and where a network looks",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",
     "import-released": "make a run of a checkpoint that the authors of Cross-X released",
