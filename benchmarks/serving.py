@@ -276,15 +276,11 @@ def measure_hey(
             ]  # fmt: skip
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows = list(csv.DictReader(io.StringIO(told)))
-            right = [float(row["response-time"]) for row in rows if row["status-code"] == "200"]
-            end = max(
-                (float(row["offset"]) + float(row["response-time"]) for row in rows), default=float("nan")
+            outcome = Outcome(
+                [float(row["response-time"]) for row in rows if row["status-code"] == "200"],
+                Counter(row["status-code"] for row in rows),
             )
-            found[name] = {
-                "requests_s": len(right) / end,
-                "p50_ms": 1000 * statistics.median(right),
-                "statuses": dict(Counter(row["status-code"] for row in rows)),
-            }
+            found[name] = outcome.to_json(seconds)
     return found
 
 

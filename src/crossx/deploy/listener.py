@@ -15,6 +15,7 @@ from typing import ClassVar
 import h11
 import uvicorn
 from fastapi import FastAPI
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -74,6 +75,7 @@ def log_as_json() -> None:
         JsonFormatter(
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger"},
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, with escape codes
             timestamp="time",
         )
     )

@@ -47,7 +47,7 @@ class ImagePrediction(BaseModel):
     probability: float | None = Field(default=None, description="Its calibrated probability.")
     top: list[Ranked] = Field(default=[], description="The most probable classes, best first.")
     error: str | None = Field(
-        None, description="Why the image cannot be read; null where there is a prediction."
+        default=None, description="Why the image cannot be read; null where there is a prediction."
     )
 
 
