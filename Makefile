@@ -1,5 +1,6 @@
 # Every benchmark that this machine can run. PEERS: clones of other implementations, for example
 #   make bench PEERS="CrossX Hawkeye" CROSSX_DATA=data
+# RUN: a trained run, for the load on the HTTP service.
 PYTHON ?= python
 PEERS ?=
 PEER_ROOTS = $(foreach peer,$(PEERS),--peer-root $(peer))
@@ -19,6 +20,7 @@ bench:
 	$(PYTHON) benchmarks/scaling.py
 	$(PYTHON) benchmarks/collection.py
 	$(PYTHON) benchmarks/roofline.py
+	$(if $(RUN),$(PYTHON) benchmarks/serving.py $(RUN))
 
 test:
 	pytest

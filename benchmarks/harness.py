@@ -29,6 +29,8 @@ PACKAGES = (
     "lightning",
     "numpy",
     "pillow",
+    "fastapi",
+    "uvicorn",
     "onnxruntime",
     "openvino",
 )

@@ -29,6 +29,7 @@ VERBS = {
     "export": "write a trained network as one file for other programs (ONNX, OpenVINO, torch.export)",
     "explain": "draw where a network looks: maps of every part and stage over images",
     "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",
+    "serve": "answer over HTTP what is on images, and where a network looks",
     "recipes": "list the packaged training recipes, or print one",
     "datasets": "list the datasets and where to get them, or check one on disk",
     "import-released": "make a run of a checkpoint that the authors of Cross-X released",

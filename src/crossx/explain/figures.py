@@ -94,12 +94,9 @@ def overlay(
     Raises:
         UsageError: For an unknown colormap, or an opacity outside 0 to 1.
     """
-    colours, share = check_colormap(colormap), check_opacity(opacity)
-    values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
-    height, width = image.shape[:2]
-    resized = resize(values[None, None], (height, width))[0, 0].numpy()
+    share = check_opacity(opacity)
     grey = (image @ np.array(LUMA))[..., None]
-    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * colours(resized)[..., :3]
+    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * _coloured(map_, image.shape[:2], colormap)
     return mixed.round().astype(np.uint8)
 
 
@@ -131,6 +128,37 @@ def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
     )
     pixels: NDArray[np.uint8] = drawn.permute(1, 2, 0).numpy()
     return pixels
+
+
+def layer(
+    map_: NDArray[Any], size: tuple[int, int], *, colormap: str = COLORMAP, opacity: float = OPACITY
+) -> NDArray[np.uint8]:
+    """Draw a map as a transparent picture: what ``overlay`` lays over the grey image, by itself.
+
+    Args:
+        map_: See ``overlay``.
+        size: (H, W) of the picture.
+        colormap: See ``overlay``.
+        opacity: See ``overlay``.
+
+    Returns:
+        uint8 (H, W, 4): red, green, blue, alpha.
+
+    Raises:
+        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
+    """
+    colours = _coloured(map_, size, colormap)
+    alpha = np.full((*size, 1), check_opacity(opacity))
+    picture: NDArray[np.float64] = 255 * np.concatenate([colours, alpha], axis=2)
+    return picture.round().astype(np.uint8)
+
+
+def _coloured(map_: NDArray[Any], size: tuple[int, int], colormap: str) -> NDArray[np.float64]:
+    """Return the colours (H, W, 3), from 0 to 1, of a map brought to [0, 1] and resized."""
+    values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
+    resized = resize(values[None, None], size)[0, 0].numpy()
+    colours: NDArray[np.float64] = check_colormap(colormap)(resized)[..., :3]
+    return colours
 
 
 def figure(

@@ -1,0 +1,215 @@
+"""Dynamic batching: what many requests bring goes through one function in batches, by one thread.
+
+Knows nothing of images, networks or HTTP. Work has two steps: each item is prepared by itself, in a pool of threads,
+and what is prepared at about the same time runs together, in the one thread that may use the network.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class QueueFullError(Exception):
+    """There is no room for what was submitted.
+
+    Attributes:
+        retry_after: Seconds after which there may be, at the pace of the last batches.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the queue is full")
+        self.retry_after = retry_after
+
+
+class ClosedError(Exception):
+    """The batcher takes nothing more."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """One item on its way. Both steps forget what they no longer need."""
+
+    prepare: Callable[[], Any] | None
+    run: Callable[[list[Any]], Sequence[Any]]
+    future: Future[Any] = field(default_factory=Future)
+    prepared: Any = None
+
+    def forget(self, _: Future[Any]) -> None:
+        self.prepare = self.prepared = None
+
+
+class Batcher:
+    """Takes items, and answers each by a future.
+
+    An item keeps its place from ``submit`` until its future is done; there are ``capacity`` places. Jobs run in the
+    order in which they were prepared, and those in a row that have the same ``run`` together, up to ``max_batch``. The
+    thread waits for a batch to fill only while other items are being prepared, and never longer than ``max_wait``. A
+    future that is cancelled before its batch begins is left out of it. What ``prepare`` raises goes to the item's own
+    future, what ``run`` raises to those of its batch.
+
+    Args:
+        max_batch: Most items a batch.
+        max_wait: Seconds that a prepared item waits for others at most.
+        capacity: Most items accepted and not answered.
+        workers: Threads that prepare.
+        observe: Told the size of each batch that ran and its seconds, by the thread that runs them.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_wait: float,
+        capacity: int,
+        workers: int,
+        observe: Callable[[int, float], None] = lambda size, seconds: None,
+    ) -> None:
+        self._max_batch, self._max_wait, self._capacity, self._observe = (
+            max_batch,
+            max_wait,
+            capacity,
+            observe,
+        )
+        self._changed = threading.Condition()
+        self._ready: deque[_Job] = deque()
+        self._accepted = self._preparing = 0
+        self._closed = False
+        self._pace = 0.0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    @property
+    def accepted(self) -> int:
+        """Items accepted and not answered."""
+        return self._accepted
+
+    @property
+    def full(self) -> bool:
+        """Whether not one more item would be accepted."""
+        return self._accepted >= self._capacity
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that runs batches is there."""
+        return self._thread.is_alive()
+
+    def submit(
+        self, prepares: Sequence[Callable[[], T]], run: Callable[[list[T]], Sequence[R]]
+    ) -> list[Future[R]]:
+        """Accept items, all of them or none.
+
+        Args:
+            prepares: For each item what prepares it. Threads call them side by side.
+            run: What makes results of prepared items, one each, in order. Items with an equal ``run`` may share a
+                batch, whoever submitted them.
+
+        Returns:
+            The future of each item.
+
+        Raises:
+            QueueFullError: If there are not so many places.
+            ClosedError: After ``close``.
+        """
+        with self._changed:
+            if self._closed:
+                raise ClosedError
+            if self._accepted + len(prepares) > self._capacity:
+                raise QueueFullError(self.retry_after())
+            self._accepted += len(prepares)
+            self._preparing += len(prepares)
+        jobs = [_Job(prepare, run) for prepare in prepares]
+        for job in jobs:
+            job.future.add_done_callback(job.forget)
+            job.future.add_done_callback(self._leave)
+            self._pool.submit(self._prepare, job)
+        return [job.future for job in jobs]
+
+    def retry_after(self) -> int:
+        """Return the whole seconds, at least 1, that the accepted items will take at the pace of the last batches."""
+        return max(1, math.ceil(self._accepted * self._pace))
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Accept nothing more, and wait until all that was accepted is answered.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            Whether all is answered.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            finished = self._changed.wait_for(lambda: not self._accepted, timeout)
+        self._pool.shutdown(wait=finished, cancel_futures=True)
+        if finished:
+            self._thread.join()
+        return finished
+
+    def _leave(self, _: Future[Any]) -> None:
+        with self._changed:
+            self._accepted -= 1
+            self._changed.notify_all()
+
+    def _prepare(self, job: _Job) -> None:
+        prepare, ready = job.prepare, False
+        try:
+            if prepare is not None:
+                job.prepared = prepare()
+                ready = True
+        except BaseException as error:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+        finally:
+            with self._changed:
+                self._preparing -= 1
+                if ready:
+                    self._ready.append(job)
+                self._changed.notify_all()
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            if batch:
+                self._run(batch)
+
+    def _next_batch(self) -> list[_Job] | None:
+        """Wait for jobs; return those that run next, or None when nothing more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or (self._closed and not self._accepted))
+            if not self._ready:
+                return None
+            self._changed.wait_for(
+                lambda: len(self._ready) >= self._max_batch or not self._preparing, self._max_wait
+            )
+            run = self._ready[0].run
+            batch: list[_Job] = []
+            while self._ready and self._ready[0].run == run and len(batch) < self._max_batch:
+                job = self._ready.popleft()
+                if job.future.set_running_or_notify_cancel():
+                    batch.append(job)
+            return batch
+
+    def _run(self, batch: list[_Job]) -> None:
+        start = time.perf_counter()
+        try:
+            answered = list(zip(batch, batch[0].run([job.prepared for job in batch]), strict=True))
+            seconds = time.perf_counter() - start
+            self._pace += 0.2 * (seconds / len(batch) - self._pace)
+            self._observe(len(batch), seconds)
+        except BaseException as error:
+            for job in batch:
+                job.future.set_exception(error)
+            return
+        for job, result in answered:
+            job.future.set_result(result)
