@@ -241,9 +241,8 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
         return UsageError(f"--{name} cannot be given: {OWN_TRAINER_ARGUMENTS[option]}.")
     owners = [other for other in list_methods() if option in method_options(other)]
     if section == "model" and owners:
-        return UsageError(
-            f"method {method!r} has no option {option!r}; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it."
-        )
+        have = "has" if len(owners) == 1 else "have"
+        return UsageError(f"method {method!r} has no option {option!r}; {', '.join(owners)} {have} it.")
     return unknown_argument(argument, parser._option_string_actions, f"{PROG} --model.method {method}")
 
 
