@@ -155,10 +155,10 @@ class NTSNet(Method):
         crop = self.crop_size or size // 2
         try:
             self.backbone.map_size(crop)
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except UsageError as error:
             raise UsageError(
                 f"method 'nts' cuts crops of {crop} pixels, which backbone {self.backbone.name!r} does not take "
-                f"({first_line(error)}). Use --model.crop_size {size}, or for a ViT "
+                f"({first_line(error.__cause__ or error)}). Use --model.crop_size {size}, or for a ViT "
                 "--model.backbone_args.dynamic_img_size true."
             ) from error
 
