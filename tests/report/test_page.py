@@ -1,11 +1,13 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 
 from answers import MARKUP, make_page, make_parts, make_pictures, make_tested
 from crossx.report.choice import choose_examples
@@ -197,3 +199,15 @@ def test_what_the_reader_must_know_is_said():
     text = Page(make_page(results=results)).text("p")
     assert "The run is not finished (stopped)" in text
     assert "These images were trained on" in text
+
+
+def test_the_page_shows_the_calibrated_probabilities_and_the_error_without():
+    raw = make_tested()
+    calibration = {"n": 240, "split": "val"}
+    more = {"temperature": 0.5, "ece_calibrated": 0.0123, "calibration": calibration}
+    tested = replace(raw, results={**raw.results, **more})
+    np.testing.assert_allclose(tested.probabilities, softmax(2 * raw.logits, axis=1), atol=1e-6)
+    text = render(tested, choose_examples(tested), {})
+    assert "<dt>calibration error</dt><dd>1.23%</dd>" in text
+    assert "over the temperature 0.5, fitted on 240 val images; without it the error is 4.00%." in text
+    assert "temperature" not in render(raw, choose_examples(raw), {})
