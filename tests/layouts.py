@@ -295,7 +295,7 @@ def write_run(root: Path, classes: Sequence[str] = FOLDERS, method: str = "cross
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = create_method(method, backbone="test_resnet", num_classes=len(classes))
+        network = create_method(method, backbone="test_resnet", num_classes=len(classes), image_size=64)
     preprocessing = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     run = Run(root)
     spec = describe(network, classes=classes, preprocessing=preprocessing, dataset="folder")

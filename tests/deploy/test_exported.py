@@ -102,7 +102,7 @@ def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Export
 def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -> None:
     require("onnx")
     torch.manual_seed(0)
-    method = create_method(name, backbone="test_resnet", num_classes=3)
+    method = create_method(name, backbone="test_resnet", num_classes=3, image_size=64)
     preprocessing = Preprocessing(64, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     spec = describe(method, classes=CLASSES, preprocessing=preprocessing, dataset="folder")
     write_json(Run(tmp_path).spec, spec.to_json())
