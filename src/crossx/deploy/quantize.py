@@ -40,9 +40,11 @@ def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.Mod
             return None if images is None else {"images": images.contiguous().numpy()}
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "int8.onnx"
+        whole, path = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        # from a file: of a graph in memory it moves the weights elsewhere
+        onnx.save(graph, whole)
         quantize_static(
-            graph,
+            whole,
             path,
             Reader(),
             per_channel=True,
