@@ -18,7 +18,7 @@ CONFIG, SPEC, WEIGHTS = "config.json", "model.json", "model.safetensors"
 TAKEN = (CONFIG, SPEC, WEIGHTS)
 """What is downloaded. The Hub counts requests of ``config.json`` as downloads."""
 PREFIX = "hf-hub:"
-LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
+LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".onnx", ".xml", ".pt2")
 """A name that ends so means a file."""
 
 

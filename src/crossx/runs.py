@@ -33,6 +33,9 @@ from crossx.errors import CrossXError, UsageError
 from crossx.hub import HubModel, download_model
 
 SCHEMA = 1
+EXPORTED = (".onnx", ".xml", ".pt2")
+"""How the names of files end that `crossx export` writes, and that are no checkpoints."""
+PREDICTS_ALONE = "an exported file is for `crossx predict` and `crossx serve` alone: give the run instead."
 PACKAGES = ("crossx", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
 
 
@@ -227,6 +230,7 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         ``last.ckpt`` (a run that was stopped before it ended).
 
     Raises:
+        UsageError: If it is a file of ``crossx export``.
         CrossXError: If there is nothing there, no ``model.json`` or no weights.
     """
     given = Path(path)
@@ -237,11 +241,14 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             return run, run.weights
         raise CrossXError(f"{given}: no such run folder or checkpoint file.")
     if given.is_file():
+        if given.suffix.lower() in EXPORTED:
+            raise UsageError(f"{given}: {PREDICTS_ALONE}")
         for folder in (given.parent, given.parent.parent):
             if (folder / "model.json").is_file():
                 return Run(folder), given
         raise CrossXError(
-            f"{given}: there is no model.json beside it or one folder up; a checkpoint is read within its run folder."
+            f"{given}: there is no model.json beside it or one folder up; a checkpoint is read within its run folder, "
+            "and a file of `crossx export` by `crossx predict` and `crossx serve` alone."
         )
     run = Run(given)
     if not run.spec.is_file():
@@ -332,6 +339,18 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise storage_error(folder, error) from error
+
+
+def check_output_file(path: Path) -> None:
+    """Check that a file can be written, as ``check_writable`` does its folder.
+
+    Raises:
+        UsageError: If a folder has its name.
+        CrossXError: If its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the name of a file.")
+    check_writable(path.parent)
 
 
 def storage_error(path: Path, error: OSError) -> CrossXError:

@@ -60,12 +60,45 @@ def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFix
         (["--output", "x.txt"], "its name must end in the format's"),
         (["--output", "x.onnx", "--tolerance", "-1"], "must be a number from 0 on, not '-1'"),
         (["--output", "x.pt2", "--precison", "fp16"], "Did you mean '--precision'?"),
+        (
+            ["--output", "x.pt2", "--calibration", "9"],
+            "--calibration and --accuracy belong to --precision int8.",
+        ),
+        (["--output", "folder.pt2"], "folder.pt2 is a folder: give the name of a file."),
     ],
 )
 def test_wrong_commands_are_refused(
     words: list[str], message: str, run: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("folder.pt2").mkdir()
     assert main(["export", run, *words]) == 2
     line = capsys.readouterr().err
     assert message in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "test FILE", "report FILE", "report FILE --output page.html", "calibrate FILE --split test",
+        "explain FILE photos --output maps", "export FILE --output y.safetensors", "share FILE --output shared",
+        "predict FILE photos --features features.parquet",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["elsewhere", "beside"])
+def test_what_needs_the_network_refuses_an_exported_file(
+    words: str, folder: str, run: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words.startswith(("share", "predict")):
+        file = place / "x.safetensors"
+        assert main(["export", run, "--output", str(file), "--images", "photos"]) == 0
+    else:
+        file = (layouts.write_run(place / "beside") if folder == "beside" else place) / "x.onnx"
+        file.touch()
+    capsys.readouterr()
+    assert main([str(file) if word == "FILE" else word for word in words.split()]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "give the run" in line
+    assert not Path("shared").exists()
+    assert not Path("features.parquet").exists()

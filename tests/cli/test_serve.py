@@ -47,6 +47,12 @@ def test_keys_that_cannot_work_are_refused(key_file: Path, content: str, message
         serve._api_keys(str(key_file))
 
 
+def test_a_key_file_that_is_no_text_is_refused(key_file: Path) -> None:
+    key_file.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(CrossXError, match="may have printable ASCII characters only"):
+        serve._api_keys(str(key_file))
+
+
 def test_an_empty_variable_is_not_taken_for_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSSX_API_KEY", "")
     with pytest.raises(CrossXError, match="CROSSX_API_KEY: there is no API key"):

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 import hub_stub
 import layouts
 from crossx.cli.main import main
+from crossx.runs import Run, write_json
 from hub_stub import Hub
 
 
@@ -50,6 +51,29 @@ def test_a_folder_is_shared(hub: Hub, run: str, capsys: pytest.CaptureFixture[st
     assert "activation_maps.png" in ModelCard.load(Path("shared/README.md")).text
     assert main(["predict", "shared", "bird.jpg", "--device", "cpu"]) == 0
     assert hub.requests == []
+
+
+def test_a_run_calibrated_after_its_test_is_told(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(layouts.write_run(tmp_path / "run"))
+    results = {
+        "weights": "model.safetensors",
+        "n": 4,
+        "split": "test",
+        "top1": 0.5,
+        "class_mean": 0.5,
+        "ece": 0.25,
+    }
+    write_json(run.path / "test.json", {**results, "dataset": "folder", "temperature": 1.0})
+    assert main(["share", "run", "--output", "shared", "--license", "mit"]) == 0
+    assert capsys.readouterr().err == ""
+    write_json(run.spec, {**run.read_spec().to_json(), "temperature": 2.0})
+    assert main(["share", "run", "--output", "shared", "--license", "mit"]) == 0
+    assert capsys.readouterr().err == (
+        "crossx share: the model card has no calibration error, since the run was calibrated after its test: "
+        "run `crossx test run` first.\n"
+    )
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(base / "half_images/images/002.Laysan_Albatross")
     (base / "no_column.csv").write_text("path,species\na.jpg,robin\n")
     (base / "no_run").mkdir()
+    (base / "folder.parquet").mkdir()
     (base / "file").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)
@@ -179,6 +180,11 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         (1, "predict run *.jpg", "*.jpg: no such file, and as a pattern it matches no image."),
         (2, "predict run own --output out.json", "a file of predictions ends in .csv, .jsonl, .parquet."),
         (2, "predict run own --features features.npy", "features.npy: must end in .parquet."),
+        (
+            2,
+            "predict run own --features folder.parquet",
+            "folder.parquet is a folder: give the name of a file.",
+        ),
         (2, "predict run own --precision fp8", "unknown precision 'fp8'. Did you mean 'fp32'?"),
         (1, "calibrate run --split train", "run: was trained on its train images"),
         (2, "calibrate run/checkpoints/last.ckpt", "give the run folder"),

@@ -21,7 +21,7 @@ from crossx.deploy.exported import SUFFIXES, ExportedModel, is_exported
 from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method, list_methods
 from crossx.methods.checkpoint import describe, load_method, save_weights
-from crossx.runs import ModelSpec, Preprocessing, Run, write_json
+from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json
 from refusals import refusal
 
 CLASSES = tuple(sorted(layouts.FOLDERS))
@@ -202,6 +202,9 @@ def test_other_files_are_no_exported_ones(run: Path, tmp_path: Path) -> None:
     assert is_exported(broken)
     assert not is_exported(run)
     assert not is_exported(Run(run).weights)
+    (tmp_path / "folder.onnx").mkdir()
+    assert not is_exported(tmp_path / "folder.onnx")
+    assert {*EXPORTED, ".safetensors"} == set(SUFFIXES.values())
     require("onnx")
     assert "broken.onnx: cannot be read as an exported network" in refusal(ExportedModel.load, broken)
     assert "gone.onnx: no such file" in refusal(ExportedModel.load, tmp_path / "gone.onnx")
@@ -215,7 +218,7 @@ def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: E
     for found, expected in zip(exported.predict(photos, top=3), own.predict(photos, top=3), strict=True):
         assert found.path == expected.path
         assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
-    assert "an exported file gives predictions alone" in refusal(lambda: exported.method)
+    assert "an exported file is for `crossx predict`" in refusal(lambda: exported.method)
     assert "is run on the CPU" in refusal(Predictor.load, file, device="cuda")
 
 

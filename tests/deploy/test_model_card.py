@@ -1,6 +1,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def facts(method: Any, dataset: str = "cub", **known: Any) -> Facts:
 def measured(method: Any, **changes: Any) -> Facts:
     rows = [ClassRow("001.Jay", 4, 1.0, None), ClassRow("002.A|pipe", 4, 0.5, "001.Jay")]
     return facts(method, info=INFO, config=CONFIG, results={**RESULTS, **changes}, classes=rows)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "tested", "expected"),
+    [
+        (1.0, {}, "12.5 points"),
+        (1.0, {"temperature": 1.0, "ece_calibrated": 0.125}, "12.5 points"),
+        (
+            0.7531,
+            {"temperature": 0.7531, "ece_calibrated": 0.0625},
+            "softmax(logits / 0.7531). Its probability is not",
+        ),
+        (0.7531, {"temperature": 0.7531, "ece_calibrated": 0.0625}, "6.2 points"),
+        (0.7531, {"temperature": 1.0, "ece_calibrated": 0.125}, "was not measured"),
+        (0.7531, {}, "was not measured"),
+    ],
+)
+def test_the_calibration_error_is_that_of_the_probabilities_given(
+    method: Any, temperature: float, tested: dict[str, float], expected: str
+) -> None:
+    known = measured(method, **tested)
+    text = write_card(replace(known, spec=replace(known.spec, temperature=temperature)))
+    (line,) = re.findall(r"^- .*(?:points on average|be trusted).*$", text, re.MULTILINE)
+    assert expected in line
+    assert ("| expected calibration error" in section(text, "Results")) == ("points" in line)
 
 
 def section(text: str, head: str) -> str:
@@ -224,3 +250,13 @@ def test_facts_are_those_of_the_run_folder(tmp_path: Path) -> None:
     assert (read.info, read.config) == (INFO, CONFIG)
     assert read.classes == [ClassRow("robin", 4, 0.5, "wren"), ClassRow("crossbill", 2, 1.0, None)]
     assert Facts.read(network, spec, run, {}).classes == []
+
+
+def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
+    run = Run(layouts.write_run(tmp_path))
+    for content, message in (
+        ("a: [", "config.yaml: not valid YAML"),
+        ("- a", "config.yaml: not a configuration"),
+    ):
+        run.config.write_text(content)
+        assert message in refusal(Facts.read, method, run.read_spec(), run, {})

@@ -15,6 +15,7 @@ from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, save_weights
 from crossx.runs import Preprocessing, Run, write_json
 from layouts import write_image
+from refusals import refusal
 
 CLASSES = ("auk", "jay", "owl")
 PREPROCESSING = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -281,6 +282,22 @@ def test_views_are_averaged_as_by_a_plain_loop(predictor, images, flip, crops):
         assert dict(found.top) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-5)
         vector = np.mean([predictor.method.embeddings(view)[0].numpy() for view in views], axis=0)
         np.testing.assert_allclose(feature.vector, vector / np.linalg.norm(vector), atol=1e-5)
+
+
+def test_explanations_have_the_probabilities_of_all_views(predictor, images):
+    spec = replace(predictor.spec, temperature=0.4)
+    averaging = Predictor(predictor.method, spec, "cpu", flip=True, crops=5)
+    for one, expected in zip(
+        averaging.iter_explain(images, maps="class"), averaging.predict(images, top=3), strict=True
+    ):
+        found = dict(zip(CLASSES, one.explanation.probabilities.tolist(), strict=True))
+        assert found == pytest.approx(dict(expected.top), abs=1e-6)
+        assert CLASSES[one.explanation.target] == expected.label
+
+
+@pytest.mark.parametrize("call", ["iter_predict", "iter_images", "iter_features", "iter_explain"])
+def test_a_batch_of_none_is_refused(predictor, images, call):
+    assert "batch_size" in refusal(lambda: next(getattr(predictor, call)(images, batch_size=0)))
 
 
 def test_explanations_and_inputs_are_of_the_centre_crop(predictor, images):

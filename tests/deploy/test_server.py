@@ -8,6 +8,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from crossx.deploy import server
+from crossx.deploy.export import export_run
 from crossx.deploy.limits import Limits
 from crossx.deploy.predictor import Predictor
 from crossx.deploy.server import create_app
@@ -387,6 +389,7 @@ def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
 def test_the_model_is_described(client: TestClient, predictor: Predictor) -> None:
     content = client.get("/model").json()
     assert content["classes"] == list(predictor.classes)
+    assert content["explains"] is True
     assert (content["max_images"], content["max_upload_mb"], content["max_pixels"]) == (32, 1, 5000)
 
 
@@ -427,6 +430,7 @@ def test_explanations_as_layers(client: TestClient, predictor: Predictor, images
     image = picture(content["image"])
     assert np.array_equal(image, expected.pixels)
     assert content["size"] == 64
+    assert content["boxes"] is None
     (prediction,) = client.post("/predict", files=files(images[0])).json()["predictions"]
     assert content["prediction"]["label"] == prediction["label"] == content["target"]
     assert content["prediction"]["probability"] == pytest.approx(prediction["probability"], abs=1e-5)
@@ -440,6 +444,43 @@ def test_explanations_as_layers(client: TestClient, predictor: Predictor, images
         grey = (image @ np.array(LUMA))[..., None]
         laid = alpha * shown[..., :3] + (1 - alpha) * grey
         assert np.abs(laid - overlay(image, map_)).max() <= 2
+
+
+def test_the_boxes_of_a_network_that_has_them_are_told(tmp_path: Path, images: list[Path]) -> None:
+    network = Predictor.load(write_run(tmp_path, method="nts"), device="cpu")
+    (expected,) = network.iter_explain(images[0])
+    assert expected.explanation is not None
+    assert expected.explanation.boxes is not None
+    with TestClient(create_app(network)) as client:
+        content = client.post("/explain?format=json", files=files(images[0])).json()
+    assert np.array_equal(np.array(content["boxes"], np.float32), expected.explanation.boxes)
+
+
+def test_an_exported_file_is_served_without_explanations(
+    predictor: Predictor, images: list[Path], tmp_path: Path
+) -> None:
+    assert predictor.origin is not None
+    file = export_run(predictor.origin[0].path, tmp_path / "x.safetensors", images=images[0].parent).files[0]
+    with TestClient(create_app(Predictor.load(file))) as client:
+        assert client.get("/model").json()["explains"] is False
+        assert client.post("/predict", files=files(images[0])).status_code == 200
+        for query in ("", "?format=json", "?maps=class&target=wren"):
+            response = client.post(f"/explain{query}", files=files(images[0]))
+            assert "gives predictions alone" in problem(response, 501)
+
+
+def test_an_image_that_the_cut_leaves_nothing_of_is_unreadable(
+    predictor: Predictor, images: list[Path]
+) -> None:
+    cut = replace(predictor.spec.preprocessing, crop_bottom=1000)
+    network = Predictor(predictor.method, replace(predictor.spec, preprocessing=cut), "cpu")
+    app = create_app(network)
+    app.state.service.warm_up()
+    with TestClient(app) as client:
+        response = client.post("/predict", files=files(images[0]))
+        assert response.status_code == 422
+        assert "rows high" in response.json()["predictions"][0]["error"]
+        assert "the image is " in problem(client.post("/explain", files=files(images[0])), 422)
 
 
 def test_explanations_of_a_class(client: TestClient, images: list[Path]) -> None:

@@ -63,7 +63,6 @@ def run(arguments: Sequence[str]) -> int:
     int8.add_argument(
         "--calibration",
         type=positive,
-        default=300,
         metavar="N",
         help="validation images that the ranges of the activations are taken from (default: 300)",
     )

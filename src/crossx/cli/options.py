@@ -65,12 +65,18 @@ def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageE
     return UsageError(f"unknown option {name!r}.{hint} `{prog} --help` lists the options.")
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the positional argument RUN."""
+def add_run(parser: argparse.ArgumentParser, *, exported: bool = False) -> None:
+    """Add the positional argument RUN.
+
+    Args:
+        parser: The verb's.
+        exported: Whether the verb also takes a file of ``crossx export``.
+    """
+    either = ", a file of `crossx export`," if exported else ","
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub",
+        help=f"run folder, a checkpoint file in one{either} or USER/NAME on the Hugging Face Hub",
     )
 
 
@@ -94,6 +100,25 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         help="auto, cpu, cuda or cuda:N (default: auto, the GPU where there is one)",
+    )
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``Predictor``: device, precision, and views of an image."""
+    add_device(parser)
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        metavar="NAME",
+        help="fp32, fp16, bf16 or auto (default: auto, fp16 on a GPU that is fast in it, else fp32)",
+    )
+    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    parser.add_argument(
+        "--crops",
+        type=int,
+        choices=(1, 5),
+        default=1,
+        help="average over 5 crops, corners and centre (default: 1, the centre)",
     )
 
 

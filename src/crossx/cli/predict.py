@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from crossx.cli.options import VerbParser, add_device, add_run, positive
+from crossx.cli.options import VerbParser, add_prediction, add_run, positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _parser() -> VerbParser:
             "crossx predict runs/mine archive.parquet --engine ray --workers 4 --output predictions/",
         ],
     )
-    add_run(parser)
+    add_run(parser, exported=True)
     parser.add_argument(
         "images",
         metavar="IMAGES",
@@ -78,24 +78,10 @@ def _parser() -> VerbParser:
         help="write each image's feature vector, of length 1, in place of predictions",
     )
     parser.add_argument("--top", type=positive, default=1, metavar="K", help="classes an image (default: 1)")
-    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
-    parser.add_argument(
-        "--crops",
-        type=int,
-        choices=(1, 5),
-        default=1,
-        help="average over 5 crops, corners and centre (default: 1, the centre)",
-    )
     parser.add_argument(
         "--data.batch_size", dest="batch_size", type=positive, default=16, metavar="N", help="images a step"
     )
-    add_device(parser)
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        metavar="NAME",
-        help="fp32, fp16, bf16 or auto (default: auto, fp16 on a GPU that is fast in it, else fp32)",
-    )
+    add_prediction(parser)
     collection = parser.add_argument_group("with --output DIR")
     collection.add_argument(
         "--engine",

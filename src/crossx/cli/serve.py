@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossx.cli.options import VerbParser, add_device, add_run, natural, positive
+from crossx.cli.options import VerbParser, add_prediction, add_run, natural, positive
 from crossx.errors import CrossXError, UsageError
 
 API_KEY_VARIABLE = "CROSSX_API_KEY"
@@ -25,18 +25,19 @@ def run(arguments: Sequence[str]) -> int:
         [
             "crossx serve runs/mine",
             "crossx serve runs/mine --host 0.0.0.0 --port 80 --api_key_file keys.txt",
+            "crossx serve mine.onnx --flip",
             "curl -F images=@bird.jpg http://127.0.0.1:8000/predict",
             "curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png",
         ],
     )
-    add_run(parser)
+    add_run(parser, exported=True)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
     )
     parser.add_argument(
         "--port", type=natural, default=8000, metavar="N", help="port (default: %(default)s); 0: any free one"
     )
-    add_device(parser)
+    add_prediction(parser)
     access = parser.add_argument_group("access")
     access.add_argument(
         "--api_key_file",
@@ -86,7 +87,9 @@ def _serve(options: argparse.Namespace, keys: list[str]) -> int:
     }
     limits = Limits(**given)
     with listen(options.host, options.port) as listening:
-        predictor = Predictor.load(options.run, device=options.device)
+        predictor = Predictor.load(
+            options.run, options.device, precision=options.precision, flip=options.flip, crops=options.crops
+        )
         app = create_app(predictor, limits, api_keys=keys, cors=options.cors)
         app.state.service.warm_up()
         host, port = listening.getsockname()[:2]
@@ -104,7 +107,7 @@ def _api_keys(file: str | None) -> list[str]:
             return []
         text = os.environ[API_KEY_VARIABLE]
     else:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise CrossXError(f"{where}: there is no API key in it.")

@@ -91,10 +91,22 @@ def _share(options: argparse.Namespace) -> int:
 def _advise(options: argparse.Namespace, predictor: Predictor) -> None:
     """Say what the model card lacks and the user can add."""
     sys.stdout.flush()
-    if predictor.origin is not None and not predictor.origin[0].read_results(predictor.origin[1]):
+    if untested := _untested(predictor):
         print(
-            f"crossx share: the model card has no results: run `crossx test {options.run}` first.",
+            f"crossx share: the model card has {untested}: run `crossx test {options.run}` first.",
             file=sys.stderr,
         )
     if options.license is None:
         print("crossx share: the model card names no licence: --license ID names one.", file=sys.stderr)
+
+
+def _untested(predictor: Predictor) -> str:
+    """Say which numbers `crossx test` would add to the card; empty for none, and for a model that it cannot test."""
+    if predictor.origin is None or predictor.origin[0].hub:
+        return ""
+    run, weights = predictor.origin
+    results = run.read_results(weights)
+    if not results:
+        return "no results"
+    recalibrated = results.get("temperature", 1.0) != predictor.spec.temperature
+    return "no calibration error, since the run was calibrated after its test" if recalibrated else ""

@@ -23,8 +23,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from crossx.data.config import Augmentation, DataConfig
-from crossx.data.images import ImageSource, read_image, read_size
-from crossx.errors import CrossXError
+from crossx.data.images import ImageError, ImageSource, read_image, read_size
 from crossx.runs import Preprocessing
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
@@ -147,7 +146,7 @@ def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> Cr
     """Return where ``eval_transform`` puts an image of this size, whether or not it is decoded smaller.
 
     Raises:
-        CrossXError: If ``crop_bottom`` leaves nothing.
+        ImageError: If ``crop_bottom`` leaves nothing.
     """
     height = _height_without_bottom(height, preprocessing.crop_bottom)
     limits = _aspect_limits(height, width)
@@ -305,7 +304,8 @@ def _cut_bottom(image: Tensor, rows: int) -> Tensor:
 
 def _height_without_bottom(height: int, rows: int) -> int:
     if height <= rows:
-        raise CrossXError(f"the image is {height} rows high and data.crop_bottom cuts off {rows}: lower it.")
+        reason = f"is {height} rows high and data.crop_bottom cuts off {rows}: lower it"
+        raise ImageError(f"the image {reason}.", reason)
     return height - rows
 
 

@@ -36,7 +36,7 @@ from crossx.deploy.verify import (
 )
 from crossx.errors import CrossXError, UsageError, first_line, unknown
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec, atomic_path, check_writable, open_run
+from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run
 
 if TYPE_CHECKING:
     import onnx
@@ -96,7 +96,7 @@ def export_run(
     root: str | Path | None = None,
     dataset: str | None = None,
     tolerance: float | None = None,
-    calibration_images: int = CALIBRATION_IMAGES,
+    calibration_images: int | None = None,
     accuracy_images: int | None = None,
 ) -> ExportReport:
     """Export a run for any number of images a batch, and check the file against the network in eager float32.
@@ -111,11 +111,12 @@ def export_run(
         root: The run's data; by default where the run was trained.
         dataset: The dataset's name; by default the run's.
         tolerance: What to accept, by default that of ``TOLERANCES``.
-        calibration_images: For int8, how many images the ranges of the activations are taken from.
+        calibration_images: For int8, how many images the ranges of the activations are taken from; by default
+            ``CALIBRATION_IMAGES``.
         accuracy_images: For int8, how many images the accuracy is measured on; by default the whole test split.
 
     Raises:
-        UsageError: If format, precision and output do not go together, or a package is missing.
+        UsageError: If format, precision, output and options do not go together, or a package is missing.
         CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the
             file differs by more than ``tolerance``. No file is left then.
     """
@@ -123,16 +124,18 @@ def export_run(
     name = _format_of(output, format)
     kind = _FORMATS[name]
     _check_precision(name, kind, precision)
-    check_writable(output.parent)
-    run, _ = open_run(path)
-    method, spec = load_method(path)
+    if precision != "int8" and (calibration_images is not None or accuracy_images is not None):
+        raise UsageError("--calibration and --accuracy belong to --precision int8.")
+    check_output_file(output)
+    run, weights = open_run(path)
+    method, spec = load_method(weights)
     read = cache(partial(read_data, run, spec, root, dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
     quantized = None
     if precision == "int8":
-        quantized = quantization_data(read(), calibration_images, accuracy_images)
+        quantized = quantization_data(read(), calibration_images or CALIBRATION_IMAGES, accuracy_images)
 
     network = Inference(copy.deepcopy(method), spec)
     graph = _build_graph(name, network, spec, precision, quantized)

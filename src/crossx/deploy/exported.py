@@ -16,7 +16,7 @@ from crossx.data.transforms import MAX_ASPECT, resized_side
 from crossx.deploy.inference import Inference
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.methods.checkpoint import build_method, load_weights
-from crossx.runs import ModelSpec
+from crossx.runs import EXPORTED, ModelSpec
 
 Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
@@ -137,8 +137,8 @@ class ExportedModel:
 def is_exported(path: str | Path) -> bool:
     """Tell whether a path is that of an exported file, by its name and, for safetensors, by what it holds."""
     file = Path(path)
-    if file.suffix.lower() != ".safetensors":
-        return file.suffix.lower() in SUFFIXES.values()
+    if file.suffix.lower() != SUFFIXES["safetensors"]:
+        return file.suffix.lower() in EXPORTED and not file.is_dir()
     try:
         with safe_open(file, "pt") as opened:
             return KEY in (opened.metadata() or {})

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -18,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crossx.data.catalog import DATASETS, DatasetInfo
-from crossx.errors import UsageError
+from crossx.errors import CrossXError, UsageError, first_line
 from crossx.methods.base import Method
 from crossx.recipes import model_name
 from crossx.report.classes import ClassRow
@@ -62,7 +63,7 @@ class Facts:
         Raises:
             CrossXError: If one of its files is damaged.
         """
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.is_file() else {}
+        config = _read_config(run.config) if run.config.is_file() else {}
         table = run.path / "test" / "per_class.csv"
         classes = []
         if results and table.is_file():
@@ -86,6 +87,16 @@ class CardFigure(NamedTuple):
 
     file: str
     text: str
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CrossXError(f"{path}: not valid YAML ({first_line(error)}).") from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+    return values
 
 
 def write_card(
@@ -122,11 +133,11 @@ def write_card(
             data=_describe_data(spec),
             images=_number_of_images(facts.info),
             backbone=_describe_pretraining(facts.info),
-            results=_results_table(results).to_markdown() if results else "",
+            results=_results_table(facts).to_markdown() if results else "",
             measured=_describe_measurement(results) if results else "",
             selected=_describe_selection(results.get("selection") or {}),
             notices=_notices(facts),
-            confidence=_describe_confidence(results),
+            confidence=_describe_confidence(facts),
             numbered=str(facts.info.get("class_names", "")).startswith("numbered"),
             worst=_worst_table(facts.classes),
             confused=_confusions_table(results.get("confused_pairs") or []),
@@ -262,7 +273,8 @@ def _describe_pretraining(info: Mapping[str, Any]) -> str:
     return f"The backbone started from the pretrained weights `{backbone}` of timm."
 
 
-def _results_table(results: Mapping[str, Any]) -> Table:
+def _results_table(facts: Facts) -> Table:
+    results = facts.results
     intervals = results.get("intervals") or {}
 
     def row(name: str, key: str) -> tuple[str, str]:
@@ -273,9 +285,8 @@ def _results_table(results: Mapping[str, Any]) -> Table:
     heads = results.get("heads") or {}
     rows += [(f"head `{name}` alone, %", percent(value)) for name, value in heads.items() if len(heads) > 1]
     rows += [(f"level {_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()]
-    rows += (
-        [("expected calibration error", f"{results['ece']:.4f}")] if results.get("ece") is not None else []
-    )
+    error = _calibration_error(facts)
+    rows += [("expected calibration error", f"{error:.4f}")] if error is not None else []
     share = f" ({100 * intervals['confidence']:.0f}% interval)" if intervals else ""
     return Table(("measure", f"value{share}"), rows)
 
@@ -311,12 +322,24 @@ def _notices(facts: Facts) -> list[str]:
     return notices
 
 
-def _describe_confidence(results: Mapping[str, Any]) -> str:
-    if results.get("ece") is None:
-        return "How far its probabilities can be trusted was not measured."
+def _calibration_error(facts: Facts) -> float | None:
+    """Return the calibration error of the probabilities that the model gives; None where it was not measured."""
+    results, temperature = facts.results, facts.spec.temperature
+    if results.get("temperature", 1.0) != temperature:
+        return None
+    return results.get("ece" if temperature == 1 else "ece_calibrated")
+
+
+def _describe_confidence(facts: Facts) -> str:
+    error, temperature = _calibration_error(facts), facts.spec.temperature
+    scaled = (
+        f"Its probabilities are calibrated: softmax(logits / {temperature:.4g}). " if temperature != 1 else ""
+    )
+    if error is None:
+        return f"{scaled}How far its probabilities can be trusted was not measured."
     return (
-        f"Its probability is not the chance to be right: on the test images the two differ by "
-        f"{100 * results['ece']:.1f} points on average (expected calibration error)."
+        f"{scaled}Its probability is not the chance to be right: on the test images the two differ by "
+        f"{100 * error:.1f} points on average (expected calibration error)."
     )
 
 

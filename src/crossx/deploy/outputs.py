@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from crossx.deploy.predictor import Features, Prediction
 from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
-from crossx.runs import atomic_path, check_writable
+from crossx.runs import atomic_path, check_output_file
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
 """Columns of a table of predictions; ``rank`` only where more than one class an image was asked for."""
@@ -39,12 +39,12 @@ def check_output(path: Path, suffixes: Iterable[str]) -> None:
         suffixes: What it may end in.
 
     Raises:
-        UsageError: If it ends otherwise.
+        UsageError: If it ends otherwise, or a folder has its name.
         CrossXError: If its folder cannot be written to.
     """
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{path}: must end in {' or '.join(suffixes)}.")
-    check_writable(path.parent)
+    check_output_file(path)
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:

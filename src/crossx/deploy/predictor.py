@@ -29,7 +29,7 @@ from crossx.evaluation.device import select_device
 from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
-from crossx.runs import ModelSpec, Preprocessing, Run, open_run
+from crossx.runs import PREDICTS_ALONE, ModelSpec, Preprocessing, Run, open_run
 
 MAX_WORKERS = 8
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,12 +110,14 @@ class Predictor:
         spec: What ``model.json`` of the run says.
         device: Where the network is.
         origin: The run and the file of weights that it was loaded from; None for a network made otherwise.
+        explains: Whether the network is there, and not its predictions alone: ``iter_explain`` and the like work.
 
     Raises:
         UsageError: For an unknown device or precision, or crops that cannot be.
     """
 
     origin: tuple[Run, Path] | None = None
+    explains = True
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class Predictor:
         """The network: images (B, 3, H, W), normalised, to logits (B, K).
 
         Raises:
-            CrossXError: If this is an exported file, which gives nothing but predictions.
+            UsageError: If this is an exported file, which gives nothing but predictions.
         """
         return self._method
 
@@ -306,7 +308,8 @@ class Predictor:
     ) -> Iterator[ExplainedImage]:
         """Compute where the network looks in images, giving each result as soon as its batch is done.
 
-        An image that cannot be read gives a result with ``error`` set, and the rest goes on.
+        The maps are of the centre crop, in float32; the probabilities, and with them the predicted class, are those
+        of ``predict``. An image that cannot be read gives a result with ``error`` set, and the rest goes on.
 
         Args:
             images: See ``predict``.
@@ -321,14 +324,15 @@ class Predictor:
         number = None if target is None else class_number(target, self.classes)
 
         def explain(batch: Sequence[Tensor]) -> Iterable[tuple[Tensor, Explanation]]:
-            centres = self._centres(batch_images(batch))
+            images = batch_images(batch)
+            centres = self._centres(images)
             with _within_memory(len(batch)):
                 explanations = explain_images(
                     self.method,
                     self._normalize(centres.to(self.device)),
                     maps=maps,
                     classes=number,
-                    temperature=self.spec.temperature,
+                    probabilities=self._probabilities(images),
                 )
             return zip(centres, explanations, strict=True)
 
@@ -372,6 +376,8 @@ class Predictor:
         self, images: Iterable[OneImage], batch_size: int
     ) -> Iterator[tuple[list[OneImage], list[Tensor | str]]]:
         """Give batches of images and what ``_try`` makes of them, in threads a few batches ahead."""
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
         workers = min(MAX_WORKERS, os.cpu_count() or 1)
         waiting: deque[tuple[OneImage, Future[Tensor | str]]] = deque()
         todo = iter(images)
@@ -394,7 +400,7 @@ class Predictor:
             uint8 (3, S, S), on the CPU; with 5 crops (3, R, R), the square of the resized image that they are cut from.
 
         Raises:
-            ImageError: If the file or its bytes cannot be read; ``reason`` says why without the path.
+            ImageError: If it cannot be read, or nothing is left of it; ``reason`` says why without the path.
             CrossXError: If it is no image that can be prepared.
         """
         decoded = self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
@@ -419,9 +425,7 @@ class Predictor:
         """
         if len(images) == 0:
             return []
-        views = [(self._logits(view) / self.spec.temperature).softmax(dim=1) for view in self._views(images)]
-        probabilities = torch.stack(views).mean(dim=0)
-        values, indices = probabilities.topk(min(top, len(self.classes)))
+        values, indices = self._probabilities(images).topk(min(top, len(self.classes)))
         return [
             tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
             for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
@@ -451,6 +455,12 @@ class Predictor:
         return self._compute(self.method.embeddings, torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[
             1
         ]
+
+    @torch.inference_mode()
+    def _probabilities(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return the calibrated probabilities (B, K), on ``device``, of what ``prepare`` gave."""
+        views = [(self._logits(view) / self.spec.temperature).softmax(dim=1) for view in self._views(images)]
+        return torch.stack(views).mean(dim=0)
 
     def _views(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
         """Give the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
@@ -511,6 +521,8 @@ class ExportedPredictor(Predictor):
         CrossXError: If the file cannot be used, see ``ExportedModel.load``.
     """
 
+    explains = False
+
     def __init__(
         self,
         path: str | Path,
@@ -536,7 +548,7 @@ class ExportedPredictor(Predictor):
     @property
     def method(self) -> Method:
         """Always raises, see ``Predictor.method``."""
-        raise CrossXError(f"{self._path}: an exported file gives predictions alone: give the run instead.")
+        raise UsageError(f"{self._path}: {PREDICTS_ALONE}")
 
     def _logits(self, images: Tensor) -> Tensor:
         logits = self._model.logits(images)

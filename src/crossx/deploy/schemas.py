@@ -18,6 +18,7 @@ class ServiceInfo(BaseModel):
 
     model: ModelInfo
     classes: list[str] = Field(description="Names of the classes, in label order.")
+    explains: bool = Field(description="Whether /explain answers; an exported file gives predictions alone.")
     max_images: int = Field(description="Images a request.")
     max_upload_mb: int = Field(description="Megabytes (10^6 bytes) of a request's body.")
     max_pixels: int = Field(description="Pixels an image.")
@@ -78,6 +79,10 @@ class ExplainResponse(BaseModel):
     size: int = Field(description="Pixels a side of the image and of each overlay.")
     image: str = Field(description="Base64 PNG of what the network saw: resized and cropped.")
     overlays: list[Overlay]
+    boxes: list[list[float]] | None = Field(
+        description="Regions that the network looks at again, best first: left, top, right, bottom in pixels of the "
+        "image, and beyond it; null for a method without."
+    )
 
 
 class Problem(BaseModel):

@@ -113,8 +113,8 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
     async def model() -> ServiceInfo:
         limits = service.limits
         return ServiceInfo(
-            model=service.model, classes=list(service.classes), max_images=limits.max_images,
-            max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
+            model=service.model, classes=list(service.classes), explains=service.explains,
+            max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
         )  # fmt: skip
 
     @app.post(
@@ -134,7 +134,9 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
         "/explain", dependencies=guards, tags=["network"], summary="Show where the network looks in an image",
         openapi_extra=_body(many=False),
         responses=problems | {200: {"description": "A figure, or with format=json the prediction and the maps.",
-                                    "content": {"image/png": {}}, "model": ExplainResponse}},
+                                    "content": {"image/png": {}}, "model": ExplainResponse},
+                              501: {"description": "The network was exported, and gives predictions alone.",
+                                    "model": Problem}},
     )  # fmt: skip
     async def explain(
         request: Request,

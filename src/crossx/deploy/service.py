@@ -83,6 +83,11 @@ class Service:
         return self._predictor.classes
 
     @property
+    def explains(self) -> bool:
+        """Whether explanations can be made."""
+        return self._predictor.explains
+
+    @property
     def alive(self) -> bool:
         """Whether the network's thread is there."""
         return self._batcher.alive
@@ -98,8 +103,10 @@ class Service:
         Raises:
             CrossXError: If the network fails.
         """
-        side = self._predictor.spec.preprocessing.image_size
-        grey = torch.full((3, side, side), 128, dtype=torch.uint8)
+        preprocessing = self._predictor.spec.preprocessing
+        side = preprocessing.image_size
+        image = torch.full((3, side + preprocessing.crop_bottom, side), 128, dtype=torch.uint8)
+        grey = self._predictor.prepare(image)
         (done,) = self._batcher.submit([lambda: (grey, 1)], self._classify)
         done.result()
 
@@ -142,7 +149,8 @@ class Service:
             target: Name of the class that class maps explain; the predicted one by default.
 
         Raises:
-            HTTPException: As ``predict``; 422 for an image that cannot be read and for a wrong ``target``.
+            HTTPException: As ``predict``; 422 for an image that cannot be read and for a wrong ``target``, 501 where
+                the network has no maps.
             ClientDisconnect: If the client goes.
         """
         return await self._explain(request, maps, target, self._layers)
@@ -164,6 +172,8 @@ class Service:
     async def _explain(
         self, request: Request, maps: Kind, target: str | None, render: Callable[[Upload, ExplainedImage], T]
     ) -> T:
+        if not self.explains:
+            raise HTTPException(501, "the network was exported, and gives predictions alone: serve the run.")
         try:
             if target is not None and maps == "activation":
                 raise UsageError("`target` belongs to class maps: ask for maps=class.")
@@ -254,6 +264,7 @@ class Service:
                 for name, map_ in explanation.maps.items()
                 for stage, _, part in [name.partition(" part ")]
             ],
+            boxes=None if explanation.boxes is None else explanation.boxes.tolist(),
         )
 
 

@@ -77,8 +77,8 @@ def save_pretrained(
     target = Path(folder)
     check_target(target)
     check_license(license)
-    check_writable(target)
     facts = _gather(predictor)
+    check_writable(target)
     maps = None
     if given := [images] if isinstance(images, str | bytes | Path) else list(images):
         maps = figure(predictor.method, predictor.inputs(given), predictor.spec)

@@ -22,7 +22,7 @@ from crossx.report.choice import choose_examples
 from crossx.report.examples import Pictures
 from crossx.report.page import render
 from crossx.report.tested import Tested
-from crossx.runs import check_writable, open_run, write_text
+from crossx.runs import check_output_file, open_run, write_text
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,7 @@ def report_path(run: str | Path, split: str = "test", output: str | Path | None 
     path = Path(output) if output is not None else open_run(run)[0].results_folder() / split / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{path}: the report is one HTML page: give --output a name that ends in .html.")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: give --output the name of a file.")
-    check_writable(path.parent)
+    check_output_file(path)
     return path
 
 

@@ -50,6 +50,7 @@ def explain_images(
     maps: Kind = "activation",
     classes: int | Sequence[int] | Tensor | None = None,
     temperature: float = 1.0,
+    probabilities: Tensor | None = None,
 ) -> list[Explanation]:
     """Compute the maps of images. The method is put into evaluation mode.
 
@@ -60,6 +61,7 @@ def explain_images(
             ``Method.class_activation_maps``, or Grad-CAM where the method has none. ``both``.
         classes: The class that class maps explain, one for all images or one an image; the predicted ones by default.
         temperature: The run's, see ``ModelSpec``; maps do not depend on it.
+        probabilities: (B, K), where they are known already, such as the mean over several views of each image.
 
     Returns:
         An explanation for each image, on the CPU.
@@ -73,7 +75,8 @@ def explain_images(
     method.eval()
     images = images.to(next(method.parameters()).device)
     with torch.no_grad():
-        probabilities = (method(images).float() / temperature).softmax(1)
+        if probabilities is None:
+            probabilities = (method(images).float() / temperature).softmax(1)
         regions = method.boxes(images)
     targets = _targets(probabilities, classes)
     named: dict[str, Tensor] = {}
