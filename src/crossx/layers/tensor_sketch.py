@@ -62,7 +62,9 @@ class TensorSketch(nn.Module):
     def _spectrum(self, features: Tensor, factor: int) -> Tensor:
         """Return the Fourier transform of one count sketch at each place, (B, N, d // 2 + 1)."""
         sketch = features.new_zeros(*features.shape[:2], self.size)
-        return torch.fft.rfft(sketch.index_add(2, self.hashes[factor], features * self.signs[factor]))
+        sketch = sketch.index_add(2, self.hashes[factor], features * self.signs[factor])
+        spectrum: Tensor = torch.fft.rfft(sketch)
+        return spectrum
 
     def _by_matrix_products(self, features: Tensor) -> Tensor:
         """Return what ``forward`` returns without Fourier transforms, for which not every runtime has an operator.
