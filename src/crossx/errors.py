@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class CrossXError(Exception):
@@ -34,6 +34,16 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     """Build the error for a name outside ``choices``: the nearest match and every choice."""
     ordered = sorted(choices)
     return UsageError(f"unknown {kind} {name!r}.{nearest(name, ordered)} Choose from: {', '.join(ordered)}.")
+
+
+def check_choice(kind: str, value: object, choices: Collection[str]) -> None:
+    """Check that an option's value is one of its choices.
+
+    Raises:
+        UsageError: If it is not, see ``unknown``.
+    """
+    if value not in choices:
+        raise unknown(kind, str(value), choices)
 
 
 def first_line(error: BaseException) -> str:

@@ -157,11 +157,20 @@ def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
-    data = f"data: {{dataset: synthetic, root: {tmp_path / 'images'}, num_classes: 2, images_per_class: 4}}"
-    good, bad = f"good: {{{data}}}", f"bad: {{{data}, model: {{c3s_weights: [1]}}}}"
+    data = f"dataset: synthetic, root: {tmp_path / 'images'}, num_classes: 2, images_per_class: 4"
+    good = f"good: {{data: {{{data}}}}}"
     check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}}}"))
-    with pytest.raises(UsageError, match="variant bad: c3s_weights takes 3 numbers"):
-        check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, {bad}}}"))
+    for more, sections, message in (
+        ("", "model: {c3s_weights: [1]}", "c3s_weights takes 3 numbers"),
+        ("image_size: 32", "", "image_size 32 is too small"),
+        ("image_size: 64", "model: {method: nts, num_proposals: 40}", "images of 64 pixels have 39 anchors"),
+        ("batch_size: 5", "model: {method: mamc}", "batch_size must be even"),
+        ("sampling: uniform", "model: {method: mamc}", "needs data.sampling pairs"),
+        ("", "model: {method: mamc}, optim: {mixup: 0.2}", "needs one class per image"),
+    ):
+        bad = f"bad: {{data: {{{data}, {more}}}, {sections}}}"
+        with pytest.raises(UsageError, match=f"variant bad: .*{message}"):
+            check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, {bad}}}"))
     with pytest.raises(CrossXError, match="nowhere"):
         check_trials(trials(tmp_path / "out", 0, text="variants: {a: {data: {dataset: cub, root: nowhere}}}"))
 

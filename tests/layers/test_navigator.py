@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from crossx.layers import Navigator
@@ -28,6 +29,18 @@ def test_shape_and_size_of_the_authors_network() -> None:
     navigator = Navigator(2048, 32)
     boxes, scores = navigator(torch.randn(1, 2048, 14, 14), (448, 448))
     assert (boxes.shape, scores.shape) == ((1614, 4), (1, 1614))
+    assert navigator.num_anchors((14, 14)) == 1614
+
+
+@pytest.mark.parametrize("places", [(1, 2), (3, 7), (5, 4)])
+def test_number_of_anchors(places: tuple[int, int]) -> None:
+    navigator = Navigator(4, 32, width=2)
+    boxes, _ = navigator(torch.randn(1, 4, *places), (64, 64))
+    assert navigator.num_anchors(places) == len(boxes)
+
+
+def test_parameters_of_the_authors_network() -> None:
+    navigator = Navigator(2048, 32)
     convolutions = 9 * (2048 + 128 + 128) * 128 + 3 * 128
     heads = 128 * (6 + 6 + 9) + 6 + 6 + 9
     assert sum(p.numel() for p in navigator.parameters()) == convolutions + heads

@@ -216,7 +216,10 @@ def test_random_start_reads_no_image() -> None:
 def test_prepared_filters_are_means_of_the_backbones_places() -> None:
     method = build()
     image = torch.randn(1, 3, 64, 64)
-    method.prepare([(image, torch.tensor([1]))])
+    statistics = [buffer.clone() for buffer in method.buffers()]
+    method.train().prepare([(image, torch.tensor([1]))])
+    assert all(module.training for module in method.modules())
+    assert all(map(torch.equal, method.eval().buffers(), statistics))
     maps = method.backbone(image)["previous"]
     (peaks,) = energy_peaks(maps, module.PEAKS_PER_IMAGE)
     expected = F.normalize(cluster_centers(peaks, 2, seed=1), dim=1) / peaks.norm(dim=1).mean()

@@ -155,6 +155,8 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
 
     from crossx.data.catalog import read_configured
     from crossx.methods.base import create_method
+    from crossx.training.session import choose_sampling
+    from crossx.training.task import build_mix
 
     classes: dict[str, int] = {}
     for trial in {(trial.variant, trial.alternative): trial for trial in trials}.values():
@@ -169,7 +171,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
                 )
         try:
             with torch.device("meta"):
-                create_method(
+                method = create_method(
                     model.method,
                     backbone=model.backbone,
                     num_classes=classes[repr(data)],
@@ -177,6 +179,9 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
                     image_size=data.image_size,
                     **model.options,
                 )
+                method.check_image_size(data.image_size)
+            replace(data, sampling=choose_sampling(data.sampling, method))
+            build_mix(method, trial.config.optim)
         except UsageError as error:
             raise UsageError(f"variant {trial.variant}: {error}") from error
 

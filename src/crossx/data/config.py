@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from crossx.errors import UsageError, unknown
+from crossx.errors import UsageError, check_choice
 
 Augmentation = Literal["crop", "resized_crop", "trivial"]
 Sampling = Literal["uniform", "balanced", "pairs"]
@@ -110,16 +110,16 @@ class DataConfig:
         _fraction("hflip", self.hflip)
         _fraction("random_erasing", self.random_erasing)
         if self.interpolation is not None:
-            _one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
-        _one_of("train_on", self.train_on, ("train", "trainval"))
-        _one_of("augmentation", self.augmentation, ("crop", "resized_crop", "trivial"))
-        _one_of("pipeline", self.pipeline, ("fast", "strict"))
-        _one_of("cache", self.cache, ("none", "ram", "disk"))
+            check_choice("data.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        check_choice("data.train_on", self.train_on, get_args(TrainOn))
+        check_choice("data.augmentation", self.augmentation, get_args(Augmentation))
+        check_choice("data.pipeline", self.pipeline, get_args(Pipeline))
+        check_choice("data.cache", self.cache, get_args(Cache))
         if self.sampling is not None:
-            _one_of("sampling", self.sampling, ("uniform", "balanced", "pairs"))
+            check_choice("data.sampling", self.sampling, get_args(Sampling))
         if self.sampling == "pairs" and self.batch_size % 2:
             raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
-        _one_of("bad_images", self.bad_images, ("stop", "skip"))
+        check_choice("data.bad_images", self.bad_images, get_args(BadImages))
 
 
 def _at_least(option: str, value: int, least: int, reason: str = "") -> None:
@@ -131,8 +131,3 @@ def _at_least(option: str, value: int, least: int, reason: str = "") -> None:
 def _fraction(option: str, value: float, *, end_allowed: bool = True) -> None:
     if not 0 <= value <= 1 or (value == 1 and not end_allowed):
         raise UsageError(f"data.{option} must lie in [0, 1{']' if end_allowed else ')'}, not {value}.")
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise unknown(f"data.{option}", value, choices)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossx.errors import CrossXError, UsageError, unknown
+from crossx.errors import CrossXError, UsageError, check_choice
 from crossx.explain.gradcam import grad_cam
 from crossx.methods.base import Method
 
@@ -70,8 +70,7 @@ def explain_images(
         UsageError: For unknown ``maps``, or class maps that the network does not have or that need captum.
         CrossXError: If a map is not finite.
     """
-    if maps not in get_args(Kind):
-        raise unknown("maps", maps, get_args(Kind))
+    check_choice("maps", maps, get_args(Kind))
     method.eval()
     images = images.to(next(method.parameters()).device)
     with torch.no_grad():

@@ -42,6 +42,15 @@ class Navigator(nn.Module):
         )
         self.scores = nn.ModuleList(nn.Conv2d(width, len(sides) * len(RATIOS), 1) for sides in self.sides)
 
+    def num_anchors(self, places: tuple[int, int]) -> int:
+        """Return how many boxes ``forward`` scores on a map of (h, w) places."""
+        height, width = places
+        count = 0
+        for sides in self.sides:
+            count += len(sides) * len(RATIOS) * height * width
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return count
+
     def forward(self, maps: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the anchor boxes (N, 4), see ``anchor_boxes``, and their scores, float32 (B, N).
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -44,10 +46,11 @@ class Method(nn.Module, ABC):
     supports_soft_targets: ClassVar[bool] = True
     """Whether ``objective`` takes (B, K) class probabilities as targets (Mixup, CutMix)."""
 
-    citation: ClassVar[str] = ""
-    """BibTeX of the publication, for the card of a shared model; empty where there is none."""
     sampling: ClassVar[Literal["uniform", "balanced", "pairs"] | None] = None
     """The ``data.sampling`` that ``objective`` needs; None where any will do."""
+
+    citation: str = ""
+    """BibTeX of the publication, for the card of a shared model; empty where there is none."""
 
     name: str = ""
     """The registered name; set by ``create_method``."""
@@ -113,7 +116,7 @@ class Method(nn.Module, ABC):
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""
-        return sum_heads(heads)
+        return reduce(add, heads.values())
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the prediction, logits (B, K), for images (B, 3, H, W)."""
@@ -122,8 +125,9 @@ class Method(nn.Module, ABC):
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """See the training set before step 0. Does nothing unless a method needs it.
 
-        Called in evaluation mode, once a run: what it finds must be left in parameters and buffers, which a resumed
-        run takes from its checkpoint. On several ranks each is given all batches, in the same order.
+        Called once a run, on the method's device. What it finds must be left in parameters and buffers, which a resumed
+        run takes from its checkpoint; modes and running statistics stay as they are. On several ranks each is given all
+        batches, in the same order.
 
         Args:
             batches: Images (B, 3, H, W), normalised, on the method's device, and targets int64 (B,), augmented and
@@ -142,15 +146,6 @@ class Method(nn.Module, ABC):
         """Return the parameters that start from scratch, as against the pretrained trunk's."""
         pretrained = {id(parameter) for parameter in self.backbone.pretrained_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in pretrained]
-
-
-def sum_heads(heads: Mapping[str, Tensor]) -> Tensor:
-    """Sum the heads' logits (Eq. 7): name -> (B, K) to (B, K)."""
-    logits = list(heads.values())
-    total = logits[0]
-    for more in logits[1:]:
-        total = total + more
-    return total
 
 
 M = TypeVar("M", bound=type[Method])

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError, unknown
+from crossx.errors import UsageError, check_choice
 from crossx.layers import MergedFeatures, global_pool, recompute
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
 from crossx.layers.pooling import Pooling, pooled_shares
 from crossx.losses import C3SLoss, CrossLayerLoss, part_correlations, summarize_correlations
 from crossx.losses.c3s import C3SForm
-from crossx.methods.base import Method, Objective, register_method, sum_heads
+from crossx.methods.base import Method, Objective, register_method
 
 HEADS = ("last", "previous", "merged")
 
@@ -79,14 +79,10 @@ class CrossX(Method):
         detach_teacher: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
-        for option, value, choices in (
-            ("previous_pooling", previous_pooling, Pooling),
-            ("interpolation", interpolation, Interpolation),
-            ("merged_statistics", merged_statistics, MergeStatistics),
-            ("c3s_form", c3s_form, C3SForm),
-        ):
-            if value not in get_args(choices):
-                raise unknown(option, value, get_args(choices))
+        check_choice("previous_pooling", previous_pooling, get_args(Pooling))
+        check_choice("interpolation", interpolation, get_args(Interpolation))
+        check_choice("merged_statistics", merged_statistics, get_args(MergeStatistics))
+        check_choice("c3s_form", c3s_form, get_args(C3SForm))
         reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
         _check_length("reduction", reductions, ("last", "previous"))
         _check_length("c3s_weights", c3s_weights, HEADS)
@@ -132,7 +128,7 @@ class CrossX(Method):
         """
         features = self.part_features(images)
         heads = self._classify(features)
-        logits = sum_heads(heads)
+        logits = self.combine_heads(heads)
         terms = {"data": self.criterion(logits, targets)}
         measures: dict[str, Tensor] = {}
         for name, pooled in features.items():

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, unknown
-from crossx.layers import FilterBank, energy_peaks, global_pool
+from crossx.errors import UsageError, check_choice
+from crossx.layers import FilterBank, energy_peaks, evaluation_mode, global_pool
 from crossx.layers.pooling import pooled_shares
-from crossx.methods.base import Method, Objective, register_method, sum_heads
+from crossx.methods.base import Method, Objective, register_method
 
 FilterNorm: TypeAlias = Literal["none", "batch"]
 FilterInit: TypeAlias = Literal["kmeans", "random"]
@@ -50,6 +50,14 @@ class DFL(Method):
         UsageError: For an option that cannot work.
     """
 
+    citation = """\
+@inproceedings{wang2018learning,
+  title     = {Learning a Discriminative Filter Bank within a CNN for Fine-grained Recognition},
+  author    = {Wang, Yaming and Morariu, Vlad I. and Davis, Larry S.},
+  booktitle = {CVPR},
+  year      = {2018}
+}"""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -63,12 +71,8 @@ class DFL(Method):
         predict_with_side: bool = True,
     ) -> None:
         super().__init__(backbone, num_classes)
-        for option, value, choices in (
-            ("filter_norm", filter_norm, FilterNorm),
-            ("filter_init", filter_init, FilterInit),
-        ):
-            if value not in get_args(choices):
-                raise unknown(option, value, get_args(choices))
+        check_choice("filter_norm", filter_norm, get_args(FilterNorm))
+        check_choice("filter_init", filter_init, get_args(FilterInit))
         if num_filters < 1:
             raise UsageError(f"num_filters must be at least 1, not {num_filters}.")
         if side_weight < 0:
@@ -104,7 +108,7 @@ class DFL(Method):
         if self.side_weight:
             terms["data_side"] = self.side_weight * self.criterion(branches["side"], targets)
             loss = loss + terms["data_side"]
-        return Objective(loss, terms, sum_heads(self._predicting(branches)))
+        return Objective(loss, terms, self.combine_heads(self._predicting(branches)))
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> (B, 1, h, w).
@@ -113,7 +117,7 @@ class DFL(Method):
         """
         responses, last = self._maps(images)
         pooled = global_pool(responses, "max"), last.mean((2, 3))
-        predicted = sum_heads(self._predicting(self._branch_logits(*pooled))).argmax(1)
+        predicted = self.combine_heads(self._predicting(self._branch_logits(*pooled))).argmax(1)
         own = _of_class(responses, predicted)
         return {"previous": own.mean(1, keepdim=True), "last": last.mean(1, keepdim=True)}
 
@@ -145,7 +149,8 @@ class DFL(Method):
         """
         if self.filter_init == "random":
             return
-        peaks = self._collect_peaks(batches)
+        with evaluation_mode(self):
+            peaks = self._collect_peaks(batches)
         seen = [features for features in peaks if len(features)]
         if len(seen) < len(peaks):
             log.warning("%d classes show no peaks: their filters start at random.", len(peaks) - len(seen))

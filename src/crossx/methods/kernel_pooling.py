@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Literal, TypeAlias, get_args
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, unknown
+from crossx.errors import UsageError, check_choice
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
 from crossx.methods.base import Method, Objective, register_method
 
@@ -19,6 +19,31 @@ Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
 
 GAMMA_BATCHES = 32
 """Batches of training images from which ``prepare`` estimates gamma."""
+
+
+CITATIONS: Mapping[Pooling, str] = {
+    "kernel": """\
+@inproceedings{cui2017kernel,
+  title     = {Kernel Pooling for Convolutional Neural Networks},
+  author    = {Cui, Yin and Zhou, Feng and Wang, Jiang and Liu, Xiao and Lin, Yuanqing and Belongie, Serge},
+  booktitle = {CVPR},
+  year      = {2017}
+}""",
+    "compact_bilinear": """\
+@inproceedings{gao2016compact,
+  title     = {Compact Bilinear Pooling},
+  author    = {Gao, Yang and Beijbom, Oscar and Zhang, Ning and Darrell, Trevor},
+  booktitle = {CVPR},
+  year      = {2016}
+}""",
+    "bilinear": """\
+@inproceedings{lin2015bilinear,
+  title     = {Bilinear {CNN} Models for Fine-grained Visual Recognition},
+  author    = {Lin, Tsung-Yu and RoyChowdhury, Aruni and Maji, Subhransu},
+  booktitle = {ICCV},
+  year      = {2015}
+}""",
+}
 
 
 @register_method("kernel_pooling")
@@ -62,8 +87,7 @@ class KernelPooling(Method):
         sketch_seed: int = 0,
     ) -> None:
         super().__init__(backbone, num_classes)
-        if pooling not in get_args(Pooling):
-            raise unknown("pooling", pooling, get_args(Pooling))
+        check_choice("pooling", pooling, get_args(Pooling))
         for option, value, poolings in (
             ("order", order, ("kernel",)),
             ("gamma", gamma, ("kernel",)),
@@ -76,6 +100,7 @@ class KernelPooling(Method):
             raise UsageError(f"channels must lie between 1 and the last map's {width}, not {channels}.")
         if not feature_norm > 0:
             raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
+        self.citation = CITATIONS[pooling]
         backbone.drop_head()
         self.reduce = nn.Identity() if channels is None else _reduction(width, channels)
         self.normalize_features = pooling == "kernel" if normalize_features is None else normalize_features

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError, unknown
+from crossx.errors import UsageError, check_choice
 from crossx.layers import PartLinear
 from crossx.losses import MAMCLoss
 from crossx.losses.mamc import MAMCAverage
@@ -45,6 +45,13 @@ class MAMC(Method):
 
     supports_soft_targets = False
     sampling = "pairs"
+    citation = """\
+@inproceedings{sun2018multi,
+  title     = {Multi-Attention Multi-Class Constraint for Fine-grained Image Recognition},
+  author    = {Sun, Ming and Yuan, Yuchen and Zhou, Feng and Ding, Errui},
+  booktitle = {ECCV},
+  year      = {2018}
+}"""
 
     def __init__(
         self,
@@ -61,12 +68,8 @@ class MAMC(Method):
         mamc_average: MAMCAverage = "features",
     ) -> None:
         super().__init__(backbone, num_classes)
-        for option, value, choices in (
-            ("combination", combination, Combination),
-            ("mamc_average", mamc_average, MAMCAverage),
-        ):
-            if value not in get_args(choices):
-                raise unknown(option, value, get_args(choices))
+        check_choice("combination", combination, get_args(Combination))
+        check_choice("mamc_average", mamc_average, get_args(MAMCAverage))
         if embedding_size < 1:
             raise UsageError(f"embedding_size must be at least 1, not {embedding_size}.")
         if mamc_weight < 0:

@@ -28,6 +28,14 @@ class MaxEnt(Plain):
         UsageError: If ``gamma`` is negative or not finite.
     """
 
+    citation = """\
+@inproceedings{dubey2018maximum,
+  title     = {Maximum-Entropy Fine Grained Classification},
+  author    = {Dubey, Abhimanyu and Gupta, Otkrist and Raskar, Ramesh and Naik, Nikhil},
+  booktitle = {NeurIPS},
+  year      = {2018}
+}"""
+
     def __init__(self, backbone: Backbone, num_classes: int, *, gamma: float = 1.0) -> None:
         super().__init__(backbone, num_classes)
         if not (gamma >= 0 and math.isfinite(gamma)):

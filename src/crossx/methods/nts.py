@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, first_line, unknown
+from crossx.errors import UsageError, check_choice, first_line
 from crossx.layers import Navigator, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective, register_method
@@ -53,6 +53,14 @@ class NTSNet(Method):
         UsageError: For an option that cannot work.
     """
 
+    citation = """\
+@inproceedings{yang2018learning,
+  title     = {Learning to Navigate for Fine-grained Classification},
+  author    = {Yang, Ze and Luo, Tiange and Wang, Dong and Hu, Zhiqiang and Gao, Jun and Wang, Liwei},
+  booktitle = {ECCV},
+  year      = {2018}
+}"""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -83,8 +91,7 @@ class NTSNet(Method):
             raise UsageError(f"margin takes no negative number: {margin}.")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
-        if parts_reduction not in get_args(PartsReduction):
-            raise unknown("parts_reduction", parts_reduction, get_args(PartsReduction))
+        check_choice("parts_reduction", parts_reduction, get_args(PartsReduction))
         self.num_proposals, self.num_crops = num_proposals, num_crops
         self.crop_size, self.iou_threshold = crop_size, iou_threshold
         self.parts_weight = num_proposals if parts_reduction == "sum" else 1
@@ -145,9 +152,7 @@ class NTSNet(Method):
     def check_image_size(self, size: int) -> None:
         """Check that the backbone takes the crops, too; see ``Method.check_image_size``."""
         super().check_image_size(size)
-        with torch.no_grad():
-            maps = torch.zeros(1, self.backbone.channels["last"], *self.backbone.map_size(size))
-            anchors = len(self.navigator(maps, (size, size))[0])
+        anchors = self.navigator.num_anchors(self.backbone.map_size(size))
         if anchors < self.num_proposals:
             raise UsageError(
                 f"num_proposals {self.num_proposals}: images of {size} pixels have {anchors} anchors to choose from."

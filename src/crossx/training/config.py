@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 
 from crossx.data.config import DataConfig
-from crossx.errors import CrossXError, UsageError, nearest, unknown
+from crossx.errors import CrossXError, UsageError, check_choice, nearest
 from crossx.recipes import load_recipe
 
 Optimizer = Literal["sgd", "adamw"]
@@ -159,8 +159,7 @@ class OptimConfig:
             ("class_weights", ClassWeights),
             ("selection", Selection),
         ):
-            if getattr(self, option) not in get_args(choices):
-                raise unknown(f"optim.{option}", str(getattr(self, option)), get_args(choices))
+            check_choice(f"optim.{option}", getattr(self, option), get_args(choices))
         _check("lr", self.lr, "above 0", self.lr > 0)
         _check("momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1)
         _check("gamma", self.gamma, "above 0", self.gamma > 0)
@@ -227,8 +226,7 @@ class Config:
             if name in self.trainer:
                 raise UsageError(f"trainer.{name} cannot be given: {instead}.")
         for name in self.loggers:
-            if name not in LOGGERS:
-                raise unknown("logger", str(name), LOGGERS)
+            check_choice("logger", name, LOGGERS)
         epochs = self.trainer["max_epochs"]
         if not isinstance(epochs, int) or epochs < 1:
             raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")

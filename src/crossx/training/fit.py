@@ -13,7 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
 from crossx.evaluation.testing import evaluate
@@ -25,7 +27,6 @@ from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.history import History
 from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
-from crossx.training.task import Task
 
 
 def fit(config: Config) -> Run:
@@ -106,7 +107,7 @@ def _train(session: Session, info: dict[str, Any], *, resume: bool) -> Run:
         task = build_task(session)
         trainer = build_trainer(session, history, checkpoints, run_id=info["id"], steps_before=steps)
         if not resume:
-            _prepare(session, task, trainer)
+            _prepare(session, trainer)
         trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
         if trainer.is_global_zero:
             _finish(session, history, checkpoints)
@@ -142,17 +143,17 @@ def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
     return described
 
 
-def _prepare(session: Session, task: Task, trainer: Trainer) -> None:
+def _prepare(session: Session, trainer: Trainer) -> None:
     # before Lightning copies the weights for an average; each rank has all images, so nothing is to be gathered
     if type(session.method).prepare is not Method.prepare:
         device = trainer.strategy.root_device
-        loader = session.data.whole_train_loader()
-        normalize = session.data.normalize
-        task.eval()
-        session.method.to(device).prepare(
-            (normalize(images.to(device)), targets.to(device)) for images, targets in loader
-        )
-        task.train()
+        session.method.to(device).prepare(_all_batches(session.data, device))
+
+
+def _all_batches(data: DataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    # a generator: no worker starts for a method whose options leave nothing to prepare
+    for images, targets in data.whole_train_loader():
+        yield data.normalize(images.to(device)), targets.to(device)
 
 
 def _selection(session: Session, checkpoints: Checkpoints | None = None) -> dict[str, Any]:

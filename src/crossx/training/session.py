@@ -109,7 +109,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
         check_classes(saved.classes, index.classes, index.name)
         method, preprocessing = build_method(saved), saved.preprocessing
     on_test = config.optim.selection == "best_on_test"
-    options = replace(config.data, sampling=_sampling(config, method))
+    options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     data = (TestAsValidation if on_test else DataModule)(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
@@ -198,9 +198,13 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _sampling(config: Config, method: Method) -> Sampling:
-    """Return how training images are drawn: as asked for, else as the method needs it."""
-    asked, needed = config.data.sampling, method.sampling
+def choose_sampling(asked: Sampling | None, method: Method) -> Sampling:
+    """Return how training images are drawn: as asked for, else as the method needs it.
+
+    Raises:
+        UsageError: If another way is asked for than the method needs.
+    """
+    needed = method.sampling
     if asked and needed and asked != needed:
         raise UsageError(
             f"method {method.name!r} needs data.sampling {needed}, not {asked}: leave the option out, or give {needed}."

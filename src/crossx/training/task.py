@@ -51,7 +51,7 @@ class Task(LightningModule):
         self.config = config
         self.eval_split = eval_split
         self.method.criterion = _criterion(config, class_counts)
-        self.mix = _mix(method, config)
+        self.mix = build_mix(method, config)
         self.frozen_norms = self.norms_in_evaluation = freeze(method, config)
         self.frozen_at_first = [p for p in method.backbone.pretrained_parameters() if p.requires_grad]
         if config.recompute_activations:
@@ -143,7 +143,12 @@ def _criterion(config: OptimConfig, class_counts: Sequence[int]) -> Classificati
     return ClassificationLoss(weights, config.label_smoothing)
 
 
-def _mix(method: Method, config: OptimConfig) -> v2.Transform | None:
+def build_mix(method: Method, config: OptimConfig) -> v2.Transform | None:
+    """Return what mixes the images of a batch, and their targets; None where nothing does.
+
+    Raises:
+        UsageError: If the method needs one class an image.
+    """
     kinds = [(v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)]
     chosen = [kind(alpha=alpha, num_classes=method.num_classes) for kind, alpha in kinds if alpha > 0]
     if not chosen:
