@@ -103,7 +103,7 @@ async function introduce() {
   const { model, classes, max_upload_mb: megabytes, max_pixels: pixels } = (limits = await describe());
   at["key-form"].hidden = true;
   at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
-  at.bounds.textContent = ` At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
+  at.bounds.textContent = `At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
 }
 
 // Do one thing at a time: what is under way is given up, and an error becomes a line on the page. The action may return
@@ -229,7 +229,7 @@ function choose(number) {
   at.overlay.hidden = !map;
   at.seen.classList.toggle("grey", Boolean(map));
   at.strength.disabled = !map;
-  at.caption.textContent = map ? `${nameOf(map)}: light where it is highest` : "The picture as the network saw it";
+  at.caption.textContent = map ? nameOf(map) : "as the network saw it";
   if (map) at.overlay.src = png(map.png);
 }
 
@@ -237,7 +237,7 @@ function columns(image, overlays) {
   const stages = [...new Set(overlays.map(({ stage }) => stage))];
   at.choices.style.setProperty("--columns", 1 + stages.length);
   return [
-    column("picture", [choice(image, -1, "alone", "picture alone")]),
+    column("picture", [choice(image, -1, "no map", "picture, no map")]),
     ...stages.map((stage) => column(stage, overlays.flatMap((map, number) =>
       map.stage === stage ? [choice(image, number, map.part === null ? "map" : `part ${map.part}`, nameOf(map), map.png)] : []))),
   ];
