@@ -4,7 +4,7 @@ const MEGABYTE = 1_000_000;
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 
 let limits = null;       // what GET /model says
-let picture = null;      // the file in question, read into memory
+let picture = null;      // the file in question
 let maps = new Map();    // target, or null for the maps of the parts -> the answer of /explain
 let shown = null;        // the one of them that is shown
 let running = new AbortController();
@@ -39,27 +39,26 @@ document.addEventListener("drop", (event) => {
   else complain("That was no file. Save the picture first, then drop its file here.");
 });
 
-async function take([file, ...others]) {
+function take([file, ...others]) {
   if (!file) return;
   clear();
-  try {
-    // in memory, so that it can be sent again whatever becomes of the file
-    picture = new File([await file.arrayBuffer()], file.name, { type: file.type });
-  } catch {
-    return complain(`${file.name} cannot be read. Is it a folder, or was it moved?`);
-  }
-  await look(others.length ? `${1 + others.length} pictures were given; this is the first.` : "");
+  picture = file;
+  attempt(async (options) => {
+    await look(options);
+    return others.length ? `${1 + others.length} pictures were given; this is the first.` : "";
+  });
 }
 
 // ---- the camera: a phone's own, by a file input; elsewhere the browser's, which only https:// and localhost have
 
-const phone = matchMedia("(pointer: coarse)").matches;
-at.photograph.hidden = !phone && !navigator.mediaDevices;
-at.photograph.addEventListener("click", () => (phone ? at.capture.click() : openCamera()));
+const phone = matchMedia("(pointer: coarse)");
+at.photograph.hidden = !phone.matches && !navigator.mediaDevices;
+at.photograph.addEventListener("click", () => (phone.matches ? at.capture.click() : openCamera()));
 at.leave.addEventListener("click", () => at.camera.close());
-at.camera.addEventListener("close", () => {
-  at.video.srcObject?.getTracks().forEach((track) => track.stop());
-  at.video.srcObject = null;
+at.camera.addEventListener("close", release);
+at.video.addEventListener("loadeddata", () => {
+  at.shoot.disabled = false;
+  at.shoot.focus();
 });
 at.shoot.addEventListener("click", () => {
   const canvas = document.createElement("canvas");
@@ -70,37 +69,52 @@ at.shoot.addEventListener("click", () => {
 });
 
 async function openCamera() {
-  clear();
+  at.error.textContent = "";
+  at.shoot.disabled = true;
+  at.camera.showModal();
   try {
-    at.video.srcObject = await navigator.mediaDevices.getUserMedia({
-      video: { facingMode: "environment", width: { ideal: 1280 }, height: { ideal: 960 } },
-    });
-    await at.video.play();
-    at.camera.showModal();
+    const video = { facingMode: "environment", width: { ideal: 1280 }, height: { ideal: 960 } };
+    at.video.srcObject = await navigator.mediaDevices.getUserMedia({ video });
+    if (!at.camera.open) release();
   } catch (error) {
-    complain(error.name === "NotAllowedError" ? "The browser does not allow the camera here." : "There is no camera that can be used.");
+    at.camera.close();
+    const denied = error.name === "NotAllowedError";
+    complain(denied ? "The browser does not allow the camera here." : "There is no camera that can be used.");
   }
+}
+
+function release() {
+  at.video.srcObject?.getTracks().forEach((track) => track.stop());
+  at.video.srcObject = null;
 }
 
 // ---- asking the service
 
-async function look(note = "") {
-  await attempt(async (options) => {
-    limits ?? (await introduce());
-    const { max_upload_mb: most } = limits;
-    if (picture.size > most * MEGABYTE) {
-      const size = (picture.size / MEGABYTE).toFixed(1);
-      throw new Failure(`${picture.name} has ${size} MB; at most ${most} MB are taken.`);
-    }
-    say(`Looking at ${picture.name} …`);
-    showPrediction(await predict(picture, options));
-    await showMaps(null, options);
-    return note;
-  });
+async function look(options) {
+  if (!limits) await introduce(options);
+  const { max_upload_mb: most } = limits;
+  if (picture.size > most * MEGABYTE) {
+    throw new Failure(`${picture.name} has ${(picture.size / MEGABYTE).toFixed(1)} MB; at most ${most} MB are taken.`);
+  }
+  say(`Looking at ${picture.name} …`);
+  await keep(options);
+  showPrediction(await predict(picture, options));
+  await showMaps(null, options);
 }
 
-async function introduce() {
-  const { model, classes, max_upload_mb: megabytes, max_pixels: pixels } = (limits = await describe());
+// Read the picture into memory, so that it can be sent again whatever becomes of its file.
+async function keep({ signal }) {
+  const { name, type } = picture;
+  const content = await picture.arrayBuffer().catch(() => {
+    throw new Failure(`${name} cannot be read. Is it a folder, or was it moved?`);
+  });
+  signal.throwIfAborted();
+  picture = new File([content], name, { type });
+}
+
+async function introduce(options) {
+  limits = await describe(options);
+  const { model, classes, max_upload_mb: megabytes, max_pixels: pixels } = limits;
   at["key-form"].hidden = true;
   at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
   at.bounds.textContent = `At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
@@ -114,8 +128,9 @@ async function attempt(action) {
   const { signal } = running;
   document.body.setAttribute("aria-busy", "true");
   at.error.textContent = "";
+  const onWait = (seconds) => say(`The service is busy: trying again in ${seconds} s …`);
   try {
-    say((await action({ signal, onWait: (seconds) => say(`The service is busy: trying again in ${seconds} s …`) })) ?? "");
+    say((await action({ signal, onWait })) ?? "");
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof Failure)) throw error;
@@ -140,7 +155,7 @@ at["key-form"].addEventListener("submit", async (event) => {
   await attempt(introduce);
   if (limits) {
     at.key.value = "";
-    picture ? await look() : at.file.focus();
+    picture ? await attempt(look) : at.file.focus();
   }
 });
 
@@ -183,7 +198,8 @@ function ranked({ label, probability }) {
     made("span", { className: "number", textContent: percent(probability) }),
   );
   button.setAttribute("aria-pressed", "false");
-  button.addEventListener("click", () => attempt((options) => showMaps(label === shown?.target ? null : label, options)));
+  button.addEventListener("click", () =>
+    attempt((options) => showMaps(label === shown?.target ? null : label, options)));
   const item = made("li");
   item.append(button);
   return item;
@@ -201,7 +217,8 @@ async function showMaps(target, options) {
   }
   const { image, overlays, size } = maps.get(target);
   // from class to class the same map stays chosen, so that they can be compared
-  const kept = shown && shown.target !== null && target !== null ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
+  const comparing = shown && shown.target !== null && target !== null;
+  const number = comparing ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
   shown = { target, overlays };
 
   at["maps-name"].textContent = target === null ? "Where the network looks" : `What speaks for ${target}`;
@@ -214,8 +231,8 @@ async function showMaps(target, options) {
   at.seen.width = at.seen.height = size;
   at.choices.replaceChildren(...columns(image, overlays));
   at.maps.hidden = at.looks.hidden = false;
-  at.choices.querySelector(`[value="${kept}"]`).checked = true;
-  choose(kept);
+  at.choices.querySelector(`[value="${number}"]`).checked = true;
+  choose(number);
 }
 
 // The number of the chosen map, -1 for the picture alone.
@@ -234,18 +251,20 @@ function choose(number) {
 }
 
 function columns(image, overlays) {
-  const stages = [...new Set(overlays.map(({ stage }) => stage))];
-  at.choices.style.setProperty("--columns", 1 + stages.length);
-  return [
-    column("picture", [choice(image, -1, "no map", "picture, no map")]),
-    ...stages.map((stage) => column(stage, overlays.flatMap((map, number) =>
-      map.stage === stage ? [choice(image, number, map.part === null ? "map" : `part ${map.part}`, nameOf(map), map.png)] : []))),
-  ];
+  const stages = new Map();
+  for (const [number, map] of overlays.entries()) {
+    const text = map.part === null ? "map" : `part ${map.part}`;
+    const tiles = stages.get(map.stage) ?? [];
+    stages.set(map.stage, [...tiles, choice(image, number, text, nameOf(map), map.png)]);
+  }
+  at.choices.style.setProperty("--columns", 1 + stages.size);
+  const alone = column("picture", [choice(image, -1, "no map", "picture, no map")]);
+  return [alone, ...[...stages].map(([stage, tiles]) => column(stage, tiles))];
 }
 
-function column(head, choices) {
+function column(head, tiles) {
   const whole = made("div");
-  whole.append(made("span", { className: "head", textContent: head }), ...choices);
+  whole.append(made("span", { className: "head", textContent: head }), ...tiles);
   return whole;
 }
 

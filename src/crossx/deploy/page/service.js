@@ -19,7 +19,7 @@ export function useKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-export const describe = () => ask("model");
+export const describe = (options) => ask("model", options);
 
 export async function predict(picture, options) {
   const { predictions: [prediction] } = await ask("predict?top=5", { picture, ...options });
