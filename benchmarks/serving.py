@@ -34,6 +34,8 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import uvicorn
+from fastapi import FastAPI, UploadFile
 
 import harness
 
@@ -90,9 +92,6 @@ class Server:
 
 def serve_naively(run: Path, kind: str) -> None:
     """Serve as one writes it first: an image in, a step of the network, its answer out."""
-    import uvicorn
-    from fastapi import FastAPI, UploadFile
-
     from crossx.cli.memory import keep_freed_memory
     from crossx.deploy.predictor import Predictor
 
@@ -396,8 +395,12 @@ ATTACKS: dict[str, Attack] = {
     "bomb": lambda _: ([_post(_file(_BOMB))], 0, 10),
     "too large": lambda _: ([_post(b"", length=10**9)], 0, 10),
     "aborted upload": lambda sample: ([_post(_file(sample.content)[:2000], length=10**6)], 0.05, 0),
-    "slow head": lambda _: ([b"POST /predict HTTP/1.1\r\n", *[b"X: y\r\n"] * 9], 0.4, 20),
-    "slow body": lambda sample: ([_post(b"", length=9999), *[b"x"] * 9], 0.4, 20),
+    "slow head": lambda _: ([b"POST /predict HTTP/1.1\r\n", *[b"X: y\r\n"] * 9], 0.7, 20),
+    "slow body": lambda sample: (
+        [_post(_file(sample.content)[:100], length=9999), *[b"x"] * 9],
+        0.7,
+        20,
+    ),
 }
 _BOMB = _bomb()
 
@@ -429,7 +432,7 @@ def main() -> None:
         capacity = results["load"]["64"]["service"]["requests_s"]
         results["overload"] = measure_overload(server, samples, capacity, 2 * given.seconds)
         results["memory"] = measure_memory(server, samples, given.requests)
-    with serving([*service, "--timeout", "3"]) as server:
+    with serving([*service, "--timeout", "5"]) as server:
         results["abuse"] = measure_abuse(server, samples, 2 * given.seconds)
         results["alive"] = server.process.poll() is None
     rows = [

@@ -11,7 +11,7 @@ from PIL import Image
 
 import layouts
 from crossx.explain import figure, overlay
-from crossx.explain.figures import Row, describe, draw, to_pixels
+from crossx.explain.figures import Row, describe, draw, layer, to_pixels
 from crossx.explain.maps import Explanation
 from crossx.methods import create_method
 from crossx.methods.checkpoint import load_method
@@ -52,6 +52,14 @@ def test_overlay_resizes_as_pillow_does_whatever_the_scale(scale: int) -> None:
     resized = np.asarray(Image.fromarray(unit).resize((16, 12), Image.Resampling.BILINEAR))
     expected = 255 * matplotlib.colormaps["inferno"](resized)[..., :3]
     assert np.abs(overlay(picture(), scale * values + 5, opacity=1) - expected).max() <= 3
+
+
+def test_a_layer_over_the_grey_image_is_the_overlay() -> None:
+    image, values = picture(), np.random.default_rng(0).normal(size=(5, 7))
+    drawn = Image.fromarray(layer(values, image.shape[:2], opacity=0.6))
+    grey = Image.fromarray(overlay(image, values, opacity=0)).convert("RGBA")
+    laid = np.asarray(Image.alpha_composite(grey, drawn).convert("RGB")).astype(int)
+    assert np.abs(laid - overlay(image, values, opacity=0.6)).max() <= 2
 
 
 def test_overlay_of_opacity_0_is_the_grey_image() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from crossx import __version__
 from crossx.data.images import printable
 from crossx.deploy.limits import Limits
 from crossx.deploy.observing import CLIENT_GONE, Observed, problem
@@ -88,7 +88,7 @@ def create_app(
         await run_in_threadpool(service.close)
 
     app = FastAPIOffline(
-        title="crossx", version=__version__, redoc_url=None, lifespan=lifespan,
+        title="crossx", version=version("crossx"), redoc_url=None, lifespan=lifespan,
         description="Fine-grained visual categorization: what is on images, and where the network looks.",
     )  # fmt: skip
     app.state.service = service
