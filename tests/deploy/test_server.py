@@ -24,7 +24,6 @@ pytest.importorskip("fastapi", reason="needs crossx[serve]")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from crossx.deploy import server
 from crossx.deploy.export import export_run
 from crossx.deploy.limits import Limits
 from crossx.deploy.predictor import Predictor
@@ -391,27 +390,6 @@ def test_the_model_is_described(client: TestClient, predictor: Predictor) -> Non
     assert content["classes"] == list(predictor.classes)
     assert content["explains"] is True
     assert (content["max_images"], content["max_upload_mb"], content["max_pixels"]) == (32, 1, 5000)
-
-
-def test_a_page_is_served_where_there_is_one(
-    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "PAGE", tmp_path)
-    (tmp_path / "index.html").write_text("birds")
-    (tmp_path / "page.js").write_text("")
-    with TestClient(create_app(predictor)) as client:
-        assert client.get("/").text == "birds"
-        assert client.get("/page.js").headers["content-type"].startswith("text/javascript")
-        assert client.get("/healthz").json() == {"status": "ok"}
-        assert problem(client.get("/nothing"), 404)
-
-
-def test_without_a_page_the_documentation_is_shown(
-    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "PAGE", tmp_path / "none")
-    with TestClient(create_app(predictor)) as client:
-        assert client.get("/", follow_redirects=False).headers["location"] == "docs"
 
 
 def test_explanations_as_a_figure(client: TestClient, images: list[Path]) -> None:

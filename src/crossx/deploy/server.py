@@ -13,7 +13,6 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response, S
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import RedirectResponse
 from fastapi.security import APIKeyHeader
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
@@ -21,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from crossx.data.images import printable
 from crossx.deploy.limits import Limits
@@ -37,7 +37,15 @@ from crossx.deploy.schemas import (
 from crossx.deploy.service import Service
 
 PAGE = Path(__file__).parent / "page"
-"""Static files served at ``/``, where there are any."""
+"""Static files served at ``/``."""
+PAGE_HEADERS = {
+    # the page loads its own files alone; pictures come out of answers (data:)
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; object-src 'none'",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 API_KEY_HEADER = "X-API-Key"
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -87,10 +95,7 @@ def create_app(
     _answer_errors(app)
     _add_health(app, service)
     _add_network(app, service, api_keys)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
-    else:
-        app.add_api_route("/", lambda: RedirectResponse("docs"), include_in_schema=False)
+    app.mount("/", _PageFiles(directory=PAGE, html=True), name="page")
     if cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=cors, allow_methods=["GET", "POST"],
@@ -99,6 +104,13 @@ def create_app(
         )  # fmt: skip
     app.add_middleware(Observed, metrics=service.metrics)
     return app
+
+
+class _PageFiles(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> None:

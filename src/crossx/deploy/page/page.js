@@ -1,0 +1,287 @@
+import { Failure, describe, explain, predict, useKey } from "./service.js";
+
+const MEGABYTE = 1_000_000;
+const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+
+let limits = null;       // what GET /model says
+let picture = null;      // the file in question
+let maps = new Map();    // target, or null for the maps of the parts -> the answer of /explain
+let shown = null;        // the one of them that is shown
+let running = new AbortController();
+
+// ---- giving a picture
+
+at.file.addEventListener("change", () => give(at.file));
+at.capture.addEventListener("change", () => give(at.capture));
+
+function give(input) {
+  take(input.files);
+  input.value = "";  // the same file may be chosen again
+}
+
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) {
+    event.preventDefault();
+    take(event.clipboardData.files);
+  }
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dragging");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dragging");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  if (event.dataTransfer.files.length) take(event.dataTransfer.files);
+  else complain("That was no file. Save the picture first, then drop its file here.");
+});
+
+function take([file, ...others]) {
+  if (!file) return;
+  clear();
+  picture = file;
+  attempt(async (options) => {
+    await look(options);
+    return others.length ? `${1 + others.length} pictures were given; this is the first.` : "";
+  });
+}
+
+// ---- the camera: a phone's own, by a file input; elsewhere the browser's, which only https:// and localhost have
+
+const phone = matchMedia("(pointer: coarse)");
+at.photograph.hidden = !phone.matches && !navigator.mediaDevices;
+at.photograph.addEventListener("click", () => (phone.matches ? at.capture.click() : openCamera()));
+at.leave.addEventListener("click", () => at.camera.close());
+at.camera.addEventListener("close", release);
+at.video.addEventListener("loadeddata", () => {
+  at.shoot.disabled = false;
+  at.shoot.focus();
+});
+at.shoot.addEventListener("click", () => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [at.video.videoWidth, at.video.videoHeight];
+  canvas.getContext("2d").drawImage(at.video, 0, 0);
+  at.camera.close();
+  canvas.toBlob((blob) => take([new File([blob], "photo.jpg", { type: blob.type })]), "image/jpeg", 0.95);
+});
+
+async function openCamera() {
+  at.error.textContent = "";
+  at.shoot.disabled = true;
+  at.camera.showModal();
+  try {
+    const video = { facingMode: "environment", width: { ideal: 1280 }, height: { ideal: 960 } };
+    at.video.srcObject = await navigator.mediaDevices.getUserMedia({ video });
+    if (!at.camera.open) release();
+  } catch (error) {
+    at.camera.close();
+    const denied = error.name === "NotAllowedError";
+    complain(denied ? "The browser does not allow the camera here." : "There is no camera that can be used.");
+  }
+}
+
+function release() {
+  at.video.srcObject?.getTracks().forEach((track) => track.stop());
+  at.video.srcObject = null;
+}
+
+// ---- asking the service
+
+async function look(options) {
+  if (!limits) await introduce(options);
+  const { max_upload_mb: most } = limits;
+  if (picture.size > most * MEGABYTE) {
+    throw new Failure(`${picture.name} has ${(picture.size / MEGABYTE).toFixed(1)} MB; at most ${most} MB are taken.`);
+  }
+  say(`Looking at ${picture.name} …`);
+  await keep(options);
+  showPrediction(await predict(picture, options));
+  await showMaps(null, options);
+}
+
+// Read the picture into memory, so that it can be sent again whatever becomes of its file.
+async function keep({ signal }) {
+  const { name, type } = picture;
+  const content = await picture.arrayBuffer().catch(() => {
+    throw new Failure(`${name} cannot be read. Is it a folder, or was it moved?`);
+  });
+  signal.throwIfAborted();
+  picture = new File([content], name, { type });
+}
+
+async function introduce(options) {
+  limits = await describe(options);
+  const { model, classes, max_upload_mb: megabytes, max_pixels: pixels } = limits;
+  at["key-form"].hidden = true;
+  at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
+  at.bounds.textContent = `At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
+}
+
+// Do one thing at a time: what is under way is given up, and an error becomes a line on the page. The action may return
+// what there is to say after it.
+async function attempt(action) {
+  running.abort();
+  running = new AbortController();
+  const { signal } = running;
+  document.body.setAttribute("aria-busy", "true");
+  at.error.textContent = "";
+  const onWait = (seconds) => say(`The service is busy: trying again in ${seconds} s …`);
+  try {
+    say((await action({ signal, onWait })) ?? "");
+  } catch (error) {
+    if (signal.aborted) return;
+    if (!(error instanceof Failure)) throw error;
+    if (error.status === 401) askForKey();
+    complain(error.message);
+  } finally {
+    if (signal === running.signal) document.body.removeAttribute("aria-busy");
+  }
+}
+
+// ---- the API key
+
+function askForKey() {
+  limits = null;
+  at["key-form"].hidden = false;
+  at.key.focus();
+}
+
+at["key-form"].addEventListener("submit", async (event) => {
+  event.preventDefault();
+  useKey(at.key.value.trim());
+  await attempt(introduce);
+  if (limits) {
+    at.key.value = "";
+    picture ? await attempt(look) : at.file.focus();
+  }
+});
+
+// ---- the answer
+
+function say(text) {
+  at.status.textContent = text;
+}
+
+function complain(text) {
+  say("");
+  at.error.textContent = text;
+}
+
+function clear() {
+  running.abort();
+  say("");
+  at.error.textContent = "";
+  at.result.hidden = true;
+  picture = null;
+  maps = new Map();
+  shown = null;
+}
+
+function showPrediction({ label, probability, top }) {
+  at.named.replaceChildren(label, " ", made("span", { className: "quiet", textContent: percent(probability) }));
+  at.top.replaceChildren(...top.map(ranked));
+  at.maps.hidden = at.looks.hidden = true;
+  at.result.hidden = false;
+  at.named.focus();
+}
+
+function ranked({ label, probability }) {
+  const bar = made("span", { className: "bar" });
+  bar.append(made("span"));
+  bar.firstChild.style.width = `${100 * probability}%`;
+  const button = made("button", { type: "button", value: label });
+  button.append(
+    made("span", { className: "label", textContent: label }), bar,
+    made("span", { className: "number", textContent: percent(probability) }),
+  );
+  button.setAttribute("aria-pressed", "false");
+  button.addEventListener("click", () =>
+    attempt((options) => showMaps(label === shown?.target ? null : label, options)));
+  const item = made("li");
+  item.append(button);
+  return item;
+}
+
+at.back.addEventListener("click", async () => {
+  await attempt((options) => showMaps(null, options));
+  at.choices.querySelector(":checked").focus();
+});
+
+async function showMaps(target, options) {
+  if (!maps.has(target)) {
+    say(target === null ? "Looking where the network looks …" : `Looking what speaks for ${target} …`);
+    maps.set(target, await explain(picture, target, options));
+  }
+  const { image, overlays, size } = maps.get(target);
+  // from class to class the same map stays chosen, so that they can be compared
+  const comparing = shown && shown.target !== null && target !== null;
+  const number = comparing ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
+  shown = { target, overlays };
+
+  at["maps-name"].textContent = target === null ? "Where the network looks" : `What speaks for ${target}`;
+  at.back.hidden = target === null;
+  for (const button of at.top.querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button.value === target));
+  }
+  at.seen.src = png(image);
+  at.seen.alt = `${picture.name} as the network saw it`;
+  at.seen.width = at.seen.height = size;
+  at.choices.replaceChildren(...columns(image, overlays));
+  at.maps.hidden = at.looks.hidden = false;
+  at.choices.querySelector(`[value="${number}"]`).checked = true;
+  choose(number);
+}
+
+// The number of the chosen map, -1 for the picture alone.
+const chosen = () => Number(at.choices.querySelector(":checked").value);
+
+at.choices.addEventListener("change", () => choose(chosen()));
+at.strength.addEventListener("input", () => (at.overlay.style.opacity = at.strength.value / 100));
+
+function choose(number) {
+  const map = shown.overlays[number];
+  at.overlay.hidden = !map;
+  at.seen.classList.toggle("grey", Boolean(map));
+  at.strength.disabled = !map;
+  at.caption.textContent = map ? nameOf(map) : "as the network saw it";
+  if (map) at.overlay.src = png(map.png);
+}
+
+function columns(image, overlays) {
+  const stages = new Map();
+  for (const [number, map] of overlays.entries()) {
+    const text = map.part === null ? "map" : `part ${map.part}`;
+    const tiles = stages.get(map.stage) ?? [];
+    stages.set(map.stage, [...tiles, choice(image, number, text, nameOf(map), map.png)]);
+  }
+  at.choices.style.setProperty("--columns", 1 + stages.size);
+  const alone = column("picture", [choice(image, -1, "no map", "picture, no map")]);
+  return [alone, ...[...stages].map(([stage, tiles]) => column(stage, tiles))];
+}
+
+function column(head, tiles) {
+  const whole = made("div");
+  whole.append(made("span", { className: "head", textContent: head }), ...tiles);
+  return whole;
+}
+
+function choice(image, number, text, name, map) {
+  const input = made("input", { type: "radio", name: "map", value: number, className: "unseen" });
+  input.setAttribute("aria-label", name);
+  const tile = made("span", { className: "tile" });
+  tile.append(made("img", { src: png(image), alt: "", className: map ? "grey" : "" }));
+  if (map) tile.append(made("img", { src: png(map), alt: "" }));
+  const label = made("label");
+  label.append(input, tile, made("span", { textContent: text }));
+  return label;
+}
+
+const nameOf = ({ stage, part }) => (part === null ? `${stage} map` : `${stage} part ${part}`);
+const png = (base64) => `data:image/png;base64,${base64}`;
+const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
+const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
+
+attempt(introduce);
