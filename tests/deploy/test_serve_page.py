@@ -16,8 +16,8 @@ from crossx.deploy.predictor import Predictor
 from crossx.deploy.server import PAGE, create_app
 
 FILES = {
-    "": "text/html", "page.css": "text/css", "page.js": "text/javascript", "service.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
+    "": "text/html", "page/page.css": "text/css", "page/page.js": "text/javascript",
+    "page/service.js": "text/javascript", "page/icon.svg": "image/svg+xml",
 }  # fmt: skip
 
 
@@ -47,20 +47,24 @@ def test_files_come_with_headers_that_forbid_other_hosts(client: TestClient, nam
 
 def test_the_page_refers_to_its_own_files_and_the_documentation_alone(client: TestClient) -> None:
     page = client.get("/").text
-    assert set(re.findall(r'(?:src|href)="([^"]+)"', page)) == {"page.css", "page.js", "icon.svg", "docs"}
+    assert set(re.findall(r'(?:src|href)="([^"]+)"', page)) == {
+        "page/page.css", "page/page.js", "page/icon.svg", "docs",
+    }  # fmt: skip
     assert "style=" not in page
     assert "<style" not in page
-    assert re.findall(r'^import .* from "\./(.*)";$', client.get("/page.js").text, re.M) == ["service.js"]
+    assert re.findall(r'^import .* from "\./(.*)";$', client.get("/page/page.js").text, re.M) == [
+        "service.js"
+    ]
     for name in ("page.css", "page.js", "service.js"):
-        assert not re.search(r"https?://\w|@import|url\(", client.get(f"/{name}").text)
+        assert not re.search(r"https?://\w|@import|url\(", client.get(f"/page/{name}").text)
     assert client.get("/docs").status_code == 200
 
 
 def test_it_is_small_and_nothing_else_is_served(client: TestClient) -> None:
     files = [path for path in PAGE.rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {name or "index.html" for name in FILES}
+    assert {path.name for path in files} == {Path(name).name or "index.html" for name in FILES}
     assert sum(path.stat().st_size for path in files) < 50_000
-    for path in ("/nothing", "/../server.py", "/%2e%2e/server.py"):
+    for path in ("/nothing", "/page/nothing", "/page/../server.py", "/page/%2e%2e/server.py"):
         assert client.get(path).status_code == 404
     assert client.post("/", content=b"x").status_code == 405
 

@@ -231,7 +231,7 @@ def test_a_file_that_cannot_be_read_is_told(
 ) -> None:
     page = open_page(served)
     page.evaluate(
-        "Blob.prototype.arrayBuffer = async () => { throw new DOMException('', 'NotReadableError'); }"
+        "() => { Blob.prototype.arrayBuffer = () => Promise.reject(new DOMException('', 'NotReadableError')); }"
     )
     page.locator("#file").set_input_files(image)
     expect(page.get_by_role("alert")).to_have_text(

@@ -37,7 +37,7 @@ from crossx.deploy.schemas import (
 from crossx.deploy.service import Service
 
 PAGE = Path(__file__).parent / "page"
-"""Static files served at ``/``."""
+"""Static files: ``index.html`` is served at ``/``, all at ``/page``."""
 PAGE_HEADERS = {
     # the page loads its own files alone; pictures come out of answers (data:)
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
@@ -95,7 +95,7 @@ def create_app(
     _answer_errors(app)
     _add_health(app, service)
     _add_network(app, service, api_keys)
-    app.mount("/", _PageFiles(directory=PAGE, html=True), name="page")
+    _add_page(app)
     if cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=cors, allow_methods=["GET", "POST"],
@@ -104,6 +104,16 @@ def create_app(
         )  # fmt: skip
     app.add_middleware(Observed, metrics=service.metrics)
     return app
+
+
+def _add_page(app: FastAPI) -> None:
+    files = _PageFiles(directory=PAGE)
+    # not at "/": it would answer for every path, and a wrong method were 404
+    app.mount("/page", files, name="page")
+
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
 
 
 class _PageFiles(StaticFiles):
