@@ -54,7 +54,8 @@ examples:
   crossx test runs/mine
   crossx predict runs/mine bird.jpg
 
-RUN is a run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub, in every verb.
+RUN is a run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub, in every verb; for predict and
+serve also a file of export.
 """
 
 INTERRUPTED = 130

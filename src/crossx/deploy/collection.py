@@ -33,7 +33,7 @@ MANIFEST = "_manifest.json"
 SHARD_SIZE = 256
 
 _FIXED = {
-    "weights": "other weights",
+    "weights": "other weights, or another temperature",
     "collection": "another collection, or one that has changed since",
     "shard_size": "another --shard_size",
     "top": "another --top",
