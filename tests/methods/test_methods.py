@@ -53,6 +53,19 @@ def test_class_maps_are_the_heads_logits_but_for_the_bias(name: str) -> None:
 
 
 @every_method
+def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: str) -> None:
+    batches = [(torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2]))]
+    training, evaluating = build(name), build(name).eval()
+    modes = [module.training for module in training.modules()]
+    buffers = {key: value.clone() for key, value in training.named_buffers()}
+    for method in (training, evaluating):
+        method.prepare(iter(batches))
+    assert [module.training for module in training.modules()] == modes
+    assert all(torch.equal(value, buffers[key]) for key, value in training.named_buffers())
+    torch.testing.assert_close(training.state_dict(), evaluating.state_dict(), rtol=0, atol=0)
+
+
+@every_method
 def test_learns_a_batch_by_heart(name: str) -> None:
     method = build(name)
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])
