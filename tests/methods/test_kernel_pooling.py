@@ -141,6 +141,12 @@ def test_every_backbone_trains_every_weight(backbone: str, size: int) -> None:
     assert torch.isfinite(loss)
 
 
+def test_each_pooling_cites_its_own_paper() -> None:
+    papers = {"kernel": "cui2017", "compact_bilinear": "gao2016", "bilinear": "lin2015"}
+    for pooling, paper in papers.items():
+        assert paper in build(pooling=pooling, **POOLINGS[pooling]).citation
+
+
 def test_sizes_are_those_of_the_papers() -> None:
     assert build().classifier.in_features == 1 + build().backbone.channels["last"] + 3 * 4096
     assert build(pooling="compact_bilinear").classifier.in_features == 8192

@@ -1,6 +1,7 @@
 """What every registered method owes to the contract; a new method is tested here without new code."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
     assert len(new) + len(old) == len(list(method.parameters()))
     assert not {id(p) for p in new} & {id(p) for p in old}
     assert sum(len(group) for group in method.backbone.layer_groups()) == len(old)
+
+
+@every_method
+def test_published_methods_are_cited(name: str) -> None:
+    citation = build(name).citation
+    assert bool(citation) == (name != "plain")
+    if citation:
+        assert re.fullmatch(r"@inproceedings\{\w+,\n(  \w+ += \{[^=]+\},?\n)+\}", citation)
+        assert citation.count("{") == citation.count("}")
 
 
 @every_method
