@@ -232,6 +232,9 @@ def test_every_recipe_has_a_model_name_that_leads_back_to_it() -> None:
         ("crossx_cub_resnet50_released", "crossx_resnet50.cub_448_released"),
         ("plain_cars_senet50", "plain_legacy_seresnet50.cars_448"),
         ("crossx_mobilenetv2_160", "crossx_mobilenetv2_035.cub_160"),
+        ("kernel_pooling_mobilenetv2_160", "kernel_pooling_mobilenetv2_035.cub_160"),
+        ("kernel_pooling_bilinear_mobilenetv2_160", "bilinear_mobilenetv2_035.cub_160"),
+        ("kernel_pooling_compact_mobilenetv2_160", "compact_bilinear_mobilenetv2_035.cub_160"),
         ("finetune", "crossx_convnext_tiny.folder_384"),
     ],
 )
@@ -240,7 +243,7 @@ def test_a_model_is_named_as_timm_names_models(recipe: str, name: str) -> None:
 
 
 def test_a_trained_network_has_the_name_of_its_recipe() -> None:
-    assert model_names()[model_name("crossx", "resnet50.tv_in1k", "cub", 448)] == "crossx_cub_resnet50"
+    assert model_names()[model_name("crossx", "resnet50.tv_in1k", {}, "cub", 448)] == "crossx_cub_resnet50"
 
 
 def test_own_file_builds_on_a_model_name(tmp_path: Path) -> None:

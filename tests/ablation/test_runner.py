@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,22 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
             check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, {bad}}}"))
     with pytest.raises(CrossXError, match="nowhere"):
         check_trials(trials(tmp_path / "out", 0, text="variants: {a: {data: {dataset: cub, root: nowhere}}}"))
+
+
+def test_tuning_needs_validation_of_the_epoch_that_is_kept(tmp_path: Path) -> None:
+    data = f"dataset: synthetic, root: {tmp_path / 'images'}, num_classes: 2, images_per_class: 8"
+    for more, sections, message in (
+        ("", "", ""),
+        ("", "trainer: {check_val_every_n_epoch: 2, max_epochs: 4}", ""),
+        ("", "trainer: {check_val_every_n_epoch: 2, max_epochs: 5}", "validation after the last epoch"),
+        ("", "trainer: {limit_val_batches: 0}", "validation after the last epoch"),
+        ("", "optim: {selection: best_on_test}", "tuning chooses on validation images"),
+        ("train_on: trainval", "", "validation images that are not trained on"),
+    ):
+        text = f"variants: {{a: {{data: {{{data}, {more}}}, {sections}}}}}"
+        searched = trials(tmp_path / "out", 0, text=text)
+        with pytest.raises(UsageError, match=f"variant a: .*{message}") if message else nullcontext():
+            check_trials(searched, tuned=True)
 
 
 def test_places_share_cores_and_take_gpus_in_turn() -> None:

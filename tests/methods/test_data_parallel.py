@@ -1,8 +1,9 @@
 """Two ranks against one process on the whole batch, through DDP and the whole method."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossx.backbones import synchronize_batch_norms
 from crossx.losses import ClassificationLoss
-from crossx.methods import Method, create_method
+from crossx.methods import Method, create_method, list_methods
 from distributed import run_on_two_ranks
 
 
@@ -19,32 +20,30 @@ class Case(NamedTuple):
     """How a batch of six is trained on.
 
     Attributes:
-        form: Of C3S, for Cross-X.
         first: Images that the first rank has, in each micro-batch.
         weighted: Whether classes are weighted, and labels smoothed.
         method: Its name.
+        options: Its options.
     """
 
-    form: str | None
     first: tuple[int, ...]
     weighted: bool = False
     method: str = "crossx"
+    options: Mapping[str, Any] = {}
 
 
+PAPER, RELEASED = {"c3s_form": "paper"}, {"c3s_form": "released"}
 CASES = {
-    "paper, even": Case("paper", (3,)),
-    "released, even": Case("released", (3,)),
-    "paper, uneven": Case("paper", (4,)),
-    "released, uneven": Case("released", (4,)),
-    "paper, one image": Case("paper", (5,), weighted=True),
-    "released, one image": Case("released", (5,), weighted=True),
-    "paper, accumulated": Case("paper", (3, 5)),
-    "released, accumulated": Case("released", (4, 3), weighted=True),
-    "dfl, uneven": Case(None, (4,), weighted=True, method="dfl"),
-    "mamc, even": Case(None, (3,), method="mamc"),
-    "mamc, uneven": Case(None, (4,), weighted=True, method="mamc"),
-    "maxent, uneven": Case(None, (4,), weighted=True, method="maxent"),
-    "nts, uneven": Case(None, (4,), weighted=True, method="nts"),
+    "paper, even": Case((3,), options=PAPER),
+    "released, even": Case((3,), options=RELEASED),
+    "paper, uneven": Case((4,), options=PAPER),
+    "released, uneven": Case((4,), options=RELEASED),
+    "paper, one image": Case((5,), weighted=True, options=PAPER),
+    "released, one image": Case((5,), weighted=True, options=RELEASED),
+    "paper, accumulated": Case((3, 5), options=PAPER),
+    "released, accumulated": Case((4, 3), weighted=True, options=RELEASED),
+    "mamc, even": Case((3,), method="mamc"),
+    **{f"{name}, uneven and weighted": Case((4,), weighted=True, method=name) for name in list_methods()},
 }
 
 
@@ -63,8 +62,7 @@ class Objective(nn.Module):
 def build(case: Case) -> Method:
     """Batch norm in evaluation mode: each rank's own batch statistics are no part of the method."""
     torch.manual_seed(0)
-    options = {"c3s_form": case.form} if case.method == "crossx" else {}
-    method = create_method(case.method, backbone="test_resnet", num_classes=3, image_size=64, **options)
+    method = create_method(case.method, backbone="test_resnet", num_classes=3, image_size=64, **case.options)
     if case.weighted:
         method.criterion = ClassificationLoss(torch.tensor([0.5, 1.0, 3.0]), 0.1)
     return method.eval()

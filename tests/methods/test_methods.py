@@ -1,6 +1,7 @@
 """What every registered method owes to the contract; a new method is tested here without new code."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_class_maps_are_the_heads_logits_but_for_the_bias(name: str) -> None:
 
 
 @every_method
+def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: str) -> None:
+    batches = [(torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2]))]
+    training, evaluating = build(name), build(name).eval()
+    modes = [module.training for module in training.modules()]
+    buffers = {key: value.clone() for key, value in training.named_buffers()}
+    for method in (training, evaluating):
+        method.prepare(iter(batches))
+    assert [module.training for module in training.modules()] == modes
+    assert all(torch.equal(value, buffers[key]) for key, value in training.named_buffers())
+    torch.testing.assert_close(training.state_dict(), evaluating.state_dict(), rtol=0, atol=0)
+
+
+@every_method
 def test_learns_a_batch_by_heart(name: str) -> None:
     method = build(name)
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -87,6 +101,15 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
     assert len(new) + len(old) == len(list(method.parameters()))
     assert not {id(p) for p in new} & {id(p) for p in old}
     assert sum(len(group) for group in method.backbone.layer_groups()) == len(old)
+
+
+@every_method
+def test_published_methods_are_cited(name: str) -> None:
+    citation = build(name).citation
+    assert bool(citation) == (name != "plain")
+    if citation:
+        assert re.fullmatch(r"@inproceedings\{\w+,\n(  \w+ += \{[^=]+\},?\n)+\}", citation)
+        assert citation.count("{") == citation.count("}")
 
 
 @every_method

@@ -169,6 +169,8 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
                     f"variant {trial.variant}: tuning needs validation images that are not trained on: see "
                     "--data.val_fraction and --data.train_on."
                 )
+        if tuned:
+            _check_validates(trial)
         try:
             with torch.device("meta"):
                 method = create_method(
@@ -184,6 +186,22 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
             build_mix(method, trial.config.optim)
         except UsageError as error:
             raise UsageError(f"variant {trial.variant}: {error}") from error
+
+
+def _check_validates(trial: Trial) -> None:
+    """Check that the epoch whose weights become the model is validated, for tuning to choose by."""
+    trainer = trial.config.trainer
+    if trial.config.optim.selection == "best_on_test":
+        raise UsageError(
+            f"variant {trial.variant}: tuning chooses on validation images, and optim.selection best_on_test on the "
+            "test images: take best or last."
+        )
+    every = trainer.get("check_val_every_n_epoch") or 1
+    if trainer.get("limit_val_batches", 1.0) == 0 or trainer["max_epochs"] % every:
+        raise UsageError(
+            f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.limit_val_batches "
+            "and --trainer.check_val_every_n_epoch."
+        )
 
 
 def run_trials(

@@ -79,7 +79,9 @@ class Facts:
     def name(self) -> str:
         """The timm-style name, the one to use as the name of a repository."""
         spec = self.spec
-        return model_name(spec.method, spec.backbone, spec.dataset, spec.preprocessing.image_size)
+        return model_name(
+            spec.method, spec.backbone, spec.options, spec.dataset, spec.preprocessing.image_size
+        )
 
 
 class CardFigure(NamedTuple):

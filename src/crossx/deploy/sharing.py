@@ -171,7 +171,7 @@ def hub_config(spec: ModelSpec) -> dict[str, Any]:
     return {
         "library_name": LIBRARY,
         "library_version": metadata.version(LIBRARY),
-        "architecture": architecture(spec.method, spec.backbone),
+        "architecture": architecture(spec.method, spec.backbone, spec.options),
         "num_classes": len(spec.classes),
         "label_names": list(spec.classes),
         "pretrained_cfg": {

@@ -100,21 +100,26 @@ def list_recipes() -> list[str]:
     return [name for name in _packaged() if not name.startswith("_")]
 
 
-def architecture(method: str, backbone: str) -> str:
-    """Return the timm-style name of a network: ``crossx_resnet50``; the backbone's weight tag is left out."""
-    return f"{method}_{backbone.partition('.')[0]}"
+def architecture(method: str, backbone: str, options: Mapping[str, Any]) -> str:
+    """Return the timm-style name of a network: ``crossx_resnet50``; the backbone's weight tag is left out.
+
+    The special cases of ``kernel_pooling`` are published methods, and have their names: ``bilinear_resnet50``.
+    """
+    named = options.get("pooling") if method == "kernel_pooling" else None
+    return f"{method if named in (None, 'kernel') else named}_{backbone.partition('.')[0]}"
 
 
-def model_name(method: str, backbone: str, dataset: str, image_size: int) -> str:
+def model_name(method: str, backbone: str, options: Mapping[str, Any], dataset: str, image_size: int) -> str:
     """Return the timm-style name of a trained network: ``crossx_resnet50.cub_448``.
 
     Args:
         method: A registered method.
         backbone: A timm name.
+        options: The method's.
         dataset: Name of the dataset.
         image_size: Side of the crop that the network sees, in pixels.
     """
-    return f"{architecture(method, backbone)}.{dataset}_{image_size}"
+    return f"{architecture(method, backbone, options)}.{dataset}_{image_size}"
 
 
 @cache
@@ -127,6 +132,7 @@ def _model_name(recipe: Recipe) -> str:
     name = model_name(
         recipe.get("model", "method"),
         recipe.get("model", "backbone"),
+        recipe.to_dict()["model"],
         recipe.get("data", "dataset"),
         recipe.get("data", "image_size"),
     )

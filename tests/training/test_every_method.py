@@ -1,0 +1,52 @@
+"""What every registered method can do as a run; a new method is tested here without new code."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from test_resume import assert_same_run, crash, interrupt
+
+from crossx.deploy.predictor import Predictor
+from crossx.evaluation.predictions import Predictions, predictions_path
+from crossx.evaluation.testing import test_run as evaluate_run
+from crossx.methods import list_methods
+from crossx.training.fit import fit, resume
+
+SMALL = {"kernel_pooling": {"sketch_size": 32}, "mamc": {"embedding_size": 8}}
+"""Options that make a method's own layers as small as the test's backbone."""
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_trains_resumes_tests_predicts_and_explains(make_config, monkeypatch, images, name):
+    sections = {
+        "model": {"method": name, **SMALL.get(name, {})},
+        "data": {"augmentation": "trivial"},
+        "optim": {"freeze_backbone_epochs": 1, "ema_decay": 0.8, "lr": 0.003},
+        "trainer": {"max_epochs": 2},
+    }
+    whole = fit(make_config("whole", **sections))
+    interrupt(monkeypatch, 6, crash)
+    config = make_config("stopped", **sections)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    run = resume(config.run_path())
+    assert_same_run(run, whole)
+
+    results = evaluate_run(run.path)
+    tested = Predictions.load(predictions_path(run.path, "test"), run, "test")
+    assert results["top1"] == pytest.approx(tested.correct.mean())
+
+    predictor = Predictor.load(run.path, "cpu")
+    paths = [images / path for path in tested.paths]
+    scaled = tested.logits / predictor.spec.temperature
+    probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    for prediction, expected in zip(predictor.predict(paths), probabilities, strict=True):
+        assert prediction.label == tested.classes[expected.argmax()]
+        assert prediction.probability == pytest.approx(expected.max(), abs=1e-4)
+
+    maps = "both" if find_spec("captum") else "activation"
+    for explained, expected in zip(predictor.iter_explain(paths, maps=maps), probabilities, strict=True):
+        np.testing.assert_allclose(explained.explanation.probabilities, expected, atol=1e-4)
+        kinds = {"CAM " in map_ for map_ in explained.explanation.maps}
+        assert kinds == ({False, True} if maps == "both" else {False})
