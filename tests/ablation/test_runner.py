@@ -152,6 +152,11 @@ def test_an_existing_run_with_other_options_is_refused_before_anything_runs(comm
     trials(command, 0, text="variants: {a: {data: {num_workers: 3}}}")
 
 
+def test_an_option_left_out_and_given_is_the_same_training(command: Path) -> None:
+    run_trials(trials(command, 0))
+    assert trials(command, 0, text="variants: {a: {data: {sampling: uniform}}}")[0].is_done
+
+
 def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="twice: 3 0 3"):
         trials(tmp_path / "out", 3, 0, 3)

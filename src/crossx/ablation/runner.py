@@ -382,11 +382,14 @@ def _check_same(trial: Trial) -> None:
 def _identity(config: Config) -> dict[str, Any]:
     """Return what a training depends on, flat: all but the folders' places and what only changes its speed."""
     # imports torch
-    from crossx.methods.base import method_options
+    from crossx.methods.base import method_class, method_options
 
     model = replace(config.model, options={**method_options(config.model.method), **config.model.options})
+    # left out and given are the same training
+    sampling = config.data.sampling or method_class(model.method).sampling or "uniform"
+    completed = replace(config, model=model, data=replace(config.data, sampling=sampling))
     # as YAML gives it back: tuples are lists
-    values = yaml.safe_load(replace(config, model=model).to_yaml())
+    values = yaml.safe_load(completed.to_yaml())
     flat = {
         f"{section}.{key}": value
         for section in ("model", "data", "optim", "trainer")
