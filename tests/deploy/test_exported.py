@@ -245,3 +245,8 @@ def test_the_example_needs_no_crossx(run: Path, photos: Path, export: Exports) -
     assert [row[:2] for row in rows] == [[str(p.path), p.label] for p in predictions]
     # Pillow's resizing differs from the run's by a grey level here and there
     assert [float(row[2]) for row in rows] == pytest.approx([p.probability for p in predictions], abs=2e-3)
+
+
+def test_the_page_shows_the_example() -> None:
+    page = EXAMPLE.parents[1] / "docs" / "export.md"
+    assert EXAMPLE.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")
