@@ -42,7 +42,8 @@ from crossx.runs import (
 )
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import ImageInput, Predictor
+    from crossx.deploy.inputs import ImageInput
+    from crossx.deploy.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
