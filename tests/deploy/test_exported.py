@@ -112,6 +112,12 @@ def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -
     assert report.comparison.same_class == report.comparison.images
 
 
+def test_the_onnx_file_holds_no_path_of_this_machine(export: Exports) -> None:
+    content = export("onnx").files[0].read_bytes()
+    assert b"stack_trace" not in content
+    assert str(Path(__file__).parents[2]).encode() not in content
+
+
 def test_the_onnx_file_convolves_no_more_than_the_trunk(export: Exports) -> None:
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(export("onnx").files[0]).graph
@@ -147,6 +153,7 @@ def test_int8_tells_its_accuracy(format_: str, run: Path, photos: Path, tmp_path
     expected = probabilities(run, images)
     found = model.classify(images)
     assert 0 < (found - expected).abs().max() < 0.1
+    torch.testing.assert_close(found, (model.logits(images) / TEMPERATURE).softmax(1), atol=1e-5, rtol=0)
 
 
 def test_without_images_random_pixels_are_compared(run: Path, tmp_path: Path) -> None:

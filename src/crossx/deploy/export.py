@@ -214,7 +214,9 @@ def _several(images: Tensor) -> Tensor:
 def _save_onnx(graph: onnx.ModelProto, description: str, precision: str, file: Path) -> None:
     import onnx
 
-    del graph.metadata_props[:]
+    # the exporter notes for each node which lines of which files on this machine it comes from
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del part.metadata_props[:]
     onnx.helper.set_model_props(graph, {KEY: description})
     onnx.save(graph, file)
 
