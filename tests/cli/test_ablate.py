@@ -84,17 +84,7 @@ def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest
     assert not Path("out").exists()
 
 
-def test_a_failed_variant_is_named_and_the_exit_code_says_so(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("suite.yaml").write_text("variants: {good: {}, diverges: {optim: {lr: 1e30}}}")
-    assert ablate() == 1
-    printed = capsys.readouterr().out
-    assert "failed: diverges, seed 0: crossx fit: error: " in printed
-    assert "| good " in printed
-
-
-def test_options_are_chosen_on_validation_and_only_what_was_chosen_is_tested(
+def test_options_are_chosen_on_validation_a_failure_is_named_and_only_the_chosen_is_tested(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("suite.yaml").write_text(
