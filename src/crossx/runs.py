@@ -394,6 +394,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a training configuration as YAML holds it.
+
+    Raises:
+        CrossXError: If the file cannot be read, or is no YAML mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CrossXError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+    return values
+
+
 def environment() -> dict[str, Any]:
     """Describe what the run was made with: Python, platform, package versions, git state of the working folder."""
     versions = {}

@@ -33,6 +33,12 @@ def test_yaml_round_trip(options, lr, milestones, seed):
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "ü\n"])
+def test_line_breaks_of_unicode_come_back(text):
+    config = Config(model=ModelConfig(options={"part": text}), output=text)
+    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
 def test_left_out_options_take_their_defaults():
     assert Config.from_dict({"trainer": {"precision": "bf16-mixed"}}).trainer == {
         "max_epochs": 30,

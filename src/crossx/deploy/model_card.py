@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -19,13 +18,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crossx.data.catalog import DATASETS, DatasetInfo
-from crossx.errors import CrossXError, UsageError, first_line
+from crossx.errors import UsageError
 from crossx.methods.base import Method
 from crossx.recipes import model_name
 from crossx.report.classes import ClassRow
 from crossx.report.page import result_notices
 from crossx.report.tables import Table, percent
-from crossx.runs import ModelSpec, Run
+from crossx.runs import ModelSpec, Run, read_config
 
 TASK = "image-classification"
 OWN_DATA = ("folder", "table")
@@ -63,7 +62,7 @@ class Facts:
         Raises:
             CrossXError: If one of its files is damaged.
         """
-        config = _read_config(run.config) if run.config.is_file() else {}
+        config = read_config(run.config) if run.config.is_file() else {}
         table = run.path / "test" / "per_class.csv"
         classes = []
         if results and table.is_file():
@@ -89,16 +88,6 @@ class CardFigure(NamedTuple):
 
     file: str
     text: str
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CrossXError(f"{path}: not valid YAML ({first_line(error)}).") from error
-    if not isinstance(values, dict):
-        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
-    return values
 
 
 def write_card(

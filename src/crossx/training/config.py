@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 
 from crossx.data.config import DataConfig
-from crossx.errors import CrossXError, UsageError, check_choice, nearest
+from crossx.errors import UsageError, check_choice, nearest
 from crossx.recipes import load_recipe
+from crossx.runs import read_config
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "multistep", "cosine", "one_cycle"]
@@ -303,7 +304,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, in the order of the fields."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
@@ -313,15 +314,18 @@ class Config:
             CrossXError: If the file is missing or no YAML mapping.
             UsageError: As ``from_dict``.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CrossXError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-        if not isinstance(values, dict):
-            raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
-        return cls.from_dict(values)
+        return cls.from_dict(read_config(Path(path)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps Unicode's own line breaks in texts, which PyYAML reads back as spaces unless they are escaped."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        breaks = any(character in data for character in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _check(option: str, value: float, allowed: str, good: bool) -> None:
