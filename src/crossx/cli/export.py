@@ -94,6 +94,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def print_report(report: ExportReport) -> None:
     """Print what was written and how it compares with the network."""
+    from crossx.deploy.verify import RANDOM_PIXELS
+
     said, compared = report.description, report.comparison
     size = said["input"]["size"]
     classes = len(said["classes"])
@@ -107,7 +109,7 @@ def print_report(report: ExportReport) -> None:
         f"against eager float32 on {compared.images} images ({compared.source}): logits differ by at most "
         f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}"
     )
-    if compared.source.startswith("random pixels"):
+    if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
     if report.accuracy:
         accuracy = report.accuracy

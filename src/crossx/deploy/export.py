@@ -32,9 +32,9 @@ from crossx.deploy.verify import (
     images_to_compare,
     measure_accuracy,
     quantization_data,
-    read_data,
 )
 from crossx.errors import CrossXError, UsageError, first_line, unknown
+from crossx.evaluation.testing import open_data
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run
 
@@ -129,7 +129,7 @@ def export_run(
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
-    read = cache(partial(read_data, run, spec, root, dataset))
+    read = cache(partial(open_data, run.read_info(), spec, root, dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)

@@ -14,17 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
 from crossx.data.images import find_images, image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.deploy.exported import ExportedModel
 from crossx.errors import CrossXError
-from crossx.evaluation.classes import check_classes
-from crossx.evaluation.testing import data_config
 from crossx.methods.base import Method
-from crossx.runs import ModelSpec, Preprocessing, Run
+from crossx.runs import ModelSpec, Preprocessing
 
 T = TypeVar("T")
 
@@ -84,20 +81,6 @@ class QuantizationData:
     calibration: tuple[Record, ...]
     measured: tuple[Record, ...]
     split: str
-
-
-def read_data(run: Run, spec: ModelSpec, root: str | Path | None, dataset: str | None) -> DataModule:
-    """Read the dataset of a run, or another with the same classes.
-
-    Raises:
-        UsageError: If there is no such dataset.
-        CrossXError: If it cannot be read, or its classes are not the run's.
-    """
-    info = run.read_info()
-    config = data_config(info, spec, root, dataset, None, None)
-    index = read_configured(config)
-    check_classes(spec.classes, index.classes, index.name)
-    return DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
 
 
 def images_to_compare(

@@ -66,8 +66,8 @@ def measure_run(
     present = subject.data.index.split(split)
     if present and not part_names(present):
         raise CrossXError(
-            f"dataset {subject.index.name!r} has no parts on its {split} images. --parts needs a dataset with them: "
-            "cub or nabirds with the archive's parts/part_locs.txt, or synthetic."
+            f"dataset {subject.data.index.name!r} has no parts on its {split} images. --parts needs a dataset with "
+            "them: cub or nabirds with the archive's parts/part_locs.txt, or synthetic."
         )
     subject.data.check_images([split])
     records = subject.data.index.split(split)
@@ -107,7 +107,7 @@ def _visible_parts(records: tuple[Record, ...], subject: Subject) -> tuple[tuple
     shown = parts.visible.any(0)
     if not shown.any():
         raise CrossXError(
-            f"dataset {subject.index.name!r}: no part lies in the crops of its {subject.split} images: do the "
+            f"dataset {subject.data.index.name!r}: no part lies in the crops of its {subject.split} images: do the "
             "positions belong to these images?"
         )
     names = tuple(name for name, seen in zip(names, shown.tolist(), strict=True) if seen)

@@ -56,8 +56,7 @@ class Subject:
         weights: The weights in it that are measured.
         method: The network with them, in evaluation mode on the CPU.
         spec: Its description.
-        index: The dataset as it was read.
-        data: Loads it as the network takes it.
+        data: Loads the dataset as the network takes it.
         split: What is measured on.
         device: Where to compute.
         output: The folder for the results.
@@ -67,7 +66,6 @@ class Subject:
     weights: Path
     method: Method
     spec: ModelSpec
-    index: DatasetIndex
     data: DataModule
     split: str
     device: torch.device
@@ -209,7 +207,7 @@ def test_run(
             outputs.heads,
             outputs.targets,
             spec.classes,
-            subject.index.levels,
+            data.index.levels,
             temperature=spec.temperature,
         ),
         **subject.describe(),
@@ -246,16 +244,37 @@ def prepare_test(
     target_device = select_device(device)
     method, spec = load_method(path)
     info = run.read_info()
-    config = data_config(info, spec, root, dataset, batch_size, num_workers)
     if str(info.get("class_names", "")).startswith("numbered"):
         raise CrossXError(
             f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
             "them their names and order."
         )
+    data = open_data(info, spec, root, dataset, batch_size, num_workers)
+    return Subject(run, weights, method, spec, data, split, target_device, folder)
+
+
+def open_data(
+    info: Mapping[str, Any],
+    spec: ModelSpec,
+    root: str | Path | None,
+    dataset: str | None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> DataModule:
+    """Read the dataset of a run, or another with the same classes; arguments are those of ``test_run``.
+
+    Args:
+        info: The run's ``run.json``.
+        spec: Its description.
+
+    Raises:
+        UsageError: If there is no such dataset.
+        CrossXError: If it cannot be read, or its classes are not the run's.
+    """
+    config = data_config(info, spec, root, dataset, batch_size, num_workers)
     index = read_configured(config)
     check_classes(spec.classes, index.classes, index.name)
-    data = DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
-    return Subject(run, weights, method, spec, index, data, split, target_device, folder)
+    return DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
 
 
 def data_config(
