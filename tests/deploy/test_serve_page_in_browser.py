@@ -26,6 +26,7 @@ import uvicorn
 from fastapi import FastAPI
 from playwright import sync_api
 
+from crossx.deploy.export import export_run
 from crossx.deploy.limits import Limits
 from crossx.deploy.predictor import Prediction, Predictor
 from crossx.deploy.server import create_app
@@ -156,6 +157,22 @@ def pixels(page: Any, selector: str) -> np.ndarray:
     """The pixels of a data: picture."""
     source = page.locator(selector).get_attribute("src")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))))
+
+
+def test_an_exported_file_names_pictures_and_offers_no_maps(
+    open_page: Callable[..., Any], image: Path, expected: Prediction, run: Path, tmp_path: Path
+) -> None:
+    file = export_run(run, tmp_path / "x.safetensors", images=image.parent).files[0]
+    with serving(create_app(Predictor.load(file))) as served:
+        page = open_page(served)
+        page.get_by_label("Choose a picture").set_input_files(image)
+        expect(page.locator("#result")).to_be_visible()
+        expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
+        assert top(page) == [(label, percent(share)) for label, share in expected.top]
+        expect(page.locator("#top button").first).to_be_disabled()
+        expect(page.locator("#top-hint")).to_be_hidden()
+        expect(page.locator("#maps")).to_be_hidden()
+        expect(page.locator("#error")).to_be_empty()
 
 
 def test_a_chosen_picture_is_named_as_the_predictor_does(

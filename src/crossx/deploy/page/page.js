@@ -99,7 +99,7 @@ async function look(options) {
   say(`Looking at ${picture.name} …`);
   await keep(options);
   showPrediction(await predict(picture, options));
-  await showMaps(null, options);
+  if (limits.explains) await showMaps(null, options);
 }
 
 // Read the picture into memory, so that it can be sent again whatever becomes of its file.
@@ -114,8 +114,9 @@ async function keep({ signal }) {
 
 async function introduce(options) {
   limits = await describe(options);
-  const { model, classes, max_upload_mb: megabytes, max_pixels: pixels } = limits;
+  const { model, classes, explains, max_upload_mb: megabytes, max_pixels: pixels } = limits;
   at["key-form"].hidden = true;
+  at["top-hint"].hidden = !explains;
   at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
   at.bounds.textContent = `At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
 }
@@ -192,7 +193,7 @@ function ranked({ label, probability }) {
   const bar = made("span", { className: "bar" });
   bar.append(made("span"));
   bar.firstChild.style.width = `${100 * probability}%`;
-  const button = made("button", { type: "button", value: label });
+  const button = made("button", { type: "button", value: label, disabled: !limits.explains });
   button.append(
     made("span", { className: "label", textContent: label }), bar,
     made("span", { className: "number", textContent: percent(probability) }),
