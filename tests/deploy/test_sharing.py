@@ -92,6 +92,11 @@ def test_the_folder_holds_safetensors_json_card_and_chart(predictor: Predictor, 
         assert picture.width > 600
 
 
+def test_one_image_in_memory_may_be_given(predictor: Predictor, tmp_path: Path) -> None:
+    folder = predictor.save_pretrained(tmp_path / "shared", images=Image.new("RGB", (90, 70), "teal"))
+    assert (folder / "activation_maps.png").is_file()
+
+
 def test_maps_of_images_are_shown_if_they_are_given(predictor: Predictor, tmp_path: Path) -> None:
     layouts.write_image(tmp_path / "mine.jpg", 0, 0)
     folder = predictor.save_pretrained(tmp_path / "shared", images=tmp_path / "mine.jpg")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crossx.deploy.inputs import expand
 from crossx.deploy.model_card import CardFigure, Facts, check_license, write_card
 from crossx.errors import CrossXError, UsageError
 from crossx.explain.figures import figure, save_png
@@ -81,7 +82,7 @@ def save_pretrained(
     facts = _gather(predictor)
     check_writable(target)
     maps = None
-    if given := [images] if isinstance(images, str | bytes | Path) else list(images):
+    if given := expand(images):
         maps = figure(predictor.method, predictor.inputs(given), predictor.spec)
     # Without model.json nothing loads the folder: it goes first and comes last, so that a kill in between leaves no
     # weights beside another network's description.
