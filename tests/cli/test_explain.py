@@ -19,11 +19,6 @@ from crossx.explain.maps import Kind
 STAGES = ("previous", "last", "merged")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

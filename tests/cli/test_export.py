@@ -8,18 +8,6 @@ import layouts
 from crossx.cli.main import main
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=3)
-    return tmp_path
-
-
 def test_says_what_it_wrote_and_how_it_compares(
     run: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

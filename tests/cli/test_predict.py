@@ -11,22 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import layouts
 from crossx.cli.main import main
 from crossx.deploy import collection
 from crossx.deploy.predictor import Predictor
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=3)
-    return tmp_path
 
 
 def test_a_collection_is_predicted_once(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,6 @@ from crossx.runs import Run, write_json
 from hub_stub import Hub
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(layouts.write_run(tmp_path_factory.mktemp("run")))
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.chdir(tmp_path)
