@@ -96,6 +96,7 @@ def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
     assert not (tmp_path / "odd").exists()
     with pytest.raises(UsageError, match=r"method 'mamc' needs one class per image"):
         fit(make_config("mixup", model=model, optim={"mixup": 0.2}))
+    assert not (tmp_path / "mixup").exists()
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])

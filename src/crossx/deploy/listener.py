@@ -20,7 +20,7 @@ from pythonjsonlogger.json import JsonFormatter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from crossx.deploy.service import Service
-from crossx.errors import UsageError
+from crossx.errors import UsageError, first_line
 
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(
             f"cannot listen at {host}:{port} ({reason}): give another --host or --port."
         ) from error
