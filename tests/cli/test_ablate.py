@@ -35,21 +35,6 @@ def ablate(*more: str) -> int:
     return main([*command, *more])
 
 
-def test_a_suite_is_trained_tested_and_tabulated_and_not_twice(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ablate("--jobs", "2") == 0
-    printed = capsys.readouterr().out
-    assert "| crossx " in printed
-    assert "| plain " in printed
-    for name in ("results.json", "table.md", "table.csv", "table.tex", "chart.png"):
-        assert Path("out", name).stat().st_size > 0
-    trained = Path("out/crossx/seed-0/model.safetensors").stat().st_mtime_ns
-    assert ablate() == 0
-    assert Path("out/crossx/seed-0/model.safetensors").stat().st_mtime_ns == trained
-    assert capsys.readouterr().out.endswith(printed[printed.index("\n| variant") :])
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -84,15 +69,18 @@ def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest
     assert not Path("out").exists()
 
 
-def test_options_are_chosen_on_validation_a_failure_is_named_and_only_the_chosen_is_tested(
+def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("suite.yaml").write_text(
-        "variants: {plain: {model: {method: plain}}}\ntune: [{optim: {lr: 1e30}}, {optim: {lr: 0.003}}]"
-    )
-    assert ablate("--data.val_fraction", "0.4") == 1
+    variants = "variants: {plain: {model: {method: plain}}}"
+    Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
+    more = ["--data.val_fraction", "0.4", "--jobs", "2"]
+    assert ablate(*more) == 1
     printed = capsys.readouterr().out
     assert "failed: plain, alternative 1, seed 0: crossx fit: error: " in printed
+    assert "| plain " in printed
+    for name in ("table.md", "table.csv", "table.tex", "chart.png"):
+        assert Path("out", name).stat().st_size > 0
     rows = json.loads(Path("out/results.json").read_text())["tuning"]
     assert [row["changes"] for row in rows] == [{}, {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.003}}]
     assert rows[1]["val_top1"] is None
@@ -103,3 +91,13 @@ def test_options_are_chosen_on_validation_a_failure_is_named_and_only_the_chosen
     folder = f"tune-{chosen['alternative']}/" if chosen["alternative"] else ""
     assert tested == [Path(f"out/plain/{folder}seed-0")]
     assert Path("out/tuning.md").read_text().count("| chosen |") == 1
+
+    Path("suite.yaml").write_text(variants)
+    trained = Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns
+    tables = []
+    for _ in range(2):
+        assert ablate(*more) == 0
+        printed = capsys.readouterr().out
+        tables.append(printed[printed.index("\n| variant") :])
+    assert tables[0] == tables[1]
+    assert Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns == trained

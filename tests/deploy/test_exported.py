@@ -24,6 +24,8 @@ from crossx.methods.checkpoint import describe, load_method, save_weights
 from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json
 from refusals import refusal
 
+pytestmark = pytest.mark.usefixtures("one_onnx_export")
+
 CLASSES = tuple(sorted(layouts.FOLDERS))
 TEMPERATURE = 1.7
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_without_crossx.py"

@@ -30,6 +30,8 @@ from crossx.deploy.predictor import Predictor
 from crossx.methods.checkpoint import load_method
 from crossx.runs import Run, write_json
 
+pytestmark = pytest.mark.usefixtures("one_onnx_export")
+
 CLASSES = ("jay", "owl", "wren")
 TEMPERATURE = 0.6
 TOLERANCE = {"run": 1e-6, **dict.fromkeys(SUFFIXES, 1e-5)}

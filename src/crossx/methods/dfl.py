@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -212,6 +211,9 @@ def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
     features = features.unique(dim=0)
     if len(features) <= count:
         return features[torch.arange(count) % len(features)]
+    # takes half a second to import, which only training from k-means needs
+    from scipy.cluster.vq import kmeans2
+
     with warnings.catch_warnings():
         # an empty cluster keeps its last centre
         warnings.filterwarnings("ignore", "One of the clusters is empty")
