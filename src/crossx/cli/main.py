@@ -54,8 +54,8 @@ examples:
   crossx test runs/mine
   crossx predict runs/mine bird.jpg
 
-RUN is a run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub, in every verb; for predict and
-serve also a file of export.
+RUN is a run folder or a checkpoint file in one; for predict, explain, export, serve and share also USER/NAME on the
+Hugging Face Hub, for predict and serve also a file of export.
 """
 
 INTERRUPTED = 130
