@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import layouts
 from crossx.ablation import runner
 from crossx.ablation.runner import Trial, check_trials, places, plan, run_trials
 from crossx.ablation.suite import load_suite
@@ -113,6 +114,15 @@ def test_a_failure_is_told_in_one_line_and_stops_no_other(command: Path) -> None
     assert sorted(reports) == sorted([(0, None), *reasons.items()], key=lambda pair: pair[0])
 
 
+def test_a_folder_that_cannot_be_made_stops_no_other(command: Path) -> None:
+    planned = trials(command, 0, text="variants: {a: {}, b: {}}")
+    command.mkdir()
+    (command / "a").touch()
+    failed = run_trials(planned)
+    assert {trial.variant for trial in failed} == {"a"}
+    assert planned[1].is_done
+
+
 def test_jobs_run_at_the_same_time_and_share_the_cores(
     command: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +178,8 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
     check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}}}"))
     for more, sections, message in (
         ("", "model: {c3s_weights: [1]}", "c3s_weights takes 3 numbers"),
+        ("", "model: {num_parts: two}", "method 'crossx': an option is of the wrong type"),
+        ("", "model: {osme_placement: outptu}", "Did you mean 'output'"),
         ("image_size: 32", "", "image_size 32 is too small"),
         ("image_size: 64", "model: {method: nts, num_proposals: 40}", "images of 64 pixels have 39 anchors"),
         ("batch_size: 5", "model: {method: mamc}", "batch_size must be even"),
@@ -177,6 +189,10 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
         bad = f"bad: {{data: {{{data}, {more}}}, {sections}}}"
         with pytest.raises(UsageError, match=f"variant bad: .*{message}"):
             check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, {bad}}}"))
+    photos = layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=4)
+    untestable = f"variants: {{a: {{data: {{dataset: folder, root: {photos}, test_fraction: 0}}}}}}"
+    with pytest.raises(CrossXError, match="variant a: dataset 'folder' has no test images"):
+        check_trials(trials(tmp_path / "out", 0, text=untestable))
     with pytest.raises(CrossXError, match="nowhere"):
         check_trials(trials(tmp_path / "out", 0, text="variants: {a: {data: {dataset: cub, root: nowhere}}}"))
 
@@ -189,6 +205,7 @@ def test_tuning_needs_validation_of_the_epoch_that_is_kept(tmp_path: Path) -> No
         ("", "trainer: {check_val_every_n_epoch: 2, max_epochs: 5}", "validation after the last epoch"),
         ("", "trainer: {limit_val_batches: 0}", "validation after the last epoch"),
         ("", "optim: {selection: best_on_test}", "tuning chooses on validation images"),
+        ("", "trainer: {max_steps: 3}", "trainer.max_steps may stop within an epoch"),
         ("train_on: trainval", "", "validation images that are not trained on"),
     ):
         text = f"variants: {{a: {{data: {{{data}, {more}}}, {sections}}}}}"

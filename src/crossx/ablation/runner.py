@@ -39,7 +39,7 @@ from crossx.training.config import Config
 SPLIT = "test"
 
 _NEUTRAL = ("data.root", "data.num_workers", "data.cache", "data.eval_batch_size", "trainer.logger")
-"""Options that change no result."""
+"""Options that may differ between two calls: where things lie, and what changes speed alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +164,10 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
         if repr(data) not in classes:
             index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
             classes[repr(data)] = len(index.classes)
+            if not index.split(SPLIT):
+                raise CrossXError(
+                    f"variant {trial.variant}: dataset {index.name!r} has no {SPLIT} images to measure it on."
+                )
             if tuned and (data.train_on == "trainval" or not index.split("val")):
                 raise UsageError(
                     f"variant {trial.variant}: tuning needs validation images that are not trained on: see "
@@ -197,6 +201,12 @@ def _check_validates(trial: Trial) -> None:
             "test images: take best or last."
         )
     every = trainer.get("check_val_every_n_epoch") or 1
+    for option in ("max_steps", "max_time"):
+        if trainer.get(option) not in (None, -1):
+            raise UsageError(
+                f"variant {trial.variant}: tuning needs validation after the last step, and trainer.{option} may stop "
+                "within an epoch: give --trainer.max_epochs."
+            )
     if trainer.get("limit_val_batches", 1.0) == 0 or trainer["max_epochs"] % every:
         raise UsageError(
             f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.limit_val_batches "
@@ -232,16 +242,13 @@ def run_trials(
         try:
             for future in as_completed(waiting):
                 trial, reason = waiting[future], future.result()
-                if crew.stopping:
-                    continue
                 if reason:
                     failed[trial] = reason
                 report(trial, reason)
-        except KeyboardInterrupt:
+        except BaseException:
+            # the pool waits for its threads before the error is seen
             crew.stop()
             raise
-    if crew.stopping:
-        raise KeyboardInterrupt
     return failed
 
 
@@ -264,8 +271,8 @@ class _Crew:
             if not trial.is_trained:
                 self._call(trial, place, _training(trial))
             if self._test and not trial.is_done:
-                self._call(trial, place, ["test", str(trial.run.path)])
-        except CrossXError as error:
+                self._call(trial, place, ["test", str(trial.run.path), *_root(trial)])
+        except (CrossXError, OSError) as error:
             return str(error)
         finally:
             self._places.put(place)
@@ -320,10 +327,15 @@ class _Crew:
 def _training(trial: Trial) -> list[str]:
     """Return the command that trains, or goes on where it was stopped."""
     if trial.run.config.is_file():
-        root = trial.config.data.root
-        return ["fit", "--resume", str(trial.run.path), *(["--data.root", root] if root else [])]
+        return ["fit", "--resume", str(trial.run.path), *_root(trial)]
     write_text(trial.asked, trial.config.to_yaml())
     return ["fit", "--config", str(trial.asked)]
+
+
+def _root(trial: Trial) -> list[str]:
+    """Return the option that says where the data lie now."""
+    root = trial.config.data.root
+    return ["--data.root", root] if root else []
 
 
 def places(
