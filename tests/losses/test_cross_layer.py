@@ -50,6 +50,14 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(cross_layer_loss, (teacher, student))
 
 
+def test_half_precision_is_the_same_loss_of_rounded_logits() -> None:
+    teacher, student = (torch.randn(4, 200, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    teacher, student = teacher.bfloat16(), student.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_layer_loss(teacher, student)
+    torch.testing.assert_close(loss, cross_layer_loss(teacher.float(), student.float()))
+
+
 def test_extreme_logits_stay_finite() -> None:
     loss = cross_layer_loss(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
     assert torch.isfinite(loss)

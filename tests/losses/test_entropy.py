@@ -29,6 +29,13 @@ def test_gradient_equals_finite_differences_in_float64() -> None:
     assert torch.autograd.gradcheck(entropy_loss, torch.randn(3, 5, dtype=torch.float64, requires_grad=True))
 
 
+def test_half_precision_is_the_same_loss_of_rounded_logits() -> None:
+    logits = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = entropy_loss(logits)
+    torch.testing.assert_close(loss, entropy_loss(logits.float()))
+
+
 def test_ends_of_its_range() -> None:
     assert entropy_loss(torch.zeros(2, 7)).item() == pytest.approx(-math.log(7))
     logits = torch.tensor([[1e4, 0, -1e4]], requires_grad=True)

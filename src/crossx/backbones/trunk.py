@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from timm.data import resolve_model_data_config
@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from crossx.backbones.blocks import ATTENTION_SLOTS, expand_stage, previous_index, residual_steps
-from crossx.errors import UsageError, first_line
+from crossx.errors import UsageError, check_choice, first_line
 from crossx.layers import OSME, ResidualOSME, evaluation_mode, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
@@ -98,6 +98,8 @@ class Backbone(nn.Module):
         Raises:
             UsageError: For ``residual`` on a backbone without such blocks, or options OSME refuses.
         """
+        if placement is not None:
+            check_choice("osme_placement", placement, get_args(Placement))
         osme = OSME(self.channels[stage], num_parts, reduction)
         if placement == "output" or (placement is None and self._steps is None):
             self.osme[stage] = osme

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from crossx.errors import UsageError
 from crossx.layers.winograd import convolve3x3
+from crossx.precision import at_least_float32
 from crossx.ranks import sum_over_ranks
 
 Interpolation: TypeAlias = Literal["bilinear", "nearest"]
@@ -121,9 +122,7 @@ class MergedFeatures(nn.Module):
         for own, deeper, reduce, smooth in zip(previous.unbind(1), last.unbind(1), *kernels, strict=True):
             resized = F.interpolate(F.conv2d(deeper, reduce), size=own.shape[-2:], mode=self.interpolation)
             maps = convolve3x3(own + resized, smooth, stride)
-            moments.append(
-                torch.var_mean(maps.float() if maps.dtype.itemsize < 4 else maps, (2, 3), correction=0)
-            )
+            moments.append(torch.var_mean(at_least_float32(maps), (2, 3), correction=0))
         variances, means = zip(*moments, strict=True)
         return torch.stack(means, 1), torch.stack(variances, 1)
 

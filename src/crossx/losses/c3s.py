@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.precision import at_least_float32
 from crossx.ranks import sum_over_ranks, world_size
 
 C3SForm: TypeAlias = Literal["paper", "released"]
@@ -22,7 +23,7 @@ def part_correlations(features: Tensor) -> Tensor:
     In a process group S is that of the global batch: one all-reduce of the (P, C) sums and of the count, through
     which gradients flow, so that DDP's averaged gradients equal those of one process on the whole batch.
     """
-    unit = F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=2)
+    unit = F.normalize(at_least_float32(features), dim=2)
     total = unit.sum(0)
     count: int | Tensor = len(unit)
     if world_size() > 1:

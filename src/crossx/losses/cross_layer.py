@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.precision import at_least_float32
 from crossx.ranks import batch_mean
 
 
@@ -21,9 +22,9 @@ def cross_layer_loss(teacher: Tensor, student: Tensor, detach_teacher: bool = Fa
     """
     if detach_teacher:
         teacher = teacher.detach()
-    divergence = F.kl_div(
-        F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True
-    )
+    # autocast leaves logits in half precision, which on a CPU this loss would be computed in
+    log_q, log_p = (F.log_softmax(at_least_float32(logits), 1) for logits in (student, teacher))
+    divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     return batch_mean(divergence, len(student))
 
 

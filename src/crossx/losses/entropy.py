@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.precision import at_least_float32
 from crossx.ranks import batch_mean
 
 
@@ -17,7 +18,7 @@ def entropy_loss(logits: Tensor) -> Tensor:
     Args:
         logits: (B, K).
     """
-    log_p = F.log_softmax(logits, 1)
+    log_p = F.log_softmax(at_least_float32(logits), 1)
     return batch_mean((log_p.exp() * log_p).sum(1).mean(), len(logits))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.precision import at_least_float32
 from crossx.ranks import gather_over_ranks, world_size
 
 MAMCAverage: TypeAlias = Literal["pairs", "features"]
@@ -38,7 +39,7 @@ def mamc_terms(
         normalize: Whether features are brought to length 1 first.
         average: ``pairs``: divided by N = B / 2, the pairs of the batch, as printed; ``features``: by B P, the anchors.
     """
-    features = features.float() if features.dtype.itemsize < 4 else features
+    features = at_least_float32(features)
     if normalize:
         features = F.normalize(features, dim=2)
     others, first = gather_over_ranks(features)

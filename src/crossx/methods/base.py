@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
-from crossx.errors import UsageError, nearest, unknown
+from crossx.errors import UsageError, first_line, nearest, unknown
 from crossx.losses import ClassificationLoss
 
 
@@ -24,14 +24,21 @@ class Objective(NamedTuple):
         terms: Name to weighted scalar, for the logs. On several ranks ``loss`` and each term are the rank's part of
             the whole batch's: their average over the ranks is what one process would give.
         logits: (B, K), the prediction of ``forward`` on the same batch, for the metrics.
-        measures: Name to detached scalar, logged like the terms and no part of the loss. Their average over the
-            ranks is logged too, so each rank gives what one process would.
+        measures: Name to detached scalar, logged like the terms and no part of the loss; their average over the ranks,
+            too, is what one process would give.
     """
 
     loss: Tensor
     terms: Mapping[str, Tensor]
     logits: Tensor
     measures: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, terms: Mapping[str, Tensor], logits: Tensor, measures: Mapping[str, Tensor] | None = None
+    ) -> Objective:
+        """Return the objective whose loss is the sum of ``terms``."""
+        return cls(reduce(add, terms.values()), terms, logits, measures or {})
 
 
 class Method(nn.Module, ABC):
@@ -242,6 +249,10 @@ def create_method(
         args=dict(backbone_args or {}),
         image_size=image_size,
     )
-    method = cls(trunk, num_classes, **options)
+    try:
+        method = cls(trunk, num_classes, **options)
+    except TypeError as error:
+        # a suite or a file that a person wrote; the command line checks types itself
+        raise UsageError(f"method {name!r}: an option is of the wrong type ({first_line(error)}).") from error
     method.name, method.options = name, {**method_options(name), **options}
     return method

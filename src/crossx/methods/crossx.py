@@ -140,10 +140,7 @@ class CrossX(Method):
         for name, weight in self.cross_layer_weights.items():
             if weight and name in heads:
                 terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
-        loss = terms["data"]
-        for term in list(terms.values())[1:]:
-            loss = loss + term
-        return Objective(loss, terms, logits, measures)
+        return Objective.of(terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> channel means of the attention features U_p (Fig. 5), (B, P, h, w).

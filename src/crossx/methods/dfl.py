@@ -103,11 +103,9 @@ class DFL(Method):
             "data_whole": self.criterion(branches["whole"], targets),
             "data_part": self.criterion(branches["part"], targets),
         }
-        loss = terms["data_whole"] + terms["data_part"]
         if self.side_weight:
             terms["data_side"] = self.side_weight * self.criterion(branches["side"], targets)
-            loss = loss + terms["data_side"]
-        return Objective(loss, terms, self.combine_heads(self._predicting(branches)))
+        return Objective.of(terms, self.combine_heads(self._predicting(branches)))
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> (B, 1, h, w).

@@ -14,6 +14,7 @@ from crossx.backbones import Backbone
 from crossx.errors import UsageError, check_choice
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
 from crossx.methods.base import Method, Objective, register_method
+from crossx.precision import at_least_float32
 
 Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
 
@@ -128,8 +129,7 @@ class KernelPooling(Method):
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the cross-entropy; see ``Method.objective``."""
         logits = self(images)
-        loss = self.criterion(logits, targets)
-        return Objective(loss, {"data": loss}, logits)
+        return Objective.of({"data": self.criterion(logits, targets)}, logits)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
@@ -157,7 +157,7 @@ class KernelPooling(Method):
 
     def _place_features(self, maps: Tensor) -> Tensor:
         """Return the features at each place, (B, N, C), of maps (B, C, h, w), in float32 or wider."""
-        features = maps.flatten(2).transpose(1, 2).to(torch.promote_types(maps.dtype, torch.float32))
+        features = at_least_float32(maps.flatten(2).transpose(1, 2))
         return F.normalize(features, dim=2) if self.normalize_features else features
 
 

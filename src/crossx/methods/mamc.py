@@ -99,12 +99,10 @@ class MAMC(Method):
         features = self.part_features(images)
         logits = self.classifier(self._combine(features))
         terms = {"data": self.criterion(logits, targets)}
-        loss = terms["data"]
         if self.mamc_weight:
-            for name, term in self.mamc.terms(features, targets).items():
-                terms[f"mamc_{name}"] = self.mamc_weight * term
-                loss = loss + terms[f"mamc_{name}"]
-        return Objective(loss, terms, logits)
+            mamc = self.mamc.terms(features, targets)
+            terms |= {f"mamc_{name}": self.mamc_weight * term for name, term in mamc.items()}
+        return Objective.of(terms, logits)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> channel means of the attention features, (B, P, h, w)."""

@@ -48,5 +48,4 @@ class MaxEnt(Plain):
         plain = super().objective(images, targets)
         negative = self.entropy(plain.logits)
         terms = {**plain.terms, "max_entropy": self.gamma * negative}
-        loss = plain.loss + terms["max_entropy"]
-        return Objective(loss, terms, plain.logits, {"entropy": -negative.detach()})
+        return Objective.of(terms, plain.logits, {"entropy": -negative.detach()})

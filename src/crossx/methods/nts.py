@@ -134,8 +134,7 @@ class NTSNet(Method):
             "parts": self.parts_weight * self.criterion(parts, of_parts),
             "ranking": self.ranking(regions.scores, losses.view_as(regions.scores)),
         }
-        loss = terms["raw"] + terms["joined"] + terms["parts"] + terms["ranking"]
-        return Objective(loss, terms, joined)
+        return Objective.of(terms, joined)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the image's last map, (B, 1, h, w)."""

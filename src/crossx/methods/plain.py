@@ -24,8 +24,7 @@ class Plain(Method):
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the cross-entropy; see ``Method.objective``."""
         logits = self(images)
-        loss = self.criterion(logits, targets)
-        return Objective(loss, {"data": loss}, logits)
+        return Objective.of({"data": self.criterion(logits, targets)}, logits)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
