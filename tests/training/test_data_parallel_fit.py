@@ -108,6 +108,7 @@ def test_runs_on_two_ranks(runs, make_config):
         for ours, theirs in zip(rows(runs[method]), rows(alone), strict=True):
             del ours["seconds"], theirs["seconds"]
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), method
+        assert runs[method].read_info()["calibration"]["n"] == 3
     # three images for validation, and one: as many as are counted
     for name in ("crossx", "whole", "few"):
         last = rows(runs[name])[-1]

@@ -4,6 +4,8 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_resume import assert_same_run, crash, interrupt
 
 from crossx.deploy.predictor import Predictor
@@ -14,6 +16,14 @@ from crossx.training.fit import fit, resume
 
 SMALL = {"kernel_pooling": {"sketch_size": 32}, "mamc": {"embedding_size": 8}}
 """Options that make a method's own layers as small as the test's backbone."""
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_trains_in_mixed_precision(make_config, name):
+    trainer = {"max_epochs": 1, "limit_train_batches": 2, "precision": "bf16-mixed"}
+    run = fit(make_config(model={"method": name, **SMALL.get(name, {})}, trainer=trainer))
+    assert all(value.dtype != torch.bfloat16 for value in load_file(run.weights).values())
+    assert 0 <= evaluate_run(run.path)["top1"] <= 1
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models import VisionTransformer
 
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
@@ -16,9 +17,11 @@ from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
 from crossx.training import session as session_module
+from crossx.training.callbacks import LiveProgressBar
 from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import fit
+from crossx.training.history import History
 from crossx.training.task import Task
 
 
@@ -305,11 +308,41 @@ def test_no_write_permission(make_config, tmp_path):
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
-    [({"max_epoch": 3}, "Did you mean 'max_epochs'"), ({"precision": "bf17"}, "precision")],
+    [
+        ({"max_epoch": 3}, "Did you mean 'max_epochs'"),
+        ({"precision": "bf17"}, "unknown trainer.precision 'bf17'"),
+        ({"precision": "bf16-true"}, "Choose from: 16, 16-mixed, 32, 32-true, bf16, bf16-mixed"),
+        ({"strategy": "everything"}, "trainer: .*everything"),
+        ({"accelerator": "tpu"}, "trainer: .*torch_xla"),
+    ],
 )
-def test_wrong_trainer_arguments(make_config, trainer, message):
+def test_wrong_trainer_arguments_leave_no_folder(make_config, tmp_path, trainer, message):
     with pytest.raises(UsageError, match=message):
         fit(make_config(trainer=trainer))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_cannot_recompute_leaves_no_folder(make_config, monkeypatch, tmp_path):
+    def refuse(self, on):
+        assert not on, "gradient checkpointing not supported"
+
+    # a ViT, whose blocks timm runs: some of timm's models refuse like this
+    monkeypatch.setattr(VisionTransformer, "set_grad_checkpointing", refuse)
+    config = make_config(
+        model={"backbone": "test_vit", "backbone_args": {"dynamic_img_size": True}},
+        optim={"recompute_activations": True},
+    )
+    with pytest.raises(UsageError, match="cannot recompute activations"):
+        fit(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_of_an_epoch_whose_steps_were_not_fetched_yet(make_config):
+    history = History(session_module.Run(make_config().run_path()))
+    bar = LiveProgressBar(history)
+    assert bar.get_metrics(None, None) == {}
+    history._live = {"val/loss": 1.0, "val/top1": 0.5}
+    assert bar.get_metrics(None, None) == {"val": "50.0%"}
 
 
 def test_prepare_sees_the_training_set_once(make_config, monkeypatch):

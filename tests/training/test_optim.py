@@ -61,6 +61,13 @@ def test_schedules_equal_those_of_torch(options, expected):
     torch.testing.assert_close(rates(ours, scheduler), rates(theirs, expected(theirs)))
 
 
+@pytest.mark.parametrize(("warmup", "steps", "total"), [(0.25, 4, 24), (2, 4, 8), (2, 4, 5)])
+def test_one_cycle_without_room_to_rise_is_refused(warmup, steps, total):
+    config = OptimConfig(schedule="one_cycle", warmup_epochs=warmup)
+    with pytest.raises(UsageError, match="one_cycle rises over more than one step and fewer than all"):
+        build_scheduler(two_groups(), config, steps_per_epoch=steps, total_steps=total)
+
+
 def test_warm_up_rises_linearly_to_the_peak_and_cosine_ends_at_its_minimum():
     config = OptimConfig(schedule="cosine", warmup_epochs=1.5, min_lr_factor=0.1)
     factors = [

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import layouts
 from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.testing import test_run as evaluate_run
 from crossx.methods import DFL
 from crossx.runs import Run
 from crossx.training import callbacks
@@ -221,6 +222,31 @@ def test_what_cannot_be_resumed(make_config, monkeypatch, tmp_path):
     layouts.write_folder(tmp_path / "images", classes=3, images_per_class=14)
     with pytest.raises(CrossXError, match="can only be resumed on the same data"):
         resume(config.run_path())
+
+
+def test_data_that_moved_are_found_by_what_comes_after(make_config, monkeypatch, tmp_path):
+    images = layouts.write_folder(tmp_path / "images", classes=3, images_per_class=12)
+    config = make_config(data={"root": str(images)})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    moved = shutil.move(images, tmp_path / "moved")
+    run = resume(config.run_path(), root=moved)
+    assert run.read_info()["data_root"] == str(moved)
+    assert evaluate_run(run.path)["n"] == 6
+
+
+def test_a_damaged_checkpoint_leaves_the_status(make_config, monkeypatch):
+    interrupt(monkeypatch, 6, crash)
+    config = make_config()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    run = Run(config.run_path())
+    run.last.write_bytes(b"half")
+    with pytest.raises(CrossXError, match=r"last\.ckpt"):
+        resume(run.path)
+    assert run.read_info()["status"] == "failed"
 
 
 def test_tensorboard_shows_each_step_once(make_config, monkeypatch):

@@ -140,8 +140,12 @@ class DataModule(LightningDataModule):
         """Return the loader of the test split."""
         return self.eval_loader("test")
 
-    def eval_loader(self, split: str) -> ImageLoader:
+    def eval_loader(self, split: str, *, dealt: bool = True) -> ImageLoader:
         """Return a loader of one split without augmentation, in the order of its records.
+
+        Args:
+            split: Its name.
+            dealt: Whether several ranks share the images; False gives all of them to the rank that asks.
 
         Raises:
             CrossXError: If the split is empty.
@@ -155,7 +159,7 @@ class DataModule(LightningDataModule):
         transform = eval_transform(self.preprocessing)
         dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
         batch_size = self.config.eval_batch_size or self.config.batch_size
-        return self._loader(dataset, EvaluationSampler(len(records)), batch_size)
+        return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
 
     def open_caches(self) -> None:
         """Reserve the room for decoded images now, where there is to be a cache.

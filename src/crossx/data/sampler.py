@@ -131,10 +131,12 @@ class EvaluationSampler(Sampler[int]):
 
     Args:
         count: Number of images.
+        dealt: False gives the rank that asks all of them.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, dealt: bool = True) -> None:
         self.count = count
+        self.dealt = dealt
 
     def __len__(self) -> int:
         return len(self._indices())
@@ -144,7 +146,8 @@ class EvaluationSampler(Sampler[int]):
 
     def _indices(self) -> range:
         rank, world_size = _world()
-        return range(self.count) if self.count < world_size else range(rank, self.count, world_size)
+        whole = not self.dealt or self.count < world_size
+        return range(self.count) if whole else range(rank, self.count, world_size)
 
 
 def _count_pairs(labels: Tensor) -> Tensor:

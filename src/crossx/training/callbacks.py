@@ -150,7 +150,8 @@ class LiveProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the newest loss and top-1."""
         live = self.history.live
-        shown = {"loss": f"{live['train/loss']:.3f}"} if live else {}
+        # elsewhere than on a CPU the first epoch may be validated before a number of its steps was fetched
+        shown = {"loss": f"{live['train/loss']:.3f}"} if "train/loss" in live else {}
         top1 = {name: value for name, value in live.items() if name.endswith("/top1")}
         return shown | {name.removesuffix("/top1"): f"{value:.1%}" for name, value in top1.items()}
 

@@ -37,6 +37,9 @@ OWN_TRAINER_ARGUMENTS = {
 }
 """Arguments of Lightning's Trainer that a run sets itself, with what to do instead."""
 
+PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+"""Lightning's names of float32 and mixed precision: weights stay in float32, and so do the numbers that are summed."""
+
 T = TypeVar("T")
 
 
@@ -228,6 +231,7 @@ class Config:
                 raise UsageError(f"trainer.{name} cannot be given: {instead}.")
         for name in self.loggers:
             check_choice("logger", name, LOGGERS)
+        check_choice("trainer.precision", str(self.trainer.get("precision") or 32), PRECISIONS)
         epochs = self.trainer["max_epochs"]
         if not isinstance(epochs, int) or epochs < 1:
             raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,6 +27,7 @@ from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.history import History
 from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
+from crossx.training.task import Task
 
 
 def fit(config: Config) -> Run:
@@ -50,13 +51,14 @@ def fit(config: Config) -> Run:
     try:
         session = open_session(config, run)
         info = _describe(session)
+        parts = _assemble(session, info, resume=False)
         _write(session, info)
     except BaseException:
         with suppress(OSError):
             # only a folder that is still empty: another try may then take the same --output
             run.path.rmdir()
         raise
-    return _train(session, info, resume=False)
+    return _train(session, info, parts, resume=False)
 
 
 def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
@@ -90,22 +92,40 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
                 f"{run.path}: trained on {before['images']} images, and now there are {session.images}: a run can "
                 "only be resumed on the same data."
             )
-        info = {**before, "status": "running"}
+        moved = {"data_root": config.data.root, "data": asdict(config.data)}
+        info = {**before, **moved, "status": "running"}
+    goes_on = run.last.is_file()
+    parts = _assemble(session, info, resume=goes_on)
     if _is_leader():
         _remove_leftovers(run)
     _write(session, info)
-    return _train(session, info, resume=run.last.is_file())
+    return _train(session, info, parts, resume=goes_on)
 
 
-def _train(session: Session, info: dict[str, Any], *, resume: bool) -> Run:
-    run, config = session.run, session.config
-    quiet = config.trainer.get("enable_progress_bar") is False
-    history = History(run, quiet=quiet)
+class _Parts(NamedTuple):
+    """What trains a session. All that can be refused is refused while it is assembled."""
+
+    history: History
+    checkpoints: Checkpoints
+    task: Task
+    trainer: Trainer
+
+
+def _assemble(session: Session, info: dict[str, Any], *, resume: bool) -> _Parts:
+    run = session.run
+    history = History(run, quiet=session.config.trainer.get("enable_progress_bar") is False)
     checkpoints = Checkpoints(run, history, session.monitor)
     steps = int(read_checkpoint(run.last)["global_step"]) if resume else 0
-    with _recorded(session, info, checkpoints), quiet_lightning():
+    with quiet_lightning():
         task = build_task(session)
         trainer = build_trainer(session, history, checkpoints, run_id=info["id"], steps_before=steps)
+    return _Parts(history, checkpoints, task, trainer)
+
+
+def _train(session: Session, info: dict[str, Any], parts: _Parts, *, resume: bool) -> Run:
+    run = session.run
+    history, checkpoints, task, trainer = parts
+    with _recorded(session, info, checkpoints), quiet_lightning():
         if not resume:
             _prepare(session, trainer)
         trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
@@ -133,7 +153,8 @@ def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
         return None
     outputs = evaluate(
         session.method,
-        data.eval_loader("val"),
+        # the other ranks have left
+        data.eval_loader("val", dealt=False),
         trainer.strategy.root_device,
         normalize=data.normalize,
         progress="Calibrating" if session.config.trainer.get("enable_progress_bar") is not False else "",

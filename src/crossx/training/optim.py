@@ -89,14 +89,22 @@ def build_scheduler(
         config: The options.
         steps_per_epoch: Optimiser steps in one epoch.
         total_steps: Optimiser steps in the whole run.
+
+    Raises:
+        UsageError: If the rising part of ``one_cycle`` has no room.
     """
     if config.schedule == "one_cycle":
-        rise = config.warmup_epochs * steps_per_epoch / total_steps
+        warmup = config.warmup_epochs * steps_per_epoch
+        if warmup and not 1 < warmup < total_steps:
+            raise UsageError(
+                f"optim.warmup_epochs {config.warmup_epochs:g} are {warmup:g} of {total_steps} steps: one_cycle rises "
+                "over more than one step and fewer than all."
+            )
         return OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=total_steps,
-            pct_start=min(rise, 1.0) or ONE_CYCLE_RISE,
+            pct_start=warmup / total_steps or ONE_CYCLE_RISE,
             cycle_momentum=config.optimizer == "adamw" or config.momentum > 0,
         )
     return LambdaLR(

@@ -41,10 +41,8 @@ from crossx.training.task import Task, build_mix
 log = logging.getLogger(__name__)
 
 
-class TestAsValidation(DataModule):
+class ValidatesOnTest(DataModule):
     """Evaluates the test images after each epoch: for ``best_on_test`` alone."""
-
-    __test__ = False
 
     def val_dataloader(self) -> ImageLoader:
         """Return the loader of the test split."""
@@ -112,7 +110,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
     # refuses what the method cannot take before anything is written
     build_mix(method, config.optim)
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
-    data = (TestAsValidation if on_test else DataModule)(index, preprocessing, options, config.seed)
+    data = (ValidatesOnTest if on_test else DataModule)(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
     spec = saved or describe(
@@ -133,7 +131,7 @@ def build_task(session: Session) -> Task:
         session.method,
         session.config.optim,
         class_counts=[counts[label] for label in range(len(data.index.classes))],
-        eval_split="test" if isinstance(data, TestAsValidation) else "val",
+        eval_split="test" if isinstance(data, ValidatesOnTest) else "val",
     )
 
 
@@ -178,7 +176,7 @@ def build_trainer(
     }
     try:
         return Trainer(**{**arguments, **own})
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
 
 
