@@ -1,8 +1,8 @@
 """A 3x3 convolution with a quarter of the multiplications, forward and backward, for float32 on a CPU.
 
 Winograd's minimal filtering F(4x4, 3x3), Lavin & Gray 2016, https://arxiv.org/abs/1509.09308: a tile of 6 x 6 inputs
-and the kernel are carried by fixed matrices to 6 x 6 values each, multiplied there, and carried back to 4 x 4 outputs.
-PyTorch's own convolution multiplies all nine taps on a CPU; on a GPU cuDNN chooses by itself.
+and the kernel are transformed by fixed matrices to 6 x 6 values each, multiplied there, and transformed back to 4 x 4
+outputs. PyTorch's own convolution multiplies all nine taps on a CPU; on a GPU cuDNN chooses by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUT, IN, TAPS = 4, 6, 3
 """Side of a tile of outputs, of the inputs that it sees, and of the kernel."""
 
 # Points 0, 1, -1, 2, -2 and infinity.
-INPUTS: Matrix = (
+INPUT_TRANSFORM: Matrix = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
     (0, 4, -4, -1, 1, 0),
@@ -29,7 +29,7 @@ INPUTS: Matrix = (
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
 )
-KERNEL: Matrix = (
+KERNEL_TRANSFORM: Matrix = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
@@ -37,7 +37,7 @@ KERNEL: Matrix = (
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
 )
-OUTPUTS: Matrix = (
+OUTPUT_TRANSFORM: Matrix = (
     (1, 1, 1, 1, 1, 0),
     (0, 1, -1, 2, -2, 0),
     (0, 1, 1, 4, 4, 0),
@@ -53,8 +53,8 @@ def convolve3x3(maps: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
         kernel: (K, C, 3, 3).
         stride: Distance of the outputs in places of the maps.
     """
-    # Measured with benchmarks/convolution.py: carrying the kernel over has to pay off over the tiles, carrying the
-    # tiles over has to over the channels.
+    # Measured with benchmarks/convolution.py: transforming the kernel has to pay off over the tiles,
+    # transforming the tiles over the channels.
     pays = (
         stride == 1
         and maps.device.type == "cpu"
@@ -69,7 +69,7 @@ def convolve3x3(maps: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
 def winograd3x3(maps: Tensor, kernel: Tensor) -> Tensor:
     """Return ``F.conv2d(maps, kernel, padding=1)``, differentiable once.
 
-    In float32 rounding errors are about five times those of the direct convolution: 1e-5 of the largest output.
+    In float32 rounding errors are about five times those of the direct convolution: 1e-5 to 2e-5 of the largest output.
 
     Args:
         maps: (B, C, H, W), best channels last.
@@ -83,9 +83,9 @@ def winograd3x3(maps: Tensor, kernel: Tensor) -> Tensor:
 
 
 class _Winograd3x3(torch.autograd.Function):
-    """Takes the six rows of the carried tiles one after the other, so that what they fill is small and used again.
+    """Takes the six rows of the transformed tiles one after the other, so that what they fill is small and used again.
 
-    It keeps the padded maps and the kernel alone: carrying them over once more costs less than the memory.
+    It keeps the padded maps and the kernel alone: transforming them once more costs less than the memory.
     """
 
     @staticmethod
@@ -97,9 +97,9 @@ class _Winograd3x3(torch.autograd.Function):
         ctx.size = height, width
         tiles = maps.new_zeros(*grid[:2], OUT, grid[2], OUT, len(kernel))
         for row in range(IN):
-            products = torch.bmm(_carried_inputs(padded, row), _carried_kernel(taps, row).mT)
-            columns = _carry(OUTPUTS, products).view(OUT, *grid, -1).permute(1, 2, 3, 0, 4)
-            for out, weight in _nonzero(_column(OUTPUTS, row)):
+            products = torch.bmm(_transformed_inputs(padded, row), _transformed_kernel(taps, row).mT)
+            columns = _transform(OUTPUT_TRANSFORM, products).view(OUT, *grid, -1).permute(1, 2, 3, 0, 4)
+            for out, weight in _nonzero(_column(OUTPUT_TRANSFORM, row)):
                 tiles[:, :, out].add_(columns, alpha=weight)
         return _crop(tiles.flatten(3, 4).flatten(1, 2), 0, height, width)
 
@@ -113,19 +113,21 @@ class _Winograd3x3(torch.autograd.Function):
         tiles = _pad(gradient, 0).view(batch, rows, OUT, cols, OUT, -1)
         of_padded, of_taps = torch.zeros_like(padded), torch.zeros_like(taps)
         for row in range(IN):
-            columns = _sum(_column(OUTPUTS, row), tiles.unbind(2)).permute(3, 0, 1, 2, 4)
-            products = _carry(_transposed(OUTPUTS), columns.reshape(OUT, -1, len(kernel)))
+            columns = _sum(_column(OUTPUT_TRANSFORM, row), tiles.unbind(2)).permute(3, 0, 1, 2, 4)
+            products = _transform(_transposed(OUTPUT_TRANSFORM), columns.reshape(OUT, -1, len(kernel)))
 
-            of_inputs = _carry(_transposed(INPUTS), torch.bmm(products, _carried_kernel(taps, row)))
+            of_inputs = _transform(
+                _transposed(INPUT_TRANSFORM), torch.bmm(products, _transformed_kernel(taps, row))
+            )
             of_rows = padded.new_zeros(batch, rows, cols * OUT + 2, channels)
             for column, of_column in enumerate(of_inputs.view(IN, batch, rows, cols, channels)):
                 of_rows[:, :, column : column + cols * OUT : OUT] += of_column
-            for source, weight in _nonzero(INPUTS[row]):
+            for source, weight in _nonzero(INPUT_TRANSFORM[row]):
                 of_padded[:, source : source + rows * OUT : OUT].add_(of_rows, alpha=weight)
 
-            of_kernel = torch.bmm(products.mT, _carried_inputs(padded, row))
-            of_kernel = _carry(_transposed(KERNEL), of_kernel)
-            for tap, weight in _nonzero(KERNEL[row]):
+            of_kernel = torch.bmm(products.mT, _transformed_inputs(padded, row))
+            of_kernel = _transform(_transposed(KERNEL_TRANSFORM), of_kernel)
+            for tap, weight in _nonzero(KERNEL_TRANSFORM[row]):
                 of_taps[tap].add_(of_kernel, alpha=weight)
         return _crop(of_padded, 1, *ctx.size), of_taps.permute(2, 3, 0, 1)
 
@@ -154,20 +156,20 @@ def _crop(padded: Tensor, border: int, height: int, width: int) -> Tensor:
     return padded[:, border : border + height, border : border + width].permute(0, 3, 1, 2)
 
 
-def _carried_inputs(padded: Tensor, row: int) -> Tensor:
-    """Return one row of the carried tiles of inputs, (6, tiles, C)."""
+def _transformed_inputs(padded: Tensor, row: int) -> Tensor:
+    """Return one row of the transformed tiles of inputs, (6, tiles, C)."""
     height = padded.shape[1] - 2
-    rows = _sum(INPUTS[row], [padded[:, source : source + height : OUT] for source in range(IN)])
+    rows = _sum(INPUT_TRANSFORM[row], [padded[:, source : source + height : OUT] for source in range(IN)])
     columns = rows.unfold(2, IN, OUT).permute(4, 0, 1, 2, 3)
-    return _carry(INPUTS, columns.reshape(IN, -1, padded.shape[3]))
+    return _transform(INPUT_TRANSFORM, columns.reshape(IN, -1, padded.shape[3]))
 
 
-def _carried_kernel(taps: Tensor, row: int) -> Tensor:
-    """Return one row of the carried kernel, (6, K, C)."""
-    return _carry(KERNEL, _sum(KERNEL[row], taps.unbind()))
+def _transformed_kernel(taps: Tensor, row: int) -> Tensor:
+    """Return one row of the transformed kernel, (6, K, C)."""
+    return _transform(KERNEL_TRANSFORM, _sum(KERNEL_TRANSFORM[row], taps.unbind()))
 
 
-def _carry(matrix: Matrix, values: Tensor) -> Tensor:
+def _transform(matrix: Matrix, values: Tensor) -> Tensor:
     """Multiply the first dimension of values (n, ..., C) by a matrix (m, n)."""
     return torch.mm(values.new_tensor(matrix), values.flatten(1)).view(-1, *values.shape[1:])
 
