@@ -274,9 +274,35 @@ def test_maps_are_switched(served: Served, open_page: Callable[..., Any], image:
     page.get_by_label("Strength of the map").fill("40")
     assert page.evaluate("getComputedStyle(document.querySelector('#overlay')).opacity") == "0.4"
     assert page.evaluate("getComputedStyle(document.querySelector('#seen')).filter") == "grayscale(1)"
+    expect(page.locator("#regions")).to_be_hidden()
+    expect(page.locator("#outlining")).to_be_hidden()
     page.get_by_role("radio", name="picture, no map").check(force=True)
     expect(page.locator("#overlay")).to_be_hidden()
     assert page.evaluate("getComputedStyle(document.querySelector('#seen')).filter") == "none"
+
+
+def test_regions_are_framed(open_page: Callable[..., Any], image: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, method="nts")
+    predictor = Predictor.load(run, device="cpu")
+    (explained,) = predictor.iter_explain([image])
+    boxes = np.clip(explained.explanation.boxes, 0, 64)
+    with serving(create_app(predictor)) as served:
+        page = open_page(served)
+        page.locator("#file").set_input_files(image)
+        wait_for_result(page)
+        frames = page.get_by_role("img", name=f"{len(boxes)} regions that the network looks at again")
+        expect(frames).to_be_visible()
+        lines, numbers = (
+            page.locator("#regions .line").all(),
+            page.locator("#regions text").all_text_contents(),
+        )
+        # the first is drawn last, on top
+        assert numbers == [str(number) for number in range(len(boxes), 0, -1)]
+        for line, (left, top_, right, bottom) in zip(reversed(lines), boxes, strict=True):
+            found = [float(line.get_attribute(name) or "") for name in ("x", "y", "width", "height")]
+            assert found == pytest.approx([left, top_, right - left, bottom - top_], abs=0.01)
+        page.get_by_label("Regions that the network looks at again", exact=True).uncheck()
+        expect(frames).to_be_hidden()
 
 
 def test_a_class_shows_what_speaks_for_it(

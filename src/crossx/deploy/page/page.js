@@ -216,7 +216,7 @@ async function showMaps(target, options) {
     say(target === null ? "Looking where the network looks …" : `Looking what speaks for ${target} …`);
     maps.set(target, await explain(picture, target, options));
   }
-  const { image, overlays, size } = maps.get(target);
+  const { image, overlays, size, boxes } = maps.get(target);
   // from class to class the same map stays chosen, so that they can be compared
   const comparing = shown && shown.target !== null && target !== null;
   const number = comparing ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
@@ -230,11 +230,35 @@ async function showMaps(target, options) {
   at.seen.src = png(image);
   at.seen.alt = `${picture.name} as the network saw it`;
   at.seen.width = at.seen.height = size;
+  frame(boxes ?? [], size);
   at.choices.replaceChildren(...columns(image, overlays));
   at.maps.hidden = at.looks.hidden = false;
   at.choices.querySelector(`[value="${number}"]`).checked = true;
   choose(number);
 }
+
+// The regions that the network looked at again: numbered frames, the first on top.
+function frame(boxes, size) {
+  at.regions.setAttribute("viewBox", `0 0 ${size} ${size}`);
+  at.regions.setAttribute("aria-label", `${boxes.length} regions that the network looks at again`);
+  at.regions.replaceChildren(...boxes.map((box, index) => framed(box, index + 1, size)).reverse());
+  at.outlining.hidden = !boxes.length;
+  at.regions.toggleAttribute("hidden", !boxes.length || !at.outline.checked);
+}
+
+function framed(box, number, size) {
+  const [left, top, right, bottom] = box.map((edge) => Math.min(Math.max(edge, 0), size));
+  const group = drawn("g");
+  for (const className of ["edge", "line"]) {
+    group.append(drawn("rect", { class: className, x: left, y: top, width: right - left, height: bottom - top }));
+  }
+  const text = drawn("text", { x: left, y: top, dx: ".4em", dy: "1.2em", "font-size": size / 18 });
+  text.textContent = number;
+  group.append(text);
+  return group;
+}
+
+at.outline.addEventListener("change", () => at.regions.toggleAttribute("hidden", !at.outline.checked));
 
 // The number of the chosen map, -1 for the picture alone.
 const chosen = () => Number(at.choices.querySelector(":checked").value);
@@ -283,6 +307,11 @@ function choice(image, number, text, name, map) {
 const nameOf = ({ stage, part }) => (part === null ? `${stage} map` : `${stage} part ${part}`);
 const png = (base64) => `data:image/png;base64,${base64}`;
 const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
+const drawn = (tag, attributes = {}) => {
+  const element = document.createElementNS(at.regions.namespaceURI, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+};
 const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
 
 attempt(introduce);
