@@ -10,16 +10,17 @@ PEER_ROOTS = $(foreach peer,$(PEERS),--peer-root $(peer))
 bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/inference.py $(PEER_ROOTS)
-	$(PYTHON) benchmarks/exported.py
+	$(PYTHON) benchmarks/exported.py --runs 9
 	$(PYTHON) benchmarks/training_step.py $(PEER_ROOTS)
 	$(PYTHON) benchmarks/convolution.py
-	$(PYTHON) benchmarks/allocator.py
-	$(PYTHON) benchmarks/losses.py $(PEER_ROOTS)
-	$(PYTHON) benchmarks/input_pipeline.py
-	$(PYTHON) benchmarks/loop_overhead.py
-	$(PYTHON) benchmarks/scaling.py
-	$(PYTHON) benchmarks/collection.py
+	$(PYTHON) benchmarks/allocator.py --runs 3
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/losses.py $(PEER_ROOTS)
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/input_pipeline.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/loop_overhead.py
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/scaling.py
+	$(PYTHON) benchmarks/collection.py --runs 3 --images 700
 	$(PYTHON) benchmarks/roofline.py
+	$(PYTHON) benchmarks/methods.py
 	$(if $(RUN),$(PYTHON) benchmarks/serving.py $(RUN))
 
 test:

@@ -20,6 +20,7 @@ from statistics import median
 import torch
 
 import crossx
+from crossx.methods import Method
 from crossx.training.config import OptimConfig
 from crossx.training.optim import build_optimizer
 from harness import Ratio, interleave, parser, ratios, table, write
@@ -45,11 +46,16 @@ def our_step(
     images: torch.Tensor,
     targets: torch.Tensor,
 ) -> Step:
-    device = images.device
     network = crossx.create_method(method, backbone="resnet50", num_classes=CLASSES, **options)  # type: ignore[arg-type]
-    network.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if recompute:
         network.backbone.recompute_activations()
+    return step_of(network, images, targets, compiled)
+
+
+def step_of(network: Method, images: torch.Tensor, targets: torch.Tensor, compiled: bool = False) -> Step:
+    """Return a training step as `crossx fit` takes it, on a batch that lies on the device."""
+    device = images.device
+    network.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(network, OptimConfig(lr=0.001))
     objective = torch.compile(network.objective, fullgraph=True) if compiled else network.objective
     images = images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,106 @@
+r"""What each method costs beside the plain backbone: parameters, FLOPs, and time of inference and of a training step.
+
+    python benchmarks/methods.py
+    python benchmarks/methods.py --backbone resnet50 --size 448 --classes 200 --batch-size 2 --runs 0 \
+      --output benchmarks/results/methods_448.json
+
+The variants are those of the suite ``methods``, with its options. All take the same batch, also where the suite trains
+with another. Weights are random; a training step is objective, backward pass and step of the optimiser. FLOPs are what
+torch's counter sees in inference on one image, two for a multiplication with its addition: convolutions and matrix
+products, not the FFT of kernel pooling. ``--runs 0`` counts and takes no time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossx.ablation.suite import load_suite
+from crossx.methods import Method, create_method
+from crossx.training.config import Config
+from harness import Timing, interleave, parser, ratios, table, write
+from training_step import step_of
+
+RECIPE = "crossx_mobilenetv2_160"
+
+
+def build(config: Config, backbone: str, size: int, classes: int) -> Method:
+    torch.manual_seed(0)
+    return create_method(
+        config.model.method, backbone=backbone, num_classes=classes, image_size=size, **config.model.options
+    )
+
+
+def variants() -> dict[str, Config]:
+    """Return variant of the suite -> its configuration as it stands."""
+    base = Config.from_recipe(RECIPE)
+    return {name: configs[0] for name, configs in load_suite("methods").configure(base).items()}
+
+
+def infer(network: Method, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return network(images)  # type: ignore[no-any-return]
+
+
+def count_flops(network: Method, image: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        infer(network, image)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    options = parser(__doc__, "methods", runs=9)
+    options.add_argument("--backbone", default="mobilenetv2_035", help="default: %(default)s")
+    options.add_argument("--size", type=int, default=160, help="pixels (default: %(default)s)")
+    options.add_argument("--classes", type=int, default=80, help="default: %(default)s")
+    options.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    arguments = options.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(arguments.batch_size, 3, arguments.size, arguments.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    # two images of a class, as MAMC needs them
+    targets = torch.arange(arguments.batch_size, device=device) // 2 % arguments.classes
+
+    networks = {
+        name: build(config, arguments.backbone, arguments.size, arguments.classes)
+        .to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        .eval()
+        for name, config in variants().items()
+    }
+    costs: dict[str, dict[str, Any]] = {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "flops": count_flops(network, images[:1]),
+        }
+        for name, network in networks.items()
+    }
+    timings: dict[str, dict[str, Timing]] = {}
+    if arguments.runs:
+        # inference first: a training step leaves a network in training mode
+        inference = {name: partial(infer, network, images) for name, network in networks.items()}
+        timings["inference"] = interleave(inference, arguments.runs)
+        steps = {name: step_of(network, images, targets) for name, network in networks.items()}
+        timings["training step"] = interleave(steps, arguments.runs)
+    for kind, timing in timings.items():
+        for name, ratio in ratios(timing, "plain").items():
+            costs[name][kind] = {**timing[name].to_json(), "ratio": vars(ratio)}
+
+    rows = [
+        [
+            name,
+            f"{cost['parameters'] / 1e6:.2f}",
+            f"{cost['flops'] / 1e9:.3f}",
+            *(ratios(found, "plain")[name] for found in timings.values()),
+        ]
+        for name, cost in costs.items()
+    ]
+    print(table(["variant", "parameters, M", "GFLOP", *(f"{kind} / plain" for kind in timings)], rows))
+    settings = {key: getattr(arguments, key) for key in ("backbone", "size", "classes", "batch_size")}
+    write(arguments.output, {**settings, "variants": costs})
+
+
+if __name__ == "__main__":
+    main()
