@@ -11,17 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from crossx import recipes
-from crossx.ablation import suite
+from crossx.ablation.suite import list_suites
 from crossx.cli.main import VERBS, main
-from crossx.methods.base import list_methods, method_options
+from crossx.methods import list_methods, method_options
+from crossx.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PACKAGED = {
-    "--config": {path.stem for path in Path(recipes.__file__).parent.glob("*.yaml")},
-    "--suite": {path.stem for path in (Path(suite.__file__).parent / "suites").glob("*.yaml")},
-}
+PACKAGED = {"--config": list_recipes(), "--suite": list_suites()}
 
 
 @functools.cache

@@ -111,6 +111,8 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
     names = {key for key, parameter in method.named_parameters() if id(parameter) not in new}
     assert names == own & {key for key, _ in method.named_parameters()}
     assert len(names) == len(own)
+    assert {id(parameter) for parameter in method.backbone.pretrained_parameters()}.isdisjoint(new)
+    assert len(method.backbone.pretrained_parameters()) == len(own)
     assert sum(len(group) for group in method.backbone.layer_groups()) == len(own)
 
 

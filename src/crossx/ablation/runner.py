@@ -200,13 +200,13 @@ def _check_validates(trial: Trial) -> None:
             f"variant {trial.variant}: tuning chooses on validation images, and optim.selection best_on_test on the "
             "test images: take best or last."
         )
-    every = trainer.get("check_val_every_n_epoch") or 1
     for option in ("max_steps", "max_time"):
         if trainer.get(option) not in (None, -1):
             raise UsageError(
                 f"variant {trial.variant}: tuning needs validation after the last step, and trainer.{option} may stop "
                 "within an epoch: give --trainer.max_epochs."
             )
+    every = trainer.get("check_val_every_n_epoch") or 1
     if trainer.get("limit_val_batches", 1.0) == 0 or trainer["max_epochs"] % every:
         raise UsageError(
             f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.limit_val_batches "

@@ -82,7 +82,8 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
     before = run.read_info()
     if before.get("status") == "finished":
         raise UsageError(f"{run.path}: this run is finished; train a new one with another --output.")
-    if not run.last.is_file():
+    goes_on = run.last.is_file()
+    if not goes_on:
         session = open_session(config, run)
         info = _describe(session)
     else:
@@ -94,7 +95,6 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
             )
         moved = {"data_root": config.data.root, "data": asdict(config.data)}
         info = {**before, **moved, "status": "running"}
-    goes_on = run.last.is_file()
     parts = _assemble(session, info, resume=goes_on)
     if _is_leader():
         _remove_leftovers(run)

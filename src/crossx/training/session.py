@@ -36,7 +36,7 @@ from crossx.training.checkpoint_io import AtomicCheckpointIO
 from crossx.training.config import Config
 from crossx.training.history import History
 from crossx.training.synchronized_norms import SynchronizedNorms
-from crossx.training.task import Task, build_mix
+from crossx.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,6 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
         check_classes(saved.classes, index.classes, index.name)
         method, preprocessing = build_method(saved), saved.preprocessing
     on_test = config.optim.selection == "best_on_test"
-    # refuses what the method cannot take before anything is written
-    build_mix(method, config.optim)
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     data = (ValidatesOnTest if on_test else DataModule)(index, preprocessing, options, config.seed)
     data.check_images()
