@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -384,14 +384,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CrossXError: If the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return _read_mapping(path, json.loads, json.JSONDecodeError, "JSON", "a JSON object")
     except FileNotFoundError as error:
         raise CrossXError(f"{path}: no such file.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CrossXError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise CrossXError(f"{path}: not a JSON object.")
-    return values
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -402,14 +397,22 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    what = "a configuration (a mapping with model, data, optim, trainer)"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _read_mapping(path, yaml.safe_load, yaml.YAMLError, "YAML", what)
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CrossXError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+
+
+def _read_mapping(
+    path: Path, parse: Callable[[str], Any], malformed: type[Exception], language: str, what: str
+) -> dict[str, Any]:
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (malformed, UnicodeDecodeError) as error:
+        raise CrossXError(f"{path}: not valid {language} ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
-        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+        raise CrossXError(f"{path}: not {what}.")
     return values
 
 
