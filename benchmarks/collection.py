@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from crossx.data.images import find_images
-from crossx.deploy.cluster import session
-from crossx.deploy.collection import predict_collection
-from crossx.deploy.outputs import write_csv
-from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe, save_weights
+from crossx.predict.cluster import session
+from crossx.predict.collection import predict_collection
+from crossx.predict.outputs import write_csv
+from crossx.predict.predictor import Predictor
 from crossx.runs import Preprocessing, Run, write_json
 from harness import Timing, interleave, parser, ratios, table, write
 

@@ -14,9 +14,9 @@ from crossx.errors import UsageError, unknown
 from crossx.runs import atomic_path, check_writable, open_run
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import ExplainedImage
     from crossx.explain.figures import Row
     from crossx.explain.maps import Explanation
+    from crossx.predict.predictor import ExplainedImage
 
 MAPS = ("activation", "class", "both")
 SHEET_ROWS = 20
@@ -75,8 +75,8 @@ def _explain(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from crossx.deploy.inputs import expand_paths
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.inputs import expand_paths
+    from crossx.predict.predictor import Predictor
 
     paths = expand_paths(options.images)
     check_writable(Path(options.output))
@@ -120,7 +120,7 @@ def _check(options: argparse.Namespace) -> None:
     check_opacity(options.opacity)
     spec = open_run(options.run)[0].read_spec()
     if options.target is not None:
-        from crossx.deploy.predictor import class_number
+        from crossx.predict.predictor import class_number
 
         class_number(options.target, spec.classes)
 

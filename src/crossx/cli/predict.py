@@ -16,7 +16,7 @@ from crossx.cli.options import VerbParser, add_prediction, add_run, positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import Features, Prediction, Predictor
+    from crossx.predict.predictor import Features, Prediction, Predictor
 
     Result = TypeVar("Result", Prediction, Features)
 
@@ -118,7 +118,7 @@ def _is_folder(output: str) -> bool:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    from crossx.deploy.outputs import check_output, print_csv, write_predictions
+    from crossx.predict.outputs import check_output, print_csv, write_predictions
 
     output = Path(options.output) if options.output is not None else None
     if output is not None:
@@ -138,7 +138,7 @@ def _predict_table(options: argparse.Namespace) -> int:
 
 
 def _write_features(options: argparse.Namespace) -> int:
-    from crossx.deploy.outputs import check_output, write_features
+    from crossx.predict.outputs import check_output, write_features
 
     if options.top != 1:
         raise UsageError(
@@ -164,7 +164,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
         )
 
     from crossx.cli.progress import images_bar
-    from crossx.deploy.collection import SHARD_SIZE, predict_collection
+    from crossx.predict.collection import SHARD_SIZE, predict_collection
 
     with images_bar("Predicting") as (bar, task):
         done = predict_collection(
@@ -192,7 +192,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
 
 def _listed(given: Sequence[str]) -> list[Path]:
     """Return the image files of the command line, in place of ``-`` those that stdin lists."""
-    from crossx.deploy.inputs import expand_paths
+    from crossx.predict.inputs import expand_paths
 
     files: list[Path] = []
     for word in given:
@@ -205,7 +205,7 @@ def _listed(given: Sequence[str]) -> list[Path]:
 
 
 def _load(options: argparse.Namespace) -> Predictor:
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
     return Predictor.load(
         options.run, options.device, precision=options.precision, flip=options.flip, crops=options.crops

@@ -12,7 +12,7 @@ from crossx.cli.options import VerbParser, add_run
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -63,9 +63,9 @@ def _share(options: argparse.Namespace) -> int:
     if options.private and not options.hub:
         raise UsageError("--private belongs to --hub USER/NAME.")
 
-    from crossx.deploy.model_card import check_license
-    from crossx.deploy.predictor import Predictor
-    from crossx.deploy.sharing import check_target, hub_model
+    from crossx.predict.predictor import Predictor
+    from crossx.share.model_card import check_license
+    from crossx.share.sharing import check_target, hub_model
 
     check_license(options.license)
     model = hub_model(options.hub) if options.hub else None

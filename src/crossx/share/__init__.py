@@ -1,0 +1,1 @@
+"""A trained network with its model card as a folder, and on the Hugging Face Hub."""
