@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.distributed import at_least_float32, sum_over_ranks
 from crossx.errors import UsageError
 from crossx.layers.winograd import convolve3x3
-from crossx.precision import at_least_float32
-from crossx.ranks import sum_over_ranks
 
 Interpolation: TypeAlias = Literal["bilinear", "nearest"]
 MergeStatistics: TypeAlias = Literal["map", "strided", "pooled"]

@@ -15,10 +15,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from crossx.distributed import batch_mean
 from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
-from crossx.ranks import batch_mean
 from crossx.training.config import OptimConfig
 from crossx.training.optim import build_optimizer, build_scheduler, freeze, pretrained_norms
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from crossx.errors import CrossXError, UsageError
-from crossx.interop.released_checkpoint import build_released, import_released
 from crossx.methods.checkpoint import load_method
+from crossx.released import build_released, import_released
 from layouts import write_cub, write_nabirds
 
 OSME_BLOCKS = {"layer3.5": 1024, "layer4.2": 2048}

@@ -1,4 +1,4 @@
-"""The batch as the ranks of a process group hold it together.
+"""The batch as the ranks of a process group hold it together, and where half precision is too coarse.
 
 DDP averages the gradients of the ranks. So that this average is the gradient of one process on the whole batch, a
 batch sum goes through ``sum_over_ranks``, and a batch mean is weighed by the rank's share (``batch_mean``): with n_r
@@ -78,3 +78,8 @@ def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
         return mean
     own = weight.detach() if isinstance(weight, Tensor) else mean.new_full((), weight, dtype=torch.float32)
     return mean * (own * ranks / sum_over_ranks(own))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 where it is in half precision, as it is in float32 and float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
