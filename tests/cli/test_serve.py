@@ -1,4 +1,4 @@
-"""What ``crossx serve`` refuses; that it serves is tested in test_listener.py."""
+"""What ``crossx serve`` refuses; that it serves is tested in test_server.py."""
 
 import sys
 from pathlib import Path

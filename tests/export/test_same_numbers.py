@@ -143,7 +143,7 @@ def client(network: Path) -> Any:
     pytest.importorskip("fastapi", reason="needs crossx[serve]")
     from fastapi.testclient import TestClient
 
-    from crossx.serve.server import create_app
+    from crossx.serve.app import create_app
 
     return TestClient(create_app(Predictor.load(network, "cpu")))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from crossx.evaluation.testing import evaluate
+from crossx.evaluation.run import evaluate
 from crossx.explain import explain_images
 from crossx.losses import ClassificationLoss
 from crossx.methods import NTSNet, create_method

@@ -10,7 +10,7 @@ import layouts
 from crossx.errors import UsageError
 from crossx.methods.checkpoint import load_method
 from crossx.predict import cluster
-from crossx.predict.attempts import Attempts
+from crossx.predict.attempt_counter import Attempts
 from crossx.predict.cluster import Worker, share
 from crossx.predict.collection import predict_collection
 from crossx.predict.shards import find_collection

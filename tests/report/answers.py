@@ -9,7 +9,7 @@ import numpy as np
 from crossx.report.choice import choose_examples
 from crossx.report.examples import Pictures
 from crossx.report.page import render
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
 from crossx.runs import ModelSpec, Preprocessing
 
 MARKUP = '<script>alert("x")</script> & co'

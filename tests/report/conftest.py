@@ -1,7 +1,7 @@
 import pytest
 
 from answers import make_tested
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from answers import MARKUP, make_page, make_parts, make_pictures, make_tested
 from crossx.report.choice import choose_examples
 from crossx.report.page import render
-from crossx.report.pictures import data_uri, tile_side
+from crossx.report.thumbnails import data_uri, tile_side
 
 VOID = {"meta", "link", "img", "wbr"}
 SECTIONS = [

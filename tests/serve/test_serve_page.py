@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="needs crossx[serve]")
 from fastapi.testclient import TestClient
 
 from crossx.predict.predictor import Predictor
-from crossx.serve.server import PAGE, create_app
+from crossx.serve.app import PAGE, create_app
 
 FILES = {
     "": "text/html", "page/page.css": "text/css", "page/page.js": "text/javascript",

@@ -28,8 +28,8 @@ from playwright import sync_api
 
 from crossx.export.export import export_run
 from crossx.predict.predictor import Prediction, Predictor
+from crossx.serve.app import create_app
 from crossx.serve.limits import Limits
-from crossx.serve.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MILLISECONDS = 60_000

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_resume import assert_same_run, crash, interrupt
 
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.testing import test_run as evaluate_run
+from crossx.evaluation.run import test_run as evaluate_run
 from crossx.methods import list_methods
 from crossx.predict.predictor import Predictor
 from crossx.training.fit import fit, resume

@@ -162,14 +162,14 @@ def _ratio(number: Mapping[str, Any]) -> str:
 
 
 def _measure_parts(options: argparse.Namespace) -> None:
-    from crossx.evaluation.part_testing import measure_run
+    from crossx.evaluation.parts.run import measure_run
 
     print_parts(options.run, measure_run(options.run, **_asked(options)))
 
 
 def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """Test the run at ``path`` with the options of this verb."""
-    from crossx.evaluation.testing import test_run
+    from crossx.evaluation.run import test_run
 
     return test_run(path, **_asked(options))
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import calibration_error
-from crossx.evaluation.testing import evaluate, prepare_test
+from crossx.evaluation.run import evaluate, prepare_test
 from crossx.runs import Run, write_json
 
 

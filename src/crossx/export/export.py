@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crossx.errors import CrossXError, UsageError, first_line, unknown
-from crossx.evaluation.testing import open_data
+from crossx.evaluation.run import open_data
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.export.verify import (
     Accuracy,

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.methods.checkpoint import build_method, load_method
-from crossx.predict.attempts import Attempts
+from crossx.predict.attempt_counter import Attempts
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Shard, predict_shard
 from crossx.runs import ModelSpec

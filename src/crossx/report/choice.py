@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
 
 PAIRS = 6
 """Pairs of classes with pictures of both."""

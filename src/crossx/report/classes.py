@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
 
 
 class ClassRow(NamedTuple):

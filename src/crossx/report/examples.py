@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.report.pictures import data_uri, tile_side
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
+from crossx.report.thumbnails import data_uri, tile_side
 
 TOP = 3
 """Classes named for each image."""

@@ -19,9 +19,9 @@ from crossx.report.choice import SEED, Choice, confused_block
 from crossx.report.classes import class_rows, confusion_rows
 from crossx.report.examples import Pictures, make_examples
 from crossx.report.part_tables import part_tables
+from crossx.report.results import Tested
 from crossx.report.table_text import cell
 from crossx.report.tables import Table
-from crossx.report.tested import Tested
 
 BLOCK = 20
 """Classes in the confusion matrix; of more the most confused ones are shown."""

@@ -25,7 +25,7 @@ from crossx.explain.maps import Kind
 from crossx.predict.predictor import ExplainedImage, Predictor, class_number
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
 from crossx.serve.limits import Limits
-from crossx.serve.observing import Metrics
+from crossx.serve.monitoring import Metrics
 from crossx.serve.schemas import (
     ExplainResponse,
     ImagePrediction,

@@ -18,7 +18,7 @@ from torch import Tensor
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
-from crossx.evaluation.testing import evaluate
+from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_weights, save_weights
 from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text

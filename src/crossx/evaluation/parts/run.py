@@ -13,10 +13,10 @@ from torch import Tensor
 from crossx.data.index import Record
 from crossx.errors import CrossXError
 from crossx.evaluation.intervals import CONFIDENCE
-from crossx.evaluation.part_plots import plot_parts
-from crossx.evaluation.parts import RESAMPLES, TOP_SHARE, ZOOM, measure_images, summarize_parts, zoom
-from crossx.evaluation.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
-from crossx.evaluation.testing import Subject, prepare_test
+from crossx.evaluation.parts.measures import RESAMPLES, TOP_SHARE, ZOOM, measure_images, summarize_parts, zoom
+from crossx.evaluation.parts.plots import plot_parts
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
+from crossx.evaluation.run import Subject, prepare_test
 from crossx.runs import write_json
 
 

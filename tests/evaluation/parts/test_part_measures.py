@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossx.evaluation import parts as measures_of_parts
-from crossx.evaluation.parts import (
+from crossx.evaluation.parts import measures as measures_of_parts
+from crossx.evaluation.parts.measures import (
     TOP_SHARE,
     ZOOM,
     Bootstrap,
@@ -29,7 +29,7 @@ from crossx.evaluation.parts import (
     zoom,
     zoom_maps,
 )
-from crossx.evaluation.regions import Regions
+from crossx.evaluation.parts.regions import Regions
 
 QUARTERS = [(0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)]
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crossx.data.index import Record
-from crossx.evaluation.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
 from crossx.runs import Preprocessing
 
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -1,4 +1,4 @@
-"""The HTTP application, called without a network; a real process is tested in test_listener.py."""
+"""The HTTP application, called without a network; a real process is tested in test_server.py."""
 
 import base64
 import io
@@ -28,8 +28,8 @@ from crossx.errors import UsageError
 from crossx.explain.figures import LUMA, overlay
 from crossx.export.export import export_run
 from crossx.predict.predictor import Predictor
+from crossx.serve.app import create_app
 from crossx.serve.limits import Limits
-from crossx.serve.server import create_app
 
 NOT_AN_IMAGE = b"no image at all"
 

@@ -15,13 +15,13 @@ from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.evaluation.device import select_device
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.testing import data_config, relative_paths
+from crossx.evaluation.run import data_config, relative_paths
 from crossx.explain.figures import outline, overlay
 from crossx.methods.checkpoint import load_method
 from crossx.report.choice import choose_examples
 from crossx.report.examples import Pictures
 from crossx.report.page import render
-from crossx.report.tested import Tested
+from crossx.report.results import Tested
 from crossx.runs import check_output_file, open_run, write_text
 
 log = logging.getLogger(__name__)

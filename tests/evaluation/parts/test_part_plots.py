@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossx.evaluation.part_plots import plot_parts
+from crossx.evaluation.parts.plots import plot_parts
 
 
 def numbers(value, low, high):

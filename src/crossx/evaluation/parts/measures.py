@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.evaluation.intervals import CONFIDENCE
-from crossx.evaluation.regions import Regions
+from crossx.evaluation.parts.regions import Regions
 
 TOP_SHARE = 0.2
 """Share of a map's places that count as its focus in ``focus_overlap``."""

@@ -14,7 +14,7 @@ from crossx.data.transforms import Normalize, eval_transform
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.comparison import compare_runs
 from crossx.evaluation.predictions import Predictions
-from crossx.evaluation.testing import evaluate, test_run
+from crossx.evaluation.run import evaluate, test_run
 from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json

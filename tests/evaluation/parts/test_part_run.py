@@ -13,8 +13,8 @@ from crossx.data.catalog import read_dataset
 from crossx.data.images import read_image, read_size
 from crossx.data.transforms import Normalize, eval_crop_place, eval_transform
 from crossx.errors import CrossXError
-from crossx.evaluation import parts as measures_of_parts
-from crossx.evaluation.part_testing import measure_run
+from crossx.evaluation.parts import measures as measures_of_parts
+from crossx.evaluation.parts.run import measure_run
 from crossx.methods import create_method, list_methods
 from crossx.methods.checkpoint import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json

@@ -25,7 +25,7 @@ from starlette.types import Scope
 from crossx.data.images import printable
 from crossx.predict.predictor import Predictor
 from crossx.serve.limits import Limits
-from crossx.serve.observing import CLIENT_GONE, Observed, problem
+from crossx.serve.monitoring import CLIENT_GONE, Observed, problem
 from crossx.serve.schemas import (
     ExplainResponse,
     Health,
