@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 def _serve(options: argparse.Namespace, keys: list[str]) -> int:
     try:
         from crossx.serve.app import create_app
-        from crossx.serve.listener import listen, log_as_json, run
+        from crossx.serve.server import listen, log_as_json, run
     except ModuleNotFoundError as error:
         raise UsageError(f"crossx serve needs {error.name}: pip install 'crossx[serve]'.") from error
 

@@ -22,7 +22,7 @@ from layouts import write_image, write_run
 
 pytest.importorskip("fastapi", reason="needs crossx[serve]")
 
-from crossx.serve.listener import listen
+from crossx.serve.server import listen
 
 TIMEOUT = 2
 START_SECONDS = 120
