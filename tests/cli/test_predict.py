@@ -175,7 +175,7 @@ def test_the_progress_bar_shows_rate_and_remaining_time() -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from crossx.cli.progress import COLUMNS
+    from crossx.evaluation.progress import COLUMNS
 
     clock = iter(range(100))
     console = Console(file=io.StringIO(), force_terminal=True, width=100)

@@ -148,7 +148,7 @@ def test_int8_tells_its_accuracy(format_: str, run: Path, photos: Path, tmp_path
     assert accuracy is not None
     assert (accuracy.split, accuracy.images, accuracy.calibration_images) == ("test", 6, 3)
     method, spec = load_method(run)
-    predictor = Predictor(method, spec, "cpu")
+    predictor = Predictor.from_method(method, spec, "cpu")
     model = ExportedModel.load(output)
     assert model.description["accuracy"]["after"] == accuracy.after
     images = torch.stack([predictor.prepare(path) for path in find_images(photos)])

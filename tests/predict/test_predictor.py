@@ -9,10 +9,11 @@ import crossx
 from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.network import PRECISIONS
 from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, save_weights
-from crossx.predict import predictor as module
 from crossx.predict.predictor import Prediction, Predictor
+from crossx.predict.prefetch import MAX_WORKERS
 from crossx.runs import Preprocessing, Run, write_json
 from layouts import write_image
 from refusals import refusal
@@ -152,7 +153,7 @@ def test_streaming_decodes_only_a_little_ahead(predictor, images, monkeypatch):
     stream = predictor.iter_predict(images * 40, batch_size=4)
     first = next(stream)
     assert first.path == images[0]
-    assert len(read) <= 4 + max(4, module.MAX_WORKERS)
+    assert len(read) <= 4 + max(4, MAX_WORKERS)
     stream.close()
     assert len(read) < 200
 
@@ -234,7 +235,7 @@ def test_prepare_says_why_there_is_no_image(predictor, tmp_path):
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_probabilities_are_scaled_by_the_temperature_and_labels_are_not(predictor, images, temperature):
-    scaled = Predictor(predictor.method, replace(predictor.spec, temperature=temperature), "cpu")
+    scaled = Predictor.from_method(predictor.method, replace(predictor.spec, temperature=temperature), "cpu")
     for one, raw in zip(scaled.predict(images, top=3), predictor.predict(images, top=3), strict=True):
         powers = np.array([value for _, value in raw.top]) ** (1 / temperature)
         assert [label for label, _ in one.top] == [label for label, _ in raw.top]
@@ -271,7 +272,7 @@ def naive_views(square, flip, crops):
 @torch.inference_mode()
 def test_views_are_averaged_as_by_a_plain_loop(predictor, images, flip, crops):
     spec = replace(predictor.spec, temperature=0.4)
-    averaging = Predictor(predictor.method, spec, "cpu", flip=flip, crops=crops)
+    averaging = Predictor.from_method(predictor.method, spec, "cpu", flip=flip, crops=crops)
     normalize = Normalize(PREPROCESSING)
     for path, found, feature in zip(
         images, averaging.predict(images, top=3), averaging.iter_features(images), strict=True
@@ -286,7 +287,7 @@ def test_views_are_averaged_as_by_a_plain_loop(predictor, images, flip, crops):
 
 def test_explanations_have_the_probabilities_of_all_views(predictor, images):
     spec = replace(predictor.spec, temperature=0.4)
-    averaging = Predictor(predictor.method, spec, "cpu", flip=True, crops=5)
+    averaging = Predictor.from_method(predictor.method, spec, "cpu", flip=True, crops=5)
     for one, expected in zip(
         averaging.iter_explain(images, maps="class"), averaging.predict(images, top=3), strict=True
     ):
@@ -301,7 +302,7 @@ def test_a_batch_of_none_is_refused(predictor, images, call):
 
 
 def test_explanations_and_inputs_are_of_the_centre_crop(predictor, images):
-    averaging = Predictor(predictor.method, predictor.spec, "cpu", flip=True, crops=5)
+    averaging = Predictor.from_method(predictor.method, predictor.spec, "cpu", flip=True, crops=5)
     torch.testing.assert_close(averaging.inputs(images), predictor.inputs(images))
     (one,), (other,) = (list(p.iter_explain(images[0])) for p in (averaging, predictor))
     assert np.array_equal(one.pixels, other.pixels)
@@ -321,11 +322,11 @@ def test_features_are_the_networks_embeddings_of_length_1(predictor, tmp_path, i
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.05), ("fp16", 0.005)])
 def test_lower_precisions_give_nearly_the_same(predictor, images, precision, tolerance):
     seen = []
-    lower = Predictor(predictor.method, predictor.spec, "cpu", precision=precision)
+    lower = Predictor.from_method(predictor.method, predictor.spec, "cpu", precision=precision)
     hook = lower.method.heads["last"].register_forward_hook(lambda *call: seen.append(call[2].dtype))
     found = lower.predict(images, top=3)
     hook.remove()
-    assert set(seen) == {module.PRECISIONS[precision]}
+    assert set(seen) == {PRECISIONS[precision]}
     for one, expected in zip(found, predictor.predict(images, top=3), strict=True):
         assert dict(one.top) == pytest.approx(dict(expected.top), abs=tolerance)
 
@@ -334,7 +335,7 @@ def test_what_leaves_the_range_of_fp16_is_computed_in_fp32(run, images):
     predictor = Predictor.load(run.path, "cpu", precision="fp16")
     with torch.no_grad():
         predictor.method.heads["last"].bias += 1e5
-    wide = Predictor(predictor.method, predictor.spec, "cpu", precision="fp32")
+    wide = Predictor.from_method(predictor.method, predictor.spec, "cpu", precision="fp32")
     assert predictor.predict(images) == wide.predict(images)
 
 
@@ -349,4 +350,4 @@ def test_options_that_cannot_be_are_refused(run, predictor):
         Predictor.load(run.path, "cpu", crops=3)
     whole = replace(predictor.spec, preprocessing=replace(PREPROCESSING, resize_size=64))
     with pytest.raises(UsageError, match="resizes images to the 64 pixels that it crops"):
-        Predictor(predictor.method, whole, "cpu", crops=5)
+        Predictor.from_method(predictor.method, whole, "cpu", crops=5)

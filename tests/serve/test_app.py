@@ -451,7 +451,7 @@ def test_an_image_that_the_cut_leaves_nothing_of_is_unreadable(
     predictor: Predictor, images: list[Path]
 ) -> None:
     cut = replace(predictor.spec.preprocessing, crop_bottom=1000)
-    network = Predictor(predictor.method, replace(predictor.spec, preprocessing=cut), "cpu")
+    network = Predictor.from_method(predictor.method, replace(predictor.spec, preprocessing=cut), "cpu")
     app = create_app(network)
     app.state.service.warm_up()
     with TestClient(app) as client:

@@ -18,6 +18,7 @@ from crossx.errors import CrossXError
 from crossx.methods.checkpoint import load_method
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, write_json, write_text
+from crossx.share import push_to_hub, save_pretrained
 from crossx.share.sharing import CARD, FILES
 from hub_stub import Hub
 from refusals import refusal
@@ -66,17 +67,17 @@ def logits(predictor: Predictor) -> torch.Tensor:
 
 
 def test_what_is_shared_loads_bit_for_bit(predictor: Predictor, tmp_path: Path) -> None:
-    folder = predictor.save_pretrained(tmp_path / "shared", license="apache-2.0")
+    folder = save_pretrained(predictor, tmp_path / "shared", license="apache-2.0")
     loaded = crossx.load(folder, device="cpu")
     assert torch.equal(logits(loaded), logits(predictor))
     assert loaded.spec == predictor.spec
     # and once more, from what was loaded
-    again = crossx.load(loaded.save_pretrained(tmp_path / "again"), device="cpu")
+    again = crossx.load(save_pretrained(loaded, tmp_path / "again"), device="cpu")
     assert torch.equal(logits(again), logits(predictor))
 
 
 def test_the_folder_holds_safetensors_json_card_and_chart(predictor: Predictor, tmp_path: Path) -> None:
-    folder = predictor.save_pretrained(tmp_path, license="mit")
+    folder = save_pretrained(predictor, tmp_path, license="mit")
     assert {path.name for path in folder.iterdir()} == set(FILES) - {"activation_maps.png"}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(predictor.method.state_dict())
@@ -93,20 +94,20 @@ def test_the_folder_holds_safetensors_json_card_and_chart(predictor: Predictor, 
 
 
 def test_one_image_in_memory_may_be_given(predictor: Predictor, tmp_path: Path) -> None:
-    folder = predictor.save_pretrained(tmp_path / "shared", images=Image.new("RGB", (90, 70), "teal"))
+    folder = save_pretrained(predictor, tmp_path / "shared", images=Image.new("RGB", (90, 70), "teal"))
     assert (folder / "activation_maps.png").is_file()
 
 
 def test_maps_of_images_are_shown_if_they_are_given(predictor: Predictor, tmp_path: Path) -> None:
     layouts.write_image(tmp_path / "mine.jpg", 0, 0)
-    folder = predictor.save_pretrained(tmp_path / "shared", images=tmp_path / "mine.jpg")
+    folder = save_pretrained(predictor, tmp_path / "shared", images=tmp_path / "mine.jpg")
     with Image.open(folder / "activation_maps.png") as picture:
         assert picture.width > 300
     assert "activation_maps.png" in (folder / CARD).read_text()
-    predictor.save_pretrained(folder)
+    save_pretrained(predictor, folder)
     assert not (folder / "activation_maps.png").exists()
     assert "README.md" in refusal(
-        predictor.save_pretrained, tmp_path / "other", images=[tmp_path / "shared/README.md"]
+        save_pretrained, predictor, tmp_path / "other", images=[tmp_path / "shared/README.md"]
     )
     assert not (tmp_path / "other" / "model.json").exists()
 
@@ -117,41 +118,41 @@ def test_only_a_new_empty_or_shared_folder_is_written_to(
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    line = refusal(predictor.save_pretrained, copy)
+    line = refusal(save_pretrained, predictor, copy)
     assert line.startswith(
         f"{copy}: holds other files (model.json). Choose a new or an empty folder as --output"
     )
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     timm_model = tmp_path / "timm"
     write_json(timm_model / "config.json", {"architecture": "resnet18"})
-    assert "holds other files (config.json)" in refusal(predictor.save_pretrained, timm_model)
-    shared = predictor.save_pretrained(tmp_path / "shared")
+    assert "holds other files (config.json)" in refusal(save_pretrained, predictor, timm_model)
+    shared = save_pretrained(predictor, tmp_path / "shared")
     (shared / ".git").mkdir()
-    predictor.save_pretrained(shared)
+    save_pretrained(predictor, shared)
     assert (shared / ".git").is_dir()
 
 
 def test_a_folder_that_is_half_written_does_not_load(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = predictor.save_pretrained(tmp_path / "shared")
+    folder = save_pretrained(predictor, tmp_path / "shared")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("crossx.share.sharing.save_weights", killed)
     with pytest.raises(KeyboardInterrupt):
-        predictor.save_pretrained(folder)
+        save_pretrained(predictor, folder)
     assert "no model.json" in refusal(crossx.load, folder)
     monkeypatch.undo()
-    assert crossx.load(predictor.save_pretrained(folder), device="cpu").spec == predictor.spec
+    assert crossx.load(save_pretrained(predictor, folder), device="cpu").spec == predictor.spec
 
 
 def test_results_of_other_weights_are_not_told(
     predictor: Predictor, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def results(predictor: Predictor) -> str:
-        shared = predictor.save_pretrained(tmp_path / "shared")
+        shared = save_pretrained(predictor, tmp_path / "shared")
         return ModelCard.load(shared / CARD).text.split("## Results")[1].split("## ")[0].strip()
 
     assert "50.00" in results(predictor)
@@ -163,7 +164,7 @@ def test_results_of_other_weights_are_not_told(
     newer = tmp_path / "run" / "model.safetensors"
     os.utime(newer, ns=(2**62, 2**62))
     assert results(crossx.load(tmp_path / "run", device="cpu")) == "Not measured."
-    assert results(Predictor(*load_method(run.path), device="cpu")) == "Not measured."
+    assert results(Predictor.from_method(*load_method(run.path), device="cpu")) == "Not measured."
     with torch.no_grad():
         next(predictor.method.parameters()).add_(1)
     with caplog.at_level("WARNING", logger="crossx"):
@@ -174,7 +175,7 @@ def test_results_of_other_weights_are_not_told(
 def test_a_model_goes_to_the_hub_and_comes_back(
     hub: Hub, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = predictor.push_to_hub("me/birds", private=True, token="secret", license="mit")
+    address = push_to_hub(predictor, "me/birds", private=True, token="secret", license="mit")
     assert address.endswith("/me/birds")
     files = hub.repositories["me/birds"]["main"]
     assert set(files) == set(FILES) - {"activation_maps.png"}
@@ -184,19 +185,19 @@ def test_a_model_goes_to_the_hub_and_comes_back(
     assert torch.equal(logits(loaded), logits(predictor))
     assert loaded.spec == predictor.spec
     predictor.spec = replace(predictor.spec, dataset="another")
-    predictor.push_to_hub("me/birds", revision="v2", token="secret")
+    push_to_hub(predictor, "me/birds", revision="v2", token="secret")
     assert crossx.load("me/birds@v2", device="cpu").spec.dataset == "another"
     assert crossx.load("hf-hub:me/birds", device="cpu").spec.dataset == "folder"
 
 
 def test_a_push_that_cannot_work_is_refused(hub: Hub, predictor: Predictor) -> None:
-    assert "names no repository" in refusal(predictor.push_to_hub, "birds")
-    assert "not uploaded" in refusal(predictor.push_to_hub, "me/birds", token="wrong")
+    assert "names no repository" in refusal(push_to_hub, predictor, "birds")
+    assert "not uploaded" in refusal(push_to_hub, predictor, "me/birds", token="wrong")
     assert hub.repositories == {}
 
 
 def test_files_of_a_stranger_are_checked(hub: Hub, predictor: Predictor, tmp_path: Path) -> None:
-    folder = predictor.save_pretrained(tmp_path / "shared")
+    folder = save_pretrained(predictor, tmp_path / "shared")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     spec = json.loads(files["model.json"])
     for name, changed, reason in (

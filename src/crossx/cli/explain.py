@@ -16,7 +16,7 @@ from crossx.runs import atomic_path, check_writable, open_run
 if TYPE_CHECKING:
     from crossx.explain.figures import Row
     from crossx.explain.maps import Explanation
-    from crossx.predict.predictor import ExplainedImage
+    from crossx.predict.results import ExplainedImage
 
 MAPS = ("activation", "class", "both")
 SHEET_ROWS = 20
@@ -72,25 +72,19 @@ def run(arguments: Sequence[str]) -> int:
 def _explain(options: argparse.Namespace) -> int:
     _check(options)
 
-    from rich.console import Console
-    from rich.progress import track
-
+    from crossx.evaluation.progress import track
     from crossx.predict.inputs import expand_paths
     from crossx.predict.predictor import Predictor
 
     paths = expand_paths(options.images)
     check_writable(Path(options.output))
     predictor = Predictor.load(options.run, device=options.device)
-    console = Console(stderr=True)
     explained = track(
         predictor.iter_explain(
             paths, maps=options.maps, target=options.target, batch_size=options.batch_size
         ),
         "Explaining",
         total=len(paths),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
     )
     failed = _write(explained, paths, predictor.classes, options)
     done = len(paths) - failed

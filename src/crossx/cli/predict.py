@@ -16,7 +16,8 @@ from crossx.cli.options import VerbParser, add_prediction, add_run, positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
-    from crossx.predict.predictor import Features, Prediction, Predictor
+    from crossx.predict.predictor import Predictor
+    from crossx.predict.results import Features, Prediction
 
     Result = TypeVar("Result", Prediction, Features)
 
@@ -163,7 +164,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
             "A table of several goes to --output FILE.csv, FILE.jsonl or FILE.parquet."
         )
 
-    from crossx.cli.progress import images_bar
+    from crossx.evaluation.progress import images_bar
     from crossx.predict.collection import SHARD_SIZE, predict_collection
 
     with images_bar("Predicting") as (bar, task):
@@ -234,7 +235,7 @@ def _write(
     write: Callable[[Path, Iterator[Result]], None],
 ) -> int:
     """Write results as they come, show how far it is, and return the exit code."""
-    from crossx.cli.progress import images_bar
+    from crossx.evaluation.progress import images_bar
 
     count, start = Count(), time.perf_counter()
     with images_bar("Predicting", total) as (bar, task):

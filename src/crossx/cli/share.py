@@ -65,7 +65,7 @@ def _share(options: argparse.Namespace) -> int:
 
     from crossx.predict.predictor import Predictor
     from crossx.share.model_card import check_license
-    from crossx.share.sharing import check_target, hub_model
+    from crossx.share.sharing import check_target, hub_model, push_to_hub, save_pretrained
 
     check_license(options.license)
     model = hub_model(options.hub) if options.hub else None
@@ -73,10 +73,11 @@ def _share(options: argparse.Namespace) -> int:
         check_target(Path(options.output))
     predictor = Predictor.load(options.run, device="cpu")
     if model is None:
-        folder = predictor.save_pretrained(options.output, license=options.license, images=options.images)
+        folder = save_pretrained(predictor, options.output, license=options.license, images=options.images)
         print(f"shared: {folder}")
     else:
-        address = predictor.push_to_hub(
+        address = push_to_hub(
+            predictor,
             model.repository,
             revision=model.revision,
             private=options.private,

@@ -1,6 +1,6 @@
 """A trained run to one file that other programs run: ONNX, OpenVINO, torch.export or plain weights.
 
-Whatever is written is opened again and held against the network in eager float32 before it gets its name.
+Whatever is written is opened again and compared with the network in eager float32 before it gets its name.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from crossx.data.transforms import Normalize
 from crossx.errors import CrossXError, UsageError, first_line, unknown
-from crossx.evaluation.run import open_data
+from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.subject import open_data
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.export.verify import (
     Accuracy,
     Comparison,
     QuantizationData,
-    batches,
     compare,
     images_to_compare,
     measure_accuracy,
+    prepared_batches,
     quantization_data,
 )
 from crossx.methods.checkpoint import load_method
@@ -129,7 +131,7 @@ def export_run(
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
-    read = cache(partial(open_data, run.read_info(), spec, root, dataset))
+    read = cache(partial(open_data, run.read_info(), spec, root=root, dataset=dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
@@ -137,15 +139,17 @@ def export_run(
     if precision == "int8":
         quantized = quantization_data(read(), calibration_images or CALIBRATION_IMAGES, accuracy_images)
 
-    network = Inference(copy.deepcopy(method), spec)
-    graph = _build_graph(name, network, spec, precision, quantized)
+    graph = _build_graph(name, Inference(copy.deepcopy(method), spec), spec, precision, quantized)
+    reference = TorchNetwork(method, Normalize(spec.preprocessing), "cpu")
     description = describe_export(spec, name, precision, _opset(graph))
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
         model = ExportedModel.load(file)
-        comparison = compare(model, method, spec, compared, source)
-        accuracy = None if quantized is None else measure_accuracy(model, method, spec, quantized)
+        comparison = compare(model, reference, compared, source)
+        accuracy = (
+            None if quantized is None else measure_accuracy(model, reference, quantized, spec.preprocessing)
+        )
         allowed = TOLERANCES[precision] if tolerance is None else tolerance
         _require(output, comparison, accuracy, allowed)
         if accuracy is not None:
@@ -202,7 +206,7 @@ def _build_graph(
         if quantized is not None:
             assert kind.quantize is not None
             paths = [record.path for record in quantized.calibration]
-            graph = kind.quantize(graph, list(batches(paths, spec.preprocessing)))
+            graph = kind.quantize(graph, list(prepared_batches(paths, spec.preprocessing)))
     return graph
 
 

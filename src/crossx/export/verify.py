@@ -1,27 +1,24 @@
-"""Holding an exported file against the network that it was made of, on real images."""
+"""Compare an exported file with the network that it was made of, on real images."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from crossx.data.datamodule import DataModule
 from crossx.data.images import find_images, image_problem
 from crossx.data.index import Record
-from crossx.data.transforms import Normalize, batch_images, eval_transform
+from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError
-from crossx.methods.base import Method
-from crossx.predict.exported import ExportedModel
-from crossx.runs import ModelSpec, Preprocessing
+from crossx.evaluation.network import Network
+from crossx.evaluation.progress import track
+from crossx.predict.prefetch import prefetch_batches
+from crossx.runs import Preprocessing
 
 T = TypeVar("T")
 
@@ -32,7 +29,7 @@ RANDOM_PIXELS = "random pixels"
 
 @dataclass(frozen=True)
 class Comparison:
-    """An exported file's logits beside those of eager float32.
+    """An exported file's logits compared with those of eager float32.
 
     Attributes:
         images: How many images.
@@ -111,7 +108,7 @@ def images_to_compare(
     readable = [path for path in spread(paths, COMPARED_IMAGES) if image_problem(path) is None]
     if not readable:
         raise CrossXError(f"{source}: there is no image that can be read. Give --images a folder of images.")
-    return torch.cat(list(batches(readable, preprocessing))), source
+    return torch.cat(list(prepared_batches(readable, preprocessing))), source
 
 
 def _random_pixels(size: int) -> Tensor:
@@ -119,11 +116,11 @@ def _random_pixels(size: int) -> Tensor:
     return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def compare(model: ExportedModel, method: Method, spec: ModelSpec, images: Tensor, source: str) -> Comparison:
+def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
     """Compare an exported file with the network; images are uint8 (B, 3, S, S), first one, then all others."""
-    parts = [part for part in images.split([1, len(images) - 1]) if len(part)]
-    found = torch.cat([model.logits(part) for part in parts])
-    expected = torch.cat([eager_logits(method, spec, part) for part in images.split(BATCH)])
+    batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
+    found = torch.cat([model.logits(batch) for batch in batches])
+    expected = torch.cat([reference.logits(batch) for batch in images.split(BATCH)])
     difference = (found - expected).abs().max() / expected.abs().max()
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     return Comparison(len(images), source, float(difference), same)
@@ -160,22 +157,15 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
 
 
 def measure_accuracy(
-    model: ExportedModel, method: Method, spec: ModelSpec, images: QuantizationData
+    model: Network, reference: Network, images: QuantizationData, preprocessing: Preprocessing
 ) -> Accuracy:
     """Measure the top-1 accuracy of a quantised file and of the network that it was made of."""
     records = images.measured
     answers, references = [], []
-    console = Console(stderr=True)
-    for batch in track(
-        batches([record.path for record in records], spec.preprocessing),
-        "Measuring",
-        total=-(-len(records) // BATCH),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ):
+    paths = [record.path for record in records]
+    for batch in track(prepared_batches(paths, preprocessing), "Measuring", total=-(-len(records) // BATCH)):
         answers.append(model.logits(batch).argmax(1))
-        references.append(eager_logits(method, spec, batch).argmax(1))
+        references.append(reference.logits(batch).argmax(1))
     found, expected = torch.cat(answers), torch.cat(references)
     targets = torch.tensor([record.label for record in records])
     return Accuracy(
@@ -188,20 +178,11 @@ def measure_accuracy(
     )
 
 
-@torch.inference_mode()
-def eager_logits(method: Method, spec: ModelSpec, images: Tensor) -> Tensor:
-    """Return what the network itself answers, float32 (B, K), to images uint8 (B, 3, S, S)."""
-    logits: Tensor = method(Normalize(spec.preprocessing)(images))
-    return logits
-
-
-def batches(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Tensor]:
+def prepared_batches(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Give images as evaluation prepares them, uint8 (B, 3, S, S), decoded in threads."""
     transform = eval_transform(preprocessing)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), BATCH):
-            chunk = paths[start : start + BATCH]
-            yield batch_images(list(pool.map(lambda path: transform(transform.read(path)), chunk)))
+    for _, images in prefetch_batches(paths, lambda path: transform(transform.read(path)), BATCH):
+        yield batch_images(images)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -128,7 +128,7 @@ class Worker:
 
         method = build_method(self.spec)
         method.load_state_dict(ray.get(self.weights))
-        return Predictor(method, self.spec, self.device, **self.options)
+        return Predictor.from_method(method, self.spec, self.device, **self.options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict the one shard of a batch with the columns ``number`` and ``shard``."""

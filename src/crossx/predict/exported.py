@@ -14,11 +14,13 @@ from torch import Tensor
 
 from crossx.data.transforms import MAX_ASPECT, resized_side
 from crossx.errors import CrossXError, UsageError, first_line
+from crossx.explain.maps import Explanation, Kind
+from crossx.methods.base import Method
 from crossx.methods.checkpoint import build_method, load_weights
 from crossx.predict.inference import Inference
-from crossx.runs import EXPORTED, ModelSpec
+from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec
 
-Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -72,11 +74,11 @@ def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | 
 
 
 class ExportedModel:
-    """An exported file, ready to classify on the CPU.
+    """An exported file as a ``Network``: it predicts on the CPU, and explains nothing.
 
     Args:
         description: What the file says of itself, see ``describe_export``.
-        run: Runs it.
+        compute: Runs it.
         source: The file, for messages.
 
     Attributes:
@@ -84,21 +86,40 @@ class ExportedModel:
         spec: The ``model.json`` of the run that was exported.
     """
 
-    def __init__(self, description: Mapping[str, Any], run: Run, source: Path) -> None:
+    device = torch.device("cpu")
+    precision = torch.float32
+    explains = False
+
+    def __init__(self, description: Mapping[str, Any], compute: Compute, source: Path) -> None:
         self.description = dict(description)
         self.spec = ModelSpec.from_json(description, source)
-        self._run = run
+        self._compute, self._source = compute, source
 
     @classmethod
-    def load(cls, path: str | Path) -> ExportedModel:
+    def load(
+        cls, path: str | Path, device: str | torch.device = "auto", precision: str = "auto"
+    ) -> ExportedModel:
         """Open a file that ``export_run`` wrote, of any format.
 
         OpenVINO computes in float32 here, also where a processor would let it choose bfloat16.
 
+        Args:
+            path: The file.
+            device: ``auto`` or ``cpu``.
+            precision: ``auto``: the file has its own.
+
         Raises:
-            UsageError: If its format is none of ``SUFFIXES``, or needs a package that is not installed.
+            UsageError: For another device or precision, if its format is none of ``SUFFIXES``, or needs a package that
+                is not installed.
             CrossXError: If there is no such file, or it was not exported by crossx.
         """
+        if str(device) not in ("auto", "cpu"):
+            raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
+        if precision != "auto":
+            raise UsageError(
+                f"{path}: an exported file has the precision that `crossx export --precision` gave it: leave out "
+                f"precision {precision!r}."
+            )
         file = Path(path)
         reader = {
             ".onnx": _read_onnx,
@@ -111,14 +132,14 @@ class ExportedModel:
         if not file.is_file():
             raise CrossXError(f"{file}: no such file.")
         try:
-            text, run = reader(file)
+            text, compute = reader(file)
         except (ImportError, CrossXError):
             raise
         except Exception as error:  # each runtime has errors of its own for a broken file
             raise CrossXError(
                 f"{file}: cannot be read as an exported network ({first_line(error)})."
             ) from error
-        return cls(json.loads(text), run, file)
+        return cls(json.loads(text), compute, file)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,11 +148,29 @@ class ExportedModel:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits, float32 (B, K), of images as ``classify`` takes them."""
-        return self._run(images)[0]
+        return self._compute(images)[0]
 
     def classify(self, images: Tensor) -> Tensor:
         """Return probabilities, float32 (B, K), of images uint8 RGB (B, 3, S, S), decoded, resized and cropped."""
-        return self._run(images)[1]
+        return self._compute(images)[1]
+
+    @property
+    def method(self) -> Method:
+        """Always raises, see ``Network.method``."""
+        raise self._predicts_only()
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Always raise, see ``Network.embeddings``."""
+        raise self._predicts_only()
+
+    def maps(
+        self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
+    ) -> list[Explanation]:
+        """Always raise, see ``Network.maps``."""
+        raise self._predicts_only()
+
+    def _predicts_only(self) -> UsageError:
+        return UsageError(f"{self._source}: {PREDICTS_ALONE}")
 
 
 def is_exported(path: str | Path) -> bool:
@@ -151,7 +190,7 @@ def exported_files(file: Path) -> list[Path]:
     return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
 
 
-def _read_onnx(file: Path) -> tuple[str, Run]:
+def _read_onnx(file: Path) -> tuple[str, Compute]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -167,7 +206,7 @@ def _read_onnx(file: Path) -> tuple[str, Run]:
     return _required(text, file), run
 
 
-def _read_openvino(file: Path) -> tuple[str, Run]:
+def _read_openvino(file: Path) -> tuple[str, Compute]:
     import openvino
 
     core = openvino.Core()
@@ -189,13 +228,13 @@ def _read_openvino(file: Path) -> tuple[str, Run]:
     return _required(text, file), run
 
 
-def _read_torch_export(file: Path) -> tuple[str, Run]:
+def _read_torch_export(file: Path) -> tuple[str, Compute]:
     extra = {EXTRA_FILE: ""}
     module = torch.export.load(file, extra_files=extra).module()
     return _required(extra[EXTRA_FILE], file), torch.inference_mode()(module)
 
 
-def _read_safetensors(file: Path) -> tuple[str, Run]:
+def _read_safetensors(file: Path) -> tuple[str, Compute]:
     with safe_open(file, "pt") as opened:
         text = _required((opened.metadata() or {}).get(KEY), file)
     spec = ModelSpec.from_json(json.loads(text), file)

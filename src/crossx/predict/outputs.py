@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
-from crossx.predict.predictor import Features, Prediction
+from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")

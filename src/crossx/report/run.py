@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.evaluation.device import select_device
-from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.run import data_config, relative_paths
+from crossx.evaluation.network import TorchNetwork, within_memory
+from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
+from crossx.evaluation.subject import open_data
 from crossx.explain.figures import outline, overlay
 from crossx.methods.checkpoint import load_method
 from crossx.report.choice import choose_examples
@@ -90,21 +90,15 @@ def report_run(
 def _read_images(tested: Tested, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return the images as the network sees them, number to uint8 (3, S, S)."""
     results = tested.results
-    config = data_config(tested.info, tested.spec, results["data_root"], results["dataset"], None, None)
-    index = read_configured(config).with_validation(config.val_fraction, config.split_seed)
-    files = dict(
-        zip(
-            relative_paths(index, split, config.root),
-            (record.path for record in index.split(split)),
-            strict=True,
-        )
-    )
+    data = open_data(tested.info, tested.spec, root=results["data_root"], dataset=results["dataset"])
+    paths = relative_paths(data.index, split, data.config.root)
+    files = dict(zip(paths, (record.path for record in data.index.split(split)), strict=True))
     transform = eval_transform(tested.spec.preprocessing)
     images = {}
     for number in numbers:
         path = str(tested.paths[number])
         if path not in files:
-            raise CrossXError(f"{path} was tested and is not in {config.root} any more.")
+            raise CrossXError(f"{path} was tested and is not in {data.config.root} any more.")
         images[number] = transform(transform.read(files[path]))
     return images
 
@@ -114,14 +108,14 @@ def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dic
     """Lay the activation maps of every stage and part over the images; draw the method's boxes on them."""
     chosen = select_device(device)
     method, spec = load_method(run)
-    method.to(chosen)
-    normalize = Normalize(spec.preprocessing)
+    network = TorchNetwork(method, Normalize(spec.preprocessing), chosen)
     pictures = {}
     for start in range(0, len(images), BATCH_SIZE):
         numbers = list(images)[start : start + BATCH_SIZE]
         batch = batch_images([images[number] for number in numbers])
-        inputs = normalize(batch.to(chosen))
-        maps, boxes = method.activation_maps(inputs), method.boxes(inputs)
+        with within_memory(len(batch)):
+            inputs = network.inputs(batch)
+            maps, boxes = method.activation_maps(inputs), method.boxes(inputs)
         for place, number in enumerate(numbers):
             image = images[number].permute(1, 2, 0).numpy()
             overlays = {

@@ -22,7 +22,8 @@ from crossx.data.images import ImageError
 from crossx.errors import UsageError
 from crossx.explain.figures import Row, describe, draw, layer, save_png
 from crossx.explain.maps import Kind
-from crossx.predict.predictor import ExplainedImage, Predictor, class_number
+from crossx.predict.predictor import Predictor, class_number
+from crossx.predict.results import ExplainedImage
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
 from crossx.serve.limits import Limits
 from crossx.serve.monitoring import Metrics

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,7 +28,8 @@ from crossx.explain.figures import figure, save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method, save_weights
-from crossx.predict.inputs import expand
+from crossx.predict.inputs import ImageInput, expand
+from crossx.predict.predictor import Predictor
 from crossx.recipes import architecture
 from crossx.report.class_bars import plot_class_accuracy
 from crossx.runs import (
@@ -41,10 +42,6 @@ from crossx.runs import (
     write_text,
 )
 from crossx.share.model_card import CardFigure, Facts, check_license, write_card
-
-if TYPE_CHECKING:
-    from crossx.predict.inputs import ImageInput
-    from crossx.predict.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +57,23 @@ def save_pretrained(
     images: Iterable[ImageInput] = (),
     repository: str | None = None,
 ) -> Path:
-    """Write a network with its model card into a folder; arguments as ``Predictor.save_pretrained``.
+    """Write a network into a folder to share: safetensors, JSON, a model card and figures.
+
+    ``crossx.load(folder)`` gives the same network again. The card has the results of ``crossx test`` where the
+    network was loaded from a run that has them.
 
     Args:
         predictor: The network.
         folder: A new or empty folder, or one that this function wrote, whose files are written anew.
-        license: See ``write_card``.
-        images: Images to show activation maps of; they must be free to be published.
+        license: The Hub's identifier of the licence of the weights (``apache-2.0``); None leaves it open.
+        images: Images to show activation maps of in the card. They are published: they must be yours to give.
         repository: ``user/name`` on the Hub where it is known.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If the folder holds something else.
+        UsageError: If the folder holds something else, or ``license`` cannot be an identifier.
         CrossXError: If an image cannot be read, or the folder cannot be written to.
     """
     target = Path(folder)
@@ -114,13 +114,22 @@ def push_to_hub(
     license: str | None = None,
     images: Iterable[ImageInput] = (),
 ) -> str:
-    """Upload a network with its model card; arguments as ``Predictor.push_to_hub``.
+    """Upload what ``save_pretrained`` writes to the Hugging Face Hub.
+
+    Args:
+        predictor: The network.
+        name: ``user/name``; made where it is not there yet.
+        private: Whether a new repository is visible to its owner only.
+        token: An access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        revision: Branch to upload to, made where it is not there yet; the main one by default.
+        license: See ``save_pretrained``.
+        images: See ``save_pretrained``.
 
     Returns:
         The address of the repository.
 
     Raises:
-        UsageError: If ``name`` is no name of a repository.
+        UsageError: If ``name`` is no name of a repository, or ``license`` cannot be an identifier.
         CrossXError: If an image cannot be read, or the Hub cannot be reached or refuses.
     """
     model = hub_model(name, revision)

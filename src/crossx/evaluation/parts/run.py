@@ -3,66 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from crossx.data.index import Record
 from crossx.errors import CrossXError
 from crossx.evaluation.intervals import CONFIDENCE
+from crossx.evaluation.network import within_memory
 from crossx.evaluation.parts.measures import RESAMPLES, TOP_SHARE, ZOOM, measure_images, summarize_parts, zoom
 from crossx.evaluation.parts.plots import plot_parts
 from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
-from crossx.evaluation.run import Subject, prepare_test
+from crossx.evaluation.progress import track
+from crossx.evaluation.subject import Subject, SubjectOptions
 from crossx.runs import write_json
 
 
-def measure_run(
-    path: str | Path,
-    *,
-    root: str | Path | None = None,
-    dataset: str | None = None,
-    split: str = "test",
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-    device: str = "auto",
-    output: str | Path | None = None,
-) -> dict[str, Any]:
+def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, Any]:
     """Measure the activation maps of a run on one split of a dataset with known parts, and write the results.
 
     ``OUTPUT/SPLIT_parts.json`` holds what is returned, ``OUTPUT/SPLIT/parts.png`` shows it.
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
-        root: The data; by default where the run was trained.
-        dataset: The dataset's name; by default the one that the run was trained on.
-        split: ``test``, ``val`` or ``train``.
-        batch_size: Images a step; by default as in training.
-        num_workers: Processes that load images; by default as in training.
-        device: See ``select_device``.
-        output: Folder for the results; by default the run folder.
+        **options: See ``SubjectOptions``.
 
     Returns:
         ``n`` (images), ``parts`` (name to the number of images that show it), ``stages`` (name to what
         ``summarize_parts`` returns), the constants of the definitions, and what ``test_run`` says of the run.
 
     Raises:
-        UsageError: If the split, dataset or device is unknown.
-        CrossXError: If the dataset has no parts, the maps are not finite, or as ``test_run``.
+        UsageError: As ``Subject.open``.
+        CrossXError: As ``Subject.open``, or if the dataset has no parts or the maps are not finite.
     """
-    subject = prepare_test(
-        path,
-        root=root,
-        dataset=dataset,
-        split=split,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        output=output,
-    )
+    subject = Subject.open(path, **options)
+    split = subject.split
     present = subject.data.index.split(split)
     if present and not part_names(present):
         raise CrossXError(
@@ -119,23 +95,14 @@ def _measure(
     subject: Subject, parts: Regions, objects: Regions
 ) -> dict[str, tuple[tuple[int, int], dict[str, Tensor]]]:
     """Return stage name -> size of its maps and the measures of all images, see ``measure_images``."""
-    method = subject.method.to(device=subject.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = subject.network
     measured: dict[str, list[dict[str, Tensor]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    console = Console(stderr=True)
-    loader = subject.data.eval_loader(subject.split)
     start = 0
-    for batch, _ in track(
-        loader, "Measuring", console=console, transient=True, disable=not console.is_terminal
-    ):
-        try:
-            images = subject.data.normalize(batch.to(subject.device, non_blocking=True))
-            images = images.to(memory_format=torch.channels_last)
-            views = [method.activation_maps(view) for view in (images, images.flip(3), zoom(images))]
-        except torch.OutOfMemoryError as error:
-            raise CrossXError(
-                f"out of GPU memory at {len(batch)} images a step: lower --data.batch_size, or use --device cpu."
-            ) from error
+    for batch, _ in track(subject.data.eval_loader(subject.split), "Measuring"):
+        with within_memory(len(batch)):
+            images = network.inputs(batch)
+            views = [network.method.activation_maps(view) for view in (images, images.flip(3), zoom(images))]
         here = slice(start, start + len(batch))
         start = here.stop
         for stage in views[0]:

@@ -1,9 +1,10 @@
-"""The bar that verbs show while they go through images; imported where it is shown."""
+"""Progress bars on stderr, where that is a terminal; they disappear when the work is done."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,11 +17,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import track as rich_track
 from rich.text import Text
+
+T = TypeVar("T")
 
 
 class RateColumn(ProgressColumn):
-    """Images a second, over the last half minute."""
+    """Images per second, over the last half minute."""
 
     def render(self, task: Task) -> Text:
         """Show nothing until there is a rate."""
@@ -37,9 +41,23 @@ COLUMNS = (
 )
 
 
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """Show how many items, such as batches, are done.
+
+    Args:
+        items: Given as they are.
+        what: Written before the bar; empty for no bar.
+        total: How many items, where ``items`` has no length.
+    """
+    console = Console(stderr=True)
+    return rich_track(
+        items, what, total, console=console, transient=True, disable=not (what and console.is_terminal)
+    )
+
+
 @contextmanager
 def images_bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-    """Show a bar with rate and remaining time on stderr where that is a terminal; it goes when the block ends.
+    """Show a bar with rate and remaining time.
 
     Gives the bar and its task, for ``update`` and ``advance``.
     """
