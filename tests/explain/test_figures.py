@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
 import layouts
 from crossx.explain import figure, overlay
@@ -119,7 +119,7 @@ def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     boxes = np.array([[30, 30, 80, 80], [-50, 60, 50, 300]], np.float32)
     drawn = outline(image, boxes)
-    first, second = ((drawn == colour).all(2) for colour in BOX_COLOURS[:2])
+    first, second = ((drawn == colour).all(2) for colour in map(ImageColor.getrgb, BOX_COLOURS[:2]))
     assert first[30:81, 80].all()
     assert first[80, 30:81].all()
     # what lies beyond the image is not shown: the box ends with it

@@ -23,6 +23,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
+from crossx.explain.palette import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
@@ -39,8 +40,7 @@ GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
 TEXT_WIDTH = 32
 """Letters a line of the text left of a row; longer names are cut."""
-BOX_COLOURS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (230, 159, 0))
-"""Told apart with every common colour vision deficiency (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
+BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
 

@@ -1,4 +1,4 @@
-"""A tested run as its page needs it: what the run folder holds, and the network's answers as plain arrays."""
+"""A tested run: what its folder holds, and the network's answers as arrays."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from crossx.evaluation.metrics import ClassRow, class_table, confusion_matrix
+from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.runs import ModelSpec, Run, read_json
 
 
 @dataclass(frozen=True)
-class Tested:
+class RunResults:
     """What is known about a tested run.
 
     Attributes:
@@ -41,20 +44,13 @@ class Tested:
     paths: NDArray[np.str_]
 
     @classmethod
-    def read(
-        cls,
-        run: Run,
-        split: str,
-        *,
-        logits: NDArray[np.float32],
-        targets: NDArray[np.int64],
-        paths: NDArray[np.str_],
-    ) -> Tested:
-        """Gather what the run folder holds about ``split``.
+    def read(cls, run: Run, split: str) -> RunResults:
+        """Read what the run folder holds about ``split``.
 
         Raises:
-            CrossXError: If the results are missing, or a file is damaged.
+            CrossXError: If the run was not tested on it, or a file is damaged.
         """
+        answers = Predictions.load(predictions_path(run.path, split), run.path, split)
         history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
         return cls(
             spec=run.read_spec(),
@@ -63,9 +59,9 @@ class Tested:
             config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
             history=read_json(history).get("epochs", []) if history.is_file() else [],
             parts=read_json(parts) if parts.is_file() else {},
-            logits=logits,
-            targets=targets,
-            paths=paths,
+            logits=answers.logits,
+            targets=answers.targets,
+            paths=answers.paths,
         )
 
     @property
@@ -99,8 +95,15 @@ class Tested:
         return answer
 
     @cached_property
+    def class_rows(self) -> list[ClassRow]:
+        """A row for each class that has images, in label order."""
+        return [row for row in class_table(torch.from_numpy(self.confusion), self.classes) if row.n]
+
+    @cached_property
     def confusion(self) -> NDArray[np.int64]:
         """(K, K), numbers of images: a row for each true class, a column for each predicted one."""
-        count = len(self.classes)
-        cells = np.bincount(self.targets * count + self.predictions, minlength=count * count)
-        return cells.reshape(count, count)
+        counts = confusion_matrix(
+            torch.from_numpy(self.predictions), torch.from_numpy(self.targets), len(self.classes)
+        )
+        matrix: NDArray[np.int64] = counts.numpy()
+        return matrix

@@ -14,14 +14,13 @@ from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork, within_memory
-from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
+from crossx.evaluation.predictions import relative_paths
 from crossx.evaluation.subject import open_data
 from crossx.explain.figures import outline, overlay
 from crossx.methods.checkpoint import load_method
-from crossx.report.choice import choose_examples
-from crossx.report.examples import Pictures
+from crossx.report.examples import Pictures, choose_examples
 from crossx.report.page import render
-from crossx.report.results import Tested
+from crossx.report.results import RunResults
 from crossx.runs import check_output_file, open_run, write_text
 
 log = logging.getLogger(__name__)
@@ -72,22 +71,21 @@ def report_run(
     """
     target = report_path(run, split, output)
     folder = open_run(run)[0]
-    answers = Predictions.load(predictions_path(folder.path, split), folder.path, split)
-    tested = Tested.read(folder, split, logits=answers.logits, targets=answers.targets, paths=answers.paths)
-    choice = choose_examples(tested)
+    tested = RunResults.read(folder, split)
+    shown = choose_examples(tested)
     notices = []
     try:
-        images = _read_images(tested, split, choice.images)
+        images = _read_images(tested, split, shown.images)
     except CrossXError as error:
         images = {}
         notices.append(f"The page has no pictures: {error}")
         log.warning("the page goes without pictures: %s", error)
     pictures = _pictures(run, images, device) if images else {}
-    write_text(target, render(tested, choice, pictures, notices))
+    write_text(target, render(tested, shown, pictures, notices))
     return target
 
 
-def _read_images(tested: Tested, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
+def _read_images(tested: RunResults, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return the images as the network sees them, number to uint8 (3, S, S)."""
     results = tested.results
     data = open_data(tested.info, tested.spec, root=results["data_root"], dataset=results["dataset"])

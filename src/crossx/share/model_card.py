@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crossx.data.catalog import DATASETS, DatasetInfo
 from crossx.errors import UsageError
+from crossx.evaluation.metrics import ClassRow, worst_first
+from crossx.evaluation.notices import result_notices
 from crossx.methods.base import Method
 from crossx.recipes import model_name
-from crossx.report.classes import ClassRow
-from crossx.report.page import result_notices
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
 
@@ -335,9 +335,14 @@ def _describe_confidence(facts: Facts) -> str:
 
 
 def _worst_table(classes: Sequence[ClassRow]) -> str:
-    rows = [row for row in sorted(classes, key=lambda row: row.accuracy) if row.accuracy < 1][:WORST]
+    rows = [row for row in worst_first(classes) if row.accuracy != 1][:WORST]
     cells = [
-        (_code(row.name), percent(row.accuracy), str(row.n), _code(row.confused) if row.confused else "–")
+        (
+            _code(row.name),
+            percent(row.accuracy),
+            str(row.n),
+            _code(row.most_confused_with) if row.most_confused_with else "–",
+        )
         for row in rows
     ]
     return (
