@@ -27,7 +27,7 @@ import torch
 from crossx.data.images import find_images
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe, save_weights
-from crossx.predict.cluster import session
+from crossx.predict.cluster import ray_session
 from crossx.predict.collection import predict_collection
 from crossx.predict.outputs import write_csv
 from crossx.predict.predictor import Predictor
@@ -129,7 +129,7 @@ def main() -> None:
         for workers in asked.workers:
             clocks[f"folder, ray, {workers} workers"] = Clock(to_folder("ray", workers), images)
         start = time.perf_counter()
-        with session():
+        with ray_session():
             ray_start = time.perf_counter() - start
             # once before, so that the files are in memory
             to_table(lambda done: None)

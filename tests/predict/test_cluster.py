@@ -10,8 +10,8 @@ import layouts
 from crossx.errors import UsageError
 from crossx.methods.checkpoint import load_method
 from crossx.predict import cluster
-from crossx.predict.attempt_counter import Attempts
-from crossx.predict.cluster import Worker, share
+from crossx.predict.attempt_counter import AttemptCounter
+from crossx.predict.cluster import Worker, divide_cluster
 from crossx.predict.collection import predict_collection
 from crossx.predict.shards import find_collection
 from refusals import refusal
@@ -34,7 +34,7 @@ def photos(tmp_path_factory):
 def ray_session():
     """Start Ray once for the tests of this file."""
     pytest.importorskip("ray", reason="needs crossx[ray]")
-    with cluster.session():
+    with cluster.ray_session():
         yield
 
 
@@ -57,19 +57,21 @@ def rows(output):
     ],
 )
 def test_a_cluster_is_shared_so_that_all_workers_fit(nodes, workers, shards, on_gpu, expected):
-    assert share(nodes, workers, shards, on_gpu=on_gpu) == expected
+    assert divide_cluster(nodes, workers, shards, on_gpu=on_gpu) == expected
 
 
 def test_more_workers_than_room_are_refused():
-    assert refusal(share, [{"CPU": 2}], 3, 9, on_gpu=False).startswith("--workers 3: Ray has 2 CPU cores.")
-    assert refusal(share, [{"CPU": 2}], None, 9, on_gpu=True).startswith("Ray has no GPUs.")
-    assert refusal(share, [{"CPU": 1, "GPU": 4}], 2, 9, on_gpu=True).startswith(
+    assert refusal(divide_cluster, [{"CPU": 2}], 3, 9, on_gpu=False).startswith(
+        "--workers 3: Ray has 2 CPU cores."
+    )
+    assert refusal(divide_cluster, [{"CPU": 2}], None, 9, on_gpu=True).startswith("Ray has no GPUs.")
+    assert refusal(divide_cluster, [{"CPU": 1, "GPU": 4}], 2, 9, on_gpu=True).startswith(
         "--workers 2: Ray has 1 GPUs."
     )
 
 
 def test_attempts_are_counted_by_shard():
-    attempts = Attempts()
+    attempts = AttemptCounter()
     assert [attempts.begin(number) for number in (3, 3, 5, 3)] == [1, 2, 1, 3]
 
 
@@ -106,7 +108,7 @@ def test_a_workers_error_is_an_answer(ray_session, run, photos):
         next(iter(method.heads.values())).bias[0] = torch.nan
     (shard,) = find_collection(photos, 100).shards
     batch = pa.table({"number": [7], "shard": [pickle.dumps(shard)]})
-    attempts = ray.remote(Attempts).options(num_cpus=0).remote()
+    attempts = ray.remote(AttemptCounter).options(num_cpus=0).remote()
     worker = Worker(spec, [ray.put(method.state_dict())], attempts, "cpu", 1, 16, {})
     damaged = {
         "number": 7,

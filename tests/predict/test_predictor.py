@@ -9,7 +9,7 @@ import crossx
 from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.errors import CrossXError, UsageError
-from crossx.evaluation.network import PRECISIONS
+from crossx.evaluation.network import DTYPES
 from crossx.methods.base import create_method
 from crossx.methods.checkpoint import describe, save_weights
 from crossx.predict.predictor import Prediction, Predictor
@@ -326,7 +326,7 @@ def test_lower_precisions_give_nearly_the_same(predictor, images, precision, tol
     hook = lower.method.heads["last"].register_forward_hook(lambda *call: seen.append(call[2].dtype))
     found = lower.predict(images, top=3)
     hook.remove()
-    assert set(seen) == {PRECISIONS[precision]}
+    assert set(seen) == {DTYPES[precision]}
     for one, expected in zip(found, predictor.predict(images, top=3), strict=True):
         assert dict(one.top) == pytest.approx(dict(expected.top), abs=tolerance)
 

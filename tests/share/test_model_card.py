@@ -15,7 +15,7 @@ from crossx.evaluation.metrics import ClassRow
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe, load_method
 from crossx.runs import Preprocessing, Run
-from crossx.share.model_card import CardFigure, Facts, check_license, write_card
+from crossx.share.model_card import CardData, CardFigure, check_license, write_card
 from refusals import refusal
 
 PREPROCESSING = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -62,15 +62,15 @@ def method() -> Any:
     return create_method("crossx", backbone="test_resnet", num_classes=3)
 
 
-def facts(method: Any, dataset: str = "cub", **known: Any) -> Facts:
-    return Facts(
+def card_data(method: Any, dataset: str = "cub", **known: Any) -> CardData:
+    return CardData(
         method, describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset=dataset), **known
     )
 
 
-def measured(method: Any, **changes: Any) -> Facts:
+def measured(method: Any, **changes: Any) -> CardData:
     rows = [ClassRow("001.Jay", 4, 1.0, None), ClassRow("002.A|pipe", 4, 0.5, "001.Jay")]
-    return facts(method, info=INFO, config=CONFIG, results={**RESULTS, **changes}, classes=rows)
+    return card_data(method, info=INFO, config=CONFIG, results={**RESULTS, **changes}, classes=rows)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_lessens_the_results_is_said(method: Any, changes: Mapping[str, Any
 
 
 def test_without_a_test_there_are_no_numbers(method: Any) -> None:
-    card = ModelCard(write_card(facts(method, "folder")))
+    card = ModelCard(write_card(card_data(method, "folder")))
     assert "model-index" not in card.data.to_dict()
     assert "metrics" not in card.data.to_dict()
     assert section(card.text, "Results").strip() == "Not measured."
@@ -167,7 +167,7 @@ def test_without_a_test_there_are_no_numbers(method: Any) -> None:
 
 def test_no_path_of_the_training_machine_is_told(method: Any) -> None:
     info = {**INFO, "backbone": "local-dir:/home/me/w", "data_root": "/home/me/cub"}
-    text = write_card(Facts(method, measured(method).spec, info, CONFIG, RESULTS))
+    text = write_card(CardData(method, measured(method).spec, info, CONFIG, RESULTS))
     assert "/home/me" not in text
     printed = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert printed == {
@@ -191,7 +191,7 @@ def test_terms_and_defects_of_the_dataset_are_told(method: Any) -> None:
 
 
 def test_images_of_ones_own_have_no_public_name(method: Any) -> None:
-    card = ModelCard(write_card(facts(method, "folder")))
+    card = ModelCard(write_card(card_data(method, "folder")))
     assert "datasets" not in card.data.to_dict()
     assert "the author's own images" in section(card.text, "Training data")
     assert "to be asked from the author" in section(card.text, "Training data")
@@ -217,7 +217,7 @@ def test_any_class_name_stays_one_cell(method: Any) -> None:
 def test_the_base_model_is_named_where_the_hub_has_it(
     method: Any, info: Mapping[str, Any], expected: str | None
 ) -> None:
-    assert ModelCard(write_card(facts(method, info=info))).data.to_dict().get("base_model") == expected
+    assert ModelCard(write_card(card_data(method, info=info))).data.to_dict().get("base_model") == expected
 
 
 def test_commands_name_the_repository_and_figures_are_shown(method: Any) -> None:
@@ -229,7 +229,7 @@ def test_commands_name_the_repository_and_figures_are_shown(method: Any) -> None
     assert 'crossx.load("USER/crossx_test_resnet.cub_64")' in write_card(measured(method))
     assert "luo2019crossx" in text
     plain = create_method("plain", backbone="test_resnet", num_classes=3)
-    assert "Citation" not in write_card(facts(plain))
+    assert "Citation" not in write_card(card_data(plain))
 
 
 @pytest.mark.parametrize("license", ["Apache 2.0", "", "mit\nlicense: x", "CC BY"])
@@ -237,7 +237,7 @@ def test_a_licence_that_is_no_identifier_is_refused(license: str) -> None:
     assert "is no identifier of the Hub" in refusal(check_license, license)
 
 
-def test_facts_are_those_of_the_run_folder(tmp_path: Path) -> None:
+def test_card_data_are_those_of_the_run_folder(tmp_path: Path) -> None:
     run = Run(layouts.write_run(tmp_path))
     run.info.write_text(json.dumps(INFO))
     run.config.write_text(yaml.safe_dump(CONFIG))
@@ -246,10 +246,10 @@ def test_facts_are_those_of_the_run_folder(tmp_path: Path) -> None:
         "class,n,accuracy,most_confused_with\nrobin,4,0.5,wren\nwren,0,,\ncrossbill,2,1.0,\n"
     )
     network, spec = load_method(tmp_path)
-    read = Facts.read(network, spec, run, RESULTS)
+    read = CardData.read(network, spec, run, RESULTS)
     assert (read.info, read.config) == (INFO, CONFIG)
     assert read.classes == [ClassRow("robin", 4, 0.5, "wren"), ClassRow("crossbill", 2, 1.0, None)]
-    assert Facts.read(network, spec, run, {}).classes == []
+    assert CardData.read(network, spec, run, {}).classes == []
 
 
 def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
@@ -259,4 +259,4 @@ def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
         ("- a", "config.yaml: not a configuration"),
     ):
         run.config.write_text(content)
-        assert message in refusal(Facts.read, method, run.read_spec(), run, {})
+        assert message in refusal(CardData.read, method, run.read_spec(), run, {})

@@ -14,7 +14,7 @@ from crossx.evaluation.device import select_device
 from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 
-PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Network(Protocol):
@@ -151,9 +151,9 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
         return torch.float16 if fast else torch.float32
-    if name not in PRECISIONS:
-        raise unknown("precision", name, ("auto", *PRECISIONS))
-    return PRECISIONS[name]
+    if name not in DTYPES:
+        raise unknown("precision", name, ("auto", *DTYPES))
+    return DTYPES[name]
 
 
 @contextmanager

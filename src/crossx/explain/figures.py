@@ -46,7 +46,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One image of a figure.
 
     Attributes:
@@ -216,10 +216,10 @@ def figure(
         method, images, maps=maps, classes=classes, temperature=spec.temperature if spec else 1.0
     )
     rows = [
-        Row(
+        FigureRow(
             image,
             explanation,
-            describe(
+            caption(
                 explanation,
                 class_names,
                 name=names[number] if names else "",
@@ -240,7 +240,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
     return pixels
 
 
-def describe(
+def caption(
     explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
 ) -> str:
     """Return the text of a row: name, prediction with its probability, true class, and the class of class maps where
@@ -257,7 +257,7 @@ def describe(
 
 
 def draw(
-    rows: Sequence[Row], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
+    rows: Sequence[FigureRow], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
 ) -> MapFigure:
     """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 
-class Attempts:
+class AttemptCounter:
     """How often each shard was begun."""
 
     def __init__(self) -> None:

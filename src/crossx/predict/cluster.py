@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.methods.checkpoint import build_method, load_method
-from crossx.predict.attempt_counter import Attempts
+from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Shard, predict_shard
 from crossx.runs import ModelSpec
@@ -71,15 +71,15 @@ def predict_shards(
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device}: Ray gives each worker its GPU. Choose from: auto, cpu, cuda.")
     method, spec = load_method(run)
-    with session():
+    with ray_session():
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         on_gpu = device == "cuda" or (device == "auto" and any(node.get("GPU") for node in nodes))
-        workers, cores = share(nodes, workers, len(shards), on_gpu=on_gpu)
+        workers, cores = divide_cluster(nodes, workers, len(shards), on_gpu=on_gpu)
         weights = ray.put(method.state_dict())
-        attempts = ray.remote(Attempts).options(num_cpus=0).remote()
+        attempts = ray.remote(AttemptCounter).options(num_cpus=0).remote()
         # one shard a block: Ray gives back a block when all of it is finished
         blocks = [pa.table({"number": [n], "shard": [pickle.dumps(shard)]}) for n, shard in shards.items()]
         finished = ray.data.from_arrow(blocks).map_batches(
@@ -151,7 +151,7 @@ class Worker:
         return predict_shard(self.predictor, shard, self.top, self.batch_size)
 
 
-def share(
+def divide_cluster(
     nodes: Sequence[Mapping[str, float]], workers: int | None, shards: int, *, on_gpu: bool
 ) -> tuple[int, int]:
     """Share a cluster out among workers.
@@ -188,7 +188,7 @@ def share(
 
 
 @contextmanager
-def session() -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """Start Ray, or join the cluster of ``RAY_ADDRESS``, and leave it at the end; one that is there stays.
 
     Ray keeps quiet, shows no dashboard and reports to nobody; where it is started it listens on the loopback
@@ -216,7 +216,7 @@ def session() -> Iterator[None]:
         return
     try:
         _require_answer(address)
-        with _muted_stderr(), _kept_handler(signal.SIGTERM):
+        with _muted_stderr(), _restored_handler(signal.SIGTERM):
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, RuntimeError, ValueError) as error:
         where = "started" if address == "local" else f"joined at RAY_ADDRESS={address}"
@@ -228,7 +228,7 @@ def session() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_handler(number: signal.Signals) -> Iterator[None]:
+def _restored_handler(number: signal.Signals) -> Iterator[None]:
     """Put back how a signal is handled: after Ray's own way with SIGTERM the process aborts."""
     handler = signal.getsignal(number)
     yield

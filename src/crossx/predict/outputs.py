@@ -24,7 +24,7 @@ TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
 GROUP_ROWS = 1024
 """Rows of a Parquet file that are gathered in memory, and lie together in the file."""
 
-Row: TypeAlias = tuple[object, str | None, float | None, str | None, int | None]
+TableRow: TypeAlias = tuple[object, str | None, float | None, str | None, int | None]
 
 _SCHEMA = pa.schema(
     zip(TABLE_COLUMNS, (pa.string(), pa.string(), pa.float32(), pa.string(), pa.int32()), strict=True)
@@ -122,7 +122,7 @@ def write_features(path: Path, features: Iterable[Features], size: int) -> None:
     _write_groups(path, schema, rows)
 
 
-def table_rows(name: object, prediction: Prediction, top: int) -> Iterator[Row]:
+def table_rows(name: object, prediction: Prediction, top: int) -> Iterator[TableRow]:
     """Give the rows of a table with ``TABLE_COLUMNS``: one a rank, or one with the error."""
     if prediction.error is not None:
         yield name, None, None, prediction.error, None
@@ -130,7 +130,7 @@ def table_rows(name: object, prediction: Prediction, top: int) -> Iterator[Row]:
         yield name, label, probability, None, rank
 
 
-def to_table(rows: Sequence[Row], top: int) -> pa.Table:
+def to_table(rows: Sequence[TableRow], top: int) -> pa.Table:
     """Return rows of ``table_rows`` as an Arrow table."""
     return _table(rows, _schema(top))
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from crossx.data.images import find_images
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.predict.outputs import TABLE_COLUMNS, Row, table_rows, to_table, utf8
+from crossx.predict.outputs import TABLE_COLUMNS, TableRow, table_rows, to_table, utf8
 from crossx.predict.predictor import Predictor
 
 LARGEST = 16
@@ -205,7 +205,7 @@ def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int)
     """
     entries, ahead = tee(shard.read())
     predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for entry, prediction in zip(entries, predictions, strict=True):
         if entry.problem is not None:
             prediction = replace(prediction, error=entry.problem)

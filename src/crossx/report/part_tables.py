@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from crossx.report.tables import Table, cell
-
-Row: TypeAlias = tuple[str, ...]
 
 VIEWS = {"flip": "correlation with the map of the flipped image", "zoom": "the same, zoomed"}
 
@@ -30,7 +28,9 @@ def excitations(stages: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, 
     ]
 
 
-def share_rows(measures: Mapping[str, Any], views: Mapping[str, str]) -> tuple[list[Row], list[Row]]:
+def share_rows(
+    measures: Mapping[str, Any], views: Mapping[str, str]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Return the rows of a table with a column for each of ``excitations``.
 
     Args:
@@ -42,7 +42,7 @@ def share_rows(measures: Mapping[str, Any], views: Mapping[str, str]) -> tuple[l
         activation over the share of area. For each view: name, nothing, and the correlations.
     """
     columns = [excitation for *_, excitation in excitations(measures["stages"])]
-    shares: list[Row] = [
+    shares: list[tuple[str, ...]] = [
         (part, cell(images), *(_ratio(excitation["share"][part]) for excitation in columns))
         for part, images in measures["parts"].items()
     ]

@@ -25,7 +25,7 @@ from starlette.types import Scope
 from crossx.data.images import printable
 from crossx.predict.predictor import Predictor
 from crossx.serve.limits import Limits
-from crossx.serve.monitoring import CLIENT_GONE, Observed, problem
+from crossx.serve.monitoring import CLIENT_GONE, RequestMonitor, problem
 from crossx.serve.schemas import (
     ExplainResponse,
     Health,
@@ -102,7 +102,7 @@ def create_app(
             allow_headers=["Content-Type", API_KEY_HEADER, "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )  # fmt: skip
-    app.add_middleware(Observed, metrics=service.metrics)
+    app.add_middleware(RequestMonitor, metrics=service.metrics)
     return app
 
 
@@ -126,7 +126,9 @@ class _PageFiles(StaticFiles):
 def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> None:
     guards = _guards(api_keys)
     problems = {
-        code: {**told, "model": Problem} for code, told in _PROBLEMS.items() if api_keys or code != 401
+        code: {**described, "model": Problem}
+        for code, described in _PROBLEMS.items()
+        if api_keys or code != 401
     }
 
     @app.get(
@@ -199,18 +201,18 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
-    async def told(request: Request, error: StarletteHTTPException) -> Response:
+    async def http_error(request: Request, error: StarletteHTTPException) -> Response:
         headers = dict(error.headers or {})
         return problem(request.state.request_id, error.status_code, str(error.detail), headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         return problem(request.state.request_id, 422, printable(f"{where}: {first['msg']}."))
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
+    async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_GONE)
 
 

@@ -56,7 +56,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
 
-class Observed:
+class RequestMonitor:
     """Middleware around all: gives each request its id, logs and counts it, and answers for what nobody caught.
 
     A client's own ``X-Request-ID`` is taken over where it is 1 to 64 letters, digits, dots, hyphens or underscores.
@@ -92,9 +92,9 @@ class Observed:
                     scope, receive, send_marked
                 )
         finally:
-            self._tell(scope, request_id, status or CLIENT_GONE, time.perf_counter() - start)
+            self._record(scope, request_id, status or CLIENT_GONE, time.perf_counter() - start)
 
-    def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(route, scope["method"] if route != "other" else "any", status).inc()
         self._metrics.seconds.labels(route).observe(seconds)

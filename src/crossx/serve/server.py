@@ -64,7 +64,7 @@ def run(app: FastAPI, listening: socket.socket, *, trusted_proxies: str = "127.0
         app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
         forwarded_allow_ips=trusted_proxies, timeout_graceful_shutdown=3 * timeout,
     )  # fmt: skip
-    with _signals_survived():
+    with _ignore_reraised_signals():
         _Server(config, service).run(sockets=[listening])
 
 
@@ -144,7 +144,7 @@ class _TimedProtocol(H11Protocol):
 
 
 @contextmanager
-def _signals_survived() -> Iterator[None]:
+def _ignore_reraised_signals() -> Iterator[None]:
     """Let the process live after uvicorn's stop, which raises the signal anew when all is done."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crossx.data.images import ImageError
 from crossx.errors import UsageError
-from crossx.explain.figures import Row, describe, draw, layer, save_png
+from crossx.explain.figures import FigureRow, caption, draw, layer, save_png
 from crossx.explain.maps import Kind
 from crossx.predict.predictor import Predictor, class_number
 from crossx.predict.results import ExplainedImage
@@ -214,16 +214,18 @@ class Service:
 
     async def _wait(self, request: Request, work: asyncio.Future[T]) -> T:
         """Wait for work in threads, but no longer than the client does, and give it up if nobody wants it any more."""
-        gone = asyncio.create_task(_disconnected(request))
+        disconnected = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait((work, gone), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (work, disconnected), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
             if work.done():
                 return work.result()
-            if gone.done():
+            if disconnected.done():
                 raise ClientDisconnect
             raise HTTPException(504, f"the answer took longer than {self.limits.timeout} s.")
         finally:
-            gone.cancel()
+            disconnected.cancel()
             work.cancel()
 
     def _prepare(self, upload: Upload, top: int) -> tuple[Tensor, int]:
@@ -243,9 +245,9 @@ class Service:
     def _figure(self, upload: Upload, explained: ExplainedImage) -> bytes:
         assert explained.pixels is not None
         assert explained.explanation is not None
-        text = describe(explained.explanation, self.classes, name=upload.name or "")
+        text = caption(explained.explanation, self.classes, name=upload.name or "")
         picture = io.BytesIO()
-        save_png(draw([Row(explained.pixels, explained.explanation, text)]), picture)
+        save_png(draw([FigureRow(explained.pixels, explained.explanation, text)]), picture)
         return picture.getvalue()
 
     def _layers(self, upload: Upload, explained: ExplainedImage) -> ExplainResponse:

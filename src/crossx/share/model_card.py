@@ -36,7 +36,7 @@ CONFUSED = 5
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardData:
     """What is known about a model.
 
     Attributes:
@@ -56,7 +56,7 @@ class Facts:
     classes: Sequence[ClassRow] = ()
 
     @classmethod
-    def read(cls, method: Method, spec: ModelSpec, run: Run, results: Mapping[str, Any]) -> Facts:
+    def read(cls, method: Method, spec: ModelSpec, run: Run, results: Mapping[str, Any]) -> CardData:
         """Gather what a run folder holds beside the network.
 
         Raises:
@@ -91,7 +91,7 @@ class CardFigure(NamedTuple):
 
 
 def write_card(
-    facts: Facts,
+    card: CardData,
     *,
     repository: str | None = None,
     license: str | None = None,
@@ -100,7 +100,7 @@ def write_card(
     """Return a model card, Markdown below YAML metadata.
 
     Args:
-        facts: What is known.
+        card: What is known.
         repository: ``user/name`` on the Hub, where it is known.
         license: The Hub's identifier of the licence of the weights; None leaves it open.
         figures: Pictures that lie beside the card.
@@ -108,33 +108,33 @@ def write_card(
     Raises:
         UsageError: If ``license`` cannot be an identifier.
     """
-    spec, results = facts.spec, facts.results
+    spec, results = card.spec, card.results
     return (
         _environment()
         .get_template("model_card.md.j2")
         .render(
-            metadata=_metadata(facts, repository, license).to_yaml(),
-            name=_title(facts, repository),
-            address=repository or f"USER/{facts.name}",
+            metadata=_metadata(card, repository, license).to_yaml(),
+            name=_title(card, repository),
+            address=repository or f"USER/{card.name}",
             spec=spec,
-            description=_summary(facts.method),
-            parameters=sum(parameter.numel() for parameter in facts.method.parameters()),
+            description=_summary(card.method),
+            parameters=sum(parameter.numel() for parameter in card.method.parameters()),
             version=metadata.version("crossx"),
             figures=figures,
             data=_describe_data(spec),
-            images=_number_of_images(facts.info),
-            backbone=_describe_pretraining(facts.info),
-            results=_results_table(facts).to_markdown() if results else "",
+            images=_number_of_images(card.info),
+            backbone=_describe_pretraining(card.info),
+            results=_results_table(card).to_markdown() if results else "",
             measured=_describe_measurement(results) if results else "",
             selected=_describe_selection(results.get("selection") or {}),
-            notices=_notices(facts),
-            confidence=_describe_confidence(facts),
-            numbered=str(facts.info.get("class_names", "")).startswith("numbered"),
-            worst=_worst_table(facts.classes),
+            notices=_notices(card),
+            confidence=_describe_confidence(card),
+            numbered=str(card.info.get("class_names", "")).startswith("numbered"),
+            worst=_worst_table(card.classes),
             confused=_confusions_table(results.get("confused_pairs") or []),
-            training=_training(facts.config, spec),
-            versions=_versions(facts.info),
-            citation=facts.method.citation,
+            training=_training(card.config, spec),
+            versions=_versions(card.info),
+            citation=card.method.citation,
         )
     )
 
@@ -162,13 +162,13 @@ def _environment() -> Environment:
     )
 
 
-def _title(facts: Facts, repository: str | None) -> str:
-    return repository.partition("/")[2] if repository else facts.name
+def _title(card: CardData, repository: str | None) -> str:
+    return repository.partition("/")[2] if repository else card.name
 
 
-def _metadata(facts: Facts, repository: str | None, license: str | None) -> ModelCardData:
+def _metadata(card: CardData, repository: str | None, license: str | None) -> ModelCardData:
     check_license(license)
-    spec, results = facts.spec, facts.results
+    spec, results = card.spec, card.results
     public = spec.dataset in DATASETS and spec.dataset not in OWN_DATA
     return ModelCardData(
         license=license,
@@ -177,15 +177,15 @@ def _metadata(facts: Facts, repository: str | None, license: str | None) -> Mode
         tags=[TASK, "fine-grained-visual-categorization", "pytorch", spec.method],
         datasets=[spec.dataset] if public else None,
         metrics=["accuracy"] if results else None,
-        base_model=_base_model(facts.info),
-        model_name=_title(facts, repository) if results else None,
-        eval_results=_eval_results(facts) or None,
+        base_model=_base_model(card.info),
+        model_name=_title(card, repository) if results else None,
+        eval_results=_eval_results(card) or None,
     )
 
 
-def _eval_results(facts: Facts) -> list[EvalResult]:
+def _eval_results(card: CardData) -> list[EvalResult]:
     """Return what was measured, as the Hub's ``model-index`` has it: accuracies as fractions."""
-    spec, results = facts.spec, facts.results
+    spec, results = card.spec, card.results
     names = {"top1": "Top-1 accuracy", "class_mean": "Class-mean accuracy", "top5": "Top-5 accuracy"}
     title = DATASETS[spec.dataset].title if spec.dataset in DATASETS else spec.dataset
     return [
@@ -220,7 +220,7 @@ def _summary(method: Method) -> str:
     return re.sub(r"^(A|An|The) ", lambda article: article[0].lower(), line)
 
 
-class _Data(NamedTuple):
+class _TrainingData(NamedTuple):
     """What the card says about the training data."""
 
     title: str
@@ -230,12 +230,12 @@ class _Data(NamedTuple):
     defects: Sequence[str]
 
 
-def _describe_data(spec: ModelSpec) -> _Data:
+def _describe_data(spec: ModelSpec) -> _TrainingData:
     info = DATASETS.get(spec.dataset)
     if info is None or spec.dataset in OWN_DATA:
-        return _Data("the author's own images", "", "", "to be asked from the author", ())
+        return _TrainingData("the author's own images", "", "", "to be asked from the author", ())
     homepage = "" if info.homepage == "none" else info.homepage
-    return _Data(info.title, homepage, _describe_part(spec, info), info.licence, info.defects)
+    return _TrainingData(info.title, homepage, _describe_part(spec, info), info.licence, info.defects)
 
 
 def _describe_part(spec: ModelSpec, info: DatasetInfo) -> str:
@@ -264,8 +264,8 @@ def _describe_pretraining(info: Mapping[str, Any]) -> str:
     return f"The backbone started from the pretrained weights `{backbone}` of timm."
 
 
-def _results_table(facts: Facts) -> Table:
-    results = facts.results
+def _results_table(card: CardData) -> Table:
+    results = card.results
     intervals = results.get("intervals") or {}
 
     def row(name: str, key: str) -> tuple[str, str]:
@@ -275,8 +275,10 @@ def _results_table(facts: Facts) -> Table:
     rows += [row("top-5 accuracy, %", "top5")] if results.get("top5") is not None else []
     heads = results.get("heads") or {}
     rows += [(f"head `{name}` alone, %", percent(value)) for name, value in heads.items() if len(heads) > 1]
-    rows += [(f"level {_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()]
-    error = _calibration_error(facts)
+    rows += [
+        (f"level {_markdown_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()
+    ]
+    error = _calibration_error(card)
     rows += [("expected calibration error", f"{error:.4f}")] if error is not None else []
     share = f" ({100 * intervals['confidence']:.0f}% interval)" if intervals else ""
     return Table(("measure", f"value{share}"), rows)
@@ -306,23 +308,23 @@ def _describe_selection(selection: Mapping[str, Any]) -> str:
     return "How the weights were chosen among the epochs is not known."
 
 
-def _notices(facts: Facts) -> list[str]:
-    notices = result_notices(facts.results)
-    if facts.results and facts.results.get("dataset") != facts.spec.dataset:
-        notices.append(f"The test images are those of another dataset ({facts.results.get('dataset')}).")
+def _notices(card: CardData) -> list[str]:
+    notices = result_notices(card.results)
+    if card.results and card.results.get("dataset") != card.spec.dataset:
+        notices.append(f"The test images are those of another dataset ({card.results.get('dataset')}).")
     return notices
 
 
-def _calibration_error(facts: Facts) -> float | None:
+def _calibration_error(card: CardData) -> float | None:
     """Return the calibration error of the probabilities that the model gives; None where it was not measured."""
-    results, temperature = facts.results, facts.spec.temperature
+    results, temperature = card.results, card.spec.temperature
     if results.get("temperature", 1.0) != temperature:
         return None
     return results.get("ece" if temperature == 1 else "ece_calibrated")
 
 
-def _describe_confidence(facts: Facts) -> str:
-    error, temperature = _calibration_error(facts), facts.spec.temperature
+def _describe_confidence(card: CardData) -> str:
+    error, temperature = _calibration_error(card), card.spec.temperature
     scaled = (
         f"Its probabilities are calibrated: softmax(logits / {temperature:.4g}). " if temperature != 1 else ""
     )
@@ -338,10 +340,10 @@ def _worst_table(classes: Sequence[ClassRow]) -> str:
     rows = [row for row in worst_first(classes) if row.accuracy != 1][:WORST]
     cells = [
         (
-            _code(row.name),
+            _markdown_code(row.name),
             percent(row.accuracy),
             str(row.n),
-            _code(row.most_confused_with) if row.most_confused_with else "–",
+            _markdown_code(row.most_confused_with) if row.most_confused_with else "–",
         )
         for row in rows
     ]
@@ -354,7 +356,12 @@ def _worst_table(classes: Sequence[ClassRow]) -> str:
 
 def _confusions_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     cells = [
-        (_code(pair["target"]), _code(pair["prediction"]), str(pair["n"]), percent(pair["fraction"]))
+        (
+            _markdown_code(pair["target"]),
+            _markdown_code(pair["prediction"]),
+            str(pair["n"]),
+            percent(pair["fraction"]),
+        )
         for pair in pairs[:CONFUSED]
     ]
     columns = ("class", "taken for", "images", "of the class, %")
@@ -385,7 +392,7 @@ def _versions(info: Mapping[str, Any]) -> str:
     return f"Python {environment['python']}, {packages}" if packages else ""
 
 
-def _code(name: str) -> str:
+def _markdown_code(name: str) -> str:
     """Return a class name as Markdown that shows it as it is."""
     text = " ".join(name.split()).replace("`", "'")
     return f"`{text}`"

@@ -41,7 +41,7 @@ from crossx.runs import (
     write_json,
     write_text,
 )
-from crossx.share.model_card import CardFigure, Facts, check_license, write_card
+from crossx.share.model_card import CardData, CardFigure, check_license, write_card
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def save_pretrained(
     target = Path(folder)
     check_target(target)
     check_license(license)
-    facts = _gather(predictor)
+    data = _read_card_data(predictor)
     check_writable(target)
     maps = None
     if given := expand(images):
@@ -90,15 +90,15 @@ def save_pretrained(
     write_json(target / CONFIG, hub_config(predictor.spec))
     save_weights(predictor.method, target / WEIGHTS)
     figures = []
-    if facts.classes:
-        title = f"Accuracy of each class on {facts.results['n']:,} test images"
-        plot_class_accuracy(facts.classes, target / ACCURACY, title=title)
+    if data.classes:
+        title = f"Accuracy of each class on {data.results['n']:,} test images"
+        plot_class_accuracy(data.classes, target / ACCURACY, title=title)
         figures.append(CardFigure(ACCURACY, "Accuracy of each class on the test images"))
     if maps is not None:
         with atomic_path(target / MAPS) as temporary:
             save_png(maps, temporary)
         figures.append(CardFigure(MAPS, "Where the network looks: activation maps of every stage and part"))
-    card = write_card(facts, repository=repository, license=license, figures=figures)
+    card = write_card(data, repository=repository, license=license, figures=figures)
     write_text(target / CARD, card)
     write_json(target / SPEC, predictor.spec.to_json())
     return target
@@ -193,16 +193,16 @@ def hub_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _gather(predictor: Predictor) -> Facts:
+def _read_card_data(predictor: Predictor) -> CardData:
     """Return what is known about the network, with results only if they are those of its weights."""
     if predictor.origin is None:
-        return Facts(predictor.method, predictor.spec)
+        return CardData(predictor.method, predictor.spec)
     run, weights = predictor.origin
     results: Mapping[str, Any] = run.read_results(weights)
     if results and not _same(predictor.method, load_method(weights)[0]):
         log.warning("the network was changed after it was loaded: the model card gives no results.")
         results = {}
-    return Facts.read(predictor.method, predictor.spec, run, results)
+    return CardData.read(predictor.method, predictor.spec, run, results)
 
 
 def _same(method: Method, other: Method) -> bool:
