@@ -8,7 +8,14 @@ from torch.optim import lr_scheduler as reference
 from crossx.errors import UsageError
 from crossx.methods import create_method
 from crossx.training.config import OptimConfig
-from crossx.training.optim import build_optimizer, build_scheduler, freeze, lr_factor, parameter_groups
+from crossx.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    freeze,
+    lr_factor,
+    parameter_groups,
+    warmup_steps,
+)
 
 STEPS_PER_EPOCH, EPOCHS = 4, 6
 TOTAL = STEPS_PER_EPOCH * EPOCHS
@@ -78,6 +85,17 @@ def test_warm_up_rises_linearly_to_the_peak_and_cosine_ends_at_its_minimum():
     assert factors[6] == 1.0
     assert factors[15] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 9 / 18)))
     assert factors[TOTAL] == pytest.approx(0.1)
+
+
+def test_warm_up_as_a_share_scales_with_the_training():
+    config = OptimConfig(schedule="constant", warmup_fraction=0.25)
+    short = [lr_factor(step, config, steps_per_epoch=4, total_steps=8) for step in range(4)]
+    long = [lr_factor(step, config, steps_per_epoch=4, total_steps=16) for step in range(6)]
+    assert short == pytest.approx([1 / 2, 1, 1, 1])
+    assert long == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 1])
+    # epochs that are given win
+    both = OptimConfig(schedule="constant", warmup_fraction=0.25, warmup_epochs=1)
+    assert warmup_steps(both, steps_per_epoch=4, total_steps=80) == 4
 
 
 def test_new_layers_and_depths_learn_at_their_own_rate(method):

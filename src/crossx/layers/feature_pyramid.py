@@ -144,8 +144,10 @@ class MergedFeatures(nn.Module):
         with torch.no_grad():
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked += 1
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), norm.momentum)
+            # as in nn.BatchNorm2d, without momentum the average over all batches
+            momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.item()
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
         normalized: Tensor = (means - mean) * (norm.weight * torch.rsqrt(variance + norm.eps)) + norm.bias
         return normalized.view(shape)
 

@@ -94,10 +94,11 @@ def build_scheduler(
         UsageError: If the rising part of ``one_cycle`` has no room.
     """
     if config.schedule == "one_cycle":
-        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = warmup_steps(config, steps_per_epoch, total_steps)
         if warmup and not 1 < warmup < total_steps:
+            option = "warmup_epochs" if config.warmup_epochs else "warmup_fraction"
             raise UsageError(
-                f"optim.warmup_epochs {config.warmup_epochs:g} are {warmup:g} of {total_steps} steps: one_cycle rises "
+                f"optim.{option} {getattr(config, option):g} are {warmup:g} of {total_steps} steps: one_cycle rises "
                 "over more than one step and fewer than all."
             )
         return OneCycleLR(
@@ -113,13 +114,20 @@ def build_scheduler(
     )
 
 
+def warmup_steps(config: OptimConfig, steps_per_epoch: int, total_steps: int) -> float:
+    """Return the number of steps over which the learning rate grows; it need not be whole."""
+    if config.warmup_epochs:
+        return config.warmup_epochs * steps_per_epoch
+    return config.warmup_fraction * total_steps
+
+
 def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:
     """Return the learning rate after ``step`` optimiser steps as a share of the peak (not for ``one_cycle``).
 
     PyTorch's schedulers do not do it: their warm-up is another scheduler chained before, and their last learning
     rate is one number for all parameter groups, where here each group has a peak of its own.
     """
-    warmup = config.warmup_epochs * steps_per_epoch
+    warmup = warmup_steps(config, steps_per_epoch, total_steps)
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     epoch = step // steps_per_epoch
     if config.schedule == "step":
