@@ -97,8 +97,9 @@ class OptimConfig:
         gamma: Factor of each drop.
         warmup_epochs: Epochs over which the learning rate grows linearly to its peak (fractions are allowed), at most
             half of the training; with `one_cycle` the rising part of the cycle.
-        warmup_fraction: The same as a share of the training, which scales with its number of epochs; used where
-            warmup_epochs is 0. Where both are 0, `one_cycle` rises over 30% of the training.
+        warmup_steps: The same in optimiser steps, used where warmup_epochs is 0. It may be longer than the training,
+            whose learning rate then stays below its peak: few steps of Adam at full rate harm pretrained features
+            (Ma and Yarats, 2021). Where both are 0, `one_cycle` rises over 30% of the training.
         min_lr_factor: Last learning rate of `cosine` as a share of the peak.
         new_layers_lr_factor: Factor on the learning rate of the layers that are not the backbone's.
         layer_decay: Factor on the learning rate for each step from the head down into the backbone's groups
@@ -138,7 +139,7 @@ class OptimConfig:
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
-    warmup_fraction: float = 0.0
+    warmup_steps: int = 0
     min_lr_factor: float = 0.0
     new_layers_lr_factor: float = 1.0
     layer_decay: float = 1.0
@@ -177,7 +178,7 @@ class OptimConfig:
         _check("gamma", self.gamma, "above 0", self.gamma > 0)
         _check("step_size", self.step_size, "at least 1", self.step_size >= 1)
         _check("layer_decay", self.layer_decay, "in (0, 1]", 0 < self.layer_decay <= 1)
-        _check("warmup_fraction", self.warmup_fraction, "in [0, 1)", 0 <= self.warmup_fraction < 1)
+        _check("warmup_steps", self.warmup_steps, "at least 0", self.warmup_steps >= 0)
         for option in ("min_lr_factor", "label_smoothing"):
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (

@@ -61,11 +61,12 @@ def fit_heads(method: Method, batches: Batches) -> bool:
         (features - means) / scale, targets, method.num_classes, PENALTY, method.criterion
     )
     weight = weight / scale
-    bias = bias - weight @ means
     with torch.no_grad():
-        for head, own in zip(heads, weight.split(widths, 1), strict=True):
+        parts = weight.split(widths, 1), means.split(widths)
+        for head, own, mean in zip(heads, *parts, strict=True):
             head.weight.copy_(own)
-            head.bias.copy_(bias / len(heads))
+            # each head is centred by itself, so that it is a classifier of its own
+            head.bias.copy_(bias / len(heads) - own @ mean)
     return True
 
 

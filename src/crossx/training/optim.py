@@ -94,9 +94,9 @@ def build_scheduler(
         UsageError: If the rising part of ``one_cycle`` has no room.
     """
     if config.schedule == "one_cycle":
-        warmup = warmup_steps(config, steps_per_epoch, total_steps)
+        warmup = warmup_steps(config, steps_per_epoch)
         if warmup and not 1 < warmup < total_steps:
-            option = "warmup_epochs" if config.warmup_epochs else "warmup_fraction"
+            option = "warmup_epochs" if config.warmup_epochs else "warmup_steps"
             raise UsageError(
                 f"optim.{option} {getattr(config, option):g} are {warmup:g} of {total_steps} steps: one_cycle rises "
                 "over more than one step and fewer than all."
@@ -114,11 +114,9 @@ def build_scheduler(
     )
 
 
-def warmup_steps(config: OptimConfig, steps_per_epoch: int, total_steps: int) -> float:
+def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> float:
     """Return the number of steps over which the learning rate grows; it need not be whole."""
-    if config.warmup_epochs:
-        return config.warmup_epochs * steps_per_epoch
-    return config.warmup_fraction * total_steps
+    return config.warmup_epochs * steps_per_epoch or config.warmup_steps
 
 
 def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:
@@ -127,7 +125,7 @@ def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_ste
     PyTorch's schedulers do not do it: their warm-up is another scheduler chained before, and their last learning
     rate is one number for all parameter groups, where here each group has a peak of its own.
     """
-    warmup = warmup_steps(config, steps_per_epoch, total_steps)
+    warmup = warmup_steps(config, steps_per_epoch)
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     epoch = step // steps_per_epoch
     if config.schedule == "step":
@@ -135,7 +133,9 @@ def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_ste
     if config.schedule == "multistep":
         return warm * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
-        progress = min(1.0, max(0.0, step - warmup) / max(1.0, total_steps - warmup))
+        # a warm-up that is longer than half of the training still leaves the other half to come down
+        start = min(warmup, total_steps / 2)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
         share = 0.5 * (1 + math.cos(math.pi * progress))
         return warm * (config.min_lr_factor + (1 - config.min_lr_factor) * share)
     return warm
