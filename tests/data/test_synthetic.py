@@ -110,7 +110,8 @@ def test_a_third_of_each_class_is_for_testing(tmp_path: Path, images: int, train
         assert [r.label for r in index.split("train")].count(label) == train
         assert [r.label for r in index.split("test")].count(label) == test
     assert not index.split("val")
-    assert len(index.with_validation(0.1).split("val")) == 2
+    # of two to four images a tenth is rounded to none
+    assert len(index.with_validation(0.1).split("val")) == (2 if train == 6 else 0)
 
 
 def test_an_empty_folder_is_drawn_into(tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ class Method(nn.Module, ABC):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""
 
+    def linear_heads(self) -> list[nn.Linear]:
+        """Return the layers that classify ``embeddings``, in the order in which it joins their inputs.
+
+        Each takes its own part of the embeddings, and their outputs add up to the prediction: together they are one
+        linear classifier, which ``optim.fit_heads`` fits on frozen features. The default is none.
+        """
+        return []
+
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""
         return reduce(add, heads.values())

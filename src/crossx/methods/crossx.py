@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,10 @@ class CrossX(Method):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, joined, (B, D)."""
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def linear_heads(self) -> list[nn.Linear]:
+        """Return the heads in the order of ``part_features``."""
+        return [cast(nn.Linear, self.heads[name]) for name in HEADS if name in self.heads]
 
     def _attention_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> U_p, (B, P, C, h, w), in the order of Fig. 5."""

@@ -109,22 +109,28 @@ class Checkpoints(Checkpoint):
 class EMA(WeightAveraging):
     """Exponential moving average of weights and statistics; validation and checkpoints use the average.
 
+    The decay warms up: update n keeps ``min(decay, (1 + n) / (10 + n))`` of the average
+    (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage). With a constant decay of 0.999 the
+    initial weights would still count 82% after 200 steps.
+
     Args:
-        decay: Share of the average that one step keeps.
+        decay: Share of the average that one step keeps, once it is warmed up.
     """
 
     def __init__(self, decay: float) -> None:
-        # Lightning's EMAWeightAveraging takes the function that updates one tensor at a time
-        average = get_ema_multi_avg_fn(decay)
-
         def update(averages: Any, values: Any, count: Any) -> None:
             if averages[0].is_floating_point():
-                average(averages, values, count)
+                get_ema_multi_avg_fn(warmed_up_decay(decay, int(count)))(averages, values, count)
             else:
                 # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
                 torch._foreach_copy_(averages, values)
 
         super().__init__(multi_avg_fn=update)
+
+
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """Return the share of the average that an update keeps, after ``updates`` others."""
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 class LiveProgressBar(RichProgressBar):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +26,18 @@ from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, wri
 from crossx.training.callbacks import Checkpoints
 from crossx.training.checkpoint_io import read_checkpoint
 from crossx.training.config import Config
+from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
 from crossx.training.task import Task
+
+SUSPICIOUS_GAP = 0.1
+"""Training minus validation top-1 from which on the average of the weights is compared with the weights."""
+
+LAGGING_BY = 0.05
+"""Validation top-1 that the average must lose to be warned of."""
+
+log = logging.getLogger(__name__)
 
 
 def fit(config: Config) -> Run:
@@ -130,9 +140,43 @@ def _train(session: Session, info: dict[str, Any], parts: _Parts, *, resume: boo
             _prepare(session, trainer)
         trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
         if trainer.is_global_zero:
+            _warn_of_a_lagging_average(session, checkpoints, trainer)
             _finish(session, history, checkpoints)
             info["calibration"] = _calibrate(session, trainer)
     return run
+
+
+def _warn_of_a_lagging_average(session: Session, checkpoints: Checkpoints, trainer: Trainer) -> None:
+    """Warn where the weights themselves are clearly better on validation images than their average.
+
+    They are only looked at where the training accuracy is far above that of the average.
+    """
+    run, data, decay = session.run, session.data, session.config.optim.ema_decay
+    rows = checkpoints.history.rows
+    if decay is None or not rows or not data.holds_out:
+        return
+    best = checkpoints.best
+    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
+    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
+        return
+    path = run.best if best else run.last
+    state = read_checkpoint(path)["current_model_state"]
+    session.method.load_state_dict(
+        {name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")}
+    )
+    outputs = evaluate(
+        session.method,
+        data.eval_loader("val", dealt=False),
+        trainer.strategy.root_device,
+        normalize=data.normalize,
+    )
+    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
+    if top1 - row["val/top1"] >= LAGGING_BY:
+        log.warning(
+            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
+            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
+            decay, 100 * row["val/top1"], 100 * top1,
+        )  # fmt: skip
 
 
 def _finish(session: Session, history: History, checkpoints: Checkpoints) -> None:
@@ -166,14 +210,22 @@ def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
 
 def _prepare(session: Session, trainer: Trainer) -> None:
     # before Lightning copies the weights for an average; each rank has all images, so nothing is to be gathered
-    if type(session.method).prepare is not Method.prepare:
-        device = trainer.strategy.root_device
-        session.method.to(device).prepare(_all_batches(session.data, device))
+    method, data, device = session.method, session.data, trainer.strategy.root_device
+    if type(method).prepare is not Method.prepare:
+        method.to(device).prepare(_all_batches(data, device))
+    if session.config.optim.fit_heads and not fit_heads(
+        method.to(device), lambda: _all_batches(data, device, augmented=False)
+    ):
+        log.warning(
+            "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
+        )
 
 
-def _all_batches(data: DataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _all_batches(
+    data: DataModule, device: torch.device, *, augmented: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     # a generator: no worker starts for a method whose options leave nothing to prepare
-    for images, targets in data.whole_train_loader():
+    for images, targets in data.whole_train_loader(augmented=augmented):
         yield data.normalize(images.to(device)), targets.to(device)
 
 

@@ -125,9 +125,12 @@ def build_task(session: Session) -> Task:
     """Return the LightningModule."""
     data = session.data
     counts = Counter(record.label for record in data.train_records())
+    optim, notes = session.config.optim.shortened_to(session.config.trainer["max_epochs"])
+    for note in notes:
+        log.warning(note)
     return Task(
         session.method,
-        session.config.optim,
+        optim,
         class_counts=[counts[label] for label in range(len(data.index.classes))],
         eval_split="test" if isinstance(data, ValidatesOnTest) else "val",
     )
