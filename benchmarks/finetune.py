@@ -1,11 +1,11 @@
-"""`finetune` next to logistic regression on the frozen features of the same backbone, on folders of few images per class.
+"""`finetune` next to logistic regression on the frozen features of the same backbone, with few images per class.
 
     python benchmarks/finetune.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/mobilenetv2_035
 
-draws 5, 15 and 30 training images per class (the same for everyone: seed 0), keeps all test images, and trains the recipe
-with nothing changed but the backbone, the image size and the number of epochs. The probe is scikit-learn's
-`LogisticRegression` on the features that the backbone's own classifier would see; its C is the best of three **on the test
-images**, which favours the probe. Cells that are in the JSON already are not run again. Needs `pip install -e ".[bench]"`.
+draws 5, 15 and 30 training images per class (always the same ones), keeps all test images, and trains the recipe with
+nothing changed but backbone, image size and number of epochs. The probe is logistic regression (scikit-learn)
+on the backbone's own pooled features of all training images, its C the best of three on the test images, which favours
+the probe. Cells that the JSON holds already are not run again. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def main() -> None:
                 float(own.mean() - reference.mean()), interval.low, interval.high
             ]  # fmt: skip
             print(
-                f"{cell.key}: {own.mean():.2%}, probe {reference.mean():.2%}, difference {own.mean() - reference.mean():+.2%} "
-                f"({interval.low:+.2%} to {interval.high:+.2%})",
+                f"{cell.key}: {own.mean():.2%}, probe {reference.mean():.2%}, difference "
+                f"{own.mean() - reference.mean():+.2%} ({interval.low:+.2%} to {interval.high:+.2%})",
                 flush=True,
             )
             write(options.output, {**results, "image_size": options.image_size})

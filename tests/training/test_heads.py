@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from crossx.losses import ClassificationLoss
 from crossx.methods import create_method, list_methods
 from crossx.training import heads
 from crossx.training.fit import fit
-from crossx.training.heads import fit_heads, fit_logistic_regression
+from crossx.training.heads import fit_heads, fit_linear
 
 CLASSES = 3
 
@@ -52,15 +54,29 @@ def build(name, **options):
 def test_logistic_regression_equals_scipys():
     features = np.random.default_rng(0).normal(size=(60, 5))
     targets = np.arange(60) % CLASSES
-    weight, bias = fit_logistic_regression(torch.tensor(features), torch.tensor(targets), CLASSES, 0.01)
+    fitted = fit_linear(
+        {"last": torch.tensor(features)},
+        CLASSES,
+        0.01,
+        lambda logits: F.cross_entropy(logits["last"], torch.tensor(targets)),
+    )
+    weight, bias = fitted["last"]
     expected_weight, expected_bias = scipy_logistic_regression(features, targets, 0.01)
     np.testing.assert_allclose(weight, expected_weight, atol=2e-4)
     np.testing.assert_allclose(bias - bias.mean(), expected_bias - expected_bias.mean(), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "crossx", "maxent", "kernel_pooling"])
-def test_heads_are_the_logistic_regression_on_the_scaled_embeddings(name, batches):
-    method = build(name, **({"sketch_size": 64} if name == "kernel_pooling" else {}))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", {}),
+        ("maxent", {"gamma": 0.0}),
+        ("kernel_pooling", {"sketch_size": 64}),
+        ("crossx", {"cross_layer_weights": [0.0, 0.0]}),
+    ],
+)
+def test_heads_are_the_logistic_regression_on_the_scaled_embeddings(name, options, batches):
+    method = build(name, **options)
     assert fit_heads(method, batches)
     method.eval()
     images = torch.cat([images for images, _ in batches()])
@@ -70,12 +86,34 @@ def test_heads_are_the_logistic_regression_on_the_scaled_embeddings(name, batche
         logits = method(images)
     centred = features - features.mean(0)
     # each head's features have the mean square length that is its share of the whole width
-    blocks = centred.split([head.in_features for head in method.linear_heads()], 1)
+    blocks = centred.split([head.in_features for head in method.linear_heads().values()], 1)
     scaled = torch.cat([block / (block.square().mean() * centred.shape[1]).sqrt() for block in blocks], 1)
     weight, bias = scipy_logistic_regression(scaled.numpy(), targets.numpy(), heads.PENALTY)
     expected = scaled.numpy() @ weight.T + bias
     assert (logits.argmax(1) == targets).all()
     np.testing.assert_allclose(softmax(logits.numpy(), 1), softmax(expected, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["crossx", "maxent"])
+def test_fitted_heads_are_a_minimum_of_the_objective(name, batches):
+    """No small step from them lowers the terms that they are fitted by, on the whole training set."""
+    method = build(name)
+    fit_heads(method, batches)
+    method.eval()
+    images = torch.cat([images for images, _ in batches()])
+    targets = torch.cat([targets for _, targets in batches()])
+    with torch.no_grad():
+        method_terms = method.head_terms(method.head_logits(images), targets)
+        best = sum(method_terms.values())
+        objective = method.objective(images, targets)
+        for key, value in method_terms.items():
+            torch.testing.assert_close(objective.terms[key], value)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            moved = copy.deepcopy(method)
+            for head in moved.linear_heads().values():
+                head.bias += 0.1 * torch.randn(CLASSES, generator=generator)
+            assert sum(moved.head_terms(moved.head_logits(images), targets).values()) > best
 
 
 def test_only_heads_and_new_statistics_change(batches):
@@ -135,8 +173,8 @@ def test_linear_heads_classify_the_embeddings(name):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         features = method.embeddings(images)
-        inputs = features.split([head.in_features for head in method.linear_heads()], 1)
-        logits = sum(head(own) for head, own in zip(method.linear_heads(), inputs, strict=True))
+        inputs = features.split([head.in_features for head in method.linear_heads().values()], 1)
+        logits = sum(head(own) for head, own in zip(method.linear_heads().values(), inputs, strict=True))
         torch.testing.assert_close(logits, method(images))
 
 

@@ -121,13 +121,22 @@ class Method(nn.Module, ABC):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""
 
-    def linear_heads(self) -> list[nn.Linear]:
-        """Return the layers that classify ``embeddings``, in the order in which it joins their inputs.
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return head name -> its linear layer, in the order in which ``embeddings`` joins their inputs.
 
-        Each takes its own part of the embeddings, and their outputs add up to the prediction: together they are one
-        linear classifier, which ``optim.fit_heads`` fits on frozen features. The default is none.
+        Only for methods whose ``head_logits`` are these layers applied to their own part of the embeddings: such heads
+        can be fitted on frozen features (``optim.fit_heads``). The default is none.
         """
-        return []
+        return {}
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the objective that depend on the images through ``head_logits`` only.
+
+        Args:
+            heads: What ``head_logits`` returns.
+            targets: int64 (B,), or float (B, K) where ``supports_soft_targets``.
+        """
+        return {"data": self.criterion(self.combine_heads(heads), targets)}
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""

@@ -7,7 +7,7 @@ random send large gradients into the pretrained layers and distort their feature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import torch
@@ -21,7 +21,7 @@ from crossx.methods.base import Method
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts a pass over images (B, 3, H, W), normalised and on the device, and targets int64 (B,)."""
 
-PENALTY = 3e-5
+PENALTY = 1e-4
 """L2 penalty on features of unit mean square length; docs/results.md has what others give."""
 
 MAX_VALUES = 2**29
@@ -31,13 +31,14 @@ STATISTICS_BATCHES = 50
 """Batches that set the running statistics of new batch norms."""
 
 MAX_ITERATIONS = 200
-"""L-BFGS iterations; 17 to 66 were enough on 400 to 2,400 images of 80 classes."""
+"""L-BFGS iterations; 17 to 66 were enough for 400 to 2,400 images of 80 classes."""
 
 
 def fit_heads(method: Method, batches: Batches) -> bool:
-    """Fit the linear heads of a method by logistic regression on its frozen features.
+    """Fit the linear heads of a method on its frozen features, by the terms of its objective that depend on them.
 
-    The running statistics of the method's own batch norms are set first. Nothing else changes.
+    Of a plain backbone that is logistic regression. The running statistics of the method's own batch norms are set
+    first. Nothing else changes.
 
     Args:
         method: The network, on its device.
@@ -51,48 +52,51 @@ def fit_heads(method: Method, batches: Batches) -> bool:
         return False
     _set_new_statistics(method, batches)
     features, targets = _embed(method, batches)
-    widths = [head.in_features for head in heads]
+    widths = [head.in_features for head in heads.values()]
     # one mean per feature but one scale per head: within a head the ratios of the features are information
     means = features.mean(0)
-    scales = [_root_mean_square(block) for block in (features - means).split(widths, 1)]
-    scale = torch.cat([block.expand(width) for block, width in zip(scales, widths, strict=True)])
-    scale = scale * math.sqrt(sum(widths))
-    weight, bias = fit_logistic_regression(
-        (features - means) / scale, targets, method.num_classes, PENALTY, method.criterion
+    blocks = (features - means).split(widths, 1)
+    scales = [_root_mean_square(block) * math.sqrt(sum(widths)) for block in blocks]
+    fitted = fit_linear(
+        {name: block / scale for name, block, scale in zip(heads, blocks, scales, strict=True)},
+        method.num_classes,
+        PENALTY,
+        lambda logits: torch.stack(list(method.head_terms(logits, targets).values())).sum(),
     )
-    weight = weight / scale
     with torch.no_grad():
-        parts = weight.split(widths, 1), means.split(widths)
-        for head, own, mean in zip(heads, *parts, strict=True):
-            head.weight.copy_(own)
-            # each head is centred by itself, so that it is a classifier of its own
-            head.bias.copy_(bias / len(heads) - own @ mean)
+        for (name, head), scale, mean in zip(heads.items(), scales, means.split(widths), strict=True):
+            weight, bias = fitted[name]
+            head.weight.copy_(weight / scale)
+            head.bias.copy_(bias - head.weight @ mean.to(head.weight))
     return True
 
 
-def fit_logistic_regression(
-    features: Tensor,
-    targets: Tensor,
+def fit_linear(
+    features: Mapping[str, Tensor],
     num_classes: int,
     penalty: float,
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> tuple[Tensor, Tensor]:
-    """Minimise ``criterion(W x + b, y) + penalty / 2 * |W|^2`` by L-BFGS, from zero.
+    loss: Callable[[dict[str, Tensor]], Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Minimise ``loss`` of linear heads plus ``penalty / 2`` times their squared weights, by L-BFGS from zero.
 
     Args:
-        features: x, float (N, D).
-        targets: y, int64 (N,).
+        features: Head name -> float (N, D).
         num_classes: K.
-        penalty: L2 penalty on W; b is free.
-        criterion: Mean loss of logits (N, K).
+        penalty: L2 penalty on the weights; biases are free.
+        loss: Takes head name -> logits (N, K), and returns a scalar.
 
     Returns:
-        W (K, D) and b (K,).
+        Head name -> weight (K, D) and bias (K,).
     """
-    weight = features.new_zeros(num_classes, features.shape[1]).requires_grad_()
-    bias = features.new_zeros(num_classes).requires_grad_()
+    fitted = {
+        name: (
+            x.new_zeros(num_classes, x.shape[1]).requires_grad_(),
+            x.new_zeros(num_classes).requires_grad_(),
+        )
+        for name, x in features.items()
+    }
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
+        [parameter for pair in fitted.values() for parameter in pair],
         max_iter=MAX_ITERATIONS,
         tolerance_grad=1e-5,
         tolerance_change=1e-7,
@@ -101,12 +105,14 @@ def fit_logistic_regression(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = criterion(F.linear(features, weight, bias), targets) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        logits = {name: F.linear(x, *fitted[name]) for name, x in features.items()}
+        squares = [weight.square().sum() for weight, _ in fitted.values()]
+        total = loss(logits) + penalty / 2 * torch.stack(squares).sum()
+        total.backward()
+        return total
 
     optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    return {name: (weight.detach(), bias.detach()) for name, (weight, bias) in fitted.items()}
 
 
 @torch.no_grad()
