@@ -90,13 +90,18 @@ class ExportedModel:
         self._run = run
 
     @classmethod
-    def load(cls, path: str | Path) -> ExportedModel:
+    def load(cls, path: str | Path, *, trust: bool = False) -> ExportedModel:
         """Open a file that ``export_run`` wrote, of any format.
 
         OpenVINO computes in float32 here, also where a processor would let it choose bfloat16.
 
+        Args:
+            path: The file.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+
         Raises:
-            UsageError: If its format is none of ``SUFFIXES``, or needs a package that is not installed.
+            UsageError: If its format is none of ``SUFFIXES``, needs a package that is not installed, or is
+                ``.pt2`` without ``trust``.
             CrossXError: If there is no such file, or it was not exported by crossx.
         """
         file = Path(path)
@@ -110,6 +115,7 @@ class ExportedModel:
             raise UsageError(f"{file}: exported files end in {', '.join(SUFFIXES.values())}.")
         if not file.is_file():
             raise CrossXError(f"{file}: no such file.")
+        require_trust(file, trust)
         try:
             text, run = reader(file)
         except (ImportError, CrossXError):
@@ -144,6 +150,19 @@ def is_exported(path: str | Path) -> bool:
             return KEY in (opened.metadata() or {})
     except (OSError, SafetensorError):
         return False
+
+
+def require_trust(path: str | Path, trust: bool) -> None:
+    """Check that a file of torch.export is trusted: loading it unpickles and evaluates what is in it.
+
+    Raises:
+        UsageError: If ``path`` ends in ``.pt2`` and ``trust`` is False.
+    """
+    if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
+        raise UsageError(
+            f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
+            "safetensors; give --trust (Python: trust=True) for a file that you made yourself."
+        )
 
 
 def exported_files(file: Path) -> list[Path]:
