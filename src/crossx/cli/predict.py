@@ -181,6 +181,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
             precision=options.precision,
             flip=options.flip,
             crops=options.crops,
+            trust=options.trust,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(f"{done.images} images, {done.failed} failed: {options.output}")
@@ -209,7 +210,12 @@ def _load(options: argparse.Namespace) -> Predictor:
     from crossx.predict.predictor import Predictor
 
     return Predictor.load(
-        options.run, options.device, precision=options.precision, flip=options.flip, crops=options.crops
+        options.run,
+        options.device,
+        precision=options.precision,
+        flip=options.flip,
+        crops=options.crops,
+        trust=options.trust,
     )
 
 

@@ -145,7 +145,8 @@ def export_run(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
-        model = ExportedModel.load(file)
+        # just written here
+        model = ExportedModel.load(file, trust=True)
         comparison = compare(model, reference, compared, source)
         accuracy = (
             None if quantized is None else measure_accuracy(model, reference, quantized, spec.preprocessing)

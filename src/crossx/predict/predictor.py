@@ -73,6 +73,7 @@ class Predictor:
         precision: str = "auto",
         flip: bool = False,
         crops: int = 1,
+        trust: bool = False,
     ) -> Predictor:
         """Load a run (its selected weights), a checkpoint in one, a model on the Hub, or a file of ``crossx export``.
 
@@ -83,14 +84,15 @@ class Predictor:
             precision: See ``TorchNetwork``.
             flip: See the class.
             crops: See the class.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
 
         Raises:
             UsageError: If there is no such device, or an option cannot work; an exported file takes no other device
-                than the CPU, and no precision but its own.
+                than the CPU, and no precision but its own; a ``.pt2`` file is not loaded without ``trust``.
             CrossXError: If there is no such run or model, or it has no weights that fit.
         """
         if is_exported(path):
-            model = ExportedModel.load(path, device, precision)
+            model = ExportedModel.load(path, device, precision, trust=trust)
             return cls(model, model.spec, flip=flip, crops=crops)
         # before the weights are read
         chosen = select_device(device)

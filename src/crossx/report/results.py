@@ -12,9 +12,29 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from crossx.errors import CrossXError
 from crossx.evaluation.metrics import ClassRow, class_table, confusion_matrix
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.runs import ModelSpec, Run, read_json
+from crossx.runs import ModelSpec, Run, read_history, read_json, read_results
+
+NEEDED = (
+    "method",
+    "backbone",
+    "dataset",
+    "weights",
+    "split",
+    "n",
+    "num_classes",
+    "top1",
+    "top5",
+    "class_mean",
+    "heads",
+    "levels",
+    "ece",
+    "intervals",
+    "options",
+)
+"""What a page cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +71,18 @@ class RunResults:
             CrossXError: If the run was not tested on it, or a file is damaged.
         """
         answers = Predictions.load(predictions_path(run.path, split), run.path, split)
+        spec = run.read_spec()
+        if tuple(answers.classes) != spec.classes:
+            raise CrossXError(
+                f"{run.path}: was tested with other classes than model.json names: test it again with `crossx test`."
+            )
         history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
         return cls(
-            spec=run.read_spec(),
+            spec=spec,
             info=run.read_info(),
-            results=read_json(run.path / f"{split}.json"),
-            config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
-            history=read_json(history).get("epochs", []) if history.is_file() else [],
+            results=read_results(run.path / f"{split}.json", NEEDED),
+            config=run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else "",
+            history=read_history(history) if history.is_file() else [],
             parts=read_json(parts) if parts.is_file() else {},
             logits=answers.logits,
             targets=answers.targets,
@@ -72,7 +97,7 @@ class RunResults:
     @cached_property
     def probabilities(self) -> NDArray[np.float32]:
         """(N, K), softmax of the logits over the temperature that the run had when it was tested."""
-        temperature = np.float32(self.results.get("temperature", 1))
+        temperature = np.float32(self.results.get("temperature") or 1)
         answer: NDArray[np.float32] = softmax(self.logits / temperature, axis=1)
         return answer
 

@@ -88,7 +88,7 @@ def report_run(
 def _read_images(tested: RunResults, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return the images as the network sees them, number to uint8 (3, S, S)."""
     results = tested.results
-    data = open_data(tested.info, tested.spec, root=results["data_root"], dataset=results["dataset"])
+    data = open_data(tested.info, tested.spec, root=results.get("data_root"), dataset=results["dataset"])
     paths = relative_paths(data.index, split, data.config.root)
     files = dict(zip(paths, (record.path for record in data.index.split(split)), strict=True))
     transform = eval_transform(tested.spec.preprocessing)
