@@ -201,7 +201,7 @@ comments = st.from_regex(r"[A-Za-z0-9#:%][ -~]{0,20}", fullmatch=True).map(str.s
 settings = st.builds(Setting, values, st.lists(comments, max_size=2).map(tuple), comments | st.just(""))
 
 
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 @given(st.dictionaries(st.tuples(st.sampled_from(recipes.SECTIONS), names), settings, max_size=6))
 def test_any_recipe_survives_printing(drawn: dict[recipes.Key, Setting]) -> None:
     recipe = Recipe("drawn", settings=drawn)
