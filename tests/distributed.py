@@ -21,7 +21,7 @@ def run_on_two_ranks(function: Callable[[int, Path], None], folder: Path, backen
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(1800)
     hanging = [process for process in ranks if process.exitcode is None]
     for process in hanging:
         process.kill()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crossx.deploy.batching import Batcher, ClosedError, QueueFullError
 
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which something hangs."""
 
 

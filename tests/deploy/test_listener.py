@@ -26,9 +26,9 @@ pytest.importorskip("fastapi", reason="needs crossx[serve]")
 
 from crossx.deploy.listener import listen
 
-TIMEOUT = 10
+TIMEOUT = 15
 """Seconds that the service gives a client; a prediction on a busy machine takes less."""
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which something hangs."""
 
 HELD = """

@@ -32,7 +32,7 @@ from crossx.deploy.predictor import Prediction, Predictor
 from crossx.deploy.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MILLISECONDS = 60_000
+MILLISECONDS = 300_000
 STAGES = ["previous", "last", "merged", "combined"]
 MAPS = [f"{stage} part {part}" for stage in STAGES for part in (1, 2)]
 GIVE = """([event, contents]) => {
@@ -68,7 +68,7 @@ def serving(app: FastAPI) -> Iterator[Served]:
             time.sleep(0.01)
         yield Served(app, f"http://127.0.0.1:{listening.getsockname()[1]}/")
         server.should_exit = True
-        thread.join(60)
+        thread.join(600)
 
 
 @pytest.fixture(scope="module")

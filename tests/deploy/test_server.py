@@ -33,7 +33,7 @@ from crossx.errors import UsageError
 from crossx.explain.figures import LUMA, overlay
 
 NOT_AN_IMAGE = b"no image at all"
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which something hangs."""
 
 

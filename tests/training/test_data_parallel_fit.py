@@ -89,7 +89,7 @@ def run_on_two_ranks(configs: dict[str, Config], tmp_path: Path) -> dict[str, Ru
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, *launcher, str(script), str(tmp_path)]
-    subprocess.run(words, check=True, timeout=600, env=environment)
+    subprocess.run(words, check=True, timeout=1800, env=environment)
     return {name: Run(config.run_path()) for name, config in configs.items()}
 
 
@@ -133,7 +133,7 @@ def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [sys.executable, "-m", "crossx", "fit", "--config", "config.yaml"]
     shown = subprocess.run(
-        words, check=True, timeout=600, cwd=tmp_path, capture_output=True, text=True
+        words, check=True, timeout=1800, cwd=tmp_path, capture_output=True, text=True
     ).stdout
     assert shown.count("next: crossx test runs/config-folder-1") == 1
     run = Run(tmp_path / "runs" / "config-folder-1")
