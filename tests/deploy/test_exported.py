@@ -91,7 +91,7 @@ def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Export
     assert sorted(report.files[0].parent.iterdir()) == sorted(report.files)
     assert report.comparison.difference <= 1e-4
     assert (report.comparison.images, report.comparison.same_class) == (16, 16)
-    model = ExportedModel.load(report.files[0])
+    model = ExportedModel.load(report.files[0], trust=True)
     assert model.classes == CLASSES
     assert model.spec == Run(run).read_spec()
     assert model.description == json.loads(json.dumps(report.description))

@@ -101,7 +101,7 @@ def network(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def by_python(network: Path, photos: Path, place: Path) -> Answers:
-    predictions = Predictor.load(network, "cpu").predict(photos, top=3, batch_size=4)
+    predictions = Predictor.load(network, "cpu", trust=True).predict(photos, top=3, batch_size=4)
     return {one.path.name: dict(one.top) for one in predictions if one.path is not None}
 
 
@@ -114,10 +114,8 @@ def grouped(rows: list[dict[str, Any]]) -> Answers:
 
 
 def command(network: Path, photos: Path, output: Path) -> Path:
-    assert (
-        main(["predict", str(network), str(photos), "--output", str(output), "--top", "3", "--device", "cpu"])
-        == 0
-    )
+    words = ["predict", str(network), str(photos), "--output", str(output)]
+    assert main([*words, "--top", "3", "--device", "cpu", "--trust"]) == 0
     return output
 
 
@@ -147,7 +145,7 @@ def client(network: Path) -> Any:
 
     from crossx.deploy.server import create_app
 
-    return TestClient(create_app(Predictor.load(network, "cpu")))
+    return TestClient(create_app(Predictor.load(network, "cpu", trust=True)))
 
 
 def ranked(prediction: Mapping[str, Any]) -> Mapping[str, float]:

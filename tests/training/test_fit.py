@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
+import layouts
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
@@ -429,3 +430,39 @@ def test_without_validation_images_the_temperature_stays_1(make_config):
     run = fit(make_config(data={"train_on": "trainval"}, optim={"selection": "last"}))
     assert run.read_info()["calibration"] is None
     assert run.read_spec().temperature == 1
+
+
+def test_what_could_not_be_loaded_afterwards_is_refused_before_the_data_is_read(tmp_path):
+    config = Config.from_dict(
+        {
+            "model": {
+                "method": "plain",
+                "backbone": "resnet10t",
+                "backbone_args": {"cache_dir": str(tmp_path)},
+            },
+            "data": {"dataset": "folder", "root": str(tmp_path / "nowhere")},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    with pytest.raises(UsageError, match=r"backbone_args\.cache_dir is not kept in model\.json"):
+        fit(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_class_names_that_could_not_be_loaded_afterwards_are_refused(tmp_path):
+    root = layouts.write_folder(tmp_path / "data", classes=2, images_per_class=4)
+    table = tmp_path / "images.csv"
+    files = sorted(root.rglob("*.jpg"))
+    table.write_text("path,label\n" + "".join(f"{file},{file.parent.name * 300}\n" for file in files))
+    config = Config.from_dict(
+        {
+            "model": {"method": "plain", "backbone": "test_resnet", "pretrained": False},
+            "data": {"dataset": "table", "root": str(table), "image_size": 64},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    with pytest.raises(
+        CrossXError, match=r"the run could not be loaded afterwards: .*classes\.0: string should have"
+    ):
+        fit(config)
+    assert not (tmp_path / "run").exists()

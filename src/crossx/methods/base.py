@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
@@ -227,6 +228,26 @@ def check_options(name: str, options: Iterable[str]) -> None:
                 f"method {name!r} has no option {option!r}.{nearest(option, known)} "
                 f"It has: {', '.join(sorted(known)) or 'none'}."
             )
+
+
+def check_option_types(name: str, options: Mapping[str, Any]) -> None:
+    """Check options that were read from a file against the types that the method's constructor names.
+
+    Raises:
+        UsageError: If the method registered as ``name`` has no such option, or a value is of another type.
+    """
+    check_options(name, options)
+    try:
+        hints = get_type_hints(method_class(name).__init__)
+    except NameError:  # a type that is imported for type checkers alone
+        hints = {}
+    for option, value in options.items():
+        hint = hints.get(option, Any)
+        checker = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        try:
+            checker.validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"method {name!r}: option {option} is of the wrong type.") from error
 
 
 def create_method(

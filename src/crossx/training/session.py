@@ -31,6 +31,7 @@ from crossx.methods import create_method
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import build_method, describe
 from crossx.runs import ModelSpec, Run
+from crossx.schema import check_backbone_args, check_model
 from crossx.training.callbacks import EMA, Checkpoints, EpochSeed, LiveProgressBar
 from crossx.training.checkpoint_io import AtomicCheckpointIO
 from crossx.training.config import Config
@@ -85,8 +86,10 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
             which the checkpoint then replaces.
 
     Raises:
-        CrossXError: If the data or the network cannot be used.
+        CrossXError: If the data or the network cannot be used, or the run could not be loaded afterwards.
     """
+    if saved is None:
+        check_backbone_args(config.model.backbone_args)
     index = read_configured(config.data)
     seed_everything(config.seed, verbose=False)
     if saved is None:
@@ -118,6 +121,7 @@ def open_session(config: Config, run: Run, saved: ModelSpec | None = None) -> Se
         dataset=index.name,
         levels=dict(index.levels),
     )
+    check_model(spec.to_json(), "the run could not be loaded afterwards")
     return Session(config, run, spec, data, method, _monitor(config, data))
 
 
