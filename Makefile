@@ -24,6 +24,7 @@ bench:
 
 test:
 	pytest
+	pytest -m slow
 
 lint:
 	ruff check .

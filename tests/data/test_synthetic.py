@@ -40,7 +40,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 @given(num_classes=st.integers(2, 60), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_class_differs_from_its_nearest_in_one_part(num_classes: int, seed: int) -> None:
     classes = class_attributes(num_classes, seed)
     assert len(classes) == num_classes

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +30,7 @@ from crossx.methods.checkpoint import load_method
 from crossx.predict.exported import SUFFIXES
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, write_json
+from slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_onnx_export")
 
@@ -178,12 +180,12 @@ def by_explanation(network: Path, photos: Path, place: Path) -> Answers:
 
 
 WAYS = (by_python, by_csv, by_json_lines, by_parquet, by_collection, by_http, by_base64)
+OF_RUNS = [("run", way) for way in (*WAYS, by_explanation)]
+OF_FILES = {kind: [(kind, way) for way in (by_python, by_collection, by_http)] for kind in SUFFIXES}
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"),
-    [("run", way) for way in (*WAYS, by_explanation)]
-    + [(kind, way) for kind in SUFFIXES for way in (by_python, by_collection, by_http)],
+    ("kind", "way"), slow_except([*OF_RUNS, *chain(*OF_FILES.values())], *OF_RUNS, *OF_FILES["safetensors"])
 )
 def test_every_way_gives_the_same_numbers(
     kind: str,

@@ -13,11 +13,11 @@ from crossx.backbones import read_state_dict
 from crossx.cli.main import main
 from crossx.errors import CrossXError
 from crossx.explain import figure
-from crossx.interop.released_checkpoint import import_released
 from crossx.methods.checkpoint import load_method
 from crossx.predict.collection import predict_collection
 from crossx.predict.exported import ExportedModel
 from crossx.predict.predictor import Predictor
+from crossx.released import import_released
 from crossx.training.checkpoint_io import read_checkpoint
 from malice import pickled, write_pt2
 from refusals import refusal

@@ -187,7 +187,7 @@ def test_a_method_without_linear_heads_is_left_alone(batches):
 
 def test_a_run_starts_from_fitted_heads(make_config):
     """One step at a learning rate of almost nothing: what is validated are the fitted heads."""
-    optim = {"fit_heads": True, "lr": 1e-9, "freeze_batch_norm": True}
+    optim = {"fit_heads": 2, "lr": 1e-9, "freeze_batch_norm": True}
     run = fit(make_config(optim=optim, trainer={"max_epochs": 1, "limit_train_batches": 1}))
     assert run.read_info()["selection"]["value"] == 1
 
@@ -196,7 +196,7 @@ def test_a_run_whose_method_has_none_says_so(make_config, caplog):
     options = {"method": "dfl", "filter_init": "random"}
     fit(
         make_config(
-            model=options, optim={"fit_heads": True}, trainer={"max_epochs": 1, "limit_train_batches": 1}
+            model=options, optim={"fit_heads": 2}, trainer={"max_epochs": 1, "limit_train_batches": 1}
         )
     )
     assert "method 'dfl' has no linear heads to fit; they start at random" in caplog.text

@@ -123,9 +123,9 @@ class DataModule(LightningDataModule):
         """Return the loader of training batches, in a new random order and augmentation each epoch."""
         return self._train_loader()
 
-    def whole_train_loader(self, *, augmented: bool = True) -> ImageLoader:
-        """Return a loader of the first epoch's training images that gives all of them to every rank."""
-        return self._train_loader(dealt=False, augmented=augmented)
+    def whole_train_loader(self) -> ImageLoader:
+        """Return a loader of an epoch's training images that gives all of them to every rank."""
+        return self._train_loader(dealt=False)
 
     @property
     def holds_out(self) -> bool:
@@ -171,23 +171,14 @@ class DataModule(LightningDataModule):
             self.train_dataloader()
             self.val_dataloader()
 
-    def _train_loader(self, dealt: bool = True, augmented: bool = True) -> ImageLoader:
+    def _train_loader(self, dealt: bool = True) -> ImageLoader:
         config, records = self.config, self.train_records()
-        if augmented:
-            transform = train_transform(
-                self.preprocessing,
-                config.augmentation,
-                hflip=config.hflip,
-                random_erasing=config.random_erasing,
-            )
-            read = self._reader("train", records, transform)
-        else:
-            # read once: not worth room in the cache, which holds what the augmented images are cut from
-            transform = eval_transform(self.preprocessing)
-            read = transform.read
+        transform = train_transform(
+            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
+        )
         labels = [record.label for record in records]
         sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", config.batch_size, dealt)
-        dataset = ImageDataset(records, transform, self.seed, read)
+        dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
         return self._loader(dataset, sampler, config.batch_size)
 
     def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:

@@ -112,9 +112,9 @@ class OptimConfig:
             batch norm statistics of the backbone.
         freeze_backbone_epochs: Freeze it so for the first epochs alone, at most half of the training: the new layers
             first, then all.
-        fit_heads: Fit the heads on the frozen features of the training images by logistic regression before the first
-            step, then train as the other options say (LP-FT; Kumar et al., 2022). For methods whose heads are linear in
-            their features; the others start at random.
+        fit_heads: Fit the heads on frozen features before the first step (LP-FT; Kumar et al., 2022), from so many
+            augmented views of each training image; 0 is off. For methods whose heads are linear in their features; the
+            others start at random.
         freeze_batch_norm: Keep statistics, scales and shifts of the backbone's batch norms as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999; validation,
             checkpoints and the final model then use the averaged weights. Left out, no average is kept.
@@ -149,7 +149,7 @@ class OptimConfig:
     cutmix: float = 0.0
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
-    fit_heads: bool = False
+    fit_heads: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
@@ -178,11 +178,11 @@ class OptimConfig:
         _check("gamma", self.gamma, "above 0", self.gamma > 0)
         _check("step_size", self.step_size, "at least 1", self.step_size >= 1)
         _check("layer_decay", self.layer_decay, "in (0, 1]", 0 < self.layer_decay <= 1)
-        _check("warmup_steps", self.warmup_steps, "at least 0", self.warmup_steps >= 0)
         for option in ("min_lr_factor", "label_smoothing"):
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (
-            "weight_decay", "warmup_epochs", "new_layers_lr_factor", "mixup", "cutmix", "freeze_backbone_epochs",
+            "weight_decay", "warmup_epochs", "warmup_steps", "new_layers_lr_factor", "mixup", "cutmix", "fit_heads",
+            "freeze_backbone_epochs",
         ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:

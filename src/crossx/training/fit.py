@@ -213,20 +213,23 @@ def _prepare(session: Session, trainer: Trainer) -> None:
     method, data, device = session.method, session.data, trainer.strategy.root_device
     if type(method).prepare is not Method.prepare:
         method.to(device).prepare(_all_batches(data, device))
-    if session.config.optim.fit_heads and not fit_heads(
-        method.to(device), lambda: _all_batches(data, device, augmented=False)
-    ):
+    views = session.config.optim.fit_heads
+    if views and not fit_heads(method.to(device), lambda: _all_batches(data, device, epochs=views)):
         log.warning(
             "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
         )
 
 
 def _all_batches(
-    data: DataModule, device: torch.device, *, augmented: bool = True
+    data: DataModule, device: torch.device, *, epochs: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     # a generator: no worker starts for a method whose options leave nothing to prepare
-    for images, targets in data.whole_train_loader(augmented=augmented):
-        yield data.normalize(images.to(device)), targets.to(device)
+    loader = data.whole_train_loader()
+    sampler: Any = loader.sampler
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for images, targets in loader:
+            yield data.normalize(images.to(device)), targets.to(device)
 
 
 def _selection(session: Session, checkpoints: Checkpoints | None = None) -> dict[str, Any]:

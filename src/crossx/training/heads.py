@@ -21,7 +21,7 @@ from crossx.methods.base import Method
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts a pass over images (B, 3, H, W), normalised and on the device, and targets int64 (B,)."""
 
-PENALTY = 1e-4
+PENALTY = 3e-5
 """L2 penalty on features of unit mean square length; docs/results.md has what others give."""
 
 MAX_VALUES = 2**29
@@ -42,7 +42,7 @@ def fit_heads(method: Method, batches: Batches) -> bool:
 
     Args:
         method: The network, on its device.
-        batches: The training images, without augmentation, in random order.
+        batches: The training images in random order, once or in several augmented views.
 
     Returns:
         Whether the heads were fitted: False where the method has no linear ones, see ``Method.linear_heads``.
