@@ -87,21 +87,24 @@ def runs(make_config, few, tmp_path) -> dict[str, Run]:
         **{method: make_config(method, **alike(method, 2)) for method in list_methods()},
         "few": make_config("few", data={"root": str(few)}, trainer={"devices": 2, "max_epochs": 2}),
         "stopped": make_config("stopped", **RANDOM, trainer={"devices": 2}),
-        "whole": make_config("whole", **RANDOM, trainer={"devices": 2}),
+        "within": make_config("within", **RANDOM, trainer={"devices": 2, "checkpoint_every_n_steps": 1}),
+        "whole": make_config("whole", **RANDOM, trainer={"devices": 2, "checkpoint_every_n_minutes": 1000}),
     }
     for name, config in configs.items():
         config.data.batch_size = min(config.data.batch_size, 5)
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
     script = Path(__file__).with_name("fit_on_ranks.py")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     words = [sys.executable, *launcher, str(script), str(tmp_path)]
     subprocess.run(words, check=True, timeout=600, env=environment)
     return {name: Run(config.run_path()) for name, config in configs.items()}
 
 
 def test_runs_on_two_ranks(runs, make_config):
-    assert_same_run(runs["stopped"], runs["whole"])
+    for name in ("stopped", "within"):
+        assert_same_run(runs[name], runs["whole"])
     for method in list_methods():
         # one process that takes the batches of both
         alone = fit(make_config(f"{method}-alone", **alike(method)))
@@ -122,7 +125,7 @@ def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [sys.executable, "-m", "crossx", "fit", "--config", "config.yaml"]
     shown = subprocess.run(
-        words, check=True, timeout=120, cwd=tmp_path, capture_output=True, text=True
+        words, check=True, timeout=600, cwd=tmp_path, capture_output=True, text=True
     ).stdout
     assert shown.count("next: crossx test runs/config-folder-1") == 1
     run = Run(tmp_path / "runs" / "config-folder-1")

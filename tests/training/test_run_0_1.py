@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from crossx.deploy.predictor import Predictor
+from crossx.errors import UsageError
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.evaluation.testing import test_run as evaluate_run
 from crossx.methods.checkpoint import load_method
 from crossx.runs import Run
+from crossx.training.fit import resume
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EXPECTED = json.loads((ASSETS / "run_0_1_expected.json").read_text())
@@ -44,3 +46,10 @@ def test_it_is_loaded_and_predicted_with(run: Run, images: Path) -> None:
         assert prediction.label == classes[int(np.argmax(logits))]
     method, spec = load_method(run.last)
     assert len(spec.classes) == method.num_classes == 3
+
+
+def test_where_it_was_stopped_it_is_not_continued(run: Run, images: Path) -> None:
+    run.info.write_text(json.dumps({**run.read_info(), "status": "stopped"}))
+    with pytest.raises(UsageError, match="written by another version of crossx, which alone can continue it"):
+        resume(run.path, root=images)
+    assert run.read_info()["status"] == "stopped"
