@@ -25,6 +25,7 @@ bench:
 
 test:
 	pytest
+	pytest -m slow
 
 lint:
 	ruff check .

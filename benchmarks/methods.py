@@ -2,16 +2,18 @@ r"""What each method costs beside the plain backbone: parameters, FLOPs, and tim
 
     python benchmarks/methods.py
     python benchmarks/methods.py --backbone resnet50 --size 448 --classes 200 --batch-size 2 --runs 0 \
-      --output benchmarks/results/methods_448.json
+      --recipes mamc_cub_resnet50 kernel_pooling_cub_resnet50 --output benchmarks/results/methods_448.json
 
-The variants are those of the suite ``methods``, with its options. All take the same batch, also where the suite trains
-with another. Weights are random; a training step is objective, backward pass and step of the optimiser. FLOPs are what
-torch's counter sees in inference on one image, two for a multiplication with its addition: convolutions and matrix
-products, not the FFT of kernel pooling. ``--runs 0`` counts and takes no time.
+The variants are those of the suite ``methods``, with its options, which are for the small trunk; ``--recipes`` adds
+networks with the options of recipes. All take the same batch, also where the suite trains with another. Weights are
+random; a training step is objective, backward pass and step of the optimiser. FLOPs are what torch's counter sees in
+inference on one image, two for a multiplication with its addition: convolutions and matrix products, not the FFT of
+kernel pooling. ``--runs 0`` counts and takes no time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,10 +36,11 @@ def build(config: Config, backbone: str, size: int, classes: int) -> Method:
     )
 
 
-def variants() -> dict[str, Config]:
-    """Return variant of the suite -> its configuration as it stands."""
+def variants(recipes: Sequence[str]) -> dict[str, Config]:
+    """Return variant of the suite -> its configuration as it stands, and those of the recipes."""
     base = Config.from_recipe(RECIPE)
-    return {name: configs[0] for name, configs in load_suite("methods").configure(base).items()}
+    suite = {name: configs[0] for name, configs in load_suite("methods").configure(base).items()}
+    return suite | {name: Config.from_recipe(name) for name in recipes}
 
 
 def infer(network: Method, images: torch.Tensor) -> torch.Tensor:
@@ -57,6 +60,7 @@ def main() -> None:
     options.add_argument("--size", type=int, default=160, help="pixels (default: %(default)s)")
     options.add_argument("--classes", type=int, default=80, help="default: %(default)s")
     options.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    options.add_argument("--recipes", nargs="*", default=[], help="recipes whose method is measured, too")
     arguments = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch_size, 3, arguments.size, arguments.size, device=device)
@@ -64,18 +68,20 @@ def main() -> None:
     # two images of a class, as MAMC needs them
     targets = torch.arange(arguments.batch_size, device=device) // 2 % arguments.classes
 
+    configs = variants(arguments.recipes)
     networks = {
         name: build(config, arguments.backbone, arguments.size, arguments.classes)
         .to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         .eval()
-        for name, config in variants().items()
+        for name, config in configs.items()
     }
     costs: dict[str, dict[str, Any]] = {
         name: {
+            "options": config.model.options,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": count_flops(network, images[:1]),
         }
-        for name, network in networks.items()
+        for (name, network), config in zip(networks.items(), configs.values(), strict=True)
     }
     timings: dict[str, dict[str, Timing]] = {}
     if arguments.runs:

@@ -1,8 +1,6 @@
 """Two processes on this machine that exchange tensors as the ranks of a training would."""
 
 import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,25 +8,20 @@ import torch
 from torch import distributed
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_on_two_ranks(function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
     """Run ``function(rank, folder)`` in two processes; it must be importable. Fails unless both succeed.
 
     With the backend ``nccl`` each process has a GPU of its own as its current device.
     """
-    port = free_port()
+    meeting = f"file://{folder.resolve() / 'ranks'}"
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(function, rank, port, folder, backend)) for rank in range(2)]
+    ranks = [
+        context.Process(target=_rank, args=(function, rank, meeting, folder, backend)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(1800)
     hanging = [process for process in ranks if process.exitcode is None]
     for process in hanging:
         process.kill()
@@ -36,11 +29,10 @@ def run_on_two_ranks(function: Callable[[int, Path], None], folder: Path, backen
     assert [process.exitcode for process in ranks] == [0, 0]
 
 
-def _rank(function: Callable[[int, Path], None], rank: int, port: int, folder: Path, backend: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(function: Callable[[int, Path], None], rank: int, meeting: str, folder: Path, backend: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    distributed.init_process_group(backend, rank=rank, world_size=2)
+    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=2)
     function(rank, folder)
     distributed.destroy_process_group()

@@ -45,7 +45,8 @@ def make_run(folder: Path, *files: str) -> Run:
 
 @given(classes=st.lists(st.text(min_size=1), min_size=1, max_size=5), size=st.integers(32, 2000))
 def test_spec_survives_json(classes: list[str], size: int) -> None:
-    spec = replace(SPEC, classes=tuple(classes), preprocessing=replace(SPEC.preprocessing, image_size=size))
+    preprocessing = replace(SPEC.preprocessing, image_size=size, resize_size=size + 64)
+    spec = replace(SPEC, classes=tuple(classes), levels={"rank": tuple(classes)}, preprocessing=preprocessing)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json())), Path("model.json")) == spec
 
 
@@ -54,25 +55,26 @@ def test_spec_of_another_version_or_kind() -> None:
         ModelSpec.from_json({**SPEC.to_json(), "schema": 2}, Path("model.json"))
     values = SPEC.to_json()
     del values["classes"]
-    with pytest.raises(CrossXError, match=r"model.json: not a model description of crossx .'classes'"):
+    with pytest.raises(CrossXError, match=r"not a model description of crossx .classes: is missing"):
         ModelSpec.from_json(values, Path("model.json"))
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"backbone": "hf-hub:evil/model"}, "backbone is no plain name"),
-        ({"backbone": ["resnet18"]}, "backbone is no plain name"),
-        ({"classes": "abc"}, "classes is no list of names"),
-        ({"classes": [1, 2]}, "classes is no list of names"),
-        ({"classes": []}, "classes is empty"),
-        ({"options": [1]}, "options is no mapping"),
-        ({"levels": ["family"]}, "levels is no mapping"),
+        ({"backbone": "hf-hub:evil/model"}, "backbone: is no plain name"),
+        ({"backbone": ["resnet18"]}, "backbone: should be a valid string"),
+        ({"classes": "abc"}, "classes: should be a list"),
+        ({"classes": [1, 2]}, "classes.0: should be a valid string"),
+        ({"classes": []}, "classes: list should have at least 1 item"),
+        ({"options": [1]}, "options: should be a mapping"),
+        ({"levels": ["family"]}, "levels: should be a mapping"),
+        ({"levels": {"family": ["Alcidae"]}}, "level family names 1 groups for 2 classes"),
         (
             {"preprocessing": {**SPEC.to_json()["preprocessing"], "crop": 3}},
-            "unexpected keyword argument 'crop'",
+            "preprocessing.crop: is not known here",
         ),
-        ({"preprocessing": {}}, "'mean'"),
+        ({"preprocessing": {}}, "preprocessing.image_size: is missing"),
     ],
 )
 def test_spec_of_a_stranger_is_checked(change: dict[str, object], reason: str) -> None:

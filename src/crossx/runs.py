@@ -19,24 +19,26 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
+import reprlib
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, first_line
 from crossx.hub import HubModel, download_model
 
 SCHEMA = 1
 EXPORTED = (".onnx", ".xml", ".pt2")
 """How the names of files end that `crossx export` writes, and that are no checkpoints."""
 PREDICTS_ALONE = "an exported file is for `crossx predict` and `crossx serve` alone: give the run instead."
+MAX_TEXT = 64 << 20
+"""Bytes that are read of a JSON or YAML file of a run."""
 PACKAGES = ("crossx", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
 
 
@@ -99,53 +101,31 @@ class ModelSpec:
         """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
 
         Raises:
-            CrossXError: If a key is missing or of the wrong type, the temperature is not above 0, or the schema is
-                newer than this version reads.
+            CrossXError: If a value is missing, of the wrong type or out of bounds (see ``crossx.schema``), or the
+                schema is newer than this version reads.
         """
         if values.get("schema") != SCHEMA:
             raise CrossXError(
-                f"{source}: schema {values.get('schema')!r}, this version of crossx reads {SCHEMA}: upgrade crossx."
+                f"{source}: schema {reprlib.repr(values.get('schema'))}, this version of crossx reads {SCHEMA}: "
+                "upgrade crossx."
             )
-        try:
-            _check_spec(values)
-            prep = dict(values["preprocessing"])
-            prep["mean"], prep["std"] = tuple(prep["mean"]), tuple(prep["std"])
-            return cls(
-                method=values["method"],
-                options=values["options"],
-                backbone=values["backbone"],
-                backbone_args=values["backbone_args"],
-                classes=tuple(values["classes"]),
-                preprocessing=Preprocessing(**prep),
-                dataset=values["dataset"],
-                levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
-                temperature=_temperature(values.get("temperature", 1.0)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CrossXError(f"{source}: not a model description of crossx ({error}).") from error
+        # pydantic takes a while to import, and `--help` needs none of it
+        from crossx.schema import check_model
 
-
-def _check_spec(values: Mapping[str, Any]) -> None:
-    """Check what ``model.json`` says, for it may come from a stranger; raises KeyError or TypeError."""
-    for key in ("method", "backbone", "dataset"):
-        if not isinstance(values[key], str) or ":" in values[key]:
-            raise TypeError(f"{key} is no plain name")
-    mappings = {key: values[key] for key in ("options", "backbone_args", "preprocessing")}
-    for key, value in (mappings | {"levels": values.get("levels", {})}).items():
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{key} is no mapping")
-    classes = values["classes"]
-    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
-        raise TypeError("classes is no list of names")
-    if not classes:
-        raise TypeError("classes is empty")
-
-
-def _temperature(value: Any) -> float:
-    temperature = float(value)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature {value!r} is not a finite number above 0")
-    return temperature
+        check_model(values, source)
+        prep = dict(values["preprocessing"])
+        prep["mean"], prep["std"] = tuple(prep["mean"]), tuple(prep["std"])
+        return cls(
+            method=values["method"],
+            options=values["options"],
+            backbone=values["backbone"],
+            backbone_args=values["backbone_args"],
+            classes=tuple(values["classes"]),
+            preprocessing=Preprocessing(**prep),
+            dataset=values["dataset"],
+            levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
+            temperature=float(values.get("temperature", 1.0)),
+        )
 
 
 @dataclass(frozen=True)
@@ -202,14 +182,20 @@ class Run:
 
     def read_info(self) -> dict[str, Any]:
         """Read ``run.json``, empty where there is none."""
-        return read_json(self.info) if self.info.is_file() else {}
+        if not self.info.is_file():
+            return {}
+        from crossx.schema import RunFile, check_file
+
+        values = read_json(self.info)
+        check_file(RunFile, values, self.info)
+        return values
 
     def read_results(self, weights: Path, split: str = "test") -> dict[str, Any]:
         """Read what ``crossx test`` found on ``split``, empty where it did not test these weights."""
         path = self.path / f"{split}.json"
         if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
             return {}
-        results = read_json(path)
+        results = read_results(path)
         return results if results.get("weights") == os.path.relpath(weights, self.path) else {}
 
     def results_folder(self, output: str | Path | None = None) -> Path:
@@ -393,9 +379,52 @@ def read_json(path: Path) -> dict[str, Any]:
         CrossXError: If the file is missing or holds something else.
     """
     try:
-        return _read_mapping(path, json.loads, json.JSONDecodeError, "JSON", "a JSON object")
+        return _read_mapping(path, _parse_json, "JSON", "a JSON object")
     except FileNotFoundError as error:
         raise CrossXError(f"{path}: no such file.") from error
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def parse_json(text: str, source: Path) -> dict[str, Any]:
+    """Read a JSON object from text; ``source`` is named in errors.
+
+    Raises:
+        CrossXError: If the text is something else.
+    """
+    return _parse_mapping(text, source, _parse_json, "JSON", "a JSON object")
+
+
+def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what ``crossx test`` wrote.
+
+    Args:
+        path: ``SPLIT.json`` of a run.
+        needed: Keys that must be there; ``a.b`` is a key within ``a``.
+
+    Raises:
+        CrossXError: If the file is missing, lacks a key that is needed, or holds something else.
+    """
+    from crossx.schema import ResultsFile, check_file, require
+
+    results = read_json(path)
+    check_file(ResultsFile, results, path)
+    require(results, needed, path)
+    return results
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read a training history, ``metrics.json``: a row per epoch.
+
+    Raises:
+        CrossXError: If the file is missing or holds something else.
+    """
+    from crossx.schema import HistoryFile, check_file
+
+    values = read_json(path)
+    check_file(HistoryFile, values, path)
+    rows: list[dict[str, Any]] = values["epochs"]
+    return rows
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -408,20 +437,48 @@ def read_config(path: Path) -> dict[str, Any]:
 
     what = "a configuration (a mapping with model, data, optim, trainer)"
     try:
-        return _read_mapping(path, yaml.safe_load, yaml.YAMLError, "YAML", what)
+        return _read_mapping(path, yaml.safe_load, "YAML", what)
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def _read_mapping(
-    path: Path, parse: Callable[[str], Any], malformed: type[Exception], language: str, what: str
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], language: str, what: str) -> dict[str, Any]:
+    if path.stat().st_size > MAX_TEXT:
+        raise CrossXError(f"{path}: larger than the {MAX_TEXT >> 20} MiB that are read of such a file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CrossXError(f"{path}: not valid {language} ({first_line(error)}).") from error
+    return _parse_mapping(text, path, parse, language, what)
+
+
+def _parse_mapping(
+    text: str, source: Path, parse: Callable[[str], Any], language: str, what: str
 ) -> dict[str, Any]:
     try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (malformed, UnicodeDecodeError) as error:
-        raise CrossXError(f"{path}: not valid {language} ({' '.join(str(error).split())}).") from error
+        values = parse(text)
+    except RecursionError as error:
+        raise CrossXError(f"{source}: not {what}: its values are nested too deeply.") from error
+    # of JSON and YAML, and of numbers with thousands of digits
+    except Exception as error:
+        raise CrossXError(f"{source}: not valid {language} ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
-        raise CrossXError(f"{path}: not {what}.")
+        raise CrossXError(f"{source}: not {what}.")
     return values
 
 

@@ -1,9 +1,18 @@
+import contextlib
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from crossx.ablation import runner
+from crossx.ablation.runner import Trial
 from crossx.cli.main import main
+from crossx.errors import CrossXError
+from slow import slow_except
+
+ONE_AT_A_TIME = threading.Lock()
 
 RECIPE = """
 model: {method: crossx, backbone: resnet10t, backbone_args: {channels: [4, 8, 16, 32]}, pretrained: false}
@@ -69,9 +78,20 @@ def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest
     assert not Path("out").exists()
 
 
+def call_here(crew: object, trial: Trial, place: object, arguments: Sequence[str]) -> None:
+    """Stand in for the process of a trial."""
+    with ONE_AT_A_TIME, trial.log.open("a") as log, contextlib.redirect_stderr(log):
+        code = main(arguments)
+    if code != 0:
+        raise CrossXError(runner._reason(trial.log, code))
+
+
+@pytest.mark.parametrize("processes", slow_except([False, True], False))
 def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:
+    if not processes:
+        monkeypatch.setattr(runner._Crew, "_call", call_here)
     variants = "variants: {plain: {model: {method: plain}}}"
     Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
     more = ["--data.val_fraction", "0.4", "--jobs", "2"]

@@ -91,7 +91,7 @@ def test_levels_are_joined_by_image_and_not_by_order(root: Path) -> None:
         unique=True,
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_name_is_read_whole(root: Path, names: list[str]) -> None:
     data = root / "data"
     write_lines(data / "families.txt", names)

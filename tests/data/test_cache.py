@@ -55,7 +55,7 @@ def test_images_are_decoded_once_and_stay_the_same(kind, paths):
             assert cache.read(path, decode).permute(1, 2, 0).is_contiguous()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6))
 def test_round_trip_of_any_sizes(sizes):
     images = {

@@ -86,7 +86,7 @@ def test_missing_image_files_are_left_to_the_check(root: Path) -> None:
         max_size=5,
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_class_names_are_kept_and_told_apart(root: Path, names: list[str]) -> None:
     write_lines(root / "classes.txt", (f"{i} {name}" for i, name in enumerate(names, start=1)))
     write_lines(root / "images.txt", ["1 a b/ü.jpg"])

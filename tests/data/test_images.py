@@ -77,7 +77,7 @@ def test_jpeg_agrees_with_torchvisions_decoder() -> None:
     ).abs().max() <= 2  # two builds of libjpeg may round differently
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     options=st.fixed_dictionaries(
@@ -100,7 +100,7 @@ def test_jpegs_have_the_pixels_that_pillow_gives(
     assert read_size(data) == (size[1], size[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.tuples(st.integers(1, 130), st.integers(1, 130)),
     min_side=st.integers(1, 70),
@@ -223,7 +223,7 @@ def test_unusual_names(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(pixels(path), NOISE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     fraction=st.floats(0, 1, exclude_max=True), progressive=st.booleans(), quality=st.sampled_from([30, 90])
 )
@@ -242,7 +242,7 @@ def test_quick_check_finds_every_jpeg_that_reading_refuses(
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(fraction=st.floats(0, 0.9))
 def test_truncation_is_found_in_every_format(file_format: str, fraction: float) -> None:
     data = encoded(photograph(), file_format)
@@ -252,7 +252,7 @@ def test_truncation_is_found_in_every_format(file_format: str, fraction: float) 
         read_image(cut)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     file_format=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"]),
     places=st.lists(
@@ -272,7 +272,7 @@ def test_any_damage_is_read_or_refused_in_one_line(file_format: str, places: lis
         assert str(caught.value).isprintable()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data: bytes) -> None:
     assert image_problem(data) is not None

@@ -93,7 +93,7 @@ def test_a_leaf_just_below_the_root_is_its_own_group(tmp_path: Path) -> None:
 
 
 @given(parents=st.lists(st.integers(0, 10_000), min_size=1, max_size=30))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_tree_gives_its_leaves_and_nested_levels(tmp_path: Path, parents: list[int]) -> None:
     # Node i + 1 hangs below one of the nodes 0 to i: every tree can be written so.
     tree = {i + 1: parent % (i + 1) for i, parent in enumerate(parents)}

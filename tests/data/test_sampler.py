@@ -26,7 +26,7 @@ def on_ranks(world_size, make):
 
 
 @given(st.integers(1, 60), st.integers(0, 2**62), st.integers(0, 1000))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_uniform_epoch_draws_each_image_once(count, seed, epoch):
     sampler = EpochSampler([0] * count, seed)
     sampler.set_epoch(epoch)
@@ -41,7 +41,7 @@ def batches(draws, size):
 
 
 @given(st.integers(1, 9), st.integers(0, 60), st.integers(1, 6), st.sampled_from(["uniform", "balanced"]))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_batches_of_all_ranks_are_those_of_one_process(world_size, more, batch_size, sampling):
     count = world_size + more
     labels = [index % 3 for index in range(count)]
@@ -73,7 +73,7 @@ label_lists = st.lists(st.sampled_from([0, 1, 2, 4, 7]), min_size=1, max_size=60
 
 
 @given(label_lists, st.integers(1, 6), st.integers(0, 2**62), st.integers(0, 1000))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_pairs_are_of_one_class_and_hold_every_image(labels, half, seed, epoch):
     sampler = EpochSampler(labels, seed, "pairs", 2 * half)
     sampler.set_epoch(epoch)
@@ -93,7 +93,7 @@ def test_pairs_are_of_one_class_and_hold_every_image(labels, half, seed, epoch):
 
 
 @given(label_lists, st.integers(1, 6), st.integers(0, 100))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_pairs_of_a_batch_are_of_different_classes(labels, half, seed):
     left = Counter({label: (count + 1) // 2 for label, count in Counter(labels).items()})
     for batch in batches(list(EpochSampler(labels, seed, "pairs", 2 * half)), 2 * half):
@@ -117,7 +117,7 @@ def test_a_class_is_drawn_in_the_measure_of_its_pairs():
 
 
 @given(st.integers(1, 5), st.integers(5, 40), st.integers(1, 4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_pairs_stay_on_one_rank(world_size, pairs, half):
     labels = [index // 2 % 7 for index in range(2 * pairs)]
     alone = batches(list(EpochSampler(labels, 5, "pairs", 2 * half * world_size)), 2 * half * world_size)
@@ -183,7 +183,7 @@ def test_repeats_of_an_image_are_counted():
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_evaluation_counts_every_image_once(count, world_size):
     ranks = on_ranks(world_size, lambda: EvaluationSampler(count))
     if count < world_size:

@@ -40,7 +40,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 @given(num_classes=st.integers(2, 60), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_class_differs_from_its_nearest_in_one_part(num_classes: int, seed: int) -> None:
     classes = class_attributes(num_classes, seed)
     assert len(classes) == num_classes
@@ -110,7 +110,8 @@ def test_a_third_of_each_class_is_for_testing(tmp_path: Path, images: int, train
         assert [r.label for r in index.split("train")].count(label) == train
         assert [r.label for r in index.split("test")].count(label) == test
     assert not index.split("val")
-    assert len(index.with_validation(0.1).split("val")) == 2
+    # of two to four images a tenth is rounded to none
+    assert len(index.with_validation(0.1).split("val")) == (2 if train == 6 else 0)
 
 
 def test_an_empty_folder_is_drawn_into(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def resizing(draw):
 @example(case=(1, 90, 40, 32), interpolation="bicubic", seed=0)
 @example(case=(90, 1, None, 32), interpolation="bilinear", seed=0)
 @example(case=(64, 48, 64, 32), interpolation="bilinear", seed=0)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=resizing(), interpolation=st.sampled_from(["bilinear", "bicubic"]), seed=st.integers(0, 2**30))
 def test_resizing_what_the_crop_keeps_equals_resizing_it_all(case, interpolation, seed):
     height, width, resize_size, image_size = case
@@ -392,7 +392,7 @@ def centre_of_light(image):
 
 @example(case=((30, 400), (5, 190, 20), prep(48)))  # cut to MAX_ASPECT
 @example(case=((400, 30), (195, 5, 20), prep(48, 64)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=marked())
 def test_a_mark_is_where_its_place_in_the_crop_is_said_to_be(case):
     (height, width), (top, left, side), preprocessing = case

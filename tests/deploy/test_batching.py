@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from crossx.deploy.batching import Batcher, ClosedError, QueueFullError
 
+PATIENCE = 600
+"""Seconds after which something hangs."""
+
 
 class Network:
     """Squares; remembers its batches; waits at the gate while that is shut."""
@@ -25,7 +28,7 @@ class Network:
     def __call__(self, batch: list[int]) -> list[int]:
         self.batches.append(batch)
         self.began.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         if -1 in batch:
             raise ZeroDivisionError
         return [item * item for item in batch]
@@ -43,7 +46,7 @@ def batching(
     try:
         yield batcher
     finally:
-        assert batcher.close(timeout=10)
+        assert batcher.close(timeout=PATIENCE)
         assert not batcher.alive
 
 
@@ -52,18 +55,18 @@ def hold(batcher: Batcher, network: Network) -> Future[int]:
     network.gate.clear()
     network.began.clear()
     (held,) = batcher.submit(items(100), network)
-    assert network.began.wait(10)
+    assert network.began.wait(PATIENCE)
     return held
 
 
 def wait_until_prepared(batcher: Batcher) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while batcher._preparing:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     requests=st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=5), max_size=12),
     max_batch=st.integers(1, 9),
@@ -74,7 +77,7 @@ def test_every_request_gets_its_own_answers(requests: list[list[int]], max_batch
 
     def ask(request: list[int]) -> list[int]:
         time.sleep(random.random() / 1000)
-        return [future.result(10) for future in batcher.submit(items(*request), network)]
+        return [future.result(PATIENCE) for future in batcher.submit(items(*request), network)]
 
     with batching(max_batch, 0.001, capacity=100) as batcher, ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(ask, requests))
@@ -91,31 +94,47 @@ def test_what_waits_goes_together() -> None:
         futures = batcher.submit(items(*range(6)), network)
         wait_until_prepared(batcher)
         network.gate.set()
-        assert [future.result(10) for future in futures] == [0, 1, 4, 9, 16, 25]
+        assert [future.result(PATIENCE) for future in futures] == [0, 1, 4, 9, 16, 25]
     assert [len(batch) for batch in network.batches] == [1, 4, 2]
 
 
-def test_a_batch_waits_for_what_is_being_prepared_but_not_longer_than_allowed() -> None:
-    network, slow = Network(), threading.Event()
+@contextmanager
+def prepared_late(max_wait: float) -> Iterator[tuple[Network, list[Future[int]], threading.Event]]:
+    """Submit two items of a batch; the second is prepared once the event is set."""
+    network, release = Network(), threading.Event()
 
-    def prepared_late() -> int:
-        assert slow.wait(10)
+    def late() -> int:
+        assert release.wait(PATIENCE)
         return 7
 
-    with batching(max_batch=2, max_wait=0.2) as batcher:
-        first, second = batcher.submit([*items(3), prepared_late], network)
-        start = time.monotonic()
-        assert first.result(10) == 9
-        assert time.monotonic() - start > 0.1
-        slow.set()
-        assert second.result(10) == 49
+    with batching(max_batch=2, max_wait=max_wait) as batcher:
+        futures = batcher.submit([*items(3), late], network)
+        try:
+            yield network, futures, release
+        finally:
+            release.set()
+
+
+def test_a_batch_waits_for_what_is_being_prepared() -> None:
+    with prepared_late(max_wait=PATIENCE) as (network, futures, release):
+        assert not network.began.wait(0.2)  # long enough to begin, if it did not wait
+        release.set()
+        assert [future.result(PATIENCE) for future in futures] == [9, 49]
+    assert network.batches == [[3, 7]]
+
+
+def test_a_batch_waits_no_longer_than_allowed() -> None:
+    with prepared_late(max_wait=0.01) as (network, (first, second), release):
+        assert first.result(PATIENCE) == 9
+        release.set()
+        assert second.result(PATIENCE) == 49
     assert network.batches == [[3], [7]]
 
 
 def test_a_lone_item_does_not_wait() -> None:
     network = Network()
-    with batching(max_batch=2, max_wait=60) as batcher:
-        assert batcher.submit(items(3), network)[0].result(10) == 9
+    with batching(max_batch=2, max_wait=10 * PATIENCE) as batcher:
+        assert batcher.submit(items(3), network)[0].result(PATIENCE) == 9
 
 
 def test_different_work_shares_no_batch_and_keeps_its_order() -> None:
@@ -134,7 +153,7 @@ def test_different_work_shares_no_batch_and_keeps_its_order() -> None:
         ]
         wait_until_prepared(batcher)
         squares.gate.set()
-        assert [future.result(10) for future in futures] == [25, 36, 10, 12, 25, 36]
+        assert [future.result(PATIENCE) for future in futures] == [25, 36, 10, 12, 25, 36]
     assert squares.batches == [[100], [5, 6], [5, 6]]
     assert doubles == [2]
 
@@ -150,9 +169,9 @@ def test_a_request_is_taken_whole_or_not_at_all() -> None:
         assert batcher.full
         assert batcher.accepted == 3
         network.gate.set()
-        assert [held.result(10), *(future.result(10) for future in futures)] == [10000, 1, 4]
+        assert [held.result(PATIENCE), *(future.result(PATIENCE) for future in futures)] == [10000, 1, 4]
         assert batcher.accepted == 0
-        assert [future.result(10) for future in batcher.submit(items(1, 2, 3), network)] == [1, 4, 9]
+        assert [future.result(PATIENCE) for future in batcher.submit(items(1, 2, 3), network)] == [1, 4, 9]
 
 
 def test_a_failed_batch_fails_its_members_alone() -> None:
@@ -162,19 +181,19 @@ def test_a_failed_batch_fails_its_members_alone() -> None:
         futures = batcher.submit(items(1, 2, 3, -1, 5), network)
         wait_until_prepared(batcher)
         network.gate.set()
-        assert [futures[n].result(10) for n in (0, 1, 4)] == [1, 4, 25]
+        assert [futures[n].result(PATIENCE) for n in (0, 1, 4)] == [1, 4, 25]
         for number in (2, 3):
             with pytest.raises(ZeroDivisionError):
-                futures[number].result(10)
+                futures[number].result(PATIENCE)
 
 
 def test_an_item_that_cannot_be_prepared_fails_alone() -> None:
     network = Network()
     with batching() as batcher:
         good, bad, other = batcher.submit([*items(2), partial(int, "x"), *items(3)], network)
-        assert (good.result(10), other.result(10)) == (4, 9)
+        assert (good.result(PATIENCE), other.result(PATIENCE)) == (4, 9)
         with pytest.raises(ValueError, match="invalid literal"):
-            bad.result(10)
+            bad.result(PATIENCE)
 
 
 def test_a_wrong_number_of_results_is_nobodys_answer() -> None:
@@ -184,7 +203,7 @@ def test_a_wrong_number_of_results_is_nobodys_answer() -> None:
     with batching() as batcher:
         for future in batcher.submit(items(1, 2), short):
             with pytest.raises(ValueError, match="zip"):
-                future.result(10)
+                future.result(PATIENCE)
 
 
 def test_cancelled_work_is_dropped_and_gives_its_place_back() -> None:
@@ -195,9 +214,9 @@ def test_cancelled_work_is_dropped_and_gives_its_place_back() -> None:
         assert one.cancel()
         (three,) = batcher.submit(items(3), network)
         network.gate.set()
-        assert (two.result(10), three.result(10)) == (4, 9)
+        assert (two.result(PATIENCE), three.result(PATIENCE)) == (4, 9)
         with pytest.raises(CancelledError):
-            one.result(10)
+            one.result(PATIENCE)
     assert all(1 not in batch for batch in network.batches)
 
 
@@ -208,13 +227,17 @@ def test_what_was_accepted_is_finished_and_nothing_more_is_taken() -> None:
         futures = batcher.submit(items(*range(9)), network)
         closing = threading.Thread(target=batcher.close)
         closing.start()
-        while True:
+        deadline, closed = time.monotonic() + PATIENCE, False
+        while not closed and time.monotonic() < deadline:
             try:
                 futures += batcher.submit(items(0), network)
+            except QueueFullError:  # the thread that closes has not begun yet
+                time.sleep(0.001)
             except ClosedError:
-                break
+                closed = True
+        assert closed
         network.gate.set()
-        closing.join(10)
+        closing.join(PATIENCE)
         assert held.done()
         assert all(future.done() for future in futures)
         assert [future.result() for future in futures[:9]] == [n * n for n in range(9)]
@@ -234,7 +257,7 @@ def test_batches_are_observed() -> None:
     batcher = Batcher(
         max_batch=4, max_wait=0, capacity=9, workers=1, observe=lambda *batch: seen.append(batch)
     )
-    batcher.submit(items(1), Network())[0].result(10)
+    batcher.submit(items(1), Network())[0].result(PATIENCE)
     batcher.close()
     assert [size for size, _ in seen] == [1]
     assert seen[0][1] > 0

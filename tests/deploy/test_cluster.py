@@ -88,6 +88,7 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once(run, photos, tmp_path
     assert message.startswith("Ray cannot be joined at RAY_ADDRESS=127.0.0.1:1 (")
 
 
+@pytest.mark.slow
 def test_two_workers_predict_what_one_process_does(ray_session, run, photos, tmp_path):
     options = {"shard_size": 4, "top": 2, "device": "cpu"}
     local = predict_collection(run, photos, tmp_path / "local", **options)
@@ -98,6 +99,7 @@ def test_two_workers_predict_what_one_process_does(ray_session, run, photos, tmp
         assert here == there
 
 
+@pytest.mark.slow
 def test_a_workers_error_is_an_answer(ray_session, run, photos):
     import ray
 

@@ -89,6 +89,7 @@ def test_what_was_stopped_goes_on_without_doing_work_twice(run, photos, tmp_path
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_parts_to_go_on_from(run, photos, tmp_path):
     script = Path(__file__).with_name("killed_prediction.py")
     killed = subprocess.run([sys.executable, script, run, photos, tmp_path / "out", "12"], check=False)

@@ -32,7 +32,7 @@ from crossx.deploy.predictor import Prediction, Predictor
 from crossx.deploy.server import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MILLISECONDS = 60_000
+MILLISECONDS = 300_000
 STAGES = ["previous", "last", "merged", "combined"]
 MAPS = [f"{stage} part {part}" for stage in STAGES for part in (1, 2)]
 GIVE = """([event, contents]) => {
@@ -60,7 +60,7 @@ class Served:
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[Served]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=20))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
@@ -68,7 +68,7 @@ def serving(app: FastAPI) -> Iterator[Served]:
             time.sleep(0.01)
         yield Served(app, f"http://127.0.0.1:{listening.getsockname()[1]}/")
         server.should_exit = True
-        thread.join(60)
+        thread.join(600)
 
 
 @pytest.fixture(scope="module")

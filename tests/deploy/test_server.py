@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +33,8 @@ from crossx.errors import UsageError
 from crossx.explain.figures import LUMA, overlay
 
 NOT_AN_IMAGE = b"no image at all"
+PATIENCE = 600
+"""Seconds after which something hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def app(predictor: Predictor) -> FastAPI:
-    return create_app(predictor, Limits(max_upload_mb=1, max_pixels=5000, timeout=10))
+    return create_app(predictor, Limits(max_upload_mb=1, max_pixels=5000, timeout=PATIENCE))
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +141,19 @@ def test_requests_at_the_same_time_get_their_own_answers(
     client: TestClient, predictor: Predictor, images: list[Path]
 ) -> None:
     expected = [prediction.label for prediction in predictor.predict(images)]
-    wrong: list[str] = []
+    matches: list[bool] = []
 
     def ask(number: int) -> None:
         for turn in range(number, number + 8):
             answer = client.post("/predict", files=files(images[turn % 5])).json()["predictions"][0]
-            if (answer["label"], answer["name"]) != (expected[turn % 5], images[turn % 5].name):
-                wrong.append(answer["label"])
+            matches.append((answer["label"], answer["name"]) == (expected[turn % 5], images[turn % 5].name))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
-    assert wrong == []
+        thread.join(PATIENCE)
+    assert matches == 6 * 8 * [True]
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -299,7 +301,7 @@ def held(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event
 
     def waiting(*arguments: Any) -> Any:
         began.set()
-        assert gate.wait(30)
+        assert gate.wait(PATIENCE)
         return classify(*arguments)
 
     monkeypatch.setattr(app.state.service._predictor, "classify", waiting)
@@ -309,7 +311,7 @@ def held(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event
 def test_a_full_queue_is_429_at_once(
     predictor: Predictor, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = create_app(predictor, Limits(queue=2))
+    app = create_app(predictor, Limits(queue=2, timeout=PATIENCE))
     began, gate = held(app, monkeypatch)
     with TestClient(app) as client:
         answers: list[httpx.Response] = []
@@ -317,14 +319,14 @@ def test_a_full_queue_is_429_at_once(
             target=lambda: answers.append(client.post("/predict", files=files(*images[:2])))
         )
         first.start()
-        assert began.wait(30)
+        assert began.wait(PATIENCE)
         for path in ("/predict", "/explain"):
             response = client.post(path, files=files(images[0]))
             assert "queue is full" in problem(response, 429)
             assert int(response.headers["retry-after"]) >= 1
         assert client.get("/readyz").status_code == 200
         gate.set()
-        first.join(30)
+        first.join(PATIENCE)
         assert answers[0].status_code == 200
         assert client.post("/predict", files=files(images[0])).status_code == 200
 
@@ -337,7 +339,10 @@ def test_an_answer_that_takes_too_long_is_504(
     with TestClient(app) as client:
         assert "longer than 1 s" in problem(client.post("/predict", files=files(images[0])), 504)
         gate.set()
-        assert client.post("/predict", files=files(images[0])).status_code == 200
+        # a busy machine may take longer for the next ones, too
+        deadline = time.monotonic() + PATIENCE
+        while client.post("/predict", files=files(images[0])).status_code != 200:
+            assert time.monotonic() < deadline
 
 
 def test_a_stopping_service_takes_nothing(predictor: Predictor, images: list[Path]) -> None:

@@ -203,7 +203,7 @@ def test_files_of_a_stranger_are_checked(hub: Hub, predictor: Predictor, tmp_pat
         (
             "model.json",
             json.dumps({**spec, "backbone": "hf-hub:evil/model"}).encode(),
-            "backbone is no plain",
+            "backbone: is no plain",
         ),
         ("model.json", json.dumps({**spec, "method": "crossy"}).encode(), "unknown method 'crossy'"),
         ("model.json", json.dumps({**spec, "classes": ["a", "b"]}).encode(), "its weights do not fit"),

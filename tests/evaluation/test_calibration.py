@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -43,7 +43,6 @@ def test_the_temperature_undoes_a_scale():
     assert fit_temperature(7 * logits, targets) == pytest.approx(7 * fit_temperature(logits, targets))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), n=st.integers(1, 20), classes=st.integers(1, 4))
 def test_any_logits_give_a_temperature_that_is_no_worse_than_1(seed, scale, n, classes):
     logits, targets = sample(seed, scale, n, classes)

@@ -3,7 +3,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crossx.errors import CrossXError
@@ -14,7 +14,6 @@ CLASSES = ("auk", "jay", "owl")
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-@settings(deadline=None)
 def test_mcnemar_is_the_binomial_tail(only_a, only_b):
     n, least = only_a + only_b, min(only_a, only_b)
     tail = sum(comb(n, i) for i in range(least + 1)) / 2**n

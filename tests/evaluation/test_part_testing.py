@@ -153,6 +153,8 @@ def test_keypoints(tmp_path, dataset, write, parts):
 
 def test_validation_images(tmp_path, birds):
     run = write_run(tmp_path / "run", "synthetic", birds, **DRAWN)
+    info = run.read_info()
+    write_json(run.info, {**info, "data": {**info["data"], "val_fraction": 0.25}})
     assert measure_run(run.path, split="val")["n"] == 3
     assert (run.path / "val_parts.json").is_file()
 

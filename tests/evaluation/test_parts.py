@@ -264,7 +264,7 @@ def test_stability_of_a_network_that_follows_its_input():
 # whatever the maps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000), height=st.integers(1, 8), width=st.integers(2, 8), scale=st.floats(1e-3, 1e4)
 )
@@ -287,7 +287,7 @@ def test_ranges_and_scale(seed, height, width, scale):
     assert 0 < result["p_value"] <= 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000))
 def test_the_order_of_images_does_not_matter(seed):
     maps, parts = random_maps(seed, images=6), random_regions(seed, images=6)

@@ -37,7 +37,7 @@ def a_region(draw):
 
 
 @example(((0.25, 0.5, 0.75, 1.0), (0.5, 0.5, 0.5, 0.5)), (4, 4), 0.2)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(a_region(), a_region()), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.floats(0.05, 0.4)
 )

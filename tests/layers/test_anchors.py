@@ -83,7 +83,7 @@ def test_where_too_few_are_left_the_best_of_the_others_follow() -> None:
 orders = st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).permutation(1614))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(orders=st.lists(orders, min_size=1, max_size=3), size=st.sampled_from([448, 160]))
 def test_it_is_torchvisions_greedy_suppression(orders: list[np.ndarray], size: int) -> None:
     boxes = anchors(size)
@@ -96,7 +96,7 @@ def test_it_is_torchvisions_greedy_suppression(orders: list[np.ndarray], size: i
         assert len(set(own.tolist())) == 6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=orders)
 def test_it_is_the_authors_hard_nms(order: np.ndarray) -> None:
     """Their loop: a sorted list from whose end boxes are taken."""

@@ -51,7 +51,7 @@ def test_equals_one_part_at_a_time(interpolation: str, training: bool) -> None:
 sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     previous=sizes,
     last=sizes,
@@ -70,7 +70,7 @@ def test_pooled_needs_no_maps(
     )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(last=sizes)
 def test_interpolation_does_not_matter_in_evaluation_for_maps_of_twice_the_size(
     last: tuple[int, int],

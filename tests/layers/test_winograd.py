@@ -19,7 +19,7 @@ def inputs(
     return maps, torch.randn(outputs, channels, 3, 3, dtype=torch.double, generator=generator)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), lengths, lengths, lengths, lengths)
 def test_equals_torchs_convolution(batch: int, channels: int, outputs: int, height: int, width: int) -> None:
     maps, kernel = inputs(batch, channels, outputs, height, width)
@@ -27,6 +27,7 @@ def test_equals_torchs_convolution(batch: int, channels: int, outputs: int, heig
     torch.testing.assert_close(winograd3x3(maps, kernel), expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     assert torch.autograd.gradcheck(winograd3x3, [tensor.requires_grad_() for tensor in inputs()])
 

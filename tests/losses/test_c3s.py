@@ -30,7 +30,7 @@ def naive_loss(features: Tensor, form: str, weight: float) -> Tensor:
     return sum(s[p, q] ** 2 for p in parts for q in parts) / 2 - weight * sum(s[p, p] ** 2 for p in parts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 5),
     parts=st.integers(1, 4),
@@ -69,7 +69,7 @@ def test_means_of_s_on_and_off_the_diagonal(parts: int) -> None:
     assert {name: value.item() for name, value in measured.items()} == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 50))
 def test_depends_on_directions_alone(scale: float, seed: int) -> None:
     features = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(seed))

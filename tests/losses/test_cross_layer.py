@@ -20,7 +20,7 @@ def naive_kl(teacher: list[list[float]], student: list[list[float]]) -> float:
     return total / len(teacher)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(teacher=logits, seed=st.integers(0, 99))
 def test_equals_the_printed_sum(teacher: list[list[float]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

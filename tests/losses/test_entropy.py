@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from crossx.losses import EntropyLoss, entropy_loss
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=st.integers(1, 5), classes=st.integers(1, 9), scale=st.floats(0, 30), seed=st.integers(0, 100))
 def test_value_and_gradient_in_closed_form(batch: int, classes: int, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

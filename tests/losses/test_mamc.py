@@ -31,7 +31,7 @@ def naive_terms(features: Tensor, targets: list[int], normalize: bool, average: 
     return {name: total / divisor for name, total in totals.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     targets=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     parts=st.integers(1, 3),

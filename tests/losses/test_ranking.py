@@ -21,7 +21,7 @@ def naive(scores: list[list[float]], losses: list[list[float]], margin: float) -
     return total / len(scores)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(pairs=st.lists(st.tuples(rows, ties), min_size=1, max_size=3), margin=st.floats(0, 2))
 def test_equals_the_printed_sum(pairs: list[tuple[list[float], list[float]]], margin: float) -> None:
     scores, losses = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -13,6 +13,7 @@ from crossx.errors import CrossXError, UsageError
 from crossx.methods import Method, create_method, list_methods, method_class, method_options, register_method
 from crossx.methods.checkpoint import build_method, describe, load_method, load_weights, save_weights
 from crossx.runs import Preprocessing, Run, write_json
+from slow import slow_except
 
 PREPROCESSING = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLASSES = ("ani", "auklet", "bunting")
@@ -161,7 +162,7 @@ def test_exports(name: str) -> None:
     torch.testing.assert_close(exported(images), method(images), rtol=1e-4, atol=1e-5)
 
 
-@every_method
+@pytest.mark.parametrize("name", slow_except(list_methods(), "plain"))
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: bool) -> None:
     method, compiler = build(name).train(training), CompileCounter()

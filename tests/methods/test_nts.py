@@ -210,6 +210,7 @@ def test_grad_cam_is_of_the_pass_of_the_images() -> None:
         )
 
 
+@pytest.mark.slow
 def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

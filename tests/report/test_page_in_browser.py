@@ -29,8 +29,14 @@ def address(tmp_path_factory):
     return path.as_uri()
 
 
-def open_page(browser, address, **options):
+def new_page(browser, **options):
     page = browser.new_context(**options).new_page()
+    page.set_default_timeout(300_000)
+    return page
+
+
+def open_page(browser, address, **options):
+    page = new_page(browser, **options)
     page.goto(address)
     return page
 
@@ -43,7 +49,7 @@ def test_the_page_is_never_wider_than_the_screen(browser, address, width):
 
 
 def test_every_picture_is_decoded_and_nothing_else_is_loaded(browser, address):
-    page = browser.new_context().new_page()
+    page = new_page(browser)
     requests, messages = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: messages.append(message.text))

@@ -13,12 +13,13 @@ from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.evaluation.testing import test_run as evaluate_run
 from crossx.methods import list_methods
 from crossx.training.fit import fit, resume
+from slow import slow_except
 
 SMALL = {"kernel_pooling": {"sketch_size": 32}, "mamc": {"embedding_size": 8}}
 """Options that make a method's own layers as small as the test's backbone."""
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", slow_except(list_methods(), "crossx"))
 def test_trains_in_mixed_precision(make_config, name):
     trainer = {"max_epochs": 1, "limit_train_batches": 2, "precision": "bf16-mixed"}
     run = fit(make_config(model={"method": name, **SMALL.get(name, {})}, trainer=trainer))

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
+import layouts
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
@@ -121,12 +122,31 @@ def test_average_follows_its_definition(make_config, monkeypatch):
         "_step",
         lambda self: (step(self), seen.append(self.method.classifier.weight.detach().clone())),
     )
-    run = fit(make_config(optim={"ema_decay": 0.9}, trainer={"max_epochs": 1}))
+    run = fit(make_config(optim={"ema_decay": 0.3}, trainer={"max_epochs": 1}))
     average = seen[0]
-    for weight in seen[1:]:
-        average = 0.9 * average + 0.1 * weight
+    # 2/11, 3/12, then 4/13 is above the decay
+    for decay, weight in zip((2 / 11, 3 / 12, 0.3), seen[1:], strict=True):
+        average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(load_file(run.weights)["classifier.weight"], average)
     assert not torch.equal(average, seen[-1])
+
+
+def test_average_of_a_short_training_is_close_to_its_weights(make_config, caplog):
+    """With a constant decay the initial weights would count 0.999 ** 12, that is 99%."""
+    optim = {"ema_decay": 0.999, "lr": 0.05}
+    with_average = fit(make_config("average", optim=optim))
+    assert float(rows(with_average)[-1]["val/top1"]) == 1
+    assert "ema_decay" not in caplog.text
+
+
+def test_an_average_that_lags_behind_is_warned_of(make_config, monkeypatch, caplog):
+    monkeypatch.setattr("crossx.training.loop.warmed_up_decay", lambda decay, updates: decay)
+    run = fit(make_config(optim={"ema_decay": 0.999, "lr": 0.05, "selection": "last"}))
+    last = rows(run)[-1]
+    assert float(last["train/top1"]) > 0.9
+    assert f"{100 * float(last['val/top1']):.1f}% on validation, the weights themselves 100.0%" in caplog.text
+    # the model is still the average
+    assert_same(load_file(run.weights), method_weights(run.last))
 
 
 def test_average_leaves_whole_numbers_as_they_are(make_config):
@@ -441,3 +461,39 @@ def test_without_validation_images_the_temperature_stays_1(make_config):
     run = fit(make_config(data={"train_on": "trainval"}, optim={"selection": "last"}))
     assert run.read_info()["calibration"] is None
     assert run.read_spec().temperature == 1
+
+
+def test_what_could_not_be_loaded_afterwards_is_refused_before_the_data_is_read(tmp_path):
+    config = Config.from_dict(
+        {
+            "model": {
+                "method": "plain",
+                "backbone": "resnet10t",
+                "backbone_args": {"cache_dir": str(tmp_path)},
+            },
+            "data": {"dataset": "folder", "root": str(tmp_path / "nowhere")},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    with pytest.raises(UsageError, match=r"backbone_args\.cache_dir is not kept in model\.json"):
+        fit(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_class_names_that_could_not_be_loaded_afterwards_are_refused(tmp_path):
+    root = layouts.write_folder(tmp_path / "data", classes=2, images_per_class=4)
+    table = tmp_path / "images.csv"
+    files = sorted(root.rglob("*.jpg"))
+    table.write_text("path,label\n" + "".join(f"{file},{file.parent.name * 300}\n" for file in files))
+    config = Config.from_dict(
+        {
+            "model": {"method": "plain", "backbone": "test_resnet", "pretrained": False},
+            "data": {"dataset": "table", "root": str(table), "image_size": 64},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    with pytest.raises(
+        CrossXError, match=r"the run could not be loaded afterwards: .*classes\.0: string should have"
+    ):
+        fit(config)
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,13 @@ from torch.optim import lr_scheduler as reference
 from crossx.errors import UsageError
 from crossx.methods import create_method
 from crossx.training.config import OptimConfig
-from crossx.training.optim import build_optimizer, build_scheduler, freeze, lr_factor, parameter_groups
+from crossx.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    freeze,
+    lr_factor,
+    parameter_groups,
+)
 
 STEPS_PER_EPOCH, EPOCHS = 4, 6
 TOTAL = STEPS_PER_EPOCH * EPOCHS
@@ -78,6 +84,18 @@ def test_warm_up_rises_linearly_to_the_peak_and_cosine_ends_at_its_minimum():
     assert factors[6] == 1.0
     assert factors[15] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 9 / 18)))
     assert factors[TOTAL] == pytest.approx(0.1)
+
+
+def test_warm_up_in_steps_may_be_longer_than_the_training():
+    config = OptimConfig(schedule="cosine", warmup_steps=100)
+    factors = [lr_factor(step, config, steps_per_epoch=4, total_steps=8) for step in range(9)]
+    cosine = [1, 1, 1, 1, 1, *(0.5 * (1 + math.cos(math.pi * done / 4)) for done in (1, 2, 3, 4))]
+    assert factors == pytest.approx([(step + 1) / 100 * share for step, share in enumerate(cosine)])
+    # in a long training it is an ordinary warm-up
+    assert lr_factor(99, config, steps_per_epoch=4, total_steps=1000) == 1
+    # epochs that are given win
+    both = OptimConfig(schedule="constant", warmup_steps=100, warmup_epochs=1)
+    assert [lr_factor(step, both, steps_per_epoch=4, total_steps=80) for step in (0, 3)] == [0.25, 1]
 
 
 def test_new_layers_and_depths_learn_at_their_own_rate(method):

@@ -83,6 +83,7 @@ def _equal(first, second):
     return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "kept"), [(None, 4), (3, 6)])
 def test_a_killed_run_continues_bit_exactly(make_config, tmp_path, every, kept):
     """Killed in a process with its own loader process; the others here load in the training process itself."""

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossx.errors import CrossXError, UsageError
+from crossx.recipes import list_recipes
 from crossx.training.config import Config, ModelConfig, OptimConfig, TrainerConfig
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(0, 1) | st.text(max_size=8)
@@ -63,11 +64,7 @@ def test_left_out_options_take_their_defaults():
         ({"optim": {"nesterov": True, "momentum": 0}}, "nesterov needs"),
         ({"optim": 3}, "optim must be a mapping"),
         ({"trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
-        ({"trainer": {"max_epochs": 5}, "optim": {"warmup_epochs": 5}}, "less than trainer.max_epochs"),
-        (
-            {"trainer": {"max_epochs": 5}, "optim": {"freeze_backbone_epochs": 5}},
-            r"freeze_backbone_epochs must be less than trainer.max_epochs \(5\), not 5",
-        ),
+        ({"optim": {"warmup_steps": -1}}, "warmup_steps must be at least 0"),
         ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
         ({"trainer": {"max_epoch": 3}}, "Did you mean 'max_epochs'"),
         ({"trainer": {"max_steps": 0}}, "max_steps must be at least 1, or -1"),
@@ -139,3 +136,30 @@ def test_a_recipe_with_options_changed() -> None:
 def test_trainer_options_that_leave_no_step(option: str) -> None:
     with pytest.raises(UsageError, match=f"trainer.{option}"):
         Config(trainer={option: 0})
+
+
+def test_lengths_of_a_recipe_are_shortened_to_the_training() -> None:
+    optim = OptimConfig(warmup_epochs=5, freeze_backbone_epochs=5, schedule="step", step_size=15)
+    same, notes = optim.shortened_to(30)
+    assert (same, notes) == (optim, [])
+    short, notes = optim.shortened_to(5)
+    assert (short.warmup_epochs, short.freeze_backbone_epochs) == (2.5, 2)
+    assert [note.split()[0] for note in notes] == [
+        "optim.warmup_epochs",
+        "optim.freeze_backbone_epochs",
+        "optim.schedule",
+    ]
+    assert "first drop of the learning rate is after epoch 15" in notes[2]
+    _, notes = OptimConfig(schedule="multistep", milestones=[15, 25]).shortened_to(10)
+    assert notes == [
+        "optim.schedule multistep: the first drop of the learning rate is after epoch 15, and the training has 10."
+    ]
+
+
+@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_every_recipe_takes_fewer_epochs(name: str, epochs: int) -> None:
+    config = Config.from_recipe(name, trainer={"max_epochs": epochs})
+    optim, _ = config.optim.shortened_to(epochs)
+    assert optim.warmup_epochs < epochs
+    assert optim.freeze_backbone_epochs < epochs

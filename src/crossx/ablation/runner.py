@@ -34,6 +34,7 @@ import yaml
 from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, write_text
+from crossx.schema import check_backbone_args
 from crossx.training.config import Config
 
 SPLIT = "test"
@@ -176,6 +177,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
         if tuned:
             _check_validates(trial)
         try:
+            check_backbone_args(model.backbone_args)
             with torch.device("meta"):
                 method = create_method(
                     model.method,

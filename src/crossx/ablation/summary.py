@@ -18,7 +18,7 @@ from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, st
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.report.bars import Bar, plot_bars
 from crossx.report.tables import Table, percent, points
-from crossx.runs import SCHEMA, read_json, write_json
+from crossx.runs import SCHEMA, read_history, read_results, write_json
 
 METRICS = ("top1", "top5", "class_mean", "ece")
 INTERVALS = (
@@ -147,8 +147,9 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
 
 
 def _read(trial: Trial) -> dict[str, Any]:
-    tested = read_json(trial.run.path / f"{SPLIT}.json")
-    history = read_json(trial.run.path / "metrics.json")["epochs"]
+    path = trial.run.path / f"{SPLIT}.json"
+    tested = read_results(path, (*METRICS, "n", "intervals.top1", "heads", "selection.epoch", "options"))
+    history = read_history(trial.run.path / "metrics.json")
     return {
         **{key: tested[key] for key in METRICS},
         "n": tested["n"],

@@ -8,7 +8,7 @@ from typing import Any
 from crossx.ablation.runner import Trial
 from crossx.ablation.suite import Changes, Suite
 from crossx.report.tables import Table, percent
-from crossx.runs import read_json
+from crossx.runs import read_history
 
 
 def choose_alternatives(trials: Sequence[Trial], failed: Mapping[Trial, str]) -> dict[str, int]:
@@ -80,6 +80,6 @@ def build_tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def read_validation(trial: Trial) -> float:
     """Return the validation accuracy of the weights that a trained run ended with."""
-    epochs = read_json(trial.run.path / "metrics.json")["epochs"]
+    epochs = read_history(trial.run.path / "metrics.json")
     accuracy: float = epochs[trial.run.read_info()["selection"]["epoch"] - 1]["val/top1"]
     return accuracy

@@ -66,16 +66,18 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         path = Path(identifier) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            architecture, own_args = config["architecture"], config.get("model_args") or {}
+            architecture = config["architecture"]
+            own_args = _own_arguments(config.get("pretrained_cfg") or config, config.get("model_args"))
         except FileNotFoundError as error:
             raise UsageError(
                 f"backbone {name!r}: there is no {path}; timm's config.json must lie there."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"backbone {name!r}: {path} is not a timm config ({error}).") from error
     elif source == "hf-hub" and identifier:
         try:
-            _, architecture, own_args = load_model_config_from_hf(identifier)
+            pretrained_cfg, architecture, model_args = load_model_config_from_hf(identifier)
+            own_args = _own_arguments(pretrained_cfg, model_args)
         except Exception as error:
             raise CrossXError(
                 f"backbone {name!r} cannot be had from the Hugging Face Hub ({first_line(error)}). Check the name "
@@ -96,3 +98,14 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             f"timm has for {base}: {', '.join(tagged) or 'none'}."
         )
     return architecture, dict(own_args or {})
+
+
+def _own_arguments(pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments that a model's config stands for, so that the architecture is rebuilt without the config.
+
+    timm builds networks of one size for the input that ``pretrained_cfg`` names.
+    """
+    args: dict[str, Any] = {}
+    if pretrained_cfg.get("fixed_input_size") and pretrained_cfg.get("input_size"):
+        args["img_size"] = list(pretrained_cfg["input_size"][-2:])
+    return {**args, **(model_args or {})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CrossXError(f"{path}: no such weights file.")
+    _check_archive(path)
     try:
         state: Any = (
             load_file(path)
-            if path.suffix == ".safetensors"
+            if path.suffix.lower() == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -74,6 +76,28 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_plain, state.keys(), state.values())):
         raise CrossXError(f"{path}: not a plain state dict of tensors.")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _is_plain(key: object, value: object) -> bool:
+    return (
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose content would take more memory than the file; torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        # of another kind, or damaged: reading it says so
+        return
+    if content > path.stat().st_size:
+        raise CrossXError(f"{path}: not a weights file (its content is compressed).")

@@ -9,10 +9,23 @@ from typing import Any
 from crossx.cli.options import VerbParser
 from crossx.errors import CrossXError, UsageError
 from crossx.report.published import PublishedResult, read_published
-from crossx.runs import open_run, read_json, write_json
+from crossx.runs import open_run, read_results, write_json
 
 COMPARED = range(3, 8)
 """The paper's tables of methods; Table 2 is an ablation of Cross-X."""
+NEEDED = (
+    "method",
+    "backbone",
+    "dataset",
+    "preprocessing.image_size",
+    "n",
+    "num_classes",
+    "top1",
+    "intervals.top1",
+    "class_mean",
+    "ece",
+)
+"""What a row cannot do without."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -69,7 +82,7 @@ def _read(folder: Path, split: str) -> dict[str, Any]:
         raise CrossXError(
             f"{folder}: not tested on {split} yet: run `crossx test {folder} --split {split}` first."
         )
-    return read_json(results)
+    return read_results(results, NEEDED)
 
 
 def _published(datasets: set[str]) -> list[PublishedResult]:

@@ -78,6 +78,13 @@ def add_run(parser: argparse.ArgumentParser, *, exported: bool = False) -> None:
         metavar="RUN",
         help=f"run folder, a checkpoint file in one{either} or USER/NAME on the Hugging Face Hub",
     )
+    if exported:
+        parser.add_argument(
+            "--trust",
+            action="store_true",
+            help="load a .pt2 file, which can run any code on this machine when it is loaded: only for files that you "
+            "made yourself; the other formats need no trust",
+        )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -180,6 +180,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
             precision=options.precision,
             flip=options.flip,
             crops=options.crops,
+            trust=options.trust,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(f"{done.images} images, {done.failed} failed: {options.output}")
@@ -208,7 +209,12 @@ def _load(options: argparse.Namespace) -> Predictor:
     from crossx.deploy.predictor import Predictor
 
     return Predictor.load(
-        options.run, options.device, precision=options.precision, flip=options.flip, crops=options.crops
+        options.run,
+        options.device,
+        precision=options.precision,
+        flip=options.flip,
+        crops=options.crops,
+        trust=options.trust,
     )
 
 

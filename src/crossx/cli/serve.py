@@ -88,7 +88,12 @@ def _serve(options: argparse.Namespace, keys: list[str]) -> int:
     limits = Limits(**given)
     with listen(options.host, options.port) as listening:
         predictor = Predictor.load(
-            options.run, options.device, precision=options.precision, flip=options.flip, crops=options.crops
+            options.run,
+            options.device,
+            precision=options.precision,
+            flip=options.flip,
+            crops=options.crops,
+            trust=options.trust,
         )
         app = create_app(predictor, limits, api_keys=keys, cors=options.cors)
         app.state.service.warm_up()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from crossx.cli.options import VerbParser, add_run
 from crossx.errors import UsageError
+from crossx.runs import PREDICTS_ALONE
 
 if TYPE_CHECKING:
     from crossx.deploy.predictor import Predictor
@@ -63,11 +64,14 @@ def _share(options: argparse.Namespace) -> int:
     if options.private and not options.hub:
         raise UsageError("--private belongs to --hub USER/NAME.")
 
+    from crossx.deploy.exported import is_exported
     from crossx.deploy.model_card import check_license
     from crossx.deploy.predictor import Predictor
     from crossx.deploy.sharing import check_target, hub_model
 
     check_license(options.license)
+    if is_exported(options.run):
+        raise UsageError(f"{options.run}: {PREDICTS_ALONE}")
     model = hub_model(options.hub) if options.hub else None
     if options.output:
         check_target(Path(options.output))

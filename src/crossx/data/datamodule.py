@@ -121,7 +121,7 @@ class DataModule:
         return self._train_loader()
 
     def whole_train_loader(self) -> ImageLoader:
-        """Return a loader of the first epoch's training images that gives all of them to every rank."""
+        """Return a loader of an epoch's training images that gives all of them to every rank."""
         return self._train_loader(dealt=False)
 
     @property

@@ -79,8 +79,8 @@ class DatasetIndex:
         """Move ``fraction`` of each class's training images to ``val``, unless a ``val`` split exists.
 
         The choice depends on the seed and on the file names alone (not on the machine, the folder or the order
-        of records). A class with two or more training images keeps at least one and gives at least one; a class
-        with one keeps it. Section 4.2 of the paper: "10% out of the training samples from each category".
+        of records). The number is rounded: of 10% a class with five training images gives none, one with six gives
+        one; each keeps at least one. Section 4.2 of the paper: "10% out of the training samples from each category".
         """
         if fraction == 0 or any(record.split == "val" for record in self.records):
             return self
@@ -93,7 +93,7 @@ class DatasetIndex:
         for label in sorted(by_class):
             members = sorted(by_class[label], key=lambda record: record.path.name)
             random.Random(f"{seed}/{label}").shuffle(members)
-            count = min(len(members) - 1, max(1, round(fraction * len(members))))
+            count = min(len(members) - 1, round(fraction * len(members)))
             chosen.update(record.path for record in members[:count])
         records = tuple(
             replace(record, split="val") if record.split == "train" and record.path in chosen else record

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.deploy.cluster import predict_shards
-from crossx.deploy.exported import exported_files, is_exported
+from crossx.deploy.exported import exported_files, is_exported, require_trust
 from crossx.deploy.predictor import Predictor
 from crossx.deploy.shards import Shard, count_failed, find_collection, predict_shard
 from crossx.errors import Stopped, UsageError, unknown
@@ -75,6 +75,7 @@ def predict_collection(
     precision: str = "auto",
     flip: bool = False,
     crops: int = 1,
+    trust: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Predict a collection into a folder, or what a call that was stopped has left of it.
@@ -92,6 +93,7 @@ def predict_collection(
         precision: See ``Predictor``.
         flip: See ``Predictor``.
         crops: See ``Predictor``.
+        trust: See ``Predictor.load``.
         progress: Called with the images finished and all images.
 
     Raises:
@@ -106,6 +108,8 @@ def predict_collection(
         raise UsageError("--workers belongs to --engine ray.")
     if engine == "ray" and is_exported(run):
         raise UsageError(f"{run}: --engine ray takes a run, not an exported file.")
+    if is_exported(run):
+        require_trust(run, trust)
     folder = Path(output)
     _require_outside(folder, Path(source))
     collection = find_collection(source, shard_size)
@@ -128,7 +132,7 @@ def predict_collection(
         left = sum(shard.size for shard in todo.values())
         done = collection.size - left
         parts = (
-            _predict_here(run, todo, device, top, batch_size, options)
+            _predict_here(run, todo, device, top, batch_size, {**options, "trust": trust})
             if engine == "local"
             else predict_shards(run, todo, workers, device, top, batch_size, options)
         )

@@ -143,7 +143,8 @@ def export_run(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
-        model = ExportedModel.load(file)
+        # just written here
+        model = ExportedModel.load(file, trust=True)
         comparison = compare(model, method, spec, compared, source)
         accuracy = None if quantized is None else measure_accuracy(model, method, spec, quantized)
         allowed = TOLERANCES[precision] if tolerance is None else tolerance

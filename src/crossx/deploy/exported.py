@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor
 from crossx.data.transforms import MAX_ASPECT, resized_side
 from crossx.deploy.inference import Inference
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.checkpoint import build_method, load_weights
-from crossx.runs import EXPORTED, ModelSpec
+from crossx.methods.checkpoint import load_network
+from crossx.runs import EXPORTED, ModelSpec, parse_json
 
 Run: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
@@ -88,15 +87,21 @@ class ExportedModel:
         self.description = dict(description)
         self.spec = ModelSpec.from_json(description, source)
         self._run = run
+        self._source = source
 
     @classmethod
-    def load(cls, path: str | Path) -> ExportedModel:
+    def load(cls, path: str | Path, *, trust: bool = False) -> ExportedModel:
         """Open a file that ``export_run`` wrote, of any format.
 
         OpenVINO computes in float32 here, also where a processor would let it choose bfloat16.
 
+        Args:
+            path: The file.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+
         Raises:
-            UsageError: If its format is none of ``SUFFIXES``, or needs a package that is not installed.
+            UsageError: If its format is none of ``SUFFIXES``, needs a package that is not installed, or is
+                ``.pt2`` without ``trust``.
             CrossXError: If there is no such file, or it was not exported by crossx.
         """
         file = Path(path)
@@ -110,6 +115,7 @@ class ExportedModel:
             raise UsageError(f"{file}: exported files end in {', '.join(SUFFIXES.values())}.")
         if not file.is_file():
             raise CrossXError(f"{file}: no such file.")
+        require_trust(file, trust)
         try:
             text, run = reader(file)
         except (ImportError, CrossXError):
@@ -118,7 +124,7 @@ class ExportedModel:
             raise CrossXError(
                 f"{file}: cannot be read as an exported network ({first_line(error)})."
             ) from error
-        return cls(json.loads(text), run, file)
+        return cls(parse_json(text, file), run, file)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,11 +133,26 @@ class ExportedModel:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits, float32 (B, K), of images as ``classify`` takes them."""
-        return self._run(images)[0]
+        return self._answer(images)[0]
 
     def classify(self, images: Tensor) -> Tensor:
         """Return probabilities, float32 (B, K), of images uint8 RGB (B, 3, S, S), decoded, resized and cropped."""
-        return self._run(images)[1]
+        return self._answer(images)[1]
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            logits, probabilities = self._run(images)
+        except Exception as error:  # each runtime has errors of its own for a graph of other images
+            raise CrossXError(
+                f"{self._source}: cannot classify images of the size that it names ({first_line(error)})."
+            ) from error
+        expected = (len(images), len(self.classes))
+        if logits.shape != expected or probabilities.shape != expected:
+            raise CrossXError(
+                f"{self._source}: answers {tuple(logits.shape)} where it names {len(self.classes)} classes: the file "
+                "is damaged."
+            )
+        return logits, probabilities
 
 
 def is_exported(path: str | Path) -> bool:
@@ -144,6 +165,19 @@ def is_exported(path: str | Path) -> bool:
             return KEY in (opened.metadata() or {})
     except (OSError, SafetensorError):
         return False
+
+
+def require_trust(path: str | Path, trust: bool) -> None:
+    """Check that a file of torch.export is trusted: loading it unpickles and evaluates what is in it.
+
+    Raises:
+        UsageError: If ``path`` ends in ``.pt2`` and ``trust`` is False.
+    """
+    if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
+        raise UsageError(
+            f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
+            "safetensors; give --trust (Python: trust=True) for a file that you made yourself."
+        )
 
 
 def exported_files(file: Path) -> list[Path]:
@@ -198,9 +232,8 @@ def _read_torch_export(file: Path) -> tuple[str, Run]:
 def _read_safetensors(file: Path) -> tuple[str, Run]:
     with safe_open(file, "pt") as opened:
         text = _required((opened.metadata() or {}).get(KEY), file)
-    spec = ModelSpec.from_json(json.loads(text), file)
-    method = build_method(spec)
-    load_weights(method, file)
+    spec = ModelSpec.from_json(parse_json(text, file), file)
+    method = load_network(spec, file, file)
     return text, torch.inference_mode()(Inference(method, spec))
 
 

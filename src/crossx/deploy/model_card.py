@@ -18,13 +18,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crossx.data.catalog import DATASETS, DatasetInfo
-from crossx.errors import UsageError
+from crossx.errors import CrossXError, UsageError
 from crossx.methods.base import Method
 from crossx.recipes import model_name
 from crossx.report.classes import ClassRow
 from crossx.report.page import result_notices
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
+from crossx.schema import require
 
 TASK = "image-classification"
 OWN_DATA = ("folder", "table")
@@ -33,6 +34,8 @@ TRAINER_OPTIONS = ("max_epochs", "precision", "gradient_clip_val", "accumulate_g
 """What the card says of the Trainer; the rest is about the machine."""
 WORST = 10
 CONFUSED = 5
+NEEDED = ("split", "n", "top1", "class_mean", "dataset")
+"""What the results of a card cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,20 @@ class Facts:
             CrossXError: If one of its files is damaged.
         """
         config = read_config(run.config) if run.config.is_file() else {}
+        if results:
+            require(results, NEEDED, run.path / f"{results.get('split') or 'test'}.json")
         table = run.path / "test" / "per_class.csv"
         classes = []
         if results and table.is_file():
-            with table.open(newline="", encoding="utf-8") as file:
-                classes = [
-                    ClassRow(name, int(n), float(accuracy), confused or None)
-                    for name, n, accuracy, confused in list(csv.reader(file))[1:]
-                    if int(n)
-                ]
+            try:
+                with table.open(newline="", encoding="utf-8") as file:
+                    classes = [
+                        ClassRow(name, int(n), float(accuracy), confused or None)
+                        for name, n, accuracy, confused in list(csv.reader(file))[1:]
+                        if int(n)
+                    ]
+            except (ValueError, csv.Error) as error:
+                raise CrossXError(f"{table}: damaged: write it again with `crossx test`.") from error
         return cls(method, spec, run.read_info(), config, results, classes)
 
     @property
@@ -278,14 +286,14 @@ def _results_table(facts: Facts) -> Table:
     rows += [(f"level {_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()]
     error = _calibration_error(facts)
     rows += [("expected calibration error", f"{error:.4f}")] if error is not None else []
-    share = f" ({100 * intervals['confidence']:.0f}% interval)" if intervals else ""
+    share = f" ({100 * intervals['confidence']:.0f}% interval)" if "confidence" in intervals else ""
     return Table(("measure", f"value{share}"), rows)
 
 
 def _describe_measurement(results: Mapping[str, Any]) -> str:
     intervals, skipped = results.get("intervals") or {}, results.get("skipped") or []
     text = f"Measured by `crossx test` on {results['n']:,} images of the split `{results['split']}`."
-    if intervals:
+    if "resamples" in intervals:
         text += f" Intervals: bootstrap over these images, {intervals['resamples']:,} resamples."
     if skipped:
         text += f" Left out as unreadable: {len(skipped)} images."
@@ -296,7 +304,7 @@ def _describe_selection(selection: Mapping[str, Any]) -> str:
     epoch, how = selection.get("epoch"), selection.get("how")
     if how == "last":
         return f"The weights are those after the last epoch{f' ({epoch})' if epoch else ''}: no measurement chose them."
-    if how == "best":
+    if how == "best" and epoch and selection.get("split"):
         return f"The weights are those of epoch {epoch}, the best on the images of the split `{selection['split']}`."
     if how == "best_on_test":
         return (
@@ -360,7 +368,8 @@ def _training(config: Mapping[str, Any], spec: ModelSpec) -> str:
     """Return the configuration as YAML, without paths of the machine that trained."""
     if not config:
         return ""
-    model, data, trainer = (dict(config.get(section) or {}) for section in ("model", "data", "trainer"))
+    sections = (config.get(section) for section in ("model", "data", "trainer"))
+    model, data, trainer = (dict(each) if isinstance(each, Mapping) else {} for each in sections)
     model["backbone"] = spec.backbone
     for section, key in ((model, "backbone_weights"), (data, "root")):
         section.pop(key, None)
@@ -377,7 +386,7 @@ def _training(config: Mapping[str, Any], spec: ModelSpec) -> str:
 def _versions(info: Mapping[str, Any]) -> str:
     environment = info.get("environment") or {}
     packages = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
-    return f"Python {environment['python']}, {packages}" if packages else ""
+    return f"Python {environment.get('python')}, {packages}" if packages else ""
 
 
 def _code(name: str) -> str:

@@ -144,22 +144,25 @@ class Predictor:
         self._normalize = Normalize(spec.preprocessing)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "auto", **options: Any) -> Predictor:
+    def load(
+        cls, path: str | Path, device: str | torch.device = "auto", *, trust: bool = False, **options: Any
+    ) -> Predictor:
         """Load a run (its selected weights), a checkpoint in one, a model on the Hub, or a file of ``crossx export``.
 
         Args:
             path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``; or the
                 exported file.
             device: See ``select_device``.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
             **options: ``precision``, ``flip`` and ``crops``, as the class takes them.
 
         Raises:
             UsageError: If there is no such device, or an option cannot be; an exported file takes no other device
-                than the CPU, and no precision than its own.
+                than the CPU, and no precision than its own; a ``.pt2`` file is not loaded without ``trust``.
             CrossXError: If there is no such run or model, or it has no weights that fit.
         """
         if is_exported(path):
-            return ExportedPredictor(path, device, **options)
+            return ExportedPredictor(path, device, trust=trust, **options)
         chosen = select_device(device)
         origin = open_run(path)
         method, spec = load_method(origin[1])
@@ -515,9 +518,10 @@ class ExportedPredictor(Predictor):
         precision: ``auto``: the file has its own.
         flip: See ``Predictor``.
         crops: See ``Predictor``.
+        trust: See ``ExportedModel.load``.
 
     Raises:
-        UsageError: For another device or precision, or crops that cannot be.
+        UsageError: For another device or precision, crops that cannot be, or a ``.pt2`` file without ``trust``.
         CrossXError: If the file cannot be used, see ``ExportedModel.load``.
     """
 
@@ -531,6 +535,7 @@ class ExportedPredictor(Predictor):
         precision: str = "auto",
         flip: bool = False,
         crops: int = 1,
+        trust: bool = False,
     ) -> None:
         if str(device) not in ("auto", "cpu"):
             raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
@@ -539,7 +544,7 @@ class ExportedPredictor(Predictor):
                 f"{path}: an exported file has the precision that `crossx export --precision` gave it: leave out "
                 f"precision {precision!r}."
             )
-        self._model = ExportedModel.load(path)
+        self._model = ExportedModel.load(path, trust=trust)
         self._path = path
         self.device = torch.device("cpu")
         self.precision = torch.float32

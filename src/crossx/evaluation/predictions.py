@@ -44,6 +44,26 @@ class Predictions:
         """(N,) strings, the class name of each target."""
         return self.classes[self.targets]
 
+    def check(self) -> None:
+        """Check that the arrays belong together.
+
+        Raises:
+            ValueError: If they do not, naming the one.
+        """
+        images, classes = len(self.targets), len(self.classes)
+        for name, array, kind, shape in (
+            ("logits", self.logits, "f", (images, classes)),
+            ("targets", self.targets, "i", (images,)),
+            ("paths", self.paths, "U", (images,)),
+            ("classes", self.classes, "U", (classes,)),
+        ):
+            if array.dtype.kind != kind or array.shape != shape:
+                raise ValueError(f"{name} are {array.dtype} {array.shape}")
+        if images == 0 or not np.isfinite(self.logits).all():
+            raise ValueError("logits are not finite numbers")
+        if self.targets.min() < 0 or self.targets.max() >= classes:
+            raise ValueError("targets are not numbers of classes")
+
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file atomically.
 
@@ -72,6 +92,8 @@ class Predictions:
             raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
+                answers = cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
+                answers.check()
+                return answers
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             raise CrossXError(f"{path}: damaged ({error}): write it again with {again}.") from error

@@ -74,6 +74,10 @@ def report_run(
     folder = open_run(run)[0]
     answers = Predictions.load(predictions_path(folder.path, split), folder.path, split)
     tested = Tested.read(folder, split, logits=answers.logits, targets=answers.targets, paths=answers.paths)
+    if tuple(answers.classes) != tested.classes:
+        raise CrossXError(
+            f"{folder.path}: was tested with other classes than model.json names: test it again with `crossx test`."
+        )
     choice = choose_examples(tested)
     notices = []
     try:
@@ -90,7 +94,7 @@ def report_run(
 def _read_images(tested: Tested, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return the images as the network sees them, number to uint8 (3, S, S)."""
     results = tested.results
-    config = data_config(tested.info, tested.spec, results["data_root"], results["dataset"], None, None)
+    config = data_config(tested.info, tested.spec, results.get("data_root"), results["dataset"], None, None)
     index = read_configured(config).with_validation(config.val_fraction, config.split_seed)
     files = dict(
         zip(

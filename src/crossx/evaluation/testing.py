@@ -19,7 +19,7 @@ from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.index import SPLITS, DatasetIndex
-from crossx.errors import CrossXError, unknown
+from crossx.errors import CrossXError, first_line, unknown
 from crossx.evaluation.classes import check_classes
 from crossx.evaluation.device import select_device
 from crossx.evaluation.metrics import confusion_matrix
@@ -291,7 +291,10 @@ def data_config(
     # The folder as it was then named from the working folder may not be there from today's.
     trained["root"] = info.get("data_root") or trained.get("root")
     # each image is read once: a cache would never be read from
-    config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
+    try:
+        config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
+    except TypeError as error:
+        raise CrossXError(f"run.json: data: an option is of the wrong type ({first_line(error)}).") from error
     if dataset is not None and dataset != config.dataset:
         # Root and the options of a reader belong to the dataset of the training.
         config = replace(

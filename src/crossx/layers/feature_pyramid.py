@@ -142,10 +142,13 @@ class MergedFeatures(nn.Module):
         mean = gather(means.sum(0) * places) / count
         variance = gather((variances + (means - mean).square()).sum(0) * places) / count
         with torch.no_grad():
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked += 1
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), norm.momentum)
+            seen = norm.num_batches_tracked
+            if seen is not None:
+                seen += 1
+            # as in nn.BatchNorm2d: without a momentum, the average over all batches
+            momentum = 1 / float(seen) if norm.momentum is None and seen is not None else norm.momentum
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
         normalized: Tensor = (means - mean) * (norm.weight * torch.rsqrt(variance + norm.eps)) + norm.bias
         return normalized.view(shape)
 

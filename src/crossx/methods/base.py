@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
@@ -121,6 +122,23 @@ class Method(nn.Module, ABC):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return one feature vector an image, (B, D): what the heads classify."""
 
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return head name -> its linear layer, in the order in which ``embeddings`` joins their inputs.
+
+        Only for methods whose ``head_logits`` are these layers applied to their own part of the embeddings: such heads
+        can be fitted on frozen features (``optim.fit_heads``). The default is none.
+        """
+        return {}
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the objective that depend on the images through ``head_logits`` only.
+
+        Args:
+            heads: What ``head_logits`` returns.
+            targets: int64 (B,), or float (B, K) where ``supports_soft_targets``.
+        """
+        return {"data": self.criterion(self.combine_heads(heads), targets)}
+
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction (B, K) of what ``head_logits`` returns: the sum (Eq. 7), unless overridden."""
         return reduce(add, heads.values())
@@ -210,6 +228,26 @@ def check_options(name: str, options: Iterable[str]) -> None:
                 f"method {name!r} has no option {option!r}.{nearest(option, known)} "
                 f"It has: {', '.join(sorted(known)) or 'none'}."
             )
+
+
+def check_option_types(name: str, options: Mapping[str, Any]) -> None:
+    """Check options that were read from a file against the types that the method's constructor names.
+
+    Raises:
+        UsageError: If the method registered as ``name`` has no such option, or a value is of another type.
+    """
+    check_options(name, options)
+    try:
+        hints = get_type_hints(method_class(name).__init__)
+    except NameError:  # a type that is imported for type checkers alone
+        hints = {}
+    for option, value in options.items():
+        hint = hints.get(option, Any)
+        checker = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        try:
+            checker.validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"method {name!r}: option {option} is of the wrong type.") from error
 
 
 def create_method(

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from crossx.backbones import read_state_dict
-from crossx.errors import CrossXError
-from crossx.methods.base import Method, create_method
+from crossx.errors import CrossXError, first_line
+from crossx.methods.base import Method, check_option_types, create_method
 from crossx.runs import ModelSpec, Preprocessing, atomic_path, open_run
+from crossx.schema import check_backbone_args
 
 PREFIX = "method."
 """What stands before a method's keys in a training checkpoint."""
+MAX_DERIVED = 2**30
+"""Bytes of buffers that a network computes when it is built and does not store with its weights."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def describe(
@@ -29,7 +35,11 @@ def describe(
 
     The backbone is named by its architecture and arguments, so that neither a ``local-dir:`` folder nor a network
     is needed to rebuild it.
+
+    Raises:
+        UsageError: If the backbone has arguments that a description does not keep.
     """
+    check_backbone_args(method.backbone.args)
     return ModelSpec(
         method=method.name,
         options={name: list(v) if isinstance(v, tuple) else v for name, v in method.options.items()},
@@ -43,11 +53,18 @@ def describe(
 
 
 def build_method(spec: ModelSpec) -> Method:
-    """Build the network that ``spec`` describes, with random weights."""
+    """Build the network that ``spec`` describes, with random weights: nothing is downloaded, and no file opened.
+
+    Raises:
+        UsageError: If there is no such method, backbone or option, or an option cannot work.
+    """
+    check_backbone_args(spec.backbone_args)
+    check_option_types(spec.method, spec.options)
     return create_method(
         spec.method,
         backbone=spec.backbone,
         num_classes=len(spec.classes),
+        pretrained=False,
         backbone_args=spec.backbone_args,
         image_size=spec.preprocessing.image_size,
         **spec.options,
@@ -65,9 +82,47 @@ def load_method(path: str | Path) -> tuple[Method, ModelSpec]:
     """
     run, weights = open_run(path)
     spec = run.read_spec()
+    return load_network(spec, run.spec, weights), spec
+
+
+def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
+    """Build the network that ``spec`` describes and load its weights, in evaluation mode on the CPU.
+
+    Both may come from a stranger: no memory is taken for the network before the file is known to hold its weights.
+
+    Args:
+        spec: The description.
+        source: The file that it was read from, for messages.
+        weights: The file of weights, see ``load_weights``.
+
+    Raises:
+        CrossXError: If there can be no such network, or the weights are not its.
+    """
+    state = _read_weights(weights)
+    _check_fit(_outline(spec, source), state, weights)
     method = build_method(spec)
-    load_weights(method, weights)
-    return method.eval(), spec
+    method.load_state_dict(state)
+    return method.eval()
+
+
+def _outline(spec: ModelSpec, source: Path) -> Method:
+    """Build the network on the meta device, where tensors have shapes and take no memory."""
+    try:
+        with torch.device("meta"):
+            method = build_method(spec)
+            method.check_image_size(spec.preprocessing.image_size)
+    except Exception as error:  # what timm and PyTorch cannot build, they refuse in many ways
+        reason = str(error) if isinstance(error, CrossXError) else first_line(error)
+        raise CrossXError(
+            f"{source}: describes a network that cannot be built ({' '.join(reason.split()).rstrip('.')})."
+        ) from error
+    stored = method.state_dict().keys()
+    derived = sum(buffer.nbytes for name, buffer in method.named_buffers() if name not in stored)
+    if derived > MAX_DERIVED:
+        raise CrossXError(
+            f"{source}: describes a network with {derived / 1e9:.1f} GB of tables beside its weights."
+        )
+    return method
 
 
 def load_weights(method: Method, path: Path) -> None:
@@ -76,9 +131,22 @@ def load_weights(method: Method, path: Path) -> None:
     Raises:
         CrossXError: If the file cannot be read or does not fit the method.
     """
+    state = _read_weights(path)
+    _check_fit(method, state, path)
+    method.load_state_dict(state)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
     state = read_state_dict(path)
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    # a view can be larger than what it views; no method shares weights between layers
+    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        raise CrossXError(f"{path}: its tensors are larger than the file, which was not written by crossx.")
+    return state
+
+
+def _check_fit(method: Method, state: Mapping[str, Tensor], path: Path) -> None:
     own = method.state_dict()
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     surplus = [key for key in state if key not in own]
@@ -87,7 +155,13 @@ def load_weights(method: Method, path: Path) -> None:
             f"{path}: its weights do not fit the network of model.json: {_mismatch(own, state, wrong, surplus)}. "
             "Was the file copied from another run?"
         )
-    method.load_state_dict(state)
+    for key, value in own.items():
+        kinds = FLOATS if value.is_floating_point() else INTEGERS
+        if state[key].dtype not in kinds:
+            raise CrossXError(
+                f"{path}: its weights do not fit the network of model.json: {key} holds {state[key].dtype}, expected "
+                f"{value.dtype}."
+            )
 
 
 def save_weights(method: Method, path: Path) -> None:

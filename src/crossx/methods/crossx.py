@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class CrossX(Method):
         features = self.part_features(images)
         heads = self._classify(features)
         logits = self.combine_heads(heads)
-        terms = {"data": self.criterion(logits, targets)}
+        terms = self.head_terms(heads, targets)
         measures: dict[str, Tensor] = {}
         for name, pooled in features.items():
             weight = self.c3s_weights[name]
@@ -137,9 +137,6 @@ class CrossX(Method):
             if weight:
                 terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
             measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
-        for name, weight in self.cross_layer_weights.items():
-            if weight and name in heads:
-                terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
         return Objective.of(terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -164,6 +161,18 @@ class CrossX(Method):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, joined, (B, D)."""
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return the heads in the order of ``part_features``."""
+        return {name: cast(nn.Linear, self.heads[name]) for name in HEADS if name in self.heads}
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return ``data`` (Eq. 9) and ``cross_layer_*`` (Eq. 11)."""
+        terms = super().head_terms(heads, targets)
+        for name, weight in self.cross_layer_weights.items():
+            if weight and name in heads:
+                terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
+        return terms
 
     def _attention_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> U_p, (B, P, C, h, w), in the order of Fig. 5."""

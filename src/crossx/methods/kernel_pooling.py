@@ -135,6 +135,10 @@ class KernelPooling(Method):
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
         return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
 
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return ``last`` -> the classifier."""
+        return {"last": self.classifier}
+
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the pooled, square-rooted and normalised features that the classifier sees, (B, D)."""
         maps = self.reduce(self.backbone(images)["last"])

@@ -120,6 +120,10 @@ class MAMC(Method):
         height, width = self.map_size
         return {"last": (weights.view_as(features) * features).sum(2) * height * width}
 
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return ``last`` -> the classifier."""
+        return {"last": self.classifier}
+
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features, joined (B, P D) or added (B, D)."""
         return self._combine(self.part_features(images))

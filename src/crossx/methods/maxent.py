@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -43,9 +44,14 @@ class MaxEnt(Plain):
         self.gamma = gamma
         self.entropy = EntropyLoss()
 
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return ``data`` and ``max_entropy``."""
+        negative = self.entropy(self.combine_heads(heads))
+        return {**super().head_terms(heads, targets), "max_entropy": self.gamma * negative}
+
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the loss and its terms, ``data`` and ``max_entropy``; the entropy itself is a measure."""
-        plain = super().objective(images, targets)
-        negative = self.entropy(plain.logits)
-        terms = {**plain.terms, "max_entropy": self.gamma * negative}
-        return Objective.of(terms, plain.logits, {"entropy": -negative.detach()})
+        heads = self.head_logits(images)
+        logits = self.combine_heads(heads)
+        entropy = -self.entropy(logits).detach()
+        return Objective.of(self.head_terms(heads, targets), logits, {"entropy": entropy})

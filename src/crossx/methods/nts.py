@@ -14,6 +14,7 @@ from crossx.errors import UsageError, check_choice, first_line
 from crossx.layers import Navigator, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective, register_method
+from crossx.schema import MAX_IMAGE_SIZE
 
 PartsReduction: TypeAlias = Literal["mean", "sum"]
 
@@ -81,8 +82,8 @@ class NTSNet(Method):
                 f"num_crops must be from 1 to num_proposals, {num_proposals}, not {num_crops}: the crops are the best "
                 "of the proposals."
             )
-        if crop_size is not None and crop_size < 2:
-            raise UsageError(f"crop_size must be at least 2, not {crop_size}.")
+        if crop_size is not None and not 2 <= crop_size <= MAX_IMAGE_SIZE:
+            raise UsageError(f"crop_size must lie between 2 and {MAX_IMAGE_SIZE}, not {crop_size}.")
         if len(anchor_sizes) != 3 or min(anchor_sizes) <= 0:
             raise UsageError(f"anchor_sizes takes 3 numbers above 0, not {list(anchor_sizes)}.")
         if not 0 < iou_threshold <= 1:

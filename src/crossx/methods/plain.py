@@ -41,6 +41,10 @@ class Plain(Method):
             return None
         return {"last": torch.einsum("bchw,bc->bhw", maps, self.classifier.weight[classes])[:, None]}
 
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return ``last`` -> the classifier."""
+        return {"last": self.classifier}
+
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the pooled features that the classifier sees, (B, D)."""
         return self.backbone.pool(self.backbone.features(images))

@@ -143,8 +143,9 @@ def _provenance(tested: Tested) -> dict[str, str]:
     }
     for when, environment in (("trained", info.get("environment")), ("tested", results.get("environment"))):
         if environment:
-            facts[f"{when} with"] = f"Python {environment['python']}, {_in_words(environment['versions'])}"
-            facts[f"{when} on"] = environment["platform"]
+            versions = _in_words(environment.get("versions")) or "versions not known"
+            facts[f"{when} with"] = f"Python {environment.get('python')}, {versions}"
+            facts[f"{when} on"] = environment.get("platform")
             facts[f"{when} at commit"] = _commit(environment.get("git"))
     return {name: cell(value) for name, value in facts.items() if value is not None}
 

@@ -16,7 +16,7 @@ def part_tables(measures: Mapping[str, Any]) -> list[Table]:
     try:
         agreement = _agreement(measures["stages"])
         return [_shares(measures), *([agreement] if agreement.rows else [])]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return []
 
 

@@ -11,7 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from crossx.runs import ModelSpec, Run, read_json
+from crossx.runs import ModelSpec, Run, read_history, read_json, read_results
+
+NEEDED = (
+    "method",
+    "backbone",
+    "dataset",
+    "weights",
+    "split",
+    "n",
+    "num_classes",
+    "top1",
+    "top5",
+    "class_mean",
+    "heads",
+    "levels",
+    "ece",
+    "intervals",
+    "options",
+)
+"""What a page cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +78,9 @@ class Tested:
         return cls(
             spec=run.read_spec(),
             info=run.read_info(),
-            results=read_json(run.path / f"{split}.json"),
-            config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
-            history=read_json(history).get("epochs", []) if history.is_file() else [],
+            results=read_results(run.path / f"{split}.json", NEEDED),
+            config=run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else "",
+            history=read_history(history) if history.is_file() else [],
             parts=read_json(parts) if parts.is_file() else {},
             logits=logits,
             targets=targets,
@@ -76,7 +95,7 @@ class Tested:
     @cached_property
     def probabilities(self) -> NDArray[np.float32]:
         """(N, K), softmax of the logits over the temperature that the run had when it was tested."""
-        temperature = np.float32(self.results.get("temperature", 1))
+        temperature = np.float32(self.results.get("temperature") or 1)
         answer: NDArray[np.float32] = softmax(self.logits / temperature, axis=1)
         return answer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -97,8 +97,11 @@ class OptimConfig:
         step_size: Epochs between two drops of `step`.
         milestones: Numbers of epochs after which `multistep` drops the learning rate.
         gamma: Factor of each drop.
-        warmup_epochs: Epochs over which the learning rate grows linearly to its peak (fractions are allowed);
-            with `one_cycle` the rising part of the cycle, 30% of training where it is 0.
+        warmup_epochs: Epochs over which the learning rate grows linearly to its peak (fractions are allowed), at most
+            half of the training; with `one_cycle` the rising part of the cycle.
+        warmup_steps: The same in optimiser steps, used where warmup_epochs is 0. It may be longer than the training,
+            whose learning rate then stays below its peak: few steps of Adam at full rate harm pretrained features
+            (Ma and Yarats, 2021). Where both are 0, `one_cycle` rises over 30% of the training.
         min_lr_factor: Last learning rate of `cosine` as a share of the peak.
         new_layers_lr_factor: Factor on the learning rate of the layers that are not the backbone's.
         layer_decay: Factor on the learning rate for each step from the head down into the backbone's groups
@@ -109,7 +112,11 @@ class OptimConfig:
         cutmix: Alpha of CutMix (Yun et al., 2019); 0 is off; with mixup each batch takes one of the two.
         freeze_backbone: Train the new layers alone: the pretrained parameters stay as they are, and so do the
             batch norm statistics of the backbone.
-        freeze_backbone_epochs: Freeze it so for the first epochs alone: the new layers first, then all.
+        freeze_backbone_epochs: Freeze it so for the first epochs alone, at most half of the training: the new layers
+            first, then all.
+        fit_heads: Fit the heads on frozen features before the first step (LP-FT; Kumar et al., 2022), from so many
+            augmented views of each training image; 0 is off. For methods whose heads are linear in their features; the
+            others start at random.
         freeze_batch_norm: Keep statistics, scales and shifts of the backbone's batch norms as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999; validation,
             checkpoints and the final model then use the averaged weights. Left out, no average is kept.
@@ -134,6 +141,7 @@ class OptimConfig:
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    warmup_steps: int = 0
     min_lr_factor: float = 0.0
     new_layers_lr_factor: float = 1.0
     layer_decay: float = 1.0
@@ -143,6 +151,7 @@ class OptimConfig:
     cutmix: float = 0.0
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
+    fit_heads: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
@@ -174,7 +183,8 @@ class OptimConfig:
         for option in ("min_lr_factor", "label_smoothing"):
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (
-            "weight_decay", "warmup_epochs", "new_layers_lr_factor", "mixup", "cutmix", "freeze_backbone_epochs",
+            "weight_decay", "warmup_epochs", "warmup_steps", "new_layers_lr_factor", "mixup", "cutmix", "fit_heads",
+            "freeze_backbone_epochs",
         ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
@@ -192,6 +202,30 @@ class OptimConfig:
             raise UsageError(
                 f"optim.milestones must be growing numbers of epochs from 1 on, not {self.milestones}."
             )
+
+    def shortened_to(self, epochs: int) -> tuple[OptimConfig, list[str]]:
+        """Shorten what is longer than a training can be, so that a recipe also works with fewer epochs.
+
+        Args:
+            epochs: Number of epochs of the training.
+
+        Returns:
+            The options to train with, and one note for each that is not as given or has no effect.
+        """
+        changed: dict[str, Any] = {}
+        notes = []
+        for option, most in (("warmup_epochs", epochs / 2), ("freeze_backbone_epochs", epochs // 2)):
+            given = getattr(self, option)
+            if given >= epochs:
+                changed[option] = most
+                notes.append(f"optim.{option} {given:g} is shortened to {most:g} of {epochs} epochs.")
+        first_drop = {"step": self.step_size, "multistep": min(self.milestones, default=0)}.get(self.schedule)
+        if first_drop is not None and first_drop >= epochs:
+            notes.append(
+                f"optim.schedule {self.schedule}: the first drop of the learning rate is after epoch {first_drop}, and "
+                f"the training has {epochs}."
+            )
+        return replace(self, **changed), notes
 
 
 @dataclass
@@ -351,13 +385,6 @@ class Config:
         """
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must lie in [0, 2**32), not {self.seed}.")
-        epochs = self.trainer.max_epochs
-        for option in ("warmup_epochs", "freeze_backbone_epochs"):
-            if getattr(self.optim, option) >= epochs:
-                raise UsageError(
-                    f"optim.{option} must be less than trainer.max_epochs ({epochs}), not "
-                    f"{getattr(self.optim, option):g}."
-                )
 
     def run_path(self) -> Path:
         """Return the run folder: ``output``, or a name made of what the run is."""

@@ -29,9 +29,16 @@ from crossx.methods.base import Method, create_method
 from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
 from crossx.ranks import is_leader
 from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
-from crossx.training.checkpoints import read_newest
+from crossx.schema import check_backbone_args, check_model
+from crossx.training.checkpoints import read_checkpoint, read_newest
 from crossx.training.config import Config
 from crossx.training.loop import Loop, quiet_lightning
+
+SUSPICIOUS_GAP = 0.1
+"""Training minus validation top-1 from which on the average of the weights is compared with the weights."""
+
+LAGGING_BY = 0.05
+"""Validation top-1 that the average must lose to be warned of."""
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +96,8 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
 def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) -> Run:
     """Train from the start, or from the newest checkpoint of a run whose ``run.json`` was ``before``."""
     checkpoint = None if before is None else read_newest(run)
+    if checkpoint is None:
+        check_backbone_args(config.model.backbone_args)
     index = read_configured(config.data)
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
@@ -106,6 +115,7 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
         spec = run.read_spec()
         check_classes(spec.classes, index.classes, index.name)
         method, preprocessing = build_method(spec), spec.preprocessing
+    check_model(spec.to_json(), "the run could not be loaded afterwards")
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     data = DataModule(index, preprocessing, options, config.seed)
     data.check_images()
@@ -131,6 +141,7 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
             loop.run()
             if is_leader():
                 loop.history.write()
+                _warn_of_a_lagging_average(loop)
                 load_weights(method, run.best if loop.best else run.last)
                 save_weights(method, run.weights)
                 info["calibration"] = _calibrate(loop)
@@ -219,6 +230,31 @@ def _selection(loop: Loop) -> dict[str, Any]:
         "epoch": best.get("epoch"),
         "value": best.get("value"),
     }
+
+
+def _warn_of_a_lagging_average(loop: Loop) -> None:
+    """Warn where the weights themselves are clearly better on validation images than their average.
+
+    They are only looked at where the training accuracy is far above that of the average.
+    """
+    data, rows, best = loop.data, loop.history.rows, loop.best
+    if loop.average is None or not rows or not data.holds_out:
+        return
+    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
+    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
+        return
+    weights = read_checkpoint(loop.run_folder.best if best else loop.run_folder.last)["trained"]
+    loop.task.load_state_dict(weights)
+    outputs = evaluate(
+        loop.method, data.eval_loader("val", dealt=False), loop.device, normalize=data.normalize
+    )
+    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
+    if top1 - row["val/top1"] >= LAGGING_BY:
+        log.warning(
+            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
+            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
+            loop.config.optim.ema_decay, 100 * row["val/top1"], 100 * top1,
+        )  # fmt: skip
 
 
 def _calibrate(loop: Loop) -> dict[str, Any] | None:

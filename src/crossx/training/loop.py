@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from crossx.runs import Run
 from crossx.training.checkpoints import FORMAT, write_checkpoint
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
+from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
@@ -38,6 +39,8 @@ from crossx.training.progress import Bar
 from crossx.training.task import Task
 
 Batch = tuple[Tensor, Tensor]
+
+log = logging.getLogger(__name__)
 
 
 class Loop:
@@ -90,7 +93,10 @@ class Loop:
         data.processes = getattr(self.fabric.strategy, "num_processes", 1)
         counts = Counter(record.label for record in data.train_records())
         classes = range(len(data.index.classes))
-        self.task = Task(method, config.optim, class_counts=[counts[label] for label in classes])
+        self.optim, notes = config.optim.shortened_to(self.options.max_epochs)
+        for note in notes:
+            log.warning(note)
+        self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
         self.average: AveragedModel | None = None
         self.history = History(run, self._mean_over_ranks if self.fabric.world_size > 1 else None)
         self.loggers = build_loggers(
@@ -119,24 +125,26 @@ class Loop:
 
     def _set_up(self) -> None:
         """Start the processes, and put everything on its device, as the checkpoint has it."""
-        fabric, task, config, saved = self.fabric, self.task, self.config, self.checkpoint
+        fabric, task, optim, saved = self.fabric, self.task, self.optim, self.checkpoint
         fabric.launch()
         self.device = fabric.device
         fabric.to_device(task)
         if saved is None:
             self._prepare()
-        if config.optim.ema_decay is not None:
-            self.average = AveragedModel(task, multi_avg_fn=_ema(config.optim.ema_decay), use_buffers=True)
+        if optim.ema_decay is not None:
+            self.average = AveragedModel(task, multi_avg_fn=self._update_average, use_buffers=True)
+            # asked for its value at every step, which would wait for a GPU
+            self.average.n_averaged = self.average.n_averaged.cpu()
         if self.options.sync_batchnorm:
             synchronize_batch_norms(task)
         # not fabric.setup_module: its wrapper rounds the images in mixed precision, and costs 0.1 ms a step
         self.module: nn.Module = fabric.strategy.setup_module(task)
-        if config.optim.compile:
+        if optim.compile:
             task.compile_objective()
         self.train_loader: Any = self.data.train_dataloader()
         self.eval_split: Literal["val", "test"] = "val"
         self.eval_loader: Any = self.data.val_dataloader()
-        if config.optim.selection == "best_on_test":
+        if optim.selection == "best_on_test":
             self.eval_split, self.eval_loader = "test", self.data.test_dataloader()
         options = self.options
         self.batches = _limit(
@@ -147,10 +155,10 @@ class Loop:
         )
         steps = -(-self.batches // options.accumulate_grad_batches)
         total = steps * options.max_epochs
-        optimizer = build_optimizer(self.method, config.optim)
+        optimizer = build_optimizer(self.method, optim)
         self.scheduler = build_scheduler(
             optimizer,
-            config.optim,
+            optim,
             steps_per_epoch=steps,
             total_steps=min(total, options.max_steps) if options.max_steps >= 0 else total,
         )
@@ -161,13 +169,21 @@ class Loop:
 
     def _prepare(self) -> None:
         # each rank has all images, so nothing is to be gathered
-        if type(self.method).prepare is not Method.prepare:
-            self.method.prepare(self._all_batches())
+        method, views = self.method, self.optim.fit_heads
+        if type(method).prepare is not Method.prepare:
+            method.prepare(self._all_batches())
+        if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
+            log.warning(
+                "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
+            )
 
-    def _all_batches(self) -> Iterator[Batch]:
+    def _all_batches(self, *, epochs: int = 1) -> Iterator[Batch]:
         # a generator: no worker starts for a method whose options leave nothing to prepare
-        for batch in self.data.whole_train_loader():
-            yield self.data.to_device(batch, self.device)
+        loader: Any = self.data.whole_train_loader()
+        for epoch in range(epochs):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                yield self.data.to_device(batch, self.device)
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch, or to where the training is over."""
@@ -220,6 +236,14 @@ class Loop:
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.task)
+
+    def _update_average(self, averages: Any, values: Any, count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            decay = warmed_up_decay(self.optim.ema_decay or 0.0, self.step - 1)
+            get_ema_multi_avg_fn(decay)(averages, values, count)
+        else:
+            # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
+            torch._foreach_copy_(averages, values)
 
     def _is_over(self) -> bool:
         """Say whether ``max_steps`` or ``max_time`` are reached."""
@@ -435,14 +459,10 @@ def _limit(split: str, limit: int | float, loader: Sized) -> int:
     return count
 
 
-def _ema(decay: float) -> Callable[..., None]:
-    average = get_ema_multi_avg_fn(decay)
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """Return the share of an average that an update keeps, after ``updates`` others: it warms up.
 
-    def update(averages: Any, values: Any, count: Any) -> None:
-        if averages[0].is_floating_point():
-            average(averages, values, count)
-        else:
-            # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
-            torch._foreach_copy_(averages, values)
-
-    return update
+    See https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. With a constant decay of 0.999 the
+    initial weights would still count 82% after 200 steps.
+    """
+    return min(decay, (1 + updates) / (10 + updates))

@@ -94,10 +94,11 @@ def build_scheduler(
         UsageError: If the rising part of ``one_cycle`` has no room.
     """
     if config.schedule == "one_cycle":
-        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = warmup_steps(config, steps_per_epoch)
         if warmup and not 1 < warmup < total_steps:
+            option = "warmup_epochs" if config.warmup_epochs else "warmup_steps"
             raise UsageError(
-                f"optim.warmup_epochs {config.warmup_epochs:g} are {warmup:g} of {total_steps} steps: one_cycle rises "
+                f"optim.{option} {getattr(config, option):g} are {warmup:g} of {total_steps} steps: one_cycle rises "
                 "over more than one step and fewer than all."
             )
         return OneCycleLR(
@@ -113,13 +114,18 @@ def build_scheduler(
     )
 
 
+def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> float:
+    """Return the number of steps over which the learning rate grows; it need not be whole."""
+    return config.warmup_epochs * steps_per_epoch or config.warmup_steps
+
+
 def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:
     """Return the learning rate after ``step`` optimiser steps as a share of the peak (not for ``one_cycle``).
 
     PyTorch's schedulers do not do it: their warm-up is another scheduler chained before, and their last learning
     rate is one number for all parameter groups, where here each group has a peak of its own.
     """
-    warmup = config.warmup_epochs * steps_per_epoch
+    warmup = warmup_steps(config, steps_per_epoch)
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     epoch = step // steps_per_epoch
     if config.schedule == "step":
@@ -127,7 +133,9 @@ def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_ste
     if config.schedule == "multistep":
         return warm * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
-        progress = min(1.0, max(0.0, step - warmup) / max(1.0, total_steps - warmup))
+        # a warm-up that is longer than half of the training still leaves the other half to come down
+        start = min(warmup, total_steps / 2)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
         share = 0.5 * (1 + math.cos(math.pi * progress))
         return warm * (config.min_lr_factor + (1 - config.min_lr_factor) * share)
     return warm

@@ -1,0 +1,437 @@
+"""What may be in the JSON files of a run or a shared model, which may come from a stranger. Imports no torch.
+
+Nothing that passes can open a path, download, import or run code, and no number in it asks for more than a network of a
+sensible size: ``model.json`` describes an architecture, and the weights come from the file next to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
+
+from crossx.errors import CrossXError, UsageError, nearest
+
+MAX_IMAGE_SIZE = 4096
+"""Side of the images that a network sees, in pixels."""
+MAX_CLASSES = 100_000
+MAX_SHOWN = 80
+"""Characters of a key that an error quotes."""
+
+Text = Annotated[str, Field(max_length=1000)]
+Number = Annotated[float, Field(ge=-1e12, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def _row(kind: Any, most: int, least: int = 0) -> Any:
+    """Return the type of a list or tuple of at most ``most`` items."""
+    return Annotated[tuple[kind, ...], Field(strict=False, min_length=least, max_length=most)]
+
+
+def _either(kind: Any, words: str) -> Any:
+    """Return a union whose error says in ``words`` what it takes, and not each branch's reason."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"should be {words}") from error
+
+    return Annotated[kind, WrapValidator(validate)]
+
+
+_SCALAR = (
+    bool
+    | Annotated[int, Field(ge=-(2**31), le=2**31)]
+    | Number
+    | Annotated[str, Field(max_length=4096)]
+    | None
+)
+_OPTION = _either(
+    _SCALAR | _row(_SCALAR, 64), "a number, true, false, null, a short text or a short list of them"
+)
+
+
+class PreprocessingFile(BaseModel):
+    """``preprocessing`` of ``model.json``, see ``crossx.runs.Preprocessing``."""
+
+    model_config = ConfigDict(**_STRICT, extra="forbid")
+
+    image_size: Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]
+    resize_size: Annotated[int, Field(ge=1, le=2 * MAX_IMAGE_SIZE)] | None
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: _row(Annotated[float, Field(ge=-1e3, le=1e3)], 3, 3)  # type: ignore[valid-type]
+    std: _row(Annotated[float, Field(ge=1e-6, le=1e6)], 3, 3)  # type: ignore[valid-type]
+    crop_bottom: Annotated[int, Field(ge=0, le=100_000)] = 0
+    pipeline: Literal["fast", "strict"] = "fast"
+
+    @model_validator(mode="after")
+    def _crop_from_what_is_there(self) -> PreprocessingFile:
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
+        return self
+
+
+class ModelFile(BaseModel):
+    """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` has a check of its own."""
+
+    model_config = ConfigDict(**_STRICT, extra="ignore")
+
+    method: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$")]
+    options: Annotated[dict[Annotated[str, Field(max_length=100)], _OPTION], Field(max_length=100)]  # type: ignore[valid-type]
+    backbone: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?$")]
+    backbone_args: dict[str, Any]
+    classes: _row(Text, MAX_CLASSES, 1)  # type: ignore[valid-type]
+    preprocessing: PreprocessingFile
+    dataset: Annotated[str, Field(max_length=200, pattern=r"^[^:/\\]*$")]
+    levels: Annotated[dict[Text, _row(Text, MAX_CLASSES)], Field(max_length=16)] = {}  # type: ignore[valid-type]
+    temperature: Annotated[float, Field(ge=1e-12, le=1e12)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_group_per_class(self) -> ModelFile:
+        for name, groups in self.levels.items():
+            if len(groups) != len(self.classes):
+                raise ValueError(
+                    f"level {_shown(name)} names {len(groups)} groups for {len(self.classes)} classes"
+                )
+        return self
+
+
+def _several(kind: Any, words: str) -> Any:
+    """Return the type of one value or one per stage; None leaves timm's default."""
+    return _either(kind | _row(kind, 8) | None, f"{words}, or at most 8 of them")
+
+
+def _whole(most: int, least: int = 0) -> Any:
+    return _several(Annotated[int, Field(ge=least, le=most)], f"a whole number from {least} to {most}")
+
+
+_RATE = _either(Annotated[float, Field(ge=0, lt=1)] | None, "a number from 0 to below 1")
+_FACTOR = _several(Annotated[float, Field(ge=0, le=64)], "a number from 0 to 64")
+_WIDTH = _whole(16_384)
+_BLOCKS = _whole(256)
+_WINDOW = _whole(256)
+_SIDE = _whole(1024, 1)
+_FLAG = _several(bool, "true or false")
+_NAME = _either(
+    Annotated[str, Field(max_length=40, pattern=r"^[A-Za-z0-9_]*$")] | None, "the name of a layer"
+)
+
+ARCHITECTURE_ARGUMENTS: Mapping[str, Any] = {
+    name: kind
+    for kind, names in (
+        (
+            _RATE,
+            "drop_rate drop_path_rate drop_block_rate attn_drop_rate proj_drop_rate pos_drop_rate patch_drop_rate",
+        ),
+        (
+            _FACTOR,
+            "mlp_ratio mlp_ratios expand_ratio expansion_ratio attn_ratio bottle_ratio se_ratio width width_mult "
+            "width_factor depth_mult widen_factor deepen_factor init_values layer_scale_init_value ls_init_value "
+            "head_init_scale norm_eps bn_eps bn_momentum",
+        ),
+        (
+            _WIDTH,
+            "channels dims embed_dim embed_dims num_heads num_kv_heads head_dim heads key_dim cardinality base_width "
+            "groups stem_width stem_size stem_chs stem_hidden_dim num_features head_hidden_size growth_rate "
+            "num_init_features init_channels rel_pos_dim reg_tokens num_reg_tokens",
+        ),
+        (
+            _BLOCKS,
+            "layers depth depths block_config stages num_blocks depth_token_only serial_depths parallel_depth",
+        ),
+        (
+            _WINDOW,
+            "patch_size window_size window_sizes window_ratio kernel_size kernel_sizes stem_kernel_size "
+            "down_kernel_size output_stride block_reduce_first drop_block_size bn_size pool_size sr_ratios",
+        ),
+        (_SIDE, "img_size"),
+        (_either(Literal[3] | None, "3"), "in_chans"),
+        (
+            _FLAG,
+            "qkv_bias qk_norm proj_bias class_token no_embed_class pre_norm final_norm fc_norm use_fc_norm "
+            "dynamic_img_size dynamic_img_pad strict_img_size always_partition use_abs_pos_emb use_rel_pos_bias "
+            "use_shared_rel_pos_bias use_rot_pos_emb avg_down replace_stem_pool zero_init_last conv_mlp conv_bias "
+            "use_grn head_norm_first patch_norm swiglu_mlp scale_mlp scale_attn_norm scale_mlp_norm fix_stem fix_init "
+            "preact aa_stem_only scriptable exportable no_jit",
+        ),
+        (
+            _NAME,
+            "global_pool act_layer norm_layer aa_layer attn_layer stem_type pad_type weight_init rel_pos_type "
+            "rope_type attn_type pos_embed",
+        ),
+    )
+    for name in names.split()
+}
+"""Arguments of ``timm.create_model`` that a saved model may have, and the values that they take: numbers, switches and
+names of layers. None of them opens a path, downloads, or is passed on as code."""
+
+BackboneArguments: type[BaseModel] = create_model(  # type: ignore[call-overload]
+    "BackboneArguments",
+    __config__=ConfigDict(**_STRICT, extra="forbid"),
+    block_args=(dict[Literal["attn_layer"], _NAME] | None, None),  # type: ignore[valid-type]
+    **{name: (kind, None) for name, kind in ARCHITECTURE_ARGUMENTS.items()},
+)
+
+
+def check_model(values: Mapping[str, Any], source: Path | str) -> None:
+    """Check what ``model.json`` holds.
+
+    Raises:
+        CrossXError: If a value is missing, of the wrong type or out of bounds, naming it.
+    """
+    what = "a model description of crossx"
+    _check(ModelFile, values, source, what)
+    _check(BackboneArguments, values["backbone_args"], source, what, "backbone_args")
+
+
+def check_backbone_args(args: Mapping[str, Any]) -> None:
+    """Check before a training that ``model.json`` can keep these arguments, so that the run can be loaded afterwards.
+
+    Raises:
+        UsageError: If it cannot, naming the argument.
+    """
+    try:
+        BackboneArguments.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+            hint = nearest(name, ARCHITECTURE_ARGUMENTS)
+            raise UsageError(
+                f"backbone_args.{_shown(name)} is not kept in model.json, so that the run could not be loaded: leave "
+                f"it out.{hint} docs/trust.md lists what is kept."
+            ) from error
+        raise UsageError(
+            f"backbone_args.{_where(first['loc'])} {_reason(first)}, or the run could not be loaded: see docs/trust.md."
+        ) from error
+
+
+class GitFile(BaseModel):
+    """State of the working folder in ``run.json`` and results."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    commit: Text
+    dirty: bool
+
+
+class EnvironmentFile(BaseModel):
+    """What a run was made with."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    python: Text | None = None
+    platform: Text | None = None
+    versions: dict[Text, Text] = {}
+    git: GitFile | None = None
+
+
+class SelectionFile(BaseModel):
+    """How the weights were chosen among the epochs."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    how: Text | None = None
+    split: Text | None = None
+    metric: Text | None = None
+    epoch: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    value: Number | None = None
+
+
+class CalibrationFile(BaseModel):
+    """Where the temperature comes from."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    n: Count | None = None
+    split: Text | None = None
+    dataset: Text | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+
+
+class RunFile(BaseModel):
+    """``run.json``: provenance. Older runs lack some of it."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    id: Text | None = None
+    status: Text | None = None
+    method: Text | None = None
+    backbone: Text | None = None
+    pretrained: bool | None = None
+    backbone_weights: Annotated[str, Field(max_length=4096)] | None = None
+    dataset: Text | None = None
+    data_root: Annotated[str, Field(max_length=4096)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    selection: SelectionFile | None = None
+    images: dict[Text, Count] | None = None
+    skipped: list[str] | None = None
+    data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
+    environment: EnvironmentFile | None = None
+    calibration: CalibrationFile | None = None
+    class_names: Text | None = None
+
+
+class IntervalsFile(BaseModel):
+    """Confidence intervals of results."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    top1: _row(Number, 2, 2) = None  # type: ignore[valid-type]
+    class_mean: _row(Number, 2, 2) = None  # type: ignore[valid-type]
+    confidence: Share = 0.95
+    resamples: Count = 0
+
+
+class PairFile(BaseModel):
+    """A confusion."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    target: Text
+    prediction: Text
+    n: Count
+    fraction: Share
+
+
+class SizeFile(BaseModel):
+    """``preprocessing`` of results, as far as it is read."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    image_size: Count | None = None
+
+
+class ResultsFile(BaseModel):
+    """``SPLIT.json``, what ``crossx test`` found. What a verb cannot do without it asks for itself."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    top1: Share | None = None
+    top5: Share | None = None
+    class_mean: Share | None = None
+    ece: Share | None = None
+    ece_calibrated: Share | None = None
+    n: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    num_classes: Count | None = None
+    heads: dict[Text, Share] | None = None
+    levels: dict[Text, Share] | None = None
+    temperature: Annotated[float, Field(ge=1e-12, le=1e12)] | None = None
+    confused_pairs: list[PairFile] | None = None
+    intervals: IntervalsFile | None = None
+    method: Text | None = None
+    backbone: Text | None = None
+    options: dict[str, Any] | None = None
+    pretrained: bool | None = None
+    backbone_weights: Annotated[str, Field(max_length=4096)] | None = None
+    weights: Annotated[str, Field(max_length=4096)] | None = None
+    selection: SelectionFile | None = None
+    dataset: Text | None = None
+    data_root: Annotated[str, Field(max_length=4096)] | None = None
+    split: Text | None = None
+    run_status: Text | None = None
+    seen_in_training: bool | None = None
+    preprocessing: SizeFile | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    calibration: CalibrationFile | None = None
+    skipped: list[str] | None = None
+    environment: EnvironmentFile | None = None
+
+
+def _counted(row: dict[str, float]) -> dict[str, float]:
+    if "epoch" not in row:
+        raise ValueError("has no epoch")
+    return row
+
+
+class HistoryFile(BaseModel):
+    """``metrics.json``: a row of numbers per epoch."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    epochs: list[Annotated[dict[Text, Number], AfterValidator(_counted)]]
+
+
+FILES: Mapping[type[BaseModel], str] = {
+    RunFile: "provenance of a run",
+    ResultsFile: "results of `crossx test`",
+    HistoryFile: "a training history",
+}
+
+
+def check_file(kind: type[BaseModel], values: Mapping[str, Any], source: Path | str) -> None:
+    """Check what another JSON file of a run holds, as far as a verb reads it.
+
+    Raises:
+        CrossXError: If a value is of the wrong type or out of bounds, naming it.
+    """
+    _check(kind, values, source, FILES[kind])
+
+
+def require(values: Mapping[str, Any], keys: Iterable[str], source: Path | str) -> None:
+    """Check that results hold what a verb needs; ``a.b`` is a key within ``a``.
+
+    Raises:
+        CrossXError: If one is missing or null.
+    """
+    for key in keys:
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            raise CrossXError(f"{source}: has no {key}: write it again with `crossx test`.")
+
+
+def _check(kind: type[BaseModel], values: Any, source: Path | str, what: str, within: str = "") -> None:
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = _where((within, *first["loc"]) if within else first["loc"])
+        told = f"{where}: {_reason(first)}" if where else _reason(first)
+        raise CrossXError(f"{source}: not {what} ({told}).") from error
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    known = {
+        "missing": "is missing",
+        "extra_forbidden": "is not known here",
+        "string_pattern_mismatch": "is no plain name",
+    }
+    if error["type"] in known:
+        return known[error["type"]]
+    message = (
+        str(error["msg"])
+        .removeprefix("Value error, ")
+        .removeprefix("Input ")
+        .partition(" or instance of ")[0]
+    )
+    message = (
+        message.replace("valid tuple", "list").replace("Tuple", "List").replace("valid dictionary", "mapping")
+    )
+    return message[:1].lower() + message[1:]
+
+
+def _where(loc: Iterable[int | str]) -> str:
+    return _shown(".".join(map(str, loc)))
+
+
+def _shown(text: str) -> str:
+    short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return "".join(c if c.isprintable() else "?" for c in short)

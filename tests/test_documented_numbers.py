@@ -1,0 +1,157 @@
+"""The tables of docs/results.md and docs/fidelity.md against the JSON files that they cite."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+FIDELITY = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
+NOT_IN_A_FILE = ("GAP against GMP (95%)", "against `map`, paired")
+"""Columns of paired differences between runs of two files, or of one without differences."""
+
+
+def read(name: str) -> Any:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def tables(text: str) -> Iterator[list[list[str]]]:
+    """Yield the tables of a page: rows of cells, the header first."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        yield [header, *rows]
+
+
+def leaves(value: Any) -> set[float]:
+    """Return every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {number for item in value for number in leaves(item)}
+    return {value} if isinstance(value, int | float) and not isinstance(value, bool) else set()
+
+
+def known(results: Any) -> dict[str, set[float]]:
+    """Return what a file has on each variant, or on each run where it is a list of runs."""
+    if isinstance(results, list):
+        return {run["run"]: leaves(run) for run in results}
+    found: dict[str, set[float]] = {}
+    for row in [*results["rows"], *results.get("tuning", [])]:
+        found[row["variant"]] = found.get(row["variant"], set()) | leaves(row)
+    return found
+
+
+def spellings(numbers: set[float]) -> set[str]:
+    """Return shares as the tables print them, with the sign of a difference and without, and counts as they are."""
+    return {f"{100 * number:{form}}" for number in numbers for form in (".2f", "+.2f")} | {
+        f"{number:g}" for number in numbers
+    }
+
+
+def effect(difference: float, *interval: float) -> str:
+    """Return how docs/fidelity.md prints a difference; without an interval, its beginning."""
+    if not interval:
+        return f"{100 * difference:+.2f} ("
+    low, high = sorted(interval)
+    return f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def key_of(header: list[str], row: list[str]) -> str | None:
+    """Return the variant of a row, or its run."""
+    found = re.fullmatch(r"`([^`]+)`(?:, .+)?", row[0])
+    if found is None:
+        return None
+    return f"{found[1]}-{row[1]}" if header[1] == "seed" else found[1]
+
+
+def sections() -> Iterator[Any]:
+    """Yield the sections that cite a file: text and file."""
+    for section in re.split(r"^## ", RESULTS, flags=re.MULTILINE):
+        # the file that a section is about comes last: others are named in passing
+        cited = re.findall(r"\]\(\.\./results/(\w+)\.json\)", section)
+        if cited:
+            yield pytest.param(section, cited[-1], id=section.splitlines()[0])
+
+
+def costs_of(variant: str) -> set[str]:
+    """Return what benchmarks/results has on a method, as the table prints it."""
+    printed = set()
+    for name, digits in (("methods", (2, 3)), ("methods_448", (1, 1))):
+        content = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        cost = content["variants"][variant]
+        printed |= {f"{cost['parameters'] / 1e6:.{digits[0]}f}", f"{cost['flops'] / 1e9:.{digits[1]}f}"}
+        printed |= {
+            f"{cost[kind]['ratio']['median']:.2f}" for kind in ("inference", "training step") if kind in cost
+        }
+    return printed
+
+
+@pytest.mark.parametrize(("section", "file"), list(sections()))
+def test_a_row_of_results_has_the_numbers_of_its_variant(section: str, file: str) -> None:
+    of = known(read(file))
+    seen = set()
+    for header, *body in tables(section):
+        for row in body:
+            key = key_of(header, row)
+            if key is None:
+                continue
+            seen.add(key)
+            allowed = spellings(of[key]) | (costs_of(key) if "GFLOP" in header else set())
+            for name, cell in zip(header[1:], row[1:], strict=True):
+                if name not in NOT_IN_A_FILE:
+                    printed = set(NUMBER.findall(re.sub("`[^`]*`", "", cell)))
+                    assert printed <= allowed, (key, name)
+    assert seen == set(of)
+
+
+def test_the_effects_of_the_options_in_fidelity_are_those_of_the_files() -> None:
+    losses, fig3, fig4 = (
+        {row["variant"]: row for row in read(f"cub80_{name}")["rows"]} for name in ("losses", "fig3", "fig4")
+    )
+
+    def against_first(variant: str, sign: int = 1) -> str:
+        found = losses[variant]["against"]
+        return effect(sign * found["difference"], *(sign * bound for bound in found["intervals"]["images"]))
+
+    def first_seed(variant: str) -> float:
+        (value,) = [
+            value
+            for seed, value in zip(fig3[variant]["seeds"], fig3[variant]["values"], strict=True)
+            if seed == 0
+        ]
+        return float(value)
+
+    # where no file has an interval, the table marks the one that it prints
+    expected = {
+        "C3S (Eq. 4)": f"`released` {against_first('c3s-paper', -1)}",
+        "its diagonal (Eq. 4)": f"1: {effect(losses['c3s-paper-diagonal-1']['top1'] - losses['c3s-paper']['top1'])}",
+        "λ of C3S (Eq. 10)": f"all 0: {against_first('no-c3s')}",
+        "λ of CL (Eq. 11)": f"both 0: {against_first('no-cl')}",
+        "CL's teacher (Eq. 6)": f"true: {against_first('c3s-released-teacher-detached')}",
+        "pooling of L-1": f"`avg`: {effect(fig4['c3s+gap+fp+cl']['top1'] - first_seed('c3s+gmp+fp+cl'))}",
+        "Dogs": f"`use_merged` false: {effect(fig3['c3s+gmp+cl']['top1'] - fig3['c3s+gmp+fp+cl']['top1'])}",
+    }
+    header, *body = next(tables(FIDELITY))
+    printed = {row[0]: row[header.index("accuracy")] for row in body}
+    measured = {what: cell for what, cell in printed.items() if re.search(r"\d\.\d\d", cell)}
+    assert measured.keys() == expected.keys()
+    for what, cell in measured.items():
+        assert cell.startswith(expected[what])
+        assert ("\\*" in cell) == expected[what].endswith("(")
+    without_merged = effect(fig4["c3s+gap+cl"]["top1"] - first_seed("c3s+gmp+cl"))
+    assert f"without merged features {without_merged}" in measured["pooling of L-1"]
+
+
+def test_the_costs_of_the_recipes_on_resnet50_are_those_of_the_file() -> None:
+    variants = json.loads((ROOT / "benchmarks/results/methods_448.json").read_text(encoding="utf-8"))[
+        "variants"
+    ]
+    page = " ".join(RESULTS.split())
+    for recipe, words in (("mamc_cub_resnet50", " parameters and"), ("kernel_pooling_cub_resnet50", " and")):
+        cost, said = variants[recipe], page[page.index(f"(`{recipe}`") :][:120]
+        assert f"{cost['parameters'] / 1e6:.1f} M{words} {cost['flops'] / 1e9:.1f} GFLOP" in said
