@@ -1,17 +1,19 @@
-"""What the training loop adds to a step: the loop of ``crossx fit``, Lightning alone, a bare PyTorch loop.
+"""What the training loop adds to a step: the loop of ``crossx fit``, Lightning's Trainer, a bare PyTorch loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py
+    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py --clock cpu    # where other programs run beside it
 
 The very same step (forward, objective, backward, optimiser, learning rate) on the same batches in memory, driven by
 
 - ``bare``: a ``for`` loop in PyTorch that keeps no number;
 - ``lightning``: Lightning's Trainer with a module of ten lines, without logger, callback or progress bar;
-- ``crossx``: what ``crossx fit`` runs by default: task, history, checkpoints, seeds, TensorBoard;
+- ``crossx``: what ``crossx fit`` runs by default: numbers of every step, checkpoints, TensorBoard;
 - ``crossx, terminal``: the same with the progress bar that a terminal shows.
 
 All end with the same weights, bit for bit, which is checked. The default network takes about 5 ms a step on one CPU
 core; a GPU computes a larger one, where a step may cost the host as much as the device computes, and steps that
-wait for the GPU are counted apart.
+wait for the GPU are counted apart. ``--clock cpu`` counts the processor time of the process instead of seconds, which
+other programs change less.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+import crossx as library
+from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig
+from crossx.data.datamodule import DataModule
+from crossx.data.sampler import EpochSampler
+from crossx.data.transforms import preprocessing_for
+from crossx.methods.base import Method
 from crossx.runs import Run
-from crossx.training.callbacks import Checkpoints
 from crossx.training.config import Config, ModelConfig
-from crossx.training.history import History
+from crossx.training.loop import Loop, quiet_lightning
 from crossx.training.optim import build_optimizer, build_scheduler
-from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
+from crossx.training.task import Task
 from harness import Timing, parser, ratios, synchronize, table, write
 
 EPOCHS = 2
@@ -58,9 +66,11 @@ class Batches:
         between: Seconds from the last batch of an epoch to the first of the next.
     """
 
-    def __init__(self, batch: Batch, steps: int) -> None:
+    def __init__(self, batch: Batch, steps: int, clock: Callable[[], float]) -> None:
         self.batch = batch
         self.steps = steps
+        self.clock = clock
+        self.sampler = EpochSampler([0], seed=0)
         self.seconds_a_step: list[float] = []
         self.between: list[float] = []
         self._ended: float | None = None
@@ -72,13 +82,49 @@ class Batches:
         start = 0.0
         for index in range(self.steps):
             if index == 0 and self._ended is not None:
-                self.between.append(_now() - self._ended)
+                self.between.append(self.now() - self._ended)
             elif index == SKIPPED:
-                start = _now()
+                start = self.now()
             elif index == self.steps - 1:
-                self._ended = _now()
+                self._ended = self.now()
                 self.seconds_a_step.append((self._ended - start) / (index - SKIPPED))
             yield self.batch
+
+    def now(self) -> float:
+        synchronize()
+        return self.clock()
+
+
+class Images(DataModule):
+    """Batches that are on the device as the network takes them."""
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        images, targets = batch
+        return images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+@dataclass
+class Session:
+    """What is trained."""
+
+    config: Config
+    run: Run
+    data: Images
+    method: Method
+
+    @classmethod
+    def open(cls, config: Config, run: Run) -> Session:
+        torch.manual_seed(config.seed)
+        index = read_configured(config.data)
+        model = config.model
+        method = library.create_method(
+            model.method,
+            backbone=model.backbone,
+            num_classes=len(index.classes),
+            backbone_args=model.backbone_args,
+        )
+        preprocessing = preprocessing_for(config.data, method.backbone.data_config)
+        return cls(config, run, Images(index, preprocessing, config.data, config.seed), method)
 
 
 class Bare(LightningModule):
@@ -87,7 +133,7 @@ class Bare(LightningModule):
     def __init__(self, session: Session, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        task = build_task(session)
+        task = Task(session.method, session.config.optim, class_counts=[1] * session.method.num_classes)
         self.method, self.config, self.memory_format = task.method, task.config, task.memory_format
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -130,10 +176,11 @@ def lightning(session: Session, batches: Batches) -> None:
 
 
 def crossx(session: Session, batches: Batches) -> None:
-    history = History(session.run)
-    checkpoints = Checkpoints(session.run, history, session.monitor)
-    trainer = build_trainer(session, history, checkpoints, run_id="benchmark", steps_before=0)
-    trainer.fit(build_task(session), batches)
+    loop = Loop(
+        session.method, session.data, session.config, session.run, run_id="benchmark", monitor="val/top1"
+    )
+    session.data.train_dataloader = lambda: batches  # type: ignore[assignment, method-assign, return-value]
+    loop.run()
 
 
 def crossx_in_terminal(session: Session, batches: Batches) -> None:
@@ -152,8 +199,10 @@ CANDIDATES: dict[str, Callable[[Session, Batches], None]] = {
 def main() -> None:
     options = parser(__doc__, "loop_overhead", runs=7)
     options.add_argument("--steps", type=int, default=220, help="steps an epoch (default: %(default)s)")
+    options.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="default: %(default)s")
     options.add_argument("--method", default="plain", help="method (default: %(default)s)")
     asked = options.parse_args()
+    clock = time.process_time if asked.clock == "cpu" else time.perf_counter
     gpu = torch.cuda.is_available()
     images = 64 if gpu else 2
     size = 224 if gpu else 64
@@ -185,7 +234,7 @@ def main() -> None:
                     trainer={"max_epochs": EPOCHS, "accelerator": "auto"},
                     output=str(run.path),
                 )
-                session, batches = open_session(config, run), Batches(batch, asked.steps)
+                session, batches = Session.open(config, run), Batches(batch, asked.steps, clock)
                 if done < 0:
                     waits[name] = _count_waits(lambda: train(session, batches))  # noqa: B023
                 else:
@@ -215,6 +264,7 @@ def main() -> None:
         {
             "question": "What does the training loop add to a step?",
             "network": {**model, "image_size": size, "batch_size": images},
+            "clock": asked.clock,
             "steps": {"an_epoch": asked.steps, "not_timed": SKIPPED, "epochs": EPOCHS * asked.runs},
             "loops": {
                 name: {
@@ -228,11 +278,6 @@ def main() -> None:
             },
         },
     )
-
-
-def _now() -> float:
-    synchronize()
-    return time.perf_counter()
 
 
 def _check_equal(weights: dict[str, dict[str, Tensor]]) -> None:

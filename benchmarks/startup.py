@@ -8,6 +8,7 @@ itself are next to nothing, so that what remains is import and set-up.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -43,14 +44,22 @@ def first_step(folder: Path) -> dict[str, float]:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    from lightning.pytorch.callbacks import LambdaCallback
-
     from crossx.data.config import DataConfig
-    from crossx.runs import Run
-    from crossx.training.callbacks import Checkpoints
+    from crossx.errors import Stopped
+    from crossx.training import fit
     from crossx.training.config import Config, ModelConfig
-    from crossx.training.history import History
-    from crossx.training.session import build_task, build_trainer, open_session, quiet_lightning
+    from crossx.training.loop import Loop
+
+    class Timed(Loop):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            seconds["data and network"] = stage()
+            super().__init__(*args, **kwargs)
+            seconds["loop"] = stage()
+
+        def _step(self) -> None:
+            super()._step()
+            seconds["workers and first step"] = stage()
+            raise KeyboardInterrupt
 
     seconds = {"import": stage()}
     config = Config(
@@ -59,22 +68,11 @@ def first_step(folder: Path) -> dict[str, float]:
             root=str(folder / "images"), num_classes=4, images_per_class=16, image_size=64, batch_size=8
         ),
         trainer={"max_epochs": 1, "accelerator": "cpu"},
+        output=str(folder / "run"),
     )
-    run = Run(folder / "run")
-    session = open_session(config, run)
-    seconds["data and network"] = stage()
-    with quiet_lightning():
-        history = History(run, quiet=True)
-        checkpoints = Checkpoints(run, history, session.monitor)
-        trainer: Any = build_trainer(session, history, checkpoints, run_id="startup", steps_before=0)
-        seconds["trainer"] = stage()
-
-        def stop(*_: object) -> None:
-            seconds.setdefault("workers and first step", stage())
-            trainer.should_stop = True
-
-        trainer.callbacks.append(LambdaCallback(on_train_batch_end=stop))
-        trainer.fit(build_task(session), datamodule=session.data)
+    fit.Loop = Timed
+    with contextlib.suppress(Stopped):
+        fit.fit(config)
     return seconds
 
 

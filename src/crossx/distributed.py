@@ -8,6 +8,7 @@ backward pass: under gradient accumulation the micro-batch.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ def world_size() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return 1
+
+
+def is_leader() -> bool:
+    """Say whether this is the one process of a training that writes and speaks.
+
+    Before there is a process group, the launcher's environment variables tell (those that Lightning reads).
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -8,7 +8,8 @@
       model.safetensors         weights of the selected checkpoint
       run.json                  provenance: versions, git state, seed, dataset, how the checkpoint was selected
       metrics.csv metrics.json  training history
-      checkpoints/best.ckpt     best on validation; last.ckpt: the newest, for --resume
+      checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
+      checkpoints/SHA256SUMS    checksums of the newest two
       test.json ...             written by `crossx test`
 """
 
@@ -166,6 +167,14 @@ class Run:
     @property
     def last(self) -> Path:  # noqa: D102
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:  # noqa: D102
+        return self.checkpoints / "previous.ckpt"
+
+    @property
+    def checksums(self) -> Path:  # noqa: D102
+        return self.checkpoints / "SHA256SUMS"
 
     def read_spec(self) -> ModelSpec:
         """Read ``model.json``."""

@@ -93,7 +93,7 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     )
     configs = load_suite(path).configure(replace(BASE))
     assert [c.optim.lr for (c,) in configs.values()] == [1e-4, 0.1]
-    assert configs["fast"][0].trainer["max_epochs"] == 3
+    assert configs["fast"][0].trainer.max_epochs == 3
 
 
 def test_alternatives_are_the_same_for_all_variants_or_given_for_each(tmp_path: Path) -> None:

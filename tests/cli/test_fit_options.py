@@ -7,14 +7,14 @@ from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
 from crossx.recipes import SECTIONS, list_recipes, load_recipe
-from crossx.training.config import TRAINER_DEFAULTS, Config, OptimConfig
+from crossx.training.config import Config, OptimConfig, TrainerConfig
 
 
 def test_without_arguments_every_default_is_that_of_the_dataclasses() -> None:
     config = parse_fit([]).config
     assert config.data == DataConfig()
     assert config.optim == OptimConfig()
-    assert config.trainer == TRAINER_DEFAULTS
+    assert config.trainer == TrainerConfig()
     assert config.model.options == method_options("crossx")
 
 
@@ -42,7 +42,7 @@ def test_options_override_the_recipe() -> None:
     config = parse_fit(words).config
     assert (config.optim.lr, config.model.options["num_parts"], config.seed) == (0.5, 5, 3)
     assert (config.data.root, config.output, config.data.dataset) == ("012", "runs/x", "cub")
-    assert config.trainer == {**TRAINER_DEFAULTS, "precision": "bf16-mixed"}
+    assert config.trainer == TrainerConfig(precision="bf16-mixed")
 
 
 def test_configuration_of_a_run_reads_back(tmp_path: Path) -> None:
@@ -106,12 +106,16 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
             "--data.sampling balance",
             "--data.sampling takes uniform, balanced, pairs or null, not 'balance'. Did you mean 'balanced'?",
         ),
-        ("--trainer.precision bf17", "--trainer.precision takes 64, 32, 16, transformer-engine"),
-        ("--trainer.max_epochs many", "--trainer.max_epochs takes a whole number or null, not 'many'"),
+        (
+            "--trainer.precision bf17",
+            "--trainer.precision takes 32, 32-true, 16, 16-mixed, bf16, bf16-mixed, not 'bf17'. Did you mean 'bf16'?",
+        ),
+        ("--trainer.profiler simple", "unknown option '--trainer.profiler'"),
+        ("--trainer.max_epochs many", "--trainer.max_epochs takes a whole number, not 'many'"),
         ("--model.c3s_weights 3", "--model.c3s_weights takes a list such as [1, 2], not '3'"),
         ("--model.use_merged maybe", "--model.use_merged takes true or false, not 'maybe'"),
         ("--model.num_parts", "--model.num_parts: expected one argument"),
-        ("--trainer.callbacks x", "--trainer.callbacks cannot be given: crossx chooses the callbacks"),
+        ("--trainer.callbacks x", "--trainer.callbacks cannot be given: crossx has its own training loop"),
         ("--trainer.logger [tensorbord]", "--trainer.logger takes"),
         ("--data.image_size 8", "data.image_size must be at least 32, not 8"),
         ("--optim.lr -1", "optim.lr must be above 0"),

@@ -1,11 +1,9 @@
 import os
 from collections import Counter
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from crossx.data.config import DataConfig
@@ -77,12 +75,10 @@ def test_batches_travel_as_bytes_and_reach_the_network_as_floats(tmp_path):
     batch = next(iter(data.test_dataloader()))
     assert batch[0].dtype == torch.uint8
     assert batch[0].is_contiguous(memory_format=torch.channels_last)
-    images, targets = data.on_after_batch_transfer(batch, 0)
+    images, targets = data.to_device(batch, torch.device("cpu"))
+    assert images.dtype == torch.float32
     assert torch.equal(images, Normalize(PREPROCESSING)(batch[0]))
     assert torch.equal(targets, batch[1])
-    seen = fit(data, 1)["train"]
-    floats = [Normalize(PREPROCESSING)(images).double().sum().item() for images, _ in data.train_dataloader()]
-    assert [checksum for _, checksum, _ in seen] == floats
 
 
 def test_a_lone_last_image_is_left_out_of_training(tmp_path):
@@ -182,6 +178,8 @@ def test_workers_are_the_usable_cores_at_most_eight(tmp_path, monkeypatch):
     for cores, expected in ((1, 1), (3, 3), (64, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
         assert data.num_workers == expected
+    data.processes = 16
+    assert data.num_workers == 4
     assert make(make_index(tmp_path), num_workers=0).num_workers == 0
 
 
@@ -193,64 +191,29 @@ def test_loaders_leave_the_global_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Recorder(pl.LightningModule):
-    """Remembers the batches it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 3)
-        self.seen = {"train": [], "val": []}
-
-    def training_step(self, batch, _):
-        images, targets = batch
-        self.seen["train"].append((self.current_epoch, images.double().sum().item(), targets.tolist()))
-        return torch.nn.functional.cross_entropy(self.layer(images.mean(dim=(2, 3))), targets)
-
-    def validation_step(self, batch, _):
-        self.seen["val"].append(batch[1].tolist())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def read_epochs(loader, first, last, *, first_batch=0):
+    """Read training batches as the loop does: epoch, checksum and targets of each."""
+    seen = []
+    for epoch in range(first, last):
+        loader.sampler.set_epoch(epoch, first_batch if epoch == first else 0)
+        seen += [(epoch, images.double().sum().item(), targets.tolist()) for images, targets in loader]
+    return seen
 
 
-def fit(data, epochs, folder=None, resume=None, at_train_end=True, **options):
-    module = Recorder()
-    save = ModelCheckpoint(folder, "last", save_on_train_epoch_end=at_train_end) if folder else None
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=save is not None,
-        callbacks=[save] if save else [],
-        **options,
-    )
-    trainer.fit(module, data, ckpt_path=resume)
-    return module.seen
-
-
+@pytest.mark.parametrize("sampling", ["uniform", "balanced", "pairs"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("at_train_end", [True, False])
-@pytest.mark.filterwarnings("ignore")
-def test_resumed_training_sees_the_same_batches(tmp_path, num_workers, at_train_end):
-    (tmp_path / "images").mkdir()
-    index = make_index(tmp_path / "images")
-    whole = fit(make(index), 4)["train"]
-    assert len({checksum for _, checksum, _ in whole}) == len(whole) == 8
-
-    options = {"num_workers": num_workers, "augmentation": "crop"}
-    begun = fit(make(index, **options), 2, tmp_path / "run", at_train_end=at_train_end)["train"]
-    resumed = fit(make(index, **options), 4, resume=tmp_path / "run" / "last.ckpt")["train"]
-    assert begun + resumed == whole
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_fits_without_validation_and_overfits_a_batch(tmp_path):
+@pytest.mark.parametrize("batches", [4, 5])
+def test_resumed_training_sees_the_same_batches(tmp_path, num_workers, batches, sampling):
+    """Stopped between two epochs, and within one."""
     index = make_index(tmp_path)
-    seen = fit(make(index, val_fraction=0.0), 1)
-    assert len(seen["train"]) == 3
-    assert seen["val"] == []
-    seen = fit(make(index), 2, overfit_batches=1)["train"]
-    assert seen[0][1:] == seen[1][1:]
+    options = {"augmentation": "crop", "sampling": sampling}
+    loader = make(index, **options).train_dataloader()
+    whole = read_epochs(loader, 0, 4)
+    an_epoch = len(loader)
+    assert an_epoch > 1
+    assert len({checksum for _, checksum, _ in whole}) == len(whole) == 4 * an_epoch
+    epoch, batch = divmod(batches, an_epoch)
+    loader = make(index, num_workers=num_workers, **options).train_dataloader()
+    assert read_epochs(loader, epoch, 4, first_batch=batch) == whole[batches:]
+    # a loader whose workers live on, as within one process
+    assert read_epochs(loader, 1, 2, first_batch=1) == whole[an_epoch + 1 : 2 * an_epoch]

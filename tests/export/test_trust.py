@@ -18,7 +18,7 @@ from crossx.predict.collection import predict_collection
 from crossx.predict.exported import ExportedModel
 from crossx.predict.predictor import Predictor
 from crossx.released import import_released
-from crossx.training.checkpoint_io import read_checkpoint
+from crossx.training.checkpoints import read_checkpoint
 from malice import pickled, write_pt2
 from refusals import refusal
 

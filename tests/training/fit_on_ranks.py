@@ -1,4 +1,4 @@
-"""Run as a script on each rank: train each configuration of a folder; the one called ``stopped`` is resumed."""
+"""Run as a script on each rank: train each configuration of a folder; ``stopped`` and ``within`` are resumed."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from crossx.training.fit import fit, resume
 if __name__ == "__main__":
     for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
         config = Config.from_yaml(path)
-        if path.stem == "stopped":
+        if path.stem in ("stopped", "within"):
             with pytest.MonkeyPatch.context() as patch:
                 interrupt(patch, 6, crash)
                 with pytest.raises(RuntimeError, match="power cut"):

@@ -10,14 +10,14 @@ from crossx.training.task import Task
 
 if __name__ == "__main__":
     path, last_step = sys.argv[1], int(sys.argv[2])
-    step = Task.training_step
+    forward = Task.forward
     seen = []
 
-    def counted(self, batch, batch_idx):
-        seen.append(batch_idx)
+    def counted(self, images, targets):
+        seen.append(len(targets))
         if len(seen) == last_step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batch, batch_idx)
+        return forward(self, images, targets)
 
-    Task.training_step = counted
+    Task.forward = counted
     fit(Config.from_yaml(path))

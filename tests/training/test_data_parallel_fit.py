@@ -107,10 +107,12 @@ def test_runs_on_two_ranks(make_config, few, tmp_path):
         "crossx": make_config("crossx", **alike("crossx", 2)),
         "few": make_config("few", data={"root": str(few)}, trainer={"devices": 2, "max_epochs": 2}),
         "stopped": make_config("stopped", **RANDOM, trainer={"devices": 2}),
-        "whole": make_config("whole", **RANDOM, trainer={"devices": 2}),
+        "within": make_config("within", **RANDOM, trainer={"devices": 2, "checkpoint_every_n_steps": 1}),
+        "whole": make_config("whole", **RANDOM, trainer={"devices": 2, "checkpoint_every_n_minutes": 1000}),
     }
     runs = run_on_two_ranks(configs, tmp_path)
-    assert_same_run(runs["stopped"], runs["whole"])
+    for name in ("stopped", "within"):
+        assert_same_run(runs[name], runs["whole"])
     assert_same_as_alone("crossx", runs["crossx"], make_config)
     # three images for validation, and one: as many as are counted
     for name in ("crossx", "whole", "few"):

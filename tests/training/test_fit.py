@@ -17,12 +17,12 @@ from crossx.methods import create_method
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
-from crossx.training import session as session_module
-from crossx.training.callbacks import LiveProgressBar
-from crossx.training.checkpoint_io import read_checkpoint
+from crossx.runs import Run
+from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import fit
 from crossx.training.history import History
+from crossx.training.loop import Loop
 from crossx.training.task import Task
 
 
@@ -90,7 +90,7 @@ def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
     assert method.embed.weight.shape == (2, 8, 4 * method.backbone.channels["last"])
     assert spec.preprocessing.image_size == 64
     again = make_config("again", model=model, data={"sampling": "pairs", "augmentation": "trivial"})
-    again.trainer["max_epochs"] = 2
+    again.trainer.max_epochs = 2
     assert_same(load_file(fit(again).weights), load_file(run.weights))
     with pytest.raises(UsageError, match=r"method 'mamc' needs data.sampling pairs, not uniform: leave"):
         fit(make_config("uniform", model=model, data={"sampling": "uniform"}))
@@ -107,7 +107,7 @@ def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
 def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay):
     run = fit(make_config(optim={"ema_decay": ema_decay, "lr": 0.002}, trainer={"max_epochs": 2}))
     history = rows(run)
-    assert read_checkpoint(run.last)["epoch"] == 1
+    assert read_checkpoint(run.last)["epoch"] == 2
     for path, epoch in ((run.best, run.read_info()["selection"]["epoch"]), (run.last, 2)):
         method, _ = load_method(path)
         with torch.no_grad():
@@ -116,14 +116,11 @@ def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay
 
 def test_average_follows_its_definition(make_config, monkeypatch):
     seen = []
-    step = Task.on_train_batch_end
+    step = Loop._step
     monkeypatch.setattr(
-        Task,
-        "on_train_batch_end",
-        lambda self, *a: (
-            seen.append(self.method.classifier.weight.detach().clone()),
-            step(self, *a),
-        ),
+        Loop,
+        "_step",
+        lambda self: (step(self), seen.append(self.method.classifier.weight.detach().clone())),
     )
     run = fit(make_config(optim={"ema_decay": 0.3}, trainer={"max_epochs": 1}))
     average = seen[0]
@@ -143,7 +140,7 @@ def test_average_of_a_short_training_is_close_to_its_weights(make_config, caplog
 
 
 def test_an_average_that_lags_behind_is_warned_of(make_config, monkeypatch, caplog):
-    monkeypatch.setattr("crossx.training.callbacks.warmed_up_decay", lambda decay, updates: decay)
+    monkeypatch.setattr("crossx.training.loop.warmed_up_decay", lambda decay, updates: decay)
     run = fit(make_config(optim={"ema_decay": 0.999, "lr": 0.05, "selection": "last"}))
     last = rows(run)[-1]
     assert float(last["train/top1"]) > 0.9
@@ -163,13 +160,13 @@ def test_average_leaves_whole_numbers_as_they_are(make_config):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_backbone_is_frozen_in_the_first_epochs_alone(make_config, monkeypatch, optimizer):
     seen = []
-    start = Task.on_train_batch_start
+    forward = Task.forward
 
-    def recorded(self, batch, batch_idx):
-        start(self, batch, batch_idx)
+    def recorded(self, images, targets):
         seen.append({name: value.clone() for name, value in self.method.state_dict().items()})
+        return forward(self, images, targets)
 
-    monkeypatch.setattr(Task, "on_train_batch_start", recorded)
+    monkeypatch.setattr(Task, "forward", recorded)
     optim = {"optimizer": optimizer, "weight_decay": 0.1, "freeze_backbone_epochs": 2, "lr": 0.002}
     fit(make_config(optim=optim))
 
@@ -233,6 +230,40 @@ def test_selection_on_test_is_named(make_config):
         assert accuracy(method, run, "test") == pytest.approx(selection["value"])
 
 
+def test_steps_end_within_an_epoch_that_is_then_not_validated(make_config):
+    run = fit(make_config(trainer={"max_steps": 6}))
+    assert [(row["epoch"], row["step"], bool(row["val/top1"])) for row in rows(run)] == [
+        ("1", "4", True),
+        ("2", "6", False),
+    ]
+    assert run.read_info()["selection"]["epoch"] == 1
+
+
+def test_time_ends_within_an_epoch_that_is_then_validated(make_config):
+    run = fit(make_config(trainer={"max_time": {"microseconds": 1}}))
+    assert [(row["step"], bool(row["val/top1"])) for row in rows(run)] == [("1", True)]
+    assert run.read_info()["status"] == "finished"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_share_that_leaves_no_batch_is_refused(make_config, split):
+    with pytest.raises(UsageError, match=f"limit_{split}_batches 0.001 leaves none of"):
+        fit(make_config(trainer={f"limit_{split}_batches": 0.001}))
+
+
+def test_the_same_batches_in_every_epoch(make_config, monkeypatch):
+    forward, seen = Task.forward, []
+
+    def recorded(self, images, targets):
+        seen.append((images.double().sum().item(), targets.tolist()))
+        return forward(self, images, targets)
+
+    monkeypatch.setattr(Task, "forward", recorded)
+    fit(make_config(trainer={"max_epochs": 2, "overfit_batches": 1}, data={"augmentation": "crop"}))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
 def test_epochs_without_validation_have_no_value(make_config):
     run = fit(make_config(trainer={"check_val_every_n_epoch": 2}))
     assert [bool(row["val/top1"]) for row in rows(run)] == [False, True, False]
@@ -263,26 +294,26 @@ def test_options_work_together(make_config):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(make_config, monkeypatch):
-    step, seen = Task.training_step, []
+    forward, seen = Task.forward, []
 
-    def diverging(self, batch, batch_idx):
-        seen.append(batch_idx)
-        output = step(self, batch, batch_idx)
+    def diverging(self, images, targets):
+        seen.append(len(targets))
+        loss, numbers = forward(self, images, targets)
         if len(seen) == 6:
-            output["numbers"]["data"] = output["numbers"]["data"] * float("inf")
-            output["loss"] = output["loss"] * float("inf")
-        return output
+            numbers["data"] = numbers["data"] * float("inf")
+            loss = loss * float("inf")
+        return loss, numbers
 
-    monkeypatch.setattr(Task, "training_step", diverging)
+    monkeypatch.setattr(Task, "forward", diverging)
     config = make_config()
     with pytest.raises(
         CrossXError, match=r"at step 6 \(epoch 2, batch 2\): train/loss .*train/data inf"
     ) as caught:
         fit(config)
     assert "last.ckpt (epoch 1)" in str(caught.value)
-    run = session_module.Run(config.run_path())
+    run = Run(config.run_path())
     assert run.read_info()["status"] == "failed"
-    assert read_checkpoint(run.last)["global_step"] == 4
+    assert read_checkpoint(run.last)["step"] == 4
     assert all(value.isfinite().all() for value in method_weights(run.last).values())
 
 
@@ -332,7 +363,7 @@ def test_no_write_permission(make_config, tmp_path):
         ({"max_epoch": 3}, "Did you mean 'max_epochs'"),
         ({"precision": "bf17"}, "unknown trainer.precision 'bf17'"),
         ({"precision": "bf16-true"}, "Choose from: 16, 16-mixed, 32, 32-true, bf16, bf16-mixed"),
-        ({"strategy": "everything"}, "trainer: .*everything"),
+        ({"strategy": "everything"}, "unknown trainer.strategy 'everything'. Choose from: auto, ddp"),
         ({"accelerator": "tpu"}, "trainer: .*torch_xla"),
     ],
 )
@@ -358,11 +389,11 @@ def test_a_backbone_that_cannot_recompute_leaves_no_folder(make_config, monkeypa
 
 
 def test_the_bar_of_an_epoch_whose_steps_were_not_fetched_yet(make_config):
-    history = History(session_module.Run(make_config().run_path()))
-    bar = LiveProgressBar(history)
-    assert bar.get_metrics(None, None) == {}
-    history._live = {"val/loss": 1.0, "val/top1": 0.5}
-    assert bar.get_metrics(None, None) == {"val": "50.0%"}
+    history = History(Run(make_config().run_path()))
+    history.add({"loss": torch.tensor(2.0)}, 8)
+    assert history.shown() == {}
+    history.evaluated({"val/loss": 1.0, "val/top1": 0.5})
+    assert history.shown() == {"val": "50.0%"}
 
 
 def test_prepare_sees_the_training_set_once(make_config, monkeypatch):

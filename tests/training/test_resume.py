@@ -15,8 +15,8 @@ from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.run import test_run as evaluate_run
 from crossx.methods import DFL
 from crossx.runs import Run
-from crossx.training import callbacks
-from crossx.training.checkpoint_io import read_checkpoint
+from crossx.training import checkpoints
+from crossx.training.checkpoints import read_checkpoint
 from crossx.training.fit import Stopped, fit, resume
 from crossx.training.task import Task
 
@@ -30,15 +30,15 @@ RANDOM = {
 
 def interrupt(monkeypatch, at_step, action):
     """Call ``action`` instead of training step ``at_step``, counted over the whole run, once."""
-    step, seen = Task.training_step, []
+    forward, seen = Task.forward, []
 
-    def counted(self, batch, batch_idx):
-        seen.append(batch_idx)
+    def counted(self, images, targets):
+        seen.append(len(targets))
         if len(seen) == at_step:
             action()
-        return step(self, batch, batch_idx)
+        return forward(self, images, targets)
 
-    monkeypatch.setattr(Task, "training_step", counted)
+    monkeypatch.setattr(Task, "forward", counted)
 
 
 def crash():
@@ -84,17 +84,19 @@ def _equal(first, second):
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_bit_exactly(make_config, tmp_path):
+@pytest.mark.parametrize(("every", "kept"), [(None, 4), (3, 6)])
+def test_a_killed_run_continues_bit_exactly(make_config, tmp_path, every, kept):
     """Killed in a process with its own loader process; the others here load in the training process itself."""
-    data = {**RANDOM["data"], "num_workers": 1}
-    killed, whole = (make_config(name, **{**RANDOM, "data": data}) for name in ("killed", "whole"))
+    sections = {**RANDOM, "data": {**RANDOM["data"], "num_workers": 1}}
+    trainer = {"checkpoint_every_n_steps": every}
+    killed, whole = (make_config(name, **sections, trainer=trainer) for name in ("killed", "whole"))
     (tmp_path / "killed.yaml").write_text(killed.to_yaml())
     script = Path(__file__).with_name("killed_fit.py")
-    command = [sys.executable, str(script), str(tmp_path / "killed.yaml"), "7"]
+    command = [sys.executable, str(script), str(tmp_path / "killed.yaml"), "8"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     run = Run(killed.run_path())
     assert run.read_info()["status"] == "running"
-    assert read_checkpoint(run.last)["global_step"] == 4
+    assert read_checkpoint(run.last)["step"] == kept
     assert_same_run(resume(run.path), fit(whole))
 
 
@@ -115,12 +117,81 @@ def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypa
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.parametrize(
+    ("sections", "trainer", "at_batch", "step"),
+    [
+        (RANDOM, {"checkpoint_every_n_steps": 1}, 7, 6),
+        (RANDOM, {"checkpoint_every_n_minutes": 1e-9}, 3, 2),
+        (
+            {**RANDOM, "optim": {"ema_decay": 0.8, "freeze_backbone_epochs": 1, "optimizer": "adamw"}},
+            {"checkpoint_every_n_steps": 3},
+            8,
+            6,
+        ),
+        # two steps per epoch: a checkpoint falls between two steps, never between the batches of one
+        (RANDOM, {"checkpoint_every_n_steps": 1, "accumulate_grad_batches": 2, "precision": "bf16-mixed"}, 8, 3),
+        ({"model": {"method": "mamc", "embedding_size": 8}}, {"checkpoint_every_n_steps": 3}, 8, 6),
+        ({**RANDOM, "data": {"sampling": "balanced"}}, {"checkpoint_every_n_steps": 3, "limit_train_batches": 3}, 6, 3),
+    ],
+)  # fmt: skip
+def test_a_run_continues_within_an_epoch(make_config, monkeypatch, sections, trainer, at_batch, step):
+    """At the step of the checkpoint: no batch is trained on twice, and checkpoints change no number."""
+    whole = fit(make_config("whole", **sections, trainer=trainer))
+    batches = record_batches(monkeypatch)
+    config = make_config("killed", **sections, trainer=trainer)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_batch, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    saved = read_checkpoint(Run(config.run_path()).last)
+    assert saved["step"] == step
+    begun = len(batches)
+    run = resume(config.run_path())
+    assert_same_run(run, whole)
+    total = 3 * trainer.get("limit_train_batches", 4)
+    if sections.get("model", {}).get("method") != "mamc":
+        done = saved["epoch"] * total // 3 + saved["batch"]
+        assert (begun, len(batches) - begun) == (at_batch - 1, total - done)
+    plain = {name: value for name, value in trainer.items() if not name.startswith("checkpoint")}
+    without = fit(make_config("without", **sections, trainer=plain))
+    assert history(without) == history(whole)
+
+
+def record_batches(monkeypatch):
+    """Return a list that grows by the targets of every batch that is trained on."""
+    forward, seen = Task.forward, []
+
+    def recorded(self, images, targets):
+        answer = forward(self, images, targets)
+        seen.append(targets.tolist())
+        return answer
+
+    monkeypatch.setattr(Task, "forward", recorded)
+    return seen
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_config, monkeypatch, caplog):
+    whole = fit(make_config("whole", **RANDOM))
+    interrupt(monkeypatch, 11, crash)
+    config = make_config("killed", **RANDOM)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(config)
+    run = Run(config.run_path())
+    content = run.last.read_bytes()
+    assert read_checkpoint(run.last)["step"] == 8
+    run.last.unlink()
+    run.last.write_bytes(content[:-100])
+    assert_same_run(resume(run.path), whole)
+    assert "last.ckpt: damaged" in caplog.text
+    assert "continues from the checkpoint before it" in caplog.text
+
+
 def test_killed_between_best_and_last(make_config, monkeypatch):
     """The older last.ckpt remains: the epoch is trained again, to the same weights."""
     whole = fit(make_config("whole", **RANDOM))
     config = make_config("killed", **RANDOM)
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "_link", lambda source, target: crash())
+        patch.setattr(checkpoints, "_link", lambda source, target: crash())
         with pytest.raises(RuntimeError, match="power cut"):
             fit(config)
     run = Run(config.run_path())
@@ -205,7 +276,7 @@ def test_full_disk_stops_with_the_last_good_checkpoint_and_resumes(make_config, 
         with pytest.raises(CrossXError, match="no space left on the disk"):
             fit(config)
     run = Run(config.run_path())
-    assert read_checkpoint(run.last)["global_step"] == 4
+    assert read_checkpoint(run.last)["step"] == 4
     assert_same_run(resume(run.path), whole)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import list_recipes
-from crossx.training.config import Config, ModelConfig, OptimConfig
+from crossx.training.config import Config, ModelConfig, OptimConfig, TrainerConfig
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(0, 1) | st.text(max_size=8)
 
@@ -41,11 +41,10 @@ def test_line_breaks_of_unicode_come_back(text):
 
 
 def test_left_out_options_take_their_defaults():
-    assert Config.from_dict({"trainer": {"precision": "bf16-mixed"}}).trainer == {
-        "max_epochs": 30,
-        "logger": ["tensorboard", "csv"],
-        "precision": "bf16-mixed",
-    }
+    trainer = Config.from_dict({"trainer": {"precision": "bf16-mixed"}}).trainer
+    assert trainer == TrainerConfig(precision="bf16-mixed")
+    assert (trainer.max_epochs, trainer.loggers) == (30, ["tensorboard", "csv"])
+    assert Config(trainer={"max_epochs": 3}).trainer == TrainerConfig(max_epochs=3)
     assert Config.from_dict({}) == Config()
 
 
@@ -67,6 +66,16 @@ def test_left_out_options_take_their_defaults():
         ({"trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
         ({"optim": {"warmup_steps": -1}}, "warmup_steps must be at least 0"),
         ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
+        ({"trainer": {"max_epoch": 3}}, "Did you mean 'max_epochs'"),
+        ({"trainer": {"max_steps": 0}}, "max_steps must be at least 1, or -1"),
+        ({"trainer": {"max_time": "2 hours"}}, "max_time takes DD:HH:MM:SS"),
+        ({"trainer": {"max_time": {"houres": 2}}}, "max_time takes DD:HH:MM:SS"),
+        (
+            {"trainer": {"limit_val_batches": 1.5}},
+            r"limit_val_batches takes a whole number, or a share in \[0, 1\]",
+        ),
+        ({"trainer": {"checkpoint_every_n_minutes": 0}}, "checkpoint_every_n_minutes must be above 0"),
+        ({"trainer": {"gradient_clip_algorithm": "norms"}}, "Did you mean 'norm'"),
         ({"trainer": {"logger": ["tensorbord"]}}, "Did you mean 'tensorboard'"),
         ({"seed": -1}, "seed"),
     ],
@@ -92,6 +101,19 @@ def test_run_path_names_what_the_run_is():
     assert Config(output="out").run_path() == Path("out")
 
 
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [(None, float("inf")), ("01:02:03:04", 93784), ({"hours": 2, "minutes": 30}, 9000)],
+)
+def test_time_limit_in_seconds(given, seconds):
+    assert TrainerConfig(max_time=given).seconds == seconds
+
+
+@pytest.mark.parametrize("given", [32, None, "32"])
+def test_precision_as_yaml_may_give_it(given):
+    assert TrainerConfig(precision=given).precision == "32"
+
+
 def test_import_is_torch_free():
     code = "import sys, crossx.training.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -104,7 +126,7 @@ def test_a_recipe_with_options_changed() -> None:
     assert (config.data.root, config.data.image_size, config.data.resize_size) == ("cub", 448, 600)
     assert config.model.options["num_parts"] == 3
     assert config.model.options["c3s_form"] == "paper"
-    assert (config.optim.lr, config.trainer["max_epochs"]) == (0.01, 30)
+    assert (config.optim.lr, config.trainer.max_epochs) == (0.01, 30)
     assert (config.output, config.seed) == ("runs/mine", 4)
     with pytest.raises(UsageError, match=r"unknown option data\.rot"):
         Config.from_recipe("crossx_cub_resnet50", data={"rot": "cub"})

@@ -128,7 +128,7 @@ def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Tri
 
 def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
     # a progress bar would fill the log
-    base = replace(base, trainer={**base.trainer, "enable_progress_bar": False})
+    base = replace(base, trainer=replace(base.trainer, enable_progress_bar=False))
     trials = []
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):
@@ -156,7 +156,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
 
     from crossx.data.catalog import read_configured
     from crossx.methods.base import create_method
-    from crossx.training.session import choose_sampling
+    from crossx.training.fit import choose_sampling
     from crossx.training.task import build_mix
 
     classes: dict[str, int] = {}
@@ -203,13 +203,12 @@ def _check_validates(trial: Trial) -> None:
             "test images: take best or last."
         )
     for option in ("max_steps", "max_time"):
-        if trainer.get(option) not in (None, -1):
+        if getattr(trainer, option) not in (None, -1):
             raise UsageError(
                 f"variant {trial.variant}: tuning needs validation after the last step, and trainer.{option} may stop "
                 "within an epoch: give --trainer.max_epochs."
             )
-    every = trainer.get("check_val_every_n_epoch") or 1
-    if trainer.get("limit_val_batches", 1.0) == 0 or trainer["max_epochs"] % every:
+    if trainer.limit_val_batches == 0 or trainer.max_epochs % trainer.check_val_every_n_epoch:
         raise UsageError(
             f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.limit_val_batches "
             "and --trainer.check_val_every_n_epoch."

@@ -1,7 +1,7 @@
 """The options of ``crossx fit``, found in two passes: first the method, then the options that it has.
 
-The second pass offers the fields of the config dataclasses, the chosen method's own options beside
-``--model.method``, and the arguments of Lightning's Trainer, each typed and described by its docstring.
+The second pass offers the fields of the config dataclasses and the chosen method's own options beside
+``--model.method``, each typed and described by its docstring.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jsonargparse
 
@@ -29,14 +29,7 @@ from crossx.cli.typed_options import (
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, nearest
 from crossx.recipes import SECTIONS, Recipe, load_recipe
-from crossx.training.config import (
-    LOGGERS,
-    OWN_TRAINER_ARGUMENTS,
-    TRAINER_DEFAULTS,
-    Config,
-    ModelConfig,
-    OptimConfig,
-)
+from crossx.training.config import LEFT_OUT, Config, ModelConfig, OptimConfig, TrainerConfig
 
 PROG = "crossx fit"
 EXAMPLES = (
@@ -45,7 +38,6 @@ EXAMPLES = (
     "crossx fit --config plain_cub_resnet50 --help        # the options of another method, with its values",
     "crossx fit --resume runs/mine",
 )
-UNUSED_TRAINER_ARGUMENTS = ("limit_test_batches", "limit_predict_batches", "barebones", "model_registry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +72,7 @@ def parse_fit(arguments: Sequence[str]) -> FitArguments:
     parser = build_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     values = _parse(parser, arguments, method).as_dict()
-    given = {key: values[key] for key in ("seed", "output", "model", "data", "optim")}
-    defaults = {option.name.removeprefix("trainer."): option.default for option in _trainer_options()}
-    given["trainer"] = {
-        key: value
-        for key, value in values["trainer"].items()
-        if key in TRAINER_DEFAULTS or value != defaults[key]
-    }
+    given = {key: values[key] for key in ("seed", "output", "model", "data", "optim", "trainer")}
     if recipe:
         notes += _scale_resize(recipe, given["data"], arguments)
     return FitArguments(Config.from_dict(given), recipe=first.config, notes=tuple(notes))
@@ -137,23 +123,8 @@ def build_parser(method: str) -> jsonargparse.ArgumentParser:
     _add_group(parser, f"Options of the method {method} (others: {others})", own)
     _add_group(parser, first_line(DataConfig), dataclass_options(DataConfig, "data"))
     _add_group(parser, first_line(OptimConfig), dataclass_options(OptimConfig, "optim"))
-    _add_group(parser, "Lightning's Trainer", _trainer_options())
+    _add_group(parser, first_line(TrainerConfig), dataclass_options(TrainerConfig, "trainer"))
     return parser
-
-
-def _trainer_options() -> Iterator[Option]:
-    from lightning.pytorch import Trainer
-
-    skip = {*OWN_TRAINER_ARGUMENTS, *UNUSED_TRAINER_ARGUMENTS, "logger"}
-    for option in keyword_options(Trainer.__init__, Trainer.__init__, "trainer", skip):
-        name = option.name.removeprefix("trainer.")
-        yield dataclasses.replace(option, default=TRAINER_DEFAULTS.get(name, option.default))
-    yield Option(
-        "trainer.logger",
-        list[Literal[LOGGERS]] | bool,  # type: ignore[valid-type]
-        TRAINER_DEFAULTS["logger"],
-        f"List of loggers out of {', '.join(LOGGERS)}, or false.",
-    )
 
 
 def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
@@ -237,8 +208,8 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
 
     name = argument.split("=", 1)[0].removeprefix("--")
     section, _, option = name.partition(".")
-    if section == "trainer" and option in OWN_TRAINER_ARGUMENTS:
-        return UsageError(f"--{name} cannot be given: {OWN_TRAINER_ARGUMENTS[option]}.")
+    if section == "trainer" and option in LEFT_OUT:
+        return UsageError(f"--{name} cannot be given: {LEFT_OUT[option]}.")
     owners = [other for other in list_methods() if option in method_options(other)]
     if section == "model" and owners:
         have = "has" if len(owners) == 1 else "have"

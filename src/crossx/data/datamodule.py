@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from crossx.data.cache import PixelCache, open_cache
@@ -22,6 +20,7 @@ from crossx.data.images import image_problem
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError
 from crossx.runs import Preprocessing
 
@@ -31,11 +30,11 @@ MAX_LISTED = 10
 log = logging.getLogger(__name__)
 
 
-class DataModule(LightningDataModule):
+class DataModule:
     """Loads batches of (images (B, 3, S, S) uint8, targets (B,) int64).
 
-    Lightning's steps are given the images as normalised float32: they are normalised on the device. Whoever takes
-    batches from the loaders does the same with ``normalize``.
+    The loaders give bytes, a quarter of what floats take: ``to_device`` moves a batch to the network and normalises
+    the images there.
 
     Args:
         index: The dataset; where it has no validation split, one is made as ``config.val_fraction`` says.
@@ -47,34 +46,32 @@ class DataModule(LightningDataModule):
         index: The dataset with its validation split, without the images that were skipped.
         normalize: Bytes to normalised floats.
         skipped: Path and reason of each image that ``check_images`` left out.
+        processes: Processes of this machine that load images at the same time and share its cores.
     """
 
     def __init__(
         self, index: DatasetIndex, preprocessing: Preprocessing, config: DataConfig, seed: int
     ) -> None:
-        super().__init__()
         self.index = index.with_validation(config.val_fraction, config.split_seed)
         self.preprocessing = preprocessing
         self.config = config
         self.seed = seed
         self.skipped: list[tuple[Path, str]] = []
+        self.processes = 1
         self.normalize = Normalize(preprocessing)
         self._caches: dict[str, PixelCache] = {}
 
-    def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        """Normalise the images, where the network is."""
+    def to_device(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return a loader's batch on a device, with the images as normalised float32."""
         images, targets = batch
-        return self.normalize(images), targets
+        return self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
 
     @property
     def num_workers(self) -> int:
-        """Worker processes of one loader: the option, else this rank's share of the cores, at most 8."""
+        """Worker processes of one loader: the option, else this process's share of the cores, at most 8."""
         if self.config.num_workers is not None:
             return self.config.num_workers
-        devices = self.trainer.num_devices if self.trainer is not None else 1
-        return max(1, min(MAX_WORKERS, _cores() // devices))
+        return max(1, min(MAX_WORKERS, _cores() // self.processes))
 
     def check_images(self, splits: Sequence[str] = SPLITS) -> None:
         """Decode every image of ``splits`` once, before any time is spent on training.
@@ -133,7 +130,7 @@ class DataModule(LightningDataModule):
         return self.config.train_on != "trainval" and bool(self.index.split("val"))
 
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
-        """Return the validation loader; an empty list where no images are held out (Lightning then skips it)."""
+        """Return the validation loader; an empty list where no images are held out."""
         return self.eval_loader("val") if self.holds_out else []
 
     def test_dataloader(self) -> ImageLoader:
@@ -188,7 +185,7 @@ class DataModule(LightningDataModule):
         if name not in self._caches:
             paths = [record.path for record in records]
             self._caches[name], summary = open_cache(kind, name, paths, transform)
-            if getattr(rank_zero_only, "rank", 0) == 0:
+            if is_leader():
                 log.info(summary)
         return partial(self._caches[name].read, decode=transform.read)
 

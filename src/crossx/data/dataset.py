@@ -72,8 +72,8 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
     """A ``DataLoader`` whose failures read the same with and without workers, and that starts late.
 
     torch re-raises a worker's exception with the worker's whole traceback as its message; here a ``CrossXError``
-    keeps its one line. And nothing is drawn before the first batch is asked for: on resume Lightning calls
-    ``iter(loader)`` before ``sampler.set_epoch``, so that eager workers would prefetch images of the wrong epoch.
+    keeps its one line. And nothing is drawn before the first batch is asked for, so that no worker starts for a loader
+    that is not read.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]

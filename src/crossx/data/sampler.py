@@ -75,10 +75,11 @@ class EpochSampler(Sampler[Draw]):
         self.unit = 2 if sampling == "pairs" else 1
         """Draws that stay on one rank together."""
         self.epoch = 0
+        self.first_batch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws; Lightning calls it before each one."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration draws, and the batch with which it begins."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         return self.unit * len(self._own())
@@ -86,7 +87,8 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         own = self._own()
         draws = _count_repeats(self.epoch, self._order())
-        return iter([draws[turn * self.unit + place] for turn in own for place in range(self.unit)])
+        dealt = [draws[turn * self.unit + place] for turn in own for place in range(self.unit)]
+        return iter(dealt[self.first_batch * self.batch_size :])
 
     def _ranks(self) -> tuple[int, int]:
         """Return the rank, and among how many the draws are dealt out."""
@@ -127,7 +129,7 @@ class EvaluationSampler(Sampler[int]):
 
     Over all ranks each image comes exactly once, so ranks may differ by one image: nothing is counted twice. Where
     there are fewer images than ranks, every rank has all of them: means stay the same, and no rank is left without a
-    batch, for which Lightning and DDP would wait for ever.
+    batch.
 
     Args:
         count: Number of images.
@@ -182,7 +184,7 @@ def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:
 
 
 def _world() -> tuple[int, int]:
-    # asked at each use: samplers are made before Lightning has started the process group
+    # asked at each use: samplers may be made before there is a process group
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import yaml
 
@@ -20,13 +21,17 @@ Schedule = Literal["constant", "step", "multistep", "cosine", "one_cycle"]
 ClassWeights = Literal["none", "balanced"]
 Selection = Literal["best", "last", "best_on_test"]
 
-LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
+Precision = Literal["32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed"]
+"""Lightning's names of float32 and mixed precision: weights stay in float32, and so do the numbers that are summed."""
+Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
+ClipAlgorithm = Literal["norm", "value"]
 
-TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": 30, "logger": ["tensorboard", "csv"]}
-"""What a run takes where ``trainer`` does not say; everything else is Lightning's own default."""
+DEFAULT_LOGGERS: tuple[Logger, ...] = ("tensorboard", "csv")
 
-OWN_TRAINER_ARGUMENTS = {
-    "callbacks": "crossx chooses the callbacks",
+LEFT_OUT = {
+    "callbacks": "crossx has its own training loop",
     "plugins": "give trainer.precision for another precision",
     "default_root_dir": "give --output",
     "use_distributed_sampler": "crossx shards the data itself",
@@ -35,10 +40,7 @@ OWN_TRAINER_ARGUMENTS = {
     "val_check_interval": "crossx validates at the end of an epoch; use trainer.check_val_every_n_epoch",
     "fast_dev_run": "use trainer.limit_train_batches and trainer.max_epochs",
 }
-"""Arguments of Lightning's Trainer that a run sets itself, with what to do instead."""
-
-PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-"""Lightning's names of float32 and mixed precision: weights stay in float32, and so do the numbers that are summed."""
+"""Arguments of Lightning's Trainer that people ask for and that a run does not have, with what to do instead."""
 
 T = TypeVar("T")
 
@@ -227,6 +229,130 @@ class OptimConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """Devices, length, logging and checkpoints of the training.
+
+    Attributes:
+        max_epochs: Number of epochs.
+        max_steps: Stop after this many optimiser steps, within an epoch too; -1 is no limit.
+        max_time: Stop after this time, within an epoch too: `DD:HH:MM:SS`, or `{hours: 2, minutes: 30}`.
+        limit_train_batches: Batches of each training epoch: a whole number, or a share such as 0.5.
+        limit_val_batches: Batches of each validation, likewise; 0 switches validation off.
+        overfit_batches: Train on the same few batches in every epoch, as many or such a share, and validate on as
+            many, to see whether a network can learn them; 0 is off.
+        check_val_every_n_epoch: Validate after every n-th epoch.
+        accumulate_grad_batches: Batches whose gradients make one optimiser step.
+        gradient_clip_val: Clip gradients to this norm or value; left out, they are not clipped.
+        gradient_clip_algorithm: `norm` clips the norm of all gradients together, `value` each number.
+        checkpoint_every_n_steps: Write a checkpoint after every n optimiser steps too; by default after each epoch.
+        checkpoint_every_n_minutes: Write a checkpoint after every n minutes too.
+        log_every_n_steps: Batches between two records of the steps' numbers; on a GPU the loss is looked at as often.
+        logger: List of loggers out of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
+        accelerator: `cpu`, `gpu`, ...; `auto` takes a GPU where there is one.
+        devices: Number of devices, a list of their indices, or `auto` for all of them.
+        num_nodes: Number of machines.
+        strategy: How several processes train together: `auto` and `ddp` are PyTorch's DistributedDataParallel;
+            `ddp_find_unused_parameters_true` is for a method that leaves parameters without a gradient.
+        sync_batchnorm: Take the statistics of batch norm over all processes (GPUs only).
+        precision: `32`, or mixed precision in `bf16-mixed` or `16-mixed`; weights are kept in float32.
+        deterministic: Use deterministic kernels only; `warn` warns where there is none.
+        benchmark: Let cuDNN try its kernels for the fastest; left out, as PyTorch is set.
+        detect_anomaly: Look for the operation that makes a gradient NaN (slow).
+    """
+
+    max_epochs: int = 30
+    max_steps: int = -1
+    max_time: str | dict[str, int] | None = None
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    overfit_batches: int | float = 0.0
+    check_val_every_n_epoch: int = 1
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: ClipAlgorithm = "norm"
+    checkpoint_every_n_steps: int | None = None
+    checkpoint_every_n_minutes: float | None = None
+    log_every_n_steps: int = 50
+    logger: list[Logger] | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
+    enable_progress_bar: bool = True
+    accelerator: Accelerator = "auto"
+    devices: list[int] | str | int = "auto"
+    num_nodes: int = 1
+    strategy: Strategy = "auto"
+    sync_batchnorm: bool = False
+    precision: Precision | Literal[32, 16] = "32"
+    deterministic: bool | Literal["warn"] = False
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        # YAML reads 32 as a number
+        self.precision = cast(Precision, str(self.precision or 32))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what can be checked without the data.
+
+        Raises:
+            UsageError: If an option cannot work, naming it and what it takes.
+        """
+        for option, choices in (
+            ("accelerator", Accelerator),
+            ("strategy", Strategy),
+            ("precision", Precision),
+            ("gradient_clip_algorithm", ClipAlgorithm),
+        ):
+            check_choice(f"trainer.{option}", getattr(self, option), get_args(choices))
+        for name in self.loggers:
+            check_choice("logger", name, get_args(Logger))
+        for option in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"):
+            if not isinstance(value := getattr(self, option), int) or value < 1:
+                raise UsageError(f"trainer.{option} must be at least 1, not {value}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UsageError(
+                f"trainer.max_steps must be at least 1, or -1 for no limit, not {self.max_steps}."
+            )
+        for option in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
+            value = getattr(self, option)
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise UsageError(f"trainer.{option} takes a whole number, or a share in [0, 1], not {value}.")
+        if self.limit_train_batches == 0:
+            raise UsageError("trainer.limit_train_batches 0 leaves nothing to train on.")
+        for option in ("checkpoint_every_n_steps", "checkpoint_every_n_minutes", "gradient_clip_val"):
+            if (value := getattr(self, option)) is not None and not value > 0:
+                raise UsageError(f"trainer.{option} must be above 0, not {value}.")
+        if self.seconds <= 0:
+            raise UsageError(f"trainer.max_time must be above 0, not {self.max_time!r}.")
+
+    @property
+    def loggers(self) -> list[str]:
+        """Names of the loggers asked for."""
+        if isinstance(self.logger, bool) or self.logger is None:
+            return list(DEFAULT_LOGGERS) if self.logger else []
+        return [self.logger] if isinstance(self.logger, str) else [*self.logger]
+
+    @property
+    def seconds(self) -> float:
+        """``max_time`` in seconds.
+
+        Raises:
+            UsageError: If it is no time.
+        """
+        if self.max_time is None:
+            return math.inf
+        try:
+            if not isinstance(self.max_time, str):
+                return timedelta(**self.max_time).total_seconds()
+            days, hours, minutes, seconds = map(int, self.max_time.split(":"))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"trainer.max_time takes DD:HH:MM:SS, or a mapping such as {{hours: 2}}, not {self.max_time!r}."
+            ) from error
+        return timedelta(days, seconds, hours=hours, minutes=minutes).total_seconds()
+
+
+@dataclass
 class Config:
     """Everything that a training run depends on.
 
@@ -234,9 +360,7 @@ class Config:
         model: The network and the method.
         data: The images.
         optim: How the weights are fitted.
-        trainer: Arguments of Lightning's Trainer (max_epochs, precision, devices, accumulate_grad_batches,
-            ...); logger is a list out of tensorboard, wandb and mlflow, or False (metrics.csv is always
-            written, and `csv` in the list is allowed).
+        trainer: Devices, length, logging and checkpoints of the training.
         seed: Seed of the weights' initialisation, the order of images and everything random in training.
         output: The run folder to make; left out, `runs/METHOD-DATASET-BACKBONE-sSEED` in the working folder.
     """
@@ -244,12 +368,13 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
     output: str | None = None
 
     def __post_init__(self) -> None:
-        self.trainer = {**TRAINER_DEFAULTS, **self.trainer}
+        if isinstance(self.trainer, Mapping):
+            self.trainer = _trainer(self.trainer)
         self.validate()
 
     def validate(self) -> None:
@@ -260,28 +385,6 @@ class Config:
         """
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must lie in [0, 2**32), not {self.seed}.")
-        for name, instead in OWN_TRAINER_ARGUMENTS.items():
-            if name in self.trainer:
-                raise UsageError(f"trainer.{name} cannot be given: {instead}.")
-        for name in self.loggers:
-            check_choice("logger", name, LOGGERS)
-        check_choice("trainer.precision", str(self.trainer.get("precision") or 32), PRECISIONS)
-        epochs = self.trainer["max_epochs"]
-        if not isinstance(epochs, int) or epochs < 1:
-            raise UsageError(f"trainer.max_epochs must be at least 1, not {epochs}.")
-        accumulate = self.trainer.get("accumulate_grad_batches", 1)
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise UsageError(f"trainer.accumulate_grad_batches must be at least 1, not {accumulate}.")
-        if self.trainer.get("limit_train_batches", 1.0) == 0:
-            raise UsageError("trainer.limit_train_batches 0 leaves nothing to train on.")
-
-    @property
-    def loggers(self) -> list[str]:
-        """Names of the loggers asked for."""
-        given = self.trainer["logger"]
-        if isinstance(given, bool) or given is None:
-            return list(TRAINER_DEFAULTS["logger"]) if given else []
-        return [given] if isinstance(given, str) else list(given)
 
     def run_path(self) -> Path:
         """Return the run folder: ``output``, or a name made of what the run is."""
@@ -305,7 +408,7 @@ class Config:
             "model": ModelConfig.from_dict,
             "data": lambda section: _build(DataConfig, section, "data."),
             "optim": lambda section: _build(OptimConfig, section, "optim."),
-            "trainer": dict,
+            "trainer": _trainer,
         }
         parsed = {
             key: readers[key](_mapping(key, value)) if key in readers else value
@@ -369,6 +472,13 @@ def _mapping(section: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UsageError(f"{section} must be a mapping of options, not {value!r}.")
     return value
+
+
+def _trainer(values: Mapping[str, Any]) -> TrainerConfig:
+    for name, instead in LEFT_OUT.items():
+        if name in values:
+            raise UsageError(f"trainer.{name} cannot be given: {instead}.")
+    return _build(TrainerConfig, values, "trainer.")
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
-from torch import Tensor
+from lightning.fabric import seed_everything
 
+from crossx.data.catalog import read_configured
+from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
+from crossx.data.index import SPLITS, DatasetIndex
+from crossx.data.transforms import preprocessing_for
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
+from crossx.evaluation.classes import check_classes
 from crossx.evaluation.run import evaluate
-from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_weights, save_weights
+from crossx.methods.base import Method, create_method
+from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
 from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
-from crossx.training.callbacks import Checkpoints
-from crossx.training.checkpoint_io import read_checkpoint
+from crossx.schema import check_backbone_args, check_model
+from crossx.training.checkpoints import read_checkpoint, read_newest
 from crossx.training.config import Config
-from crossx.training.heads import fit_heads
-from crossx.training.history import History
-from crossx.training.session import Session, build_task, build_trainer, open_session, quiet_lightning
-from crossx.training.task import Task
+from crossx.training.loop import Loop, quiet_lightning
 
 SUSPICIOUS_GAP = 0.1
 """Training minus validation top-1 from which on the average of the weights is compared with the weights."""
@@ -55,24 +58,19 @@ def fit(config: Config) -> Run:
         Stopped: After Ctrl-C or SIGTERM.
     """
     run = Run(config.run_path())
-    if _is_leader():
+    if is_leader():
         _claim(run.path)
-    config = _anchored(config)
     try:
-        session = open_session(config, run)
-        info = _describe(session)
-        parts = _assemble(session, info, resume=False)
-        _write(session, info)
+        return _train(_with_absolute_paths(config), run)
     except BaseException:
         with suppress(OSError):
             # only a folder that is still empty: another try may then take the same --output
             run.path.rmdir()
         raise
-    return _train(session, info, parts, resume=False)
 
 
 def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
-    """Continue a run that was stopped, from the last complete epoch.
+    """Continue a run that was stopped, from its newest checkpoint.
 
     On the CPU the result is, bit for bit, that of a run that was never stopped. A run that was stopped before its
     first checkpoint starts over with the same seed.
@@ -82,173 +80,125 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
         root: The data, where they no longer lie where the run found them.
 
     Raises:
-        UsageError: If there is no run, or it is finished.
+        UsageError: If there is no run, it is finished, or another version of crossx began it.
         CrossXError: As ``fit``, or if the images or classes are others than before.
     """
     run = _find(Path(path))
     config = replace(Config.from_yaml(run.config), output=str(run.path))
     if root is not None:
-        config = _anchored(replace(config, data=replace(config.data, root=str(root))))
+        config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
     before = run.read_info()
     if before.get("status") == "finished":
         raise UsageError(f"{run.path}: this run is finished; train a new one with another --output.")
-    goes_on = run.last.is_file()
-    if not goes_on:
-        session = open_session(config, run)
-        info = _describe(session)
+    return _train(config, run, before)
+
+
+def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) -> Run:
+    """Train from the start, or from the newest checkpoint of a run whose ``run.json`` was ``before``."""
+    checkpoint = None if before is None else read_newest(run)
+    if checkpoint is None:
+        check_backbone_args(config.model.backbone_args)
+    index = read_configured(config.data)
+    seed_everything(config.seed, verbose=False)
+    if checkpoint is None:
+        method = _create_method(config, index)
+        preprocessing = preprocessing_for(config.data, method.backbone.data_config)
+        spec = describe(
+            method,
+            classes=index.classes,
+            preprocessing=preprocessing,
+            dataset=index.name,
+            levels=dict(index.levels),
+        )
     else:
-        session = open_session(config, run, run.read_spec())
-        if before.get("images", session.images) != session.images:
+        # with random weights, which the checkpoint's replace
+        spec = run.read_spec()
+        check_classes(spec.classes, index.classes, index.name)
+        method, preprocessing = build_method(spec), spec.preprocessing
+    check_model(spec.to_json(), "the run could not be loaded afterwards")
+    options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
+    data = DataModule(index, preprocessing, options, config.seed)
+    data.check_images()
+    data.open_caches()
+    info = _describe(config, data)
+    if before is not None and checkpoint is not None:
+        if before.get("images", info["images"]) != info["images"]:
             raise CrossXError(
-                f"{run.path}: trained on {before['images']} images, and now there are {session.images}: a run can "
+                f"{run.path}: trained on {before['images']} images, and now there are {info['images']}: a run can "
                 "only be resumed on the same data."
             )
-        moved = {"data_root": config.data.root, "data": asdict(config.data)}
-        info = {**before, **moved, "status": "running"}
-    parts = _assemble(session, info, resume=goes_on)
-    if _is_leader():
-        _remove_leftovers(run)
-    _write(session, info)
-    return _train(session, info, parts, resume=goes_on)
-
-
-class _Parts(NamedTuple):
-    """What trains a session. All that can be refused is refused while it is assembled."""
-
-    history: History
-    checkpoints: Checkpoints
-    task: Task
-    trainer: Trainer
-
-
-def _assemble(session: Session, info: dict[str, Any], *, resume: bool) -> _Parts:
-    run = session.run
-    history = History(run, quiet=session.config.trainer.get("enable_progress_bar") is False)
-    checkpoints = Checkpoints(run, history, session.monitor)
-    steps = int(read_checkpoint(run.last)["global_step"]) if resume else 0
+        info = {**before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
+    monitor = _monitor(config, data)
     with quiet_lightning():
-        task = build_task(session)
-        trainer = build_trainer(session, history, checkpoints, run_id=info["id"], steps_before=steps)
-    return _Parts(history, checkpoints, task, trainer)
-
-
-def _train(session: Session, info: dict[str, Any], parts: _Parts, *, resume: bool) -> Run:
-    run = session.run
-    history, checkpoints, task, trainer = parts
-    with _recorded(session, info, checkpoints), quiet_lightning():
-        if not resume:
-            _prepare(session, trainer)
-        trainer.fit(task, datamodule=session.data, ckpt_path=run.last if resume else None)
-        if trainer.is_global_zero:
-            _warn_of_a_lagging_average(session, checkpoints, trainer)
-            _finish(session, history, checkpoints)
-            info["calibration"] = _calibrate(session, trainer)
+        loop = Loop(method, data, config, run, run_id=info["id"], monitor=monitor, checkpoint=checkpoint)
+        info["selection"] = _selection(loop)
+        if is_leader():
+            _remove_leftovers(run)
+            write_text(run.config, config.to_yaml())
+            write_json(run.spec, spec.to_json())
+            write_json(run.info, info)
+        with _recorded(loop, info):
+            loop.run()
+            if is_leader():
+                loop.history.write()
+                _warn_of_a_lagging_average(loop)
+                load_weights(method, run.best if loop.best else run.last)
+                save_weights(method, run.weights)
+                info["calibration"] = _calibrate(loop)
     return run
 
 
-def _warn_of_a_lagging_average(session: Session, checkpoints: Checkpoints, trainer: Trainer) -> None:
-    """Warn where the weights themselves are clearly better on validation images than their average.
+def choose_sampling(asked: Sampling | None, method: Method) -> Sampling:
+    """Return how training images are drawn: as asked for, else as the method needs it.
 
-    They are only looked at where the training accuracy is far above that of the average.
+    Raises:
+        UsageError: If another way is asked for than the method needs.
     """
-    run, data, decay = session.run, session.data, session.config.optim.ema_decay
-    rows = checkpoints.history.rows
-    if decay is None or not rows or not data.holds_out:
-        return
-    best = checkpoints.best
-    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
-    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
-        return
-    path = run.best if best else run.last
-    state = read_checkpoint(path)["current_model_state"]
-    session.method.load_state_dict(
-        {name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")}
-    )
-    outputs = evaluate(
-        session.method,
-        data.eval_loader("val", dealt=False),
-        trainer.strategy.root_device,
-        normalize=data.normalize,
-    )
-    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
-    if top1 - row["val/top1"] >= LAGGING_BY:
-        log.warning(
-            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
-            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
-            decay, 100 * row["val/top1"], 100 * top1,
-        )  # fmt: skip
-
-
-def _finish(session: Session, history: History, checkpoints: Checkpoints) -> None:
-    run = session.run
-    if not run.last.is_file():
-        raise CrossXError(
-            f"{run.path}: training ended before its first step: give --trainer.max_epochs at least 1."
+    needed = method.sampling
+    if asked and needed and asked != needed:
+        raise UsageError(
+            f"method {method.name!r} needs data.sampling {needed}, not {asked}: leave the option out, or give {needed}."
         )
-    history.write()
-    load_weights(session.method, run.best if checkpoints.best else run.last)
-    save_weights(session.method, run.weights)
+    return asked or needed or "uniform"
 
 
-def _calibrate(session: Session, trainer: Trainer) -> dict[str, Any] | None:
-    """Fit the temperature of the selected weights where images are held out for validation."""
-    data = session.data
-    if not data.holds_out:
+def _create_method(config: Config, index: DatasetIndex) -> Method:
+    model = config.model
+    method = create_method(
+        model.method,
+        backbone=model.backbone,
+        num_classes=len(index.classes),
+        pretrained=model.pretrained,
+        backbone_weights=model.backbone_weights,
+        backbone_args=model.backbone_args,
+        image_size=config.data.image_size,
+        **model.options,
+    )
+    method.check_image_size(config.data.image_size)
+    return method
+
+
+def _monitor(config: Config, data: DataModule) -> str | None:
+    """Return the column that chooses the best epoch; None where the last one is taken."""
+    if config.optim.selection == "best_on_test":
+        if not data.index.split("test"):
+            raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
+        return "test/top1"
+    if config.optim.selection == "last":
         return None
-    outputs = evaluate(
-        session.method,
-        # the other ranks have left
-        data.eval_loader("val", dealt=False),
-        trainer.strategy.root_device,
-        normalize=data.normalize,
-        progress="Calibrating" if session.config.trainer.get("enable_progress_bar") is not False else "",
-    )
-    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
-    write_temperature(session.run, described["temperature"])
-    return described
+    trainer, missing = config.trainer, ""
+    if not data.holds_out:
+        missing = "There are no validation images"
+    elif trainer.limit_val_batches == 0:
+        missing = "trainer.limit_val_batches 0 switches validation off"
+    elif trainer.check_val_every_n_epoch > trainer.max_epochs:
+        missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
+    if missing:
+        log.warning("%s: the last epoch's weights become the model.", missing)
+    return None if missing else "val/top1"
 
 
-def _prepare(session: Session, trainer: Trainer) -> None:
-    # before Lightning copies the weights for an average; each rank has all images, so nothing is to be gathered
-    method, data, device = session.method, session.data, trainer.strategy.root_device
-    if type(method).prepare is not Method.prepare:
-        method.to(device).prepare(_all_batches(data, device))
-    views = session.config.optim.fit_heads
-    if views and not fit_heads(method.to(device), lambda: _all_batches(data, device, epochs=views)):
-        log.warning(
-            "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
-        )
-
-
-def _all_batches(
-    data: DataModule, device: torch.device, *, epochs: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    # a generator: no worker starts for a method whose options leave nothing to prepare
-    loader = data.whole_train_loader()
-    sampler: Any = loader.sampler
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        for images, targets in loader:
-            yield data.normalize(images.to(device)), targets.to(device)
-
-
-def _selection(session: Session, checkpoints: Checkpoints | None = None) -> dict[str, Any]:
-    """Say how the weights of the run are chosen, and, once there is one, which epoch it is."""
-    rows = checkpoints.history.rows if checkpoints else []
-    best = checkpoints.best if checkpoints else {}
-    if session.monitor is None or (rows and not best):
-        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
-    return {
-        "how": session.config.optim.selection,
-        "split": session.monitor.split("/")[0],
-        "metric": "top1",
-        "epoch": best.get("epoch"),
-        "value": best.get("value"),
-    }
-
-
-def _describe(session: Session) -> dict[str, Any]:
-    config = session.config
+def _describe(config: Config, data: DataModule) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "id": uuid.uuid4().hex,
@@ -257,60 +207,124 @@ def _describe(session: Session) -> dict[str, Any]:
         "backbone": config.model.backbone,
         "pretrained": config.model.pretrained,
         "backbone_weights": config.model.backbone_weights,
-        "dataset": session.data.index.name,
+        "dataset": data.index.name,
         "data_root": config.data.root,
         "seed": config.seed,
-        "selection": _selection(session),
-        "images": session.images,
-        "skipped": [f"{path}: {reason}" for path, reason in session.data.skipped],
+        "selection": None,
+        "images": {split: len(data.index.split(split)) for split in SPLITS},
+        "skipped": [f"{path}: {reason}" for path, reason in data.skipped],
         "data": asdict(config.data),
         "environment": environment(),
     }
 
 
-def _write(session: Session, info: dict[str, Any]) -> None:
-    if _is_leader():
-        run = session.run
-        write_text(run.config, session.config.to_yaml())
-        write_json(run.spec, session.spec.to_json())
-        write_json(run.info, info)
+def _selection(loop: Loop) -> dict[str, Any]:
+    """Say how the weights of the run are chosen, and, once there is one, which epoch it is."""
+    rows, best = loop.history.rows, loop.best
+    if loop.monitor is None or (rows and not best):
+        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
+    return {
+        "how": loop.config.optim.selection,
+        "split": loop.monitor.split("/")[0],
+        "metric": "top1",
+        "epoch": best.get("epoch"),
+        "value": best.get("value"),
+    }
+
+
+def _warn_of_a_lagging_average(loop: Loop) -> None:
+    """Warn where the weights themselves are clearly better on validation images than their average.
+
+    They are only looked at where the training accuracy is far above that of the average.
+    """
+    data, rows, best = loop.data, loop.history.rows, loop.best
+    if loop.average is None or not rows or not data.holds_out:
+        return
+    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
+    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
+        return
+    weights = read_checkpoint(loop.run_folder.best if best else loop.run_folder.last)["trained"]
+    loop.task.load_state_dict(weights)
+    outputs = evaluate(
+        loop.method, data.eval_loader("val", dealt=False), loop.device, normalize=data.normalize
+    )
+    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
+    if top1 - row["val/top1"] >= LAGGING_BY:
+        log.warning(
+            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
+            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
+            loop.config.optim.ema_decay, 100 * row["val/top1"], 100 * top1,
+        )  # fmt: skip
+
+
+def _calibrate(loop: Loop) -> dict[str, Any] | None:
+    """Fit the temperature of the selected weights where images are held out for validation."""
+    data = loop.data
+    if not data.holds_out:
+        return None
+    outputs = evaluate(
+        loop.method,
+        # the other ranks have left
+        data.eval_loader("val", dealt=False),
+        loop.device,
+        normalize=data.normalize,
+        progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
+    )
+    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
+    write_temperature(loop.run_folder, described["temperature"])
+    return described
 
 
 @contextmanager
-def _recorded(session: Session, info: dict[str, Any], checkpoints: Checkpoints) -> Iterator[None]:
+def _recorded(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
     """Keep ``status`` and ``selection`` of run.json true, and turn what can happen into one line."""
-    run = session.run
     status = "failed"
 
     def record() -> None:
-        if _is_leader():
-            write_json(run.info, {**info, "status": status, "selection": _selection(session, checkpoints)})
+        if is_leader():
+            write_json(loop.run_folder.info, {**info, "status": status, "selection": _selection(loop)})
 
     try:
-        yield
+        with _sigterm_interrupts():
+            yield
         status = "finished"
         record()
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns both signals into SystemExit
         status = "stopped"
-        done = len(checkpoints.history.rows)
+        done = len(loop.history.rows)
         raise Stopped(
-            f"stopped after {done} complete epochs; continue with `crossx fit --resume {run.path}`."
+            f"stopped after {done} complete epochs; continue with `crossx fit --resume {loop.run_folder.path}`."
         ) from error
     except torch.OutOfMemoryError as error:
-        data = session.config.data
+        data = loop.config.data
         raise CrossXError(
             f"out of GPU memory at {data.batch_size} images of {data.image_size} pixels: lower --data.batch_size "
             "(and raise --trainer.accumulate_grad_batches by as much) or --data.image_size, or use "
             "--trainer.precision bf16-mixed."
         ) from error
-    except MisconfigurationException as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
     finally:
         if status != "finished":
             # on a full disk this fails as well, and must not hide the first error
             with suppress(CrossXError):
                 record()
+            loop.stop_processes()
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C is taken; a signal can only be caught in the main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _claim(path: Path) -> None:
@@ -336,7 +350,7 @@ def _find(path: Path) -> Run:
     )
 
 
-def _anchored(config: Config) -> Config:
+def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute: a run is also resumed and tested from other working folders."""
     root, weights = config.data.root, config.model.backbone_weights
     return replace(
@@ -351,8 +365,3 @@ def _remove_leftovers(run: Run) -> None:
     for folder in (run.path, run.checkpoints):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-
-
-def _is_leader() -> bool:
-    # set by Lightning from the launcher's environment variables, before there is a process group
-    return getattr(rank_zero_only, "rank", 0) == 0

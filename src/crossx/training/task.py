@@ -1,73 +1,57 @@
-"""The one LightningModule, for every method."""
+"""What one batch is to training, for every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from crossx.distributed import batch_mean
+from crossx.distributed import batch_mean, world_size
 from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
 from crossx.training.config import OptimConfig
-from crossx.training.optim import build_optimizer, build_scheduler, freeze, pretrained_norms
-
-Batch = tuple[Tensor, Tensor]
+from crossx.training.optim import freeze, pretrained_norms
 
 
-class Task(LightningModule):
-    """Trains a method.
+class Task(nn.Module):
+    """A method with what training adds to its objective: mixed images, class weights, frozen layers.
+
+    It is what DDP wraps, so that the objective of a batch is its ``forward``. Its state is the method's, with
+    ``method.`` before each key.
 
     Args:
         method: The network and its objective.
         config: The ``--optim.*`` options.
         class_counts: Training images of each class, for balanced class weights.
-        eval_split: The split that is evaluated after each epoch; it names the metrics.
 
     Raises:
         UsageError: If an option does not go with the method.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        config: OptimConfig,
-        *,
-        class_counts: Sequence[int],
-        eval_split: Literal["val", "test"] = "val",
-    ) -> None:
+    def __init__(self, method: Method, config: OptimConfig, *, class_counts: Sequence[int]) -> None:
         super().__init__()
         self.method = method
         self.config = config
-        self.eval_split = eval_split
         self.method.criterion = _criterion(config, class_counts)
         self.mix = build_mix(method, config)
         self.frozen_norms = self.norms_in_evaluation = freeze(method, config)
         self.frozen_at_first = [p for p in method.backbone.pretrained_parameters() if p.requires_grad]
+        self.frozen = False
         if config.recompute_activations:
             method.backbone.recompute_activations()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.objective: Callable[..., Any] = method.objective
-        self.eval_loss = MeanMetric()
-        self.eval_top1 = MulticlassAccuracy(method.num_classes, average="micro", validate_args=False)
-        # Lightning keeps the modes it finds: frozen norms must be in evaluation mode from the start
+        # frozen norms are in evaluation mode from the start, when the method is prepared
         self.train()
 
-    def on_fit_start(self) -> None:
-        """Compile once the network is on its device (and copied, where an average is kept)."""
-        if self.config.compile:
-            self.objective = torch.compile(self.method.objective)
+    def compile_objective(self) -> None:
+        """Compile the objective: once the network is on its device, and copied where an average is kept."""
+        self.objective = torch.compile(self.method.objective)
 
     def train(self, mode: bool = True) -> Task:
         """Set training mode, but for frozen batch norms."""
@@ -76,28 +60,29 @@ class Task(LightningModule):
             norm.eval()
         return self
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Freeze the backbone in the first epochs, and free it afterwards, as ``freeze_backbone_epochs`` says."""
-        if batch_idx == 0 and self.config.freeze_backbone_epochs:
-            self.norms_in_evaluation = pretrained_norms(self.method) if self._freezes() else self.frozen_norms
-            self.train()
-            # DDP waits for every gradient that it once saw: with it they are computed, and dropped before the step
-            if self.trainer.world_size == 1:
-                for parameter in self.frozen_at_first:
-                    parameter.requires_grad_(not self._freezes())
+    def start_epoch(self, epoch: int) -> None:
+        """Set training mode; freeze the backbone, or free it, as ``freeze_backbone_epochs`` says."""
+        self.frozen = epoch < self.config.freeze_backbone_epochs
+        self.norms_in_evaluation = pretrained_norms(self.method) if self.frozen else self.frozen_norms
+        self.train()
+        # DDP waits for every gradient that it once saw: with it they are computed, and dropped before the step
+        if world_size() == 1:
+            for parameter in self.frozen_at_first:
+                parameter.requires_grad_(not self.frozen)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+    def drop_frozen_gradients(self) -> None:
         """Drop the gradients of a frozen backbone: the optimiser then passes its parameters over."""
-        if self._freezes():
+        if self.frozen:
             for parameter in self.frozen_at_first:
                 parameter.grad = None
 
-    def _freezes(self) -> bool:
-        return self.current_epoch < self.config.freeze_backbone_epochs
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch, and every number to report as scalars on the device.
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Return the loss, and beside it every number to report as scalars on the device."""
-        images, targets = batch
+        Args:
+            images: (B, 3, H, W), normalised.
+            targets: int64 (B,).
+        """
         if self.mix is not None:
             images, targets = self.mix(images, targets)
         objective = self.objective(images.to(memory_format=self.memory_format), targets)
@@ -105,34 +90,12 @@ class Task(LightningModule):
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         top1 = batch_mean((objective.logits.detach().argmax(1) == labels).float().mean(), len(labels))
         numbers = {"loss": objective.loss, **objective.terms, **objective.measures, "top1": top1}
-        return {
-            "loss": objective.loss,
-            "numbers": {name: value.detach().float() for name, value in numbers.items()},
-        }
+        return objective.loss, {name: value.detach().float() for name, value in numbers.items()}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch; the loss is plain cross-entropy, comparable between methods and options."""
-        images, targets = batch
-        logits = self.method(images.to(memory_format=self.memory_format)).float()
-        self.eval_loss.update(F.cross_entropy(logits, targets), weight=len(targets))
-        self.eval_top1.update(logits, targets)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and top-1 of the evaluated split."""
-        values = {"loss": self.eval_loss.compute(), "top1": self.eval_top1.compute()}
-        self.log_dict({f"{self.eval_split}/{name}": value for name, value in values.items()})
-        self.eval_loss.reset()
-        self.eval_top1.reset()
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimiser, and its schedule stepped after every optimiser step."""
-        optimizer = build_optimizer(self.method, self.config)
-        total = self.trainer.estimated_stepping_batches
-        steps = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
-        scheduler = build_scheduler(
-            optimizer, self.config, steps_per_epoch=max(1, steps), total_steps=max(1, int(total))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the prediction (B, K) in float32 for normalised images (B, 3, H, W)."""
+        logits: Tensor = self.method(images.to(memory_format=self.memory_format)).float()
+        return logits
 
 
 def _criterion(config: OptimConfig, class_counts: Sequence[int]) -> ClassificationLoss:

@@ -1,0 +1,59 @@
+"""Where the numbers of a run go beside ``metrics.csv``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.loggers.logger import Logger
+
+from crossx.errors import UsageError
+from crossx.runs import Run
+
+
+def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:
+    """Return Lightning's loggers.
+
+    Args:
+        names: Out of tensorboard, wandb and mlflow; others are passed over.
+        run: The run.
+        run_id: Name of the run for loggers that join the parts of a resumed run.
+        steps_before: Optimiser steps of the checkpoint that is resumed.
+
+    Raises:
+        UsageError: If one is not installed.
+    """
+    loggers: list[Logger] = []
+    try:
+        for name in names:
+            if name == "tensorboard":
+                from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+                # events after the checkpoint come again from the resumed run
+                purge: dict[str, Any] = {"purge_step": steps_before + 1} if steps_before else {}
+                loggers.append(TensorBoardLogger(run.path, "tensorboard", "", **purge))
+            elif name == "wandb":
+                from lightning.pytorch.loggers import WandbLogger
+
+                loggers.append(
+                    WandbLogger(
+                        project="crossx", name=run.path.name, save_dir=run.path, id=run_id, resume="allow"
+                    )
+                )
+            elif name == "mlflow":
+                from lightning.pytorch.loggers import MLFlowLogger
+
+                loggers.append(
+                    MLFlowLogger(
+                        experiment_name="crossx", run_name=run.path.name, save_dir=str(run.path / "mlruns")
+                    )
+                )
+    except ModuleNotFoundError as error:
+        raise UsageError(f"logger {name!r} is not installed: `pip install 'crossx[{name}]'`.") from error
+    return loggers
+
+
+def log_all(loggers: list[Logger], values: Mapping[str, float], step: int) -> None:
+    """Give numbers to every logger."""
+    for logger in loggers:
+        logger.log_metrics(dict(values), step)

@@ -1,0 +1,468 @@
+"""The training loop: epochs, steps, validation, selection, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from crossx.backbones import synchronize_batch_norms
+from crossx.data.datamodule import DataModule
+from crossx.data.sampler import derive_seed
+from crossx.errors import CrossXError, UsageError
+from crossx.methods.base import Method
+from crossx.runs import Run
+from crossx.training.checkpoints import FORMAT, write_checkpoint
+from crossx.training.config import Config, TrainerConfig
+from crossx.training.generators import generator_states, set_generator_states
+from crossx.training.heads import fit_heads
+from crossx.training.history import History
+from crossx.training.loggers import build_loggers, log_all
+from crossx.training.optim import build_optimizer, build_scheduler
+from crossx.training.progress import Bar
+from crossx.training.task import Task
+
+Batch = tuple[Tensor, Tensor]
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Trains a method, from the first step or from a checkpoint's.
+
+    What can be refused is refused here, before ``run`` starts further processes and takes the first step.
+
+    Args:
+        method: The network and its objective; it holds the trained weights afterwards.
+        data: The images.
+        config: The options.
+        run: The run folder.
+        run_id: Name of the run for loggers that join the parts of a resumed run.
+        monitor: The column of which the highest value is best, of equal ones the later; None keeps no ``best.ckpt``.
+        checkpoint: What ``read_newest`` returned, to continue from.
+
+    Attributes:
+        epoch: Complete epochs.
+        batch: Batches done of the open epoch.
+        step: Optimiser steps.
+        best: ``epoch`` (epochs trained) and ``value`` of the best epoch; empty before there is one.
+
+    Raises:
+        UsageError: If an option does not go with the method or the machine.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: DataModule,
+        config: Config,
+        run: Run,
+        *,
+        run_id: str,
+        monitor: str | None,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.method, self.data, self.config, self.run_folder, self.monitor = (
+            method,
+            data,
+            config,
+            run,
+            monitor,
+        )
+        self.options = config.trainer
+        self.checkpoint = checkpoint
+        self.epoch = self.batch = self.step = 0
+        self.best: dict[str, float] = {}
+        self.fabric = build_fabric(self.options)
+        data.processes = getattr(self.fabric.strategy, "num_processes", 1)
+        counts = Counter(record.label for record in data.train_records())
+        classes = range(len(data.index.classes))
+        self.optim, notes = config.optim.shortened_to(self.options.max_epochs)
+        for note in notes:
+            log.warning(note)
+        self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
+        self.average: AveragedModel | None = None
+        self.history = History(run, self._mean_over_ranks if self.fabric.world_size > 1 else None)
+        self.loggers = build_loggers(
+            self.options.loggers, run, run_id, checkpoint["step"] if checkpoint else 0
+        )
+        self.bar = Bar(self.options.enable_progress_bar and self.fabric.is_global_zero, self.history.shown)
+        self.saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            CrossXError: If loss or weights are not finite, or data or disk fail.
+        """
+        self._set_up()
+        options = self.options
+        try:
+            with self.bar, torch.autograd.set_detect_anomaly(options.detect_anomaly):
+                while self.epoch < options.max_epochs and not (self.step and self._is_over()):
+                    self._train_epoch()
+                    self._end_epoch(self._validate())
+        except BaseException:
+            self._finalize("failed")
+            raise
+        self._finalize("success")
+
+    def _set_up(self) -> None:
+        """Start the processes, and put everything on its device, as the checkpoint has it."""
+        fabric, task, optim, saved = self.fabric, self.task, self.optim, self.checkpoint
+        fabric.launch()
+        self.device = fabric.device
+        fabric.to_device(task)
+        if saved is None:
+            self._prepare()
+        if optim.ema_decay is not None:
+            self.average = AveragedModel(task, multi_avg_fn=self._update_average, use_buffers=True)
+            # asked for its value at every step, which would wait for a GPU
+            self.average.n_averaged = self.average.n_averaged.cpu()
+        if self.options.sync_batchnorm:
+            synchronize_batch_norms(task)
+        # not fabric.setup_module: its wrapper rounds the images in mixed precision, and costs 0.1 ms a step
+        self.module: nn.Module = fabric.strategy.setup_module(task)
+        if optim.compile:
+            task.compile_objective()
+        self.train_loader: Any = self.data.train_dataloader()
+        self.eval_split: Literal["val", "test"] = "val"
+        self.eval_loader: Any = self.data.val_dataloader()
+        if optim.selection == "best_on_test":
+            self.eval_split, self.eval_loader = "test", self.data.test_dataloader()
+        options = self.options
+        self.batches = _limit(
+            "train", options.overfit_batches or options.limit_train_batches, self.train_loader
+        )
+        self.eval_batches = _limit(
+            "val", options.overfit_batches or options.limit_val_batches, self.eval_loader
+        )
+        steps = -(-self.batches // options.accumulate_grad_batches)
+        total = steps * options.max_epochs
+        optimizer = build_optimizer(self.method, optim)
+        self.scheduler = build_scheduler(
+            optimizer,
+            optim,
+            steps_per_epoch=steps,
+            total_steps=min(total, options.max_steps) if options.max_steps >= 0 else total,
+        )
+        if saved is not None:
+            self._load(saved, optimizer)
+        self.optimizer = fabric.strategy.setup_optimizer(optimizer)
+        self.history.start_clock()
+
+    def _prepare(self) -> None:
+        # each rank has all images, so nothing is to be gathered
+        method, views = self.method, self.optim.fit_heads
+        if type(method).prepare is not Method.prepare:
+            method.prepare(self._all_batches())
+        if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
+            log.warning(
+                "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
+            )
+
+    def _all_batches(self, *, epochs: int = 1) -> Iterator[Batch]:
+        # a generator: no worker starts for a method whose options leave nothing to prepare
+        loader: Any = self.data.whole_train_loader()
+        for epoch in range(epochs):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                yield self.data.to_device(batch, self.device)
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch, or to where the training is over."""
+        options, history = self.options, self.history
+        self.task.start_epoch(self.epoch)
+        self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
+        self.bar.start(f"epoch {self.epoch + 1}/{options.max_epochs}", self.batches, self.batch)
+        if self.batch == 0:
+            history.start_epoch(max(group["lr"] for group in self.optimizer.param_groups))
+        loader, first = iter(self.train_loader), True
+        while self.batch < self.batches:
+            batch = next(loader)
+            if first:
+                # once the first batch is there, whatever the loader drew before
+                self._seed()
+                first = False
+            images, targets = self.data.to_device(batch, self.device)
+            self.batch += 1
+            accumulates = self.batch % options.accumulate_grad_batches != 0 and self.batch < self.batches
+            with self._synchronized(not accumulates):
+                with self.fabric.autocast():
+                    loss, numbers = self.module(images, targets)
+                self.fabric.backward(loss / options.accumulate_grad_batches)
+            if not accumulates:
+                self._step()
+            history.add(numbers, len(targets))
+            logs = options.log_every_n_steps > 0 and self.batch % options.log_every_n_steps == 0
+            if logs or self.device.type == "cpu":
+                history.collect(self.epoch * self.batches)
+            if logs:
+                log_all(self.loggers, history.newest(), self.step)
+            self.bar.update(self.batch, draw=self.batch == self.batches)
+            if self._is_over():
+                break
+            if not accumulates and self.batch < self.batches and self._is_checkpoint_due():
+                history.collect(self.epoch * self.batches)
+                self._save()
+
+    def _step(self) -> None:
+        options = self.options
+        self.task.drop_frozen_gradients()
+        if options.gradient_clip_val is not None:
+            limit = "max_norm" if options.gradient_clip_algorithm == "norm" else "clip_val"
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, **{limit: options.gradient_clip_val}, error_if_nonfinite=False
+            )
+        self.fabric.strategy.optimizer_step(self.optimizer)
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.task)
+
+    def _update_average(self, averages: Any, values: Any, count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            decay = warmed_up_decay(self.optim.ema_decay or 0.0, self.step - 1)
+            get_ema_multi_avg_fn(decay)(averages, values, count)
+        else:
+            # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
+            torch._foreach_copy_(averages, values)
+
+    def _is_over(self) -> bool:
+        """Say whether ``max_steps`` or ``max_time`` are reached."""
+        return self._out_of_steps() or self._on_any_rank(self.history.seconds >= self.options.seconds)
+
+    def _out_of_steps(self) -> bool:
+        return 0 <= self.options.max_steps <= self.step
+
+    @torch.inference_mode()
+    def _validate(self) -> dict[str, float]:
+        """Return loss and top-1 of the evaluated split after those epochs that are validated, else nothing.
+
+        The loss is plain cross-entropy, comparable between methods and options.
+        """
+        within = self.batch < self.batches and self._out_of_steps()
+        if within or not self.eval_batches or (self.epoch + 1) % self.options.check_val_every_n_epoch:
+            return {}
+        evaluated: Any = self.average.module if self.average else self.task
+        evaluated.eval()
+        if self.fabric.world_size > 1:
+            # each rank has batch norm statistics of its own; those of the first are in the checkpoint
+            for buffer in evaluated.buffers():
+                distributed.broadcast(buffer, 0)
+        loss = MeanMetric().to(self.device)
+        top1 = MulticlassAccuracy(self.method.num_classes, average="micro", validate_args=False).to(
+            self.device
+        )
+        self.bar.start("validating", self.eval_batches)
+        for done, batch in zip(range(1, self.eval_batches + 1), self.eval_loader, strict=False):
+            images, targets = self.data.to_device(batch, self.device)
+            with self.fabric.autocast():
+                logits = evaluated.logits(images)
+                loss.update(F.cross_entropy(logits, targets), weight=len(targets))
+                top1.update(logits, targets)
+            self.bar.update(done)
+        values = {"loss": float(loss.compute()), "top1": float(top1.compute())}
+        found = {f"{self.eval_split}/{name}": value for name, value in values.items()}
+        self.history.evaluated(found)
+        self.bar.update(self.eval_batches, draw=True)
+        return found
+
+    def _end_epoch(self, evaluated: Mapping[str, float]) -> None:
+        """Complete the epoch's numbers, choose the best, and write the checkpoint, then the metrics."""
+        history = self.history
+        history.collect(self.epoch * self.batches)
+        row = history.end_epoch(self.step, evaluated)
+        self._require_finite()
+        self.epoch, self.batch = self.epoch + 1, 0
+        value = row.get(self.monitor) if self.monitor else None
+        best = False
+        if value is not None and (not self.best or value >= self.best["value"]):
+            best, self.best = True, {"epoch": row["epoch"], "value": value}
+        log_all(self.loggers, {name: value for name, value in row.items() if name != "step"}, self.step)
+        if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            print(history.line(self.options.max_epochs), file=sys.stderr)
+        self._save(best=best)
+        if self.fabric.is_global_zero:
+            history.write()
+
+    def _require_finite(self) -> None:
+        tensors = [tensor for tensor in self._weights().values() if tensor.is_floating_point()]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            last = self.run_folder.last
+            kept = f"the last good checkpoint is {last}" if last.exists() else "none was written yet"
+            raise CrossXError(
+                f"weights are not finite at the end of epoch {self.epoch + 1}; {kept}. Lower --optim.lr, or add "
+                "--trainer.gradient_clip_val 1."
+            )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights that are validated and become the model: the average, where one is kept."""
+        evaluated = self.average.module if self.average else self.task
+        weights: dict[str, Tensor] = evaluated.state_dict()
+        return weights
+
+    def _is_checkpoint_due(self) -> bool:
+        steps, minutes = self.options.checkpoint_every_n_steps, self.options.checkpoint_every_n_minutes
+        if steps is not None and self.step % steps == 0:
+            return True
+        return minutes is not None and self._on_any_rank(time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _save(self, *, best: bool = False) -> None:
+        # between epochs no generator's state is needed: they are seeded at the first step
+        generators = self._gather(generator_states(self.device)) if self.batch else []
+        self.saved_at = time.monotonic()
+        if not self.fabric.is_global_zero:
+            return
+        state = {
+            "format": FORMAT,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "state_dict": self._weights(),
+            "trained": self.task.state_dict() if self.average else None,
+            "averaged": int(self.average.n_averaged) if self.average else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "history": self.history.state_dict(),
+            "best": self.best,
+            "generators": generators,
+        }
+        write_checkpoint(self.run_folder, state, best=best)
+
+    def _load(self, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        self.epoch, self.batch, self.step, self.best = (
+            saved[key] for key in ("epoch", "batch", "step", "best")
+        )
+        self.task.load_state_dict(saved["trained"] or saved["state_dict"])
+        if self.average is not None:
+            self.average.module.load_state_dict(saved["state_dict"])
+            self.average.n_averaged.fill_(saved["averaged"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(saved["scaler"])
+        self.history.load_state_dict(saved["history"])
+
+    def _seed(self) -> None:
+        """Seed every generator at the first step of an epoch from (seed, epoch, rank).
+
+        The randomness of an epoch (dropout, Mixup, ...) then needs no state between epochs: a resumed run draws what
+        the uninterrupted one drew, on every rank and device.
+        """
+        rank = self.fabric.global_rank
+        if self.batch == 0:
+            seed_everything(derive_seed(self.config.seed, "step", self.epoch, rank) % 2**32, verbose=False)
+        elif self.checkpoint is not None and self.checkpoint["generators"]:
+            set_generator_states(self.checkpoint["generators"][rank], self.device)
+        self.checkpoint = None
+
+    def _synchronized(self, enabled: bool) -> AbstractContextManager[Any]:
+        """Return the context in which the ranks average their gradients, or keep them until a later batch."""
+        return nullcontext() if enabled or self.fabric.world_size == 1 else self.module.no_sync()  # type: ignore
+
+    def _on_any_rank(self, decision: bool) -> bool:
+        return self.fabric.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _mean_over_ranks(self, numbers: Tensor) -> Tensor:
+        return self.fabric.strategy.all_reduce(numbers, reduce_op="mean")
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, on every rank."""
+        gathered = [value] * self.fabric.world_size
+        if self.fabric.world_size > 1:
+            distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def stop_processes(self) -> None:
+        """Stop the processes that this one has started, which would wait for it."""
+        started = getattr(getattr(self.fabric.strategy, "launcher", None), "procs", [])
+        processes = list(started)
+        # Lightning's observer would else take their end for a failure, and kill this one
+        started.clear()
+        for process in processes:
+            process.kill()
+
+    def _finalize(self, status: str) -> None:
+        for logger in self.loggers:
+            logger.finalize(status)
+
+
+def build_fabric(options: TrainerConfig) -> Fabric:
+    """Return Lightning's Fabric: devices, processes, precision.
+
+    Raises:
+        UsageError: If the machine does not have what is asked for.
+    """
+    on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    # of GPUs Lightning knows the number itself
+    if on_cpu and str(options.devices).isdecimal() and int(options.devices) > cores:  # type: ignore[arg-type]
+        raise UsageError(
+            f"trainer.devices {options.devices}: there is no GPU, and the CPU has {cores} cores."
+        )
+    if options.benchmark is not None or options.deterministic:
+        torch.backends.cudnn.benchmark = bool(options.benchmark)
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        return Fabric(
+            accelerator=options.accelerator,
+            strategy=options.strategy,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            precision=options.precision,
+        )
+    except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's notices and its advice on things that are meant here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _limit(split: str, limit: int | float, loader: Sized) -> int:
+    """Return how many of a loader's batches are taken: as many as a whole number says, or a share of them."""
+    count = int(len(loader) * limit) if isinstance(limit, float) else min(len(loader), limit)
+    if len(loader) and limit and not count:
+        raise UsageError(f"trainer.limit_{split}_batches {limit} leaves none of {len(loader)} batches.")
+    return count
+
+
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """Return the share of an average that an update keeps, after ``updates`` others: it warms up.
+
+    See https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. With a constant decay of 0.999 the
+    initial weights would still count 82% after 200 steps.
+    """
+    return min(decay, (1 + updates) / (10 + updates))

@@ -1,0 +1,56 @@
+"""The progress bar of a training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+DRAWN_PER_SECOND = 4
+
+
+class Bar:
+    """Shows on stderr, where that is a terminal, how far an epoch is; used as a context manager.
+
+    Args:
+        enabled: Whether to show anything.
+        numbers: Returns the newest numbers, name to text; asked only when it is time to draw.
+    """
+
+    def __init__(self, enabled: bool, numbers: Callable[[], Mapping[str, str]]) -> None:
+        self._numbers = numbers
+        # as narrow as 80 characters with the numbers
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(10),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left {task.fields[numbers]}"),
+            console=Console(stderr=True),
+            refresh_per_second=DRAWN_PER_SECOND,
+            transient=True,
+            disable=not enabled or not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", numbers="")
+        self._next = 0.0
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, description: str, total: int, done: int = 0) -> None:
+        """Begin again from ``done`` of ``total`` batches."""
+        self._progress.reset(self._task, total=total, completed=done, description=description)
+
+    def update(self, done: int, *, draw: bool = False) -> None:
+        """Show how many batches are done; drawn a few times per second, or at once where asked to."""
+        if not self._progress.disable and (draw or time.monotonic() >= self._next):
+            self._next = time.monotonic() + 1 / DRAWN_PER_SECOND
+            numbers = " ".join(f"{name}: {value}" for name, value in self._numbers().items())
+            self._progress.update(self._task, completed=done, numbers=numbers, refresh=draw)
