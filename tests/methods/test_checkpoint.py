@@ -152,7 +152,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_values_anywhere(run: Run, values: dict[str, Any], logits: Tensor, data: st.DataObject) -> None:
     version = values
@@ -239,7 +239,7 @@ def test_numbers_and_keys_that_json_leaves_open(
         ({"backbone_args": {"layers": [10**6] * 4}}, "backbone_args.layers: should be"),
         ({"backbone_args": {"norm_layer": "os.system"}}, "backbone_args.norm_layer: should be"),
         ({"backbone_args": {"block_args": {"attn_layer": "../x"}}}, "backbone_args.block_args"),
-        ({"backbone": "resnet152", "backbone_args": {}}, "its weights do not fit"),
+        ({"backbone": "resnet18", "backbone_args": {}}, "its weights do not fit"),
         ({"backbone": "vit_giant_patch14_224", "backbone_args": {}}, "image_size 64 does not work"),
         (
             {"backbone": "vit_tiny_patch16_224", "backbone_args": {"img_size": 10**6}},
