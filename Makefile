@@ -12,7 +12,6 @@ bench:
 	$(PYTHON) benchmarks/inference.py $(PEER_ROOTS)
 	$(PYTHON) benchmarks/exported.py --runs 9
 	$(PYTHON) benchmarks/training_step.py $(PEER_ROOTS)
-	$(PYTHON) benchmarks/convolution.py
 	$(PYTHON) benchmarks/allocator.py --runs 3
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/losses.py $(PEER_ROOTS)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/input_pipeline.py

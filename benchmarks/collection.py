@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from crossx.data.images import find_images
-from crossx.deploy.cluster import session
-from crossx.deploy.collection import predict_collection
-from crossx.deploy.outputs import write_csv
-from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe, save_weights
+from crossx.predict.cluster import ray_session
+from crossx.predict.collection import predict_collection
+from crossx.predict.outputs import write_csv
+from crossx.predict.predictor import Predictor
 from crossx.runs import Preprocessing, Run, write_json
 from harness import Timing, interleave, parser, ratios, table, write
 
@@ -129,7 +129,7 @@ def main() -> None:
         for workers in asked.workers:
             clocks[f"folder, ray, {workers} workers"] = Clock(to_folder("ray", workers), images)
         start = time.perf_counter()
-        with session():
+        with ray_session():
             ray_start = time.perf_counter() - start
             # once before, so that the files are in memory
             to_table(lambda done: None)

@@ -22,11 +22,11 @@ import openvino
 import torch
 
 from backends import Run, open_onnxruntime, open_openvino
-from crossx.deploy.export import export_onnx
-from crossx.deploy.inference import Inference
-from crossx.deploy.quantize import quantize_onnx, quantize_openvino
+from crossx.export.export import export_onnx
+from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.methods import create_method
 from crossx.methods.checkpoint import describe
+from crossx.predict.inference import Inference
 from crossx.runs import Preprocessing
 from harness import Timing, interleave, parser, ratios, table, write
 from parity import randomise_norms

@@ -30,7 +30,7 @@ from crossx.data.catalog import read_configured, read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.data.transforms import preprocessing_for
 from crossx.evaluation.intervals import difference_interval
-from crossx.evaluation.testing import evaluate
+from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.training.config import Config

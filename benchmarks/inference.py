@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from backends import BACKENDS, Backend, Run, run_torch
 from crossx.evaluation.device import select_device
-from crossx.interop.released_checkpoint import build_released
 from crossx.methods import create_method
+from crossx.released import build_released
 from harness import Timing, interleave, parser, ratios, synchronize, table, write
 from parity import difference, randomise_norms
 from peers import Peer

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.interop.released_checkpoint import build_released, convert_released
 from crossx.methods.crossx import HEADS
+from crossx.released import build_released, convert_released
 from crossx.training.config import Config
 from crossx.training.optim import build_optimizer
 from harness import RESULTS, table, write

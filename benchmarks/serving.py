@@ -93,7 +93,7 @@ class Server:
 def serve_naively(run: Path, kind: str) -> None:
     """Serve as one writes it first: an image in, a step of the network, its answer out."""
     from crossx.cli.memory import keep_freed_memory
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
     keep_freed_memory()  # as the command does
     predictor = Predictor.load(run, device="cpu")
@@ -137,7 +137,7 @@ def serving(words: Sequence[str]) -> Iterator[Server]:
 def read_samples(run: Path, data: Path, number: int) -> list[Sample]:
     """Return images with the predictor's own answers, no two of the same probability."""
     from crossx.data.images import find_images
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
     paths = find_images(data)
     chosen = paths[:: max(1, len(paths) // number)][:number]

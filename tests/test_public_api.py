@@ -4,8 +4,8 @@ import sys
 import pytest
 
 import crossx
-from crossx.deploy.predictor import Predictor
 from crossx.methods import create_method, list_methods
+from crossx.predict.predictor import Predictor
 from crossx.training.config import Config
 from crossx.training.fit import fit
 

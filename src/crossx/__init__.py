@@ -10,8 +10,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import Predictor
     from crossx.methods import create_method, list_methods
+    from crossx.predict.predictor import Predictor
     from crossx.training.config import Config
     from crossx.training.fit import fit
 
@@ -25,7 +25,7 @@ _HOMES = {
     "create_method": ("crossx.methods", "create_method"),
     "fit": ("crossx.training.fit", "fit"),
     "list_methods": ("crossx.methods", "list_methods"),
-    "load": ("crossx.deploy.predictor", "Predictor.load"),
+    "load": ("crossx.predict.predictor", "Predictor.load"),
 }
 
 

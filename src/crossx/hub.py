@@ -164,7 +164,9 @@ def _why_not_downloaded(model: HubModel, error: Exception) -> str:
                 "unset HF_HUB_OFFLINE."
             )
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return f"the Hugging Face Hub does not give the model ({_said(error)}). Check the name and the network."
+    return (
+        f"the Hugging Face Hub does not give the model ({_one_line(error)}). Check the name and the network."
+    )
 
 
 def _why_not_uploaded(error: Exception) -> str:
@@ -173,17 +175,17 @@ def _why_not_uploaded(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
         return (
-            f"the Hugging Face Hub refuses ({_said(error)}). Log in with `hf auth login`, or set HF_TOKEN to a token "
-            "that may write there."
+            f"the Hugging Face Hub refuses ({_one_line(error)}). Log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may write there."
         )
     if isinstance(error, errors.HFValidationError):
-        return f"{_said(error)}."
+        return f"{_one_line(error)}."
     if _is_offline():
         return "HF_HUB_OFFLINE is set. Unset it, or use --output DIR."
-    return f"the Hugging Face Hub does not take it ({_said(error)}). Try again later."
+    return f"the Hugging Face Hub does not take it ({_one_line(error)}). Try again later."
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return what a server or library said, on one line."""
     server = " ".join(str(getattr(error, "server_message", None) or "").split())
     return ": ".join(filter(None, (first_line(error).rstrip(":"), server.rstrip("."))))

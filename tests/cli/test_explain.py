@@ -13,8 +13,8 @@ import layouts
 from crossx.cli import explain
 from crossx.cli.main import main
 from crossx.data.transforms import eval_transform
-from crossx.deploy.predictor import Predictor
 from crossx.explain.maps import Kind
+from crossx.predict.predictor import Predictor
 
 STAGES = ("previous", "last", "merged")
 

@@ -1,4 +1,4 @@
-"""``crossx predict``; that all its files say the same is tested in tests/deploy/test_outputs.py."""
+"""``crossx predict``; that all its files say the same is tested in tests/predict/test_outputs.py."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from crossx.cli.main import main
-from crossx.deploy import collection
-from crossx.deploy.predictor import Predictor
+from crossx.predict import collection
+from crossx.predict.predictor import Predictor
 
 
 def test_a_collection_is_predicted_once(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +175,7 @@ def test_the_progress_bar_shows_rate_and_remaining_time() -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from crossx.cli.progress import COLUMNS
+    from crossx.evaluation.progress import COLUMNS
 
     clock = iter(range(100))
     console = Console(file=io.StringIO(), force_terminal=True, width=100)

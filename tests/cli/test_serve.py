@@ -1,4 +1,4 @@
-"""What ``crossx serve`` refuses; that it serves is tested in test_listener.py."""
+"""What ``crossx serve`` refuses; that it serves is tested in test_server.py."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def key_file(tmp_path: Path) -> Path:
 def test_without_its_libraries_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("crossx.deploy.")]:
+    for name in [name for name in sys.modules if name.startswith("crossx.serve.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "run"]) == 2

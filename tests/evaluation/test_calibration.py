@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from crossx.cli.main import main
-from crossx.deploy.predictor import Predictor
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import calibrate_run, fit_temperature
-from crossx.evaluation.testing import test_run
+from crossx.evaluation.run import test_run
+from crossx.predict.predictor import Predictor
 from crossx.runs import Run, read_json, write_json
 from layouts import write_folder, write_run
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
 import layouts
 from crossx.explain import figure, overlay
-from crossx.explain.figures import BOX_COLOURS, Row, describe, draw, layer, outline, to_pixels
+from crossx.explain.figures import BOX_COLOURS, FigureRow, caption, draw, layer, outline, to_pixels
 from crossx.explain.maps import Explanation
 from crossx.methods import create_method
 from crossx.methods.checkpoint import load_method
@@ -85,11 +85,11 @@ def test_unknown_names_and_numbers_are_refused() -> None:
 
 
 def test_text_says_what_is_known() -> None:
-    assert describe(explanation(), CLASSES) == "predicted, 70%:\njay"
-    assert describe(explanation(), CLASSES, name="a.jpg", label="jay") == "a.jpg\npredicted, 70%:\njay\nright"
-    text = describe(explanation(2), CLASSES, label="auk")
+    assert caption(explanation(), CLASSES) == "predicted, 70%:\njay"
+    assert caption(explanation(), CLASSES, name="a.jpg", label="jay") == "a.jpg\npredicted, 70%:\njay\nright"
+    text = caption(explanation(2), CLASSES, label="auk")
     assert text == "predicted, 70%:\njay\nwrong, it is:\nauk\nclass maps of:\nowl"
-    name = describe(explanation(), ("auk", "x" * 50 + "$y$", "owl"), name="b" * 60 + "_17.jpg").split("\n")
+    name = caption(explanation(), ("auk", "x" * 50 + "$y$", "owl"), name="b" * 60 + "_17.jpg").split("\n")
     assert max(map(len, name)) == 32
     assert name[0].endswith("_17.jpg")
 
@@ -97,7 +97,7 @@ def test_text_says_what_is_known() -> None:
 def test_class_maps_stand_below_the_activation_maps_of_their_part() -> None:
     names = ("previous part 1", "last part 1", "combined part 1", "CAM previous part 1", "CAM last part 1")
     shown = explanation(**dict.fromkeys(names, np.eye(2)))
-    drawn = draw([Row(picture(), shown, "a"), Row(picture(), shown, "b")])
+    drawn = draw([FigureRow(picture(), shown, "a"), FigureRow(picture(), shown, "b")])
     assert heads(drawn) == ["image", "previous\npart 1", "last\npart 1", "combined\npart 1"]
     pictures = [axes for axes in drawn.axes if axes.images]
     assert len(pictures) == 2 * (1 + len(names))
@@ -105,13 +105,17 @@ def test_class_maps_stand_below_the_activation_maps_of_their_part() -> None:
     assert len(left) == 4
     assert [text.get_text() for text in drawn.texts] == ["a", "CAM", "b", "CAM"]
     only = explanation(**dict.fromkeys(names[3:], np.eye(2)))
-    assert heads(draw([Row(picture(), only, "")])) == ["image", "CAM\nprevious\npart 1", "CAM\nlast\npart 1"]
+    assert heads(draw([FigureRow(picture(), only, "")])) == [
+        "image",
+        "CAM\nprevious\npart 1",
+        "CAM\nlast\npart 1",
+    ]
 
 
 def test_class_maps_of_a_head_without_activation_map_have_a_title_of_their_own() -> None:
     names = ("previous", "last", "CAM last", "CAM side")
     shown = explanation(**dict.fromkeys(names, np.eye(2)))
-    drawn = draw([Row(picture(), shown, "a"), Row(picture(), shown, "b")])
+    drawn = draw([FigureRow(picture(), shown, "a"), FigureRow(picture(), shown, "b")])
     assert heads(drawn) == ["image", "previous", "last", "CAM\nside"]
 
 
@@ -119,7 +123,7 @@ def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     boxes = np.array([[30, 30, 80, 80], [-50, 60, 50, 300]], np.float32)
     drawn = outline(image, boxes)
-    first, second = ((drawn == colour).all(2) for colour in BOX_COLOURS[:2])
+    first, second = ((drawn == colour).all(2) for colour in map(ImageColor.getrgb, BOX_COLOURS[:2]))
     assert first[30:81, 80].all()
     assert first[80, 30:81].all()
     # what lies beyond the image is not shown: the box ends with it
@@ -139,16 +143,20 @@ def test_boxes_are_drawn_on_the_image_and_not_on_the_maps() -> None:
     boxes = np.array([[2, 2, 9, 9]], np.float32)
     with_boxes = dataclasses.replace(explanation(last=np.eye(2)), boxes=boxes)
     shown = [
-        axes.images[0].get_array() for axes in draw([Row(picture(), with_boxes, "")]).axes if axes.images
+        axes.images[0].get_array()
+        for axes in draw([FigureRow(picture(), with_boxes, "")]).axes
+        if axes.images
     ]
     assert np.array_equal(shown[0], outline(picture(), boxes))
     assert np.array_equal(shown[1], overlay(picture(), np.eye(2)))
 
 
 def test_the_figure_grows_with_columns_and_rows() -> None:
-    small = draw([Row(picture(), explanation(last=np.eye(2)), "")]).get_size_inches()
-    wide = draw([Row(picture(), explanation(**{f"s{i}": np.eye(2) for i in range(9)}), "")]).get_size_inches()
-    tall = draw([Row(picture(), explanation(last=np.eye(2)), "")] * 3).get_size_inches()
+    small = draw([FigureRow(picture(), explanation(last=np.eye(2)), "")]).get_size_inches()
+    wide = draw(
+        [FigureRow(picture(), explanation(**{f"s{i}": np.eye(2) for i in range(9)}), "")]
+    ).get_size_inches()
+    tall = draw([FigureRow(picture(), explanation(last=np.eye(2)), "")] * 3).get_size_inches()
     assert wide[0] - small[0] == pytest.approx(8 * 1.56)
     assert tall[1] - small[1] == pytest.approx(2 * 1.56)
 

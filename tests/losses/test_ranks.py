@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.distributed import batch_mean, gather_over_ranks, sum_over_ranks
 from crossx.losses import (
     ClassificationLoss,
     c3s_loss,
@@ -16,7 +17,6 @@ from crossx.losses import (
     mamc_loss,
     ranking_loss,
 )
-from crossx.ranks import batch_mean, gather_over_ranks, sum_over_ranks
 from distributed import run_on_two_ranks
 
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from crossx.evaluation.testing import evaluate
+from crossx.evaluation.run import evaluate
 from crossx.explain import explain_images
 from crossx.losses import ClassificationLoss
 from crossx.methods import NTSNet, create_method
@@ -150,7 +150,7 @@ def test_crops_and_anchors_follow_the_image_unless_they_are_given() -> None:
     [
         ({"num_crops": 7}, "num_crops must be from 1 to num_proposals, 6, not 7"),
         ({"num_crops": 0}, "num_crops must be from 1"),
-        ({"crop_size": 1}, "crop_size must be at least 2"),
+        ({"crop_size": 1}, "crop_size must lie between 2 and 4096, not 1"),
         ({"anchor_sizes": (48, 96)}, "anchor_sizes takes 3 numbers above 0"),
         ({"iou_threshold": 0}, "iou_threshold must be above 0"),
         ({"margin": -1}, "margin takes no negative number"),

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from crossx.report.choice import choose_examples
-from crossx.report.examples import Pictures
+from crossx.report.examples import Pictures, choose_examples
 from crossx.report.page import render
-from crossx.report.tested import Tested
+from crossx.report.results import RunResults
 from crossx.runs import ModelSpec, Preprocessing
 
 MARKUP = '<script>alert("x")</script> & co'
@@ -17,7 +16,7 @@ MARKUP = '<script>alert("x")</script> & co'
 
 def make_tested(
     num_classes: int = 30, images_per_class: int = 12, *, seed: int = 0, **changes: Any
-) -> Tested:
+) -> RunResults:
     """Make up a tested run; class ``c`` is often taken for its neighbour ``c ^ 1``."""
     generator = np.random.default_rng(seed)
     targets = np.repeat(np.arange(num_classes), images_per_class)
@@ -100,7 +99,7 @@ def make_tested(
         "targets": targets,
         "paths": np.array([f"images/{names[label][:3]}/{i:04d}.jpg" for i, label in enumerate(targets)]),
     }
-    return Tested(**{**values, **changes})
+    return RunResults(**{**values, **changes})
 
 
 def make_parts(stages: tuple[str, ...] = ("last", "merged"), excitations: int = 2) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def make_parts(stages: tuple[str, ...] = ("last", "merged"), excitations: int = 
 
 
 def make_pictures(
-    tested: Tested, *, parts: int = 2, side: int = 64, noise: bool = False
+    tested: RunResults, *, parts: int = 2, side: int = 64, noise: bool = False
 ) -> dict[int, Pictures]:
     """Make up pictures of every image that is chosen: three stages of ``parts`` parts."""
     generator = np.random.default_rng(0)

@@ -1,9 +1,9 @@
 import pytest
 
 from answers import make_tested
-from crossx.report.tested import Tested
+from crossx.report.results import RunResults
 
 
 @pytest.fixture
-def tested() -> Tested:
+def tested() -> RunResults:
     return make_tested()

@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.special import softmax
 
 from answers import MARKUP, make_page, make_parts, make_pictures, make_tested
-from crossx.report.choice import choose_examples
+from crossx.report.examples import choose_examples
 from crossx.report.page import render
-from crossx.report.pictures import data_uri, tile_side
+from crossx.report.thumbnails import data_uri, tile_side
 
 VOID = {"meta", "link", "img", "wbr"}
 SECTIONS = [

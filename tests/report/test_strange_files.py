@@ -12,16 +12,16 @@ import pytest
 
 from answers import make_tested
 from crossx.cli.compare import NEEDED
-from crossx.deploy import model_card
 from crossx.errors import CrossXError
-from crossx.evaluation.predictions import Predictions
+from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.methods import Method, create_method
 from crossx.report import page as page_module
-from crossx.report.choice import choose_examples
 from crossx.report.comparison import tabulate_runs
+from crossx.report.examples import choose_examples
 from crossx.report.page import render
-from crossx.report.tested import Tested
+from crossx.report.results import RunResults
 from crossx.runs import Run, read_config, read_history, read_results, write_json
+from crossx.share import model_card
 from refusals import refusal
 
 CLASSES, IMAGES = 3, 2
@@ -68,13 +68,14 @@ def files(tmp_path: Path) -> dict[str, Any]:
     write_json(tmp_path / "model.json", made.spec.to_json())
     for name, values in content.items():
         write_json(tmp_path / name, values)
+    answers = Predictions(made.logits, made.targets, made.paths, np.array(made.classes))
+    answers.save(predictions_path(tmp_path, "test"))
     return content
 
 
 def page(folder: Path) -> str:
-    made = make_tested(CLASSES, IMAGES)
-    tested = Tested.read(Run(folder), "test", logits=made.logits, targets=made.targets, paths=made.paths)
-    return render(tested, choose_examples(tested), {})
+    run = RunResults.read(Run(folder), "test")
+    return render(run, choose_examples(run), {})
 
 
 def table(folder: Path) -> str:
@@ -84,8 +85,8 @@ def table(folder: Path) -> str:
 
 def card(folder: Path) -> str:
     run = Run(folder)
-    facts = model_card.Facts.read(network(), run.read_spec(), run, read_results(folder / "test.json"))
-    return model_card.write_card(facts)
+    data = model_card.CardData.read(network(), run.read_spec(), run, read_results(folder / "test.json"))
+    return model_card.write_card(data)
 
 
 @functools.cache

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from test_resume import assert_same_run, crash, interrupt
 
-from crossx.deploy.predictor import Predictor
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.testing import test_run as evaluate_run
+from crossx.evaluation.run import test_run as evaluate_run
 from crossx.methods import list_methods
+from crossx.predict.predictor import Predictor
 from crossx.training.fit import fit, resume
 from slow import slow_except
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import layouts
 from crossx.errors import CrossXError, UsageError
-from crossx.evaluation.testing import test_run as evaluate_run
+from crossx.evaluation.run import test_run as evaluate_run
 from crossx.methods import DFL
 from crossx.runs import Run
 from crossx.training import checkpoints

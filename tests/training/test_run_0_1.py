@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossx.deploy.predictor import Predictor
 from crossx.errors import UsageError
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.evaluation.testing import test_run as evaluate_run
+from crossx.evaluation.run import test_run as evaluate_run
 from crossx.methods.checkpoint import load_method
+from crossx.predict.predictor import Predictor
 from crossx.runs import Run
 from crossx.training.fit import resume
 

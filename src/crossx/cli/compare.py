@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         for given, folder in zip(options.runs, folders, strict=True)
     ]
     published = _published({results["dataset"] for results in runs}) if options.paper else []
-    _hold_against_first(runs, folders, options.split)
+    _compare_with_first(runs, folders, options.split)
 
     from crossx.report.comparison import tabulate_runs
 
@@ -94,7 +94,7 @@ def _published(datasets: set[str]) -> list[PublishedResult]:
     return found
 
 
-def _hold_against_first(runs: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> None:
+def _compare_with_first(runs: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> None:
     from crossx.evaluation.comparison import compare_runs
 
     first = runs[0]

@@ -55,14 +55,10 @@ def _check(arguments: Sequence[str]) -> int:
     )
     options = parser.parse(arguments)
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from crossx.data.check import check_dataset
+    from crossx.evaluation.progress import images_bar
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Looking at images", total=None)
+    with images_bar("Looking at images") as (bar, task):
         report = check_dataset(
             options.name,
             options.root,

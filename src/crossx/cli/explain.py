@@ -14,9 +14,9 @@ from crossx.errors import UsageError, unknown
 from crossx.runs import atomic_path, check_writable, open_run
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import ExplainedImage
-    from crossx.explain.figures import Row
+    from crossx.explain.figures import FigureRow
     from crossx.explain.maps import Explanation
+    from crossx.predict.results import ExplainedImage
 
 MAPS = ("activation", "class", "both")
 SHEET_ROWS = 20
@@ -72,25 +72,19 @@ def run(arguments: Sequence[str]) -> int:
 def _explain(options: argparse.Namespace) -> int:
     _check(options)
 
-    from rich.console import Console
-    from rich.progress import track
-
-    from crossx.deploy.inputs import expand_paths
-    from crossx.deploy.predictor import Predictor
+    from crossx.evaluation.progress import track
+    from crossx.predict.inputs import expand_paths
+    from crossx.predict.predictor import Predictor
 
     paths = expand_paths(options.images)
     check_writable(Path(options.output))
     predictor = Predictor.load(options.run, device=options.device)
-    console = Console(stderr=True)
     explained = track(
         predictor.iter_explain(
             paths, maps=options.maps, target=options.target, batch_size=options.batch_size
         ),
         "Explaining",
         total=len(paths),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
     )
     failed = _write(explained, paths, predictor.classes, options)
     done = len(paths) - failed
@@ -120,7 +114,7 @@ def _check(options: argparse.Namespace) -> None:
     check_opacity(options.opacity)
     spec = open_run(options.run)[0].read_spec()
     if options.target is not None:
-        from crossx.deploy.predictor import class_number
+        from crossx.predict.predictor import class_number
 
         class_number(options.target, spec.classes)
 
@@ -132,7 +126,7 @@ def _write(
     options: argparse.Namespace,
 ) -> int:
     """Write pictures, maps and contact sheets as the results come; return how many images have none."""
-    from crossx.explain.figures import Row, describe
+    from crossx.explain.figures import FigureRow, caption
 
     output = Path(options.output)
     sheets = (output / f"{name}.png" for name in _sheet_names())
@@ -140,7 +134,7 @@ def _write(
     names = _file_names(
         paths, taken=[name for name, _ in zip(_sheet_names(), range(number_of_sheets), strict=False)]
     )
-    sheet: list[Row] = []
+    sheet: list[FigureRow] = []
     failed = 0
     for path, name, result in zip(paths, names, explained, strict=True):
         if result.pixels is None or result.explanation is None:
@@ -148,10 +142,10 @@ def _write(
             failed += 1
             continue
         label = path.parent.name if path.parent.name in classes else None
-        row = Row(
+        row = FigureRow(
             result.pixels,
             result.explanation,
-            describe(result.explanation, classes, name=path.name, label=label),
+            caption(result.explanation, classes, name=path.name, label=label),
         )
         _draw([row], output / f"{name}.png", options)
         if options.save_maps:
@@ -165,7 +159,9 @@ def _write(
     return failed
 
 
-def _draw(rows: Sequence[Row], target: Path, options: argparse.Namespace, cell: float | None = None) -> None:
+def _draw(
+    rows: Sequence[FigureRow], target: Path, options: argparse.Namespace, cell: float | None = None
+) -> None:
     from crossx.explain.figures import CELL, draw, save_png
 
     drawn = draw(rows, colormap=options.colormap, opacity=options.opacity, cell=cell or CELL)

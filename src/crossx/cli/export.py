@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from crossx.cli.options import VerbParser, add_run, positive
 
 if TYPE_CHECKING:
-    from crossx.deploy.export import ExportReport
+    from crossx.export.export import ExportReport
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     options = parser.parse(arguments)
 
-    from crossx.deploy.export import export_run
+    from crossx.export.export import export_run
 
     report = export_run(
         options.run,
@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def print_report(report: ExportReport) -> None:
     """Print what was written and how it compares with the network."""
-    from crossx.deploy.verify import RANDOM_PIXELS
+    from crossx.export.verify import RANDOM_PIXELS
 
     said, compared = report.description, report.comparison
     size = said["input"]["size"]

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     options = parser.parse(arguments)
 
-    from crossx.interop.released_checkpoint import import_released
+    from crossx.released import import_released
 
     made = import_released(
         options.file,

@@ -16,7 +16,8 @@ from crossx.cli.options import VerbParser, add_prediction, add_run, positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import Features, Prediction, Predictor
+    from crossx.predict.predictor import Predictor
+    from crossx.predict.results import Features, Prediction
 
     Result = TypeVar("Result", Prediction, Features)
 
@@ -118,7 +119,7 @@ def _is_folder(output: str) -> bool:
 
 
 def _predict_table(options: argparse.Namespace) -> int:
-    from crossx.deploy.outputs import check_output, print_csv, write_predictions
+    from crossx.predict.outputs import check_output, print_csv, write_predictions
 
     output = Path(options.output) if options.output is not None else None
     if output is not None:
@@ -138,7 +139,7 @@ def _predict_table(options: argparse.Namespace) -> int:
 
 
 def _write_features(options: argparse.Namespace) -> int:
-    from crossx.deploy.outputs import check_output, write_features
+    from crossx.predict.outputs import check_output, write_features
 
     if options.top != 1:
         raise UsageError(
@@ -163,8 +164,8 @@ def _predict_collection(options: argparse.Namespace) -> int:
             "A table of several goes to --output FILE.csv, FILE.jsonl or FILE.parquet."
         )
 
-    from crossx.cli.progress import images_bar
-    from crossx.deploy.collection import SHARD_SIZE, predict_collection
+    from crossx.evaluation.progress import images_bar
+    from crossx.predict.collection import SHARD_SIZE, predict_collection
 
     with images_bar("Predicting") as (bar, task):
         done = predict_collection(
@@ -193,7 +194,7 @@ def _predict_collection(options: argparse.Namespace) -> int:
 
 def _listed(given: Sequence[str]) -> list[Path]:
     """Return the image files of the command line, in place of ``-`` those that stdin lists."""
-    from crossx.deploy.inputs import expand_paths
+    from crossx.predict.inputs import expand_paths
 
     files: list[Path] = []
     for word in given:
@@ -206,7 +207,7 @@ def _listed(given: Sequence[str]) -> list[Path]:
 
 
 def _load(options: argparse.Namespace) -> Predictor:
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
     return Predictor.load(
         options.run,
@@ -240,7 +241,7 @@ def _write(
     write: Callable[[Path, Iterator[Result]], None],
 ) -> int:
     """Write results as they come, show how far it is, and return the exit code."""
-    from crossx.cli.progress import images_bar
+    from crossx.evaluation.progress import images_bar
 
     count, start = Count(), time.perf_counter()
     with images_bar("Predicting", total) as (bar, task):

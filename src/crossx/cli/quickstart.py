@@ -69,7 +69,7 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
         seed: Seed of the training; the images are the same for every seed.
     """
     from crossx.cli import fit
-    from crossx.evaluation.testing import test_run
+    from crossx.evaluation.run import test_run
 
     folder = output / method
     arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]

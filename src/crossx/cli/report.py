@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     add_device(parser)
     options = parser.parse(arguments)
 
-    from crossx.evaluation.reporting import report_path, report_run
+    from crossx.report.run import report_path, report_run
 
     report_path(options.run, options.split, options.output)
     if not is_tested(options.run, options):

@@ -70,15 +70,15 @@ def run(arguments: Sequence[str]) -> int:
 
 def _serve(options: argparse.Namespace, keys: list[str]) -> int:
     try:
-        from crossx.deploy.listener import listen, log_as_json, run
-        from crossx.deploy.server import create_app
+        from crossx.serve.app import create_app
+        from crossx.serve.server import listen, log_as_json, run
     except ModuleNotFoundError as error:
         raise UsageError(f"crossx serve needs {error.name}: pip install 'crossx[serve]'.") from error
 
     from dataclasses import fields
 
-    from crossx.deploy.limits import Limits
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
+    from crossx.serve.limits import Limits
 
     given = {
         field.name: value

@@ -13,7 +13,7 @@ from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
 
 if TYPE_CHECKING:
-    from crossx.deploy.predictor import Predictor
+    from crossx.predict.predictor import Predictor
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,10 +64,10 @@ def _share(options: argparse.Namespace) -> int:
     if options.private and not options.hub:
         raise UsageError("--private belongs to --hub USER/NAME.")
 
-    from crossx.deploy.exported import is_exported
-    from crossx.deploy.model_card import check_license
-    from crossx.deploy.predictor import Predictor
-    from crossx.deploy.sharing import check_target, hub_model
+    from crossx.predict.exported import is_exported
+    from crossx.predict.predictor import Predictor
+    from crossx.share.model_card import check_license
+    from crossx.share.sharing import check_target, hub_model, push_to_hub, save_pretrained
 
     check_license(options.license)
     if is_exported(options.run):
@@ -77,10 +77,11 @@ def _share(options: argparse.Namespace) -> int:
         check_target(Path(options.output))
     predictor = Predictor.load(options.run, device="cpu")
     if model is None:
-        folder = predictor.save_pretrained(options.output, license=options.license, images=options.images)
+        folder = save_pretrained(predictor, options.output, license=options.license, images=options.images)
         print(f"shared: {folder}")
     else:
-        address = predictor.push_to_hub(
+        address = push_to_hub(
+            predictor,
             model.repository,
             revision=model.revision,
             private=options.private,

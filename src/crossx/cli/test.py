@@ -9,10 +9,8 @@ from typing import Any
 
 from crossx.cli.options import VerbParser, add_device, add_loading, add_run
 from crossx.errors import UsageError
+from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
-
-FINAL = ("finished", "imported", None)
-"""Values of a run's status that leave nothing to be trained; None is that of a folder without run.json."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -88,41 +86,29 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
-    if results["run_status"] not in FINAL:
-        print(
-            f"  The run is not finished ({results['run_status']}): these are the weights of its last checkpoint."
-        )
-    if results["seen_in_training"]:
-        print("  These images were trained on: the numbers say nothing about new images.")
+    for notice in result_notices(results):
+        print(f"  {notice}")
     print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
 
 
 def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     """Print what ``measure_run`` returned for the run at ``path``."""
+    from crossx.report.part_tables import excitations, share_rows
+
     folder, split = open_run(path)[0].path, results["split"]
     print(
         f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: {results['n']} images, "
         f"{len(results['parts'])} parts, weights {results['weights']}"
     )
     stages = results["stages"]
-    columns = [
-        (f"{stage} {p}", excitation)
-        for stage, measured in stages.items()
-        for p, excitation in enumerate(measured["excitations"], start=1)
+    columns = excitations(stages)
+    header = ("", "images", *(f"{stage} {number}" for stage, number, _ in columns))
+    shares, views = share_rows(results, {"flip": "r with flipped", "zoom": "r with zoomed"})
+    peaks = [
+        (name, "", *(f"{excitation['any_part'][key]:.2f}" for *_, excitation in columns))
+        for key, name in (("value", "peak in a part"), ("chance", "  by chance"))
     ]
-    header = ["", "images", *(name for name, _ in columns)]
-    rows = [
-        [part, str(shown), *(_ratio(excitation["share"][part]) for _, excitation in columns)]
-        for part, shown in results["parts"].items()
-    ]
-    if columns[0][1]["object"] is not None:
-        rows.append(["whole object", "", *(_ratio(excitation["object"]) for _, excitation in columns)])
-    for key, name in (("value", "peak in a part"), ("chance", "  by chance")):
-        rows.append([name, "", *(f"{excitation['any_part'][key]:.2f}" for _, excitation in columns)])
-    for view, name in (("flip", "flipped"), ("zoom", "zoomed")):
-        rows.append(
-            [f"r with {name}", "", *(f"{excitation[view]['value']:.2f}" for _, excitation in columns)]
-        )
+    rows = [*shares, *peaks, *views]
     print(
         "share of activation over share of area, by stage and excitation; "
         "peak: the largest place; r: correlation of maps"
@@ -134,8 +120,8 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     for stage, measured in stages.items():
         if measured["consistency"] is not None:
             _print_excitations(stage, measured)
-    if results["seen_in_training"]:
-        print("  These images were trained on: the numbers say nothing about new images.")
+    for notice in result_notices(results):
+        print(f"  {notice}")
     print(f"results: {folder / f'{split}_parts.json'}; picture: {folder / split / 'parts.png'}")
 
 
@@ -157,25 +143,21 @@ def _interval(interval: Sequence[float]) -> str:
     return f" ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _ratio(number: Mapping[str, Any]) -> str:
-    return "-" if number["over_chance"] is None else f"{number['over_chance']:.2f}"
-
-
 def _measure_parts(options: argparse.Namespace) -> None:
-    from crossx.evaluation.part_testing import measure_run
+    from crossx.evaluation.parts.run import measure_run
 
-    print_parts(options.run, measure_run(options.run, **_asked(options)))
+    print_parts(options.run, measure_run(options.run, **_subject_options(options)))
 
 
 def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """Test the run at ``path`` with the options of this verb."""
-    from crossx.evaluation.testing import test_run
+    from crossx.evaluation.run import test_run
 
-    return test_run(path, **_asked(options))
+    return test_run(path, **_subject_options(options))
 
 
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options ask for, as ``test_run`` and ``measure_run`` take it."""
+def _subject_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of ``Subject.open``."""
     names = ("root", "dataset", "split", "batch_size", "num_workers", "device")
     return {name: getattr(options, name) for name in names}
 

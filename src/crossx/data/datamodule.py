@@ -20,8 +20,8 @@ from crossx.data.images import image_problem
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError
-from crossx.ranks import is_leader
 from crossx.runs import Preprocessing
 
 MAX_WORKERS = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from scipy.optimize import brentq
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import calibration_error
-from crossx.evaluation.testing import evaluate, prepare_test
+from crossx.evaluation.run import evaluate
+from crossx.evaluation.subject import DataOptions, Subject
 from crossx.runs import Run, write_json
 
 
@@ -79,49 +80,30 @@ def write_temperature(run: Run, temperature: float) -> None:
 
 
 def calibrate_run(
-    path: str | Path,
-    *,
-    root: str | Path | None = None,
-    dataset: str | None = None,
-    split: str = "val",
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-    device: str = "auto",
+    path: str | Path, *, split: str = "val", device: str = "auto", **options: Unpack[DataOptions]
 ) -> dict[str, Any]:
     """Fit the temperature of a run and store it in its ``model.json``; ``run.json`` says on which images.
 
     Args:
         path: A run folder; its selected weights are calibrated.
-        root: The data; by default where the run was trained.
-        dataset: The dataset's name; by default the one that the run was trained on.
         split: ``val``, the images held out in training, or ``test``.
-        batch_size: Images a step; by default as in training.
-        num_workers: Processes that load images; by default as in training.
         device: See ``select_device``.
+        **options: See ``DataOptions``.
 
     Returns:
         See ``describe_calibration``.
 
     Raises:
-        UsageError: If ``path`` is a checkpoint file, or the split, dataset or device is unknown.
-        CrossXError: If the run or its data cannot be used, or the network was trained on these images.
+        UsageError: If ``path`` is a checkpoint file, or as ``Subject.open``.
+        CrossXError: As ``Subject.open``, or if the network was trained on these images.
     """
     if Path(path).is_file():
         raise UsageError(f"{path}: the temperature belongs to a run's selected weights: give the run folder.")
-    subject = prepare_test(
-        path,
-        root=root,
-        dataset=dataset,
-        split=split,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        output=None,
-    )
+    subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
     if subject.seen_in_training:
         raise CrossXError(
-            f"{path}: was trained on its {split} images, on which it is too sure of itself. Give others with "
+            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with "
             "--data.root and --data.dataset, or --split test."
         )
     data.check_images([split])

@@ -6,7 +6,7 @@ numbers do not depend on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,6 +135,11 @@ def class_table(confusion: Tensor, classes: Sequence[str]) -> list[ClassRow]:
         ClassRow(name, n, right / n if n else None, classes[partner] if wrong else None)
         for name, n, right, wrong, partner in columns
     ]
+
+
+def worst_first(rows: Iterable[ClassRow]) -> list[ClassRow]:
+    """Return the classes that have images, the lowest accuracy first, equal ones as they came."""
+    return sorted((row for row in rows if row.n), key=lambda row: row.accuracy or 0.0)
 
 
 def confused_pairs(confusion: Tensor, classes: Sequence[str]) -> list[ConfusedPair]:

@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from crossx.explain.palette import BLUE, DARK_BLUE, VERMILION
 from crossx.runs import atomic_path
 
 DPI = 150
@@ -21,11 +22,9 @@ MAX_NAME_LENGTH = 32
 MAX_MATRIX_SIDE = 24.0
 """In inches: beyond it cells and not the picture grow smaller, and only every n-th class is named."""
 
-# Blue and vermilion are told apart with every common colour vision deficiency (Okabe and Ito, "Color Universal
-# Design", https://jfly.uni-koeln.de/color/). The palest shade stands clear of the white of empty cells, so that
-# one wrong image in fifty is still seen.
-RIGHT = LinearSegmentedColormap.from_list("right", ["#cfe3f3", "#0072b2", "#003a5c"])
-WRONG = LinearSegmentedColormap.from_list("wrong", ["#ffd9bf", "#d55e00", "#702f00"])
+# The palest shade is clearly darker than the white of empty cells, so that one wrong image in fifty is still seen.
+RIGHT = LinearSegmentedColormap.from_list("right", ["#cfe3f3", BLUE, DARK_BLUE])
+WRONG = LinearSegmentedColormap.from_list("wrong", ["#ffd9bf", VERMILION, "#702f00"])
 
 
 def plot_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: Path, *, title: str) -> None:

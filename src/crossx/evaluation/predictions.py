@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossx.data.index import DatasetIndex
 from crossx.errors import CrossXError
 from crossx.runs import atomic_path
 
@@ -97,3 +99,16 @@ class Predictions:
                 return answers
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             raise CrossXError(f"{path}: damaged ({error}): write it again with {again}.") from error
+
+
+def relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
+    """Return the paths by which images are recognised wherever the data lies."""
+    records = index.split(split)
+    base = (
+        Path(root) if root is not None else Path(os.path.commonpath([r.path.parent for r in index.records]))
+    )
+    base = base.parent if base.is_file() else base
+    return [
+        (record.path.relative_to(base) if record.path.is_relative_to(base) else record.path).as_posix()
+        for record in records
+    ]

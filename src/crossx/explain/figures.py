@@ -23,6 +23,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
+from crossx.explain.palette import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
@@ -39,14 +40,13 @@ GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
 TEXT_WIDTH = 32
 """Letters a line of the text left of a row; longer names are cut."""
-BOX_COLOURS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 158, 115), (204, 121, 167), (230, 159, 0))
-"""Told apart with every common colour vision deficiency (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
+BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One image of a figure.
 
     Attributes:
@@ -216,10 +216,10 @@ def figure(
         method, images, maps=maps, classes=classes, temperature=spec.temperature if spec else 1.0
     )
     rows = [
-        Row(
+        FigureRow(
             image,
             explanation,
-            describe(
+            caption(
                 explanation,
                 class_names,
                 name=names[number] if names else "",
@@ -240,7 +240,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
     return pixels
 
 
-def describe(
+def caption(
     explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
 ) -> str:
     """Return the text of a row: name, prediction with its probability, true class, and the class of class maps where
@@ -257,7 +257,7 @@ def describe(
 
 
 def draw(
-    rows: Sequence[Row], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
+    rows: Sequence[FigureRow], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
 ) -> MapFigure:
     """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
 

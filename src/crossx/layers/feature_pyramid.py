@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossx.distributed import at_least_float32, sum_over_ranks
 from crossx.errors import UsageError
-from crossx.layers.winograd import convolve3x3
-from crossx.precision import at_least_float32
-from crossx.ranks import sum_over_ranks
 
 Interpolation: TypeAlias = Literal["bilinear", "nearest"]
 MergeStatistics: TypeAlias = Literal["map", "strided", "pooled"]
@@ -121,7 +119,7 @@ class MergedFeatures(nn.Module):
         moments = []
         for own, deeper, reduce, smooth in zip(previous.unbind(1), last.unbind(1), *kernels, strict=True):
             resized = F.interpolate(F.conv2d(deeper, reduce), size=own.shape[-2:], mode=self.interpolation)
-            maps = convolve3x3(own + resized, smooth, stride)
+            maps = F.conv2d(own + resized, smooth, stride=stride, padding=1)
             moments.append(torch.var_mean(at_least_float32(maps), (2, 3), correction=0))
         variances, means = zip(*moments, strict=True)
         return torch.stack(means, 1), torch.stack(variances, 1)

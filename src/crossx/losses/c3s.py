@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.precision import at_least_float32
-from crossx.ranks import sum_over_ranks, world_size
+from crossx.distributed import at_least_float32, sum_over_ranks, world_size
 
 C3SForm: TypeAlias = Literal["paper", "released"]
 

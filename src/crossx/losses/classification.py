@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.ranks import batch_mean
+from crossx.distributed import batch_mean
 
 
 def classification_loss(
@@ -13,7 +13,7 @@ def classification_loss(
 ) -> Tensor:
     """Return the cross-entropy of logits (B, K), a scalar: ``torch.nn.functional.cross_entropy``.
 
-    In a process group this is the rank's part of the mean over the whole batch (``crossx.ranks``); the
+    In a process group this is the rank's part of the mean over the whole batch (``crossx.distributed``); the
     denominator of a weighted mean is the sum of the weights of all ranks' images.
 
     Args:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.precision import at_least_float32
-from crossx.ranks import batch_mean
+from crossx.distributed import at_least_float32, batch_mean
 
 
 def cross_layer_loss(teacher: Tensor, student: Tensor, detach_teacher: bool = False) -> Tensor:
     """Return ``KL(softmax(teacher) || softmax(student))``, the mean over the batch (Eq. 6), a scalar.
 
-    In a process group this is the rank's part of the mean over the whole batch (``crossx.ranks``).
+    In a process group this is the rank's part of the mean over the whole batch (``crossx.distributed``).
 
     Args:
         teacher: Logits of stage L, (B, K).

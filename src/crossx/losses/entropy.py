@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.precision import at_least_float32
-from crossx.ranks import batch_mean
+from crossx.distributed import at_least_float32, batch_mean
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
     """Return ``-H(p)``, p the softmax, in nats, the mean over the batch: a scalar from -log K to 0.
 
     The term of https://arxiv.org/abs/1809.05934, added to the cross-entropy with a weight. In a process group this is
-    the rank's part of the mean over the whole batch (``crossx.ranks``).
+    the rank's part of the mean over the whole batch (``crossx.distributed``).
 
     Args:
         logits: (B, K).

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.precision import at_least_float32
-from crossx.ranks import gather_over_ranks, world_size
+from crossx.distributed import at_least_float32, gather_over_ranks, world_size
 
 MAMCAverage: TypeAlias = Literal["pairs", "features"]
 
@@ -31,7 +30,7 @@ def mamc_terms(
     over negatives is one for all positives of an anchor, so time and memory are those of the (B P)^2 products.
 
     In a process group anchors are the rank's own, positives and negatives every rank's (one all-reduce of the
-    features), and this is the rank's part of the loss of the whole batch (``crossx.ranks``).
+    features), and this is the rank's part of the loss of the whole batch (``crossx.distributed``).
 
     Args:
         features: Part features f_p of a batch, (B, P, D).

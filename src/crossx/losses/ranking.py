@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from crossx.ranks import batch_mean
+from crossx.distributed import batch_mean
 
 
 def ranking_loss(scores: Tensor, losses: Tensor, margin: float = 1.0) -> Tensor:
@@ -13,7 +13,7 @@ def ranking_loss(scores: Tensor, losses: Tensor, margin: float = 1.0) -> Tensor:
     The navigation loss of Yang et al. 2018, https://arxiv.org/abs/1809.00287: of two regions the one that the Teacher
     is surer of is to score higher. Its confidence decreases with the loss, so the order of losses is used. Equal
     losses make no pair. Gradients flow to the scores alone. In a process group this is the rank's part of the mean
-    over the whole batch (``crossx.ranks``).
+    over the whole batch (``crossx.distributed``).
 
     Args:
         scores: The Navigator's, (B, M).

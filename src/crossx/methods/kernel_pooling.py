@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
+from crossx.distributed import at_least_float32
 from crossx.errors import UsageError, check_choice
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
 from crossx.methods.base import Method, Objective, register_method
-from crossx.precision import at_least_float32
 
 Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from crossx.explain.palette import DARK_BLUE, SKY_BLUE, VERMILION
 from crossx.runs import atomic_path
 
 DPI = 150
-BAR, DOT, REFERENCE = "#56b4e9", "#003a5c", "#d55e00"
-"""Told apart with every common colour vision deficiency and in grey (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
+BAR, DOT, REFERENCE = SKY_BLUE, DARK_BLUE, VERMILION
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crossx.report.classes import ClassRow
+from crossx.evaluation.metrics import ClassRow, worst_first
+from crossx.explain.palette import DARK_BLUE, SKY_BLUE, VERMILION
 from crossx.runs import atomic_path
 
 DPI = 150
-BAR, WORST, MEAN = "#56b4e9", "#d55e00", "#003a5c"
-"""Told apart with every common colour vision deficiency and in grey (Okabe and Ito, https://jfly.uni-koeln.de/color/)."""
+BAR, WORST, MEAN = SKY_BLUE, VERMILION, DARK_BLUE
 MAX_NAMED = 20
 """Up to so many classes each has its name; of more, the ``NAMED_WORST`` worst have."""
 NAMED_WORST = 12
@@ -34,8 +34,8 @@ def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> 
     Raises:
         CrossXError: If the file cannot be written.
     """
-    ranked = sorted(rows, key=lambda row: row.accuracy)
-    mean = sum(row.accuracy for row in rows) / len(rows)
+    ranked = worst_first(rows)
+    mean = sum(map(_percent, ranked)) / len(ranked)
     named = ranked if len(ranked) <= MAX_NAMED else ranked[:NAMED_WORST]
     figure = Figure(figsize=(9, max(2.6, 0.9 + 0.24 * len(named))), dpi=DPI, layout="constrained")
     if named is ranked:
@@ -53,8 +53,8 @@ def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> 
 
 def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -> None:
     colours = [WORST if place < worst else BAR for place in range(len(ranked))]
-    axes.bar(range(len(ranked)), [100 * row.accuracy for row in ranked], width=1.0, color=colours)
-    axes.axhline(100 * mean, color=MEAN, linewidth=1, linestyle="--", label=f"mean {100 * mean:.1f}%")
+    axes.bar(range(len(ranked)), [_percent(row) for row in ranked], width=1.0, color=colours)
+    axes.axhline(mean, color=MEAN, linewidth=1, linestyle="--", label=f"mean {mean:.1f}%")
     axes.set_xlim(-0.5, len(ranked) - 0.5)
     axes.set_ylim(0, 100)
     axes.set_xticks([])
@@ -66,11 +66,11 @@ def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -
 
 def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) -> None:
     places = range(len(rows))
-    axes.barh(places, [100 * row.accuracy for row in rows], height=0.7, color=colour)
-    axes.axvline(100 * mean, color=MEAN, linewidth=1, linestyle="--")
+    axes.barh(places, [_percent(row) for row in rows], height=0.7, color=colour)
+    axes.axvline(mean, color=MEAN, linewidth=1, linestyle="--")
     for place, row in zip(places, rows, strict=True):
         axes.annotate(
-            f"{round(row.accuracy * row.n)} of {row.n}",
+            f"{round(_percent(row) * row.n / 100)} of {row.n}",
             (0, place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -80,8 +80,12 @@ def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) 
     axes.set_yticks(places, [_shortened(row.name) for row in rows], fontsize=8, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(f"accuracy, % (dashed: mean over the classes, {100 * mean:.1f}%)", fontsize=9)
+    axes.set_xlabel(f"accuracy, % (dashed: mean over the classes, {mean:.1f}%)", fontsize=9)
     _trim(axes)
+
+
+def _percent(row: ClassRow) -> float:
+    return 100 * (row.accuracy or 0.0)
 
 
 def _trim(axes: Axes) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from crossx.evaluation.metrics import worst_first
+from crossx.evaluation.notices import result_notices
 from crossx.report import charts
-from crossx.report.choice import SEED, Choice, confused_block
-from crossx.report.classes import class_rows, confusion_rows
-from crossx.report.examples import Pictures, make_examples
+from crossx.report.confusion import confused_block, confusion_rows
+from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
 from crossx.report.part_tables import part_tables
-from crossx.report.table_text import cell
-from crossx.report.tables import Table
-from crossx.report.tested import Tested
+from crossx.report.results import RunResults
+from crossx.report.tables import Table, cell
 
 BLOCK = 20
 """Classes in the confusion matrix; of more the most confused ones are shown."""
@@ -34,49 +34,49 @@ MAX_SKIPPED = 20
 
 
 def render(
-    tested: Tested, choice: Choice, pictures: Mapping[int, Pictures], notices: Sequence[str] = ()
+    run: RunResults, shown: ShownImages, pictures: Mapping[int, Pictures], notices: Sequence[str] = ()
 ) -> str:
     """Return the page as HTML.
 
     Args:
-        tested: The run.
-        choice: Which images are shown.
+        run: The tested run.
+        shown: Which images are shown.
         pictures: Image number -> its pictures, as far as there are any.
         notices: What the reader should know first, one sentence each.
     """
-    rows = class_rows(tested)
-    ranked = sorted(rows, key=lambda row: row.accuracy)
-    block = confused_block(tested.confusion, BLOCK)
-    kept = (tested.info.get("selection") or {}).get("epoch")
+    rows = run.class_rows
+    ranked = worst_first(rows)
+    block = confused_block(run.confusion, BLOCK)
+    kept = (run.info.get("selection") or {}).get("epoch")
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
-            tested=tested,
-            results=tested.results,
-            info=tested.info,
-            notices=[*result_notices(tested.results), *notices],
+            run=run,
+            results=run.results,
+            info=run.info,
+            notices=[*result_notices(run.results), *notices],
             charts=charts,
-            curves=charts.training_curves(tested.history, kept),
-            history=_history(tested),
-            bins=charts.reliability_bins(tested.confidences, tested.correct),
+            curves=charts.training_curves(run.history, kept),
+            history=_history(run),
+            bins=charts.reliability_bins(run.confidences, run.correct),
             ranked=ranked,
-            best=sorted(rows, key=lambda row: -row.accuracy)[:EXTREMES],
+            best=sorted(rows, key=lambda row: -(row.accuracy or 0.0))[:EXTREMES],
             extremes=EXTREMES,
             listed=rows if 2 * EXTREMES < len(rows) <= MAX_LISTED_CLASSES else [],
-            block=[tested.classes[label] for label in block],
-            confusion=confusion_rows(tested, block),
-            choice=choice,
-            examples=make_examples(tested, choice.images, pictures),
+            block=[run.classes[label] for label in block],
+            confusion=confusion_rows(run.confusion, run.classes, block),
+            shown=shown,
+            examples=make_examples(run, shown.images, pictures),
             has_pictures=bool(pictures),
-            has_boxes=any(shown.has_boxes for shown in pictures.values()),
-            many_tiles=any(sum(map(len, shown.overlays.values())) > 3 for shown in pictures.values()),
+            has_boxes=any(picture.has_boxes for picture in pictures.values()),
+            many_tiles=any(sum(map(len, picture.overlays.values())) > 3 for picture in pictures.values()),
             seed=SEED,
-            part_tables=part_tables(tested.parts),
-            provenance=_provenance(tested),
+            part_tables=part_tables(run.parts),
+            provenance=_provenance(run),
             skipped={
-                "training": tested.info.get("skipped") or [],
-                "test": tested.results.get("skipped") or [],
+                "training": run.info.get("skipped") or [],
+                "test": run.results.get("skipped") or [],
             },
             max_skipped=MAX_SKIPPED,
             version=metadata.version("crossx"),
@@ -101,36 +101,24 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
 
 
-def result_notices(results: Mapping[str, Any]) -> list[str]:
-    """Return what lessens the worth of a test's results (``SPLIT.json``), one sentence each."""
-    notices = []
-    if results.get("run_status") not in ("finished", "imported", None):
-        notices.append(
-            f"The run is not finished ({results['run_status']}): these are the weights of its last checkpoint."
-        )
-    if results.get("seen_in_training"):
-        notices.append("These images were trained on: the numbers say nothing about new images.")
-    return notices
-
-
-def _history(tested: Tested) -> Table:
-    columns = tuple(dict.fromkeys(name for row in tested.history for name in row))
-    rows = charts.thinned(tested.history, MAX_HISTORY_ROWS)
+def _history(run: RunResults) -> Table:
+    columns = tuple(dict.fromkeys(name for row in run.history for name in row))
+    rows = charts.thinned(run.history, MAX_HISTORY_ROWS)
     return Table(
         columns,
         tuple(tuple(cell(row.get(name)) for name in columns) for row in rows),
         "Every number of the training, a row an epoch",
-        len(tested.history) - len(rows),
+        len(run.history) - len(rows),
     )
 
 
-def _provenance(tested: Tested) -> dict[str, str]:
+def _provenance(run: RunResults) -> dict[str, str]:
     """Return where the run and its results come from, name to text, without what is not known."""
-    results, info = tested.results, tested.info
+    results, info = run.results, run.info
     facts = {
         "run": info.get("id"),
         "status": info.get("status"),
-        "method": tested.spec.method,
+        "method": run.spec.method,
         "backbone": results["backbone"],
         "pretrained": results.get("pretrained"),
         "backbone weights": results.get("backbone_weights"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from crossx.report.table_text import cell
-from crossx.report.tables import Table
+from crossx.report.tables import Table, cell
 
 VIEWS = {"flip": "correlation with the map of the flipped image", "zoom": "the same, zoomed"}
 
@@ -20,26 +19,48 @@ def part_tables(measures: Mapping[str, Any]) -> list[Table]:
         return []
 
 
-def _shares(measures: Mapping[str, Any]) -> Table:
-    columns = [
-        (f"{stage} · {number}", excitation)
-        for stage, measured in measures["stages"].items()
+def excitations(stages: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, Any]]]:
+    """Return the stage, the number from 1 and the measures of every excitation."""
+    return [
+        (stage, number, excitation)
+        for stage, measured in stages.items()
         for number, excitation in enumerate(measured["excitations"], start=1)
     ]
-    rows = [
-        (part, cell(images), *(_ratio(excitation["share"][part]) for _, excitation in columns))
+
+
+def share_rows(
+    measures: Mapping[str, Any], views: Mapping[str, str]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return the rows of a table with a column for each of ``excitations``.
+
+    Args:
+        measures: ``SPLIT_parts.json``.
+        views: View, ``flip`` or ``zoom``, -> name of its row.
+
+    Returns:
+        For each part, and for the whole object where its box is known: name, number of images, and the share of
+        activation over the share of area. For each view: name, nothing, and the correlations.
+    """
+    columns = [excitation for *_, excitation in excitations(measures["stages"])]
+    shares: list[tuple[str, ...]] = [
+        (part, cell(images), *(_ratio(excitation["share"][part]) for excitation in columns))
         for part, images in measures["parts"].items()
     ]
-    if any(excitation["object"] for _, excitation in columns):
-        rows.append(("whole object", "", *(_ratio(excitation["object"]) for _, excitation in columns)))
-    rows += [
-        (name, "", *(f"{excitation[view]['value']:.2f}" for _, excitation in columns))
-        for view, name in VIEWS.items()
+    if any(excitation["object"] for excitation in columns):
+        shares.append(("whole object", "", *(_ratio(excitation["object"]) for excitation in columns)))
+    return shares, [
+        (name, "", *(f"{excitation[view]['value']:.2f}" for excitation in columns))
+        for view, name in views.items()
     ]
+
+
+def _shares(measures: Mapping[str, Any]) -> Table:
+    names = [f"{stage} · {number}" for stage, number, _ in excitations(measures["stages"])]
+    shares, views = share_rows(measures, VIEWS)
     caption = (
         "Share of the activation within a part over the part's share of the area, by stage and network part"
     )
-    return Table(("part", "images", *(name for name, _ in columns)), tuple(rows), caption)
+    return Table(("part", "images", *names), (*shares, *views), caption)
 
 
 def _agreement(stages: Mapping[str, Any]) -> Table:

@@ -7,8 +7,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crossx.runs import write_text
+
+MAX_LISTED = 12
+"""Items of a list that ``cell`` writes out."""
 
 _LATEX = str.maketrans(
     {
@@ -92,6 +96,20 @@ class Table:
         write_text(stem.with_name(f"{stem.name}.md"), caption + self.to_markdown())
         write_text(stem.with_name(f"{stem.name}.csv"), self.to_csv())
         write_text(stem.with_name(f"{stem.name}.tex"), self.to_latex())
+
+
+def cell(value: Any) -> str:
+    """Write one value of JSON for a reader."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        more = len(value) - MAX_LISTED
+        return ", ".join(map(cell, value[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
+    return str(value)
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
-from crossx.ranks import is_leader
 from crossx.runs import Run, atomic_path, write_text
 
 FORMAT = 2

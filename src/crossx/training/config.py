@@ -101,7 +101,7 @@ class OptimConfig:
             half of the training; with `one_cycle` the rising part of the cycle.
         warmup_steps: The same in optimiser steps, used where warmup_epochs is 0. It may be longer than the training,
             whose learning rate then stays below its peak: few steps of Adam at full rate harm pretrained features
-            (Ma and Yarats, 2021). Where both are 0, `one_cycle` rises over 30% of the training.
+            (Ma and Yarats, 2021). Where both are 0, `one_cycle` rises over 30% of training.
         min_lr_factor: Last learning rate of `cosine` as a share of the peak.
         new_layers_lr_factor: Factor on the learning rate of the layers that are not the backbone's.
         layer_decay: Factor on the learning rate for each step from the head down into the backbone's groups

@@ -21,13 +21,13 @@ from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
 from crossx.evaluation.classes import check_classes
-from crossx.evaluation.testing import evaluate
+from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method, create_method
 from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
-from crossx.ranks import is_leader
 from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_checkpoint, read_newest

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from crossx.distributed import batch_mean, world_size
 from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
-from crossx.ranks import batch_mean, world_size
 from crossx.training.config import OptimConfig
 from crossx.training.optim import freeze, pretrained_norms
 

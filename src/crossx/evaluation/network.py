@@ -1,0 +1,168 @@
+"""A trained network behind one interface, whatever computes it: PyTorch here, an exported file in ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crossx.errors import CrossXError, unknown
+from crossx.evaluation.device import select_device
+from crossx.explain.maps import Explanation, Kind, explain_images
+from crossx.methods.base import Method
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Network(Protocol):
+    """A trained network that takes images as they were decoded, resized and cropped: uint8 RGB (B, 3, S, S)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of its arithmetic."""
+
+    @property
+    def explains(self) -> bool:
+        """Whether it has ``method``, ``embeddings`` and ``maps``; an exported file has logits only."""
+
+    @property
+    def method(self) -> Method:
+        """The method.
+
+        Raises:
+            UsageError: If ``explains`` is false.
+        """
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits, float32 (B, K) on ``device``.
+
+        Raises:
+            CrossXError: If the GPU's memory is too small.
+        """
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return ``Method.embeddings``, float32 (B, D) on ``device``.
+
+        Raises:
+            UsageError: If ``explains`` is false.
+            CrossXError: If the GPU's memory is too small.
+        """
+
+    def maps(
+        self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
+    ) -> list[Explanation]:
+        """Return the maps of each image; arguments as in ``explain_images``.
+
+        Raises:
+            UsageError: If ``explains`` is false, or as ``explain_images``.
+            CrossXError: If the GPU's memory is too small, or a map is not finite.
+        """
+
+
+class TorchNetwork:
+    """A method on a device, in evaluation mode.
+
+    Args:
+        method: The trained method; it is moved to ``device`` and put into evaluation mode.
+        normalize: Makes the method's input from bytes (B, 3, S, S) on the device, see ``Normalize``; None for images
+            that are normalised already.
+        device: See ``select_device``.
+        precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on a GPU that is fast in it (compute capability 7
+            or above), else fp32. fp16 has eight times the resolution of bf16; where its range is exceeded, the batch
+            is computed again in fp32. The parameters stay float32 (``torch.autocast``).
+        channels_last: Whether images and weights lie in memory with the channels last, which makes convolutions
+            faster; the logits are the same up to rounding.
+
+    Raises:
+        UsageError: For an unknown device or precision.
+    """
+
+    explains = True
+
+    def __init__(
+        self,
+        method: Method,
+        normalize: Callable[[Tensor], Tensor] | None,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "fp32",
+        channels_last: bool = True,
+    ) -> None:
+        self.device = select_device(device)
+        self.precision = select_precision(precision, self.device)
+        self._normalize = normalize
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.method: Method = method.to(device=self.device, memory_format=self._memory_format).eval()  # type: ignore[call-overload]
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return the method's input, float32 (B, 3, S, S), normalised, on ``device``."""
+        moved = images.to(self.device, non_blocking=True)
+        normalized = moved if self._normalize is None else self._normalize(moved)
+        return normalized.to(memory_format=self._memory_format)
+
+    @torch.inference_mode()
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> logits (B, K) in float32; ``Method.combine_heads`` makes the prediction of them."""
+        with within_memory(len(images)):
+            return self.method.head_logits(self.inputs(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits, see ``Network``."""
+        return self._compute(self.method, images)
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Return embeddings, see ``Network``."""
+        return self._compute(self.method.embeddings, images)
+
+    def maps(
+        self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
+    ) -> list[Explanation]:
+        """Return maps in float32, see ``Network``."""
+        with within_memory(len(images)):
+            return explain_images(
+                self.method, self.inputs(images), maps=kind, classes=classes, probabilities=probabilities
+            )
+
+    @torch.inference_mode()
+    def _compute(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        reduced = self.precision != torch.float32
+        with within_memory(len(images)):
+            inputs = self.inputs(images)
+            with torch.autocast(self.device.type, self.precision, enabled=reduced):
+                output = function(inputs).float()
+            if reduced and not output.isfinite().all():
+                output = function(inputs)
+        return output
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the type that ``TorchNetwork`` computes in.
+
+    Raises:
+        UsageError: For an unknown name.
+    """
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        return torch.float16 if fast else torch.float32
+    if name not in DTYPES:
+        raise unknown("precision", name, ("auto", *DTYPES))
+    return DTYPES[name]
+
+
+@contextmanager
+def within_memory(count: int) -> Iterator[None]:
+    """Turn running out of GPU memory at ``count`` images per step into one line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CrossXError(
+            f"out of GPU memory at {count} images per step: lower the batch size (--data.batch_size), or use the CPU "
+            "(--device cpu)."
+        ) from error

@@ -1,0 +1,21 @@
+"""Caveats of a test's results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FINAL_STATUS = ("finished", "imported", None)
+"""Values of a run's status that leave nothing to be trained; None is that of a folder without run.json."""
+
+
+def result_notices(results: Mapping[str, Any]) -> list[str]:
+    """Return the caveats of a test's results (``SPLIT.json``), one sentence each."""
+    notices = []
+    if results.get("run_status") not in FINAL_STATUS:
+        notices.append(
+            f"The run is not finished ({results['run_status']}): these are the weights of its last checkpoint."
+        )
+    if results.get("seen_in_training"):
+        notices.append("These images were trained on: the numbers say nothing about new images.")
+    return notices

@@ -1,0 +1,1 @@
+"""What the parts of a network look at, compared with the known parts of objects."""

@@ -1,0 +1,369 @@
+"""What the excitations of a network look at: measures of activation maps beside the known parts of objects.
+
+Every function takes the maps of one stage, (B, P, h, w): B images, P excitations, h x w places. A *place* stands for
+its rectangle of the crop; its centre is its point. ``docs/parts.md`` says how to read the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import hypergeom
+from torch import Tensor
+from torch.nn import functional as F
+
+from crossx.evaluation.intervals import CONFIDENCE
+from crossx.evaluation.parts.regions import Regions
+
+TOP_SHARE = 0.2
+"""Share of a map's places that count as its focus in ``focus_overlap``."""
+
+ZOOM = 0.875
+"""Side of the window of ``zoom`` over that of the crop."""
+
+RESAMPLES = 1000
+"""Bootstrap resamples of an interval, and permutations of a test."""
+
+
+def mass(maps: Tensor) -> Tensor:
+    """Return the maps as distributions over their places, (B, P, h, w), each with the sum 1.
+
+    ``m_i = (a_i - min a) / sum_j (a_j - min a)``. Maps after a ReLU are not negative, those after a batch norm may be:
+    taking off each map's own minimum treats them alike, and makes the mass independent of the map's scale and
+    offset. A map of one value has the mass of every place alike.
+    """
+    above = maps - maps.amin((2, 3), keepdim=True)
+    flat = above.amax((2, 3), keepdim=True) == 0
+    above = torch.where(flat, torch.ones_like(above), above)
+    # by the largest first: the sum of a large map of large values would not fit into float32
+    above = above / above.amax((2, 3), keepdim=True)
+    return above / above.sum((2, 3), keepdim=True)
+
+
+def peaks(maps: Tensor) -> Tensor:
+    """Return where each map is largest, (B, P, h, w): 1 there and 0 elsewhere, shared out between equals."""
+    largest = (maps == maps.amax((2, 3), keepdim=True)).to(maps.dtype)
+    return largest / largest.sum((2, 3), keepdim=True)
+
+
+def shares(distribution: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much of each distribution falls into each region, and what one without preference would give.
+
+    ``share_pk = sum_i m_pi r_ki`` and ``chance_k = mean_i r_ki``. With ``mass`` and ``Regions.coverage`` that is the
+    share of activation within a part beside the part's share of the crop's area. With ``peaks`` and
+    ``Regions.contain`` it is the pointing game (Zhang et al., "Top-down neural attention by excitation backprop",
+    IJCV 2018, https://arxiv.org/abs/1608.00507): 1 where the largest value lies in the part, beside the share of
+    places whose centres do.
+
+    Args:
+        distribution: (B, P, h, w), each map with the sum 1.
+        regions: (B, K, h, w), from 0 to 1.
+
+    Returns:
+        Shares (B, P, K) and chance (B, K).
+    """
+    regions = regions.to(distribution)
+    return torch.einsum("bphw,bkhw->bpk", distribution, regions), regions.mean((2, 3))
+
+
+def found_parts(maps: Tensor, parts: Regions) -> Tensor:
+    """Return the part that each map finds, int64 (B, P); -1 where no part is visible.
+
+    That is the part which contains the map's largest place. Where several do, the one whose centre is nearest among
+    them; where none does, the one whose centre is nearest of all visible ones. Of equally large places the first
+    counts.
+    """
+    height, width = maps.shape[2:]
+    place = maps.flatten(2).argmax(2)
+    rows, columns = place // width, place % width
+    point = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1)
+    distance = torch.cdist(point, parts.centres.to(point))
+    contained = parts.contain(height, width).flatten(2)
+    hit = contained.gather(2, place[:, None].expand(-1, contained.shape[1], -1)).transpose(1, 2)
+    # no distance between points of the crop reaches 2
+    ranked = (distance + 2 * ~hit).masked_fill(~parts.visible[:, None], torch.inf)
+    return ranked.argmin(2).masked_fill(~parts.visible.any(1)[:, None], -1)
+
+
+def normalized_mutual_information(counts: Tensor) -> Tensor:
+    """Return ``2 I(p; k) / (H(p) + H(k))`` of tables of counts (..., P, K); 0 where nothing varies.
+
+    The mean of the entropies normalises, as in scikit-learn's ``normalized_mutual_info_score``.
+    """
+    joint = counts.double() / counts.sum((-2, -1), keepdim=True)
+    of_rows, of_columns = _entropy(joint.sum(-1)), _entropy(joint.sum(-2))
+    information = of_rows + of_columns - _entropy(joint.flatten(-2))
+    total = of_rows + of_columns
+    return torch.where(total > 1e-12, (2 * information / total.clamp(min=1e-12)).clamp(0, 1), 0.0)
+
+
+def focus_overlap(maps: Tensor, share: float = TOP_SHARE) -> Tensor:
+    """Return how far the excitations of an image focus on the same places, (B,), from 0 to 1; P > 1.
+
+    The mean over pairs of excitations of ``|A n B| / |A u B|``, A and B being the places with the largest values: as
+    many as ``share`` of all, at least one.
+    """
+    size = focus_size(maps.shape[2] * maps.shape[3], share)
+    order = maps.flatten(2).argsort(stable=True, dim=2, descending=True)
+    focus = torch.zeros_like(maps.flatten(2)).scatter_(2, order[..., :size], 1.0)
+    common = focus @ focus.transpose(1, 2)
+    return _mean_over_pairs(common / (2 * size - common))
+
+
+def focus_size(places: int, share: float = TOP_SHARE) -> int:
+    """Return how many of a map's places are its focus."""
+    return max(1, round(share * places))
+
+
+def chance_overlap(places: int, share: float = TOP_SHARE) -> float:
+    """Return the ``focus_overlap`` to expect of places drawn at random: its mean over the hypergeometric counts."""
+    size = focus_size(places, share)
+    common = np.arange(size + 1)
+    return float(hypergeom(places, size, size).pmf(common) @ (common / (2 * size - common)))
+
+
+def correlation(maps: Tensor, others: Tensor) -> Tensor:
+    """Return the Pearson correlation over places of each map with its other, (B, P); 0 where one has one value."""
+    return (_standardized(maps) * _standardized(others)).sum(2)
+
+
+def mutual_correlation(maps: Tensor) -> Tensor:
+    """Return the mean Pearson correlation over pairs of an image's excitations, (B,); P > 1."""
+    standardized = _standardized(maps)
+    return _mean_over_pairs(standardized @ standardized.transpose(1, 2))
+
+
+def zoom(images: Tensor) -> Tensor:
+    """Return the upper left window of ``ZOOM`` of the crop's side, (B, C, H, W), resized to the crop's size."""
+    height, width = (round(ZOOM * side) for side in images.shape[2:])
+    return F.interpolate(images[..., :height, :width], images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def zoom_maps(maps: Tensor, image_size: Sequence[int]) -> Tensor:
+    """Return what maps (B, P, h, w) of whole crops say about the window of ``zoom``, at the places of its own maps.
+
+    Args:
+        maps: Of the crops.
+        image_size: Height and width of the crops, in pixels.
+    """
+    scale_y, scale_x = (round(ZOOM * side) / side for side in image_size)
+    theta = maps.new_tensor([[scale_x, 0, scale_x - 1], [0, scale_y, scale_y - 1]])
+    grid = F.affine_grid(theta.expand(len(maps), 2, 3), list(maps.shape), align_corners=False)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def measure_images(
+    maps: Tensor, flipped: Tensor, zoomed: Tensor, image_size: Sequence[int], parts: Regions, objects: Regions
+) -> dict[str, Tensor]:
+    """Measure each image of a batch.
+
+    Args:
+        maps: (B, P, h, w), those of one stage.
+        flipped: The same of the images flipped from left to right.
+        zoomed: The same of ``zoom(images)``.
+        image_size: Height and width of the images, in pixels.
+        parts: K regions of each image.
+        objects: One region of each image.
+
+    Returns:
+        Name to one value an image and, where it says so, excitation and part: ``share`` and ``pointing`` (B, P, K),
+        ``share_chance`` and ``pointing_chance`` (B, K); ``any_part`` (pointing at the parts taken as one) and
+        ``object`` (share of the object) (B, P, 1), and their ``_chance`` (B, 1); ``found``, ``flip`` and ``zoom``
+        (B, P) and, for P > 1, ``overlap`` and ``correlation`` (B,).
+    """
+    maps, flipped, zoomed = maps.float(), flipped.float(), zoomed.float()
+    size = maps.shape[2], maps.shape[3]
+    measures = {}
+    contained = parts.contain(*size)
+    for name, distribution, regions in (
+        ("share", mass(maps), parts.coverage(*size)),
+        ("pointing", peaks(maps), contained),
+        ("any_part", peaks(maps), contained.any(1, keepdim=True)),
+        ("object", mass(maps), objects.coverage(*size)),
+    ):
+        measures[name], measures[f"{name}_chance"] = shares(distribution, regions)
+    measures["found"] = found_parts(maps, parts)
+    measures["flip"] = correlation(flipped.flip(3), maps)
+    measures["zoom"] = correlation(zoomed, zoom_maps(maps, image_size))
+    if maps.shape[1] > 1:
+        measures["overlap"] = focus_overlap(maps)
+        measures["correlation"] = mutual_correlation(maps)
+    return measures
+
+
+class Bootstrap:
+    """Percentile bootstrap intervals over images, all from the same resamples.
+
+    Args:
+        n: Number of images.
+        seed: Seed of the resampling.
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        self.counts: NDArray[np.float64] = drawn.astype(np.float64)
+        """(RESAMPLES, n): how often each image is drawn."""
+
+    def totals(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sums of values (n, ...) over each resample, (RESAMPLES, ...)."""
+        return np.tensordot(self.counts, values, 1)
+
+    def interval(self, resampled: NDArray[np.float64]) -> list[float] | None:
+        """Return ``[low, high]`` of a number's values (RESAMPLES,) in the resamples; None where all are undefined."""
+        defined = resampled[np.isfinite(resampled)]
+        if not len(defined):
+            return None
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(defined, [tail, 1 - tail])
+        return [float(low), float(high)]
+
+    def mean(self, values: NDArray[np.float64]) -> dict[str, Any]:
+        """Return the mean of values (n,), n > 0, and its interval."""
+        return {
+            "value": float(values.mean()),
+            "interval": self.interval(self.totals(values) / self.counts.sum(1)),
+        }
+
+    def beside_chance(
+        self, values: NDArray[np.float64], chance: NDArray[np.float64], used: NDArray[np.bool_]
+    ) -> dict[str, Any]:
+        """Return the mean of values (n,) over the images that are used, beside the mean of chance (n,).
+
+        ``over_chance`` is the first divided by the second, None where the second is 0.
+        """
+        columns = np.stack([values * used, chance * used, used], 1)
+        value, expected, count = columns.sum(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values_, expected_, counts_ = self.totals(columns).T
+            of_means, of_ratios = values_ / counts_, values_ / expected_
+        return {
+            "value": float(value / count),
+            "interval": self.interval(of_means),
+            "chance": float(expected / count),
+            "over_chance": float(value / expected) if expected > 0 else None,
+            "over_chance_interval": self.interval(of_ratios) if expected > 0 else None,
+        }
+
+
+def consistency(found: Tensor, num_parts: int, bootstrap: Bootstrap, seed: int = 0) -> dict[str, Any]:
+    """Say how much the excitation tells about the part that it finds, over images of all classes; P > 1.
+
+    ``nmi`` is the normalised mutual information of excitation and part. 1: each excitation finds one part of its own in
+    every image; 0: all find the parts equally often. A table of counts has some by accident, so ``chance`` is
+    its mean over permutations of the excitations within each image, and ``p_value`` the share of permutations (this
+    one included) that have as much.
+
+    Args:
+        found: int64 (N, P), see ``found_parts``; rows with -1 are left out.
+        num_parts: K.
+        bootstrap: For the N images.
+        seed: Seed of the permutations.
+    """
+    used = found[:, 0] >= 0
+    chosen = F.one_hot(found.clamp(min=0), num_parts) * used[:, None, None]
+    nmi = float(normalized_mutual_information(chosen.sum(0)))
+    resampled = normalized_mutual_information(torch.from_numpy(bootstrap.totals(chosen.double().numpy())))
+    generator = torch.Generator().manual_seed(seed)
+    kept = chosen[used]
+    permuted = torch.stack([_permuted_counts(kept, generator) for _ in range(RESAMPLES)])
+    by_accident = normalized_mutual_information(permuted)
+    # equal tables may differ in the last digit
+    as_large = int((by_accident >= nmi - 1e-12).sum())
+    return {
+        "nmi": nmi,
+        "interval": bootstrap.interval(resampled.numpy()),
+        "chance": float(by_accident.mean()),
+        "p_value": (1 + as_large) / (1 + RESAMPLES),
+        "n": int(used.sum()),
+    }
+
+
+def summarize_parts(
+    measures: Mapping[str, Tensor], names: Sequence[str], visible: Tensor, has_object: Tensor, places: int
+) -> dict[str, Any]:
+    """Return the measures of one stage as a dictionary for JSON.
+
+    Args:
+        measures: Those of ``measure_images``, of all N images.
+        names: The K parts.
+        visible: bool (N, K), which parts are to be seen; each at least once.
+        has_object: bool (N,), which images have the box of their object.
+        places: Number of places of a map.
+
+    Returns:
+        ``excitations``, a list over p: ``share`` and ``pointing`` (part to numbers beside chance, over the images that
+        show the part), ``object`` (the share of the whole object, None without boxes), ``any_part`` (pointing at any
+        part, over the images that show one), ``found`` (part to the share of images in which p finds it), ``flip`` and
+        ``zoom`` (mean correlations). For P > 1 ``consistency`` and ``diversity`` (``overlap`` beside chance, and
+        ``correlation``), else None.
+    """
+    arrays = {name: values.double().numpy() for name, values in measures.items()}
+    seen, with_object = visible.numpy(), has_object.numpy()
+    bootstrap = Bootstrap(len(seen))
+    found = measures["found"]
+    used = found[:, 0] >= 0
+
+    def beside_chance(name: str, p: int) -> dict[str, Any]:
+        return {
+            part: bootstrap.beside_chance(arrays[name][:, p, k], arrays[f"{name}_chance"][:, k], seen[:, k])
+            for k, part in enumerate(names)
+        }
+
+    def of_one_region(name: str, p: int, shown: NDArray[np.bool_]) -> dict[str, Any] | None:
+        if not shown.any():
+            return None
+        return bootstrap.beside_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
+
+    excitations = [
+        {
+            "share": beside_chance("share", p),
+            "pointing": beside_chance("pointing", p),
+            "object": of_one_region("object", p, with_object),
+            "any_part": of_one_region("any_part", p, used.numpy()),
+            "found": {part: float((found[used, p] == k).double().mean()) for k, part in enumerate(names)},
+            **{view: bootstrap.mean(arrays[view][:, p]) for view in ("flip", "zoom")},
+        }
+        for p in range(found.shape[1])
+    ]
+    several = len(excitations) > 1
+    return {
+        "places": places,
+        "excitations": excitations,
+        "consistency": consistency(found, len(names), bootstrap) if several else None,
+        "diversity": {
+            "overlap": {**bootstrap.mean(arrays["overlap"]), "chance": chance_overlap(places)},
+            "correlation": bootstrap.mean(arrays["correlation"]),
+        }
+        if several
+        else None,
+    }
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+
+def _mean_over_pairs(matrices: Tensor) -> Tensor:
+    """Return the means of the entries above the diagonal of matrices (B, P, P), (B,)."""
+    parts = matrices.shape[1]
+    return matrices.triu(1).sum((1, 2)) / (parts * (parts - 1) / 2)
+
+
+def _standardized(maps: Tensor) -> Tensor:
+    """Return maps (B, P, h, w) as vectors (B, P, hw) of mean 0 and length 1, or 0 where a map has one value."""
+    values = maps.flatten(2)
+    values = values / values.abs().amax(2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    centred = values - values.mean(2, keepdim=True)
+    # what rounding leaves of a map of one value
+    length = centred.norm(dim=2, keepdim=True)
+    return torch.where(length > 1e-6, centred / length.clamp(min=1e-6), 0.0)
+
+
+def _permuted_counts(chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the counts (P, K) of one-hot choices (N, P, K) whose excitations change places within each image."""
+    order = torch.rand(chosen.shape[:2], generator=generator).argsort(1)
+    return chosen.gather(1, order[..., None].expand_as(chosen)).sum(0)

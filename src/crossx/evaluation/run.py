@@ -1,0 +1,149 @@
+"""Evaluate a network, and test a run: every metric of the network's answers on one split, with their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossx.errors import CrossXError
+from crossx.evaluation.metrics import confusion_matrix
+from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.plots import plot_confusion
+from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
+from crossx.evaluation.progress import track
+from crossx.evaluation.subject import Subject, SubjectOptions
+from crossx.evaluation.summary import summarize
+from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
+from crossx.methods.base import Method
+from crossx.runs import ModelSpec, write_json
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network answered, on the CPU in the order of the loader.
+
+    Attributes:
+        logits: float32 (N, K), the prediction.
+        heads: Head name -> float32 (N, K).
+        targets: int64 (N,).
+    """
+
+    logits: Tensor
+    heads: Mapping[str, Tensor]
+    targets: Tensor
+
+
+def evaluate(
+    method: Method,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device = "auto",
+    *,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    channels_last: bool = True,
+    progress: str = "",
+) -> Outputs:
+    """Run a network over a loader, each image once.
+
+    The method is left on ``device``, in evaluation mode.
+
+    Args:
+        method: The network.
+        loader: Batches of images (B, 3, H, W) and targets (B,); at least one.
+        device: See ``select_device``.
+        normalize: See ``TorchNetwork``; ``DataModule.normalize`` for its loaders' bytes.
+        channels_last: See ``TorchNetwork``.
+        progress: Title of a progress bar on a terminal; empty for none.
+
+    Raises:
+        CrossXError: If the logits are not finite or the GPU's memory is too small.
+    """
+    network = TorchNetwork(method, normalize, device, channels_last=channels_last)
+    heads: dict[str, list[Tensor]] = {}
+    targets = []
+    for images, labels in track(loader, progress):
+        for name, logits in network.head_logits(images).items():
+            heads.setdefault(name, []).append(logits.float().cpu())
+        targets.append(labels)
+    joined = {name: torch.cat(batches) for name, batches in heads.items()}
+    with torch.inference_mode():
+        logits = method.combine_heads(joined)
+    broken = int((~logits.isfinite().all(dim=1)).sum())
+    if broken:
+        raise CrossXError(
+            f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "
+            "training diverged."
+        )
+    return Outputs(logits, joined, torch.cat(targets))
+
+
+def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, Any]:
+    """Test a run on one split of a dataset and write the results.
+
+    ``OUTPUT/SPLIT.json`` holds what is returned; the folder ``OUTPUT/SPLIT/`` holds ``per_class.csv``,
+    ``confusion.csv``, ``confusion.png``, ``confused_pairs.csv`` and ``predictions.npz`` (see ``Predictions``),
+    which ``compare_runs`` reads.
+
+    Args:
+        path: A run folder (its selected weights) or a checkpoint file in one.
+        **options: See ``SubjectOptions``.
+
+    Returns:
+        The metrics of ``summarize``, the most confused pairs, and what they belong to: method, backbone, weights,
+        dataset, split, seed of the training and how the checkpoint was selected.
+
+    Raises:
+        UsageError: As ``Subject.open``.
+        CrossXError: As ``Subject.open``, or if images cannot be read or the logits are not finite.
+    """
+    subject = Subject.open(path, **options)
+    data, spec, split = subject.data, subject.spec, subject.split
+    data.check_images([split])
+    outputs = evaluate(
+        subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress="Testing"
+    )
+    results = {
+        **summarize(
+            outputs.logits,
+            outputs.heads,
+            outputs.targets,
+            spec.classes,
+            data.index.levels,
+            temperature=spec.temperature,
+        ),
+        **subject.describe(),
+    }
+    paths = relative_paths(data.index, split, data.config.root)
+    _write_files(subject.output, split, outputs, spec, results, paths)
+    return results
+
+
+# pytest would take it for a test wherever it is imported.
+test_run.__test__ = False  # type: ignore[attr-defined]
+
+
+def _write_files(
+    folder: Path,
+    split: str,
+    outputs: Outputs,
+    spec: ModelSpec,
+    results: Mapping[str, Any],
+    paths: Sequence[str],
+) -> None:
+    confusion = confusion_matrix(outputs.logits.argmax(dim=1), outputs.targets, len(spec.classes))
+    tables = folder / split
+    write_class_table(confusion, spec.classes, tables / "per_class.csv")
+    write_confused_pairs(confusion, spec.classes, tables / "confused_pairs.csv")
+    write_confusion(confusion, spec.classes, tables / "confusion.csv")
+    title = f"{spec.method} on {results['dataset']}, {split}: top-1 {results['top1']:.1%}"
+    plot_confusion(confusion.numpy(), spec.classes, tables / "confusion.png", title=title)
+    Predictions(
+        outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
+    ).save(predictions_path(folder, split))
+    # Last, so that the results are there only with all that belongs to them.
+    write_json(folder / f"{split}.json", results)

@@ -1,0 +1,217 @@
+"""A run and the images of one split to measure it on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+
+from crossx.data.catalog import read_configured
+from crossx.data.config import DataConfig
+from crossx.data.datamodule import DataModule
+from crossx.data.index import SPLITS
+from crossx.errors import CrossXError, first_line, unknown
+from crossx.evaluation.classes import check_classes
+from crossx.evaluation.device import select_device
+from crossx.evaluation.network import TorchNetwork
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_method
+from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
+
+
+class DataOptions(TypedDict, total=False):
+    """Which data a run is measured on, and how they are loaded.
+
+    Attributes:
+        root: The data; by default where the run was trained.
+        dataset: The dataset's name; by default the one that the run was trained on.
+        batch_size: Images per step; by default as in training.
+        num_workers: Processes that load images; by default as in training.
+    """
+
+    root: str | Path | None
+    dataset: str | None
+    batch_size: int | None
+    num_workers: int | None
+
+
+class SubjectOptions(DataOptions, total=False):
+    """Options of ``Subject.open``.
+
+    Attributes:
+        split: ``test`` (the default), ``val`` (the images held out in training) or ``train``.
+        output: Folder for the results; by default the run folder.
+        device: See ``select_device``; by default ``auto``.
+    """
+
+    split: str
+    output: str | Path | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, and the images of one split to measure it on.
+
+    Attributes:
+        run: The run folder.
+        weights: The weights in it that are measured.
+        method: The network with them, in evaluation mode on the CPU.
+        spec: Its description.
+        data: Loads the dataset as the network takes it.
+        split: What is measured on.
+        device: Where to compute.
+        output: The folder for the results.
+    """
+
+    run: Run
+    weights: Path
+    method: Method
+    spec: ModelSpec
+    data: DataModule
+    split: str
+    device: torch.device
+    output: Path
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        split: str = "test",
+        output: str | Path | None = None,
+        device: str = "auto",
+        **options: Unpack[DataOptions],
+    ) -> Subject:
+        """Open a run and the images to measure it on. The images themselves are not read yet.
+
+        Args:
+            path: A run folder (its selected weights) or a checkpoint file in one.
+            split: See ``SubjectOptions``.
+            output: See ``SubjectOptions``.
+            device: See ``SubjectOptions``.
+            **options: See ``DataOptions``.
+
+        Raises:
+            UsageError: If the split, dataset or device is unknown.
+            CrossXError: If the run, its data or the output folder cannot be used, or the dataset's classes are not
+                the run's.
+        """
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        run, weights = open_run(path)
+        folder = run.results_folder(output)
+        check_writable(folder)
+        chosen = select_device(device)
+        method, spec = load_method(path)
+        info = run.read_info()
+        if str(info.get("class_names", "")).startswith("numbered"):
+            raise CrossXError(
+                f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
+                "them their names and order."
+            )
+        data = open_data(info, spec, **options)
+        return cls(run, weights, method, spec, data, split, chosen, folder)
+
+    @property
+    def network(self) -> TorchNetwork:
+        """The network on ``device``; it takes the loaders' bytes."""
+        return TorchNetwork(self.method, self.data.normalize, self.device)
+
+    @property
+    def seen_in_training(self) -> bool:
+        """Whether the network was trained on these images."""
+        # the released checkpoints were trained on all that is not test
+        on_all = self.data.config.train_on == "trainval" or self.run.read_info().get("status") == "imported"
+        seen = self.split == "train" or (self.split == "val" and on_all)
+        return seen and self.data.config.dataset == self.spec.dataset
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the results belong to, for JSON; call it when the images have been checked."""
+        info = self.run.read_info()
+        return {
+            **self._provenance(info),
+            "seen_in_training": self.seen_in_training,
+            "calibration": info.get("calibration"),
+            "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
+            "environment": environment(),
+        }
+
+    def _provenance(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        run, spec, config = self.run, self.spec, self.data.config
+        selected = self.weights in (run.weights, run.best)
+        return {
+            "method": spec.method,
+            "options": dict(spec.options),
+            "backbone": info.get("backbone") or spec.backbone,
+            "pretrained": info.get("pretrained"),
+            "backbone_weights": info.get("backbone_weights"),
+            "weights": os.path.relpath(self.weights, run.path),
+            "selection": info.get("selection") if selected else {"how": "checkpoint given"},
+            "dataset": config.dataset,
+            "data_root": config.root,
+            "split": self.split,
+            "run_status": info.get("status"),
+            "num_classes": len(spec.classes),
+            "preprocessing": asdict(spec.preprocessing),
+            "seed": info.get("seed"),
+        }
+
+
+def open_data(
+    info: Mapping[str, Any],
+    spec: ModelSpec,
+    **options: Unpack[DataOptions],
+) -> DataModule:
+    """Read the dataset of a run, or another with the same classes.
+
+    Args:
+        info: The run's ``run.json``.
+        spec: Its description.
+        **options: See ``DataOptions``.
+
+    Raises:
+        UsageError: If there is no such dataset.
+        CrossXError: If it cannot be read, or its classes are not the run's.
+    """
+    config = _data_config(info, spec, **options)
+    index = read_configured(config)
+    check_classes(spec.classes, index.classes, index.name)
+    return DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
+
+
+def _data_config(
+    info: Mapping[str, Any],
+    spec: ModelSpec,
+    *,
+    root: str | Path | None = None,
+    dataset: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> DataConfig:
+    """Return the data options of the training with what was asked for in their place."""
+    known = {item.name for item in fields(DataConfig)}
+    trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
+    # The folder as it was then named from the working folder may not be there from today's.
+    trained["root"] = info.get("data_root") or trained.get("root")
+    # each image is read once: a cache would never be read from
+    try:
+        config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
+    except TypeError as error:
+        raise CrossXError(f"run.json: data: an option is of the wrong type ({first_line(error)}).") from error
+    if dataset is not None and dataset != config.dataset:
+        # Root and the options of a reader belong to the dataset of the training.
+        config = replace(
+            config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
+        )
+    if root is not None:
+        config = replace(config, root=str(root))
+    if batch_size is not None:
+        config = replace(config, eval_batch_size=batch_size)
+    if num_workers is not None:
+        config = replace(config, num_workers=num_workers)
+    return config

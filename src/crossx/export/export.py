@@ -1,0 +1,324 @@
+"""A trained run to one file that other programs run: ONNX, OpenVINO, torch.export or plain weights.
+
+Whatever is written is opened again and compared with the network in eager float32 before it gets its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crossx.data.transforms import Normalize
+from crossx.errors import CrossXError, UsageError, first_line, unknown
+from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.subject import open_data
+from crossx.export.quantize import quantize_onnx, quantize_openvino
+from crossx.export.verify import (
+    Accuracy,
+    Comparison,
+    QuantizationData,
+    compare,
+    images_to_compare,
+    measure_accuracy,
+    prepared_batches,
+    quantization_data,
+)
+from crossx.methods.checkpoint import load_method
+from crossx.predict.exported import EXTRA_FILE, KEY, OUTPUTS, SUFFIXES, ExportedModel, describe_export
+from crossx.predict.inference import Inference
+from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run
+
+if TYPE_CHECKING:
+    import onnx
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-2}
+"""Precision -> what is accepted: the largest difference of the logits from those in eager float32, over the largest
+logit; with int8 the loss of top-1 accuracy."""
+
+CALIBRATION_IMAGES = 300
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is made.
+
+    Attributes:
+        build: A network and its input to a graph.
+        save: Writes a graph, its description as JSON, its precision.
+        needs: Packages that it cannot do without.
+        quantize: A graph and images to a graph in int8; None where the format has none.
+        quantize_needs: Packages that this cannot do without.
+    """
+
+    build: Callable[[nn.Module, Tensor], Any]
+    save: Callable[[Any, str, str, Path], None]
+    needs: tuple[str, ...] = ()
+    quantize: Callable[[Any, Sequence[Tensor]], Any] | None = None
+    quantize_needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it compares with the network in eager float32.
+
+    Attributes:
+        files: The files; the first is the one to open.
+        description: What the file says of itself, see ``describe_export``.
+        comparison: The logits on some images.
+        tolerance: What was accepted, see ``TOLERANCES``.
+        accuracy: For int8, before and after.
+    """
+
+    files: tuple[Path, ...]
+    description: Mapping[str, Any]
+    comparison: Comparison
+    tolerance: float
+    accuracy: Accuracy | None
+
+
+def export_run(
+    path: str | Path,
+    output: str | Path,
+    *,
+    format: str | None = None,
+    precision: str = "fp32",
+    images: str | Path | None = None,
+    root: str | Path | None = None,
+    dataset: str | None = None,
+    tolerance: float | None = None,
+    calibration_images: int | None = None,
+    accuracy_images: int | None = None,
+) -> ExportReport:
+    """Export a run for any number of images a batch, and check the file against the network in eager float32.
+
+    Args:
+        path: A run folder (its selected weights) or a checkpoint file in one.
+        output: The file to write; OpenVINO writes its weights beside it, as ``.bin``.
+        format: One of ``SUFFIXES``; by default what the output's name says.
+        precision: ``fp32``, ``fp16`` or, for ONNX and OpenVINO, ``int8``.
+        images: A folder of images to compare on; by default images of the run's dataset, or random pixels where
+            that is not there any more.
+        root: The run's data; by default where the run was trained.
+        dataset: The dataset's name; by default the run's.
+        tolerance: What to accept, by default that of ``TOLERANCES``.
+        calibration_images: For int8, how many images the ranges of the activations are taken from; by default
+            ``CALIBRATION_IMAGES``.
+        accuracy_images: For int8, how many images the accuracy is measured on; by default the whole test split.
+
+    Raises:
+        UsageError: If format, precision, output and options do not go together, or a package is missing.
+        CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the
+            file differs by more than ``tolerance``. No file is left then.
+    """
+    output = Path(output)
+    name = _format_of(output, format)
+    kind = _FORMATS[name]
+    _check_precision(name, kind, precision)
+    if precision != "int8" and (calibration_images is not None or accuracy_images is not None):
+        raise UsageError("--calibration and --accuracy belong to --precision int8.")
+    check_output_file(output)
+    run, weights = open_run(path)
+    method, spec = load_method(weights)
+    read = cache(partial(open_data, run.read_info(), spec, root=root, dataset=dataset))
+    if precision == "int8" or root is not None or dataset is not None:
+        read()
+    compared, source = images_to_compare(read, images, spec.preprocessing)
+    quantized = None
+    if precision == "int8":
+        quantized = quantization_data(read(), calibration_images or CALIBRATION_IMAGES, accuracy_images)
+
+    graph = _build_graph(name, Inference(copy.deepcopy(method), spec), spec, precision, quantized)
+    reference = TorchNetwork(method, Normalize(spec.preprocessing), "cpu")
+    description = describe_export(spec, name, precision, _opset(graph))
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        file = Path(folder) / output.name
+        kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+        # just written here
+        model = ExportedModel.load(file, trust=True)
+        comparison = compare(model, reference, compared, source)
+        accuracy = (
+            None if quantized is None else measure_accuracy(model, reference, quantized, spec.preprocessing)
+        )
+        allowed = TOLERANCES[precision] if tolerance is None else tolerance
+        _require(output, comparison, accuracy, allowed)
+        if accuracy is not None:
+            description["accuracy"] = asdict(accuracy)
+            kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+        # .bin before the .xml that is of no use without it
+        parts = sorted(Path(folder).iterdir())
+        for part in parts:
+            with atomic_path(output.parent / part.name) as temporary:
+                part.replace(temporary)
+    files = tuple(output.parent / part.name for part in reversed(parts))
+    return ExportReport(files, description, comparison, allowed, accuracy)
+
+
+def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUTPUTS) -> onnx.ModelProto:
+    """Export a network to ONNX, its input called ``images``, for any number of images a batch.
+
+    Args:
+        network: Takes images as one tensor; in evaluation mode.
+        images: An example of them, (B, C, H, W).
+        outputs: Names of what it gives.
+    """
+    program = torch.onnx.export(
+        network,
+        (_several(images),),
+        input_names=["images"],
+        output_names=list(outputs),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    graph: onnx.ModelProto = program.model_proto
+    return graph
+
+
+def _build_graph(
+    name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
+) -> Any:
+    kind, size = _FORMATS[name], spec.preprocessing.image_size
+    # OpenVINO halves the weights in the file and computes as the processor likes best
+    if precision == "fp16" and name != "openvino":
+        network.method.half()
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # torch.export and the converters warn of how they work inside
+        warnings.simplefilter("ignore")
+        try:
+            graph = kind.build(network, example)
+        except Exception as error:  # what an exporter cannot take, it raises in many ways
+            raise CrossXError(
+                f"method {spec.method!r} on {spec.backbone!r} cannot be exported to {name} ({first_line(error)})."
+            ) from error
+        if quantized is not None:
+            assert kind.quantize is not None
+            paths = [record.path for record in quantized.calibration]
+            graph = kind.quantize(graph, list(prepared_batches(paths, spec.preprocessing)))
+    return graph
+
+
+def _several(images: Tensor) -> Tensor:
+    """Return two images: torch.export takes a batch of one for a constant."""
+    return images[:1].repeat(2, 1, 1, 1)
+
+
+def _save_onnx(graph: onnx.ModelProto, description: str, precision: str, file: Path) -> None:
+    import onnx
+
+    # the exporter notes for each node which lines of which files on this machine it comes from
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del part.metadata_props[:]
+    onnx.helper.set_model_props(graph, {KEY: description})
+    onnx.save(graph, file)
+
+
+def _build_openvino(network: nn.Module, images: Tensor) -> Any:
+    import onnx
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        onnx.save(export_onnx(network, images), path)
+        return openvino.convert_model(path)
+
+
+def _save_openvino(graph: Any, description: str, precision: str, file: Path) -> None:
+    import openvino
+
+    graph.set_rt_info(description, KEY)
+    openvino.save_model(graph, file, compress_to_fp16=precision == "fp16")
+
+
+def _build_torch_export(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    dynamic = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(network, (_several(images),), dynamic_shapes=dynamic)
+
+
+def _save_torch_export(
+    graph: torch.export.ExportedProgram, description: str, precision: str, file: Path
+) -> None:
+    torch.export.save(graph, file, extra_files={EXTRA_FILE: description})
+
+
+def _keep_network(network: nn.Module, images: Tensor) -> nn.Module:
+    return network
+
+
+def _save_safetensors(graph: Inference, description: str, precision: str, file: Path) -> None:
+    state = {key: value.contiguous() for key, value in graph.method.state_dict().items()}
+    save_file(state, file, {KEY: description})
+
+
+_ONNX = ("onnx", "onnxscript")
+_FORMATS = {
+    "onnx": Format(export_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx),
+    "openvino": Format(_build_openvino, _save_openvino, (*_ONNX, "openvino"), quantize_openvino, ("nncf",)),
+    "torch-export": Format(_build_torch_export, _save_torch_export),
+    "safetensors": Format(_keep_network, _save_safetensors),
+}
+
+
+def _format_of(output: Path, given: str | None) -> str:
+    """Return the format, that given or the one that the file's name says; the two must agree."""
+    if given is not None and given not in SUFFIXES:
+        raise unknown("format", given, SUFFIXES)
+    named = next((name for name, suffix in SUFFIXES.items() if output.suffix.lower() == suffix), None)
+    if given is not None and named != given:
+        raise UsageError(f"--output {output}: a file of --format {given} ends in {SUFFIXES[given]}.")
+    if named is None:
+        endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
+        raise UsageError(f"--output {output}: its name must end in the format's: {endings}.")
+    return named
+
+
+def _check_precision(name: str, kind: Format, precision: str) -> None:
+    if precision not in TOLERANCES:
+        raise unknown("precision", precision, TOLERANCES)
+    if precision == "int8" and kind.quantize is None:
+        offered = ", ".join(other for other, its in _FORMATS.items() if its.quantize is not None)
+        raise UsageError(f"--format {name} has no int8. It is made for: {offered}.")
+    needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"--format {name} needs {', '.join(missing)}: pip install 'crossx[export]'.")
+
+
+def _opset(graph: Any) -> int | None:
+    """Return the version of ONNX's own operators; None for another format."""
+    imports = getattr(graph, "opset_import", ())
+    return next((entry.version for entry in imports if not entry.domain), None)
+
+
+def _require(output: Path, comparison: Comparison, accuracy: Accuracy | None, allowed: float) -> None:
+    """Check that the file differs by no more than is allowed.
+
+    Raises:
+        CrossXError: If it does; also where a difference is not a number.
+    """
+    if accuracy is not None:
+        lost = accuracy.before - accuracy.after
+        if not lost <= allowed:
+            raise CrossXError(
+                f"{output}: not written, int8 loses {lost:.2%} of top-1 accuracy on {accuracy.images} images "
+                f"({accuracy.before:.2%} before, {accuracy.after:.2%} after), more than the tolerance, {allowed:.2%}. "
+                "Try more --calibration images or --precision fp16, or allow it with --tolerance."
+            )
+    elif not comparison.difference <= allowed:
+        raise CrossXError(
+            f"{output}: not written, its logits differ from those of eager float32 by {comparison.difference:.1e} of "
+            f"the largest, more than the tolerance of {allowed:.1e} ({comparison.source})."
+        )

@@ -1,0 +1,191 @@
+"""Compare an exported file with the network that it was made of, on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from crossx.data.datamodule import DataModule
+from crossx.data.images import find_images, image_problem
+from crossx.data.index import Record
+from crossx.data.transforms import batch_images, eval_transform
+from crossx.errors import CrossXError
+from crossx.evaluation.network import Network
+from crossx.evaluation.progress import track
+from crossx.predict.prefetch import prefetch_batches
+from crossx.runs import Preprocessing
+
+T = TypeVar("T")
+
+BATCH = 16
+COMPARED_IMAGES = 16
+RANDOM_PIXELS = "random pixels"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An exported file's logits compared with those of eager float32.
+
+    Attributes:
+        images: How many images.
+        source: Where they come from.
+        difference: Largest difference of the logits, over the largest logit.
+        same_class: Images on which both give the same class.
+    """
+
+    images: int
+    source: str
+    difference: float
+    same_class: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy on the same images before and after quantisation.
+
+    Attributes:
+        split: The split that they are of.
+        images: How many.
+        before: In eager float32.
+        after: Of the exported file.
+        same_class: Images on which both give the same class.
+        calibration_images: Images that the activations' ranges were taken from; none of these.
+    """
+
+    split: str
+    images: int
+    before: float
+    after: float
+    same_class: int
+    calibration_images: int
+
+
+@dataclass(frozen=True)
+class QuantizationData:
+    """Which images int8 is made and measured with.
+
+    Attributes:
+        calibration: Those that the ranges of the activations are taken from.
+        measured: Those that the accuracy is measured on; none of the others.
+        split: The split of ``measured``.
+    """
+
+    calibration: tuple[Record, ...]
+    measured: tuple[Record, ...]
+    split: str
+
+
+def images_to_compare(
+    read: Callable[[], DataModule], folder: str | Path | None, preprocessing: Preprocessing
+) -> tuple[Tensor, str]:
+    """Choose images to compare on, spread over a folder or over a split of the dataset.
+
+    Args:
+        read: Reads the run's dataset; where it fails random pixels are taken. Validation images come before others.
+        folder: A folder of images, to take instead.
+        preprocessing: The run's.
+
+    Returns:
+        uint8 (B, 3, S, S), and where they come from.
+
+    Raises:
+        CrossXError: If there is no image that can be read.
+    """
+    if folder is not None:
+        paths, source = find_images(Path(folder)), str(folder)
+    else:
+        try:
+            index = read().index
+        except CrossXError as error:
+            return _random_pixels(preprocessing.image_size), f"{RANDOM_PIXELS}: {str(error).rstrip('.')}"
+        split = next(name for name in ("val", "test", "train") if index.split(name))
+        paths, source = [record.path for record in index.split(split)], f"{split} of {index.name}"
+    readable = [path for path in spread(paths, COMPARED_IMAGES) if image_problem(path) is None]
+    if not readable:
+        raise CrossXError(f"{source}: there is no image that can be read. Give --images a folder of images.")
+    return torch.cat(list(prepared_batches(readable, preprocessing))), source
+
+
+def _random_pixels(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
+    """Compare an exported file with the network; images are uint8 (B, 3, S, S), first one, then all others."""
+    batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
+    found = torch.cat([model.logits(batch) for batch in batches])
+    expected = torch.cat([reference.logits(batch) for batch in images.split(BATCH)])
+    difference = (found - expected).abs().max() / expected.abs().max()
+    same = int((found.argmax(1) == expected.argmax(1)).sum())
+    return Comparison(len(images), source, float(difference), same)
+
+
+def quantization_data(data: DataModule, calibration: int, measured: int | None) -> QuantizationData:
+    """Choose the images for int8: calibration on validation images, accuracy on the test split.
+
+    Without validation images training images calibrate; without a test split half of the validation images measure.
+
+    Args:
+        data: The dataset.
+        calibration: How many images to calibrate on.
+        measured: How many to measure on; None for all.
+
+    Raises:
+        CrossXError: If images cannot be read (and the run does not skip them), or none are left to measure on.
+    """
+    tested = data.index.split("test")
+    source = "val" if data.index.split("val") else "train"
+    data.check_images([source, "test"])
+    candidates, tested = data.index.split(source), data.index.split("test")
+    if not tested:
+        candidates, tested = candidates[::2], candidates[1::2]
+    if not candidates or not tested:
+        raise CrossXError(
+            f"dataset {data.index.name!r} has too few images to calibrate int8 and to measure it."
+        )
+    return QuantizationData(
+        tuple(spread(candidates, calibration)),
+        tuple(tested if measured is None else spread(tested, measured)),
+        tested[0].split,
+    )
+
+
+def measure_accuracy(
+    model: Network, reference: Network, images: QuantizationData, preprocessing: Preprocessing
+) -> Accuracy:
+    """Measure the top-1 accuracy of a quantised file and of the network that it was made of."""
+    records = images.measured
+    answers, references = [], []
+    paths = [record.path for record in records]
+    for batch in track(prepared_batches(paths, preprocessing), "Measuring", total=-(-len(records) // BATCH)):
+        answers.append(model.logits(batch).argmax(1))
+        references.append(reference.logits(batch).argmax(1))
+    found, expected = torch.cat(answers), torch.cat(references)
+    targets = torch.tensor([record.label for record in records])
+    return Accuracy(
+        split=images.split,
+        images=len(records),
+        before=float((expected == targets).float().mean()),
+        after=float((found == targets).float().mean()),
+        same_class=int((found == expected).sum()),
+        calibration_images=len(images.calibration),
+    )
+
+
+def prepared_batches(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """Give images as evaluation prepares them, uint8 (B, 3, S, S), decoded in threads."""
+    transform = eval_transform(preprocessing)
+    for _, images in prefetch_batches(paths, lambda path: transform(transform.read(path)), BATCH):
+        yield batch_images(images)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` items, evenly spread over the sequence."""
+    kept = min(count, len(items))
+    return [items[index * len(items) // kept] for index in range(kept)]

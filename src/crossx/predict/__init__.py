@@ -1,0 +1,1 @@
+"""One trained network as a predictor: its inputs, its outputs, and collections of any size."""

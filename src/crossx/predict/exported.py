@@ -1,0 +1,282 @@
+"""Exported files: what they say of themselves, and running one like the network that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from crossx.data.transforms import MAX_ASPECT, resized_side
+from crossx.errors import CrossXError, UsageError, first_line
+from crossx.explain.maps import Explanation, Kind
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_network
+from crossx.predict.inference import Inference
+from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
+
+Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
+"""Format -> how the names of its files end."""
+
+KEY = "crossx"
+"""Under this name a file keeps its description."""
+EXTRA_FILE = f"{KEY}.json"
+"""The same, in files of torch.export."""
+
+OUTPUTS = ("logits", "probabilities")
+
+
+def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | None) -> dict[str, Any]:
+    """Return what an exported file says of itself, as JSON.
+
+    It holds all of ``model.json`` and how an image becomes the input, for whoever has no crossx.
+
+    Args:
+        spec: The run's description.
+        format_: One of ``SUFFIXES``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        opset: The version of ONNX's operators; None for a file without any.
+    """
+    prep = spec.preprocessing
+    side = resized_side(prep)
+    return {
+        **spec.to_json(),
+        "crossx_version": version("crossx"),
+        "format": format_,
+        "precision": precision,
+        "opset": opset,
+        "input": {
+            "name": "images",
+            "type": "uint8",
+            "layout": "NCHW",
+            "colors": "RGB",
+            "size": prep.image_size,
+            "crop_bottom": prep.crop_bottom,
+            "max_aspect": MAX_ASPECT,
+            "resize": {"shorter_side": side} if prep.resize_size is None else {"width": side, "height": side},
+            "interpolation": prep.interpolation,
+            "antialias": True,
+            "crop": "center",
+        },
+        "outputs": {
+            "logits": "float32 (batch, classes)",
+            "probabilities": "softmax(logits / temperature)",
+        },
+    }
+
+
+class ExportedModel:
+    """An exported file as a ``Network``: it predicts on the CPU, and explains nothing.
+
+    Args:
+        description: What the file says of itself, see ``describe_export``.
+        compute: Runs it.
+        source: The file, for messages.
+
+    Attributes:
+        description: As given.
+        spec: The ``model.json`` of the run that was exported.
+    """
+
+    device = torch.device("cpu")
+    precision = torch.float32
+    explains = False
+
+    def __init__(self, description: Mapping[str, Any], compute: Compute, source: Path) -> None:
+        self.description = dict(description)
+        self.spec = ModelSpec.from_json(description, source)
+        self._compute, self._source = compute, source
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        *,
+        trust: bool = False,
+    ) -> ExportedModel:
+        """Open a file that ``export_run`` wrote, of any format.
+
+        OpenVINO computes in float32 here, also where a processor would let it choose bfloat16.
+
+        Args:
+            path: The file.
+            device: ``auto`` or ``cpu``.
+            precision: ``auto``: the file has its own.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+
+        Raises:
+            UsageError: For another device or precision, if its format is none of ``SUFFIXES``, needs a package that is
+                not installed, or is ``.pt2`` without ``trust``.
+            CrossXError: If there is no such file, or it was not exported by crossx.
+        """
+        if str(device) not in ("auto", "cpu"):
+            raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
+        if precision != "auto":
+            raise UsageError(
+                f"{path}: an exported file has the precision that `crossx export --precision` gave it: leave out "
+                f"precision {precision!r}."
+            )
+        file = Path(path)
+        reader = {
+            ".onnx": _read_onnx,
+            ".xml": _read_openvino,
+            ".pt2": _read_torch_export,
+            ".safetensors": _read_safetensors,
+        }.get(file.suffix.lower())
+        if reader is None:
+            raise UsageError(f"{file}: exported files end in {', '.join(SUFFIXES.values())}.")
+        if not file.is_file():
+            raise CrossXError(f"{file}: no such file.")
+        require_trust(file, trust)
+        try:
+            text, compute = reader(file)
+        except (ImportError, CrossXError):
+            raise
+        except Exception as error:  # each runtime has errors of its own for a broken file
+            raise CrossXError(
+                f"{file}: cannot be read as an exported network ({first_line(error)})."
+            ) from error
+        return cls(parse_json(text, file), compute, file)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K class names in label order."""
+        return self.spec.classes
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits, float32 (B, K), of images as ``classify`` takes them."""
+        return self._answer(images)[0]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return probabilities, float32 (B, K), of images uint8 RGB (B, 3, S, S), decoded, resized and cropped."""
+        return self._answer(images)[1]
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            logits, probabilities = self._compute(images)
+        except Exception as error:  # each runtime has errors of its own for a graph of other images
+            raise CrossXError(
+                f"{self._source}: cannot classify images of the size that it names ({first_line(error)})."
+            ) from error
+        expected = (len(images), len(self.classes))
+        if logits.shape != expected or probabilities.shape != expected:
+            raise CrossXError(
+                f"{self._source}: answers {tuple(logits.shape)} where it names {len(self.classes)} classes: the file "
+                "is damaged."
+            )
+        return logits, probabilities
+
+    @property
+    def method(self) -> Method:
+        """Always raises, see ``Network.method``."""
+        raise self._predicts_only()
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Always raise, see ``Network.embeddings``."""
+        raise self._predicts_only()
+
+    def maps(
+        self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
+    ) -> list[Explanation]:
+        """Always raise, see ``Network.maps``."""
+        raise self._predicts_only()
+
+    def _predicts_only(self) -> UsageError:
+        return UsageError(f"{self._source}: {PREDICTS_ALONE}")
+
+
+def is_exported(path: str | Path) -> bool:
+    """Tell whether a path is that of an exported file, by its name and, for safetensors, by what it holds."""
+    file = Path(path)
+    if file.suffix.lower() != SUFFIXES["safetensors"]:
+        return file.suffix.lower() in EXPORTED and not file.is_dir()
+    try:
+        with safe_open(file, "pt") as opened:
+            return KEY in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def require_trust(path: str | Path, trust: bool) -> None:
+    """Check that a file of torch.export is trusted: loading it unpickles and evaluates what is in it.
+
+    Raises:
+        UsageError: If ``path`` ends in ``.pt2`` and ``trust`` is False.
+    """
+    if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
+        raise UsageError(
+            f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
+            "safetensors; give --trust (Python: trust=True) for a file that you made yourself."
+        )
+
+
+def exported_files(file: Path) -> list[Path]:
+    """Return the files that belong to the one to open, itself included."""
+    return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
+
+
+def _read_onnx(file: Path) -> tuple[str, Compute]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, probabilities = session.run(list(OUTPUTS), {"images": images.contiguous().numpy()})
+        return torch.from_numpy(logits), torch.from_numpy(probabilities)
+
+    return _required(text, file), run
+
+
+def _read_openvino(file: Path) -> tuple[str, Compute]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(file)
+    text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        answers = compiled(images.contiguous().numpy())
+        # the runtime writes the next answer into the same memory
+        logits, probabilities = (torch.from_numpy(answers[name].copy()) for name in OUTPUTS)
+        return logits, probabilities
+
+    return _required(text, file), run
+
+
+def _read_torch_export(file: Path) -> tuple[str, Compute]:
+    extra = {EXTRA_FILE: ""}
+    module = torch.export.load(file, extra_files=extra).module()
+    return _required(extra[EXTRA_FILE], file), torch.inference_mode()(module)
+
+
+def _read_safetensors(file: Path) -> tuple[str, Compute]:
+    with safe_open(file, "pt") as opened:
+        text = _required((opened.metadata() or {}).get(KEY), file)
+    spec = ModelSpec.from_json(parse_json(text, file), file)
+    method = load_network(spec, file, file)
+    return text, torch.inference_mode()(Inference(method, spec))
+
+
+def _required(text: str | None, file: Path) -> str:
+    if not text:
+        raise CrossXError(f"{file}: was not exported by crossx: it does not say which classes it knows.")
+    return text

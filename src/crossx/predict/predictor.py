@@ -1,0 +1,385 @@
+"""From images to class names and features with a trained run: the one place that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from crossx.data.images import ImageError
+from crossx.data.transforms import Normalize, batch_images
+from crossx.errors import CrossXError, UsageError, nearest
+from crossx.evaluation.device import select_device
+from crossx.evaluation.network import Network, TorchNetwork
+from crossx.explain.maps import Explanation, Kind
+from crossx.methods.base import Method
+from crossx.methods.checkpoint import load_method
+from crossx.predict.exported import ExportedModel, is_exported
+from crossx.predict.inputs import ImageInput, OneImage, expand
+from crossx.predict.prefetch import prefetch_batches
+from crossx.predict.results import ExplainedImage, Features, Prediction
+from crossx.predict.views import Views
+from crossx.runs import ModelSpec, Run, open_run
+
+T = TypeVar("T")
+
+
+class Predictor:
+    """A trained network with its class names and preprocessing: files, bytes, Pillow images or arrays to predictions.
+
+    With ``flip`` or ``crops`` the network sees several views of each image. The probabilities of the views are
+    averaged, as by Krizhevsky et al. (2012, section 4.1), and not the logits: a probability is what the temperature
+    has calibrated, and a view that sees nothing, whose classes are all about as probable, then weighs little.
+
+    Args:
+        network: The trained network.
+        spec: The description that belongs to it.
+        flip: Whether the mirror image of each view is a view too.
+        crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
+        origin: See below.
+
+    Attributes:
+        network: As given.
+        spec: What ``model.json`` of the run says.
+        origin: The run and the file of weights that the network was loaded from; None for a network made otherwise.
+
+    Raises:
+        UsageError: For crops that cannot be made.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        spec: ModelSpec,
+        *,
+        flip: bool = False,
+        crops: int = 1,
+        origin: tuple[Run, Path] | None = None,
+    ) -> None:
+        self.network, self.spec, self.origin = network, spec, origin
+        self._views = Views(spec.preprocessing, flip=flip, crops=crops)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "auto",
+        flip: bool = False,
+        crops: int = 1,
+        trust: bool = False,
+    ) -> Predictor:
+        """Load a run (its selected weights), a checkpoint in one, a model on the Hub, or a file of ``crossx export``.
+
+        Args:
+            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``; or the
+                exported file.
+            device: See ``select_device``.
+            precision: See ``TorchNetwork``.
+            flip: See the class.
+            crops: See the class.
+            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+
+        Raises:
+            UsageError: If there is no such device, or an option cannot work; an exported file takes no other device
+                than the CPU, and no precision but its own; a ``.pt2`` file is not loaded without ``trust``.
+            CrossXError: If there is no such run or model, or it has no weights that fit.
+        """
+        if is_exported(path):
+            model = ExportedModel.load(path, device, precision, trust=trust)
+            return cls(model, model.spec, flip=flip, crops=crops)
+        # before the weights are read
+        chosen = select_device(device)
+        origin = open_run(path)
+        method, spec = load_method(origin[1])
+        return cls.from_method(
+            method, spec, chosen, precision=precision, flip=flip, crops=crops, origin=origin
+        )
+
+    @classmethod
+    def from_method(
+        cls,
+        method: Method,
+        spec: ModelSpec,
+        device: str | torch.device = "auto",
+        *,
+        precision: str = "auto",
+        flip: bool = False,
+        crops: int = 1,
+        origin: tuple[Run, Path] | None = None,
+    ) -> Predictor:
+        """Return the predictor of a trained method, which is moved to ``device`` and put into evaluation mode.
+
+        Args:
+            method: The trained method.
+            spec: The description that belongs to it.
+            device: See ``select_device``.
+            precision: See ``TorchNetwork``.
+            flip: See the class.
+            crops: See the class.
+            origin: See the class.
+
+        Raises:
+            UsageError: For an unknown device or precision, or crops that cannot be made.
+        """
+        network = TorchNetwork(method, Normalize(spec.preprocessing), device, precision=precision)
+        return cls(network, spec, flip=flip, crops=crops, origin=origin)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.network.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of the network's arithmetic."""
+        return self.network.precision
+
+    @property
+    def explains(self) -> bool:
+        """Whether the network gives more than predictions: ``iter_explain``, features and ``method`` work."""
+        return self.network.explains
+
+    @property
+    def method(self) -> Method:
+        """The method: images (B, 3, H, W), normalised, to logits (B, K).
+
+        Raises:
+            UsageError: If this is an exported file, which gives nothing but predictions.
+        """
+        return self.network.method
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The K class names in label order."""
+        return self.spec.classes
+
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
+    ) -> list[Prediction]:
+        """Classify images.
+
+        An image that cannot be read gives a prediction with ``error`` set, and the rest goes on.
+
+        Args:
+            images: Image files, folders (every image below them, sorted), the bytes of image files, opened Pillow
+                images or uint8 RGB tensors (3, H, W); or just one of these.
+            top: How many classes to give for each image.
+            batch_size: Images per step.
+
+        Returns:
+            A prediction for each image, in order.
+
+        Raises:
+            CrossXError: If a path does not exist, or a folder holds no image.
+        """
+        return list(self.iter_predict(images, top, batch_size))
+
+    def iter_predict(
+        self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
+    ) -> Iterator[Prediction]:
+        """Classify images as ``predict`` does, giving each prediction as soon as its batch is done.
+
+        Images are decoded in threads ahead of the network, and only a few batches are held in memory.
+        """
+        if top < 1 or batch_size < 1:
+            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        return self.iter_images(expand(images), top, batch_size)
+
+    def iter_images(
+        self, images: Iterable[OneImage], top: int = 1, batch_size: int = 16
+    ) -> Iterator[Prediction]:
+        """Classify images one for one, as ``iter_predict`` does, but take each path as a file, there or not.
+
+        The images are taken from ``images`` only a few batches ahead.
+        """
+        for item, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield Prediction(path, error=answer)
+            else:
+                yield Prediction(path, *answer[0], top=answer)
+
+    def iter_features(
+        self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
+    ) -> Iterator[Features]:
+        """Compute the features of images, see ``features``, giving each as soon as its batch is done.
+
+        Arguments, errors and images that cannot be read: as in ``iter_predict``.
+        """
+        for item, answer in self._stream(expand(images), batch_size, self.features):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield Features(path, error=answer)
+            else:
+                yield Features(path, answer.numpy())
+
+    def iter_explain(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        maps: Kind = "activation",
+        target: str | None = None,
+        batch_size: int = 16,
+    ) -> Iterator[ExplainedImage]:
+        """Compute where the network looks in images, giving each result as soon as its batch is done.
+
+        The maps are of the centre crop, in float32; the probabilities, and with them the predicted class, are those
+        of ``predict``. An image that cannot be read gives a result with ``error`` set, and the rest goes on.
+
+        Args:
+            images: See ``predict``.
+            maps: ``activation``, ``class`` or ``both``, see ``crossx.explain.explain_images``.
+            target: Name of the class that class maps explain; by default each image's predicted one.
+            batch_size: Images per step.
+
+        Raises:
+            UsageError: For an unknown class or ``maps``, or class maps that the network does not have.
+            CrossXError: If a path does not exist, a folder holds no image, or the network's maps are not finite.
+        """
+        number = None if target is None else class_number(target, self.classes)
+
+        def explain(batch: Sequence[Tensor]) -> Iterable[tuple[Tensor, Explanation]]:
+            joined = batch_images(batch)
+            centres = self._views.centres(joined)
+            explanations = self.network.maps(centres, maps, number, self._probabilities(joined))
+            return zip(centres, explanations, strict=True)
+
+        for item, answer in self._stream(expand(images), batch_size, explain):
+            path = item if isinstance(item, Path) else None
+            if isinstance(answer, str):
+                yield ExplainedImage(path, error=answer)
+            else:
+                yield ExplainedImage(path, answer[0].permute(1, 2, 0).numpy(), answer[1])
+
+    def inputs(self, images: ImageInput | Iterable[ImageInput]) -> Tensor:
+        """Return images as the network takes them, float32 (B, 3, S, S), normalised, on ``device``.
+
+        Raises:
+            CrossXError: If an image cannot be read, or there is none.
+        """
+        items = expand(images)
+        prepared = [self._try_prepare(item) for item in items]
+        for item, image in zip(items, prepared, strict=True):
+            if isinstance(image, str):
+                raise CrossXError(f"{item if isinstance(item, Path) else 'an image'}: {image.rstrip('.')}.")
+        if not prepared:
+            raise CrossXError("there are no images.")
+        batch = batch_images([image for image in prepared if isinstance(image, Tensor)])
+        return Normalize(self.spec.preprocessing)(self._views.centres(batch).to(self.device))
+
+    def _stream(
+        self,
+        images: Iterable[OneImage],
+        batch_size: int,
+        compute: Callable[[Sequence[Tensor]], Iterable[T]],
+    ) -> Iterator[tuple[OneImage, T | str]]:
+        """Give each image with what ``compute`` makes of it in its batch, or why it cannot be read."""
+        for items, prepared in prefetch_batches(images, self._try_prepare, batch_size):
+            readable = [image for image in prepared if isinstance(image, Tensor)]
+            answers = iter(compute(readable)) if readable else iter(())
+            for item, image in zip(items, prepared, strict=True):
+                yield item, image if isinstance(image, str) else next(answers)
+
+    def prepare(self, item: OneImage) -> Tensor:
+        """Decode one image and prepare it as the run does in evaluation. Threads may call it side by side.
+
+        Returns:
+            uint8 (3, S, S), on the CPU; with 5 crops (3, R, R), the square of the resized image that they are cut from.
+
+        Raises:
+            ImageError: If it cannot be read, or nothing is left of it; ``reason`` says why without the path.
+            CrossXError: If it is no image that can be prepared.
+        """
+        return self._views.prepare(item)
+
+    @torch.inference_mode()
+    def classify(
+        self, images: Sequence[Tensor] | Tensor, top: int = 1
+    ) -> list[tuple[tuple[str, float], ...]]:
+        """Classify what ``prepare`` gave, as one batch.
+
+        Args:
+            images: uint8 tensors (3, S, S), or one tensor (B, 3, S, S).
+            top: How many classes to give for each image; all of them where there are fewer.
+
+        Returns:
+            For each image its most probable classes with their probabilities, best first: the softmax of
+            logits / T, T being the run's temperature.
+
+        Raises:
+            CrossXError: If the logits are not finite or the GPU's memory is too small.
+        """
+        if len(images) == 0:
+            return []
+        values, indices = self._probabilities(images).topk(min(top, len(self.classes)))
+        return [
+            tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
+            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return what the network's classifiers see (``Method.embeddings``) of what ``prepare`` gave, as one batch.
+
+        Args:
+            images: As ``classify`` takes them, at least one.
+
+        Returns:
+            float32 (B, D) on the CPU: the mean over the views, scaled to length 1, so that the inner product of two
+            images' features is their cosine similarity.
+
+        Raises:
+            CrossXError: As ``classify``.
+        """
+        views = [_require_finite(self.network.embeddings(view)) for view in self._views.split(images)]
+        return normalize(torch.stack(views).mean(dim=0)).cpu()
+
+    @cached_property
+    def feature_size(self) -> int:
+        """D, the length of a feature vector."""
+        side = self.spec.preprocessing.image_size
+        return self.network.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
+
+    @torch.inference_mode()
+    def _probabilities(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return the calibrated probabilities (B, K), on ``device``, of what ``prepare`` gave."""
+        views = [
+            (_require_finite(self.network.logits(view)) / self.spec.temperature).softmax(dim=1)
+            for view in self._views.split(images)
+        ]
+        return torch.stack(views).mean(dim=0)
+
+    def _try_prepare(self, item: OneImage) -> Tensor | str:
+        """Return the prepared image, or why there is none."""
+        try:
+            return self.prepare(item)
+        except ImageError as error:
+            return error.reason
+        except CrossXError as error:
+            return str(error)
+
+
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """Return the label of the class called ``name``.
+
+    Raises:
+        UsageError: If there is none; the nearest name is suggested.
+    """
+    if name not in classes:
+        raise UsageError(
+            f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."
+        )
+    return classes.index(name)
+
+
+def _require_finite(answer: Tensor) -> Tensor:
+    if not answer.isfinite().all():
+        raise CrossXError("the network's output is not finite: its weights are damaged.")
+    return answer

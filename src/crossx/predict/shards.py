@@ -1,0 +1,314 @@
+"""Collections of images, cut into shards: the units that are predicted, written and, after a stop, left out."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, tee
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crossx.data.images import find_images
+from crossx.errors import CrossXError, UsageError, first_line
+from crossx.predict.outputs import TABLE_COLUMNS, TableRow, table_rows, to_table, utf8
+from crossx.predict.predictor import Predictor
+
+LARGEST = 16
+"""A row group with more rows than this many shards is cut, although each of its shards reads past those before."""
+
+_READ_ROWS = 64
+
+
+class Entry(NamedTuple):
+    """One image of a collection: what the table of predictions calls it, the image, and why there is none."""
+
+    name: str
+    image: Path | bytes
+    problem: str | None = None
+
+
+class Shard(Protocol):
+    """Some images of a collection, the same ones on every call."""
+
+    @property
+    def size(self) -> int:
+        """How many images it holds."""
+
+    def read(self) -> Iterator[Entry]:
+        """Give its images in order."""
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """Image files, by their paths below ``root``."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many images it holds."""
+        return len(self.names)
+
+    def read(self) -> Iterator[Entry]:
+        """Give its images in order."""
+        for name in self.names:
+            yield Entry(utf8(name), self.root / name)
+
+    def __str__(self) -> str:
+        return f"{self.names[0]} to {self.names[-1]}"
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Encoded images: the rows from ``start`` to before ``stop`` of a Parquet file.
+
+    Attributes:
+        file: The Parquet file.
+        name: Its path below the collection, for rows that have no name.
+        start: The first row.
+        stop: The row after the last.
+        image: The column of bytes, or of structs with a field ``bytes``.
+        label: The column with the images' names, if there is one.
+    """
+
+    file: Path
+    name: str
+    start: int
+    stop: int
+    image: str
+    label: str | None
+
+    @property
+    def size(self) -> int:
+        """How many images it holds."""
+        return self.stop - self.start
+
+    def read(self) -> Iterator[Entry]:
+        """Give its images in order; rows that cannot be read are entries with a problem."""
+        row = self.start
+        try:
+            for entry in self._entries():
+                yield entry
+                row += 1
+        except (pa.ArrowException, OSError) as error:
+            for lost in range(row, self.stop):
+                problem = f"the row cannot be read from the Parquet file ({first_line(error)})"
+                yield Entry(f"{self.name}:{lost}", b"", problem)
+
+    def _entries(self) -> Iterator[Entry]:
+        with pq.ParquetFile(self.file) as table:
+            sizes = _row_groups(table)
+            ends = list(accumulate(sizes))
+            first, last = bisect_right(ends, self.start), bisect_left(ends, self.stop)
+            row = ends[first] - sizes[first]
+            columns = [self.image] if self.label is None else [self.image, self.label]
+            for batch in table.iter_batches(_READ_ROWS, range(first, last + 1), columns):
+                begin, end = max(self.start - row, 0), min(self.stop - row, batch.num_rows)
+                if begin < end:
+                    rows = batch.slice(begin, end - begin).to_pylist()
+                    yield from (
+                        self._entry(number, values) for number, values in enumerate(rows, row + begin)
+                    )
+                row += batch.num_rows
+
+    def _entry(self, row: int, values: dict[str, Any]) -> Entry:
+        image = values[self.image]
+        inner = None
+        if isinstance(image, dict):
+            image, inner = image["bytes"], image.get("path")
+        name = inner if self.label is None else values[self.label]
+        name = f"{self.name}:{row}" if name in (None, "") else str(name)
+        return Entry(name, b"", "the row holds no image") if image is None else Entry(name, image)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.start} to {self.name}:{self.stop - 1}"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All images of a folder or of Parquet files.
+
+    Attributes:
+        source: The folder or file, absolute.
+        shards: Its parts; cut anew the same way as long as the collection and the shard size stay the same.
+        fingerprint: SHA-256 of what it holds: the paths of image files, or name, bytes and rows of each Parquet
+            file with encoded images.
+    """
+
+    source: Path
+    shards: tuple[Shard, ...]
+    fingerprint: str
+
+    @property
+    def size(self) -> int:
+        """How many images it holds."""
+        return sum(shard.size for shard in self.shards)
+
+
+def find_collection(source: str | Path, shard_size: int) -> Collection:
+    """List a collection and cut it.
+
+    A folder is searched for images and, where it has none, for Parquet files, below it too. A Parquet file has
+    encoded images in a column ``bytes`` or ``image`` (bytes, or structs with a field ``bytes``), named by a column
+    ``path`` or ``id``, the struct's field ``path`` or the row's number; or else image files in a column ``path``,
+    relative to the file's folder.
+
+    Args:
+        source: A folder or a Parquet file.
+        shard_size: Images a shard. Encoded images are cut where a row group ends, so that a shard may be larger.
+
+    Raises:
+        CrossXError: If there is nothing there, no image, or a Parquet file that cannot be read or lacks the columns.
+        UsageError: If it is a file other than Parquet.
+    """
+    given = Path(source)
+    if not os.path.exists(given):
+        raise CrossXError(f"{given}: no such folder or Parquet file.")
+    folder, digest = given.absolute(), hashlib.sha256()
+    if given.is_file():
+        if not _is_table(given):
+            raise UsageError(
+                f"{given}: is neither a folder nor a .parquet file. Single images go to --output FILE.csv."
+            )
+        tables, folder = [folder], folder.parent
+    elif images := find_images(folder):
+        names = [str(path.relative_to(folder)) for path in images]
+        digest.update(_joined(names))
+        return Collection(folder, tuple(_file_shards(folder, names, shard_size)), digest.hexdigest())
+    else:
+        tables = _find_tables(folder)
+        if not tables:
+            raise CrossXError(f"{given}: there is no image and no Parquet file in this folder or below it.")
+    shards: list[Shard] = []
+    for table in tables:
+        content, cut = _read_table(table, str(table.relative_to(folder)), shard_size)
+        digest.update(content)
+        shards.extend(cut)
+    if not shards:
+        raise CrossXError(f"{given}: there is no row in the Parquet files.")
+    return Collection(given.absolute(), tuple(shards), digest.hexdigest())
+
+
+def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int) -> bytes:
+    """Predict a shard's images.
+
+    Returns:
+        A Parquet file: the columns and rows that ``write_csv`` writes.
+    """
+    entries, ahead = tee(shard.read())
+    predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
+    rows: list[TableRow] = []
+    for entry, prediction in zip(entries, predictions, strict=True):
+        if entry.problem is not None:
+            prediction = replace(prediction, error=entry.problem)
+        rows.extend(table_rows(entry.name, prediction, top))
+    file = io.BytesIO()
+    pq.write_table(to_table(rows, top), file)
+    return file.getvalue()
+
+
+def count_failed(part: Path) -> int:
+    """Count the images without a prediction in a file of ``predict_shard``, by its footer.
+
+    Raises:
+        CrossXError: If the file cannot be read.
+    """
+    try:
+        group = pq.read_metadata(part).row_group(0)
+    except (pa.ArrowException, OSError) as error:
+        raise CrossXError(f"{part}: damaged ({first_line(error)}): delete it, and predict again.") from error
+    errors = group.column(TABLE_COLUMNS.index("error")).statistics
+    return int(group.num_rows - errors.null_count)
+
+
+def _file_shards(root: Path, names: Sequence[str], size: int) -> Iterator[FileShard]:
+    for start in range(0, len(names), size):
+        yield FileShard(root, tuple(names[start : start + size]))
+
+
+def _find_tables(folder: Path) -> list[Path]:
+    """Return the Parquet files below a folder; those of other programs' own making begin with a dot or underscore."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if _is_table(path) and not any(p.startswith((".", "_")) for p in path.relative_to(folder).parts)
+    )
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" and path.is_file()
+
+
+def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
+    """Return what tells the content of a Parquet file from another's, and its shards."""
+    try:
+        with pq.ParquetFile(file) as table:
+            image, label = _columns(file, table.schema_arrow)
+            if image is None:
+                names = table.read(columns=["path"])["path"].to_pylist()
+                if not all(names):
+                    row = next(row for row, value in enumerate(names) if not value)
+                    raise CrossXError(f"{file}: row {row}: path empty. Mend the table.")
+                return _joined([name, *names]), list(_file_shards(file.parent, names, size))
+            ranges = list(_ranges(_row_groups(table), size))
+    except (pa.ArrowException, OSError) as error:
+        raise CrossXError(f"{file}: is not a Parquet file that can be read ({first_line(error)}).") from error
+    rows = ranges[-1][1] if ranges else 0
+    content = _joined([name, str(file.stat().st_size), str(rows)])
+    return content, [RowShard(file, name, start, stop, image, label) for start, stop in ranges]
+
+
+def _columns(file: Path, schema: pa.Schema) -> tuple[str | None, str | None]:
+    """Return the columns of encoded images and of names; no image column where ``path`` holds files."""
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    image = next((name for name in ("bytes", "image") if name in kinds and _is_image(kinds[name])), None)
+    if image is not None:
+        return image, next((name for name in ("path", "id") if name in kinds), None)
+    if "path" in kinds and _is_text(kinds["path"]):
+        return None, "path"
+    found = ", ".join(f"{name!r} ({kind})" for name, kind in kinds.items())
+    raise CrossXError(
+        f"{file}: there is no column 'path' of text, nor a column 'bytes' or 'image' of encoded images. "
+        f"Columns found: {found or 'none'}."
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _row_groups(table: pq.ParquetFile) -> list[int]:
+    """Return the number of rows of each row group."""
+    return [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+
+
+def _ranges(row_groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Give first row and end of each shard: whole row groups, or parts of a very large one."""
+    start = begin = 0
+    total = sum(row_groups)
+    for rows in row_groups:
+        for end in (*range(begin + LARGEST * size, begin + rows, LARGEST * size), begin + rows):
+            if end - start >= size or (end == total and end > start):
+                yield start, end
+                start = end
+        begin += rows
+
+
+def _joined(words: Sequence[str]) -> bytes:
+    return b"".join(os.fsencode(word) + b"\0" for word in words)

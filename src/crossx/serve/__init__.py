@@ -1,0 +1,1 @@
+"""A trained network over HTTP: the service and its page."""

@@ -1,0 +1,313 @@
+"""What the service does with a request: read it, put its images through the network, and wait for the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from fastapi import HTTPException, Request
+from numpy.typing import NDArray
+from PIL import Image
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from crossx.data.images import ImageError
+from crossx.errors import UsageError
+from crossx.explain.figures import FigureRow, caption, draw, layer, save_png
+from crossx.explain.maps import Kind
+from crossx.predict.predictor import Predictor, class_number
+from crossx.predict.results import ExplainedImage
+from crossx.serve.batching import Batcher, ClosedError, QueueFullError
+from crossx.serve.limits import Limits
+from crossx.serve.monitoring import Metrics
+from crossx.serve.schemas import (
+    ExplainResponse,
+    ImagePrediction,
+    ModelInfo,
+    Overlay,
+    PredictResponse,
+    Ranked,
+)
+from crossx.serve.uploads import BodyReader, Upload
+
+T = TypeVar("T")
+
+EXPLAINED_TOP = 5
+"""Classes in the prediction of an explanation."""
+
+_Best = tuple[tuple[str, float], ...]
+
+
+class Service:
+    """A predictor that many requests share.
+
+    Args:
+        predictor: The trained network. From here on only the service's own thread may use it.
+        limits: What is taken at most.
+
+    Attributes:
+        draining: Whether new requests are refused since the service is about to stop.
+    """
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self.limits = limits
+        self.metrics = Metrics(lambda: self._batcher.accepted)
+        self.draining = False
+        self._predictor = predictor
+        self._bodies = BodyReader(limits)
+        self._explaining = 0
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._batcher = Batcher(
+            max_batch=limits.max_batch,
+            max_wait=limits.max_wait_ms / 1000,
+            capacity=limits.queue,
+            workers=limits.workers,
+            observe=self.metrics.observe_batch,
+        )
+
+    @property
+    def model(self) -> ModelInfo:
+        """The network, in short."""
+        spec = self._predictor.spec
+        return ModelInfo(method=spec.method, backbone=spec.backbone, dataset=spec.dataset)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in label order."""
+        return self._predictor.classes
+
+    @property
+    def explains(self) -> bool:
+        """Whether explanations can be made."""
+        return self._predictor.explains
+
+    @property
+    def alive(self) -> bool:
+        """Whether the network's thread is there."""
+        return self._batcher.alive
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.alive and not self.draining
+
+    def warm_up(self) -> None:
+        """Put one grey image through the network: the first one is slower, and damaged weights show.
+
+        Raises:
+            CrossXError: If the network fails.
+        """
+        preprocessing = self._predictor.spec.preprocessing
+        side = preprocessing.image_size
+        image = torch.full((3, side + preprocessing.crop_bottom, side), 128, dtype=torch.uint8)
+        grey = self._predictor.prepare(image)
+        (done,) = self._batcher.submit([lambda: (grey, 1)], self._classify)
+        done.result()
+
+    async def predict(self, request: Request, top: int) -> PredictResponse:
+        """Classify the images of a request.
+
+        An image that cannot be read is answered with ``error`` set.
+
+        Args:
+            request: Its body holds the images.
+            top: How many classes an image, where the body does not say.
+
+        Raises:
+            HTTPException: See ``BodyReader.form``; 429 where the queue is full, 503 while stopping, 504 where the
+                answer takes too long.
+            ClientDisconnect: If the client goes.
+        """
+        self._admit(full=self._batcher.full)
+        async with self._bodies.form(request, self.limits.max_images) as form:
+            uploads, top = form.uploads, form.top or top
+            request.state.images = len(uploads)
+            results = await self._through_network(
+                request, [partial(self._prepare, upload, top) for upload in uploads], self._classify
+            )
+        predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
+        for prediction in predictions:
+            self.metrics.images.labels("unreadable" if prediction.error else "predicted").inc()
+        return PredictResponse(model=self.model, predictions=predictions)
+
+    async def explain_png(self, request: Request, maps: Kind, target: str | None) -> bytes:
+        """Draw the figure of ``crossx.explain`` for the one image of a request; raises as ``explain_json``."""
+        return await self._explain(request, maps, target, self._figure)
+
+    async def explain_json(self, request: Request, maps: Kind, target: str | None) -> ExplainResponse:
+        """Make the maps of the one image of a request.
+
+        Args:
+            request: Its body holds the image.
+            maps: See ``Predictor.iter_explain``.
+            target: Name of the class that class maps explain; the predicted one by default.
+
+        Raises:
+            HTTPException: As ``predict``; 422 for an image that cannot be read and for a wrong ``target``, 501 where
+                the network has no maps.
+            ClientDisconnect: If the client goes.
+        """
+        return await self._explain(request, maps, target, self._layers)
+
+    def close(self) -> bool:
+        """Take nothing more, and wait until all that was taken is answered; return whether it is."""
+        self.draining = True
+        finished = self._batcher.close(self.limits.timeout)
+        self._drawing.shutdown(wait=finished, cancel_futures=True)
+        return finished
+
+    def _admit(self, *, full: bool) -> None:
+        """Refuse before the body is read what could not be taken after it."""
+        if self.draining:
+            raise _stopping()
+        if full:
+            raise _busy(self._batcher.retry_after())
+
+    async def _explain(
+        self, request: Request, maps: Kind, target: str | None, render: Callable[[Upload, ExplainedImage], T]
+    ) -> T:
+        if not self.explains:
+            raise HTTPException(501, "the network was exported, and gives predictions alone: serve the run.")
+        try:
+            if target is not None and maps == "activation":
+                raise UsageError("`target` belongs to class maps: ask for maps=class.")
+            if target is not None:
+                class_number(target, self.classes)
+        except UsageError as error:
+            raise HTTPException(422, str(error)) from error
+        self._admit(full=self._batcher.full or self._explaining >= self.limits.max_explanations)
+        self._explaining += 1
+        try:
+            async with self._bodies.form(request, 1) as form:
+                request.state.images = 1
+                (upload,) = form.uploads
+                (explained,) = await self._through_network(
+                    request,
+                    [partial(upload.content, self.limits.max_pixels)],
+                    partial(self._explain_bytes, maps=maps, target=target),
+                )
+                drawn = self._drawing.submit(render, upload, _explained(explained))
+                return await self._wait(request, asyncio.wrap_future(drawn))
+        finally:
+            self._explaining -= 1
+
+    async def _through_network(
+        self,
+        request: Request,
+        prepares: Sequence[Callable[[], Any]],
+        run: Callable[[list[Any]], Sequence[T]],
+    ) -> list[T | BaseException]:
+        try:
+            futures = self._batcher.submit(prepares, run)
+        except QueueFullError as error:
+            raise _busy(error.retry_after) from error
+        except ClosedError as error:
+            raise _stopping() from error
+        return await self._wait(request, _gathered(futures))
+
+    async def _wait(self, request: Request, work: asyncio.Future[T]) -> T:
+        """Wait for work in threads, but no longer than the client does, and give it up if nobody wants it any more."""
+        disconnected = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait(
+                (work, disconnected), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if work.done():
+                return work.result()
+            if disconnected.done():
+                raise ClientDisconnect
+            raise HTTPException(504, f"the answer took longer than {self.limits.timeout} s.")
+        finally:
+            disconnected.cancel()
+            work.cancel()
+
+    def _prepare(self, upload: Upload, top: int) -> tuple[Tensor, int]:
+        return self._predictor.prepare(upload.content(self.limits.max_pixels)), top
+
+    def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Best]:
+        images, tops = zip(*batch, strict=True)
+        ranked = self._predictor.classify(images, max(tops))
+        return [best[:top] for best, top in zip(ranked, tops, strict=True)]
+
+    def _explain_bytes(self, images: list[bytes], *, maps: Kind, target: str | None) -> list[ExplainedImage]:
+        explained = list(self._predictor.iter_explain(images, maps=maps, target=target))
+        if explained[0].error is not None:
+            raise ImageError(explained[0].error)
+        return explained
+
+    def _figure(self, upload: Upload, explained: ExplainedImage) -> bytes:
+        assert explained.pixels is not None
+        assert explained.explanation is not None
+        text = caption(explained.explanation, self.classes, name=upload.name or "")
+        picture = io.BytesIO()
+        save_png(draw([FigureRow(explained.pixels, explained.explanation, text)]), picture)
+        return picture.getvalue()
+
+    def _layers(self, upload: Upload, explained: ExplainedImage) -> ExplainResponse:
+        assert explained.pixels is not None
+        assert explained.explanation is not None
+        pixels, explanation = explained.pixels, explained.explanation
+        order = np.argsort(-explanation.probabilities, kind="stable")[:EXPLAINED_TOP]
+        best = tuple((self.classes[i], float(explanation.probabilities[i])) for i in order)
+        height, width = pixels.shape[:2]
+        return ExplainResponse(
+            prediction=_answer(upload.name, best),
+            target=self.classes[explanation.target],
+            size=height,
+            image=_png(pixels),
+            overlays=[
+                Overlay(stage=stage, part=int(part) if part else None, png=_png(layer(map_, (height, width))))
+                for name, map_ in explanation.maps.items()
+                for stage, _, part in [name.partition(" part ")]
+            ],
+            boxes=None if explanation.boxes is None else explanation.boxes.tolist(),
+        )
+
+
+def _answer(name: str | None, result: _Best | BaseException) -> ImagePrediction:
+    if isinstance(result, ImageError):
+        return ImagePrediction(name=name, error=result.reason)
+    if isinstance(result, BaseException):
+        raise result
+    top = [Ranked(label=label, probability=probability) for label, probability in result]
+    return ImagePrediction(name=name, label=top[0].label, probability=top[0].probability, top=top)
+
+
+def _explained(result: ExplainedImage | BaseException) -> ExplainedImage:
+    if isinstance(result, ImageError):
+        raise HTTPException(422, f"the image {result.reason.rstrip('.')}.")
+    if isinstance(result, UsageError):
+        raise HTTPException(422, str(result))
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _gathered(futures: Iterable[Future[T]]) -> asyncio.Future[list[T | BaseException]]:
+    return asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    return base64.b64encode(picture.getvalue()).decode()
+
+
+def _busy(retry_after: int) -> HTTPException:
+    return HTTPException(429, "the queue is full; try again later.", {"Retry-After": str(retry_after)})
+
+
+def _stopping() -> HTTPException:
+    return HTTPException(503, "the service is stopping.", {"Retry-After": "5", "Connection": "close"})

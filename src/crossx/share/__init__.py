@@ -1,0 +1,24 @@
+"""A trained network with its model card as a folder, and on the Hugging Face Hub.
+
+The public names are imported when they are first used, so that torch is loaded only then.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossx.share.sharing import push_to_hub, save_pretrained
+
+__all__ = ["push_to_hub", "save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'crossx.share' has no attribute {name!r}")
+    return getattr(importlib.import_module("crossx.share.sharing"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

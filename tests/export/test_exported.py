@@ -1,0 +1,262 @@
+"""Exported files against the network that they were made of. ONNX, OpenVINO and NNCF are in ``crossx[export]``."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+import layouts
+from crossx.data.images import find_images
+from crossx.export.export import ExportReport, export_run
+from crossx.methods import create_method, list_methods
+from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported
+from crossx.predict.predictor import Predictor
+from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json
+from refusals import refusal
+from slow import slow_except
+
+pytestmark = pytest.mark.usefixtures("one_onnx_export")
+
+CLASSES = tuple(sorted(layouts.FOLDERS))
+TEMPERATURE = 1.7
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_without_crossx.py"
+
+
+def require(format_: str, precision: str = "fp32") -> None:
+    """Skip the test where the packages of a format are missing."""
+    packages = {"onnx": ["onnxscript", "onnxruntime"], "openvino": ["onnxscript", "openvino"]}.get(
+        format_, []
+    )
+    for package in packages + ["nncf"] * (format_ == "openvino" and precision == "int8"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Cross-X run with a temperature, whose data are not there."""
+    root = layouts.write_run(tmp_path_factory.mktemp("run"), CLASSES)
+    spec = replace(Run(root).read_spec(), temperature=TEMPERATURE)
+    write_json(Run(root).spec, spec.to_json())
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layouts.write_folder(tmp_path_factory.mktemp("photos"), classes=3, images_per_class=8)
+
+
+Exports: TypeAlias = Callable[..., ExportReport]
+
+
+@pytest.fixture(scope="module")
+def export(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Export the run once for each format and precision, into a folder of its own."""
+
+    @functools.cache
+    def export(format_: str, precision: str = "fp32") -> ExportReport:
+        require(format_)
+        output = tmp_path_factory.mktemp("exported") / f"network{SUFFIXES[format_]}"
+        return export_run(run, output, format=format_, precision=precision, images=photos)
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def batch(run: Path, photos: Path) -> Tensor:
+    """Real images as the run's evaluation prepares them, uint8 (5, 3, 64, 64)."""
+    predictor = Predictor.load(run, device="cpu")
+    return torch.stack([predictor.prepare(path) for path in find_images(photos)[:5]])
+
+
+def probabilities(run: Path, images: Tensor) -> Tensor:
+    """Classify with the run itself, in label order."""
+    predictor = Predictor.load(run, device="cpu")
+    rows = [dict(row) for row in predictor.classify(images, top=len(CLASSES))]
+    return torch.tensor([[row[name] for name in predictor.classes] for row in rows])
+
+
+@pytest.mark.parametrize("format_", slow_except(SUFFIXES, "onnx", "openvino", "safetensors"))
+def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Exports, batch: Tensor) -> None:
+    report = export(format_)
+    assert sorted(report.files[0].parent.iterdir()) == sorted(report.files)
+    assert report.comparison.difference <= 1e-4
+    assert (report.comparison.images, report.comparison.same_class) == (16, 16)
+    model = ExportedModel.load(report.files[0], trust=True)
+    assert model.classes == CLASSES
+    assert model.spec == Run(run).read_spec()
+    assert model.description == json.loads(json.dumps(report.description))
+    for images in (batch[:1], batch[:3], batch):
+        torch.testing.assert_close(model.classify(images), probabilities(run, images), rtol=1e-4, atol=1e-6)
+        expected = (model.logits(images) / TEMPERATURE).softmax(1)
+        torch.testing.assert_close(model.classify(images), expected)
+
+
+@pytest.mark.parametrize("name", slow_except(list_methods(), "plain"))
+def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -> None:
+    require("onnx")
+    torch.manual_seed(0)
+    method = create_method(name, backbone="test_resnet", num_classes=3, image_size=64)
+    preprocessing = Preprocessing(64, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    spec = describe(method, classes=CLASSES, preprocessing=preprocessing, dataset="folder")
+    write_json(Run(tmp_path).spec, spec.to_json())
+    save_weights(method, Run(tmp_path).weights)
+    report = export_run(tmp_path, tmp_path / "network.onnx", images=photos)
+    assert report.description["method"] == name
+    assert report.comparison.same_class == report.comparison.images
+
+
+def test_the_onnx_file_holds_no_path_of_this_machine(export: Exports) -> None:
+    content = export("onnx").files[0].read_bytes()
+    assert b"stack_trace" not in content
+    assert str(Path(__file__).parents[2]).encode() not in content
+
+
+def test_the_onnx_file_convolves_no_more_than_the_trunk(export: Exports) -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(export("onnx").files[0]).graph
+    trunk = create_method("plain", backbone="test_resnet", num_classes=3)
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in trunk.modules())
+
+
+@pytest.mark.parametrize("format_", slow_except(SUFFIXES, "safetensors"))
+def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
+    whole, half = export(format_), export(format_, "fp16")
+    assert half.description["precision"] == "fp16"
+    assert 0 < half.comparison.difference <= 2e-2
+    sizes = [sum(file.stat().st_size for file in report.files) for report in (whole, half)]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+@pytest.mark.parametrize("format_", slow_except(["onnx", "openvino"], "onnx"))
+def test_int8_tells_its_accuracy(format_: str, run: Path, photos: Path, tmp_path: Path) -> None:
+    require(format_, "int8")
+    output = tmp_path / f"network{SUFFIXES[format_]}"
+    report = export_run(
+        run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, calibration_images=4
+    )
+    accuracy = report.accuracy
+    assert accuracy is not None
+    assert (accuracy.split, accuracy.images, accuracy.calibration_images) == ("test", 6, 3)
+    method, spec = load_method(run)
+    predictor = Predictor.from_method(method, spec, "cpu")
+    model = ExportedModel.load(output)
+    assert model.description["accuracy"]["after"] == accuracy.after
+    images = torch.stack([predictor.prepare(path) for path in find_images(photos)])
+    expected = probabilities(run, images)
+    found = model.classify(images)
+    assert 0 < (found - expected).abs().max() < 0.1
+    torch.testing.assert_close(found, (model.logits(images) / TEMPERATURE).softmax(1), atol=1e-5, rtol=0)
+
+
+def test_without_images_random_pixels_are_compared(run: Path, tmp_path: Path) -> None:
+    report = export_run(run, tmp_path / "x.safetensors")
+    assert report.comparison.source.startswith("random pixels: dataset 'folder' needs --data.root")
+
+
+def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    message = refusal(export_run, run, output, precision="fp16", images=photos, tolerance=0.0)
+    assert "x.safetensors: not written, its logits differ" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("x.onx", {}, "its name must end in the format's: .onnx (onnx)"),
+        ("x.xml", {"format": "onnx"}, "a file of --format onnx ends in .onnx"),
+        ("x.onnx", {"format": "onxx"}, "unknown format 'onxx'. Did you mean 'onnx'?"),
+        ("x.pt2", {"precision": "fp8"}, "unknown precision 'fp8'"),
+        (
+            "x.pt2",
+            {"precision": "int8"},
+            "--format torch-export has no int8. It is made for: onnx, openvino.",
+        ),
+        ("x.safetensors", {"images": "missing"}, "missing"),
+        ("x.safetensors", {"root": "missing"}, "missing"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    output: str, options: dict[str, str], message: str, run: Path, tmp_path: Path
+) -> None:
+    assert message in refusal(export_run, run, tmp_path / output, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_needs_the_data(run: Path, tmp_path: Path) -> None:
+    require("onnx")
+    message = refusal(export_run, run, tmp_path / "x.onnx", precision="int8")
+    assert "needs --data.root" in message
+
+
+def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(export_run, run, tmp_path / "x.onnx")
+    assert message.endswith("needs onnx, onnxscript, onnxruntime: pip install 'crossx[export]'.")
+
+
+def test_other_files_are_no_exported_ones(run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"nothing")
+    assert is_exported(broken)
+    assert not is_exported(run)
+    assert not is_exported(Run(run).weights)
+    (tmp_path / "folder.onnx").mkdir()
+    assert not is_exported(tmp_path / "folder.onnx")
+    assert {*EXPORTED, ".safetensors"} == set(SUFFIXES.values())
+    require("onnx")
+    assert "broken.onnx: cannot be read as an exported network" in refusal(ExportedModel.load, broken)
+    assert "gone.onnx: no such file" in refusal(ExportedModel.load, tmp_path / "gone.onnx")
+    assert "exported files end in" in refusal(ExportedModel.load, run)
+    assert "was not exported by crossx" in refusal(ExportedModel.load, Run(run).weights)
+
+
+def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: Exports) -> None:
+    file = export("safetensors").files[0]
+    exported, own = Predictor.load(file), Predictor.load(run, device="cpu")
+    for found, expected in zip(exported.predict(photos, top=3), own.predict(photos, top=3), strict=True):
+        assert found.path == expected.path
+        assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
+    assert "an exported file is for `crossx predict`" in refusal(lambda: exported.method)
+    assert "is run on the CPU" in refusal(Predictor.load, file, device="cuda")
+
+
+def test_the_description_says_how_an_image_becomes_the_input(run: Path, export: Exports) -> None:
+    said = export("safetensors").description
+    assert said["classes"] == CLASSES
+    assert said["temperature"] == TEMPERATURE
+    assert said["input"]["resize"] == {"width": 72, "height": 72}
+    assert ModelSpec.from_json(said, run) == Run(run).read_spec()
+
+
+def test_the_example_needs_no_crossx(run: Path, photos: Path, export: Exports) -> None:
+    paths = find_images(photos)
+    # -I: neither PYTHONPATH nor the working folder; what the script imports of crossx would be installed
+    answer = subprocess.run(
+        [sys.executable, "-I", EXAMPLE, export("onnx").files[0], *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "crossx" not in "".join(re.findall(r"^(?:import|from) .*$", EXAMPLE.read_text(), re.MULTILINE))
+    rows = [line.split("\t") for line in answer.stdout.splitlines()]
+    predictions = Predictor.load(run, device="cpu").predict(paths)
+    assert [row[:2] for row in rows] == [[str(p.path), p.label] for p in predictions]
+    # Pillow's resizing differs from the run's by a grey level here and there
+    assert [float(row[2]) for row in rows] == pytest.approx([p.probability for p in predictions], abs=2e-3)
+
+
+def test_the_page_shows_the_example() -> None:
+    page = EXAMPLE.parents[1] / "docs" / "export.md"
+    assert EXAMPLE.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")

@@ -1,0 +1,502 @@
+"""The HTTP application, called without a network; a real process is tested in test_server.py."""
+
+import base64
+import io
+import json
+import logging
+import re
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from layouts import FOLDERS, write_image, write_run
+
+pytest.importorskip("fastapi", reason="needs crossx[serve]")
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from crossx.errors import UsageError
+from crossx.explain.figures import LUMA, overlay
+from crossx.export.export import export_run
+from crossx.predict.predictor import Predictor
+from crossx.serve.app import create_app
+from crossx.serve.limits import Limits
+
+NOT_AN_IMAGE = b"no image at all"
+PATIENCE = 600
+"""Seconds after which something hangs."""
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return Predictor.load(write_run(tmp_path_factory.mktemp("run")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{number}.jpg" for number in range(5)]
+    for number, path in enumerate(paths):
+        write_image(path, number % 3, number)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def app(predictor: Predictor) -> FastAPI:
+    return create_app(predictor, Limits(max_upload_mb=1, max_pixels=5000, timeout=PATIENCE))
+
+
+@pytest.fixture(scope="module")
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def files(*contents: Path | bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [
+        ("images", (content.name, content.read_bytes()) if isinstance(content, Path) else ("x.jpg", content))
+        for content in contents
+    ]
+
+
+def encoded(*paths: Path) -> list[str]:
+    return [base64.b64encode(path.read_bytes()).decode() for path in paths]
+
+
+def problem(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    content = response.json()
+    assert set(content) == {"detail", "request_id"}
+    assert content["request_id"] == response.headers["x-request-id"]
+    assert "\n" not in content["detail"]
+    return str(content["detail"])
+
+
+def picture(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def test_files_and_base64_are_predicted_as_the_predictor_does(
+    client: TestClient, predictor: Predictor, images: list[Path]
+) -> None:
+    expected = predictor.predict(images, top=2)
+    by_file = client.post("/predict?top=2", files=files(*images))
+    by_json = client.post("/predict", json={"images": encoded(*images), "top": 2})
+    assert by_file.status_code == by_json.status_code == 200
+    assert by_file.json()["model"] == {
+        "method": "crossx", "backbone": predictor.spec.backbone, "dataset": "folder",
+    }  # fmt: skip
+    for response, names in ((by_file, [path.name for path in images]), (by_json, [None] * 5)):
+        answers = response.json()["predictions"]
+        assert [answer["name"] for answer in answers] == names
+        for answer, prediction in zip(answers, expected, strict=True):
+            assert answer["error"] is None
+            assert answer["label"] == prediction.label
+            assert answer["probability"] == pytest.approx(prediction.probability, abs=1e-5)
+            assert [(one["label"], one["probability"]) for one in answer["top"]] == [
+                (label, pytest.approx(probability, abs=1e-5)) for label, probability in prediction.top
+            ]
+
+
+def test_five_classes_are_given_by_default_and_all_where_there_are_fewer(
+    client: TestClient, images: list[Path]
+) -> None:
+    for top in ("", "?top=1000"):
+        (answer,) = client.post(f"/predict{top}", files=files(images[0])).json()["predictions"]
+        assert {one["label"] for one in answer["top"]} == set(FOLDERS)
+
+
+def test_an_image_that_cannot_be_read_is_told_and_the_others_answered(
+    client: TestClient, images: list[Path]
+) -> None:
+    response = client.post("/predict", files=files(images[0], NOT_AN_IMAGE, b"", images[1]))
+    assert response.status_code == 200
+    answers = response.json()["predictions"]
+    assert [answer["label"] is None for answer in answers] == [False, True, True, False]
+    assert answers[1]["error"].startswith("is not a JPEG, PNG")
+    assert answers[2]["error"] == "is empty (0 bytes)"
+    assert answers[1]["top"] == []
+
+
+def test_only_images_that_cannot_be_read_are_422_with_the_errors(client: TestClient) -> None:
+    response = client.post("/predict", files=files(NOT_AN_IMAGE))
+    assert response.status_code == 422
+    assert response.json()["predictions"][0]["error"].startswith("is not a JPEG")
+    response = client.post("/predict", json={"images": ["%%%"]})
+    assert response.status_code == 422
+    assert response.json()["predictions"][0]["error"] == "is not base64"
+
+
+def test_requests_at_the_same_time_get_their_own_answers(
+    client: TestClient, predictor: Predictor, images: list[Path]
+) -> None:
+    expected = [prediction.label for prediction in predictor.predict(images)]
+    matches: list[bool] = []
+
+    def ask(number: int) -> None:
+        for turn in range(number, number + 8):
+            answer = client.post("/predict", files=files(images[turn % 5])).json()["predictions"][0]
+            matches.append((answer["label"], answer["name"]) == (expected[turn % 5], images[turn % 5].name))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert matches == 6 * 8 * [True]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises this size, and no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header(client: TestClient) -> None:
+    response = client.post("/predict", files=files(png_of(100, 51), png_of(60_000, 60_000)))
+    small, large = response.json()["predictions"]
+    assert response.status_code == 422
+    assert small["error"] == "has 100 x 51 pixels, more than the 5,000 that are read"
+    assert "more than the" in large["error"]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(client: TestClient, images: list[Path]) -> None:
+    content = images[0].read_bytes()
+    scan = content[content.index(b"\xff\xda") : content.rindex(b"\xff\xd9")]
+    response = client.post("/predict", files=files(content.replace(scan, 200 * scan)))
+    assert response.json()["predictions"][0]["error"] == "is a JPEG of more than 100 scans"
+
+
+def test_names_are_shown_without_folders_on_one_line(client: TestClient, images: list[Path]) -> None:
+    content = images[0].read_bytes()
+    for given, shown in (
+        ("../../etc/wren.jpg", "wren.jpg"),
+        ("C:\\birds\\wren.jpg", "wren.jpg"),
+        ("ö.jpg", "ö.jpg"),
+    ):
+        response = client.post("/predict", files=[("images", (given, content))])
+        assert response.json()["predictions"][0]["name"] == shown
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "detail"),
+    [
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "Invalid JSON"),
+        ({"json": {"images": "x"}}, 422, "images: Input should be a valid "),
+        ({"json": {"images": []}}, 422, "there is no image"),
+        ({"json": {"image": ["x"]}}, 422, "images: Field required"),
+        ({"json": {"images": ["x"], "top": 0}}, 422, "top: Input should be greater than"),
+        ({"json": {"images": ["x"] * 33}}, 413, "may have 32 images here, not 33"),
+        ({"files": [("images", ("x", b""))] * 33}, 413, "Too many files"),
+        ({"files": [("image", ("x", b"x"))]}, 422, "there is no image: send files as `images`."),
+        ({"data": {"images": "x"}, "files": [("other", ("x", b""))]}, 422, "`images` must be files"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "multipart"),
+        ({"content": b"x", "headers": {"content-type": "image/jpeg"}}, 415, "multipart/form-data or"),
+        ({"content": b"x"}, 415, "multipart/form-data or application/json"),
+        ({"content": bytes(1_000_001), "headers": {"content-type": "application/json"}}, 413, "than 1 MB"),
+        ({"files": [("images", ("x", bytes(1_000_000)))]}, 413, "larger than 1 MB"),
+        ({"params": {"top": "many"}, "json": {"images": ["x"]}}, 422, "query.top: Input should be"),
+    ],
+)  # fmt: skip
+def test_wrong_bodies_are_told_on_one_line(
+    client: TestClient, request_: dict[str, Any], status: int, detail: str
+) -> None:
+    assert detail in problem(client.post("/predict", **request_), status)
+
+
+def test_a_body_without_a_length_is_bounded_too(client: TestClient, app: FastAPI) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        yield b'--y\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'
+        while sent < 3_000_000:
+            sent += 100_000
+            yield bytes(100_000)
+
+    response = client.post(
+        "/predict", content=endless(), headers={"content-type": "multipart/form-data; boundary=y"}
+    )
+    assert "larger than 1 MB" in problem(response, 413)
+    assert app.state.service._bodies._held == 0
+
+
+def test_unknown_paths_and_methods(client: TestClient) -> None:
+    assert problem(client.get("/nothing"), 404) == "Not Found"
+    response = client.get("/predict")
+    assert problem(response, 405) == "Method Not Allowed"
+    assert response.headers["allow"] == "POST"
+
+
+def test_request_ids_are_taken_over_where_they_are_plain(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"X-Request-ID": "a-1.B_2"}).headers["x-request-id"] == "a-1.B_2"
+    for given in ({}, {"X-Request-ID": "a b"}, {"X-Request-ID": "x" * 65}, {"X-Request-ID": 'a"}'}):
+        made = client.get("/healthz", headers=given).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
+
+
+def test_requests_are_logged_with_their_id(
+    client: TestClient, images: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("crossx.serve")
+    log.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "crossx.serve"):
+            client.get("/healthz")
+            client.post("/predict", files=files(*images[:2]), headers={"X-Request-ID": "mine"})
+    finally:
+        log.removeHandler(caplog.handler)
+    fields = vars(caplog.records[0])
+    assert {name: fields[name] for name in ("request_id", "method", "path", "status", "images")} == {
+        "request_id": "mine", "method": "POST", "path": "/predict", "status": 200, "images": 2,
+    }  # fmt: skip
+
+
+def test_a_failure_of_the_network_is_500_and_passes(
+    app: FastAPI, client: TestClient, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(app.state.service._predictor, "classify", lambda *_: 1 / 0)
+        told = problem(client.post("/predict", files=files(images[0])), 500)
+    assert told == "internal error; the service's log says more."
+    assert client.post("/predict", files=files(images[0])).status_code == 200
+
+
+def test_metrics(client: TestClient, images: list[Path]) -> None:
+    def value(line: str) -> float:
+        found = re.search(rf"^{re.escape(line)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    requests = 'crossx_requests_total{method="POST",route="/predict",status="200"}'
+    unknown = 'crossx_requests_total{method="any",route="other",status="404"}'
+    before = [value(line) for line in (requests, unknown, 'crossx_images_total{outcome="unreadable"}')]
+    client.post("/predict", files=files(images[0], NOT_AN_IMAGE))
+    client.get("/x/1")
+    client.get("/x/2")
+    after = [value(line) for line in (requests, unknown, 'crossx_images_total{outcome="unreadable"}')]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [1, 2, 1]
+    assert value("crossx_queue_images") == 0
+    assert value("crossx_batch_images_count") > 0
+
+
+def held(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Make the network wait; return what says that it began, and what lets it go on."""
+    began, gate = threading.Event(), threading.Event()
+    classify = app.state.service._predictor.classify
+
+    def waiting(*arguments: Any) -> Any:
+        began.set()
+        assert gate.wait(PATIENCE)
+        return classify(*arguments)
+
+    monkeypatch.setattr(app.state.service._predictor, "classify", waiting)
+    return began, gate
+
+
+def test_a_full_queue_is_429_at_once(
+    predictor: Predictor, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(predictor, Limits(queue=2, timeout=PATIENCE))
+    began, gate = held(app, monkeypatch)
+    with TestClient(app) as client:
+        answers: list[httpx.Response] = []
+        first = threading.Thread(
+            target=lambda: answers.append(client.post("/predict", files=files(*images[:2])))
+        )
+        first.start()
+        assert began.wait(PATIENCE)
+        for path in ("/predict", "/explain"):
+            response = client.post(path, files=files(images[0]))
+            assert "queue is full" in problem(response, 429)
+            assert int(response.headers["retry-after"]) >= 1
+        assert client.get("/readyz").status_code == 200
+        gate.set()
+        first.join(PATIENCE)
+        assert answers[0].status_code == 200
+        assert client.post("/predict", files=files(images[0])).status_code == 200
+
+
+def test_an_answer_that_takes_too_long_is_504(
+    predictor: Predictor, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(predictor, Limits(timeout=1))
+    _, gate = held(app, monkeypatch)
+    with TestClient(app) as client:
+        assert "longer than 1 s" in problem(client.post("/predict", files=files(images[0])), 504)
+        gate.set()
+        # a busy machine may take longer for the next ones, too
+        deadline = time.monotonic() + PATIENCE
+        while client.post("/predict", files=files(images[0])).status_code != 200:
+            assert time.monotonic() < deadline
+
+
+def test_a_stopping_service_takes_nothing(predictor: Predictor, images: list[Path]) -> None:
+    app = create_app(predictor)
+    with TestClient(app) as client:
+        app.state.service.draining = True
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert "stopping" in problem(client.post("/predict", files=files(images[0])), 503)
+    assert not app.state.service.alive
+
+
+def test_keys_are_asked_for_before_the_body(predictor: Predictor, images: list[Path]) -> None:
+    with TestClient(create_app(predictor, api_keys=("first", "second"))) as client:
+        for headers in ({}, {"X-API-Key": "firs"}, {"X-API-Key": "schön".encode()}):
+            response = client.post("/predict", content=b"?", headers=headers)
+            assert "X-API-Key is missing or wrong" in problem(response, 401)
+        for key in ("first", "second"):
+            response = client.post("/predict", files=files(images[0]), headers={"X-API-Key": key})
+            assert response.status_code == 200
+        assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
+        assert client.get("/model").status_code == client.post("/explain").status_code == 401
+        assert "APIKeyHeader" in client.get("/openapi.json").json()["components"]["securitySchemes"]
+
+
+def test_pages_of_other_origins_are_off_by_default(client: TestClient, predictor: Predictor) -> None:
+    origin = {"Origin": "https://birds.example"}
+    assert "access-control-allow-origin" not in client.get("/healthz", headers=origin).headers
+    with TestClient(create_app(predictor, cors=["https://birds.example"])) as allowing:
+        response = allowing.post("/predict", headers=origin)
+        assert response.headers["access-control-allow-origin"] == "https://birds.example"
+        other = allowing.get("/healthz", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "//" not in "".join(re.findall(r'(?:src|href)="([^"]+)"', page))
+    for link in re.findall(r'(?:src|href)="([^"]+)"', page):
+        assert client.get(link).status_code == 200
+    described = client.get("/openapi.json").json()
+    assert set(described["paths"]) == {"/predict", "/explain", "/model", "/healthz", "/readyz", "/metrics"}
+    assert set(described["paths"]["/predict"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data", "application/json",
+    }  # fmt: skip
+
+
+def test_the_model_is_described(client: TestClient, predictor: Predictor) -> None:
+    content = client.get("/model").json()
+    assert content["classes"] == list(predictor.classes)
+    assert content["explains"] is True
+    assert (content["max_images"], content["max_upload_mb"], content["max_pixels"]) == (32, 1, 5000)
+
+
+def test_explanations_as_a_figure(client: TestClient, images: list[Path]) -> None:
+    response = client.post("/explain", files=files(images[0]))
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    figure = Image.open(io.BytesIO(response.content))
+    assert figure.width > 4 * figure.height > 400
+
+
+def test_explanations_as_layers(client: TestClient, predictor: Predictor, images: list[Path]) -> None:
+    content = client.post("/explain?format=json", json={"images": encoded(images[0])}).json()
+    (expected,) = predictor.iter_explain(images[0])
+    assert expected.pixels is not None
+    assert expected.explanation is not None
+    image = picture(content["image"])
+    assert np.array_equal(image, expected.pixels)
+    assert content["size"] == 64
+    assert content["boxes"] is None
+    (prediction,) = client.post("/predict", files=files(images[0])).json()["predictions"]
+    assert content["prediction"]["label"] == prediction["label"] == content["target"]
+    assert content["prediction"]["probability"] == pytest.approx(prediction["probability"], abs=1e-5)
+    assert len(content["prediction"]["top"]) == 3
+    names = [f"{one['stage']} part {one['part']}" for one in content["overlays"]]
+    assert names == list(expected.explanation.maps)
+    for one, map_ in zip(content["overlays"], expected.explanation.maps.values(), strict=True):
+        shown = picture(one["png"]).astype(float)
+        assert shown.shape == (64, 64, 4)
+        alpha = shown[..., 3:] / 255
+        grey = (image @ np.array(LUMA))[..., None]
+        laid = alpha * shown[..., :3] + (1 - alpha) * grey
+        assert np.abs(laid - overlay(image, map_)).max() <= 2
+
+
+def test_the_boxes_of_a_network_that_has_them_are_told(tmp_path: Path, images: list[Path]) -> None:
+    network = Predictor.load(write_run(tmp_path, method="nts"), device="cpu")
+    (expected,) = network.iter_explain(images[0])
+    assert expected.explanation is not None
+    assert expected.explanation.boxes is not None
+    with TestClient(create_app(network)) as client:
+        content = client.post("/explain?format=json", files=files(images[0])).json()
+    assert np.array_equal(np.array(content["boxes"], np.float32), expected.explanation.boxes)
+
+
+def test_an_exported_file_is_served_without_explanations(
+    predictor: Predictor, images: list[Path], tmp_path: Path
+) -> None:
+    assert predictor.origin is not None
+    file = export_run(predictor.origin[0].path, tmp_path / "x.safetensors", images=images[0].parent).files[0]
+    with TestClient(create_app(Predictor.load(file))) as client:
+        assert client.get("/model").json()["explains"] is False
+        assert client.post("/predict", files=files(images[0])).status_code == 200
+        for query in ("", "?format=json", "?maps=class&target=wren"):
+            response = client.post(f"/explain{query}", files=files(images[0]))
+            assert "gives predictions alone" in problem(response, 501)
+
+
+def test_an_image_that_the_cut_leaves_nothing_of_is_unreadable(
+    predictor: Predictor, images: list[Path]
+) -> None:
+    cut = replace(predictor.spec.preprocessing, crop_bottom=1000)
+    network = Predictor.from_method(predictor.method, replace(predictor.spec, preprocessing=cut), "cpu")
+    app = create_app(network)
+    app.state.service.warm_up()
+    with TestClient(app) as client:
+        response = client.post("/predict", files=files(images[0]))
+        assert response.status_code == 422
+        assert "rows high" in response.json()["predictions"][0]["error"]
+        assert "the image is " in problem(client.post("/explain", files=files(images[0])), 422)
+
+
+def test_explanations_of_a_class(client: TestClient, images: list[Path]) -> None:
+    response = client.post("/explain?format=json&maps=class&target=wren", files=files(images[0]))
+    content = response.json()
+    assert content["target"] == "wren"
+    assert all(one["stage"].startswith("CAM ") for one in content["overlays"])
+
+
+@pytest.mark.parametrize(
+    ("query", "contents", "status", "detail"),
+    [
+        ("", [NOT_AN_IMAGE], 422, "the image is not a JPEG"),
+        ("", [png_of(100, 100)], 422, "the image has 100 x 100 pixels"),
+        ("", [NOT_AN_IMAGE, NOT_AN_IMAGE], 413, "Too many files"),
+        ("maps=class&target=wrren", [NOT_AN_IMAGE], 422, "unknown class 'wrren'. Did you mean 'wren'?"),
+        ("target=wren", [NOT_AN_IMAGE], 422, "`target` belongs to class maps: ask for maps=class."),
+        ("maps=both", [NOT_AN_IMAGE], 422, "query.maps: Input should be 'activation' or 'class'."),
+        ("format=gif", [NOT_AN_IMAGE], 422, "query.format: Input should be 'png' or 'json'."),
+    ],
+)
+def test_wrong_explanations(
+    client: TestClient, query: str, contents: list[bytes], status: int, detail: str
+) -> None:
+    assert detail in problem(client.post(f"/explain?{query}", files=files(*contents)), status)
+
+
+@pytest.mark.parametrize("limit", ["max_batch", "queue", "max_upload_mb", "max_pixels", "timeout", "workers"])
+def test_limits_must_be_positive(limit: str) -> None:
+    with pytest.raises(UsageError, match=f"{limit} must be at least 1, not 0"):
+        Limits(**{limit: 0})
+
+
+def test_json_is_valid_in_every_answer(client: TestClient, images: list[Path]) -> None:
+    for response in (client.post("/predict", files=files(images[0])), client.get("/model")):
+        json.loads(response.content, parse_constant=lambda name: pytest.fail(name))
