@@ -39,7 +39,15 @@ from crossx.training.config import Config
 
 SPLIT = "test"
 
-_NEUTRAL = ("data.root", "data.num_workers", "data.cache", "data.eval_batch_size", "trainer.logger")
+_NEUTRAL = (
+    "data.root",
+    "data.num_workers",
+    "data.cache",
+    "data.eval_batch_size",
+    "trainer.logger",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+)
 """Options that may differ between two calls: where things lie, and what changes speed alone."""
 
 

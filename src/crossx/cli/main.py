@@ -120,7 +120,7 @@ def _dispatch(words: list[str]) -> int:
     try:
         return int(module.run(rest))
     except SystemExit as leaving:
-        # argparse leaves this way after --help, Lightning after Ctrl-C.
+        # argparse leaves this way after --help.
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from leaving
         return leaving.code if isinstance(leaving.code, int) else 0

@@ -31,7 +31,7 @@ TASK = "image-classification"
 OWN_DATA = ("folder", "table")
 """Datasets of the catalog that stand for the user's own images."""
 TRAINER_OPTIONS = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")
-"""What the card says of the Trainer; the rest is about the machine."""
+"""What the card says of the section `trainer`; the rest is about the machine."""
 WORST = 10
 CONFUSED = 5
 NEEDED = ("split", "n", "top1", "class_mean", "dataset")

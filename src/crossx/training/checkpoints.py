@@ -103,8 +103,8 @@ def _read_checked(run: Run, path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     if checkpoint.get("format") != FORMAT:
         raise UsageError(
-            f"{path}: written by another version of crossx, which alone can continue it; `crossx test` and `crossx "
-            "predict` take it. Train anew with another --output."
+            f"{path}: written by another version of crossx, and cannot be continued; `crossx test` and `crossx "
+            "predict` still read it. Train again with another --output."
         )
     return checkpoint
 

@@ -40,7 +40,7 @@ LEFT_OUT = {
     "val_check_interval": "crossx validates at the end of an epoch; use trainer.check_val_every_n_epoch",
     "fast_dev_run": "use trainer.limit_train_batches and trainer.max_epochs",
 }
-"""Arguments of Lightning's Trainer that people ask for and that a run does not have, with what to do instead."""
+"""Arguments of Lightning's Trainer that are asked for and that a run does not have, with what to do instead."""
 
 T = TypeVar("T")
 
@@ -244,8 +244,8 @@ class TrainerConfig:
         accumulate_grad_batches: Batches whose gradients make one optimiser step.
         gradient_clip_val: Clip gradients to this norm or value; left out, they are not clipped.
         gradient_clip_algorithm: `norm` clips the norm of all gradients together, `value` each number.
-        checkpoint_every_n_steps: Write a checkpoint after every n optimiser steps too; by default after each epoch.
-        checkpoint_every_n_minutes: Write a checkpoint after every n minutes too.
+        checkpoint_every_n_steps: Write a checkpoint after every n-th optimiser step, besides that of each epoch.
+        checkpoint_every_n_minutes: Write a checkpoint once the last one is n minutes old.
         log_every_n_steps: Batches between two records of the steps' numbers; on a GPU the loss is looked at as often.
         logger: List of loggers out of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.

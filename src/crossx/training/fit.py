@@ -28,7 +28,7 @@ from crossx.evaluation.classes import check_classes
 from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method, create_method
 from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
-from crossx.runs import SCHEMA, Run, environment, storage_error, write_json, write_text
+from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_checkpoint, read_newest
 from crossx.training.config import Config
@@ -332,13 +332,7 @@ def _claim(path: Path) -> None:
         held = "holds a run" if Run(path).config.is_file() else "is not empty"
         more = f"continue it with `crossx fit --resume {path}`, or " if held == "holds a run" else ""
         raise UsageError(f"{path} {held} already: {more}choose another --output.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise storage_error(path, error) from error
+    check_writable(path)
 
 
 def _find(path: Path) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -78,14 +79,10 @@ class Loop:
         monitor: str | None,
         checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
-        self.method, self.data, self.config, self.run_folder, self.monitor = (
-            method,
-            data,
-            config,
-            run,
-            monitor,
-        )
+        self.method, self.data, self.config = method, data, config
+        self.run_folder, self.monitor = run, monitor
         self.options = config.trainer
+        self.time_limit = config.trainer.seconds
         self.checkpoint = checkpoint
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
@@ -247,7 +244,8 @@ class Loop:
 
     def _is_over(self) -> bool:
         """Say whether ``max_steps`` or ``max_time`` are reached."""
-        return self._out_of_steps() or self._on_any_rank(self.history.seconds >= self.options.seconds)
+        timed = self.time_limit < math.inf
+        return self._out_of_steps() or (timed and self._on_any_rank(self.history.seconds >= self.time_limit))
 
     def _out_of_steps(self) -> bool:
         return 0 <= self.options.max_steps <= self.step
