@@ -11,6 +11,7 @@ from PIL import Image
 from crossx.cli import quickstart
 from crossx.cli.fit import LAUNCHED
 from crossx.cli.main import main
+from crossx.runs import Run
 
 RECIPE = """
 model: {method: crossx, backbone: resnet10t, backbone_args: {channels: [4, 8, 16, 32]}, pretrained: false}
@@ -127,10 +128,14 @@ def test_fit_chooses_the_first_free_folder_and_says_what_comes_next(
     assert "run       runs/tiny-synthetic-2\n" in shown
     assert shown.endswith("next: crossx test runs/tiny-synthetic-2\n")
     assert Path("runs/tiny-synthetic-2/model.safetensors").is_file()
-    # a process that Lightning starts for a further GPU inherits the folder
+    # a process that Fabric starts for a further GPU inherits the folder, and does not ask whether it is free
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main(words) == 2
-    assert "runs/tiny-synthetic-2 holds a run already" in capsys.readouterr().err
+    folders = []
+    monkeypatch.setattr(
+        "crossx.training.fit.fit", lambda config: folders.append(config.run_path()) or Run(config.run_path())
+    )
+    assert main(words) == 0
+    assert folders == [Path("runs/tiny-synthetic-2")]
 
 
 @pytest.mark.parametrize(("variable", "value"), [("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "2")])
