@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The networks are tiny: threads would wait for each other longer than they compute. Subprocesses inherit it.
@@ -12,3 +13,17 @@ for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "RAY_worker_regis
     os.environ.setdefault(name, "300")
 settings.register_profile("crossx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crossx")
+
+LONG = ("training/test_data_parallel_fit.py", "serve/test_server.py", "training/", "export/", "methods/")
+"""Files that take longest: begun first, none of them is left to one process at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files by how long they take; the tests of a file keep their order."""
+    tests = os.path.dirname(__file__)
+
+    def turn(item: pytest.Item) -> int:
+        path = os.path.relpath(item.path, tests)
+        return next((index for index, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+
+    items.sort(key=turn)

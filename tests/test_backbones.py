@@ -278,7 +278,9 @@ def test_every_stage_map_passes_its_place_for_hooks(name: str) -> None:
     assert backbone.features(images) is seen[backbone.stage_maps["last"]]
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet10t", "efficientnet_b0", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("vgg11", marks=pytest.mark.slow), "resnet10t", "efficientnet_b0", "convnext_tiny"]
+)
 @torch.inference_mode()
 def test_previous_is_taken_at_another_stride(name: str) -> None:
     images = torch.randn(1, 3, 64, 64)

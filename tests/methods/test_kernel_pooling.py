@@ -10,7 +10,6 @@ from crossx.errors import UsageError
 from crossx.layers import TensorSketch
 from crossx.layers.kernel_pooling import gaussian_composition
 from crossx.methods import KernelPooling, create_method
-from slow import slow_except
 
 POOLINGS = {
     "kernel": {"order": 3, "sketch_size": 32},
@@ -195,7 +194,8 @@ def test_options_that_cannot_work(options: dict[str, object], message: str) -> N
         build(**options)
 
 
-@pytest.mark.parametrize("pooling", slow_except(POOLINGS, "bilinear"))
+@pytest.mark.slow
+@every_pooling
 def test_onnx_takes_any_number_of_images(pooling: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="nothing to run the export with")

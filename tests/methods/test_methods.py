@@ -19,6 +19,8 @@ PREPROCESSING = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 
 CLASSES = ("ani", "auklet", "bunting")
 
 every_method = pytest.mark.parametrize("name", list_methods())
+CHEAP = ("plain", "maxent", "crossx")
+"""Methods whose tests take little time: the others, built the same way, are left to the slow ones."""
 
 
 def build(name: str) -> Method:
@@ -74,7 +76,7 @@ def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: s
     torch.testing.assert_close(training.state_dict(), evaluating.state_dict(), rtol=0, atol=0)
 
 
-@every_method
+@pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
 def test_learns_a_batch_by_heart(name: str) -> None:
     method = build(name)
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -154,7 +156,7 @@ def test_loads_a_training_checkpoint(name: str, tmp_path: object) -> None:
         assert torch.equal(load_method(path)[0](images), method(images))
 
 
-@every_method
+@pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
 def test_exports(name: str) -> None:
     method = build(name).eval()
     images = torch.randn(2, 3, 64, 64)

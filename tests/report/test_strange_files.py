@@ -110,7 +110,11 @@ def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @pytest.mark.parametrize(
     ("name", "makers"),
-    [("run.json", (page, card)), ("test.json", (page, table, card)), ("metrics.json", (page,))],
+    [
+        ("run.json", (page, card)),
+        pytest.param("test.json", (page, table, card), marks=pytest.mark.slow),
+        ("metrics.json", (page,)),
+    ],
 )
 def test_every_value_replaced_by_every_strange_one(
     name: str, makers: tuple[Callable[[Path], str], ...], files: dict[str, Any], tmp_path: Path

@@ -129,6 +129,7 @@ def test_every_other_method_on_two_ranks(make_config, tmp_path):
         assert_same_as_alone(method, runs[method], make_config)
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     config = make_config(trainer={"devices": 2, "max_epochs": 1})
     config.output = None

@@ -121,7 +121,7 @@ def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypa
     ("sections", "trainer", "at_batch", "step"),
     [
         (RANDOM, {"checkpoint_every_n_steps": 1}, 7, 6),
-        (RANDOM, {"checkpoint_every_n_minutes": 1e-9}, 3, 2),
+        pytest.param(RANDOM, {"checkpoint_every_n_minutes": 1e-9}, 3, 2, marks=pytest.mark.slow),
         (
             {**RANDOM, "optim": {"ema_decay": 0.8, "freeze_backbone_epochs": 1, "optimizer": "adamw"}},
             {"checkpoint_every_n_steps": 3},
@@ -129,11 +129,29 @@ def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypa
             6,
         ),
         # two steps per epoch: a checkpoint falls between two steps, never between the batches of one
-        (RANDOM, {"checkpoint_every_n_steps": 1, "accumulate_grad_batches": 2, "precision": "bf16-mixed"}, 8, 3),
-        ({"model": {"method": "mamc", "embedding_size": 8}}, {"checkpoint_every_n_steps": 3}, 8, 6),
-        ({**RANDOM, "data": {"sampling": "balanced"}}, {"checkpoint_every_n_steps": 3, "limit_train_batches": 3}, 6, 3),
+        pytest.param(
+            RANDOM,
+            {"checkpoint_every_n_steps": 1, "accumulate_grad_batches": 2, "precision": "bf16-mixed"},
+            8,
+            3,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"model": {"method": "mamc", "embedding_size": 8}},
+            {"checkpoint_every_n_steps": 3},
+            8,
+            6,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {**RANDOM, "data": {"sampling": "balanced"}},
+            {"checkpoint_every_n_steps": 3, "limit_train_batches": 3},
+            6,
+            3,
+            marks=pytest.mark.slow,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_run_continues_within_an_epoch(make_config, monkeypatch, sections, trainer, at_batch, step):
     """At the step of the checkpoint: no batch is trained on twice, and checkpoints change no number."""
     whole = fit(make_config("whole", **sections, trainer=trainer))
