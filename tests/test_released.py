@@ -111,7 +111,9 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, num_parts: int, pooling: 
 
 
 @pytest.mark.parametrize("senet", [False, True], ids=["resnet", "senet"])
-@pytest.mark.parametrize(("num_parts", "pooling"), [(2, "max"), (3, "avg")])
+@pytest.mark.parametrize(
+    ("num_parts", "pooling"), [(2, "max"), pytest.param(3, "avg", marks=pytest.mark.slow)]
+)
 @torch.inference_mode()
 def test_logits_equal_a_plain_forward(senet: bool, num_parts: int, pooling: str) -> None:
     state = released_state(senet, num_parts)

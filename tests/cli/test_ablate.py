@@ -10,7 +10,6 @@ from crossx.ablation import runner
 from crossx.ablation.runner import Trial
 from crossx.cli.main import main
 from crossx.errors import CrossXError
-from slow import slow_except
 
 ONE_AT_A_TIME = threading.Lock()
 
@@ -86,7 +85,8 @@ def call_here(crew: object, trial: Trial, place: object, arguments: Sequence[str
         raise CrossXError(runner._reason(trial.log, code))
 
 
-@pytest.mark.parametrize("processes", slow_except([False, True], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [False, True])
 def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:

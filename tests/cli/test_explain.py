@@ -105,6 +105,7 @@ def test_the_sheet_says_right_where_the_folder_is_a_class(
     assert len(unknown.split("\n")) == 3
 
 
+@pytest.mark.slow
 def test_many_images_make_several_sheets(run: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain, "SHEET_ROWS", 2)
     layouts.write_image(place / "contact-2.jpg", 0, 0)

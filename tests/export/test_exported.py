@@ -101,7 +101,8 @@ def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Export
         torch.testing.assert_close(model.classify(images), expected)
 
 
-@pytest.mark.parametrize("name", slow_except(list_methods(), "plain"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_methods())
 def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -> None:
     require("onnx")
     torch.manual_seed(0)

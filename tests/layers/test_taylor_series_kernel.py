@@ -37,6 +37,7 @@ def test_features_are_the_powers_weighed_by_the_composition() -> None:
     torch.testing.assert_close(pooled[:, 14:], alpha[3] * sketches[:, 1])
 
 
+@pytest.mark.slow
 def test_inner_products_are_the_kernel_in_expectation() -> None:
     """One place an image, unit vectors: the Gaussian itself, for a series long enough."""
     generator = torch.Generator().manual_seed(1)

@@ -38,6 +38,7 @@ def test_sketches_are_convolutions_of_count_sketches(size: int) -> None:
     torch.testing.assert_close(sketch(features), torch.from_numpy(expected))
 
 
+@pytest.mark.slow
 def test_inner_products_are_those_of_the_tensor_powers_in_expectation() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = F.normalize(torch.randn(2, 8, generator=generator, dtype=torch.float64) + 0.7)

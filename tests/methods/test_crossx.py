@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from crossx.errors import UsageError
 from crossx.methods import CrossX, create_method
+from slow import slow_except
 
 SMALL = "resnet10t"
 
@@ -133,7 +134,9 @@ BACKBONES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("backbone", "size"), BACKBONES.items())
+@pytest.mark.parametrize(
+    ("backbone", "size"), slow_except(BACKBONES.items(), ("resnet18", 64), ("mobilenetv2_035", 67))
+)
 def test_every_backbone_trains_every_weight(backbone: str, size: int) -> None:
     torch.manual_seed(0)
     method = create_method("crossx", backbone=backbone, num_classes=3)
@@ -187,6 +190,7 @@ def test_measures_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(with_measures, without, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_measures_compile_in_one_graph() -> None:
     method = build(c3s_weights=(0.5, 0, 0.5))
     images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])

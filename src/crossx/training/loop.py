@@ -169,6 +169,9 @@ class Loop:
         method, views = self.method, self.optim.fit_heads
         if type(method).prepare is not Method.prepare:
             method.prepare(self._all_batches())
+        if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
+            images = len(self.data.train_records())
+            print(f"fitting the heads on the features of {views} views of {images:,} images", file=sys.stderr)
         if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
             log.warning(
                 "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name

@@ -19,6 +19,7 @@ from crossx.methods import create_method, list_methods
 from crossx.methods.checkpoint import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from layouts import write_cub, write_folder, write_nabirds
+from slow import slow_except
 
 PREPROCESSING = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 DRAWN = {"num_classes": 3, "images_per_class": 6}
@@ -123,7 +124,7 @@ def is_in_crop(place, box):
     return bool(((centre >= 0) & (centre < 64)).all())
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", slow_except(list_methods(), "crossx"))
 def test_every_method_and_number_of_images_a_step(tmp_path, birds, method):
     run = write_run(tmp_path / "run", "synthetic", birds, method, **DRAWN)
     two, six = (measure_run(run.path, batch_size=size, output=tmp_path / str(size)) for size in (2, 6))
