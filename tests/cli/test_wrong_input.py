@@ -129,7 +129,7 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (
             2,
             [*OWN, *MAMC, "--data.sampling", "uniform"],
-            "method 'mamc' needs data.sampling pairs, not uniform: leave the option out, or give pairs",
+            "method 'mamc' needs data.sampling pairs, not uniform. Leave the option out, or give pairs",
         ),
         (
             2,
@@ -145,7 +145,7 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (
             2,
             [*OWN, "--output", "run"],
-            "run holds a run already: continue it with `crossx fit --resume run`, or",
+            "run already holds a run. Continue it with `crossx fit --resume run`, or",
         ),
         (2, [*OWN, *VIT], "image_size 64 does not work with backbone 'vit_tiny_patch16_224'"),
         (1, [*OWN, "--model.backbone_weights", "run/model.safetensors"], "keys .* belongs to this backbone"),

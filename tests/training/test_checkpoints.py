@@ -68,7 +68,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(run, caplog, damage):
         run.last.unlink()
     assert read_newest(run)["epoch"] == 1
     assert "last.ckpt" in caplog.text
-    assert "continues from the checkpoint before it" in caplog.text
+    assert "continues from the previous checkpoint" in caplog.text
     # from here on as if it had been the newest
     assert read_newest(run)["epoch"] == 1
     write(run, 2)

@@ -92,7 +92,7 @@ def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
     again = make_config("again", model=model, data={"sampling": "pairs", "augmentation": "trivial"})
     again.trainer.max_epochs = 2
     assert_same(load_file(fit(again).weights), load_file(run.weights))
-    with pytest.raises(UsageError, match=r"method 'mamc' needs data.sampling pairs, not uniform: leave"):
+    with pytest.raises(UsageError, match=r"method 'mamc' needs data.sampling pairs, not uniform\. Leave"):
         fit(make_config("uniform", model=model, data={"sampling": "uniform"}))
     with pytest.raises(UsageError, match=r"data.batch_size must be even for data.sampling pairs, not 5"):
         fit(make_config("odd", model=model, data={"batch_size": 5}))
@@ -328,17 +328,17 @@ def test_out_of_gpu_memory_is_one_line(make_config, monkeypatch):
 
     monkeypatch.setattr(Plain, "objective", full)
     with pytest.raises(
-        CrossXError, match=r"out of GPU memory at 8 images of 64 pixels: lower --data\.batch_size"
+        CrossXError, match=r"out of GPU memory at 8 images of 64 pixels\. Lower --data\.batch_size"
     ):
         fit(make_config())
 
 
 def test_a_run_is_never_overwritten(make_config):
     run = fit(make_config(trainer={"max_epochs": 1}))
-    with pytest.raises(UsageError, match="holds a run already: continue it with `crossx fit --resume"):
+    with pytest.raises(UsageError, match=r"already holds a run\. Continue it with `crossx fit --resume"):
         fit(make_config())
     run.config.unlink()
-    with pytest.raises(UsageError, match="is not empty already: choose another --output"):
+    with pytest.raises(UsageError, match=r"is not empty\. Choose another --output"):
         fit(make_config())
 
 

@@ -199,4 +199,4 @@ def test_a_run_whose_method_has_none_says_so(make_config, caplog):
             model=options, optim={"fit_heads": 2}, trainer={"max_epochs": 1, "limit_train_batches": 1}
         )
     )
-    assert "method 'dfl' has no linear heads to fit; they start at random" in caplog.text
+    assert "method 'dfl' has no linear heads to fit; its heads start at random" in caplog.text

@@ -70,7 +70,7 @@ def test_schedules_equal_those_of_torch(options, expected):
 @pytest.mark.parametrize(("warmup", "steps", "total"), [(0.25, 4, 24), (2, 4, 8), (2, 4, 5)])
 def test_one_cycle_without_room_to_rise_is_refused(warmup, steps, total):
     config = OptimConfig(schedule="one_cycle", warmup_epochs=warmup)
-    with pytest.raises(UsageError, match="one_cycle rises over more than one step and fewer than all"):
+    with pytest.raises(UsageError, match="with one_cycle it must be more than one and fewer than all"):
         build_scheduler(two_groups(), config, steps_per_epoch=steps, total_steps=total)
 
 

@@ -201,7 +201,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_config, mo
     run.last.write_bytes(content[:-100])
     assert_same_run(resume(run.path), whole)
     assert "last.ckpt: damaged" in caplog.text
-    assert "continues from the checkpoint before it" in caplog.text
+    assert "continues from the previous checkpoint" in caplog.text
 
 
 def test_killed_between_best_and_last(make_config, monkeypatch):
@@ -243,7 +243,7 @@ def test_killed_after_the_last_epoch(make_config, monkeypatch):
     whole = fit(make_config("whole"))
     config = make_config("killed")
     with monkeypatch.context() as patch:
-        patch.setattr("crossx.training.fit.save_weights", lambda method, path: crash())
+        patch.setattr("crossx.training.finish.save_weights", lambda method, path: crash())
         with pytest.raises(RuntimeError, match="power cut"):
             fit(config)
     (config.run_path() / "metrics.json").unlink()
@@ -259,7 +259,7 @@ def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tm
     interrupt(monkeypatch, 6, lambda: os.kill(os.getpid(), sent))
     config = make_config("stopped")
     with pytest.raises(
-        Stopped, match=r"after 1 complete epochs; continue with `crossx fit --resume .*stopped`"
+        Stopped, match=r"after 1 complete epochs\. Continue with `crossx fit --resume .*stopped`"
     ):
         fit(config)
     assert Run(config.run_path()).read_info()["status"] == "stopped"
@@ -310,7 +310,7 @@ def test_what_cannot_be_resumed(make_config, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         fit(config)
     layouts.write_folder(tmp_path / "images", classes=3, images_per_class=14)
-    with pytest.raises(CrossXError, match="can only be resumed on the same data"):
+    with pytest.raises(CrossXError, match="Resume a run on the same data"):
         resume(config.run_path())
 
 

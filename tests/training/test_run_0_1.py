@@ -50,6 +50,6 @@ def test_it_is_loaded_and_predicted_with(run: Run, images: Path) -> None:
 
 def test_where_it_was_stopped_it_is_not_continued(run: Run, images: Path) -> None:
     run.info.write_text(json.dumps({**run.read_info(), "status": "stopped"}))
-    with pytest.raises(UsageError, match="written by another version of crossx, and cannot be continued"):
+    with pytest.raises(UsageError, match="written by another version of crossx, and cannot be resumed"):
         resume(run.path, root=images)
     assert run.read_info()["status"] == "stopped"

@@ -72,7 +72,7 @@ def test_left_out_options_take_their_defaults():
         ({"trainer": {"max_time": {"houres": 2}}}, "max_time takes DD:HH:MM:SS"),
         (
             {"trainer": {"limit_val_batches": 1.5}},
-            r"limit_val_batches takes a whole number, or a share in \[0, 1\]",
+            r"limit_val_batches takes a whole number, or a fraction in \[0, 1\]",
         ),
         ({"trainer": {"checkpoint_every_n_minutes": 0}}, "checkpoint_every_n_minutes must be above 0"),
         ({"trainer": {"gradient_clip_algorithm": "norms"}}, "Did you mean 'norm'"),
@@ -149,10 +149,10 @@ def test_lengths_of_a_recipe_are_shortened_to_the_training() -> None:
         "optim.freeze_backbone_epochs",
         "optim.schedule",
     ]
-    assert "first drop of the learning rate is after epoch 15" in notes[2]
+    assert "its first drop is after epoch 15 of" in notes[2]
     _, notes = OptimConfig(schedule="multistep", milestones=[15, 25]).shortened_to(10)
     assert notes == [
-        "optim.schedule multistep: the first drop of the learning rate is after epoch 15, and the training has 10."
+        "optim.schedule multistep never drops the learning rate: its first drop is after epoch 15 of 10."
     ]
 
 

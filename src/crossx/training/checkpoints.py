@@ -1,7 +1,7 @@
-"""Checkpoint files that a kill, a full disk or a stranger's pickle cannot harm.
+"""Checkpoints that survive kills and full disks, and hold no pickled objects.
 
-``last.ckpt`` is the newest, ``previous.ckpt`` the one before it, ``best.ckpt`` that of the best epoch; ``SHA256SUMS``
-holds the checksums of the newest two, as ``sha256sum --check`` reads it.
+``last.ckpt`` is the newest checkpoint, ``previous.ckpt`` the one before, ``best.ckpt`` that of the best epoch.
+``SHA256SUMS`` has the checksums of the newest two, in the format of ``sha256sum --check``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, atomic_path, write_text
 
 FORMAT = 2
-"""Of a checkpoint's entries; what Lightning's Trainer wrote for crossx 0.1 has no such number."""
+"""Version of the entries; checkpoints of crossx 0.1, written by Lightning's Trainer, have none."""
 
 log = logging.getLogger(__name__)
 
 
 def write_checkpoint(run: Run, state: dict[str, Any], *, best: bool) -> None:
-    """Write the newest checkpoint, and keep the one before.
+    """Write the newest checkpoint and keep the previous one.
 
-    A kill at any moment leaves a newest checkpoint that is whole. Where it is the best too, ``best.ckpt`` is written
-    first: a kill in between leaves an older newest one, from which the same best one is made again.
+    A kill at any moment leaves an intact newest checkpoint. If it is also the best, ``best.ckpt`` is written first: a
+    resumed run then trains the same epoch again and writes the same file.
 
     Args:
         run: The run.
@@ -38,7 +38,7 @@ def write_checkpoint(run: Run, state: dict[str, Any], *, best: bool) -> None:
         best: Whether it is the best so far.
 
     Raises:
-        CrossXError: If the disk is full or the folder not writable; the files written before stay as they are.
+        CrossXError: If the disk is full or the folder not writable; older files stay intact.
     """
     target = run.best if best else run.last
     with atomic_path(target) as temporary:
@@ -53,10 +53,10 @@ def write_checkpoint(run: Run, state: dict[str, Any], *, best: bool) -> None:
 
 
 def read_newest(run: Run) -> dict[str, Any] | None:
-    """Read the newest checkpoint of a run that is whole, onto the CPU; None where none was written.
+    """Read the newest intact checkpoint of a run onto the CPU; None if none was written.
 
     Raises:
-        CrossXError: If none is whole.
+        CrossXError: If none is intact.
         UsageError: If it was written by crossx 0.1.
     """
     if not run.last.is_file() and not run.previous.is_file():
@@ -68,7 +68,7 @@ def read_newest(run: Run) -> dict[str, Any] | None:
     except CrossXError as error:
         if not run.previous.is_file():
             raise
-        log.warning("%s The run continues from the checkpoint before it, %s.", error, run.previous)
+        log.warning("%s The run continues from the previous checkpoint, %s.", error, run.previous)
         checkpoint = _read_checked(run, run.previous)
         if is_leader():
             checksum = _read_checksums(run).get(run.previous.name, "")
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with ``weights_only=True``.
 
     Raises:
-        CrossXError: If it is missing, damaged or holds anything but plain values and tensors.
+        CrossXError: If it is missing, damaged, or holds anything but plain values and tensors.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -103,8 +103,8 @@ def _read_checked(run: Run, path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     if checkpoint.get("format") != FORMAT:
         raise UsageError(
-            f"{path}: written by another version of crossx, and cannot be continued; `crossx test` and `crossx "
-            "predict` still read it. Train again with another --output."
+            f"{path}: written by another version of crossx, and cannot be resumed. Train again with another --output; "
+            "`crossx test` and `crossx predict` still read it."
         )
     return checkpoint
 
@@ -114,14 +114,14 @@ def _save(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # closing the archive after a failed write fails too, and hides why
+            # closing the archive after a failed write fails too, and hides the cause
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def _keep_previous(run: Run, checksum: str) -> None:
-    """Make room for a newer ``last.ckpt``; its checksum is known before it is there."""
+    """Move ``last.ckpt`` to ``previous.ckpt``, and record the checksum of the new one."""
     names = {run.last.name: checksum}
     if run.last.is_file():
         names[run.previous.name] = _read_checksums(run).get(run.last.name, "")
@@ -143,7 +143,7 @@ def _read_checksums(run: Run) -> dict[str, str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: no second copy is written where the file system can link."""
+    """Replace ``target`` by a hard link to ``source``, or by a copy if the file system has no links."""
     temporary = target.with_name(f".{target.name}.link.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -157,6 +157,6 @@ def _link(source: Path, target: Path) -> None:
 
 def _damaged(path: Path) -> CrossXError:
     return CrossXError(
-        f"{path}: damaged, or no checkpoint of crossx. best.ckpt beside it may be whole; `crossx test` and `crossx "
-        "predict` take it."
+        f"{path}: damaged, or not a checkpoint of crossx. `crossx test` and `crossx predict` also read best.ckpt "
+        "in the same folder."
     )

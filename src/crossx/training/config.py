@@ -1,4 +1,4 @@
-"""The options of a training run. Imports no torch, so that ``--help`` answers at once."""
+"""The options of a training run. Imports no torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Selection = Literal["best", "last", "best_on_test"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 Precision = Literal["32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed"]
-"""Lightning's names of float32 and mixed precision: weights stay in float32, and so do the numbers that are summed."""
+"""Lightning's names for float32 and mixed precision. Weights and reductions stay in float32."""
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 ClipAlgorithm = Literal["norm", "value"]
 
@@ -40,7 +40,7 @@ LEFT_OUT = {
     "val_check_interval": "crossx validates at the end of an epoch; use trainer.check_val_every_n_epoch",
     "fast_dev_run": "use trainer.limit_train_batches and trainer.max_epochs",
 }
-"""Arguments of Lightning's Trainer that are asked for and that a run does not have, with what to do instead."""
+"""Arguments of Lightning's Trainer that do not exist here, and what to do instead."""
 
 T = TypeVar("T")
 
@@ -50,12 +50,12 @@ class ModelConfig:
     """The network and the method that trains it.
 
     Attributes:
-        method: The training method, see `crossx fit --help`: `crossx`, or `plain` for the bare backbone.
-        backbone: Name of a timm model; `local-dir:FOLDER` and `hf-hub:NAME` too.
+        method: The training method: `crossx`, `plain` for the backbone with a linear classifier, or another one.
+        backbone: Name of a timm model, `local-dir:FOLDER` or `hf-hub:NAME`.
         pretrained: Start from timm's pretrained weights (downloaded once) instead of random ones.
-        backbone_weights: State dict (`.pth` or `.safetensors`) to start the backbone from instead.
+        backbone_weights: State dict (`.pth` or `.safetensors`) to initialise the backbone from instead.
         backbone_args: Further arguments of `timm.create_model`, such as `{drop_path_rate: 0.1}`.
-        options: The method's own options; on the command line and in YAML they stand beside `method`.
+        options: The method's own options; on the command line and in YAML they are next to `method`.
     """
 
     method: str = "crossx"
@@ -66,14 +66,14 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain dictionary with the method's options beside ``method``."""
+        """Return a plain dictionary with the method's options next to ``method``."""
         values = asdict(self)
         options = values.pop("options")
         return {**values, **options}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Rebuild from ``to_dict``'s dictionary: every key that is no field is an option of the method."""
+        """Rebuild from ``to_dict``'s dictionary. Keys that are not fields are options of the method."""
         own = {item.name for item in fields(cls)} - {"options"}
         options = {**(values.get("options") or {})}
         options.update({key: value for key, value in values.items() if key not in own | {"options"}})
@@ -82,52 +82,48 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """How the weights are fitted.
+    """Optimiser, schedule and regularisation.
 
     Attributes:
         optimizer: `sgd` or `adamw`.
-        lr: Learning rate at its peak.
+        lr: Peak learning rate.
         momentum: Momentum of SGD.
         nesterov: Use Nesterov momentum (SGD).
-        weight_decay: Weight decay; on weights alone, see decay_norm_and_bias.
-        decay_norm_and_bias: Decay the scales of norm layers and the biases too, as the released code does.
-        schedule: `constant`, `step` (times gamma every step_size epochs), `multistep` (times gamma at each
-            of milestones), `cosine` (down to min_lr_factor at the end) or `one_cycle` (Smith and Topin, 2018;
-            it cycles the momentum too).
+        weight_decay: Weight decay; on weights only, see decay_norm_and_bias.
+        decay_norm_and_bias: Also decay biases and the scales of norm layers, as the released code does.
+        schedule: `constant`, `step` (multiply by gamma every step_size epochs), `multistep` (multiply by gamma at each
+            of milestones), `cosine` (decay to min_lr_factor) or `one_cycle` (Smith and Topin, 2018; it also cycles
+            the momentum).
         step_size: Epochs between two drops of `step`.
-        milestones: Numbers of epochs after which `multistep` drops the learning rate.
+        milestones: Epochs after which `multistep` drops the learning rate.
         gamma: Factor of each drop.
-        warmup_epochs: Epochs over which the learning rate grows linearly to its peak (fractions are allowed), at most
-            half of the training; with `one_cycle` the rising part of the cycle.
-        warmup_steps: The same in optimiser steps, used where warmup_epochs is 0. It may be longer than the training,
-            whose learning rate then stays below its peak: few steps of Adam at full rate harm pretrained features
-            (Ma and Yarats, 2021). Where both are 0, `one_cycle` rises over 30% of training.
-        min_lr_factor: Last learning rate of `cosine` as a share of the peak.
-        new_layers_lr_factor: Factor on the learning rate of the layers that are not the backbone's.
-        layer_decay: Factor on the learning rate for each step from the head down into the backbone's groups
-            of layers (Clark et al., 2020); 1 trains all layers alike.
+        warmup_epochs: Epochs of linear warm-up (may be fractional), at most half of the training; with `one_cycle` the
+            rising part of the cycle.
+        warmup_steps: Warm-up in optimiser steps, used if warmup_epochs is 0. It may be longer than the training, which
+            then stays below the peak rate: a few Adam steps at full rate harm pretrained features (Ma and Yarats,
+            2021). If both are 0, `one_cycle` rises over 30% of training.
+        min_lr_factor: Final learning rate of `cosine` as a fraction of the peak.
+        new_layers_lr_factor: Learning-rate factor of the layers that do not belong to the backbone.
+        layer_decay: Learning-rate factor per layer group, from the head down into the backbone (Clark et al., 2020);
+            1 trains all layers at the same rate.
         label_smoothing: Label smoothing of the classification loss, 0 to 1.
-        class_weights: `none`, or `balanced` to weight each class in the loss by the inverse of its frequency.
+        class_weights: `none`, or `balanced` to weight each class in the loss by its inverse frequency.
         mixup: Alpha of Mixup (Zhang et al., 2018); 0 is off.
-        cutmix: Alpha of CutMix (Yun et al., 2019); 0 is off; with mixup each batch takes one of the two.
-        freeze_backbone: Train the new layers alone: the pretrained parameters stay as they are, and so do the
-            batch norm statistics of the backbone.
-        freeze_backbone_epochs: Freeze it so for the first epochs alone, at most half of the training: the new layers
-            first, then all.
-        fit_heads: Fit the heads on frozen features before the first step (LP-FT; Kumar et al., 2022), from so many
-            augmented views of each training image; 0 is off. For methods whose heads are linear in their features; the
-            others start at random.
-        freeze_batch_norm: Keep statistics, scales and shifts of the backbone's batch norms as pretrained.
-        ema_decay: Decay of an exponential moving average of the weights, such as 0.999; validation,
-            checkpoints and the final model then use the averaged weights. Left out, no average is kept.
-        channels_last: Keep images and convolutions in channels-last memory order, which is the faster one.
+        cutmix: Alpha of CutMix (Yun et al., 2019); 0 is off. With mixup, each batch gets one of the two.
+        freeze_backbone: Train only the new layers; pretrained parameters and batch norm statistics stay fixed.
+        freeze_backbone_epochs: Freeze the backbone for the first epochs only, at most half of the training.
+        fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
+            the first step (LP-FT; Kumar et al., 2022); 0 is off. Needs heads that are linear in their features;
+            other heads start at random.
+        freeze_batch_norm: Keep the backbone's batch norms (statistics, scales, shifts) as pretrained.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999. Validation, checkpoints and
+            the final model then use the average. null keeps no average.
+        channels_last: Use the channels-last memory format, which is faster.
         compile: Compile the method's objective with `torch.compile`.
-        recompute_activations: Activation checkpointing: keep only the inputs of the blocks and compute the rest
-            again in the backward pass. The numbers stay the same; it takes less memory and more time.
-        selection: Which epoch's weights become the model: `best` (highest top-1 on validation; the last
-            epoch where there are no validation images), `last`, or `best_on_test` (highest top-1 on the test
-            images, as the released code did: the test accuracy is then no estimate for new images, and the
-            results carry the name).
+        recompute_activations: Activation checkpointing: same results, less memory, more time.
+        selection: Which epoch's weights become the model: `best` (highest validation top-1; the last epoch if there
+            are no validation images), `last`, or `best_on_test` (highest test top-1, as in the released code; test
+            accuracy is then optimistic, and the results say so).
     """
 
     optimizer: Optimizer = "sgd"
@@ -163,7 +159,7 @@ class OptimConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without the model.
+        """Check what does not need the model.
 
         Raises:
             UsageError: If an option cannot work, naming it and what it takes.
@@ -193,24 +189,24 @@ class OptimConfig:
             raise UsageError("optim.nesterov needs optim.momentum above 0.")
         if self.compile and self.recompute_activations:
             raise UsageError(
-                "optim.recompute_activations does not go with optim.compile, which plans itself what to keep: leave "
+                "optim.recompute_activations cannot be combined with optim.compile, which plans memory itself. Leave "
                 "one of them out."
             )
         if self.schedule == "multistep" and not self.milestones:
             raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
         if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:
             raise UsageError(
-                f"optim.milestones must be growing numbers of epochs from 1 on, not {self.milestones}."
+                f"optim.milestones must be increasing epochs, starting at 1, not {self.milestones}."
             )
 
     def shortened_to(self, epochs: int) -> tuple[OptimConfig, list[str]]:
-        """Shorten what is longer than a training can be, so that a recipe also works with fewer epochs.
+        """Shorten the phases that do not fit, so that a recipe also works with fewer epochs.
 
         Args:
             epochs: Number of epochs of the training.
 
         Returns:
-            The options to train with, and one note for each that is not as given or has no effect.
+            The options to train with, and a note per option that was changed or has no effect.
         """
         changed: dict[str, Any] = {}
         notes = []
@@ -222,43 +218,43 @@ class OptimConfig:
         first_drop = {"step": self.step_size, "multistep": min(self.milestones, default=0)}.get(self.schedule)
         if first_drop is not None and first_drop >= epochs:
             notes.append(
-                f"optim.schedule {self.schedule}: the first drop of the learning rate is after epoch {first_drop}, and "
-                f"the training has {epochs}."
+                f"optim.schedule {self.schedule} never drops the learning rate: its first drop is after epoch "
+                f"{first_drop} of {epochs}."
             )
         return replace(self, **changed), notes
 
 
 @dataclass
 class TrainerConfig:
-    """Devices, length, logging and checkpoints of the training.
+    """Devices, length, logging and checkpoints.
 
     Attributes:
         max_epochs: Number of epochs.
-        max_steps: Stop after this many optimiser steps, within an epoch too; -1 is no limit.
-        max_time: Stop after this time, within an epoch too: `DD:HH:MM:SS`, or `{hours: 2, minutes: 30}`.
-        limit_train_batches: Batches of each training epoch: a whole number, or a share such as 0.5.
-        limit_val_batches: Batches of each validation, likewise; 0 switches validation off.
-        overfit_batches: Train on the same few batches in every epoch, as many or such a share, and validate on as
+        max_steps: Stop after this many optimiser steps, even within an epoch; -1 is no limit.
+        max_time: Stop after this time, even within an epoch: `DD:HH:MM:SS`, or `{hours: 2, minutes: 30}`.
+        limit_train_batches: Batches per training epoch: a whole number, or a fraction such as 0.5.
+        limit_val_batches: Batches per validation, likewise; 0 switches validation off.
+        overfit_batches: Train on the same few batches every epoch (a whole number or a fraction), and validate on as
             many, to see whether a network can learn them; 0 is off.
         check_val_every_n_epoch: Validate after every n-th epoch.
-        accumulate_grad_batches: Batches whose gradients make one optimiser step.
-        gradient_clip_val: Clip gradients to this norm or value; left out, they are not clipped.
-        gradient_clip_algorithm: `norm` clips the norm of all gradients together, `value` each number.
-        checkpoint_every_n_steps: Write a checkpoint after every n-th optimiser step, besides that of each epoch.
-        checkpoint_every_n_minutes: Write a checkpoint once the last one is n minutes old.
-        log_every_n_steps: Batches between two records of the steps' numbers; on a GPU the loss is looked at as often.
-        logger: List of loggers out of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        accumulate_grad_batches: Batches per optimiser step.
+        gradient_clip_val: Clip gradients to this norm or value; null does not clip.
+        gradient_clip_algorithm: `norm` clips the total norm of all gradients, `value` each element.
+        checkpoint_every_n_steps: Also write a checkpoint every n optimiser steps, not only after each epoch.
+        checkpoint_every_n_minutes: Also write a checkpoint when the last one is n minutes old.
+        log_every_n_steps: Batches between two log entries; on a GPU also between two checks that the loss is finite.
+        logger: List of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
-        accelerator: `cpu`, `gpu`, ...; `auto` takes a GPU where there is one.
+        accelerator: `cpu`, `gpu`, ...; `auto` uses a GPU if there is one.
         devices: Number of devices, a list of their indices, or `auto` for all of them.
         num_nodes: Number of machines.
-        strategy: How several processes train together: `auto` and `ddp` are PyTorch's DistributedDataParallel;
-            `ddp_find_unused_parameters_true` is for a method that leaves parameters without a gradient.
-        sync_batchnorm: Take the statistics of batch norm over all processes (GPUs only).
-        precision: `32`, or mixed precision in `bf16-mixed` or `16-mixed`; weights are kept in float32.
-        deterministic: Use deterministic kernels only; `warn` warns where there is none.
-        benchmark: Let cuDNN try its kernels for the fastest; left out, as PyTorch is set.
-        detect_anomaly: Look for the operation that makes a gradient NaN (slow).
+        strategy: `auto` and `ddp` use PyTorch's DistributedDataParallel on several devices;
+            `ddp_find_unused_parameters_true` is for methods that leave parameters without a gradient.
+        sync_batchnorm: Compute batch norm statistics over all processes (GPUs only).
+        precision: `32`, or mixed precision `bf16-mixed` or `16-mixed`; weights stay in float32.
+        deterministic: Use deterministic kernels only; `warn` warns if there is none.
+        benchmark: Let cuDNN search for its fastest kernels; null keeps PyTorch's setting.
+        detect_anomaly: Find the operation that makes a gradient NaN (slow).
     """
 
     max_epochs: int = 30
@@ -292,7 +288,7 @@ class TrainerConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without the data.
+        """Check what does not need the data.
 
         Raises:
             UsageError: If an option cannot work, naming it and what it takes.
@@ -316,7 +312,9 @@ class TrainerConfig:
         for option in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
             value = getattr(self, option)
             if value < 0 or (isinstance(value, float) and value > 1):
-                raise UsageError(f"trainer.{option} takes a whole number, or a share in [0, 1], not {value}.")
+                raise UsageError(
+                    f"trainer.{option} takes a whole number, or a fraction in [0, 1], not {value}."
+                )
         if self.limit_train_batches == 0:
             raise UsageError("trainer.limit_train_batches 0 leaves nothing to train on.")
         for option in ("checkpoint_every_n_steps", "checkpoint_every_n_minutes", "gradient_clip_val"):
@@ -327,7 +325,7 @@ class TrainerConfig:
 
     @property
     def loggers(self) -> list[str]:
-        """Names of the loggers asked for."""
+        """Names of the requested loggers."""
         if isinstance(self.logger, bool) or self.logger is None:
             return list(DEFAULT_LOGGERS) if self.logger else []
         return [self.logger] if isinstance(self.logger, str) else [*self.logger]
@@ -337,7 +335,7 @@ class TrainerConfig:
         """``max_time`` in seconds.
 
         Raises:
-            UsageError: If it is no time.
+            UsageError: If it cannot be parsed.
         """
         if self.max_time is None:
             return math.inf
@@ -354,15 +352,15 @@ class TrainerConfig:
 
 @dataclass
 class Config:
-    """Everything that a training run depends on.
+    """Everything a training run depends on.
 
     Attributes:
         model: The network and the method.
         data: The images.
-        optim: How the weights are fitted.
-        trainer: Devices, length, logging and checkpoints of the training.
-        seed: Seed of the weights' initialisation, the order of images and everything random in training.
-        output: The run folder to make; left out, `runs/METHOD-DATASET-BACKBONE-sSEED` in the working folder.
+        optim: Optimiser, schedule and regularisation.
+        trainer: Devices, length, logging and checkpoints.
+        seed: Seed of the initialisation, the order of images and everything random in training.
+        output: The run folder to create; by default `runs/METHOD-DATASET-BACKBONE-sSEED`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -378,31 +376,31 @@ class Config:
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without torch, the data or the model.
+        """Check what needs neither torch, data nor model.
 
         Raises:
             UsageError: If an option cannot work, naming it and what to do.
         """
         if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed must lie in [0, 2**32), not {self.seed}.")
+            raise UsageError(f"seed must be in [0, 2**32), not {self.seed}.")
 
     def run_path(self) -> Path:
-        """Return the run folder: ``output``, or a name made of what the run is."""
+        """Return the run folder: ``output``, or the default name."""
         if self.output is not None:
             return Path(self.output)
         backbone = self.model.backbone.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
         return Path("runs") / f"{self.model.method}-{self.data.dataset}-{backbone}-s{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dictionary that ``from_dict`` reads; the method's options lie flat under ``model``."""
+        """Return the dictionary that ``from_dict`` reads; the method's options are flat under ``model``."""
         return {**asdict(self), "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Rebuild from a dictionary; what it leaves out takes its default.
+        """Build from a dictionary; missing options take their defaults.
 
         Raises:
-            UsageError: For an unknown key (the nearest is suggested) or a value that cannot work.
+            UsageError: For an unknown option (with the nearest name) or an invalid value.
         """
         readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             "model": ModelConfig.from_dict,
@@ -418,7 +416,7 @@ class Config:
 
     @classmethod
     def from_recipe(cls, name: str | Path, **overrides: Any) -> Config:
-        """Take a packaged recipe, or a YAML file, with some options changed.
+        """Load a packaged recipe or a YAML file, with some options changed.
 
         ::
 
@@ -426,8 +424,8 @@ class Config:
 
         Args:
             name: See ``crossx.recipes.load_recipe``.
-            **overrides: Top-level options, or sections (``model``, ``data``, ``optim``, ``trainer``) of which the
-                options given replace the recipe's.
+            **overrides: Top-level options, or sections (``model``, ``data``, ``optim``, ``trainer``) whose options
+                replace the recipe's.
 
         Raises:
             UsageError: If there is no such recipe, or as ``from_dict``.
@@ -443,17 +441,17 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
-        """Read a file that ``to_yaml`` or a person wrote.
+        """Read a file in the format of ``to_yaml``.
 
         Raises:
-            CrossXError: If the file is missing or no YAML mapping.
+            CrossXError: If the file is missing or is not a YAML mapping.
             UsageError: As ``from_dict``.
         """
         return cls.from_dict(read_config(Path(path)))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps Unicode's own line breaks in texts, which PyYAML reads back as spaces unless they are escaped."""
+    """Escape Unicode line breaks, which PyYAML otherwise reads back as spaces."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         breaks = any(character in data for character in "\x85\u2028\u2029")
@@ -486,7 +484,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     for key in values:
         if key not in known:
             raise UsageError(
-                f"unknown option {prefix}{key}.{nearest(str(key), known)} There is: {', '.join(known)}."
+                f"unknown option {prefix}{key}.{nearest(str(key), known)} Known options: {', '.join(known)}."
             )
     try:
         return cls(**values)

@@ -1,8 +1,7 @@
-"""Training from a configuration to a finished run folder, and on from where a run was stopped."""
+"""Train a method, or resume a training, and write a run folder."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import uuid
@@ -23,78 +22,68 @@ from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, Stopped, UsageError
-from crossx.evaluation.calibration import describe_calibration, write_temperature
 from crossx.evaluation.classes import check_classes
-from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method, create_method
-from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
+from crossx.methods.checkpoint import build_method, describe
 from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
-from crossx.training.checkpoints import read_checkpoint, read_newest
+from crossx.training.checkpoints import read_newest
 from crossx.training.config import Config
+from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loop import Loop, quiet_lightning
-
-SUSPICIOUS_GAP = 0.1
-"""Training minus validation top-1 from which on the average of the weights is compared with the weights."""
-
-LAGGING_BY = 0.05
-"""Validation top-1 that the average must lose to be warned of."""
-
-log = logging.getLogger(__name__)
 
 
 def fit(config: Config) -> Run:
-    """Train a network and leave a finished run folder.
+    """Train a network and return its finished run.
 
     Args:
-        config: The options; ``config.run_path()`` is the folder to make.
+        config: The options; ``config.run_path()`` is the folder to create.
 
     Returns:
-        The run: ``model.safetensors`` holds the weights of the selected epoch.
+        The run. ``model.safetensors`` holds the weights of the selected epoch.
 
     Raises:
-        UsageError: If an option cannot work or the folder holds something.
+        UsageError: If an option cannot work or the folder is not empty.
         CrossXError: If data, network, disk or GPU memory fail, or the loss is not finite.
-        Stopped: After Ctrl-C or SIGTERM.
+        Stopped: On Ctrl-C or SIGTERM.
     """
     run = Run(config.run_path())
     if is_leader():
-        _claim(run.path)
+        _require_empty(run.path)
     try:
         return _train(_with_absolute_paths(config), run)
     except BaseException:
         with suppress(OSError):
-            # only a folder that is still empty: another try may then take the same --output
-            run.path.rmdir()
+            run.path.rmdir()  # only if it is still empty, so that the same --output can be given again
         raise
 
 
 def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
-    """Continue a run that was stopped, from its newest checkpoint.
+    """Continue a stopped run from its newest checkpoint.
 
-    On the CPU the result is, bit for bit, that of a run that was never stopped. A run that was stopped before its
-    first checkpoint starts over with the same seed.
+    On a CPU the result is bit for bit that of an uninterrupted run. A run without a checkpoint starts over with the
+    same seed.
 
     Args:
-        path: The run folder, or a checkpoint in it; it may have been moved.
-        root: The data, where they no longer lie where the run found them.
+        path: The run folder, or a checkpoint in it; the folder may have been moved.
+        root: The data's folder, if it has moved.
 
     Raises:
-        UsageError: If there is no run, it is finished, or another version of crossx began it.
-        CrossXError: As ``fit``, or if the images or classes are others than before.
+        UsageError: If there is no run, it is finished, or another version of crossx started it.
+        CrossXError: As ``fit``, or if the images or classes have changed.
     """
-    run = _find(Path(path))
+    run = _find_run(Path(path))
     config = replace(Config.from_yaml(run.config), output=str(run.path))
     if root is not None:
         config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
     before = run.read_info()
     if before.get("status") == "finished":
-        raise UsageError(f"{run.path}: this run is finished; train a new one with another --output.")
+        raise UsageError(f"{run.path}: this run is finished. Train a new one with another --output.")
     return _train(config, run, before)
 
 
 def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) -> Run:
-    """Train from the start, or from the newest checkpoint of a run whose ``run.json`` was ``before``."""
+    """Train from the first step, or resume the run whose ``run.json`` was ``before``."""
     checkpoint = None if before is None else read_newest(run)
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
@@ -111,7 +100,6 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
             levels=dict(index.levels),
         )
     else:
-        # with random weights, which the checkpoint's replace
         spec = run.read_spec()
         check_classes(spec.classes, index.classes, index.name)
         method, preprocessing = build_method(spec), spec.preprocessing
@@ -122,42 +110,30 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
     data.open_caches()
     info = _describe(config, data)
     if before is not None and checkpoint is not None:
-        if before.get("images", info["images"]) != info["images"]:
-            raise CrossXError(
-                f"{run.path}: trained on {before['images']} images, and now there are {info['images']}: a run can "
-                "only be resumed on the same data."
-            )
-        info = {**before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
-    monitor = _monitor(config, data)
+        info = _continue_description(run, info, before)
+    monitor = choose_monitor(config, data)
     with quiet_lightning():
         loop = Loop(method, data, config, run, run_id=info["id"], monitor=monitor, checkpoint=checkpoint)
-        info["selection"] = _selection(loop)
         if is_leader():
             _remove_leftovers(run)
             write_text(run.config, config.to_yaml())
             write_json(run.spec, spec.to_json())
-            write_json(run.info, info)
-        with _recorded(loop, info):
+        with _recording_status(loop, info):
             loop.run()
-            if is_leader():
-                loop.history.write()
-                _warn_of_a_lagging_average(loop)
-                load_weights(method, run.best if loop.best else run.last)
-                save_weights(method, run.weights)
-                info["calibration"] = _calibrate(loop)
+            finish(loop, info)
     return run
 
 
 def choose_sampling(asked: Sampling | None, method: Method) -> Sampling:
-    """Return how training images are drawn: as asked for, else as the method needs it.
+    """Return how training images are drawn: as asked for, or as the method needs.
 
     Raises:
-        UsageError: If another way is asked for than the method needs.
+        UsageError: If the method needs another way than the one asked for.
     """
     needed = method.sampling
     if asked and needed and asked != needed:
         raise UsageError(
-            f"method {method.name!r} needs data.sampling {needed}, not {asked}: leave the option out, or give {needed}."
+            f"method {method.name!r} needs data.sampling {needed}, not {asked}. Leave the option out, or give {needed}."
         )
     return asked or needed or "uniform"
 
@@ -176,26 +152,6 @@ def _create_method(config: Config, index: DatasetIndex) -> Method:
     )
     method.check_image_size(config.data.image_size)
     return method
-
-
-def _monitor(config: Config, data: DataModule) -> str | None:
-    """Return the column that chooses the best epoch; None where the last one is taken."""
-    if config.optim.selection == "best_on_test":
-        if not data.index.split("test"):
-            raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
-        return "test/top1"
-    if config.optim.selection == "last":
-        return None
-    trainer, missing = config.trainer, ""
-    if not data.holds_out:
-        missing = "There are no validation images"
-    elif trainer.limit_val_batches == 0:
-        missing = "trainer.limit_val_batches 0 switches validation off"
-    elif trainer.check_val_every_n_epoch > trainer.max_epochs:
-        missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
-    if missing:
-        log.warning("%s: the last epoch's weights become the model.", missing)
-    return None if missing else "val/top1"
 
 
 def _describe(config: Config, data: DataModule) -> dict[str, Any]:
@@ -218,101 +174,54 @@ def _describe(config: Config, data: DataModule) -> dict[str, Any]:
     }
 
 
-def _selection(loop: Loop) -> dict[str, Any]:
-    """Say how the weights of the run are chosen, and, once there is one, which epoch it is."""
-    rows, best = loop.history.rows, loop.best
-    if loop.monitor is None or (rows and not best):
-        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
-    return {
-        "how": loop.config.optim.selection,
-        "split": loop.monitor.split("/")[0],
-        "metric": "top1",
-        "epoch": best.get("epoch"),
-        "value": best.get("value"),
-    }
-
-
-def _warn_of_a_lagging_average(loop: Loop) -> None:
-    """Warn where the weights themselves are clearly better on validation images than their average.
-
-    They are only looked at where the training accuracy is far above that of the average.
-    """
-    data, rows, best = loop.data, loop.history.rows, loop.best
-    if loop.average is None or not rows or not data.holds_out:
-        return
-    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
-    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
-        return
-    weights = read_checkpoint(loop.run_folder.best if best else loop.run_folder.last)["trained"]
-    loop.task.load_state_dict(weights)
-    outputs = evaluate(
-        loop.method, data.eval_loader("val", dealt=False), loop.device, normalize=data.normalize
-    )
-    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
-    if top1 - row["val/top1"] >= LAGGING_BY:
-        log.warning(
-            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
-            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
-            loop.config.optim.ema_decay, 100 * row["val/top1"], 100 * top1,
-        )  # fmt: skip
-
-
-def _calibrate(loop: Loop) -> dict[str, Any] | None:
-    """Fit the temperature of the selected weights where images are held out for validation."""
-    data = loop.data
-    if not data.holds_out:
-        return None
-    outputs = evaluate(
-        loop.method,
-        # the other ranks have left
-        data.eval_loader("val", dealt=False),
-        loop.device,
-        normalize=data.normalize,
-        progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
-    )
-    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
-    write_temperature(loop.run_folder, described["temperature"])
-    return described
+def _continue_description(run: Run, info: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    if before.get("images", info["images"]) != info["images"]:
+        raise CrossXError(
+            f"{run.path}: trained on {before['images']} images, but there are {info['images']} now. Resume a run on "
+            "the same data."
+        )
+    return {**before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
 
 
 @contextmanager
-def _recorded(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
-    """Keep ``status`` and ``selection`` of run.json true, and turn what can happen into one line."""
-    status = "failed"
+def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
+    """Keep ``status`` and ``selection`` in run.json up to date, and turn interruptions into one-line errors."""
 
-    def record() -> None:
+    def record(status: str) -> None:
         if is_leader():
-            write_json(loop.run_folder.info, {**info, "status": status, "selection": _selection(loop)})
+            selection = describe_selection(loop)
+            write_json(loop.run_folder.info, {**info, "status": status, "selection": selection})
 
+    record("running")
+    ended = "failed"
     try:
         with _sigterm_interrupts():
             yield
-        status = "finished"
-        record()
+        ended = "finished"
+        record(ended)
     except (KeyboardInterrupt, SystemExit) as error:
-        status = "stopped"
+        ended = "stopped"
         done = len(loop.history.rows)
         raise Stopped(
-            f"stopped after {done} complete epochs; continue with `crossx fit --resume {loop.run_folder.path}`."
+            f"stopped after {done} complete epochs. Continue with `crossx fit --resume {loop.run_folder.path}`."
         ) from error
     except torch.OutOfMemoryError as error:
         data = loop.config.data
         raise CrossXError(
-            f"out of GPU memory at {data.batch_size} images of {data.image_size} pixels: lower --data.batch_size "
-            "(and raise --trainer.accumulate_grad_batches by as much) or --data.image_size, or use "
+            f"out of GPU memory at {data.batch_size} images of {data.image_size} pixels. Lower --data.batch_size "
+            "(and raise --trainer.accumulate_grad_batches by the same factor) or --data.image_size, or use "
             "--trainer.precision bf16-mixed."
         ) from error
     finally:
-        if status != "finished":
-            # on a full disk this fails as well, and must not hide the first error
-            with suppress(CrossXError):
-                record()
+        if ended != "finished":
+            with suppress(CrossXError):  # on a full disk this fails too, and must not hide the first error
+                record(ended)
             loop.stop_processes()
 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C is taken; a signal can only be caught in the main thread."""
+    """Treat SIGTERM like Ctrl-C; Python handles signals in the main thread only."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -327,25 +236,27 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _claim(path: Path) -> None:
+def _require_empty(path: Path) -> None:
+    if Run(path).config.is_file():
+        raise UsageError(
+            f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
+        )
     if path.is_dir() and any(path.iterdir()):
-        held = "holds a run" if Run(path).config.is_file() else "is not empty"
-        more = f"continue it with `crossx fit --resume {path}`, or " if held == "holds a run" else ""
-        raise UsageError(f"{path} {held} already: {more}choose another --output.")
+        raise UsageError(f"{path} is not empty. Choose another --output.")
     check_writable(path)
 
 
-def _find(path: Path) -> Run:
+def _find_run(path: Path) -> Run:
     for folder in (path, path.parent, path.parent.parent) if path.is_file() else (path,):
         if Run(folder).config.is_file():
             return Run(folder)
     raise UsageError(
-        f"{path}: no run to resume (there is no config.yaml). `crossx fit --output {path}` makes one."
+        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
     )
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Make paths absolute: a run is also resumed and tested from other working folders."""
+    """Make paths absolute, since a run is also resumed and tested from other working folders."""
     root, weights = config.data.root, config.model.backbone_weights
     return replace(
         config,
@@ -355,7 +266,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _remove_leftovers(run: Run) -> None:
-    # temporary files of a process that was killed while it wrote
+    """Remove the temporary files of a process that was killed while writing."""
     for folder in (run.path, run.checkpoints):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The states of the random number generators, as plain values and tensors."""
+"""States of the random number generators, as plain values and tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of the generators of Python, NumPy and torch, that of the device's GPU among them."""
+    """Return the states of the generators of Python, NumPy, torch and, for a GPU, the device."""
     _, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -21,7 +21,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
-    """Set what ``generator_states`` returned."""
+    """Restore the states of ``generator_states``."""
     random.setstate(states["python"])
     np.random.set_state(("MT19937", *states["numpy"]))
     torch.set_rng_state(states["torch"])

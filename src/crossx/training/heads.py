@@ -1,7 +1,7 @@
 """Fit the heads on frozen features before the network is trained.
 
-Linear probing, then fine-tuning (LP-FT; Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054): heads that start at
-random send large gradients into the pretrained layers and distort their features; heads that are fitted first do not.
+Linear probing, then fine-tuning (LP-FT; Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054): random heads send
+large gradients into the pretrained layers and distort their features; fitted heads do not.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from crossx.layers import evaluation_mode
 from crossx.methods.base import Method
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Starts a pass over images (B, 3, H, W), normalised and on the device, and targets int64 (B,)."""
+"""Starts a pass over normalised images (B, 3, H, W) on the device, and targets int64 (B,)."""
 
 PENALTY = 3e-5
-"""L2 penalty on features of unit mean square length; docs/results.md has what others give."""
+"""L2 penalty for features of unit mean square norm; docs/results.md compares others."""
 
 MAX_VALUES = 2**29
-"""Feature values to keep (2 GiB in float32); beyond that the heads are fitted on the first images of the pass."""
+"""Maximum number of feature values (2 GiB in float32); beyond it, the first images are used."""
 
 STATISTICS_BATCHES = 50
-"""Batches that set the running statistics of new batch norms."""
+"""Batches from which the running statistics of new batch norms are estimated."""
 
 MAX_ITERATIONS = 200
-"""L-BFGS iterations; 17 to 66 were enough for 400 to 2,400 images of 80 classes."""
+"""L-BFGS iterations; 17 to 66 were needed for 400 to 2,400 images of 80 classes."""
 
 
 def fit_heads(method: Method, batches: Batches) -> bool:
-    """Fit the linear heads of a method on its frozen features, by the terms of its objective that depend on them.
+    """Fit a method's linear heads on its frozen features, by the terms of its objective that depend on the heads.
 
-    Of a plain backbone that is logistic regression. The running statistics of the method's own batch norms are set
+    For a plain backbone this is logistic regression. Running statistics of the method's own batch norms are estimated
     first. Nothing else changes.
 
     Args:
         method: The network, on its device.
-        batches: The training images in random order, once or in several augmented views.
+        batches: The training images in random order, in one or several augmented views.
 
     Returns:
-        Whether the heads were fitted: False where the method has no linear ones, see ``Method.linear_heads``.
+        Whether the heads were fitted: False if the method has no linear heads, see ``Method.linear_heads``.
     """
     heads = method.linear_heads()
     if not heads:
@@ -53,7 +53,7 @@ def fit_heads(method: Method, batches: Batches) -> bool:
     _set_new_statistics(method, batches)
     features, targets = _embed(method, batches)
     widths = [head.in_features for head in heads.values()]
-    # one mean per feature but one scale per head: within a head the ratios of the features are information
+    # one mean per feature but one scale per head: the relative scales of the features carry information
     means = features.mean(0)
     blocks = (features - means).split(widths, 1)
     scales = [_root_mean_square(block) * math.sqrt(sum(widths)) for block in blocks]
@@ -77,13 +77,13 @@ def fit_linear(
     penalty: float,
     loss: Callable[[dict[str, Tensor]], Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Minimise ``loss`` of linear heads plus ``penalty / 2`` times their squared weights, by L-BFGS from zero.
+    """Minimise the loss of linear heads plus ``penalty / 2`` times their squared weights, by L-BFGS from zero.
 
     Args:
         features: Head name -> float (N, D).
         num_classes: K.
-        penalty: L2 penalty on the weights; biases are free.
-        loss: Takes head name -> logits (N, K), and returns a scalar.
+        penalty: L2 penalty on the weights, not on the biases.
+        loss: Maps head name -> logits (N, K) to a scalar.
 
     Returns:
         Head name -> weight (K, D) and bias (K,).
@@ -131,7 +131,7 @@ def _embed(method: Method, batches: Batches) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _set_new_statistics(method: Method, batches: Batches) -> None:
-    """Average the batch statistics of the batch norms that are not pretrained."""
+    """Estimate the running statistics of the batch norms that are not pretrained."""
     new = {id(parameter) for parameter in method.new_parameters()}
     norms = [
         module
@@ -144,7 +144,7 @@ def _set_new_statistics(method: Method, batches: Batches) -> None:
     with evaluation_mode(method):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
+            norm.momentum = None  # plain average over the batches
             norm.train()
         for images, _ in islice(batches(), STATISTICS_BATCHES):
             method.embeddings(images)
@@ -153,5 +153,5 @@ def _set_new_statistics(method: Method, batches: Batches) -> None:
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    # features that are constant, as of a single image, stay 0
+    # constant features, as of a single image, stay 0
     return values.square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The numbers of a run: what each step and epoch gave, where they go, and the stop when they are no numbers."""
+"""Metrics of a run: collected per step, averaged per epoch, written to files, and checked to be finite."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from crossx.runs import SCHEMA, Run, write_json, write_text
 
 
 class History:
-    """Gathers every number of a run and stops it where the loss is not finite.
+    """Collects the metrics of a run and stops it if the loss is not finite.
 
-    Numbers stay on the device until ``collect``, so that no step waits for a GPU.
+    Values stay on the device until ``collect``, so that no step waits for a GPU.
 
     Args:
-        run: Where ``metrics.csv`` and ``metrics.json`` are written.
-        mean_over_ranks: Turns numbers of this process into their means over all.
+        run: Folder of ``metrics.csv`` and ``metrics.json``.
+        mean_over_ranks: Averages values over all processes.
 
     Attributes:
-        rows: One row per epoch. ``epoch`` counts the epochs trained, ``step`` the optimiser steps; ``train/...`` are
-            means over the epoch while it was trained, ``lr`` is the highest learning rate at its first step,
-            ``seconds`` the time since the start.
+        rows: One row per epoch: ``epoch`` (from 1), ``step`` (optimiser steps), ``train/...`` (means over the epoch,
+            in training mode), ``lr`` (the highest at the first step), ``seconds`` since the start.
     """
 
     def __init__(self, run: Run, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -53,39 +52,39 @@ class History:
         self._lr = lr
 
     def start_clock(self) -> None:
-        """Count ``seconds`` from now on, after those of the run that is resumed."""
+        """Start counting ``seconds``, on top of those before a resume."""
         self._started = time.monotonic()
         self._resumed_at = len(self.rows)
 
     @property
     def seconds(self) -> float:
-        """Time that the run has taken, all its parts together."""
+        """Training time, including that before a resume."""
         return self._before + time.monotonic() - self._started
 
     def start_epoch(self, lr: float) -> None:
-        """Begin a row."""
+        """Start a row."""
         self._open(lr)
 
     def add(self, numbers: Mapping[str, Tensor], size: int) -> None:
-        """Take the numbers of a batch of ``size`` images, scalars on the device; they are not looked at yet."""
+        """Add the metrics of a batch of ``size`` images, scalars on the device, without reading them."""
         self._names = list(numbers)
         self._pending.append(torch.stack(tuple(numbers.values())))
         self._sizes.append(size)
 
     def collect(self, first_batch: int) -> None:
-        """Look at the numbers that were added.
+        """Read the added metrics.
 
         Args:
-            first_batch: Batches of the run before this epoch, for the message.
+            first_batch: Batches before this epoch, for the message.
 
         Raises:
-            CrossXError: If one of them is not finite.
+            CrossXError: If a value is not finite.
         """
         if not self._pending:
             return
         numbers, sizes = torch.stack(self._pending), self._sizes
         if self._mean_over_ranks:
-            # over all ranks, so that each sees the same numbers and all stop together
+            # over all ranks, so that all see the same values and stop together
             own = torch.cat((numbers, numbers.new_tensor(sizes)[:, None]), 1)
             means = self._mean_over_ranks(own)
             numbers, sizes = means[:, :-1], means[:, -1].tolist()
@@ -101,37 +100,37 @@ class History:
         self._newest, self._pending, self._sizes = rows[-1], [], []
 
     def newest(self) -> dict[str, float]:
-        """Return the numbers of the newest batch that was collected, for the loggers."""
+        """Return the metrics of the last collected batch, for the loggers."""
         return {f"train/{name}_step": value for name, value in zip(self._names, self._newest, strict=True)}
 
     def shown(self) -> dict[str, str]:
-        """Return what the progress bar shows: means over the epoch so far, and the newest evaluation."""
+        """Return what the progress bar shows: means over the epoch so far, and the last evaluation."""
         if self._batches:
             self._live.update(self._means())
-        # elsewhere than on a CPU the first epoch may be validated before a number of its steps was fetched
+        # on a GPU the first epoch may be validated before any metric was read
         shown = {"loss": f"{self._live['train/loss']:.3f}"} if "train/loss" in self._live else {}
         top1 = {name: value for name, value in self._live.items() if name.endswith("/top1")}
         return shown | {name.removesuffix("/top1"): f"{value:.1%}" for name, value in top1.items()}
 
     def evaluated(self, values: Mapping[str, float]) -> None:
-        """Take loss and top-1 of the split that was evaluated.
+        """Add loss and top-1 of the evaluated split.
 
         Raises:
-            CrossXError: If they are not finite.
+            CrossXError: If a value is not finite.
         """
         self._live.update(values)
         if not all(map(math.isfinite, values.values())):
             raise self._not_finite(f"after epoch {len(self.rows) + 1}", values)
 
     def end_epoch(self, step: int, evaluated: Mapping[str, float]) -> dict[str, float]:
-        """Complete the row of this epoch, before the checkpoint is written that holds it."""
+        """Complete the row of this epoch; the checkpoint will contain it."""
         counts = {"epoch": len(self.rows) + 1, "step": step}
         row = {**counts, **self._means(), "lr": self._lr, **evaluated, "seconds": round(self.seconds, 2)}
         self.rows.append(row)
         return row
 
     def line(self, epochs: int) -> str:
-        """Return the newest row in one line."""
+        """Format the last row as one line."""
         row = self.rows[-1]
         parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['train/loss']:.4f}"]
         parts += [
@@ -144,7 +143,7 @@ class History:
         return "  ".join(parts)
 
     def write(self) -> None:
-        """Write ``metrics.csv`` and ``metrics.json``, whole and atomically."""
+        """Write ``metrics.csv`` and ``metrics.json`` atomically."""
         text = io.StringIO()
         writer = csv.DictWriter(
             text, list(dict.fromkeys(name for row in self.rows for name in row)), lineterminator="\n"
@@ -155,7 +154,7 @@ class History:
         write_json(self.run.path / "metrics.json", {"schema": SCHEMA, "epochs": self.rows})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rows and the open epoch, so that a resumed run neither repeats nor loses a number."""
+        """Return the rows and the current epoch's sums, so that a resumed run loses no value."""
         return {
             "rows": self.rows,
             "seconds": self.seconds,
@@ -169,7 +168,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the numbers of the run that is resumed."""
+        """Restore the state of ``state_dict``."""
         self.rows, self._before, part = state["rows"], state["seconds"], state["open"]
         self._names, self._totals, self._images = part["names"], np.array(part["totals"]), part["images"]
         self._batches, self._lr = part["batches"], part["lr"]

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside ``metrics.csv``."""
+"""Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from crossx.runs import Run
 
 
 def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:
-    """Return Lightning's loggers.
+    """Build the loggers.
 
     Args:
-        names: Out of tensorboard, wandb and mlflow; others are passed over.
+        names: Among tensorboard, wandb and mlflow; others are ignored.
         run: The run.
-        run_id: Name of the run for loggers that join the parts of a resumed run.
-        steps_before: Optimiser steps of the checkpoint that is resumed.
+        run_id: Id of the run, by which loggers continue a resumed run.
+        steps_before: Optimiser steps of the checkpoint to resume from.
 
     Raises:
         UsageError: If one is not installed.
@@ -29,7 +29,7 @@ def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) ->
             if name == "tensorboard":
                 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-                # events after the checkpoint come again from the resumed run
+                # the resumed run writes the events after the checkpoint again
                 purge: dict[str, Any] = {"purge_step": steps_before + 1} if steps_before else {}
                 loggers.append(TensorBoardLogger(run.path, "tensorboard", "", **purge))
             elif name == "wandb":
@@ -54,6 +54,6 @@ def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) ->
 
 
 def log_all(loggers: list[Logger], values: Mapping[str, float], step: int) -> None:
-    """Give numbers to every logger."""
+    """Log values with every logger."""
     for logger in loggers:
         logger.log_metrics(dict(values), step)

@@ -45,27 +45,27 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Trains a method, from the first step or from a checkpoint's.
+    """Trains a method, from the first step or from a checkpoint.
 
-    What can be refused is refused here, before ``run`` starts further processes and takes the first step.
+    The constructor makes all checks, before ``run`` starts further processes and takes the first step.
 
     Args:
-        method: The network and its objective; it holds the trained weights afterwards.
+        method: The network and its objective; trained in place.
         data: The images.
         config: The options.
         run: The run folder.
-        run_id: Name of the run for loggers that join the parts of a resumed run.
-        monitor: The column of which the highest value is best, of equal ones the later; None keeps no ``best.ckpt``.
-        checkpoint: What ``read_newest`` returned, to continue from.
+        run_id: Id of the run, by which loggers continue a resumed run.
+        monitor: The metric to maximise (ties: the later epoch); None keeps no ``best.ckpt``.
+        checkpoint: The result of ``read_newest`` to resume from.
 
     Attributes:
-        epoch: Complete epochs.
-        batch: Batches done of the open epoch.
+        epoch: Completed epochs.
+        batch: Batches done in the current epoch.
         step: Optimiser steps.
-        best: ``epoch`` (epochs trained) and ``value`` of the best epoch; empty before there is one.
+        best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
 
     Raises:
-        UsageError: If an option does not go with the method or the machine.
+        UsageError: If the method or the machine does not support an option.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Loop:
         self._finalize("success")
 
     def _set_up(self) -> None:
-        """Start the processes, and put everything on its device, as the checkpoint has it."""
+        """Start the processes, move everything to its device, and load the checkpoint."""
         fabric, task, optim, saved = self.fabric, self.task, self.optim, self.checkpoint
         fabric.launch()
         self.device = fabric.device
@@ -130,11 +130,11 @@ class Loop:
             self._prepare()
         if optim.ema_decay is not None:
             self.average = AveragedModel(task, multi_avg_fn=self._update_average, use_buffers=True)
-            # asked for its value at every step, which would wait for a GPU
+            # read at every step; on a GPU that would synchronise
             self.average.n_averaged = self.average.n_averaged.cpu()
         if self.options.sync_batchnorm:
             synchronize_batch_norms(task)
-        # not fabric.setup_module: its wrapper rounds the images in mixed precision, and costs 0.1 ms a step
+        # not fabric.setup_module: its wrapper casts the images in mixed precision, and costs 0.1 ms per step
         self.module: nn.Module = fabric.strategy.setup_module(task)
         if optim.compile:
             task.compile_objective()
@@ -165,7 +165,7 @@ class Loop:
         self.history.start_clock()
 
     def _prepare(self) -> None:
-        # each rank has all images, so nothing is to be gathered
+        # each rank reads all images, so nothing has to be gathered
         method, views = self.method, self.optim.fit_heads
         if type(method).prepare is not Method.prepare:
             method.prepare(self._all_batches())
@@ -174,11 +174,12 @@ class Loop:
             print(f"fitting the heads on the features of {views} views of {images:,} images", file=sys.stderr)
         if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
             log.warning(
-                "optim.fit_heads: method %r has no linear heads to fit; they start at random.", method.name
+                "optim.fit_heads: method %r has no linear heads to fit; its heads start at random.",
+                method.name,
             )
 
     def _all_batches(self, *, epochs: int = 1) -> Iterator[Batch]:
-        # a generator: no worker starts for a method whose options leave nothing to prepare
+        # a generator, so that no worker starts if the method prepares nothing
         loader: Any = self.data.whole_train_loader()
         for epoch in range(epochs):
             loader.sampler.set_epoch(epoch)
@@ -186,7 +187,7 @@ class Loop:
                 yield self.data.to_device(batch, self.device)
 
     def _train_epoch(self) -> None:
-        """Train to the end of the epoch, or to where the training is over."""
+        """Train to the end of the epoch or of the training."""
         options, history = self.options, self.history
         self.task.start_epoch(self.epoch)
         self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
@@ -197,7 +198,7 @@ class Loop:
         while self.batch < self.batches:
             batch = next(loader)
             if first:
-                # once the first batch is there, whatever the loader drew before
+                # after the first batch, whatever random numbers the loader drew before
                 self._seed()
                 first = False
             images, targets = self.data.to_device(batch, self.device)
@@ -242,11 +243,11 @@ class Loop:
             decay = warmed_up_decay(self.optim.ema_decay or 0.0, self.step - 1)
             get_ema_multi_avg_fn(decay)(averages, values, count)
         else:
-            # counters and hashes: PyTorch's average of a whole number with itself may round to the one below
+            # integers: PyTorch's average of an integer with itself may round down
             torch._foreach_copy_(averages, values)
 
     def _is_over(self) -> bool:
-        """Say whether ``max_steps`` or ``max_time`` are reached."""
+        """Return whether ``max_steps`` or ``max_time`` is reached."""
         timed = self.time_limit < math.inf
         return self._out_of_steps() or (timed and self._on_any_rank(self.history.seconds >= self.time_limit))
 
@@ -255,7 +256,7 @@ class Loop:
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        """Return loss and top-1 of the evaluated split after those epochs that are validated, else nothing.
+        """Return loss and top-1 on the evaluated split; empty after epochs without validation.
 
         The loss is plain cross-entropy, comparable between methods and options.
         """
@@ -265,7 +266,7 @@ class Loop:
         evaluated: Any = self.average.module if self.average else self.task
         evaluated.eval()
         if self.fabric.world_size > 1:
-            # each rank has batch norm statistics of its own; those of the first are in the checkpoint
+            # batch norm statistics differ between ranks; the checkpoint has those of the first
             for buffer in evaluated.buffers():
                 distributed.broadcast(buffer, 0)
         loss = MeanMetric().to(self.device)
@@ -287,7 +288,7 @@ class Loop:
         return found
 
     def _end_epoch(self, evaluated: Mapping[str, float]) -> None:
-        """Complete the epoch's numbers, choose the best, and write the checkpoint, then the metrics."""
+        """Complete the epoch's row, update the best epoch, and write the checkpoint, then the metrics."""
         history = self.history
         history.collect(self.epoch * self.batches)
         row = history.end_epoch(self.step, evaluated)
@@ -315,7 +316,7 @@ class Loop:
             )
 
     def _weights(self) -> dict[str, Tensor]:
-        """Return the weights that are validated and become the model: the average, where one is kept."""
+        """Return the weights that are validated and become the model: the average, if one is kept."""
         evaluated = self.average.module if self.average else self.task
         weights: dict[str, Tensor] = evaluated.state_dict()
         return weights
@@ -327,7 +328,7 @@ class Loop:
         return minutes is not None and self._on_any_rank(time.monotonic() - self.saved_at >= 60 * minutes)
 
     def _save(self, *, best: bool = False) -> None:
-        # between epochs no generator's state is needed: they are seeded at the first step
+        # between epochs no states are needed: the generators are seeded at the first step
         generators = self._gather(generator_states(self.device)) if self.batch else []
         self.saved_at = time.monotonic()
         if not self.fabric.is_global_zero:
@@ -365,8 +366,7 @@ class Loop:
     def _seed(self) -> None:
         """Seed every generator at the first step of an epoch from (seed, epoch, rank).
 
-        The randomness of an epoch (dropout, Mixup, ...) then needs no state between epochs: a resumed run draws what
-        the uninterrupted one drew, on every rank and device.
+        A resumed run then draws the same random numbers (dropout, Mixup, ...) as an uninterrupted one.
         """
         rank = self.fabric.global_rank
         if self.batch == 0:
@@ -376,7 +376,7 @@ class Loop:
         self.checkpoint = None
 
     def _synchronized(self, enabled: bool) -> AbstractContextManager[Any]:
-        """Return the context in which the ranks average their gradients, or keep them until a later batch."""
+        """Return a context in which the ranks average their gradients, or accumulate them locally."""
         return nullcontext() if enabled or self.fabric.world_size == 1 else self.module.no_sync()  # type: ignore
 
     def _on_any_rank(self, decision: bool) -> bool:
@@ -386,17 +386,17 @@ class Loop:
         return self.fabric.strategy.all_reduce(numbers, reduce_op="mean")
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, on every rank."""
+        """Return the values of all ranks, on every rank."""
         gathered = [value] * self.fabric.world_size
         if self.fabric.world_size > 1:
             distributed.all_gather_object(gathered, value)
         return gathered
 
     def stop_processes(self) -> None:
-        """Stop the processes that this one has started, which would wait for it."""
+        """Stop the processes started by this one, which would wait for it forever."""
         started = getattr(getattr(self.fabric.strategy, "launcher", None), "procs", [])
         processes = list(started)
-        # Lightning's observer would else take their end for a failure, and kill this one
+        # otherwise Lightning's observer takes their end for a failure, and kills this process
         started.clear()
         for process in processes:
             process.kill()
@@ -407,14 +407,14 @@ class Loop:
 
 
 def build_fabric(options: TrainerConfig) -> Fabric:
-    """Return Lightning's Fabric: devices, processes, precision.
+    """Build Lightning's Fabric, which manages devices, processes and precision.
 
     Raises:
-        UsageError: If the machine does not have what is asked for.
+        UsageError: If the machine lacks the requested devices or precision.
     """
     on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
     cores = os.cpu_count() or 1
-    # of GPUs Lightning knows the number itself
+    # Lightning itself checks the number of GPUs
     if on_cpu and str(options.devices).isdecimal() and int(options.devices) > cores:  # type: ignore[arg-type]
         raise UsageError(
             f"trainer.devices {options.devices}: there is no GPU, and the CPU has {cores} cores."
@@ -438,7 +438,7 @@ def build_fabric(options: TrainerConfig) -> Fabric:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's notices and its advice on things that are meant here."""
+    """Silence Lightning's notices and advice."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -453,7 +453,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def _limit(split: str, limit: int | float, loader: Sized) -> int:
-    """Return how many of a loader's batches are taken: as many as a whole number says, or a share of them."""
+    """Return the number of batches to take: a whole number of them, or a fraction."""
     count = int(len(loader) * limit) if isinstance(limit, float) else min(len(loader), limit)
     if len(loader) and limit and not count:
         raise UsageError(f"trainer.limit_{split}_batches {limit} leaves none of {len(loader)} batches.")
@@ -461,9 +461,9 @@ def _limit(split: str, limit: int | float, loader: Sized) -> int:
 
 
 def warmed_up_decay(decay: float, updates: int) -> float:
-    """Return the share of an average that an update keeps, after ``updates`` others: it warms up.
+    """Return the decay of a moving average after ``updates`` updates, warmed up.
 
-    See https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. With a constant decay of 0.999 the
-    initial weights would still count 82% after 200 steps.
+    From https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. With a constant decay of 0.999,
+    the initial weights would still have a weight of 82% after 200 steps.
     """
     return min(decay, (1 + updates) / (10 + updates))

@@ -14,15 +14,14 @@ from crossx.methods.base import Method
 from crossx.training.config import OptimConfig
 
 ONE_CYCLE_RISE = 0.3
-"""Share of training in which ``one_cycle`` rises where no warm-up is given: PyTorch's default."""
+"""Fraction of training in which ``one_cycle`` rises if no warm-up is given: PyTorch's default."""
 
 
 def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
-    """Switch off gradients as ``freeze_backbone`` and ``freeze_batch_norm`` say.
+    """Switch off gradients according to ``freeze_backbone`` and ``freeze_batch_norm``.
 
     Returns:
-        The batch norm layers of the pretrained backbone whose statistics must not change: to be kept in
-        evaluation mode.
+        The batch norm layers of the pretrained backbone to be kept in evaluation mode.
     """
     if config.freeze_backbone:
         for parameter in method.backbone.pretrained_parameters():
@@ -47,11 +46,10 @@ def pretrained_norms(method: Method) -> list[nn.Module]:
 
 
 def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters into groups of one learning rate and weight decay each.
+    """Group the trainable parameters by learning rate and weight decay.
 
-    New layers learn at ``lr * new_layers_lr_factor``; the backbone's i-th of n groups of layers, counted from the
-    input, at ``lr * layer_decay ** (n - i)``. Scales of norms and biases are not decayed unless
-    ``decay_norm_and_bias``.
+    New layers train at ``lr * new_layers_lr_factor``, the i-th of the backbone's n layer groups (from the input) at
+    ``lr * layer_decay ** (n - i)``. Norm scales and biases are not decayed unless ``decay_norm_and_bias``.
 
     Raises:
         UsageError: If nothing is left to train.
@@ -72,7 +70,7 @@ def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]
 
 
 def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of ``config.optimizer`` over ``parameter_groups``."""
+    """Build the optimiser over ``parameter_groups``."""
     groups = parameter_groups(method, config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
@@ -82,24 +80,24 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, *, steps_per_epoch: int, total_steps: int
 ) -> LRScheduler:
-    """Return the schedule, to be stepped after every optimiser step.
+    """Build the learning-rate schedule, to be stepped after every optimiser step.
 
     Args:
-        optimizer: With the peak learning rates in its groups.
+        optimizer: Has the peak learning rates in its groups.
         config: The options.
         steps_per_epoch: Optimiser steps in one epoch.
         total_steps: Optimiser steps in the whole run.
 
     Raises:
-        UsageError: If the rising part of ``one_cycle`` has no room.
+        UsageError: If the rising part of ``one_cycle`` does not fit.
     """
     if config.schedule == "one_cycle":
         warmup = warmup_steps(config, steps_per_epoch)
         if warmup and not 1 < warmup < total_steps:
             option = "warmup_epochs" if config.warmup_epochs else "warmup_steps"
             raise UsageError(
-                f"optim.{option} {getattr(config, option):g} are {warmup:g} of {total_steps} steps: one_cycle rises "
-                "over more than one step and fewer than all."
+                f"optim.{option} {getattr(config, option):g} is {warmup:g} of {total_steps} steps; with one_cycle "
+                "it must be more than one and fewer than all."
             )
         return OneCycleLR(
             optimizer,
@@ -115,15 +113,15 @@ def build_scheduler(
 
 
 def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> float:
-    """Return the number of steps over which the learning rate grows; it need not be whole."""
+    """Return the number of warm-up steps, which may be fractional."""
     return config.warmup_epochs * steps_per_epoch or config.warmup_steps
 
 
 def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:
-    """Return the learning rate after ``step`` optimiser steps as a share of the peak (not for ``one_cycle``).
+    """Return the learning rate after ``step`` optimiser steps as a fraction of the peak (not for ``one_cycle``).
 
-    PyTorch's schedulers do not do it: their warm-up is another scheduler chained before, and their last learning
-    rate is one number for all parameter groups, where here each group has a peak of its own.
+    PyTorch's schedulers chain the warm-up as another scheduler, and have one final learning rate for all parameter
+    groups; here each group has its own peak.
     """
     warmup = warmup_steps(config, steps_per_epoch)
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -133,7 +131,7 @@ def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_ste
     if config.schedule == "multistep":
         return warm * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
-        # a warm-up that is longer than half of the training still leaves the other half to come down
+        # with a longer warm-up, the decay still takes half of the training
         start = min(warmup, total_steps / 2)
         progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - start))
         share = 0.5 * (1 + math.cos(math.pi * progress))

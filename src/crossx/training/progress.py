@@ -1,4 +1,4 @@
-"""The progress bar of a training."""
+"""Progress bar of a training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ DRAWN_PER_SECOND = 4
 
 
 class Bar:
-    """Shows on stderr, where that is a terminal, how far an epoch is; used as a context manager.
+    """Progress bar of an epoch on stderr, if that is a terminal; a context manager.
 
     Args:
         enabled: Whether to show anything.
-        numbers: Returns the newest numbers, name to text; asked only when it is time to draw.
+        numbers: Returns the current metrics, name to text; called only to draw.
     """
 
     def __init__(self, enabled: bool, numbers: Callable[[], Mapping[str, str]]) -> None:
         self._numbers = numbers
-        # as narrow as 80 characters with the numbers
+        # fits 80 characters with the metrics
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(10),
@@ -45,11 +45,11 @@ class Bar:
         self._progress.stop()
 
     def start(self, description: str, total: int, done: int = 0) -> None:
-        """Begin again from ``done`` of ``total`` batches."""
+        """Restart at ``done`` of ``total`` batches."""
         self._progress.reset(self._task, total=total, completed=done, description=description)
 
     def update(self, done: int, *, draw: bool = False) -> None:
-        """Show how many batches are done; drawn a few times per second, or at once where asked to."""
+        """Update the number of batches done; drawn a few times per second, or at once with ``draw``."""
         if not self._progress.disable and (draw or time.monotonic() >= self._next):
             self._next = time.monotonic() + 1 / DRAWN_PER_SECOND
             numbers = " ".join(f"{name}: {value}" for name, value in self._numbers().items())

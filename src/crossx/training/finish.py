@@ -1,0 +1,115 @@
+"""Choose the weights that become the model, and calibrate their probabilities."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from crossx.data.datamodule import DataModule
+from crossx.distributed import is_leader
+from crossx.errors import UsageError
+from crossx.evaluation.calibration import describe_calibration, write_temperature
+from crossx.evaluation.run import evaluate
+from crossx.methods.checkpoint import load_weights, save_weights
+from crossx.training.checkpoints import read_checkpoint
+from crossx.training.config import Config
+from crossx.training.loop import Loop
+
+SUSPICIOUS_GAP = 0.1
+"""Training minus validation top-1 from which the averaged weights are compared with the trained ones."""
+
+LAGGING_BY = 0.05
+"""How much worse the average's validation top-1 must be for a warning."""
+
+log = logging.getLogger(__name__)
+
+
+def choose_monitor(config: Config, data: DataModule) -> str | None:
+    """Return the metric that selects the best epoch, or None to take the last one.
+
+    Raises:
+        UsageError: If the selection needs images that the dataset does not have.
+    """
+    if config.optim.selection == "best_on_test":
+        if not data.index.split("test"):
+            raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
+        return "test/top1"
+    if config.optim.selection == "last":
+        return None
+    trainer, missing = config.trainer, ""
+    if not data.holds_out:
+        missing = "There are no validation images"
+    elif trainer.limit_val_batches == 0:
+        missing = "trainer.limit_val_batches 0 switches validation off"
+    elif trainer.check_val_every_n_epoch > trainer.max_epochs:
+        missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
+    if missing:
+        log.warning("%s: the last epoch's weights become the model.", missing)
+    return None if missing else "val/top1"
+
+
+def describe_selection(loop: Loop) -> dict[str, Any]:
+    """Return how the weights are selected and, once known, the epoch that was."""
+    rows, best = loop.history.rows, loop.best
+    if loop.monitor is None or (rows and not best):
+        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
+    return {
+        "how": loop.config.optim.selection,
+        "split": loop.monitor.split("/")[0],
+        "metric": "top1",
+        "epoch": best.get("epoch"),
+        "value": best.get("value"),
+    }
+
+
+def finish(loop: Loop, info: dict[str, Any]) -> None:
+    """Save the selected weights as the model and fit its temperature; the first rank does it."""
+    if not is_leader():
+        return
+    loop.history.write()
+    _warn_if_average_lags(loop)
+    load_weights(loop.method, loop.run_folder.best if loop.best else loop.run_folder.last)
+    save_weights(loop.method, loop.run_folder.weights)
+    info["calibration"] = _calibrate(loop)
+
+
+def _warn_if_average_lags(loop: Loop) -> None:
+    """Warn if the trained weights are clearly better on validation images than their average.
+
+    They are evaluated only if training accuracy is far above the average's validation accuracy.
+    """
+    data, rows, best = loop.data, loop.history.rows, loop.best
+    if loop.average is None or not rows or not data.holds_out:
+        return
+    row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])
+    if "val/top1" not in row or row["train/top1"] - row["val/top1"] < SUSPICIOUS_GAP:
+        return
+    weights = read_checkpoint(loop.run_folder.best if best else loop.run_folder.last)["trained"]
+    loop.task.load_state_dict(weights)
+    outputs = evaluate(
+        loop.method, data.eval_loader("val", dealt=False), loop.device, normalize=data.normalize
+    )
+    top1 = float((outputs.logits.argmax(1) == outputs.targets).float().mean())
+    if top1 - row["val/top1"] >= LAGGING_BY:
+        log.warning(
+            "the model is an average of the weights (optim.ema_decay %g) that lags behind: %.1f%% on validation, "
+            "the weights themselves %.1f%%. Train longer, lower optim.ema_decay, or set it to null.",
+            loop.config.optim.ema_decay, 100 * row["val/top1"], 100 * top1,
+        )  # fmt: skip
+
+
+def _calibrate(loop: Loop) -> dict[str, Any] | None:
+    """Fit the temperature on the validation images; None if there are none."""
+    data = loop.data
+    if not data.holds_out:
+        return None
+    outputs = evaluate(
+        loop.method,
+        data.eval_loader("val", dealt=False),  # the other ranks have left
+        loop.device,
+        normalize=data.normalize,
+        progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
+    )
+    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
+    write_temperature(loop.run_folder, described["temperature"])
+    return described
