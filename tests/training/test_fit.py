@@ -212,6 +212,7 @@ def test_last_epoch_is_kept_where_asked_or_nothing_is_held_out(make_config, capl
     asked = fit(make_config("a", optim={"selection": "last"}))
     no_val = fit(make_config("b", data={"train_on": "trainval"}))
     assert "no validation images" in caplog.text
+    assert "the probabilities are not calibrated" in caplog.text
     for run in (asked, no_val):
         assert run.read_info()["selection"] == {"how": "last", "split": None, "epoch": 3, "value": None}
         assert not run.best.exists()

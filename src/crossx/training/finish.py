@@ -102,6 +102,7 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
     """Fit the temperature on the validation images; None if there are none."""
     data = loop.data
     if not data.holds_out:
+        log.warning("no validation images: the probabilities are not calibrated (temperature 1).")
         return None
     outputs = evaluate(
         loop.method,
