@@ -84,6 +84,14 @@ def test_every_section_is_there_and_linked(page):
     assert len(links) == len(SECTIONS) + 1
 
 
+def test_a_method_titles_its_own_curves():
+    spec = make_tested().spec
+    assert "C3S term" in Page(make_page(spec=spec)).text("h3")
+    unknown = Page(make_page(spec=replace(spec, method="not_installed_here"))).text("h3")
+    assert "C3S term" not in unknown
+    assert "Classification term c3s" in unknown
+
+
 def test_nothing_is_loaded(page):
     for tag, attributes in page.elements:
         for name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crossx.explain.palette import BLUE, DARK_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import BLUE, DARK_BLUE, DPI, VERMILION, save_png, shorten
 
-DPI = 150
 MAX_COUNTED_CLASSES = 20
 MAX_NAME_LENGTH = 32
 MAX_MATRIX_SIDE = 24.0
@@ -62,10 +59,7 @@ def plot_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
     axes.set_xlabel("predicted class", fontsize=10 * scale)
     axes.set_ylabel("true class", fontsize=10 * scale)
     _add_colour_bars(figure, axes, scale)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        # Names in a script that no font here has become boxes; confusion.csv has them whole.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+    save_png(figure, path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _write_counts(axes: Axes, confusion: NDArray[np.int64], shares: NDArray[np.float64], size: float) -> None:
@@ -85,7 +79,7 @@ def _name_classes(axes: Axes, classes: Sequence[str], cell: float) -> None:
     size = min(9.0, max(4.0, cell * 72 * 0.6))
     step = int(np.ceil(size * 1.2 / (cell * 72)))
     ticks = range(0, len(classes), step)
-    names = [_shortened(classes[index]) for index in ticks]
+    names = [shorten(classes[index], MAX_NAME_LENGTH) for index in ticks]
     axes.set_xticks(ticks, names, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(ticks, names, fontsize=size, parse_math=False)
     # Thin lines between cells guide the eye along a row; at one class they would be all there is.
@@ -109,7 +103,3 @@ def _add_colour_bars(figure: Figure, axes: Axes, scale: float) -> None:
             bar.set_ticks([])
     bar.set_label("share of the true class's images", fontsize=8 * scale)
     bar_axes.tick_params(labelsize=8 * scale)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

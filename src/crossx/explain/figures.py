@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
-from crossx.explain.palette import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
+from crossx.explain.plotting import DPI, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, save_png
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
@@ -33,7 +32,6 @@ COLORMAP = "inferno"
 too (https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
 
 OPACITY = 0.5
-DPI = 150
 CELL = 1.5
 """Side of an image in inches."""
 GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
@@ -330,14 +328,6 @@ class _Grid:
 
     def _bottom(self, line: int) -> float:
         return self.height - HEADS - line * self.pitch - self.cell
-
-
-def save_png(drawn: Figure, target: Any, dpi: float = DPI) -> None:
-    """Write a figure as PNG to a path or an opened file."""
-    with warnings.catch_warnings():
-        # Names in a script that no font here has become boxes.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        drawn.savefig(target, format="png", dpi=dpi)
 
 
 def check_colormap(name: str) -> Colormap:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from crossx.explain.palette import DARK_BLUE, SKY_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import DARK_BLUE, DPI, SKY_BLUE, VERMILION, save_png
 
-DPI = 150
 BAR, DOT, REFERENCE = SKY_BLUE, DARK_BLUE, VERMILION
 
 
@@ -76,8 +74,7 @@ def plot_bars(bars: Sequence[Bar], path: Path, *, title: str, note: str = "", li
     axes.set_title(textwrap.fill(title, 60 + 8 * len(bars)), fontsize=11, parse_math=False)
     begins = f"The axis begins at {floor:.1f}%. " if floor else ""
     figure.supxlabel(textwrap.fill(f"{begins}{note}", 50 + 14 * len(bars)), fontsize=8, color="0.3")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)
 
 
 def _broken(name: str) -> str:

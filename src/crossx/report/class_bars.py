@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crossx.evaluation.metrics import ClassRow, worst_first
-from crossx.explain.palette import DARK_BLUE, SKY_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import DARK_BLUE, DPI, SKY_BLUE, VERMILION, save_png, shorten
 
-DPI = 150
 BAR, WORST, MEAN = SKY_BLUE, VERMILION, DARK_BLUE
 MAX_NAMED = 20
 """Up to so many classes each has its name; of more, the ``NAMED_WORST`` worst have."""
@@ -45,10 +42,7 @@ def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> 
         _draw_all(left, ranked, mean, len(named))
         _draw_named(right, named, mean, WORST)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        # names in a script that no font here has become boxes; the card's table has them whole
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)
 
 
 def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -> None:
@@ -77,7 +71,9 @@ def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) 
             va="center",
             fontsize=8,
         )
-    axes.set_yticks(places, [_shortened(row.name) for row in rows], fontsize=8, parse_math=False)
+    axes.set_yticks(
+        places, [shorten(row.name, MAX_NAME_LENGTH) for row in rows], fontsize=8, parse_math=False
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"accuracy, % (dashed: mean over the classes, {mean:.1f}%)", fontsize=9)
@@ -91,7 +87,3 @@ def _percent(row: ClassRow) -> float:
 def _trim(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

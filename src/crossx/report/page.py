@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
+from crossx.methods.base import Method, list_methods, method_class
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
 from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
@@ -57,7 +58,7 @@ def render(
             info=run.info,
             notices=[*result_notices(run.results), *notices],
             charts=charts,
-            curves=charts.training_curves(run.history, kept),
+            curves=charts.training_curves(run.history, kept, _curve_titles(run.spec.method)),
             history=_history(run),
             bins=charts.reliability_bins(run.confidences, run.correct),
             ranked=ranked,
@@ -82,6 +83,11 @@ def render(
             version=metadata.version("crossx"),
         )
     )
+
+
+def _curve_titles(method: str) -> Mapping[str, str]:
+    known = method in list_methods()
+    return (method_class(method) if known else Method).curve_titles
 
 
 def _environment() -> Environment:

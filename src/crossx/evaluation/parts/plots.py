@@ -12,10 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from crossx.explain.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILION,
+    save_png,
+)
 
-DPI = 150
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """One more than colours, so that pairs of the two repeat late."""
@@ -57,8 +65,7 @@ def plot_parts(
             handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
         )
     figure.supylabel("share of activation / share of area", fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)
 
 
 def _draw_stage(axes: Axes, excitations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
