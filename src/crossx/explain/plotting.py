@@ -1,6 +1,6 @@
 """What all figures share: colours, resolution and saving as PNG.
 
-The colours are told apart with every common colour vision deficiency: Okabe and Ito, "Color Universal Design",
+The colours can be told apart with every common colour vision deficiency: Okabe and Ito, "Color Universal Design",
 https://jfly.uni-koeln.de/color/.
 """
 

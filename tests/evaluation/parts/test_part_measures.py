@@ -314,7 +314,7 @@ def test_bootstrap_of_a_mean_has_the_normal_interval(monkeypatch):
 
 def test_a_ratio_is_that_of_the_means_over_images_that_show_the_part():
     values, chance = np.array([0.6, 0.2, 9.0, 0.1]), np.array([0.2, 0.1, 9.0, 0.3])
-    result = Bootstrap(4).beside_chance(values, chance, np.array([True, True, False, True]))
+    result = Bootstrap(4).with_chance(values, chance, np.array([True, True, False, True]))
     assert result["value"] == pytest.approx(0.3)
     assert result["chance"] == pytest.approx(0.2)
     assert result["over_chance"] == pytest.approx(1.5)
@@ -323,7 +323,7 @@ def test_a_ratio_is_that_of_the_means_over_images_that_show_the_part():
 
 
 def test_a_chance_of_zero_has_no_ratio():
-    result = Bootstrap(2).beside_chance(np.zeros(2), np.zeros(2), np.array([True, True]))
+    result = Bootstrap(2).with_chance(np.zeros(2), np.zeros(2), np.array([True, True]))
     assert (result["over_chance"], result["over_chance_interval"]) == (None, None)
 
 

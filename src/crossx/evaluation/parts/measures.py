@@ -228,7 +228,7 @@ class Bootstrap:
             "interval": self.interval(self.totals(values) / self.counts.sum(1)),
         }
 
-    def beside_chance(
+    def with_chance(
         self, values: NDArray[np.float64], chance: NDArray[np.float64], used: NDArray[np.bool_]
     ) -> dict[str, Any]:
         """Return the means of values (n,) and chance (n,) over the used images.
@@ -307,21 +307,21 @@ def summarize_parts(
     found = measures["found"]
     used = found[:, 0] >= 0
 
-    def beside_chance(name: str, p: int) -> dict[str, Any]:
+    def with_chance(name: str, p: int) -> dict[str, Any]:
         return {
-            part: bootstrap.beside_chance(arrays[name][:, p, k], arrays[f"{name}_chance"][:, k], seen[:, k])
+            part: bootstrap.with_chance(arrays[name][:, p, k], arrays[f"{name}_chance"][:, k], seen[:, k])
             for k, part in enumerate(names)
         }
 
     def of_one_region(name: str, p: int, shown: NDArray[np.bool_]) -> dict[str, Any] | None:
         if not shown.any():
             return None
-        return bootstrap.beside_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
+        return bootstrap.with_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
 
     excitations = [
         {
-            "share": beside_chance("share", p),
-            "pointing": beside_chance("pointing", p),
+            "share": with_chance("share", p),
+            "pointing": with_chance("pointing", p),
             "object": of_one_region("object", p, with_object),
             "any_part": of_one_region("any_part", p, used.numpy()),
             "found": {part: float((found[used, p] == k).double().mean()) for k, part in enumerate(names)},
