@@ -48,7 +48,7 @@ def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:
         assert main(["report", run, "--data.root", "images", *QUICK]) == 0
         page = Path(run, "test", "report.html").read_text(encoding="utf-8")
         assert page.count(said) == count
-    assert "head <i>joined</i> alone" in Path("nts/test/report.html").read_text(encoding="utf-8")
+    assert "only head <i>joined</i>" in Path("nts/test/report.html").read_text(encoding="utf-8")
 
 
 def test_a_tested_run_is_not_tested_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +73,7 @@ def test_lost_images_leave_a_page_without_pictures(
     else:
         path.unlink()
     assert main(["report", "tested", *QUICK]) == 0
-    assert "the page goes without pictures: " in capsys.readouterr().err
+    assert "the page has no pictures: " in capsys.readouterr().err
     page = Path("tested/test/report.html").read_text(encoding="utf-8")
     assert "The page has no pictures: " in page
     assert "data:image" not in page
@@ -85,7 +85,7 @@ def test_lost_images_leave_a_page_without_pictures(
         (1, ["nowhere"], "nowhere: no such run folder or checkpoint file."),
         (1, ["images"], "images: not a run folder (no model.json)."),
         (2, ["tested", "--split", "tset"], "unknown split 'tset'. Did you mean 'test'?"),
-        (2, ["tested", "--output", "page.pdf"], "page.pdf: the report is one HTML page"),
+        (2, ["tested", "--output", "page.pdf"], "page.pdf: the report is an HTML page"),
         (2, ["tested", "--output", "folder.html"], "folder.html is a folder"),
         (1, ["tested", "--output", "file/page.html"], "a file stands where a folder is needed"),
         (1, ["run", "--data.root", "gone"], "gone: no such folder"),

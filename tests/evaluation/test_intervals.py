@@ -70,7 +70,7 @@ def test_all_right_and_all_wrong_have_no_width():
     targets = np.array([0, 0, 3])
     for value in (True, False):
         found = intervals.accuracy_intervals(np.full(3, value), targets)
-        assert {name: interval.to_json() for name, interval in found.items()} == {
+        assert {name: list(interval) for name, interval in found.items()} == {
             "top1": [float(value)] * 2,
             "class_mean": [float(value)] * 2,
         }

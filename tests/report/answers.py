@@ -105,12 +105,12 @@ def make_tested(
 def make_parts(stages: tuple[str, ...] = ("last", "merged"), excitations: int = 2) -> dict[str, Any]:
     """Make up what ``crossx test RUN --parts`` writes."""
 
-    def beside_chance(over_chance: float | None) -> dict[str, Any]:
+    def with_chance(over_chance: float | None) -> dict[str, Any]:
         return {"value": 0.2, "chance": 0.1, "over_chance": over_chance, "interval": [0.1, 0.3]}
 
     excitation = {
-        "share": {"beak": beside_chance(2.0), "wing": beside_chance(None)},
-        "object": beside_chance(1.5),
+        "share": {"beak": with_chance(2.0), "wing": with_chance(None)},
+        "object": with_chance(1.5),
         "flip": {"value": 0.75, "interval": [0.7, 0.8]},
         "zoom": {"value": 0.5, "interval": [0.4, 0.6]},
     }

@@ -10,9 +10,8 @@ from PIL import Image
 from scipy.special import softmax
 
 from answers import MARKUP, make_page, make_parts, make_pictures, make_tested
-from crossx.report.examples import choose_examples
+from crossx.report.examples import choose_examples, data_uri, tile_side
 from crossx.report.page import render
-from crossx.report.thumbnails import data_uri, tile_side
 
 VOID = {"meta", "link", "img", "wbr"}
 SECTIONS = [
@@ -22,8 +21,8 @@ SECTIONS = [
     "Worst and best classes",
     "Confusion",
     "Most confused pairs",
-    "Wrong, and sure of it",
-    "Right",
+    "Most confident mistakes",
+    "Correct predictions",
     "Configuration",
     "Provenance",
 ]
@@ -82,6 +81,14 @@ def test_every_section_is_there_and_linked(page):
     links = [attributes["href"] for attributes in page.of("a")]
     assert {link.removeprefix("#") for link in links} <= set(ids)
     assert len(links) == len(SECTIONS) + 1
+
+
+def test_a_method_titles_its_own_curves():
+    spec = make_tested().spec
+    assert "C3S term" in Page(make_page(spec=spec)).text("h3")
+    unknown = Page(make_page(spec=replace(spec, method="not_installed_here"))).text("h3")
+    assert "C3S term" not in unknown
+    assert "Classification term c3s" in unknown
 
 
 def test_nothing_is_loaded(page):
@@ -182,7 +189,7 @@ def test_a_page_without_pictures_history_and_configuration():
     assert "The page has no pictures: gone." in page.text("p")
     assert "no training history" in page.text("p")
     assert not page.of("img")
-    assert "All classes, the worst first" in page.text("caption")
+    assert "All classes, worst first" in page.text("caption")
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -190,8 +197,8 @@ def test_all_right_and_all_wrong(shift):
     tested = make_tested(num_classes=6)
     tested.logits[np.arange(len(tested.targets)), (tested.targets + shift) % 6] = 50
     text = Page(render(tested, choose_examples(tested), {})).text("p")
-    assert ("No image is predicted wrong." in text) == (shift == 0)
-    assert ("No image is predicted right." in text) == (shift == 1)
+    assert ("No prediction is wrong." in text) == (shift == 0)
+    assert ("No prediction is correct." in text) == (shift == 1)
 
 
 def test_what_the_reader_must_know_is_said():
@@ -209,5 +216,5 @@ def test_the_page_shows_the_calibrated_probabilities_and_the_error_without():
     np.testing.assert_allclose(tested.probabilities, softmax(2 * raw.logits, axis=1), atol=1e-6)
     text = render(tested, choose_examples(tested), {})
     assert "<dt>calibration error</dt><dd>1.23%</dd>" in text
-    assert "over the temperature 0.5, fitted on 240 val images; without it the error is 4.00%." in text
+    assert "divided by the temperature 0.5, fitted on 240 val images; without it the error is 4.00%." in text
     assert "temperature" not in render(raw, choose_examples(raw), {})

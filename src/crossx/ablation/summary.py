@@ -195,8 +195,8 @@ def _selected(result: Mapping[str, Any]) -> float | None:
 def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[str, Any]:
     seeds = student_interval(values)
     return {
-        "seeds": seeds.to_json() if seeds else None,
-        "images": mean_interval(by_image).to_json() if len(by_image) else None,
+        "seeds": list(seeds) if seeds else None,
+        "images": list(mean_interval(by_image)) if len(by_image) else None,
     }
 
 

@@ -162,11 +162,11 @@ def _write(
 def _draw(
     rows: Sequence[FigureRow], target: Path, options: argparse.Namespace, cell: float | None = None
 ) -> None:
-    from crossx.explain.figures import CELL, draw, save_png
+    from crossx.explain.figures import CELL, draw
+    from crossx.explain.plotting import save_png
 
     drawn = draw(rows, colormap=options.colormap, opacity=options.opacity, cell=cell or CELL)
-    with atomic_path(target) as temporary:
-        save_png(drawn, temporary)
+    save_png(drawn, target)
 
 
 def _save_maps(explanation: Explanation, target: Path) -> None:

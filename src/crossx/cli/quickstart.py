@@ -96,7 +96,8 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
 
     from crossx.data.images import read_image
     from crossx.evaluation.predictions import Predictions, predictions_path
-    from crossx.runs import Run, atomic_path, read_json
+    from crossx.explain.plotting import save_png
+    from crossx.runs import Run, read_json
 
     tested = Predictions.load(predictions_path(run_folder, split), run_folder, split)
     results = read_json(Run(run_folder).path / f"{split}.json")
@@ -119,8 +120,7 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
         axes.set_axis_off()
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_png(figure, target, dpi=120)
 
 
 def _print_outcome(trained: dict[str, Trained], picture: Path, seconds: float) -> None:

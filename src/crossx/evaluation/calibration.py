@@ -1,8 +1,8 @@
-"""Temperature scaling: probabilities that say how often the prediction is right.
+"""Temperature scaling: probabilities that match the accuracy.
 
 Guo et al., "On Calibration of Modern Neural Networks", 2017 (https://arxiv.org/abs/1706.04599), section 4.2:
-probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood on images that the
-network was not trained on. The order of the classes, and so every prediction, stays.
+probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood on held-out images. The
+order of the classes, and so every prediction, is unchanged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from crossx.runs import Run, write_json
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """Return the temperature that minimises the mean negative log-likelihood of ``targets``.
 
-    The likelihood is convex in b = 1 / T, so its derivative, the mean over the images of the expected logit under
-    softmax(b * logits) less the target's logit, rises with b, and has one root at most.
+    It is convex in b = 1 / T, so its derivative, the mean over images of the expected logit under softmax(b * logits)
+    minus the target's logit, increases with b and has at most one root.
 
     Args:
         logits: (N, K), N > 0.
         targets: int64 (N,).
 
     Returns:
-        T; 1 where no finite T > 0 is best: where every target has its image's largest logit, the likelihood rises
-        without end as T falls; where targets have no larger logits than other classes, as T rises.
+        T; 1 if no finite T > 0 is best: if every target has its image's largest logit, the likelihood keeps rising as T
+        falls; if targets have no larger logits than other classes, as T rises.
     """
     above = logits.double() - logits.double().gather(1, targets[:, None])
 
@@ -50,16 +50,16 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def describe_calibration(logits: Tensor, targets: Tensor, **images: str) -> dict[str, Any]:
-    """Fit the temperature and return what ``run.json`` keeps of it.
+    """Fit the temperature and return the entry for ``run.json``.
 
     Args:
         logits: (N, K).
         targets: int64 (N,).
-        **images: What says which images these are, ``dataset`` and ``split``.
+        **images: The ``dataset`` and ``split`` of the images.
 
     Returns:
-        ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``) as the
-        network gives them and ``nll_calibrated`` and ``ece_calibrated`` with the temperature.
+        ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``) without,
+        ``nll_calibrated`` and ``ece_calibrated`` with the temperature.
     """
     temperature = fit_temperature(logits, targets)
     scaled = logits.double() / temperature
@@ -75,14 +75,14 @@ def describe_calibration(logits: Tensor, targets: Tensor, **images: str) -> dict
 
 
 def write_temperature(run: Run, temperature: float) -> None:
-    """Put the temperature into the run's ``model.json``."""
+    """Store the temperature in the run's ``model.json``."""
     write_json(run.spec, replace(run.read_spec(), temperature=temperature).to_json())
 
 
 def calibrate_run(
     path: str | Path, *, split: str = "val", device: str = "auto", **options: Unpack[DataOptions]
 ) -> dict[str, Any]:
-    """Fit the temperature of a run and store it in its ``model.json``; ``run.json`` says on which images.
+    """Fit the temperature of a run and store it in ``model.json``; ``run.json`` records on which images.
 
     Args:
         path: A run folder; its selected weights are calibrated.
@@ -98,7 +98,7 @@ def calibrate_run(
         CrossXError: As ``Subject.open``, or if the network was trained on these images.
     """
     if Path(path).is_file():
-        raise UsageError(f"{path}: the temperature belongs to a run's selected weights: give the run folder.")
+        raise UsageError(f"{path}: only a run's selected weights have a temperature: give the run folder.")
     subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
     if subject.seen_in_training:
@@ -107,12 +107,9 @@ def calibrate_run(
             "--data.root and --data.dataset, or --split test."
         )
     data.check_images([split])
+    loader = data.eval_loader(split)
     outputs = evaluate(
-        subject.method,
-        data.eval_loader(split),
-        subject.device,
-        normalize=data.normalize,
-        progress="Calibrating",
+        subject.method, loader, subject.device, normalize=data.normalize, progress="Calibrating"
     )
     described = describe_calibration(
         outputs.logits, outputs.targets, dataset=data.config.dataset, split=split

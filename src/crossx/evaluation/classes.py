@@ -1,4 +1,4 @@
-"""Whether a run and a dataset speak of the same classes."""
+"""Check that a dataset has the run's classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 3
 
 
 def check_classes(trained: Sequence[str], found: Sequence[str], dataset: str) -> None:
-    """Check that the classes of a dataset are those that a run was trained on, in the same order.
+    """Check that a dataset has the classes that a run was trained on, in the same order.
 
     Args:
         trained: The run's class names in label order.
@@ -18,40 +18,36 @@ def check_classes(trained: Sequence[str], found: Sequence[str], dataset: str) ->
         dataset: The dataset's name, for the message.
 
     Raises:
-        CrossXError: If they differ: which are missing, unknown or elsewhere in the order.
+        CrossXError: If they differ, with the missing, unknown or misplaced classes.
     """
     if list(trained) == list(found):
         return
-    missing = _without(trained, found)
-    unknown = _without(found, trained)
-    if not missing and not unknown and len(trained) == len(found):
-        place = next(i for i, (a, b) in enumerate(zip(trained, found, strict=True)) if a != b)
+    trained_set, found_set = set(trained), set(found)
+    missing = [name for name in trained if name not in found_set]
+    unknown = [name for name in found if name not in trained_set]
+    if missing and unknown:
         problem = (
-            f"has the run's {len(trained)} classes in another order (class {place} is {found[place]!r}, in the run "
-            f"{trained[place]!r}), so labels would be mixed up"
+            f"has other classes than the run: {len(unknown)} that the run does not know ({_list(unknown)}), and "
+            f"not {len(missing)} that it does ({_list(missing)})"
         )
-    elif not unknown:
+    elif unknown:
+        problem = f"has {len(unknown)} classes that the run was not trained on ({_list(unknown)})"
+    elif missing or len(trained) != len(found):
         problem = (
-            f"has only {len(found)} of the run's {len(trained)} classes (missing: {_listed(missing)}), "
+            f"has only {len(found)} of the run's {len(trained)} classes (missing: {_list(missing)}), "
             "so labels would be mixed up"
         )
-    elif not missing:
-        problem = f"has {len(unknown)} classes that the run was not trained on ({_listed(unknown)})"
     else:
+        index = next(i for i, name in enumerate(trained) if name != found[i])
         problem = (
-            f"has other classes than the run: {len(unknown)} that the run does not know ({_listed(unknown)}), and "
-            f"not {len(missing)} that it does ({_listed(missing)})"
+            f"has the run's {len(trained)} classes in another order (class {index} is {found[index]!r}, in the run "
+            f"{trained[index]!r}), so labels would be mixed up"
         )
     raise CrossXError(
         f"dataset {dataset!r} {problem}: give the --data.dataset and --data.root that it was trained on."
     )
 
 
-def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    known = set(others)
-    return [name for name in names if name not in known]
-
-
-def _listed(names: Sequence[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(map(repr, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")

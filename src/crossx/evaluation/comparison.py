@@ -1,4 +1,4 @@
-"""The paired test of two runs on the same images."""
+"""Paired test of two runs on the same images."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from crossx.runs import open_run
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test: is one of two classifiers right more often?
+    """Return the two-sided p-value of McNemar's exact test that two classifiers have the same accuracy.
 
-    Under the null hypothesis an image that just one of them has right is equally likely to be either's:
+    Under the null hypothesis, an image that only one of them predicts correctly is equally likely to be either's:
     McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
 
     Args:
-        only_a: Number of images that only the first predicts right.
-        only_b: Number of images that only the second predicts right.
+        only_a: Number of images that only the first predicts correctly.
+        only_b: Number of images that only the second predicts correctly.
     """
     discordant = only_a + only_b
     return float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str, Any]:
-    """Compare the top-1 accuracies of two runs, image by image.
+    """Compare the top-1 accuracies of two tested runs, image by image.
 
-    It reads what ``test_run`` wrote for both and loads no network. The images are matched by their path below
-    the root of the data.
+    Reads the predictions that ``test_run`` wrote; loads no network. Images are matched by their path below the root of
+    the data.
 
     Args:
         a: A run folder or a checkpoint file in one.
-        b: The run that it is held against.
+        b: The run to compare it with.
         split: The split that both were tested on.
 
     Returns:
         A dictionary for JSON: ``top1`` of both, their ``difference`` (a minus b) with its paired bootstrap
-        ``interval``, the numbers of images by who is right, and McNemar's exact ``p_value``. The test speaks
-        about these two networks on images like these, not about training them again with another seed.
+        ``interval``, the numbers of images by who is correct, and McNemar's exact ``p_value``. The test is about these
+        two networks on images like these, not about other training seeds.
 
     Raises:
-        CrossXError: If a run is missing or was not tested on ``split``, or if the two were not tested on the
-            same images with the same labels.
+        CrossXError: If a run is missing or was not tested on ``split``, or if images or labels of the two differ.
     """
-    run_a, run_b = open_run(a)[0], open_run(b)[0]
-    tested_a = Predictions.load(predictions_path(run_a.path, split), run_a.path, split)
-    tested_b = Predictions.load(predictions_path(run_b.path, split), run_b.path, split)
-    correct_a, correct_b = paired_correct(tested_a, tested_b, (str(a), str(b)), split)
+    tested = [
+        Predictions.load(predictions_path(run.path, split), run.path, split)
+        for run in (open_run(a)[0], open_run(b)[0])
+    ]
+    correct_a, correct_b = paired_correct(tested[0], tested[1], (str(a), str(b)), split)
     both = int(np.count_nonzero(correct_a & correct_b))
     only_a = int(np.count_nonzero(correct_a)) - both
     only_b = int(np.count_nonzero(correct_b)) - both
@@ -64,7 +64,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
         "top1": {"a": (both + only_a) / n, "b": (both + only_b) / n},
         "difference": (only_a - only_b) / n,
         "interval": {
-            "difference": difference_interval(correct_a, correct_b).to_json(),
+            "difference": list(difference_interval(correct_a, correct_b)),
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
             "seed": 0,
@@ -78,12 +78,12 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
 def paired_correct(
     a: Predictions, b: Predictions, names: tuple[str, str], split: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which images each of two runs has right, (N,) each, the images ordered by path for both.
+    """Return which images each of two runs predicts correctly, (N,) each, ordered by path.
 
     Args:
-        a: What the first predicted.
-        b: What the second predicted.
-        names: How errors call them.
+        a: Predictions of the first run.
+        b: Predictions of the second run.
+        names: What errors call them.
         split: The split, named in errors.
 
     Raises:
@@ -93,21 +93,22 @@ def paired_correct(
     paths_a, paths_b = a.paths[order_a], b.paths[order_b]
     if not np.array_equal(paths_a, paths_b):
         only = np.setxor1d(paths_a, paths_b)
-        example = f" {only[0]} was tested by one of them alone." if len(only) else ""
+        example = f" Only one of them has {only[0]}." if len(only) else ""
         raise CrossXError(
             f"{names[0]} ({len(paths_a)} images) and {names[1]} ({len(paths_b)}) were not tested on the same images "
             f"of {split}.{example} Test both with the same data: `crossx test RUN --data.root DIR`."
         )
-    differing = np.flatnonzero(a.labels[order_a] != b.labels[order_b])
+    labels_a, labels_b = a.labels[order_a], b.labels[order_b]
+    differing = np.flatnonzero(labels_a != labels_b)
     if len(differing):
         first = differing[0]
         raise CrossXError(
-            f"{names[0]} and {names[1]} label {paths_a[first]} differently "
-            f"({a.labels[order_a][first]!s}, {b.labels[order_b][first]!s}): only runs with the same labels compare."
+            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({labels_a[first]!s}, "
+            f"{labels_b[first]!s}): only runs with the same labels can be compared."
         )
     if set(a.classes) != set(b.classes):
         raise CrossXError(
-            f"{names[0]} and {names[1]} choose among different classes ({len(a.classes)} and {len(b.classes)}): "
-            "only runs with the same classes compare."
+            f"{names[0]} and {names[1]} have different classes ({len(a.classes)} and {len(b.classes)}): only runs with "
+            "the same classes can be compared."
         )
     return a.correct[order_a], b.correct[order_b]

@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Select the device to compute on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from crossx.errors import UsageError
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:
-    """Return the device called ``name``; ``auto`` is the GPU where there is one.
+    """Return the device called ``name``; ``auto`` is the GPU if there is one.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

@@ -1,14 +1,14 @@
-"""Intervals of accuracies: bootstrap over test images, Student's over seeds.
+"""Confidence intervals of accuracies: bootstrap over test images, Student's t over seeds.
 
-Resampling N images with replacement draws from a handful of kinds of image (its class, right or wrong), so the
-numbers of each kind in a resample are multinomial. Drawing these numbers is the same bootstrap without the
-(resamples, N) table of indices: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 5.
+Resampling N images with replacement draws from a few kinds of images (the class, correct or wrong), so the counts of
+each kind in a resample are multinomial. Drawing these counts is the same bootstrap without a (resamples, N) table of
+indices: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,11 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval.
-
-    Attributes:
-        low: Lower end, as a fraction.
-        high: Upper end, as a fraction.
-    """
+class Interval(NamedTuple):
+    """Lower and upper end."""
 
     low: float
     high: float
-
-    def to_json(self) -> list[float]:
-        """Return ``[low, high]``."""
-        return [self.low, self.high]
 
 
 def accuracy_intervals(
@@ -45,11 +35,10 @@ def accuracy_intervals(
 ) -> dict[str, Interval]:
     """Return the percentile bootstrap intervals of ``top1`` and ``class_mean``.
 
-    They say how much the numbers depend on which images were tested, not on the training seed. Where every
-    image is right (or wrong) the interval has no width: a percentile interval cannot tell more.
+    They cover the choice of test images, not the training seed. If all images are correct (or wrong) the width is 0.
 
     Args:
-        correct: (N,), whether each image is predicted right; N > 0.
+        correct: (N,), whether each image is predicted correctly; N > 0.
         targets: (N,), the class index of each image.
         confidence: Probability that the interval is to cover.
         resamples: Number of bootstrap resamples.
@@ -59,41 +48,33 @@ def accuracy_intervals(
     kinds = 2 * labels + correct
     counts = np.bincount(kinds, minlength=2 * (int(labels.max()) + 1))
     n = len(correct)
-    # Thousands of classes times thousands of resamples need not lie in memory together.
+    # in blocks, since thousands of classes times thousands of resamples take much memory
     block = max(1, 4_000_000 // len(counts))
     generator = np.random.default_rng(seed)
     top1, class_mean = [], []
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
-        drawn = generator.multinomial(n, counts / n, size=size).reshape(size, -1, 2)
+        drawn = generator.multinomial(n, counts / n, size=size).reshape(size, -1, 2)  # -> (size, classes, 2)
         right, totals = drawn[:, :, 1], drawn.sum(axis=2)
         top1.append(right.sum(axis=1) / n)
         class_mean.append((right / np.maximum(totals, 1)).sum(axis=1) / (totals > 0).sum(axis=1))
     return {
-        "top1": _percentile(np.concatenate(top1), confidence),
-        "class_mean": _percentile(np.concatenate(class_mean), confidence),
+        "top1": percentile_interval(np.concatenate(top1), confidence),
+        "class_mean": percentile_interval(np.concatenate(class_mean), confidence),
     }
 
 
 def difference_interval(
-    correct_a: NDArray[np.bool_],
-    correct_b: NDArray[np.bool_],
-    *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], **options: Any
 ) -> Interval:
     """Return the paired percentile bootstrap interval of the difference in top-1, a minus b.
 
     Args:
-        correct_a: (N,), whether the first classifier is right on each image; N > 0.
-        correct_b: (N,), the same for the second on the same images.
-        confidence: Probability that the interval is to cover.
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the resampling.
+        correct_a: (N,), whether the first classifier is correct on each image; N > 0.
+        correct_b: (N,), the same for the second classifier on the same images.
+        **options: See ``mean_interval``.
     """
-    differences = correct_a.astype(np.float64) - correct_b
-    return mean_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+    return mean_interval(correct_a.astype(np.float64) - correct_b, **options)
 
 
 def mean_interval(
@@ -106,19 +87,19 @@ def mean_interval(
     """Return the percentile bootstrap interval of a mean over images.
 
     Args:
-        values: (N,), one number an image out of a handful that occur, such as the share of trainings that have it
-            right; N > 0.
+        values: (N,), one number per image with few distinct values, such as the share of trainings that predict it
+            correctly; N > 0.
         confidence: Probability that the interval is to cover.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
     """
     kinds, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
-    return _percentile(drawn @ kinds / len(values), confidence)
+    return percentile_interval(drawn @ kinds / len(values), confidence)
 
 
 def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval | None:
-    """Return Student's t interval of the mean of a few normally distributed numbers, such as accuracies over seeds.
+    """Return Student's t interval of the mean of normally distributed numbers, such as accuracies over seeds.
 
     Args:
         values: The numbers; with fewer than two there is no interval.
@@ -131,7 +112,8 @@ def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE)
     return Interval(float(mean) - half, float(mean) + half)
 
 
-def _percentile(values: NDArray[np.float64], confidence: float) -> Interval:
+def percentile_interval(resampled: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval:
+    """Return the percentile interval of a number's values in bootstrap resamples."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(float(low), float(high))

@@ -1,27 +1,32 @@
-"""Metrics of a classifier from its logits (N, K) and the targets (N,): pure functions.
+"""Metrics of a classifier: pure functions of logits (N, K) and targets (N,).
 
-The prediction is the class of the largest logit; among equal logits the one with the lowest index, so that the
-numbers do not depend on the device.
+The prediction is the class of the largest logit, the lowest index among equal ones, so that the numbers do not depend
+on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
+from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, accuracy_intervals
+
+LISTED_PAIRS = 10
+"""Most confused pairs in a test's results."""
+
 
 class ClassRow(NamedTuple):
-    """How well one class is recognised.
+    """Accuracy of one class.
 
     Attributes:
         name: The class.
         n: Number of its test images.
-        accuracy: Share of them predicted right; None where there are none.
-        most_confused_with: The class that most of its wrong predictions name; None where none is wrong.
+        accuracy: Fraction of them predicted correctly; None without images.
+        most_confused_with: The most frequent wrong prediction; None if none is wrong.
     """
 
     name: str
@@ -31,11 +36,11 @@ class ClassRow(NamedTuple):
 
 
 class ConfusedPair(NamedTuple):
-    """Two classes, the first taken for the second.
+    """A true class and a wrong prediction of its images.
 
     Attributes:
         target: The true class.
-        prediction: The class predicted in its place.
+        prediction: The predicted class.
         n: Number of images of ``target`` predicted as ``prediction``.
         fraction: ``n`` divided by the number of images of ``target``.
     """
@@ -47,7 +52,7 @@ class ConfusedPair(NamedTuple):
 
 
 def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the place of each target in its image's classes ordered by logit, 0 for the first: int64 (N,).
+    """Return the rank of each target among its image's logits, 0 for the largest: int64 (N,).
 
     Args:
         logits: (N, K).
@@ -59,33 +64,27 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> float:
-    """Return the fraction of images (N > 0) whose target is among the ``k`` largest logits.
-
-    With K < k classes every target is.
-    """
+    """Return the fraction of images (N > 0) whose target is among the ``k`` largest logits; 1 if K < k."""
     return (target_ranks(logits, targets) < k).double().mean().item()
 
 
 def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Count images: int64 (K, K), a row for each true class, a column for each predicted one.
+    """Count images: int64 (K, K), true classes in rows, predicted classes in columns.
 
     Args:
         predictions: int64 (N,), class indices.
         targets: int64 (N,).
         num_classes: K.
     """
-    # Without validation, which refuses the trivial but legal K = 1.
+    # validation refuses the trivial but legal K = 1
     return multiclass_confusion_matrix(predictions, targets, num_classes, validate_args=False).long()
 
 
 def class_mean_accuracy(confusion: Tensor) -> float:
-    """Return the mean over classes of each class's accuracy, over the classes that have images.
+    """Return the mean accuracy over the classes that have images, of a confusion matrix with at least one image.
 
-    This is the "average class-prediction accuracy" of FGVC-Aircraft. torchmetrics' macro average would count a
+    This is the "average class-prediction accuracy" of FGVC-Aircraft. The macro average of torchmetrics would count a
     class without images as 0 as soon as one image is predicted as it.
-
-    Args:
-        confusion: (K, K) as ``confusion_matrix`` returns it, with at least one image.
     """
     counts = confusion.sum(dim=1)
     present = counts > 0
@@ -97,8 +96,7 @@ def calibration_error(logits: Tensor, targets: Tensor, num_bins: int = 15) -> fl
 
     Guo et al., "On Calibration of Modern Neural Networks", 2017 (https://arxiv.org/abs/1706.04599), Eq. 3.
     """
-    # torchmetrics takes values outside [0, 1] for logits, so it is given probabilities that rounding cannot
-    # have moved out of it.
+    # torchmetrics treats values outside [0, 1] as logits, so rounding must not push probabilities out of it
     probabilities = logits.double().softmax(dim=1).clamp(max=1)
     error = multiclass_calibration_error(
         probabilities, targets, num_classes=logits.shape[1], n_bins=num_bins, validate_args=False
@@ -107,7 +105,7 @@ def calibration_error(logits: Tensor, targets: Tensor, num_bins: int = 15) -> fl
 
 
 def level_accuracy(predictions: Tensor, targets: Tensor, groups: Sequence[str]) -> float:
-    """Return the fraction of images whose predicted class lies in the same group as the target.
+    """Return the fraction of images whose predicted class is in the same group as the target.
 
     Args:
         predictions: int64 (N,), class indices, N > 0.
@@ -120,33 +118,66 @@ def level_accuracy(predictions: Tensor, targets: Tensor, groups: Sequence[str]) 
 
 
 def class_table(confusion: Tensor, classes: Sequence[str]) -> list[ClassRow]:
-    """Return a row for each class, in label order; of equally frequent confusions the first class is named."""
+    """Return one row per class, in label order; of equally frequent confusions the first class is named."""
     errors = confusion.clone().fill_diagonal_(0)
     most, partners = errors.max(dim=1)
-    columns = zip(
-        classes,
-        confusion.sum(dim=1).tolist(),
-        confusion.diagonal().tolist(),
-        most.tolist(),
-        partners.tolist(),
-        strict=True,
-    )
+    columns = (confusion.sum(dim=1), confusion.diagonal(), most, partners)
     return [
         ClassRow(name, n, right / n if n else None, classes[partner] if wrong else None)
-        for name, n, right, wrong, partner in columns
+        for name, n, right, wrong, partner in zip(classes, *(c.tolist() for c in columns), strict=True)
     ]
 
 
 def worst_first(rows: Iterable[ClassRow]) -> list[ClassRow]:
-    """Return the classes that have images, the lowest accuracy first, equal ones as they came."""
+    """Return the classes that have images, lowest accuracy first, equal ones in the given order."""
     return sorted((row for row in rows if row.n), key=lambda row: row.accuracy or 0.0)
 
 
 def confused_pairs(confusion: Tensor, classes: Sequence[str]) -> list[ConfusedPair]:
-    """Return every pair that occurs, the most frequent first, equal counts in label order."""
+    """Return every confused pair, most frequent first, equal counts in label order."""
     errors = confusion.clone().fill_diagonal_(0)
     totals = confusion.sum(dim=1).tolist()
-    found = sorted(
-        ((int(errors[i, j]), i, j) for i, j in errors.nonzero().tolist()), key=lambda pair: -pair[0]
-    )
-    return [ConfusedPair(classes[i], classes[j], n, n / totals[i]) for n, i, j in found]
+    counts = [(int(errors[i, j]), i, j) for i, j in errors.nonzero().tolist()]
+    counts.sort(key=lambda pair: -pair[0])
+    return [ConfusedPair(classes[i], classes[j], n, n / totals[i]) for n, i, j in counts]
+
+
+def summarize(
+    logits: Tensor,
+    heads: Mapping[str, Tensor],
+    targets: Tensor,
+    classes: Sequence[str],
+    levels: Mapping[str, Sequence[str]],
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """Return every metric as a dictionary for JSON; accuracies and errors are fractions.
+
+    Args:
+        logits: (N, K), on the CPU, N > 0.
+        heads: Head name -> (N, K).
+        targets: int64 (N,).
+        classes: The K class names.
+        levels: See ``DatasetIndex.levels``.
+        temperature: The run's, see ``ModelSpec``.
+    """
+    predictions = logits.argmax(dim=1)
+    confusion = confusion_matrix(predictions, targets, len(classes))
+    intervals = accuracy_intervals((predictions == targets).numpy(), targets.numpy())
+    return {
+        "top1": top_k_accuracy(logits, targets),
+        "top5": top_k_accuracy(logits, targets, k=5),
+        "class_mean": class_mean_accuracy(confusion),
+        "n": len(targets),
+        "heads": {name: top_k_accuracy(head, targets) for name, head in heads.items()},
+        "levels": {name: level_accuracy(predictions, targets, groups) for name, groups in levels.items()},
+        "ece": calibration_error(logits, targets),
+        "ece_calibrated": calibration_error(logits / temperature, targets),
+        "temperature": temperature,
+        "confused_pairs": [pair._asdict() for pair in confused_pairs(confusion, classes)[:LISTED_PAIRS]],
+        "intervals": {
+            **{name: list(interval) for name, interval in intervals.items()},
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "seed": 0,
+        },
+    }

@@ -1,4 +1,4 @@
-"""A trained network behind one interface, whatever computes it: PyTorch here, an exported file in ``predict``."""
+"""One interface to trained networks: PyTorch here, exported files in ``predict``."""
 
 from __future__ import annotations
 
@@ -18,52 +18,38 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float1
 
 
 class Network(Protocol):
-    """A trained network that takes images as they were decoded, resized and cropped: uint8 RGB (B, 3, S, S)."""
+    """A trained network that takes decoded, resized and cropped images: uint8 RGB (B, 3, S, S).
+
+    ``method``, ``embeddings`` and ``maps`` raise ``UsageError`` if ``explains`` is false; all computations raise
+    ``CrossXError`` if GPU memory runs out.
+    """
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
 
     @property
     def precision(self) -> torch.dtype:
-        """The precision of its arithmetic."""
+        """The precision it computes in."""
 
     @property
     def explains(self) -> bool:
-        """Whether it has ``method``, ``embeddings`` and ``maps``; an exported file has logits only."""
+        """Whether it has ``method``, ``embeddings`` and ``maps``; exported files only have logits."""
 
     @property
     def method(self) -> Method:
-        """The method.
-
-        Raises:
-            UsageError: If ``explains`` is false.
-        """
+        """The method."""
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits, float32 (B, K) on ``device``.
-
-        Raises:
-            CrossXError: If the GPU's memory is too small.
-        """
+        """Return logits, float32 (B, K) on ``device``."""
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return ``Method.embeddings``, float32 (B, D) on ``device``.
-
-        Raises:
-            UsageError: If ``explains`` is false.
-            CrossXError: If the GPU's memory is too small.
-        """
+        """Return ``Method.embeddings``, float32 (B, D) on ``device``."""
 
     def maps(
         self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
     ) -> list[Explanation]:
-        """Return the maps of each image; arguments as in ``explain_images``.
-
-        Raises:
-            UsageError: If ``explains`` is false, or as ``explain_images``.
-            CrossXError: If the GPU's memory is too small, or a map is not finite.
-        """
+        """Return the maps of each image; arguments and errors as in ``explain_images``."""
 
 
 class TorchNetwork:
@@ -71,14 +57,14 @@ class TorchNetwork:
 
     Args:
         method: The trained method; it is moved to ``device`` and put into evaluation mode.
-        normalize: Makes the method's input from bytes (B, 3, S, S) on the device, see ``Normalize``; None for images
-            that are normalised already.
+        normalize: Turns uint8 images (B, 3, S, S) into the method's input, see ``Normalize``; None if they are already
+            normalised.
         device: See ``select_device``.
         precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on a GPU that is fast in it (compute capability 7
-            or above), else fp32. fp16 has eight times the resolution of bf16; where its range is exceeded, the batch
-            is computed again in fp32. The parameters stay float32 (``torch.autocast``).
-        channels_last: Whether images and weights lie in memory with the channels last, which makes convolutions
-            faster; the logits are the same up to rounding.
+            or above), else fp32. fp16 has eight times the resolution of bf16; a batch that exceeds its range is
+            computed again in fp32. Parameters stay float32 (``torch.autocast``).
+        channels_last: Whether to use the channels-last memory format, which makes convolutions faster; logits are the
+            same up to rounding.
 
     Raises:
         UsageError: For an unknown device or precision.
@@ -109,7 +95,7 @@ class TorchNetwork:
 
     @torch.inference_mode()
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> logits (B, K) in float32; ``Method.combine_heads`` makes the prediction of them."""
+        """Return head name -> logits (B, K) in float32; ``Method.combine_heads`` turns them into the prediction."""
         with within_memory(len(images)):
             return self.method.head_logits(self.inputs(images))
 
@@ -143,7 +129,7 @@ class TorchNetwork:
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the type that ``TorchNetwork`` computes in.
+    """Return the dtype of a precision; see ``TorchNetwork``.
 
     Raises:
         UsageError: For an unknown name.
@@ -158,7 +144,7 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def within_memory(count: int) -> Iterator[None]:
-    """Turn running out of GPU memory at ``count`` images per step into one line that says what to do."""
+    """Turn running out of GPU memory at ``count`` images per step into a ``CrossXError`` with a remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 FINAL_STATUS = ("finished", "imported", None)
-"""Values of a run's status that leave nothing to be trained; None is that of a folder without run.json."""
+"""Status of runs with nothing left to train; None: a folder without run.json."""
 
 
 def result_notices(results: Mapping[str, Any]) -> list[str]:
-    """Return the caveats of a test's results (``SPLIT.json``), one sentence each."""
+    """Return the caveats of a test's results (``SPLIT.json``) as sentences."""
     notices = []
     if results.get("run_status") not in FINAL_STATUS:
         notices.append(

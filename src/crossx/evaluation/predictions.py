@@ -1,4 +1,4 @@
-"""What a network answered for every tested image, kept as one file."""
+"""Predictions for every tested image, stored in one file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from crossx.runs import atomic_path
 
 
 def predictions_path(output: Path, split: str) -> Path:
-    """Return the file of the predictions on ``split`` below the folder that ``test_run`` writes into."""
+    """Return the file of the predictions on ``split`` in the output folder of ``test_run``."""
     return output / split / "predictions.npz"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits with the images and targets that they belong to.
+    """Logits with their images and targets.
 
     Attributes:
         logits: float32 (N, K).
@@ -38,8 +38,8 @@ class Predictions:
     @property
     def correct(self) -> NDArray[np.bool_]:
         """(N,), whether the largest logit is the target's."""
-        right: NDArray[np.bool_] = self.logits.argmax(axis=1) == self.targets
-        return right
+        correct: NDArray[np.bool_] = self.logits.argmax(axis=1) == self.targets
+        return correct
 
     @property
     def labels(self) -> NDArray[np.str_]:
@@ -47,11 +47,7 @@ class Predictions:
         return self.classes[self.targets]
 
     def check(self) -> None:
-        """Check that the arrays belong together.
-
-        Raises:
-            ValueError: If they do not, naming the one.
-        """
+        """Check types, shapes and ranges; raise ``ValueError`` with the first problem."""
         images, classes = len(self.targets), len(self.classes)
         for name, array, kind, shape in (
             ("logits", self.logits, "f", (images, classes)),
@@ -83,30 +79,28 @@ class Predictions:
 
         Args:
             path: The file.
-            run: The run that it belongs to, named in errors.
-            split: The split, likewise.
+            run: Its run, for errors.
+            split: Its split, for errors.
 
         Raises:
-            CrossXError: If it is not there or cannot be read.
+            CrossXError: If the file is missing or damaged.
         """
         again = f"`crossx test {run} --split {split}`"
         if not path.is_file():
             raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                answers = cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
-                answers.check()
-                return answers
+                predictions = cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
+                predictions.check()
+                return predictions
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             raise CrossXError(f"{path}: damaged ({error}): write it again with {again}.") from error
 
 
 def relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[str]:
-    """Return the paths by which images are recognised wherever the data lies."""
+    """Return paths that identify images wherever the data is: relative to its root."""
     records = index.split(split)
-    base = (
-        Path(root) if root is not None else Path(os.path.commonpath([r.path.parent for r in index.records]))
-    )
+    base = Path(root if root is not None else os.path.commonpath([r.path.parent for r in index.records]))
     base = base.parent if base.is_file() else base
     return [
         (record.path.relative_to(base) if record.path.is_relative_to(base) else record.path).as_posix()

@@ -1,10 +1,10 @@
-"""Progress bars on stderr, where that is a terminal; they disappear when the work is done."""
+"""Progress bars on stderr, shown only on a terminal and removed when the work is done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class RateColumn(ProgressColumn):
-    """Images per second, over the last half minute."""
+    """Images per second, over the last half minute; empty until there is a rate."""
 
     def render(self, task: Task) -> Text:
-        """Show nothing until there is a rate."""
+        """Return the column's text."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f} images/s", style="progress.data.speed")
 
@@ -41,13 +41,21 @@ COLUMNS = (
 )
 
 
+def progress_bar(*columns: ProgressColumn, enabled: bool = True, **options: Any) -> Progress:
+    """Return a bar of these columns; options as for ``rich.progress.Progress``."""
+    console = Console(stderr=True)
+    return Progress(
+        *columns, console=console, transient=True, disable=not (enabled and console.is_terminal), **options
+    )
+
+
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """Show how many items, such as batches, are done.
 
     Args:
-        items: Given as they are.
-        what: Written before the bar; empty for no bar.
-        total: How many items, where ``items`` has no length.
+        items: Passed on unchanged.
+        what: Title of the bar; empty for no bar.
+        total: Number of items, where ``items`` has no length.
     """
     console = Console(stderr=True)
     return rich_track(
@@ -57,10 +65,6 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T
 
 @contextmanager
 def images_bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-    """Show a bar with rate and remaining time.
-
-    Gives the bar and its task, for ``update`` and ``advance``.
-    """
-    console = Console(stderr=True)
-    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as bar:
+    """Show a bar with rate and remaining time; yields it and its task, for ``update`` and ``advance``."""
+    with progress_bar(*COLUMNS) as bar:
         yield bar, bar.add_task(what, total=total)

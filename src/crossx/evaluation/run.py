@@ -1,4 +1,4 @@
-"""Evaluate a network, and test a run: every metric of the network's answers on one split, with their files."""
+"""Evaluate a network; test a run on one split with every metric and its files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from crossx.errors import CrossXError
-from crossx.evaluation.metrics import confusion_matrix
+from crossx.evaluation.metrics import confusion_matrix, summarize
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.plots import plot_confusion
 from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, SubjectOptions
-from crossx.evaluation.summary import summarize
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
 from crossx.methods.base import Method
 from crossx.runs import ModelSpec, write_json
@@ -26,10 +25,10 @@ from crossx.runs import ModelSpec, write_json
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network answered, on the CPU in the order of the loader.
+    """Logits of a network, on the CPU in the order of the loader.
 
     Attributes:
-        logits: float32 (N, K), the prediction.
+        logits: float32 (N, K).
         heads: Head name -> float32 (N, K).
         targets: int64 (N,).
     """
@@ -48,20 +47,18 @@ def evaluate(
     channels_last: bool = True,
     progress: str = "",
 ) -> Outputs:
-    """Run a network over a loader, each image once.
-
-    The method is left on ``device``, in evaluation mode.
+    """Run a network over a loader. The method stays on ``device``, in evaluation mode.
 
     Args:
         method: The network.
         loader: Batches of images (B, 3, H, W) and targets (B,); at least one.
         device: See ``select_device``.
-        normalize: See ``TorchNetwork``; ``DataModule.normalize`` for its loaders' bytes.
+        normalize: See ``TorchNetwork``; ``DataModule.normalize`` for its own loaders.
         channels_last: See ``TorchNetwork``.
-        progress: Title of a progress bar on a terminal; empty for none.
+        progress: Title of the progress bar; empty for none.
 
     Raises:
-        CrossXError: If the logits are not finite or the GPU's memory is too small.
+        CrossXError: If the logits are not finite or GPU memory runs out.
     """
     network = TorchNetwork(method, normalize, device, channels_last=channels_last)
     heads: dict[str, list[Tensor]] = {}
@@ -85,17 +82,16 @@ def evaluate(
 def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, Any]:
     """Test a run on one split of a dataset and write the results.
 
-    ``OUTPUT/SPLIT.json`` holds what is returned; the folder ``OUTPUT/SPLIT/`` holds ``per_class.csv``,
-    ``confusion.csv``, ``confusion.png``, ``confused_pairs.csv`` and ``predictions.npz`` (see ``Predictions``),
-    which ``compare_runs`` reads.
+    Writes the result to ``OUTPUT/SPLIT.json``, and into ``OUTPUT/SPLIT/`` ``per_class.csv``, ``confusion.csv``,
+    ``confusion.png``, ``confused_pairs.csv`` and ``predictions.npz`` (see ``Predictions``), for ``compare_runs``.
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
         **options: See ``SubjectOptions``.
 
     Returns:
-        The metrics of ``summarize``, the most confused pairs, and what they belong to: method, backbone, weights,
-        dataset, split, seed of the training and how the checkpoint was selected.
+        The metrics of ``summarize`` and their provenance: method, backbone, weights, dataset, split, training seed and
+        how the checkpoint was selected.
 
     Raises:
         UsageError: As ``Subject.open``.
@@ -116,14 +112,14 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
             data.index.levels,
             temperature=spec.temperature,
         ),
-        **subject.describe(),
+        **subject.provenance(),
     }
     paths = relative_paths(data.index, split, data.config.root)
     _write_files(subject.output, split, outputs, spec, results, paths)
     return results
 
 
-# pytest would take it for a test wherever it is imported.
+# not a pytest test
 test_run.__test__ = False  # type: ignore[attr-defined]
 
 
@@ -145,5 +141,5 @@ def _write_files(
     Predictions(
         outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
     ).save(predictions_path(folder, split))
-    # Last, so that the results are there only with all that belongs to them.
+    # last: results exist only with all their files
     write_json(folder / f"{split}.json", results)

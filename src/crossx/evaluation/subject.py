@@ -24,13 +24,13 @@ from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
 
 
 class DataOptions(TypedDict, total=False):
-    """Which data a run is measured on, and how they are loaded.
+    """The data to measure a run on; defaults are those of the training.
 
     Attributes:
-        root: The data; by default where the run was trained.
-        dataset: The dataset's name; by default the one that the run was trained on.
-        batch_size: Images per step; by default as in training.
-        num_workers: Processes that load images; by default as in training.
+        root: Folder of the data.
+        dataset: Name of the dataset.
+        batch_size: Images per step.
+        num_workers: Processes that load images.
     """
 
     root: str | Path | None
@@ -43,7 +43,7 @@ class SubjectOptions(DataOptions, total=False):
     """Options of ``Subject.open``.
 
     Attributes:
-        split: ``test`` (the default), ``val`` (the images held out in training) or ``train``.
+        split: ``test`` (the default), ``val`` (held out in training) or ``train``.
         output: Folder for the results; by default the run folder.
         device: See ``select_device``; by default ``auto``.
     """
@@ -55,16 +55,16 @@ class SubjectOptions(DataOptions, total=False):
 
 @dataclass(frozen=True)
 class Subject:
-    """A run, and the images of one split to measure it on.
+    """A run and the images of one split to measure it on.
 
     Attributes:
         run: The run folder.
-        weights: The weights in it that are measured.
-        method: The network with them, in evaluation mode on the CPU.
+        weights: The weights to measure.
+        method: The network with these weights, in evaluation mode on the CPU.
         spec: Its description.
-        data: Loads the dataset as the network takes it.
-        split: What is measured on.
-        device: Where to compute.
+        data: Loads the dataset as the network's input.
+        split: The split to measure on.
+        device: The device to compute on.
         output: The folder for the results.
     """
 
@@ -87,19 +87,18 @@ class Subject:
         device: str = "auto",
         **options: Unpack[DataOptions],
     ) -> Subject:
-        """Open a run and the images to measure it on. The images themselves are not read yet.
+        """Open a run and the images to measure it on, without reading the images yet.
 
         Args:
             path: A run folder (its selected weights) or a checkpoint file in one.
-            split: See ``SubjectOptions``.
-            output: See ``SubjectOptions``.
-            device: See ``SubjectOptions``.
+            split: See ``SubjectOptions``, as for the other options.
+            output: Folder for the results.
+            device: See ``select_device``.
             **options: See ``DataOptions``.
 
         Raises:
             UsageError: If the split, dataset or device is unknown.
-            CrossXError: If the run, its data or the output folder cannot be used, or the dataset's classes are not
-                the run's.
+            CrossXError: If the run, its data or the output folder cannot be used, or the dataset has other classes.
         """
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
@@ -125,24 +124,14 @@ class Subject:
     @property
     def seen_in_training(self) -> bool:
         """Whether the network was trained on these images."""
-        # the released checkpoints were trained on all that is not test
+        # the released checkpoints were trained on everything but test
         on_all = self.data.config.train_on == "trainval" or self.run.read_info().get("status") == "imported"
         seen = self.split == "train" or (self.split == "val" and on_all)
         return seen and self.data.config.dataset == self.spec.dataset
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the results belong to, for JSON; call it when the images have been checked."""
-        info = self.run.read_info()
-        return {
-            **self._provenance(info),
-            "seen_in_training": self.seen_in_training,
-            "calibration": info.get("calibration"),
-            "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
-            "environment": environment(),
-        }
-
-    def _provenance(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        run, spec, config = self.run, self.spec, self.data.config
+    def provenance(self) -> dict[str, Any]:
+        """Return the origin of the results, for JSON; call it after the images have been checked."""
+        run, spec, config, info = self.run, self.spec, self.data.config, self.run.read_info()
         selected = self.weights in (run.weights, run.best)
         return {
             "method": spec.method,
@@ -159,15 +148,15 @@ class Subject:
             "num_classes": len(spec.classes),
             "preprocessing": asdict(spec.preprocessing),
             "seed": info.get("seed"),
+            "seen_in_training": self.seen_in_training,
+            "calibration": info.get("calibration"),
+            "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
+            "environment": environment(),
         }
 
 
-def open_data(
-    info: Mapping[str, Any],
-    spec: ModelSpec,
-    **options: Unpack[DataOptions],
-) -> DataModule:
-    """Read the dataset of a run, or another with the same classes.
+def open_data(info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOptions]) -> DataModule:
+    """Read the dataset of a run, or another one with the same classes.
 
     Args:
         info: The run's ``run.json``.
@@ -176,7 +165,7 @@ def open_data(
 
     Raises:
         UsageError: If there is no such dataset.
-        CrossXError: If it cannot be read, or its classes are not the run's.
+        CrossXError: If it cannot be read or has other classes.
     """
     config = _data_config(info, spec, **options)
     index = read_configured(config)
@@ -193,18 +182,17 @@ def _data_config(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> DataConfig:
-    """Return the data options of the training with what was asked for in their place."""
     known = {item.name for item in fields(DataConfig)}
     trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
-    # The folder as it was then named from the working folder may not be there from today's.
+    # the recorded path may be relative to another working folder
     trained["root"] = info.get("data_root") or trained.get("root")
-    # each image is read once: a cache would never be read from
+    # without a cache, since each image is read once
     try:
         config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
     except TypeError as error:
         raise CrossXError(f"run.json: data: an option is of the wrong type ({first_line(error)}).") from error
     if dataset is not None and dataset != config.dataset:
-        # Root and the options of a reader belong to the dataset of the training.
+        # root and reader options belong to the dataset of the training
         config = replace(
             config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
         )

@@ -13,14 +13,12 @@ from crossx.runs import atomic_path
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file atomically, as UTF-8; None becomes an empty field.
-
-    The rows may be a generator: they are written as they come.
+    """Write a CSV file atomically, as UTF-8; None becomes an empty field. Rows may come from a generator.
 
     Raises:
         CrossXError: If the file cannot be written.
     """
-    # surrogateescape keeps file names that are not valid UTF-8 as the bytes they are.
+    # surrogateescape keeps the bytes of file names that are not valid UTF-8
     with (
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -31,7 +29,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def write_class_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Write ``class, n, accuracy, most_confused_with``, a row for each class in label order."""
+    """Write ``class, n, accuracy, most_confused_with``, one row per class in label order."""
     write_table(path, ("class", "n", "accuracy", "most_confused_with"), class_table(confusion, classes))
 
 
@@ -41,6 +39,6 @@ def write_confused_pairs(confusion: Tensor, classes: Sequence[str], path: Path) 
 
 
 def write_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Write the confusion matrix: a row for each true class, a column for each predicted one."""
+    """Write the confusion matrix: true classes in rows, predicted classes in columns."""
     rows = ((name, *row) for name, row in zip(classes, confusion.tolist(), strict=True))
     write_table(path, ("class", *classes), rows)

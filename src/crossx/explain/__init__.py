@@ -1,6 +1,6 @@
-"""Where a network looks: activation maps of every part and stage (Fig. 5), class maps, and both laid over images.
+"""Where a network looks: activation maps of every part and stage (Fig. 5), class maps, and overlays on images.
 
-The public names are imported when they are first used, so that torch and matplotlib are loaded only then.
+Public names are imported on first use, so that torch and matplotlib are loaded only then.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Maps laid over images, and figures of them with a row an image."""
+"""Overlays of maps on images, and figures with one row per image."""
 
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +22,22 @@ from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
-from crossx.explain.palette import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
+from crossx.explain.plotting import DPI, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, save_png
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method
 from crossx.runs import ModelSpec
 
 COLORMAP = "inferno"
-"""Perceptually uniform, told apart with every common colour vision deficiency, and lighter means more in grey print
-too (https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
+"""Perceptually uniform, readable with every common colour vision deficiency, and lighter means more in grey print too
+(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
 
 OPACITY = 0.5
-DPI = 150
 CELL = 1.5
 """Side of an image in inches."""
 GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
-"""Inches between images, for the text left of a row, for the heads above the columns, for the colour bar."""
+"""Inches between images, for the text left of a row, for the column titles, for the colour bar."""
 TEXT_WIDTH = 32
-"""Letters a line of the text left of a row; longer names are cut."""
+"""Characters per line of the text left of a row; longer names are cut."""
 BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
@@ -52,7 +50,7 @@ class FigureRow:
     Attributes:
         image: uint8 (H, W, 3), as the network saw it.
         explanation: Its maps.
-        text: What stands left of it.
+        text: The text left of it.
     """
 
     image: NDArray[np.uint8]
@@ -61,10 +59,10 @@ class FigureRow:
 
 
 class MapFigure(Figure):
-    """A figure that a notebook shows without pyplot, and that no pyplot state holds on to."""
+    """A figure that notebooks display without pyplot and its global state."""
 
     def _repr_png_(self) -> bytes:
-        # half of a file's resolution: a notebook keeps every picture it shows, and is as wide as a page
+        # half the resolution of a file, since a notebook stores every picture that it shows
         buffer = io.BytesIO()
         save_png(self, buffer, dpi=DPI / 2)
         return buffer.getvalue()
@@ -77,16 +75,16 @@ def overlay(
     colormap: str = COLORMAP,
     opacity: float = OPACITY,
 ) -> NDArray[np.uint8]:
-    """Lay a map over an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
+    """Overlay a map on an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
 
-    The map is brought to [0, 1] by its lowest and highest place, then resized to the image bilinearly. The image is
-    grey below it, so that every colour is the map's: a yellow bird would pass for a high value.
+    The map is scaled to [0, 1] by its minimum and maximum, then resized to the image bilinearly. The image is grey, so
+    that all colours are the map's: a yellow bird would look like a high value.
 
     Args:
         image: uint8 (H, W, 3).
         map_: (h, w), of any size and scale, finite.
         colormap: Name of a matplotlib colormap.
-        opacity: From 0, the image alone, to 1, the map alone.
+        opacity: From 0 (only the image) to 1 (only the map).
 
     Returns:
         uint8 (H, W, 3).
@@ -105,14 +103,14 @@ def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
 
     Args:
         image: uint8 (H, W, 3).
-        boxes: (n, 4), left, top, right, bottom in pixels; what lies beyond the image is not shown.
+        boxes: (n, 4), left, top, right, bottom in pixels; clipped to the image.
 
     Returns:
         uint8 (H, W, 3).
     """
     height, width = image.shape[:2]
     side = min(height, width)
-    # from the last to the first
+    # last box first, so that the first is on top
     shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
     colours = [BOX_COLOURS[number % len(BOX_COLOURS)] for number in range(len(boxes))][::-1]
     drawn = draw_bounding_boxes(
@@ -133,7 +131,7 @@ def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
 def layer(
     map_: NDArray[Any], size: tuple[int, int], *, colormap: str = COLORMAP, opacity: float = OPACITY
 ) -> NDArray[np.uint8]:
-    """Draw a map as a transparent picture: what ``overlay`` lays over the grey image, by itself.
+    """Draw a map as a transparent picture, to be shown over the grey image as in ``overlay``.
 
     Args:
         map_: See ``overlay``.
@@ -154,7 +152,7 @@ def layer(
 
 
 def _coloured(map_: NDArray[Any], size: tuple[int, int], colormap: str) -> NDArray[np.float64]:
-    """Return the colours (H, W, 3), from 0 to 1, of a map brought to [0, 1] and resized."""
+    """Return the colours (H, W, 3), from 0 to 1, of a map scaled to [0, 1] and resized."""
     values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
     resized = resize(values[None, None], size)[0, 0].numpy()
     colours: NDArray[np.float64] = check_colormap(colormap)(resized)[..., :3]
@@ -173,25 +171,25 @@ def figure(
     colormap: str = COLORMAP,
     opacity: float = OPACITY,
 ) -> Figure:
-    """Draw where a network looks, as Fig. 5 does: a row an image, a column a stage and part.
+    """Draw where a network looks, as in Fig. 5: one row per image, one column per stage and part.
 
     Args:
         network: A trained method, or a run folder or a checkpoint file in one.
-        images: (B, 3, H, W), normalised; ``Predictor.inputs`` makes them of files.
-        spec: What belongs to a method given as such: class names and normalisation. A run has its own. Without one
-            the normalisation is the backbone's and classes have numbers.
-        names: What to call the images.
-        labels: The names of their true classes.
+        images: (B, 3, H, W), normalised; ``Predictor.inputs`` makes them from files.
+        spec: Class names and normalisation of a method; a run has its own. Without one, the normalisation is the
+            backbone's and classes are numbered.
+        names: Names of the images.
+        labels: Names of their true classes.
         maps: See ``explain_images``.
         classes: See ``explain_images``.
         colormap: See ``overlay``.
         opacity: See ``overlay``.
 
     Returns:
-        A matplotlib figure that shows itself as the last value of a notebook's cell; ``savefig`` writes it.
+        A matplotlib figure, displayed as the last value of a notebook cell; ``savefig`` writes it.
 
     Raises:
-        UsageError: For options that ``explain_images`` or ``overlay`` refuses, or not one name or label an image.
+        UsageError: For options that ``explain_images`` or ``overlay`` rejects, or not one name or label per image.
         CrossXError: If there is no such run.
     """
     check_colormap(colormap)
@@ -215,26 +213,16 @@ def figure(
     explanations = explain_images(
         method, images, maps=maps, classes=classes, temperature=spec.temperature if spec else 1.0
     )
-    rows = [
-        FigureRow(
-            image,
-            explanation,
-            caption(
-                explanation,
-                class_names,
-                name=names[number] if names else "",
-                label=labels[number] if labels else None,
-            ),
-        )
-        for number, (image, explanation) in enumerate(
-            zip(to_pixels(images, mean, std), explanations, strict=True)
-        )
-    ]
+    rows = []
+    for number, image in enumerate(to_pixels(images, mean, std)):
+        name, label = names[number] if names else "", labels[number] if labels else None
+        text = caption(explanations[number], class_names, name=name, label=label)
+        rows.append(FigureRow(image, explanations[number], text))
     return draw(rows, colormap=colormap, opacity=opacity)
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """Undo the normalisation: (B, 3, H, W) to uint8 (B, H, W, 3)."""
+    """Undo the normalisation: (B, 3, H, W) -> uint8 (B, H, W, 3)."""
     scaled = images.detach().float().cpu().permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
     pixels: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).numpy()
     return pixels
@@ -243,9 +231,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
 def caption(
     explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
 ) -> str:
-    """Return the text of a row: name, prediction with its probability, true class, and the class of class maps where
-    it is not the predicted one.
-    """
+    """Return the text of a row: name, prediction with probability, true class, and the class of other class maps."""
     prediction = explanation.prediction
     lines = [name] if name else []
     lines += [f"predicted, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
@@ -259,9 +245,9 @@ def caption(
 def draw(
     rows: Sequence[FigureRow], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
 ) -> MapFigure:
-    """Draw rows whose explanations have the same maps: a column a stage and part, class maps below activation maps.
+    """Draw rows with the same kinds of maps: one column per stage and part, class maps below activation maps.
 
-    The regions that a method looks at again are numbered on the image, 1 the best.
+    Regions that a method looks at again are numbered on the image, 1 is the best.
 
     Args:
         rows: At least one.
@@ -274,23 +260,23 @@ def draw(
     """
     names = list(rows[0].explanation.maps)
     kinds = list(dict.fromkeys(_kind(name) for name in names))
-    places = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
-    # a class map's head may have no activation map above it that would carry the title
-    titled = {place: next(kind for kind in kinds if kind + place in names) for place in places}
-    grid = _Grid(columns=1 + len(places), lines=len(kinds) * len(rows), cell=cell)
+    columns = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
+    # the title is above the first map of a column, which may be a class map
+    titled = {stage: next(kind for kind in kinds if kind + stage in names) for stage in columns}
+    grid = _Grid(columns=1 + len(columns), lines=len(kinds) * len(rows), cell=cell)
     for number, row in enumerate(rows):
         first = number * len(kinds)
         grid.write(row.text, 0, first, size=8)
         boxes = row.explanation.boxes
         image = row.image if boxes is None else outline(row.image, boxes)
-        grid.show(image, 0, first, head="image" if number == 0 else "")
+        grid.show(image, 0, first, title="image" if number == 0 else "")
         for line, kind in enumerate(kinds, start=first):
             if line > first:
                 grid.write(kind.strip(), 1, line, size=9)
-            for column, place in enumerate(places, start=1):
-                if (map_ := row.explanation.maps.get(kind + place)) is not None:
+            for column, stage in enumerate(columns, start=1):
+                if (map_ := row.explanation.maps.get(kind + stage)) is not None:
                     picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
-                    title = _head(kind, place) if number == 0 and kind == titled[place] else ""
+                    title = _title(kind, stage) if number == 0 and kind == titled[stage] else ""
                     grid.show(picture, column, line, title)
     grid.add_colour_bar(check_colormap(colormap))
     return grid.figure
@@ -304,11 +290,11 @@ class _Grid:
         self.width, self.height = TEXT + columns * self.pitch + BAR, HEADS + lines * self.pitch
         self.figure = MapFigure(figsize=(self.width, self.height), dpi=DPI)
 
-    def show(self, picture: NDArray[np.uint8], column: int, line: int, head: str) -> None:
+    def show(self, picture: NDArray[np.uint8], column: int, line: int, title: str) -> None:
         axes = self._axes(TEXT + column * self.pitch, line, self.cell)
         axes.imshow(picture)
         axes.set_axis_off()
-        axes.set_title(head, fontsize=9, pad=4, parse_math=False)
+        axes.set_title(title, fontsize=9, pad=4, parse_math=False)
 
     def write(self, text: str, column: int, line: int, size: float) -> None:
         """Write left of a cell."""
@@ -332,14 +318,6 @@ class _Grid:
         return self.height - HEADS - line * self.pitch - self.cell
 
 
-def save_png(drawn: Figure, target: Any, dpi: float = DPI) -> None:
-    """Write a figure as PNG to a path or an opened file."""
-    with warnings.catch_warnings():
-        # Names in a script that no font here has become boxes.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        drawn.savefig(target, format="png", dpi=dpi)
-
-
 def check_colormap(name: str) -> Colormap:
     """Return the matplotlib colormap called ``name``.
 
@@ -355,26 +333,22 @@ def check_colormap(name: str) -> Colormap:
 
 
 def check_opacity(value: float) -> float:
-    """Return an opacity from 0 to 1.
-
-    Raises:
-        UsageError: If it is not.
-    """
+    """Return an opacity, or raise ``UsageError`` if it is not from 0 to 1."""
     if not 0 <= value <= 1:
         raise UsageError(f"the opacity must be from 0 to 1, not {value}.")
     return value
 
 
 def _shortened(text: str) -> str:
-    """Cut a long text out of its middle: file names differ at their end, class names at their beginning."""
+    """Cut the middle of a long text: file names differ at the end, class names at the start."""
     half = TEXT_WIDTH // 2
     return text if len(text) <= TEXT_WIDTH else f"{text[:half]}…{text[1 - half :]}"
 
 
-def _head(kind: str, place: str) -> str:
-    return f"{kind.strip()}\n{place}".strip().replace(" part ", "\npart ")
+def _title(kind: str, stage: str) -> str:
+    return f"{kind.strip()}\n{stage}".strip().replace(" part ", "\npart ")
 
 
 def _kind(name: str) -> str:
-    """Return what a map's name begins with: ``CAM ``, ``Grad-CAM `` or nothing, for activation maps."""
+    """Return the prefix of a map's name: ``CAM ``, ``Grad-CAM `` or nothing for activation maps."""
     return name[: name.find("CAM ") + len("CAM ")] if "CAM " in name else ""

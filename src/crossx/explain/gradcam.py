@@ -1,4 +1,4 @@
-"""Grad-CAM on the stages' maps, for methods whose heads have no exact class maps."""
+"""Grad-CAM of the stages' maps, for methods whose heads have no exact class maps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from crossx.methods.base import Method
 def grad_cam(method: Method, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Compute Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391) with captum's ``LayerGradCam``.
 
-    ``ReLU(sum_c a_c A_c)`` (Eq. 2), ``a_c`` being the mean over the places of the gradient of the class's logit (the
-    prediction's) by channel c (Eq. 1); for each part of attention features on its own. Of a trunk that crops go
-    through, too, the maps are those of the first pass, the images'.
+    ``ReLU(sum_c a_c A_c)`` (Eq. 2), where ``a_c`` is the mean over spatial positions of the gradient of the class's
+    logit with respect to channel c (Eq. 1), for each part of the attention features separately. If crops also pass
+    through the trunk, the maps are those of the first pass, of the images.
 
     Args:
         method: The network, in evaluation mode.
@@ -24,7 +24,7 @@ def grad_cam(method: Method, images: Tensor, classes: Tensor) -> dict[str, Tenso
         classes: int64 (B,).
 
     Returns:
-        Stage name -> (B, P, h, w), from 0 on, of the backbone's stages that ``method.activation_maps`` names.
+        Stage name -> (B, P, h, w), at least 0, of the backbone's stages that ``method.activation_maps`` names.
 
     Raises:
         UsageError: If captum is missing, or the network does not classify the maps of a stage.
@@ -39,41 +39,43 @@ def grad_cam(method: Method, images: Tensor, classes: Tensor) -> dict[str, Tenso
     with torch.no_grad():
         named = method.activation_maps(images)
     maps = {}
-    for stage, place in method.backbone.stage_maps.items():
+    for stage, module in method.backbone.stage_maps.items():
         if stage not in named:
             continue
-        # The gradient of a frozen network, too: it is asked for from the images on.
+        # gradients from the images on, so that frozen networks work too
         inputs = images.detach().clone().requires_grad_()
         parts_as_batch = _PartsAsBatch(method, stage)
-        hook = place.register_forward_hook(parts_as_batch)
+        hook = module.register_forward_hook(parts_as_batch)
         try:
             values = LayerGradCam(method, parts_as_batch.layer).attribute(
                 inputs, target=classes, relu_attributions=True
             )
         finally:
             hook.remove()
-        maps[stage] = values.detach().view(len(images), -1, *values.shape[-2:])
+        maps[stage] = values.detach().view(
+            len(images), -1, *values.shape[-2:]
+        )  # (B*P, 1, h, w) -> (B, P, h, w)
     if not maps:
         raise _no_maps(method)
     return maps
 
 
 class _PartsAsBatch:
-    """A hook that leads a stage's maps through ``layer`` in the shape that captum takes, parts in the batch."""
+    """A hook that passes a stage's maps through ``layer`` in the shape that captum takes, parts in the batch."""
 
     def __init__(self, method: Method, stage: str) -> None:
         self.method, self.channels = method, method.backbone.channels[stage]
         self.layer = nn.Identity()
         self.passed = False
 
-    def __call__(self, place: nn.Module, inputs: Any, maps: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: Any, maps: Tensor) -> Tensor:
         if self.passed:
             return maps
         self.passed = True
         if maps.dim() < 4 or maps.shape[-3] != self.channels:
             raise _no_maps(self.method)
-        seen: Tensor = self.layer(maps.flatten(0, -4))
-        return seen.view_as(maps)
+        passed: Tensor = self.layer(maps.flatten(0, -4))  # (B, P, C, h, w) -> (B*P, C, h, w)
+        return passed.view_as(maps)
 
 
 def _no_maps(method: Method) -> UsageError:

@@ -1,4 +1,4 @@
-"""The maps of each image by name: activation, combined and class maps."""
+"""Activation, combined and class maps of images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Kind: TypeAlias = Literal["activation", "class", "both"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a network makes of one image, and where.
+    """Prediction and maps of one image.
 
     Attributes:
-        probabilities: float32 (K,), the softmax of the logits over the temperature.
+        probabilities: float32 (K,), the softmax of the logits divided by the temperature.
         target: The class that class maps explain.
-        maps: Name -> float32 map, in the order of Fig. 5. ``STAGE part P`` is the activation map (h, w) of part P, or
-            ``STAGE`` where there is one part only; ``combined part P`` is (H, W), see ``combine``;
-            ``CAM STAGE part P`` or ``Grad-CAM STAGE part P`` is the class map (h, w).
-        boxes: float32 (n, 4), the regions of ``Method.boxes``, best first; None for a method without.
+        maps: Name -> float32 map, in the order of Fig. 5. ``STAGE part P`` is the activation map (h, w) of part P
+            (``STAGE`` if there is only one part); ``combined part P`` is (H, W), see ``combine``; ``CAM STAGE part P``
+            or ``Grad-CAM STAGE part P`` is the class map (h, w).
+        boxes: float32 (n, 4), the regions of ``Method.boxes``, best first; None for methods without.
     """
 
     probabilities: NDArray[np.float32]
@@ -56,15 +56,15 @@ def explain_images(
 
     Args:
         method: The trained network.
-        images: (B, 3, H, W), normalised; they are moved to where the network is.
-        maps: ``activation``: those of ``Method.activation_maps``, and the combined ones. ``class``: those of
-            ``Method.class_activation_maps``, or Grad-CAM where the method has none. ``both``.
-        classes: The class that class maps explain, one for all images or one an image; the predicted ones by default.
+        images: (B, 3, H, W), normalised; moved to the network's device.
+        maps: ``activation``: ``Method.activation_maps`` and the combined maps. ``class``:
+            ``Method.class_activation_maps``, or Grad-CAM if the method has none. ``both``.
+        classes: The class that class maps explain, one for all images or one per image; default: the predicted ones.
         temperature: The run's, see ``ModelSpec``; maps do not depend on it.
-        probabilities: (B, K), where they are known already, such as the mean over several views of each image.
+        probabilities: (B, K), if already known, such as the mean over several views of each image.
 
     Returns:
-        An explanation for each image, on the CPU.
+        One explanation per image, on the CPU.
 
     Raises:
         UsageError: For unknown ``maps``, or class maps that the network does not have or that need captum.
@@ -99,22 +99,22 @@ def explain_images(
 
 
 def min_max(maps: Tensor) -> Tensor:
-    """Bring each map (..., h, w) to 0 at its lowest place and 1 at its highest; a constant map is 0 everywhere."""
+    """Scale each map (..., h, w) to [0, 1] by its minimum and maximum; a constant map becomes 0."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     span = high - low
     return (maps - low) / span.where(span > 0, 1)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize maps (B, P, h, w) to (H, W) by bilinear interpolation, the outer edges of map and image coinciding."""
+    """Resize maps (B, P, h, w) to (B, P, H, W) by bilinear interpolation, with aligned outer edges."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def combine(stages: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
-    """Combine the activation maps of one part from all stages, as in the last columns of Fig. 5.
+    """Combine each part's activation maps of all stages, as in the last columns of Fig. 5.
 
-    The paper does not say how it combines. Here each stage's map is brought to [0, 1] (``min_max``), resized to the
-    image (``resize``), and the mean over the stages is taken: every stage counts the same, whatever its scale.
+    The paper does not say how it combines them. Here each stage's map is scaled to [0, 1] (``min_max``), resized to the
+    image (``resize``) and averaged over the stages, so that all stages count the same whatever their scale.
 
     Args:
         stages: Stage name -> (B, P, h, w), of any h and w and the same P.
@@ -146,7 +146,7 @@ def _of_classes(method: Method, images: Tensor, targets: Tensor) -> dict[str, Te
 
 
 def _by_part(stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name each part's maps (B, h, w)."""
+    """Return name -> maps of one part: (B, P, h, w) -> P times (B, h, w)."""
     return {
         f"{stage} part {part}" if maps.shape[1] > 1 else stage: of_part
         for stage, maps in stages.items()

@@ -57,6 +57,9 @@ class Method(nn.Module, ABC):
     sampling: ClassVar[Literal["uniform", "balanced", "pairs"] | None] = None
     """The ``data.sampling`` that ``objective`` needs; None where any will do."""
 
+    curve_titles: ClassVar[dict[str, str]] = {"data": "Classification term"}
+    """First words of terms and measures -> title of their chart in a report; others are titled by their name."""
+
     citation: str = ""
     """BibTeX of the publication, for the card of a shared model; empty where there is none."""
 

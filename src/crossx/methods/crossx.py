@@ -50,6 +50,12 @@ class CrossX(Method):
         UsageError: For an option that cannot work.
     """
 
+    curve_titles = Method.curve_titles | {
+        "c3s": "C3S term",
+        "cross_layer": "Cross-layer term",
+        "s": "Likeness S of the parts (Eq. 3)",
+    }
+
     citation = """\
 @inproceedings{luo2019crossx,
   title     = {Cross-X Learning for Fine-Grained Visual Categorization},

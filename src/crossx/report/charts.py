@@ -1,13 +1,14 @@
-"""Charts as numbers: places in a drawing of ``WIDTH`` by ``HEIGHT``, which ``charts.html.j2`` turns into SVG.
+"""Charts as numbers: coordinates in a drawing of ``WIDTH`` by ``HEIGHT`` that ``charts.html.j2`` turns into SVG.
 
-Colours are left to the page's style sheet, so that a chart follows the reader's light or dark mode.
+The page's style sheet sets the colours, so that charts follow the reader's light or dark mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -17,51 +18,33 @@ WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 """Margins of the drawing."""
 MAX_POINTS = 400
-"""Of longer curves every n-th point is drawn."""
+"""Of longer curves only every n-th point is drawn."""
 MAX_DOTS = 60
-"""Up to so many points each has a dot, which tells its value under the pointer."""
+"""Up to this many points, each has a dot with its value as a tooltip."""
 
 COUNTERS = ("epoch", "step", "seconds")
-"""Columns of the history that count and are no curve."""
-TITLES = {
-    "loss": "Loss",
-    "top1": "Accuracy (top-1)",
-    "lr": "Learning rate",
-    "data": "Classification term",
-    "c3s": "C3S term",
-    "cross_layer": "Cross-layer term",
-    "s": "Likeness S of the parts (Eq. 3)",
-}
-"""Titles of the curves known by the first words of their name; any other is titled by its name."""
+"""Columns of the history that are no curves."""
+TITLES = {"loss": "Loss", "top1": "Accuracy (top-1)", "lr": "Learning rate"}
+"""Titles of the curves that every training has; a method names its own terms (``Method.curve_titles``)."""
 
 
-@dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: its place in the drawing and its text."""
+class Tick(NamedTuple):
+    """A tick of an axis: its coordinate and text."""
 
     place: float
     text: str
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A point that tells its value."""
+class Dot(NamedTuple):
+    """A point with a tooltip."""
 
     x: float
     y: float
     text: str
 
 
-@dataclass(frozen=True)
-class Series:
-    """One curve.
-
-    Attributes:
-        label: Its name in the legend.
-        path: SVG path data.
-        dots: Its points, if there are few.
-        last: Its last value, as text.
-    """
+class Series(NamedTuple):
+    """A curve: its name, SVG path data, its dots if there are few, and its last value as text."""
 
     label: str
     path: str
@@ -69,18 +52,8 @@ class Series:
     last: str
 
 
-@dataclass(frozen=True)
-class LineChart:
-    """Curves over epochs.
-
-    Attributes:
-        title: Heading.
-        description: What is seen, in words.
-        series: The curves.
-        x_ticks: Marks of the horizontal axis.
-        y_ticks: Marks of the vertical axis.
-        kept: Place of the epoch whose weights were kept, where it is known.
-    """
+class LineChart(NamedTuple):
+    """Curves over epochs; ``kept`` is the coordinate of the epoch whose weights were kept, if known."""
 
     title: str
     description: str
@@ -90,16 +63,15 @@ class LineChart:
     kept: float | None
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Images whose probability lies in one bin.
+class Bin(NamedTuple):
+    """The images whose probability is between ``low`` and ``high``.
 
     Attributes:
-        low: Lower end of the bin.
+        low: Lower end.
         high: Upper end.
         n: Number of images.
-        confidence: Mean probability of the predicted class; None where there is no image.
-        accuracy: Share predicted right; None likewise.
+        confidence: Mean probability of the predicted class; None without images.
+        accuracy: Fraction predicted correctly; None without images.
     """
 
     low: float
@@ -109,15 +81,20 @@ class Bin:
     accuracy: float | None
 
 
-def training_curves(history: Sequence[Mapping[str, float]], kept: int | None = None) -> list[LineChart]:
-    """Draw every number of a training history, those that belong together in one chart.
+def training_curves(
+    history: Sequence[Mapping[str, float]],
+    kept: int | None = None,
+    titles: Mapping[str, str] = MappingProxyType({}),
+) -> list[LineChart]:
+    """Draw every number of a training history, related ones in one chart.
 
-    Names are ``SPLIT/WORD_WORD...`` or ``WORD...``; those with the same first word share a chart, which is named
-    by the words that they have in common. A curve that repeats another one everywhere is left out.
+    Names are ``SPLIT/WORD_WORD...`` or ``WORD...``. Those with the same first word share a chart, titled by the words
+    that they have in common. A curve that equals an earlier one everywhere is left out.
 
     Args:
-        history: A row an epoch.
+        history: One row per epoch.
         kept: The epoch whose weights were kept.
+        titles: First words of a name -> title, in addition to ``TITLES``.
     """
     groups: dict[str, list[str]] = {}
     seen: set[tuple[float | None, ...]] = set()
@@ -126,13 +103,13 @@ def training_curves(history: Sequence[Mapping[str, float]], kept: int | None = N
         if values not in seen:
             seen.add(values)
             groups.setdefault(_metric(name).split("_")[0], []).append(name)
-    # what was measured on several splits is looked at first
+    # numbers of several splits first
     ordered = sorted(groups.values(), key=lambda names: len(set(map(_split, names))) == 1)
-    return [_chart(history, names, kept) for names in ordered]
+    return [_chart(history, names, kept, {**titles, **TITLES}) for names in ordered]
 
 
 def thinned(rows: Sequence[Mapping[str, float]], most: int) -> list[Mapping[str, float]]:
-    """Return every n-th row and the last, at most ``most`` and one."""
+    """Return every n-th row and the last one, at most ``most`` + 1 rows."""
     step = -(-len(rows) // most) or 1
     kept = list(rows[::step])
     return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
@@ -141,14 +118,14 @@ def thinned(rows: Sequence[Mapping[str, float]], most: int) -> list[Mapping[str,
 def reliability_bins(
     confidences: NDArray[np.float32], correct: NDArray[np.bool_], count: int = 15
 ) -> list[Bin]:
-    """Sort images into equal bins of the predicted class's probability, as for the expected calibration error.
+    """Group images into equal bins of the predicted class's probability, as the expected calibration error does.
 
     Guo et al., "On Calibration of Modern Neural Networks", 2017 (https://arxiv.org/abs/1706.04599), section 2.
 
     Args:
         confidences: (N,), probability of the predicted class.
-        correct: (N,), whether the prediction is right.
-        count: Number of bins; the upper end belongs to a bin.
+        correct: (N,), whether the prediction is correct.
+        count: Number of bins; a bin includes its upper end.
     """
     number = np.clip(np.ceil(confidences.astype(float) * count).astype(int) - 1, 0, count - 1)
     bins = []
@@ -156,19 +133,13 @@ def reliability_bins(
         inside = number == index
         n = int(inside.sum())
         mean = float(confidences[inside].mean()) if n else None
-        right = float(correct[inside].mean()) if n else None
-        bins.append(Bin(index / count, (index + 1) / count, n, mean, right))
+        accuracy = float(correct[inside].mean()) if n else None
+        bins.append(Bin(index / count, (index + 1) / count, n, mean, accuracy))
     return bins
 
 
-def number_text(value: float, *, percent: bool = False) -> str:
-    """Write a number for a reader: four significant digits, or percent."""
-    return f"{value:.1%}" if percent else f"{value:.4g}"
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """A range of values laid over a range of places."""
+class _Axis(NamedTuple):
+    """Maps values from ``low`` to ``high`` to coordinates from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -180,33 +151,42 @@ class _Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def _chart(history: Sequence[Mapping[str, float]], names: Sequence[str], kept: int | None) -> LineChart:
+def _chart(
+    history: Sequence[Mapping[str, float]], names: Sequence[str], kept: int | None, titles: Mapping[str, str]
+) -> LineChart:
     words = [_metric(name).split("_") for name in names]
     common = _shared_start(words)
-    several_splits = len({_split(name) for name in names}) > 1
+    several_splits = len(set(map(_split, names))) > 1
     percent = all(_metric(name).startswith("top") for name in names)
     rows = thinned(history, MAX_POINTS)
     curves = [[(row["epoch"], row[name]) for row in rows if name in row] for name in names]
     first, last = history[0]["epoch"], history[-1]["epoch"]
-    # one epoch alone would be a range without width
+    # a single epoch would be a range of no width
     margin = 0 if last > first else 1
     across = _Axis(first - margin, last + margin, LEFT, WIDTH - RIGHT)
     heights = [y for curve in curves for _, y in curve]
     marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(heights), max(heights))
     up = _Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
+
+    def text(value: float) -> str:
+        return f"{value:.1%}" if percent else f"{value:.4g}"
+
     series = []
     for name, own, curve in zip(names, words, curves, strict=True):
-        label = [*([_split(name)] if several_splits else []), *own[len(common) :]]
-        series.append(_series(" ".join(label) or _split(name) or name, curve, across, up, percent))
-    title = _title(common)
-    told = "; ".join(
-        f"{line.label} from {number_text(curve[0][1], percent=percent)} to {line.last}"
+        split = _split(name)
+        label = " ".join([*([split] if several_splits else []), *own[len(common) :]]) or split or name
+        dots = [Dot(across.place(x), up.place(y), f"{label}, epoch {x:g}: {text(y)}") for x, y in curve]
+        path = "M" + "L".join(f"{dot.x:g},{dot.y:g}" for dot in dots)
+        series.append(Series(label, path, tuple(dots) if len(dots) <= MAX_DOTS else (), text(curve[-1][1])))
+    title = _title(common, titles)
+    ranges = "; ".join(
+        f"{line.label} from {text(curve[0][1])} to {line.last}"
         for line, curve in zip(series, curves, strict=True)
     )
     epochs = MaxNLocator(6, integer=True).tick_values(first, last)
     return LineChart(
         title=title,
-        description=f"{title}, epochs {first:g} to {last:g}: {told}.",
+        description=f"{title}, epochs {first:g} to {last:g}: {ranges}.",
         series=tuple(series),
         x_ticks=tuple(Tick(across.place(x), f"{x:g}") for x in epochs if first <= x <= last),
         y_ticks=tuple(Tick(up.place(y), f"{100 * y:g}%" if percent else f"{y:.4g}") for y in marks),
@@ -214,30 +194,16 @@ def _chart(history: Sequence[Mapping[str, float]], names: Sequence[str], kept: i
     )
 
 
-def _series(
-    label: str, curve: Sequence[tuple[float, float]], across: _Axis, up: _Axis, percent: bool
-) -> Series:
-    places = [(across.place(x), up.place(y)) for x, y in curve]
-    texts = [number_text(y, percent=percent) for _, y in curve]
-    dots = [
-        Dot(x, y, f"{label}, epoch {epoch:g}: {text}")
-        for (x, y), (epoch, _), text in zip(places, curve, texts, strict=True)
-    ]
-    path = "M" + "L".join(f"{x:g},{y:g}" for x, y in places)
-    return Series(label, path, tuple(dots) if len(dots) <= MAX_DOTS else (), texts[-1])
-
-
-def _title(words: Sequence[str]) -> str:
+def _title(words: Sequence[str], titles: Mapping[str, str]) -> str:
     for count in range(len(words), 0, -1):
-        if known := TITLES.get("_".join(words[:count])):
+        if known := titles.get("_".join(words[:count])):
             return ", ".join([known, *words[count:]])
     return " ".join(words)
 
 
 def _shared_start(words: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
-    ]
+    columns = zip(*words, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _split(name: str) -> str:

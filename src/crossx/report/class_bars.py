@@ -1,8 +1,7 @@
-"""The accuracy of each class as a picture."""
+"""Bar chart of the accuracy of each class."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,26 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from crossx.evaluation.metrics import ClassRow, worst_first
-from crossx.explain.palette import DARK_BLUE, SKY_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import DARK_BLUE, DPI, SKY_BLUE, VERMILION, save_png, shorten
 
-DPI = 150
 BAR, WORST, MEAN = SKY_BLUE, VERMILION, DARK_BLUE
 MAX_NAMED = 20
-"""Up to so many classes each has its name; of more, the ``NAMED_WORST`` worst have."""
+"""Up to this many classes are all named; of more, only the ``NAMED_WORST`` worst."""
 NAMED_WORST = 12
 MAX_NAME_LENGTH = 34
 
 
 def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> None:
-    """Draw the accuracy of each class as a PNG, the worst class first, with the mean over the classes.
+    """Draw the accuracy of each class as a PNG, worst class first, with the mean over classes.
 
-    Of more than ``MAX_NAMED`` classes the left half shows all, without names, and the right half the worst by name.
+    With more than ``MAX_NAMED`` classes, the left half shows all without names and the right half the worst by name.
 
     Args:
         rows: At least one class, each with at least one image.
         path: The PNG file to write.
-        title: Printed above.
+        title: Shown above.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -45,42 +42,33 @@ def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> 
         _draw_all(left, ranked, mean, len(named))
         _draw_named(right, named, mean, WORST)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        # names in a script that no font here has become boxes; the card's table has them whole
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)
 
 
 def _draw_all(axes: Axes, ranked: Sequence[ClassRow], mean: float, worst: int) -> None:
-    colours = [WORST if place < worst else BAR for place in range(len(ranked))]
+    colours = [WORST] * worst + [BAR] * (len(ranked) - worst)
     axes.bar(range(len(ranked)), [_percent(row) for row in ranked], width=1.0, color=colours)
     axes.axhline(mean, color=MEAN, linewidth=1, linestyle="--", label=f"mean {mean:.1f}%")
     axes.set_xlim(-0.5, len(ranked) - 0.5)
     axes.set_ylim(0, 100)
     axes.set_xticks([])
-    axes.set_xlabel(f"{len(ranked)} classes, the worst first", fontsize=9)
+    axes.set_xlabel(f"{len(ranked)} classes, worst first", fontsize=9)
     axes.set_ylabel("accuracy, %", fontsize=9)
     axes.legend(loc="lower right", fontsize=8)
     _trim(axes)
 
 
 def _draw_named(axes: Axes, rows: Sequence[ClassRow], mean: float, colour: str) -> None:
-    places = range(len(rows))
-    axes.barh(places, [_percent(row) for row in rows], height=0.7, color=colour)
+    axes.barh(range(len(rows)), [_percent(row) for row in rows], height=0.7, color=colour)
     axes.axvline(mean, color=MEAN, linewidth=1, linestyle="--")
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(
-            f"{round(_percent(row) * row.n / 100)} of {row.n}",
-            (0, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(places, [_shortened(row.name) for row in rows], fontsize=8, parse_math=False)
+    for y, row in enumerate(rows):
+        text = f"{round(_percent(row) * row.n / 100)} of {row.n}"
+        axes.annotate(text, (0, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    names = [shorten(row.name, MAX_NAME_LENGTH) for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(f"accuracy, % (dashed: mean over the classes, {mean:.1f}%)", fontsize=9)
+    axes.set_xlabel(f"accuracy, % (dashed: mean over classes, {mean:.1f}%)", fontsize=9)
     _trim(axes)
 
 
@@ -91,7 +79,3 @@ def _percent(row: ClassRow) -> float:
 def _trim(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

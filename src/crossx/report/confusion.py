@@ -1,4 +1,4 @@
-"""What a page shows of a confusion matrix: the most confused classes and pairs."""
+"""The most confused classes and pairs of a confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scipy.spatial.distance import squareform
 
 
 class MutualConfusion(NamedTuple):
-    """Two classes that are confused with each other; of the two directions the more frequent one comes first.
+    """Two classes that are confused with each other, the more frequent direction first.
 
     Attributes:
-        target: The class whose images are predicted as the other.
-        prediction: That other class.
+        target: The class whose images are predicted as the other one.
+        prediction: The other class.
         n: Number of images of ``target`` predicted as ``prediction``.
         back: Number of images of ``prediction`` predicted as ``target``.
     """
@@ -28,12 +28,12 @@ class MutualConfusion(NamedTuple):
 
 
 class ConfusionRow(NamedTuple):
-    """One row of some rows and columns of the confusion matrix.
+    """One row of a selection of the confusion matrix.
 
     Attributes:
         name: The true class.
-        cells: For each class that is shown the number of images and their share of the class.
-        elsewhere: Number of images predicted as a class that is not shown.
+        cells: Number of images and fraction of the class, per selected class.
+        elsewhere: Number of images predicted as a class outside the selection.
         n: Number of images of the class.
     """
 
@@ -44,36 +44,32 @@ class ConfusionRow(NamedTuple):
 
 
 def mutual_confusions(confusion: NDArray[np.int64]) -> list[MutualConfusion]:
-    """Return every pair of classes that are confused, most images in both directions first, ties in label order."""
+    """Return every confused pair of classes, most images in both directions first, ties in label order."""
     both = np.triu(confusion + confusion.T, k=1)
     first, second = np.nonzero(both)
-    order = np.argsort(-both[first, second], kind="stable")
     pairs = []
-    for a, b in zip(first[order].tolist(), second[order].tolist(), strict=True):
-        there, back = int(confusion[a, b]), int(confusion[b, a])
-        pairs.append(
-            MutualConfusion(a, b, there, back) if there >= back else MutualConfusion(b, a, back, there)
-        )
+    for index in np.argsort(-both[first, second], kind="stable"):
+        a, b = int(first[index]), int(second[index])
+        if confusion[a, b] < confusion[b, a]:
+            a, b = b, a
+        pairs.append(MutualConfusion(a, b, int(confusion[a, b]), int(confusion[b, a])))
     return pairs
 
 
 def confused_block(confusion: NDArray[np.int64], most: int) -> list[int]:
-    """Return the classes to show of a confusion matrix: all, or the ``most`` that are in the most confused pairs.
+    """Return the classes to show: all in label order, or the ``most`` of the most confused pairs.
 
-    All classes are in label order. In a selection, those confused with each other are next to each other, as the
-    leaves of an average-linkage tree.
+    A selection is ordered by the leaves of an average-linkage tree, which puts confused classes next to each other.
     """
     count = len(confusion)
     if count <= most:
         return list(range(count))
-    chosen: list[int] = []
-    for pair in mutual_confusions(confusion):
-        chosen += [label for label in (pair.target, pair.prediction) if label not in chosen]
-    selected = np.array(sorted(chosen[:most]), dtype=np.int64)
+    chosen = dict.fromkeys(label for pair in mutual_confusions(confusion) for label in pair[:2])
+    selected = np.array(sorted(list(chosen)[:most]), dtype=np.int64)
     if len(selected) < 3:
         return [int(label) for label in selected]
-    likeness = (confusion + confusion.T)[np.ix_(selected, selected)].astype(float)
-    distance = likeness.max() - likeness
+    similarity = (confusion + confusion.T)[np.ix_(selected, selected)].astype(float)
+    distance = similarity.max() - similarity
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
     return [int(label) for label in selected[leaves_list(tree)]]
@@ -82,7 +78,7 @@ def confused_block(confusion: NDArray[np.int64], most: int) -> list[int]:
 def confusion_rows(
     confusion: NDArray[np.int64], classes: Sequence[str], labels: Sequence[int]
 ) -> list[ConfusionRow]:
-    """Return the rows of ``labels`` in the confusion matrix, with the columns of ``labels``."""
+    """Return the rows and columns of ``labels`` in the confusion matrix."""
     rows = []
     for label in labels:
         counts = confusion[label, labels].tolist()

@@ -1,38 +1,46 @@
-"""Images of a test set with what the network says about them and what its parts look at."""
+"""Example images of a test set, with their predictions and activation maps."""
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from crossx.report.confusion import MutualConfusion, mutual_confusions
 from crossx.report.results import RunResults
-from crossx.report.thumbnails import data_uri, tile_side
 
 PAIRS = 6
-"""Pairs of classes with pictures of both."""
+"""Confused pairs of classes with images of both."""
 WRONG = 8
-"""Wrong predictions with pictures, the most confident ones."""
+"""Wrong predictions shown, the most confident ones."""
 RIGHT = 8
-"""Right predictions with pictures, drawn at random."""
+"""Correct predictions shown, drawn at random with ``SEED``."""
 SEED = 0
-"""Of that draw."""
 TOP = 3
-"""Classes named for each image."""
+"""Classes listed for each image."""
+
+TILE_SIDE = 176
+"""Longer side of a picture, in pixels."""
+MAX_TILES = 160
+"""More pictures are made smaller, so that together they take the space of this many."""
+QUALITY = 72
+"""WebP quality. With the two limits above, all pictures of a page take less than 4.7 MB, even of pure noise."""
 
 
 class ShownImages(NamedTuple):
-    """Which images of a test set are shown.
+    """Indices of the images of a test set that are shown.
 
     Attributes:
-        pairs: A pair, its most confident image taken for the other class, and the most confident right image of that
-            other class (None where no image of it is right).
+        pairs: A confused pair, its most confident mistake, and the most confident correct image of the predicted class
+            (None if no image of that class is predicted correctly).
         wrong: The most confident wrong predictions, most confident first.
-        right: Right predictions drawn at random, in the order of the images.
+        right: Correct predictions drawn at random, in the order of the images.
     """
 
     pairs: list[tuple[MutualConfusion, int, int | None]]
@@ -41,34 +49,16 @@ class ShownImages(NamedTuple):
 
     @property
     def images(self) -> list[int]:
-        """Every image that is shown, sorted, each once."""
+        """Every image that is shown, sorted and without duplicates."""
         shown = {image for _, *both in self.pairs for image in both if image is not None}
         return sorted(shown.union(self.wrong, self.right))
 
 
-def choose_examples(run: RunResults) -> ShownImages:
-    """Choose the images to show, at most ``2 * PAIRS + WRONG + RIGHT``; the same on every machine."""
-    wrong = np.flatnonzero(~run.correct)
-    right = np.flatnonzero(run.correct)
-    drawn = np.random.default_rng(SEED).choice(right, min(RIGHT, len(right)), replace=False)
-    pairs = []
-    for pair in mutual_confusions(run.confusion)[:PAIRS]:
-        taken = _most_confident(run, (run.targets == pair.target) & (run.predictions == pair.prediction))
-        other = _most_confident(run, run.correct & (run.targets == pair.prediction))
-        pairs.append((pair, taken[0], other[0] if other else None))
-    return ShownImages(
-        pairs,
-        wrong[np.argsort(-run.confidences[wrong], kind="stable")][:WRONG].tolist(),
-        sorted(drawn.tolist()),
-    )
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What is to be seen of one image.
+class Pictures(NamedTuple):
+    """Pictures of one image.
 
     Attributes:
-        image: uint8 (H, W, 3), what the network sees.
+        image: uint8 (H, W, 3), as the network sees it.
         overlays: Stage name -> for each part the image under its activation map, uint8 (H, W, 3).
         has_boxes: Whether numbered regions are drawn on ``image``.
     """
@@ -84,9 +74,9 @@ class Example(NamedTuple):
     Attributes:
         path: Its path below the root of the data.
         target: The true class.
-        prediction: The class predicted.
+        prediction: The predicted class.
         top: The most probable classes with their probabilities, best first.
-        image: The image as a data URI; None where it cannot be shown.
+        image: The image as a data URI; None if it cannot be shown.
         stages: Stage name -> for each part the overlay as a data URI.
     """
 
@@ -103,36 +93,71 @@ class Example(NamedTuple):
         return self.target == self.prediction
 
 
-def make_examples(
-    run: RunResults, numbers: Sequence[int], pictures: Mapping[int, Pictures]
-) -> dict[int, Example]:
-    """Describe images; image number to example.
-
-    Args:
-        run: The tested run.
-        numbers: Which images.
-        pictures: Image number -> its pictures, as far as there are any.
-    """
-    tiles = sum(1 + sum(map(len, shown.overlays.values())) for shown in pictures.values())
-    side = tile_side(tiles)
-    return {number: _example(run, number, pictures.get(number), side) for number in numbers}
-
-
-def _example(run: RunResults, number: int, pictures: Pictures | None, side: int) -> Example:
-    probabilities = run.probabilities[number]
-    order = np.argsort(-probabilities, kind="stable")[:TOP].tolist()
-    stages = pictures.overlays if pictures is not None else {}
-    return Example(
-        path=str(run.paths[number]),
-        target=run.classes[run.targets[number]],
-        prediction=run.classes[run.predictions[number]],
-        top=[(run.classes[label], float(probabilities[label])) for label in order],
-        image=data_uri(pictures.image, side) if pictures is not None else None,
-        stages={name: [data_uri(part, side) for part in parts] for name, parts in stages.items()},
+def choose_examples(run: RunResults) -> ShownImages:
+    """Choose at most ``2 * PAIRS + WRONG + RIGHT`` images to show, the same on every machine."""
+    wrong = np.flatnonzero(~run.correct)
+    right = np.flatnonzero(run.correct)
+    drawn = np.random.default_rng(SEED).choice(right, min(RIGHT, len(right)), replace=False)
+    pairs = []
+    for pair in mutual_confusions(run.confusion)[:PAIRS]:
+        mistakes = (run.targets == pair.target) & (run.predictions == pair.prediction)
+        mistake = _most_confident(run, mistakes)
+        assert mistake is not None
+        pairs.append((pair, mistake, _most_confident(run, run.correct & (run.targets == pair.prediction))))
+    return ShownImages(
+        pairs,
+        wrong[np.argsort(-run.confidences[wrong], kind="stable")][:WRONG].tolist(),
+        sorted(drawn.tolist()),
     )
 
 
-def _most_confident(run: RunResults, chosen: NDArray[np.bool_]) -> list[int]:
-    """Return the one image of a mask that the network was surest about, the first of equal ones; none of none."""
+def make_examples(
+    run: RunResults, numbers: Sequence[int], pictures: Mapping[int, Pictures]
+) -> dict[int, Example]:
+    """Describe images: image number -> example.
+
+    Args:
+        run: The tested run.
+        numbers: The images.
+        pictures: Image number -> its pictures, for the images that have any.
+    """
+    side = tile_side(sum(1 + sum(map(len, shown.overlays.values())) for shown in pictures.values()))
+    examples = {}
+    for number in numbers:
+        probabilities = run.probabilities[number]
+        shown = pictures.get(number)
+        examples[number] = Example(
+            path=str(run.paths[number]),
+            target=run.classes[run.targets[number]],
+            prediction=run.classes[run.predictions[number]],
+            top=[
+                (run.classes[label], float(probabilities[label]))
+                for label in np.argsort(-probabilities, kind="stable")[:TOP]
+            ],
+            image=data_uri(shown.image, side) if shown else None,
+            stages={
+                stage: [data_uri(part, side) for part in parts]
+                for stage, parts in (shown.overlays if shown else {}).items()
+            },
+        )
+    return examples
+
+
+def tile_side(tiles: int) -> int:
+    """Return the longer side of each of ``tiles`` pictures, in pixels."""
+    return round(TILE_SIDE * min(1, math.sqrt(MAX_TILES / max(tiles, 1))))
+
+
+def data_uri(picture: NDArray[np.uint8], side: int) -> str:
+    """Return a picture (H, W, 3), shrunk to fit ``side``, as the data URI of a WebP image."""
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _most_confident(run: RunResults, chosen: NDArray[np.bool_]) -> int | None:
+    """Return the most confident image of a mask, the first of equal ones."""
     images = np.flatnonzero(chosen)
-    return [int(images[run.confidences[images].argmax()])] if len(images) else []
+    return int(images[run.confidences[images].argmax()]) if len(images) else None

@@ -1,7 +1,7 @@
-"""From what is known about a run to the text of its page.
+"""The HTML page of a tested run.
 
-The page needs nothing beside itself: styles are in it, pictures are data URIs, there is no script, and a content
-security policy forbids the browser to load anything. Jinja escapes every name and path.
+The page is self-contained: the style sheet is in it, pictures are data URIs, there is no script, and a content security
+policy forbids the browser to load anything. Jinja escapes every name and path.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
+from crossx.methods.base import Method, list_methods, method_class
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
 from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
@@ -24,11 +25,11 @@ from crossx.report.results import RunResults
 from crossx.report.tables import Table, cell
 
 BLOCK = 20
-"""Classes in the confusion matrix; of more the most confused ones are shown."""
+"""Classes in the confusion matrix; of more, the most confused ones are shown."""
 EXTREMES = 10
-"""Worst and best classes; up to twice as many classes are in one table."""
+"""Worst and best classes shown; up to twice as many classes share one table."""
 MAX_LISTED_CLASSES = 1000
-"""Up to so many classes the page has a table of all of them."""
+"""Up to this many classes, the page has a table of all of them."""
 MAX_HISTORY_ROWS = 100
 MAX_SKIPPED = 20
 
@@ -40,47 +41,40 @@ def render(
 
     Args:
         run: The tested run.
-        shown: Which images are shown.
-        pictures: Image number -> its pictures, as far as there are any.
+        shown: The images to show.
+        pictures: Image number -> its pictures, for the images that have any.
         notices: What the reader should know first, one sentence each.
     """
     rows = run.class_rows
-    ranked = worst_first(rows)
     block = confused_block(run.confusion, BLOCK)
     kept = (run.info.get("selection") or {}).get("epoch")
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            run=run,
-            results=run.results,
-            info=run.info,
-            notices=[*result_notices(run.results), *notices],
-            charts=charts,
-            curves=charts.training_curves(run.history, kept),
-            history=_history(run),
-            bins=charts.reliability_bins(run.confidences, run.correct),
-            ranked=ranked,
-            best=sorted(rows, key=lambda row: -(row.accuracy or 0.0))[:EXTREMES],
-            extremes=EXTREMES,
-            listed=rows if 2 * EXTREMES < len(rows) <= MAX_LISTED_CLASSES else [],
-            block=[run.classes[label] for label in block],
-            confusion=confusion_rows(run.confusion, run.classes, block),
-            shown=shown,
-            examples=make_examples(run, shown.images, pictures),
-            has_pictures=bool(pictures),
-            has_boxes=any(picture.has_boxes for picture in pictures.values()),
-            many_tiles=any(sum(map(len, picture.overlays.values())) > 3 for picture in pictures.values()),
-            seed=SEED,
-            part_tables=part_tables(run.parts),
-            provenance=_provenance(run),
-            skipped={
-                "training": run.info.get("skipped") or [],
-                "test": run.results.get("skipped") or [],
-            },
-            max_skipped=MAX_SKIPPED,
-            version=metadata.version("crossx"),
-        )
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        run=run,
+        results=run.results,
+        info=run.info,
+        notices=[*result_notices(run.results), *notices],
+        charts=charts,
+        curves=charts.training_curves(run.history, kept, _curve_titles(run.spec.method)),
+        history=_history(run),
+        bins=charts.reliability_bins(run.confidences, run.correct),
+        ranked=worst_first(rows),
+        best=sorted(rows, key=lambda row: -(row.accuracy or 0.0))[:EXTREMES],
+        extremes=EXTREMES,
+        listed=rows if 2 * EXTREMES < len(rows) <= MAX_LISTED_CLASSES else [],
+        block=[run.classes[label] for label in block],
+        confusion=confusion_rows(run.confusion, run.classes, block),
+        shown=shown,
+        examples=make_examples(run, shown.images, pictures),
+        has_pictures=bool(pictures),
+        has_boxes=any(picture.has_boxes for picture in pictures.values()),
+        many_tiles=any(sum(map(len, picture.overlays.values())) > 3 for picture in pictures.values()),
+        seed=SEED,
+        part_tables=part_tables(run.parts),
+        provenance=_provenance(run),
+        skipped={"training": run.info.get("skipped") or [], "test": run.results.get("skipped") or []},
+        max_skipped=MAX_SKIPPED,
+        version=metadata.version("crossx"),
     )
 
 
@@ -96,8 +90,13 @@ def _environment() -> Environment:
     return environment
 
 
+def _curve_titles(method: str) -> Mapping[str, str]:
+    known = method in list_methods()
+    return (method_class(method) if known else Method).curve_titles
+
+
 def _breakable(name: str) -> Markup:
-    """Escape a name or path and let lines break after its underscores and slashes."""
+    """Escape a name or path and allow line breaks after its underscores and slashes."""
     return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
 
 
@@ -107,13 +106,13 @@ def _history(run: RunResults) -> Table:
     return Table(
         columns,
         tuple(tuple(cell(row.get(name)) for name in columns) for row in rows),
-        "Every number of the training, a row an epoch",
+        "Every number of the training, one row per epoch",
         len(run.history) - len(rows),
     )
 
 
 def _provenance(run: RunResults) -> dict[str, str]:
-    """Return where the run and its results come from, name to text, without what is not known."""
+    """Return what is known about the origin of the run and its results, name -> text."""
     results, info = run.results, run.info
     facts = {
         "run": info.get("id"),
@@ -131,10 +130,12 @@ def _provenance(run: RunResults) -> dict[str, str]:
     }
     for when, environment in (("trained", info.get("environment")), ("tested", results.get("environment"))):
         if environment:
-            versions = _in_words(environment.get("versions")) or "versions not known"
+            versions = _in_words(environment.get("versions")) or "versions unknown"
             facts[f"{when} with"] = f"Python {environment.get('python')}, {versions}"
             facts[f"{when} on"] = environment.get("platform")
-            facts[f"{when} at commit"] = _commit(environment.get("git"))
+            if git := environment.get("git"):
+                dirty = ", with uncommitted changes" if git["dirty"] else ""
+                facts[f"{when} at commit"] = f"{git['commit']}{dirty}"
     return {name: cell(value) for name, value in facts.items() if value is not None}
 
 
@@ -142,9 +143,3 @@ def _in_words(values: Mapping[str, Any] | None) -> str | None:
     if not values:
         return None
     return ", ".join(f"{name} {cell(value)}" for name, value in values.items() if value is not None)
-
-
-def _commit(git: Mapping[str, Any] | None) -> str | None:
-    if not git:
-        return None
-    return f"{git['commit']}{', with uncommitted changes' if git['dirty'] else ''}"

@@ -1,26 +1,36 @@
-"""Tables of what ``crossx test RUN --parts`` measures."""
+"""Tables of the measures of ``crossx test RUN --parts``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crossx.report.tables import Table, cell
 
 VIEWS = {"flip": "correlation with the map of the flipped image", "zoom": "the same, zoomed"}
+SHARES = "Share of the activation within a part over the part's share of the area, by stage and network part"
+AGREEMENT = "Whether each part of the network finds a part of its own, with 95% intervals"
+AGREEMENT_COLUMNS = (
+    *("stage", "same part in all images (NMI)", "by chance", "p"),
+    *("overlap", "by chance", "correlation"),
+)
 
 
 def part_tables(measures: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of ``SPLIT_parts.json``; none where it has a form that is not known here."""
+    """Return the tables of ``SPLIT_parts.json``; none if its format is unknown."""
     try:
-        agreement = _agreement(measures["stages"])
-        return [_shares(measures), *([agreement] if agreement.rows else [])]
+        names = [f"{stage} · {number}" for stage, number, _ in excitations(measures["stages"])]
+        shares, views = share_rows(measures, VIEWS)
+        tables = [Table(("part", "images", *names), (*shares, *views), SHARES)]
+        if agreement := _agreement(measures["stages"]):
+            tables.append(Table(AGREEMENT_COLUMNS, agreement, AGREEMENT))
+        return tables
     except (AttributeError, LookupError, TypeError, ValueError):
         return []
 
 
 def excitations(stages: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, Any]]]:
-    """Return the stage, the number from 1 and the measures of every excitation."""
+    """Return the stage, the number (from 1) and the measures of every excitation."""
     return [
         (stage, number, excitation)
         for stage, measured in stages.items()
@@ -31,14 +41,14 @@ def excitations(stages: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, 
 def share_rows(
     measures: Mapping[str, Any], views: Mapping[str, str]
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Return the rows of a table with a column for each of ``excitations``.
+    """Return the rows of a table with one column per excitation.
 
     Args:
         measures: ``SPLIT_parts.json``.
         views: View, ``flip`` or ``zoom``, -> name of its row.
 
     Returns:
-        For each part, and for the whole object where its box is known: name, number of images, and the share of
+        For each part, and for the whole object if its box is known: name, number of images, and the share of
         activation over the share of area. For each view: name, nothing, and the correlations.
     """
     columns = [excitation for *_, excitation in excitations(measures["stages"])]
@@ -54,44 +64,24 @@ def share_rows(
     ]
 
 
-def _shares(measures: Mapping[str, Any]) -> Table:
-    names = [f"{stage} · {number}" for stage, number, _ in excitations(measures["stages"])]
-    shares, views = share_rows(measures, VIEWS)
-    caption = (
-        "Share of the activation within a part over the part's share of the area, by stage and network part"
-    )
-    return Table(("part", "images", *names), (*shares, *views), caption)
-
-
-def _agreement(stages: Mapping[str, Any]) -> Table:
-    rows = []
+def _agreement(stages: Mapping[str, Any]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
     for stage, measured in stages.items():
         consistency, diversity = measured["consistency"], measured["diversity"]
-        if consistency is None:
-            continue
-        rows.append(
-            (
-                stage,
-                _with_interval(consistency["nmi"], consistency["interval"]),
-                f"{consistency['chance']:.3f}",
-                f"{consistency['p_value']:.3g}",
-                _with_interval(diversity["overlap"]["value"], diversity["overlap"]["interval"]),
-                f"{diversity['overlap']['chance']:.3f}",
-                _with_interval(diversity["correlation"]["value"], diversity["correlation"]["interval"]),
+        if consistency is not None:
+            overlap, correlation = diversity["overlap"], diversity["correlation"]
+            rows.append(
+                (
+                    stage,
+                    _with_interval(consistency["nmi"], consistency["interval"]),
+                    f"{consistency['chance']:.3f}",
+                    f"{consistency['p_value']:.3g}",
+                    _with_interval(overlap["value"], overlap["interval"]),
+                    f"{overlap['chance']:.3f}",
+                    _with_interval(correlation["value"], correlation["interval"]),
+                )
             )
-        )
-    header = (
-        "stage",
-        "same part in all images (NMI)",
-        "by chance",
-        "p",
-        "overlap",
-        "by chance",
-        "correlation",
-    )
-    return Table(
-        header, tuple(rows), "Whether each part of the network finds a part of its own, with 95% intervals"
-    )
+    return rows
 
 
 def _ratio(number: Mapping[str, Any] | None) -> str:

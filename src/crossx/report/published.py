@@ -1,7 +1,7 @@
-"""The accuracies that the Cross-X paper prints, as data: Tables 2 to 7 of https://arxiv.org/abs/1909.04412.
+"""The accuracies that the Cross-X paper prints: Tables 2 to 7 of https://arxiv.org/abs/1909.04412.
 
-``published.csv`` holds a line for each printed row. The backbone is what caption or text say, else ResNet-50, which
-section 4.1 gives for whatever is not said otherwise; ``crops`` is ``multi`` for the tables' first groups.
+``published.csv`` has one line per printed row. The backbone is the one that caption or text name, otherwise ResNet-50
+(section 4.1, for everything not said otherwise); ``crops`` is ``multi`` for the first groups of the tables.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class PublishedResult:
         dataset: Our name of the dataset: ``cub``, ``nabirds``, ``cars``, ``dogs`` or ``aircraft``.
         approach: The paper's name of the method.
         reference: Number in the paper's bibliography; empty for the paper's own.
-        backbone: The network that it stands on.
-        one_stage: ``yes`` or ``no``: trained end to end after initialisation; empty where it is not known.
+        backbone: The network that it is based on.
+        one_stage: ``yes`` or ``no``: trained end to end after initialisation; empty if unknown.
         separate_initialization: ``yes`` or ``no``.
         crops: ``single`` or ``multi``.
         accuracy: As a fraction; see ``metric``.
-        note: What the text says beside the table.
+        note: What the text adds.
     """
 
     table: int

@@ -1,4 +1,4 @@
-"""From a tested run to its page: the images to show, what the network's parts look at, the file."""
+"""Write the report of a tested run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from crossx.data.index import SPLITS
 from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
-from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork, within_memory
 from crossx.evaluation.predictions import relative_paths
 from crossx.evaluation.subject import open_data
@@ -44,7 +43,7 @@ def report_path(run: str | Path, split: str = "test", output: str | Path | None 
         raise unknown("split", split, SPLITS)
     path = Path(output) if output is not None else open_run(run)[0].results_folder() / split / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{path}: the report is one HTML page: give --output a name that ends in .html.")
+        raise UsageError(f"{path}: the report is an HTML page: give --output a name that ends in .html.")
     check_output_file(path)
     return path
 
@@ -52,9 +51,9 @@ def report_path(run: str | Path, split: str = "test", output: str | Path | None 
 def report_run(
     run: str | Path, *, split: str = "test", output: str | Path | None = None, device: str = "auto"
 ) -> Path:
-    """Write the page of a run that was tested on ``split``.
+    """Write the report of a run that was tested on ``split``.
 
-    Where the images cannot be read any more the page says so and goes without pictures.
+    If the images can no longer be read, the page says so and has no pictures.
 
     Args:
         run: A run folder (its selected weights) or a checkpoint file in one, the one that was tested.
@@ -70,8 +69,7 @@ def report_run(
         CrossXError: If the run is missing or was not tested, or the file cannot be written.
     """
     target = report_path(run, split, output)
-    folder = open_run(run)[0]
-    tested = RunResults.read(folder, split)
+    tested = RunResults.read(open_run(run)[0], split)
     shown = choose_examples(tested)
     notices = []
     try:
@@ -79,14 +77,14 @@ def report_run(
     except CrossXError as error:
         images = {}
         notices.append(f"The page has no pictures: {error}")
-        log.warning("the page goes without pictures: %s", error)
+        log.warning("the page has no pictures: %s", error)
     pictures = _pictures(run, images, device) if images else {}
     write_text(target, render(tested, shown, pictures, notices))
     return target
 
 
 def _read_images(tested: RunResults, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return the images as the network sees them, number to uint8 (3, S, S)."""
+    """Return the images as the network sees them, number -> uint8 (3, S, S)."""
     results = tested.results
     data = open_data(tested.info, tested.spec, root=results.get("data_root"), dataset=results["dataset"])
     paths = relative_paths(data.index, split, data.config.root)
@@ -96,17 +94,16 @@ def _read_images(tested: RunResults, split: str, numbers: Sequence[int]) -> dict
     for number in numbers:
         path = str(tested.paths[number])
         if path not in files:
-            raise CrossXError(f"{path} was tested and is not in {data.config.root} any more.")
+            raise CrossXError(f"{path} was tested but is no longer in {data.config.root}.")
         images[number] = transform(transform.read(files[path]))
     return images
 
 
 @torch.inference_mode()
 def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dict[int, Pictures]:
-    """Lay the activation maps of every stage and part over the images; draw the method's boxes on them."""
-    chosen = select_device(device)
+    """Overlay the activation maps of every stage and part on the images, and draw the method's boxes."""
     method, spec = load_method(run)
-    network = TorchNetwork(method, Normalize(spec.preprocessing), chosen)
+    network = TorchNetwork(method, Normalize(spec.preprocessing), device)
     pictures = {}
     for start in range(0, len(images), BATCH_SIZE):
         numbers = list(images)[start : start + BATCH_SIZE]
@@ -114,13 +111,13 @@ def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dic
         with within_memory(len(batch)):
             inputs = network.inputs(batch)
             maps, boxes = method.activation_maps(inputs), method.boxes(inputs)
-        for place, number in enumerate(numbers):
-            image = images[number].permute(1, 2, 0).numpy()
+        for index, number in enumerate(numbers):
+            image = images[number].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
             overlays = {
-                stage: [overlay(image, part.float().cpu().numpy()) for part in parts[place]]
+                stage: [overlay(image, part.float().cpu().numpy()) for part in parts[index]]
                 for stage, parts in maps.items()
             }
             if boxes is not None:
-                image = outline(image, boxes[place].float().cpu().numpy())
+                image = outline(image, boxes[index].float().cpu().numpy())
             pictures[number] = Pictures(image, overlays, boxes is not None)
     return pictures

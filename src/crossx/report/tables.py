@@ -1,4 +1,4 @@
-"""Tables of texts, and as Markdown, CSV and LaTeX."""
+"""Tables of text, written as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from crossx.runs import write_text
 
 MAX_LISTED = 12
-"""Items of a list that ``cell`` writes out."""
+"""Items of a list that ``cell`` shows."""
 
 _LATEX = str.maketrans(
     {
@@ -37,12 +37,12 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below column heads.
+    """Rows of text under a header.
 
     Attributes:
-        columns: The heads.
+        columns: The header.
         rows: Each as long as ``columns``; the first cell names the row.
-        caption: One line on what it shows.
+        caption: One line on what the table shows.
         left_out: Number of rows that are not shown.
     """
 
@@ -52,7 +52,7 @@ class Table:
     left_out: int = 0
 
     def to_markdown(self) -> str:
-        """Return a GitHub-flavoured Markdown table, its columns aligned in the source too."""
+        """Return a GitHub-flavoured Markdown table whose columns are aligned in the source too."""
         cells = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
         lines = [_line(row, widths) for row in cells]
@@ -99,7 +99,7 @@ class Table:
 
 
 def cell(value: Any) -> str:
-    """Write one value of JSON for a reader."""
+    """Format one JSON value for a reader."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -113,19 +113,20 @@ def cell(value: Any) -> str:
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """Return a fraction as percent with its interval: ``88.81 (87.53, 90.05)``; a dash for None."""
-    if value is None:
-        return "–"
-    bounds = f" ({100 * interval[0]:.2f}, {100 * interval[1]:.2f})" if interval else ""
-    return f"{100 * value:.2f}{bounds}"
+    """Format a fraction as percent with its interval, ``88.81 (87.53, 90.05)``; None as a dash."""
+    return _scaled(value, interval, ".2f")
 
 
 def points(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """Return a difference of fractions in percentage points, with sign: ``+2.56 (+1.41, +3.76)``; a dash for None."""
+    """Format a difference in percentage points with its sign, ``+2.56 (+1.41, +3.76)``; None as a dash."""
+    return _scaled(value, interval, "+.2f")
+
+
+def _scaled(value: float | None, interval: Sequence[float] | None, form: str) -> str:
     if value is None:
         return "–"
-    bounds = f" ({100 * interval[0]:+.2f}, {100 * interval[1]:+.2f})" if interval else ""
-    return f"{100 * value:+.2f}{bounds}"
+    bounds = f" ({100 * interval[0]:{form}}, {100 * interval[1]:{form}})" if interval else ""
+    return f"{100 * value:{form}}{bounds}"
 
 
 def _markdown(cell: str) -> str:

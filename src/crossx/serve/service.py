@@ -20,8 +20,9 @@ from torch import Tensor
 
 from crossx.data.images import ImageError
 from crossx.errors import UsageError
-from crossx.explain.figures import FigureRow, caption, draw, layer, save_png
+from crossx.explain.figures import FigureRow, caption, draw, layer
 from crossx.explain.maps import Kind
+from crossx.explain.plotting import save_png
 from crossx.predict.predictor import Predictor, class_number
 from crossx.predict.results import ExplainedImage
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError

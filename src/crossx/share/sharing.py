@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from crossx.errors import CrossXError, UsageError
-from crossx.explain.figures import figure, save_png
+from crossx.explain.figures import figure
+from crossx.explain.plotting import save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
 from crossx.methods.base import Method
 from crossx.methods.checkpoint import load_method, save_weights
@@ -34,7 +35,6 @@ from crossx.recipes import architecture
 from crossx.report.class_bars import plot_class_accuracy
 from crossx.runs import (
     ModelSpec,
-    atomic_path,
     check_writable,
     read_json,
     storage_error,
@@ -95,8 +95,7 @@ def save_pretrained(
         plot_class_accuracy(data.classes, target / ACCURACY, title=title)
         figures.append(CardFigure(ACCURACY, "Accuracy of each class on the test images"))
     if maps is not None:
-        with atomic_path(target / MAPS) as temporary:
-            save_png(maps, temporary)
+        save_png(maps, target / MAPS)
         figures.append(CardFigure(MAPS, "Where the network looks: activation maps of every stage and part"))
     card = write_card(data, repository=repository, license=license, figures=figures)
     write_text(target / CARD, card)

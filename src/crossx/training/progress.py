@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from crossx.evaluation.progress import progress_bar
 
 DRAWN_PER_SECOND = 4
 
@@ -23,16 +23,14 @@ class Bar:
     def __init__(self, enabled: bool, numbers: Callable[[], Mapping[str, str]]) -> None:
         self._numbers = numbers
         # fits 80 characters with the metrics
-        self._progress = Progress(
+        self._progress = progress_bar(
             TextColumn("{task.description}"),
             BarColumn(10),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("left {task.fields[numbers]}"),
-            console=Console(stderr=True),
+            enabled=enabled,
             refresh_per_second=DRAWN_PER_SECOND,
-            transient=True,
-            disable=not enabled or not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task("", numbers="")
         self._next = 0.0

@@ -29,7 +29,7 @@ from crossx.evaluation.parts.measures import (
     zoom,
     zoom_maps,
 )
-from crossx.evaluation.parts.regions import Regions
+from crossx.evaluation.parts.regions import CropRegions
 
 QUARTERS = [(0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)]
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -43,7 +43,7 @@ def few_resamples(monkeypatch):
 def regions(boxes, images=1, visible=None):
     shape = (images, len(boxes))
     seen = torch.ones(shape, dtype=torch.bool) if visible is None else torch.tensor(visible)
-    return Regions(torch.tensor(boxes).expand(*shape, 4), torch.full((images,), 0.1), seen)
+    return CropRegions(torch.tensor(boxes).expand(*shape, 4), torch.full((images,), 0.1), seen)
 
 
 def quarter_maps(*chosen, size=8):
@@ -61,7 +61,7 @@ def random_regions(seed, images=3, parts=4):
     extent = torch.rand(images, parts, 2, generator=generator) * 0.4
     extent[:, 0] = 0  # a keypoint
     visible = torch.rand(images, parts, generator=generator) > 0.3
-    return Regions(torch.cat([corner, corner + extent], 2), torch.full((images,), 0.15), visible)
+    return CropRegions(torch.cat([corner, corner + extent], 2), torch.full((images,), 0.15), visible)
 
 
 def measured(maps, parts):
@@ -292,7 +292,7 @@ def test_ranges_and_scale(seed, height, width, scale):
 def test_the_order_of_images_does_not_matter(seed):
     maps, parts = random_maps(seed, images=6), random_regions(seed, images=6)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    permuted = Regions(parts.boxes[order], parts.radii, parts.visible[order])
+    permuted = CropRegions(parts.boxes[order], parts.radii, parts.visible[order])
     one_by_one = [measured(maps[b : b + 1], parts[b : b + 1]) for b in order.tolist()]
     for name, values in measured(maps[order], permuted).items():
         torch.testing.assert_close(values, torch.cat([single[name] for single in one_by_one]))
@@ -314,7 +314,7 @@ def test_bootstrap_of_a_mean_has_the_normal_interval(monkeypatch):
 
 def test_a_ratio_is_that_of_the_means_over_images_that_show_the_part():
     values, chance = np.array([0.6, 0.2, 9.0, 0.1]), np.array([0.2, 0.1, 9.0, 0.3])
-    result = Bootstrap(4).beside_chance(values, chance, np.array([True, True, False, True]))
+    result = Bootstrap(4).with_chance(values, chance, np.array([True, True, False, True]))
     assert result["value"] == pytest.approx(0.3)
     assert result["chance"] == pytest.approx(0.2)
     assert result["over_chance"] == pytest.approx(1.5)
@@ -323,7 +323,7 @@ def test_a_ratio_is_that_of_the_means_over_images_that_show_the_part():
 
 
 def test_a_chance_of_zero_has_no_ratio():
-    result = Bootstrap(2).beside_chance(np.zeros(2), np.zeros(2), np.array([True, True]))
+    result = Bootstrap(2).with_chance(np.zeros(2), np.zeros(2), np.array([True, True]))
     assert (result["over_chance"], result["over_chance_interval"]) == (None, None)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crossx.data.index import Record
-from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions, part_names
 from crossx.runs import Preprocessing
 
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -13,7 +13,7 @@ STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 def regions(*boxes, radius=0.1, visible=True):
     """One crop with these regions."""
-    return Regions(
+    return CropRegions(
         torch.tensor([boxes]), torch.tensor([radius]), torch.full((1, len(boxes)), visible, dtype=torch.bool)
     )
 
@@ -112,6 +112,6 @@ def test_positions_go_through_the_preprocessing(tmp_path):
 
 
 def test_some_of_the_crops():
-    both = Regions(torch.rand(5, 3, 4), torch.rand(5), torch.rand(5, 3) > 0.5)
+    both = CropRegions(torch.rand(5, 3, 4), torch.rand(5), torch.rand(5, 3) > 0.5)
     some = both[slice(1, 4)]
     assert torch.equal(some.coverage(4, 4), both.coverage(4, 4)[1:4])

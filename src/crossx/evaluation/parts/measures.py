@@ -1,7 +1,7 @@
-"""What the excitations of a network look at: measures of activation maps beside the known parts of objects.
+"""Measures of what the excitations of a network look at: activation maps compared with annotated object parts.
 
-Every function takes the maps of one stage, (B, P, h, w): B images, P excitations, h x w places. A *place* stands for
-its rectangle of the crop; its centre is its point. ``docs/parts.md`` says how to read the numbers.
+Every function takes the maps of one stage, (B, P, h, w): B images, P excitations, h x w spatial positions. A position
+stands for its rectangle of the crop and is located at its centre. ``docs/parts.md`` explains how to read the numbers.
 """
 
 from __future__ import annotations
@@ -16,83 +16,84 @@ from scipy.stats import hypergeom
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossx.evaluation.intervals import CONFIDENCE
-from crossx.evaluation.parts.regions import Regions
+from crossx.evaluation.intervals import percentile_interval
+from crossx.evaluation.parts.regions import CropRegions
 
 TOP_SHARE = 0.2
-"""Share of a map's places that count as its focus in ``focus_overlap``."""
+"""Share of a map's positions that count as its focus in ``focus_overlap``."""
 
 ZOOM = 0.875
-"""Side of the window of ``zoom`` over that of the crop."""
+"""Side of the window of ``zoom``, relative to the crop."""
 
 RESAMPLES = 1000
 """Bootstrap resamples of an interval, and permutations of a test."""
 
 
 def mass(maps: Tensor) -> Tensor:
-    """Return the maps as distributions over their places, (B, P, h, w), each with the sum 1.
+    """Return the maps as distributions over positions, (B, P, h, w), each with sum 1.
 
-    ``m_i = (a_i - min a) / sum_j (a_j - min a)``. Maps after a ReLU are not negative, those after a batch norm may be:
-    taking off each map's own minimum treats them alike, and makes the mass independent of the map's scale and
-    offset. A map of one value has the mass of every place alike.
+    ``m_i = (a_i - min a) / sum_j (a_j - min a)``. Maps after a ReLU are not negative, those after a batch norm may be.
+    Subtracting each map's minimum treats them alike and makes the mass independent of the map's scale and offset. A
+    constant map has uniform mass.
     """
     above = maps - maps.amin((2, 3), keepdim=True)
     flat = above.amax((2, 3), keepdim=True) == 0
     above = torch.where(flat, torch.ones_like(above), above)
-    # by the largest first: the sum of a large map of large values would not fit into float32
+    # scaled first: the sum of many large values would overflow float32
     above = above / above.amax((2, 3), keepdim=True)
     return above / above.sum((2, 3), keepdim=True)
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Return where each map is largest, (B, P, h, w): 1 there and 0 elsewhere, shared out between equals."""
+    """Return where each map is largest, (B, P, h, w): 1 there and 0 elsewhere, divided among equal maxima."""
     largest = (maps == maps.amax((2, 3), keepdim=True)).to(maps.dtype)
     return largest / largest.sum((2, 3), keepdim=True)
 
 
 def shares(distribution: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how much of each distribution falls into each region, and what one without preference would give.
+    """Return the share of each distribution in each region, and the share by chance (of a uniform distribution).
 
-    ``share_pk = sum_i m_pi r_ki`` and ``chance_k = mean_i r_ki``. With ``mass`` and ``Regions.coverage`` that is the
-    share of activation within a part beside the part's share of the crop's area. With ``peaks`` and
-    ``Regions.contain`` it is the pointing game (Zhang et al., "Top-down neural attention by excitation backprop",
-    IJCV 2018, https://arxiv.org/abs/1608.00507): 1 where the largest value lies in the part, beside the share of
-    places whose centres do.
+    ``share_pk = sum_i m_pi r_ki`` and ``chance_k = mean_i r_ki``. With ``mass`` and ``CropRegions.coverage`` these are
+    the part's share of the activation and of the crop's area. With ``peaks`` and ``CropRegions.contain`` it is the
+    pointing game (Zhang et al., "Top-down neural attention by excitation backprop", IJCV 2018,
+    https://arxiv.org/abs/1608.00507): 1 if the maximum is in the part; chance is the share of positions that are.
 
     Args:
-        distribution: (B, P, h, w), each map with the sum 1.
+        distribution: (B, P, h, w), each map with sum 1.
         regions: (B, K, h, w), from 0 to 1.
 
     Returns:
         Shares (B, P, K) and chance (B, K).
     """
     regions = regions.to(distribution)
+    # (B, P, h, w), (B, K, h, w) -> (B, P, K)
     return torch.einsum("bphw,bkhw->bpk", distribution, regions), regions.mean((2, 3))
 
 
-def found_parts(maps: Tensor, parts: Regions) -> Tensor:
-    """Return the part that each map finds, int64 (B, P); -1 where no part is visible.
+def found_parts(maps: Tensor, parts: CropRegions) -> Tensor:
+    """Return the part that each map finds, int64 (B, P); -1 if no part is visible.
 
-    That is the part which contains the map's largest place. Where several do, the one whose centre is nearest among
-    them; where none does, the one whose centre is nearest of all visible ones. Of equally large places the first
-    counts.
+    It is the part that contains the map's maximum (the first of equal ones). If several parts do, it is the one of them
+    with the nearest centre; if none does, the visible part with the nearest centre.
     """
     height, width = maps.shape[2:]
-    place = maps.flatten(2).argmax(2)
-    rows, columns = place // width, place % width
-    point = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1)
-    distance = torch.cdist(point, parts.centres.to(point))
-    contained = parts.contain(height, width).flatten(2)
-    hit = contained.gather(2, place[:, None].expand(-1, contained.shape[1], -1)).transpose(1, 2)
-    # no distance between points of the crop reaches 2
+    peak = maps.flatten(2).argmax(2)  # (B, P, h, w) -> (B, P)
+    rows, columns = peak // width, peak % width
+    point = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1)  # (B, P, 2)
+    distance = torch.cdist(point, parts.centres.to(point))  # (B, P, K)
+    contained = parts.contain(height, width).flatten(2)  # (B, K, hw)
+    hit = contained.gather(2, peak[:, None].expand(-1, contained.shape[1], -1)).transpose(
+        1, 2
+    )  # -> (B, P, K)
+    # distances within the crop are below 2
     ranked = (distance + 2 * ~hit).masked_fill(~parts.visible[:, None], torch.inf)
     return ranked.argmin(2).masked_fill(~parts.visible.any(1)[:, None], -1)
 
 
 def normalized_mutual_information(counts: Tensor) -> Tensor:
-    """Return ``2 I(p; k) / (H(p) + H(k))`` of tables of counts (..., P, K); 0 where nothing varies.
+    """Return ``2 I(p; k) / (H(p) + H(k))`` of contingency tables (..., P, K); 0 if nothing varies.
 
-    The mean of the entropies normalises, as in scikit-learn's ``normalized_mutual_info_score``.
+    Normalised by the mean of the entropies, as in scikit-learn's ``normalized_mutual_info_score``.
     """
     joint = counts.double() / counts.sum((-2, -1), keepdim=True)
     of_rows, of_columns = _entropy(joint.sum(-1)), _entropy(joint.sum(-2))
@@ -102,52 +103,51 @@ def normalized_mutual_information(counts: Tensor) -> Tensor:
 
 
 def focus_overlap(maps: Tensor, share: float = TOP_SHARE) -> Tensor:
-    """Return how far the excitations of an image focus on the same places, (B,), from 0 to 1; P > 1.
+    """Return the mean IoU of the focus of pairs of excitations, (B,); P > 1.
 
-    The mean over pairs of excitations of ``|A n B| / |A u B|``, A and B being the places with the largest values: as
-    many as ``share`` of all, at least one.
+    The focus of an excitation is the fraction ``share`` of positions with the largest values, at least one.
     """
     size = focus_size(maps.shape[2] * maps.shape[3], share)
-    order = maps.flatten(2).argsort(stable=True, dim=2, descending=True)
+    order = maps.flatten(2).argsort(stable=True, dim=2, descending=True)  # (B, P, hw)
     focus = torch.zeros_like(maps.flatten(2)).scatter_(2, order[..., :size], 1.0)
-    common = focus @ focus.transpose(1, 2)
+    common = focus @ focus.transpose(1, 2)  # (B, P, hw) -> (B, P, P)
     return _mean_over_pairs(common / (2 * size - common))
 
 
 def focus_size(places: int, share: float = TOP_SHARE) -> int:
-    """Return how many of a map's places are its focus."""
+    """Return the number of positions in the focus of a map."""
     return max(1, round(share * places))
 
 
 def chance_overlap(places: int, share: float = TOP_SHARE) -> float:
-    """Return the ``focus_overlap`` to expect of places drawn at random: its mean over the hypergeometric counts."""
+    """Return the expected ``focus_overlap`` of random positions, whose intersection is hypergeometric."""
     size = focus_size(places, share)
     common = np.arange(size + 1)
     return float(hypergeom(places, size, size).pmf(common) @ (common / (2 * size - common)))
 
 
 def correlation(maps: Tensor, others: Tensor) -> Tensor:
-    """Return the Pearson correlation over places of each map with its other, (B, P); 0 where one has one value."""
+    """Return the Pearson correlation of each map with its counterpart, (B, P); 0 if one is constant."""
     return (_standardized(maps) * _standardized(others)).sum(2)
 
 
 def mutual_correlation(maps: Tensor) -> Tensor:
-    """Return the mean Pearson correlation over pairs of an image's excitations, (B,); P > 1."""
-    standardized = _standardized(maps)
+    """Return the mean Pearson correlation of pairs of an image's excitations, (B,); P > 1."""
+    standardized = _standardized(maps)  # (B, P, hw)
     return _mean_over_pairs(standardized @ standardized.transpose(1, 2))
 
 
 def zoom(images: Tensor) -> Tensor:
-    """Return the upper left window of ``ZOOM`` of the crop's side, (B, C, H, W), resized to the crop's size."""
+    """Return the upper left window, ``ZOOM`` of the crop's side, resized to the crop's size, (B, C, H, W)."""
     height, width = (round(ZOOM * side) for side in images.shape[2:])
     return F.interpolate(images[..., :height, :width], images.shape[2:], mode="bilinear", align_corners=False)
 
 
 def zoom_maps(maps: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Return what maps (B, P, h, w) of whole crops say about the window of ``zoom``, at the places of its own maps.
+    """Resample maps of whole crops at the positions of the maps of ``zoom``'s window.
 
     Args:
-        maps: Of the crops.
+        maps: (B, P, h, w), of the crops.
         image_size: Height and width of the crops, in pixels.
     """
     scale_y, scale_x = (round(ZOOM * side) / side for side in image_size)
@@ -157,23 +157,27 @@ def zoom_maps(maps: Tensor, image_size: Sequence[int]) -> Tensor:
 
 
 def measure_images(
-    maps: Tensor, flipped: Tensor, zoomed: Tensor, image_size: Sequence[int], parts: Regions, objects: Regions
+    maps: Tensor,
+    flipped: Tensor,
+    zoomed: Tensor,
+    image_size: Sequence[int],
+    parts: CropRegions,
+    objects: CropRegions,
 ) -> dict[str, Tensor]:
     """Measure each image of a batch.
 
     Args:
-        maps: (B, P, h, w), those of one stage.
-        flipped: The same of the images flipped from left to right.
-        zoomed: The same of ``zoom(images)``.
+        maps: (B, P, h, w), of one stage.
+        flipped: Maps of the horizontally flipped images.
+        zoomed: Maps of ``zoom(images)``.
         image_size: Height and width of the images, in pixels.
-        parts: K regions of each image.
-        objects: One region of each image.
+        parts: K regions per image.
+        objects: One region per image.
 
     Returns:
-        Name to one value an image and, where it says so, excitation and part: ``share`` and ``pointing`` (B, P, K),
-        ``share_chance`` and ``pointing_chance`` (B, K); ``any_part`` (pointing at the parts taken as one) and
-        ``object`` (share of the object) (B, P, 1), and their ``_chance`` (B, 1); ``found``, ``flip`` and ``zoom``
-        (B, P) and, for P > 1, ``overlap`` and ``correlation`` (B,).
+        Name -> values: ``share`` and ``pointing`` (B, P, K), ``share_chance`` and ``pointing_chance`` (B, K);
+        ``any_part`` (pointing at the union of the parts) and ``object`` (share of the object) (B, P, 1), and their
+        ``_chance`` (B, 1); ``found``, ``flip`` and ``zoom`` (B, P); for P > 1, ``overlap`` and ``correlation`` (B,).
     """
     maps, flipped, zoomed = maps.float(), flipped.float(), zoomed.float()
     size = maps.shape[2], maps.shape[3]
@@ -213,13 +217,9 @@ class Bootstrap:
         return np.tensordot(self.counts, values, 1)
 
     def interval(self, resampled: NDArray[np.float64]) -> list[float] | None:
-        """Return ``[low, high]`` of a number's values (RESAMPLES,) in the resamples; None where all are undefined."""
+        """Return ``[low, high]`` of a number's values in the resamples (RESAMPLES,); None if all are undefined."""
         defined = resampled[np.isfinite(resampled)]
-        if not len(defined):
-            return None
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(defined, [tail, 1 - tail])
-        return [float(low), float(high)]
+        return list(percentile_interval(defined)) if len(defined) else None
 
     def mean(self, values: NDArray[np.float64]) -> dict[str, Any]:
         """Return the mean of values (n,), n > 0, and its interval."""
@@ -228,12 +228,12 @@ class Bootstrap:
             "interval": self.interval(self.totals(values) / self.counts.sum(1)),
         }
 
-    def beside_chance(
+    def with_chance(
         self, values: NDArray[np.float64], chance: NDArray[np.float64], used: NDArray[np.bool_]
     ) -> dict[str, Any]:
-        """Return the mean of values (n,) over the images that are used, beside the mean of chance (n,).
+        """Return the means of values (n,) and chance (n,) over the used images.
 
-        ``over_chance`` is the first divided by the second, None where the second is 0.
+        ``over_chance`` is their ratio, None if chance is 0.
         """
         columns = np.stack([values * used, chance * used, used], 1)
         value, expected, count = columns.sum(0)
@@ -250,33 +250,33 @@ class Bootstrap:
 
 
 def consistency(found: Tensor, num_parts: int, bootstrap: Bootstrap, seed: int = 0) -> dict[str, Any]:
-    """Say how much the excitation tells about the part that it finds, over images of all classes; P > 1.
+    """Return how much the excitation tells about the part that it finds, over images of all classes; P > 1.
 
-    ``nmi`` is the normalised mutual information of excitation and part. 1: each excitation finds one part of its own in
-    every image; 0: all find the parts equally often. A table of counts has some by accident, so ``chance`` is
-    its mean over permutations of the excitations within each image, and ``p_value`` the share of permutations (this
-    one included) that have as much.
+    ``nmi`` is the normalised mutual information of excitation and part. 1: each excitation finds its own part in every
+    image; 0: all find the parts equally often. It is above 0 by chance in a finite sample, so ``chance`` is its mean
+    over permutations of the excitations within each image, and ``p_value`` the share of permutations (the observed one
+    included) with at least the same NMI.
 
     Args:
-        found: int64 (N, P), see ``found_parts``; rows with -1 are left out.
+        found: int64 (N, P), see ``found_parts``; rows with -1 are ignored.
         num_parts: K.
-        bootstrap: For the N images.
+        bootstrap: Over the N images.
         seed: Seed of the permutations.
     """
     used = found[:, 0] >= 0
-    chosen = F.one_hot(found.clamp(min=0), num_parts) * used[:, None, None]
+    chosen = F.one_hot(found.clamp(min=0), num_parts) * used[:, None, None]  # (N, P) -> (N, P, K)
     nmi = float(normalized_mutual_information(chosen.sum(0)))
     resampled = normalized_mutual_information(torch.from_numpy(bootstrap.totals(chosen.double().numpy())))
     generator = torch.Generator().manual_seed(seed)
     kept = chosen[used]
     permuted = torch.stack([_permuted_counts(kept, generator) for _ in range(RESAMPLES)])
-    by_accident = normalized_mutual_information(permuted)
-    # equal tables may differ in the last digit
-    as_large = int((by_accident >= nmi - 1e-12).sum())
+    by_chance = normalized_mutual_information(permuted)
+    # the tolerance covers rounding
+    as_large = int((by_chance >= nmi - 1e-12).sum())
     return {
         "nmi": nmi,
         "interval": bootstrap.interval(resampled.numpy()),
-        "chance": float(by_accident.mean()),
+        "chance": float(by_chance.mean()),
         "p_value": (1 + as_large) / (1 + RESAMPLES),
         "n": int(used.sum()),
     }
@@ -288,18 +288,18 @@ def summarize_parts(
     """Return the measures of one stage as a dictionary for JSON.
 
     Args:
-        measures: Those of ``measure_images``, of all N images.
+        measures: The results of ``measure_images`` for all N images.
         names: The K parts.
-        visible: bool (N, K), which parts are to be seen; each at least once.
-        has_object: bool (N,), which images have the box of their object.
-        places: Number of places of a map.
+        visible: bool (N, K), which parts are visible; each at least once.
+        has_object: bool (N,), which images have an object box.
+        places: Number of spatial positions of a map.
 
     Returns:
-        ``excitations``, a list over p: ``share`` and ``pointing`` (part to numbers beside chance, over the images that
-        show the part), ``object`` (the share of the whole object, None without boxes), ``any_part`` (pointing at any
-        part, over the images that show one), ``found`` (part to the share of images in which p finds it), ``flip`` and
-        ``zoom`` (mean correlations). For P > 1 ``consistency`` and ``diversity`` (``overlap`` beside chance, and
-        ``correlation``), else None.
+        ``excitations``, a list over p: ``share`` and ``pointing`` (part -> value and chance, over the images that show
+        the part), ``object`` (share of the whole object, None without boxes), ``any_part`` (pointing at any part, over
+        the images that show one), ``found`` (part -> share of images in which p finds it), ``flip`` and ``zoom`` (mean
+        correlations). For P > 1 ``consistency`` and ``diversity`` (``overlap`` with chance, and ``correlation``), else
+        None.
     """
     arrays = {name: values.double().numpy() for name, values in measures.items()}
     seen, with_object = visible.numpy(), has_object.numpy()
@@ -307,21 +307,21 @@ def summarize_parts(
     found = measures["found"]
     used = found[:, 0] >= 0
 
-    def beside_chance(name: str, p: int) -> dict[str, Any]:
+    def with_chance(name: str, p: int) -> dict[str, Any]:
         return {
-            part: bootstrap.beside_chance(arrays[name][:, p, k], arrays[f"{name}_chance"][:, k], seen[:, k])
+            part: bootstrap.with_chance(arrays[name][:, p, k], arrays[f"{name}_chance"][:, k], seen[:, k])
             for k, part in enumerate(names)
         }
 
     def of_one_region(name: str, p: int, shown: NDArray[np.bool_]) -> dict[str, Any] | None:
         if not shown.any():
             return None
-        return bootstrap.beside_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
+        return bootstrap.with_chance(arrays[name][:, p, 0], arrays[f"{name}_chance"][:, 0], shown)
 
     excitations = [
         {
-            "share": beside_chance("share", p),
-            "pointing": beside_chance("pointing", p),
+            "share": with_chance("share", p),
+            "pointing": with_chance("pointing", p),
             "object": of_one_region("object", p, with_object),
             "any_part": of_one_region("any_part", p, used.numpy()),
             "found": {part: float((found[used, p] == k).double().mean()) for k, part in enumerate(names)},
@@ -348,22 +348,22 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def _mean_over_pairs(matrices: Tensor) -> Tensor:
-    """Return the means of the entries above the diagonal of matrices (B, P, P), (B,)."""
+    """Average the entries above the diagonal of matrices, (B, P, P) -> (B,)."""
     parts = matrices.shape[1]
     return matrices.triu(1).sum((1, 2)) / (parts * (parts - 1) / 2)
 
 
 def _standardized(maps: Tensor) -> Tensor:
-    """Return maps (B, P, h, w) as vectors (B, P, hw) of mean 0 and length 1, or 0 where a map has one value."""
+    """Return maps (B, P, h, w) as vectors (B, P, hw) of mean 0 and norm 1; constant maps as 0."""
     values = maps.flatten(2)
     values = values / values.abs().amax(2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     centred = values - values.mean(2, keepdim=True)
-    # what rounding leaves of a map of one value
     length = centred.norm(dim=2, keepdim=True)
+    # a shorter vector is the rounding error of a constant map
     return torch.where(length > 1e-6, centred / length.clamp(min=1e-6), 0.0)
 
 
 def _permuted_counts(chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the counts (P, K) of one-hot choices (N, P, K) whose excitations change places within each image."""
+    """Permute the excitations of one-hot choices (N, P, K) within each image and count, (P, K)."""
     order = torch.rand(chosen.shape[:2], generator=generator).argsort(1)
     return chosen.gather(1, order[..., None].expand_as(chosen)).sum(0)

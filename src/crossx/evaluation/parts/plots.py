@@ -1,4 +1,4 @@
-"""What the excitations look at, as a picture."""
+"""Plot of what the excitations look at."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from crossx.explain.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
-from crossx.runs import atomic_path
+from crossx.explain.plotting import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILION,
+    save_png,
+)
 
-DPI = 150
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""One more than colours, so that pairs of the two repeat late."""
+"""One more than colours, so that combinations repeat late."""
 OBJECT = "whole object"
 CHANCE = "0.45"
 
@@ -26,16 +34,16 @@ CHANCE = "0.45"
 def plot_parts(
     stages: Mapping[str, Mapping[str, Any]], names: Sequence[str], path: Path, *, title: str
 ) -> None:
-    """Draw the share of activation over chance of each part, for each excitation of each stage, as a PNG.
+    """Draw the share of activation over chance per part, for each excitation of each stage, as a PNG.
 
-    Excitations differ in colour and marker; bars are the intervals over images, the line at 1 is chance. Each
-    stage's title says what the stage's other measures are.
+    Excitations differ in colour and marker; error bars are intervals over images, the line at 1 is chance. The title of
+    a stage gives its other measures.
 
     Args:
-        stages: Stage name to what ``summarize_parts`` returns and its ``size``.
+        stages: Stage name -> result of ``summarize_parts`` and ``size``.
         names: The K parts.
         path: The PNG file to write.
-        title: Printed above.
+        title: Shown above.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -57,8 +65,7 @@ def plot_parts(
             handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
         )
     figure.supylabel("share of activation / share of area", fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)
 
 
 def _draw_stage(axes: Axes, excitations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
@@ -93,19 +100,19 @@ def _draw_stage(axes: Axes, excitations: Sequence[Mapping[str, Any]], names: Seq
 
 
 def _positive(value: float | None) -> float:
-    """Return a value for a logarithmic axis; what is 0 or not defined has no place on it."""
+    """Return a value for a logarithmic axis, NaN if it is 0 or undefined."""
     return value if value is not None and value > 0 else math.nan
 
 
 def _headline(stage: str, measured: Mapping[str, Any]) -> str:
     height, width = measured["size"]
-    text = f"{stage} ({height} x {width} places)"
+    text = f"{stage} ({height} x {width} positions)"
     consistency, diversity = measured["consistency"], measured["diversity"]
     if consistency is None:
         return text
     overlap = diversity["overlap"]
     return (
         f"{text}   NMI {consistency['nmi']:.3f} (chance {consistency['chance']:.3f})   "
-        f"overlap of foci {overlap['value']:.2f} (chance {overlap['chance']:.2f})   "
+        f"focus overlap {overlap['value']:.2f} (chance {overlap['chance']:.2f})   "
         f"correlation {diversity['correlation']['value']:.2f}"
     )

@@ -1,4 +1,4 @@
-"""Measuring what the excitations of a trained run look at, on images whose parts are known."""
+"""Measure what the excitations of a trained run look at, on images with annotated parts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from crossx.evaluation.intervals import CONFIDENCE
 from crossx.evaluation.network import within_memory
 from crossx.evaluation.parts.measures import RESAMPLES, TOP_SHARE, ZOOM, measure_images, summarize_parts, zoom
 from crossx.evaluation.parts.plots import plot_parts
-from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, Regions, find_regions, part_names
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions, part_names
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, SubjectOptions
 from crossx.runs import write_json
 
 
 def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, Any]:
-    """Measure the activation maps of a run on one split of a dataset with known parts, and write the results.
+    """Measure the activation maps of a run on one split of a dataset with annotated parts, and write the results.
 
-    ``OUTPUT/SPLIT_parts.json`` holds what is returned, ``OUTPUT/SPLIT/parts.png`` shows it.
+    Writes the result to ``OUTPUT/SPLIT_parts.json`` and a figure of it to ``OUTPUT/SPLIT/parts.png``.
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
         **options: See ``SubjectOptions``.
 
     Returns:
-        ``n`` (images), ``parts`` (name to the number of images that show it), ``stages`` (name to what
-        ``summarize_parts`` returns), the constants of the definitions, and what ``test_run`` says of the run.
+        ``n`` (images), ``parts`` (name -> number of images that show it), ``stages`` (name -> result of
+        ``summarize_parts``), the constants of the definitions, and the run's provenance as in ``test_run``.
 
     Raises:
         UsageError: As ``Subject.open``.
@@ -69,7 +69,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
             "resamples": RESAMPLES,
             "seed": 0,
         },
-        **subject.describe(),
+        **subject.provenance(),
     }
     title = f"{subject.spec.method} on {results['dataset']}, {split}: activation within each part"
     plot_parts(results["stages"], names, subject.output / split / "parts.png", title=title)
@@ -77,24 +77,26 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
     return results
 
 
-def _visible_parts(records: tuple[Record, ...], subject: Subject) -> tuple[tuple[str, ...], Regions, Regions]:
+def _visible_parts(
+    records: tuple[Record, ...], subject: Subject
+) -> tuple[tuple[str, ...], CropRegions, CropRegions]:
     names = part_names(records)
     parts, objects = find_regions(records, names, subject.spec.preprocessing)
     shown = parts.visible.any(0)
     if not shown.any():
         raise CrossXError(
-            f"dataset {subject.data.index.name!r}: no part lies in the crops of its {subject.split} images: do the "
-            "positions belong to these images?"
+            f"dataset {subject.data.index.name!r}: no part is in the crops of its {subject.split} images: check that "
+            "the positions belong to these images."
         )
     names = tuple(name for name, seen in zip(names, shown.tolist(), strict=True) if seen)
-    return names, Regions(parts.boxes[:, shown], parts.radii, parts.visible[:, shown]), objects
+    return names, CropRegions(parts.boxes[:, shown], parts.radii, parts.visible[:, shown]), objects
 
 
 @torch.inference_mode()
 def _measure(
-    subject: Subject, parts: Regions, objects: Regions
+    subject: Subject, parts: CropRegions, objects: CropRegions
 ) -> dict[str, tuple[tuple[int, int], dict[str, Tensor]]]:
-    """Return stage name -> size of its maps and the measures of all images, see ``measure_images``."""
+    """Return stage name -> size of its maps and the measures of all images."""
     network = subject.network
     measured: dict[str, list[dict[str, Tensor]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
