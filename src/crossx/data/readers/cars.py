@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.index import DatasetIndex, Record
-from crossx.data.parsing import (
+from crossx.data.readers.parsing import (
     Row,
     archive_root,
     as_list,

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from crossx.data.birds.picture import draw_picture
-from crossx.data.birds.species import Attributes, class_attributes, class_names
+from crossx.data.drawn.picture import draw_picture
+from crossx.data.drawn.species import Attributes, class_attributes, class_names
 from crossx.data.index import Box, DatasetIndex, Record
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import read_json

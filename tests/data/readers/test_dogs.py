@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from scipy.io import savemat
 
-from crossx.data.dogs import read_dogs
+from crossx.data.readers.dogs import read_dogs
 from layouts import DOGS, write_dogs, write_dogs_list
 from refusals import refusal
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crossx.data.birds.canvas import Colour, Points, ellipse, smooth, stroke
+from crossx.data.drawn.canvas import Colour, Points, ellipse, smooth, stroke
 
 PARTS = ("beak", "crown", "face", "throat", "breast", "wing", "tail", "legs")
 

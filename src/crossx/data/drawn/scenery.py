@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from crossx.data.birds.canvas import Canvas, Colour, Pixels, Points, ellipse, mix, smooth, stroke, vary
+from crossx.data.drawn.canvas import Canvas, Colour, Pixels, Points, ellipse, mix, smooth, stroke, vary
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
-from crossx.data.birds.anatomy import PARTS, PLUMAGES
+from crossx.data.drawn.anatomy import PARTS, PLUMAGES
 
 Attributes: TypeAlias = dict[str, str]
 """``family`` and every part to its value."""

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layouts
-from crossx.data.folder import hold_out_test, read_folder
 from crossx.data.index import Record
+from crossx.data.readers.folder import hold_out_test, read_folder
 from crossx.errors import CrossXError, UsageError
 
 

@@ -1,10 +1,10 @@
-"""The layout that CUB-200-2011 and NABirds share: numbered classes and images in text lists.
+"""Caltech-UCSD Birds-200-2011 (Wah et al., 2011), https://www.vision.caltech.edu/datasets/cub_200_2011/.
 
-Each list has one entry a line, keyed by an id: ``classes.txt`` (class id, name), ``images.txt`` (image id, path
-in ``images/``), ``image_class_labels.txt`` (image id, class id), ``train_test_split.txt`` (image id, 1 for
-training or 0 for test) and, optional here, ``bounding_boxes.txt`` (image id, x, y, width, height),
-``parts/parts.txt`` (part id, name) and ``parts/part_locs.txt`` (image id, part id, x, y, visible). Source: the
-README of CUB-200-2011, https://www.vision.caltech.edu/datasets/cub_200_2011/.
+The archive lists numbered classes and images in text files, one entry per line, as NABirds does: ``classes.txt``
+(class id, name), ``images.txt`` (image id, path in ``images/``), ``image_class_labels.txt`` (image id, class id),
+``train_test_split.txt`` (image id, 1 for training or 0 for test) and, where present, ``bounding_boxes.txt`` (image id,
+x, y, width, height), ``parts/parts.txt`` (part id, name) and ``parts/part_locs.txt`` (image id, part id, x, y,
+visible). Source: the archive's README.
 """
 
 from __future__ import annotations
@@ -12,8 +12,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from crossx.data.index import Box, Record
-from crossx.data.parsing import Row, keyed, read_rows, require_folder
+from crossx.data.index import Box, DatasetIndex, Record
+from crossx.data.readers.parsing import Row, archive_root, distinct_names, keyed, read_rows, require_folder
+
+
+def read_cub(root: Path) -> DatasetIndex:
+    """Read CUB-200-2011 from the unpacked ``CUB_200_2011.tgz``.
+
+    Labels follow the class ids of ``classes.txt``, names are its own (``001.Black_footed_Albatross``). The split
+    is that of ``train_test_split.txt``. Boxes (``bounding_boxes.txt``) and the visible ones of the 15 keypoints
+    (``parts/``) are kept with each record where the archive has them. Any part of the archive in this layout, with
+    fewer classes or images, is read the same way.
+
+    Args:
+        root: The folder ``CUB_200_2011``, or the folder that contains it.
+
+    Raises:
+        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree.
+    """
+    root = archive_root(root, "classes.txt", "CUB_200_2011")
+    classes = read_classes(root)
+    labels = {class_id: label for label, class_id in enumerate(classes)}
+    return DatasetIndex(
+        name="cub",
+        classes=distinct_names(list(classes.values()), list(classes)),
+        records=read_records(root, labels, "is not in classes.txt"),
+    )
 
 
 def read_classes(root: Path) -> dict[int, str]:

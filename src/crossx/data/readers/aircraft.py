@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from crossx.data.index import SPLITS, Box, DatasetIndex, Record
-from crossx.data.parsing import Row, archive_root, keyed, read_rows, require_folder
+from crossx.data.readers.parsing import Row, archive_root, keyed, read_rows, require_folder
 from crossx.errors import unknown
 
 LEVELS = {"manufacturer": "manufacturers.txt", "family": "families.txt", "variant": "variants.txt"}

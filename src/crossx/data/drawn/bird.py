@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageChops, ImageFilter
 
-from crossx.data.birds import anatomy
-from crossx.data.birds.anatomy import BLACK, HORN, ORANGE, PARTS, RED, WHITE, YELLOW
-from crossx.data.birds.canvas import SUPERSAMPLING, Canvas, Colour, Pixels, Points, mix, smooth, stroke
+from crossx.data.drawn import anatomy
+from crossx.data.drawn.anatomy import BLACK, HORN, ORANGE, PARTS, RED, WHITE, YELLOW
+from crossx.data.drawn.canvas import SUPERSAMPLING, Canvas, Colour, Pixels, Points, mix, smooth, stroke
 
 NUMBER: Mapping[str, int] = {name: number for number, name in enumerate(PARTS, start=1)}
 """Part to its number on the canvas's part map."""

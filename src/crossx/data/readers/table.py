@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossx.data.folder import SPLIT_NAMES, hold_out_test
 from crossx.data.index import DatasetIndex, Record
+from crossx.data.readers.folder import SPLIT_NAMES, hold_out_test
 from crossx.errors import CrossXError, UsageError, nearest
 
 COLUMNS = ("path", "label")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossx.data.index import DatasetIndex, Record
-from crossx.data.parsing import (
+from crossx.data.readers.parsing import (
     Row,
     archive_root,
     distinct_names,

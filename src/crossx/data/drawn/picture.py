@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from crossx.data.birds.anatomy import PLUMAGES
-from crossx.data.birds.bird import NUMBER, Bird, Pose
-from crossx.data.birds.canvas import SUPERSAMPLING, Canvas, vary
-from crossx.data.birds.scenery import SCENES, background, foreground, light, perch
+from crossx.data.drawn.anatomy import PLUMAGES
+from crossx.data.drawn.bird import NUMBER, Bird, Pose
+from crossx.data.drawn.canvas import SUPERSAMPLING, Canvas, vary
+from crossx.data.drawn.scenery import SCENES, background, foreground, light, perch
 from crossx.data.index import Box
 
 COVERED = 255

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crossx.data.index import DatasetIndex
-from crossx.data.parsing import archive_root, distinct_names, keyed, read_rows
-from crossx.data.visipedia import read_classes, read_records
+from crossx.data.readers.cub import read_classes, read_records
+from crossx.data.readers.parsing import archive_root, distinct_names, keyed, read_rows
 from crossx.errors import CrossXError
 
 
