@@ -17,12 +17,10 @@ from crossx.data.readers.parsing import Row, archive_root, distinct_names, keyed
 
 
 def read_cub(root: Path) -> DatasetIndex:
-    """Read CUB-200-2011 from the unpacked ``CUB_200_2011.tgz``.
+    """Read CUB-200-2011, or a part of it, from the unpacked ``CUB_200_2011.tgz``.
 
-    Labels follow the class ids of ``classes.txt``, names are its own (``001.Black_footed_Albatross``). The split
-    is that of ``train_test_split.txt``. Boxes (``bounding_boxes.txt``) and the visible ones of the 15 keypoints
-    (``parts/``) are kept with each record where the archive has them. Any part of the archive in this layout, with
-    fewer classes or images, is read the same way.
+    Labels follow the class ids of ``classes.txt``; names are as written there (``001.Black_footed_Albatross``). Boxes
+    and the visible keypoints (of 15) are read where present.
 
     Args:
         root: The folder ``CUB_200_2011``, or the folder that contains it.
@@ -41,34 +39,28 @@ def read_cub(root: Path) -> DatasetIndex:
 
 
 def read_classes(root: Path) -> dict[int, str]:
-    """Return class id to name, by ascending id.
-
-    Raises:
-        CrossXError: If ``classes.txt`` is missing or malformed.
-    """
+    """Return class id -> name of ``classes.txt``, by ascending id."""
     rows = keyed(read_rows(root / "classes.txt", ("class id", "name"), text=True)).values()
     return dict(sorted((row.integer(0, "the class id"), row.fields[1]) for row in rows))
 
 
 def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> tuple[Record, ...]:
-    """Read every image that ``images.txt`` lists, in its order.
+    """Read the images listed in ``images.txt``, in its order; image files are not opened.
 
     Args:
         root: The archive's folder.
-        labels: Class id to label, for the classes that images may have.
-        unknown_class: What is wrong with a class id outside ``labels``, for the error message.
+        labels: Class id -> label, for every class that an image may have.
+        unknown_class: What the error message says about a class id outside ``labels``.
 
     Raises:
-        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree. Image files
-            are not looked at.
+        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree.
     """
     images = keyed(read_rows(root / "images.txt", ("image id", "path"), text=True))
     keyed(images.values(), column=1)
     class_ids = _of_images(root / "image_class_labels.txt", "class id", images)
     training = _of_images(root / "train_test_split.txt", "1 for training or 0 for test", images)
     folder = require_folder(root / "images")
-    boxes = _read_boxes(root)
-    parts = _read_parts(root)
+    boxes, parts = _read_boxes(root), _read_parts(root)
     records = []
     for image, row in images.items():
         class_id = class_ids[image].integer(1, "the class id")
@@ -87,7 +79,7 @@ def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> t
 
 
 def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, Row]:
-    """Read a list that must have exactly one line for each image."""
+    """Read a list that must have exactly one line per image."""
     rows = keyed(read_rows(path, ("image id", column)))
     for image, row in images.items():
         if image not in rows:
@@ -99,7 +91,6 @@ def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, 
 
 
 def _read_boxes(root: Path) -> dict[str, Box]:
-    """Return image id to bounding box, nothing where the archive has no boxes."""
     path = root / "bounding_boxes.txt"
     if not path.exists():
         return {}
@@ -113,21 +104,16 @@ def _read_boxes(root: Path) -> dict[str, Box]:
 
 
 def _read_parts(root: Path) -> dict[str, dict[str, Box]] | None:
-    """Return image id to its visible keypoints, None where the archive has no parts."""
+    """Return image id -> part name -> visible keypoint, None without ``parts/``."""
     if not (root / "parts").exists():
         return None
-    names = {
-        part: row.fields[1]
-        for part, row in keyed(
-            read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True)
-        ).items()
-    }
+    listed = keyed(read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True))
     parts: dict[str, dict[str, Box]] = {}
     for row in read_rows(root / "parts" / "part_locs.txt", ("image id", "part id", "x", "y", "visible")):
         image, part = row.fields[:2]
-        if part not in names:
+        if part not in listed:
             raise row.error(f"part id {part} is not in parts.txt")
         if row.flag(4, "the visible column"):
             x, y = row.numbers(2, 4, "x, y")
-            parts.setdefault(image, {})[names[part]] = (x, y, 0.0, 0.0)
+            parts.setdefault(image, {})[listed[part].fields[1]] = (x, y, 0.0, 0.0)
     return parts
