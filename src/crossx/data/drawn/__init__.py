@@ -1,1 +1,1 @@
-"""The drawn birds of the synthetic dataset."""
+"""The synthetic dataset: drawn birds."""
