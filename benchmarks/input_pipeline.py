@@ -36,9 +36,9 @@ from torchvision.transforms import v2
 
 from crossx.data.cache import PixelCache
 from crossx.data.dataset import ImageDataset, collate
+from crossx.data.drawn.synthetic import read_synthetic
 from crossx.data.images import read_image
 from crossx.data.index import Record
-from crossx.data.synthetic import read_synthetic
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
 from crossx.runs import Preprocessing
 from harness import Ratio, Timing, interleave, parser, ratios, synchronize, table, write

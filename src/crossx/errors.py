@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class CrossXError(Exception):
@@ -50,3 +50,10 @@ def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, without its full stop, to quote within one line."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join the first ``most`` items and count the others: ``a, b and 3 more``, or ``a; b; and 3 more``."""
+    more = len(items) - most
+    end = f"{separator.replace(', ', ' ')}and {more} more" if more > 0 else ""
+    return separator.join(items[:most]) + end

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossx.data.images import IMAGE_SUFFIXES, find_images, read_image
-from crossx.data.table import SUFFIXES, read_paths
+from crossx.data.readers.table import SUFFIXES, read_paths
 from crossx.errors import CrossXError
 
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor

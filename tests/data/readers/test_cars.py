@@ -6,8 +6,8 @@ import pytest
 from scipy.io import loadmat, savemat
 from torchvision.datasets import StanfordCars
 
-from crossx.data.cars import read_cars
 from crossx.data.index import DatasetIndex
+from crossx.data.readers.cars import read_cars
 from layouts import CARS, CARS_BOX, mat_cells, mat_structs, write_cars
 from refusals import refusal
 

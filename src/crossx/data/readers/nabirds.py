@@ -1,4 +1,4 @@
-"""NABirds (Van Horn et al., CVPR 2015), as https://dl.allaboutbirds.org/nabirds distributes it."""
+"""NABirds (Van Horn et al., CVPR 2015), https://dl.allaboutbirds.org/nabirds, in CUB's layout plus a hierarchy."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crossx.data.index import DatasetIndex
-from crossx.data.parsing import archive_root, distinct_names, keyed, read_rows
-from crossx.data.visipedia import read_classes, read_records
+from crossx.data.readers.cub import read_classes, read_records
+from crossx.data.readers.parsing import archive_root, distinct_names, keyed, read_rows
 from crossx.errors import CrossXError
 
 
 def read_nabirds(root: Path) -> DatasetIndex:
-    """Read NABirds from the unpacked ``nabirds.tar.gz``.
+    """Read NABirds, or a part of it, from the unpacked ``nabirds.tar.gz``.
 
-    The archive numbers 1011 nodes of a tree of birds. The classes are its leaves, 555 in the whole archive, which
-    are the nodes that images are labelled with. The site publishes node ids and no consecutive labels; the order
-    of labels here is that of ascending node id, which is also the order of the folders in ``images/``. A class is
+    The archive is a tree of 1011 nodes. The classes are its 555 leaves, the nodes that images are labelled with,
+    ordered by node id, as the folders in ``images/`` are; the archive itself has no consecutive labels. A class is
     named as in ``classes.txt`` (``Oak Titmouse``, ``Common Eider (Adult male)``); names that occur more than once
-    carry the node id in parentheses.
+    get the node id in parentheses. Boxes and visible keypoints are read where present; ``sizes.txt`` and
+    ``photographers.txt`` are not read.
 
-    ``levels`` keeps the tree. A leaf hangs below its species, and a species below a family (among the perching
-    birds) or directly below an order (everywhere else), so that the three levels are:
+    ``levels`` holds the tree (in parentheses, the number of groups in the whole archive):
 
-    - ``order``: the ancestor just below the root (22 in the whole archive);
-    - ``family``: the parent of the species, which is the order itself where the tree has no families (50);
+    - ``order``: the ancestor directly below the root (22);
+    - ``family``: the parent of the species, which is the order itself outside the perching birds (50);
     - ``species``: the parent of the leaf (404).
-
-    The split is that of ``train_test_split.txt``; boxes and visible keypoints are kept where the archive has them.
-    ``sizes.txt`` and ``photographers.txt`` are not read. Fewer classes or images are read the same way.
 
     Args:
         root: The folder ``nabirds``, or the folder that contains it.
@@ -51,7 +47,7 @@ def read_nabirds(root: Path) -> DatasetIndex:
 
 
 def _read_parents(path: Path, names: Mapping[int, str]) -> dict[int, int]:
-    """Return class id to parent id for every class but the root, after checking that they form one tree."""
+    """Return class id -> parent id for every class except the root; the classes must form one tree."""
     parents: dict[int, int] = {}
     for row in keyed(read_rows(path, ("class id", "parent id"))).values():
         child, parent = row.integer(0, "the class id"), row.integer(1, "the parent id")
@@ -60,8 +56,7 @@ def _read_parents(path: Path, names: Mapping[int, str]) -> dict[int, int]:
                 raise row.error(f"class id {class_id} is not in classes.txt")
         parents[child] = parent
     for child in parents:
-        # A walk longer than the tree has nodes never reaches a root.
-        ancestor, steps = child, 0
+        ancestor, steps = child, 0  # a walk with more steps than the tree has nodes is a circle
         while ancestor in parents and steps <= len(parents):
             ancestor, steps = parents[ancestor], steps + 1
         if ancestor in parents:
@@ -70,13 +65,13 @@ def _read_parents(path: Path, names: Mapping[int, str]) -> dict[int, int]:
     if len(roots) != 1:
         shown = ", ".join(map(str, roots[:5])) + (", ..." if len(roots) > 5 else "")
         raise CrossXError(
-            f"{path}: {len(roots)} classes have no parent ({shown}), one root is expected. Unpack the archive again."
+            f"{path}: {len(roots)} classes have no parent ({shown}), expected one root. Unpack the archive again."
         )
     return parents
 
 
 def _below_root(leaf: int, parents: Mapping[int, int]) -> list[int]:
-    """Return the path from just below the root down to ``leaf``."""
+    """Return the path to ``leaf``, from directly below the root."""
     path = [leaf]
     while parents[path[-1]] in parents:
         path.append(parents[path[-1]])
@@ -84,7 +79,7 @@ def _below_root(leaf: int, parents: Mapping[int, int]) -> list[int]:
 
 
 def _levels(paths: Sequence[Sequence[int]], names: Mapping[int, str]) -> dict[str, tuple[str, ...]]:
-    """Name the order, family and species of each leaf, given its path from below the root."""
+    """Return level -> name of each leaf's group, given the leaves' paths."""
     groups = {
         "order": [path[0] for path in paths],
         "family": [path[max(0, len(path) - 3)] for path in paths],
@@ -94,7 +89,7 @@ def _levels(paths: Sequence[Sequence[int]], names: Mapping[int, str]) -> dict[st
 
 
 def _names(ids: Sequence[int], names: Mapping[int, str]) -> tuple[str, ...]:
-    """Name each id, different ids differently."""
+    """Return a name for each id; different ids get different names."""
     unique = sorted(set(ids))
     named = dict(zip(unique, distinct_names([names[i] for i in unique], unique), strict=True))
     return tuple(named[i] for i in ids)

@@ -1,7 +1,7 @@
-"""The shapes and colours that a bird of the synthetic dataset is made of.
+"""Shapes and colours of the birds in the synthetic dataset.
 
-Bird coordinates: the body's centre at 0, the beak towards +x, y down, the body about 1 long. Head, wing and tail
-have their own origin, and the head its radius as unit, so that a pose can turn them.
+Bird coordinates: the body's centre at 0, the beak towards +x, y down, the body about 1 long. Head, wing and tail have
+their own origins, so that a pose can rotate them; the head's unit is its radius.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crossx.data.birds.canvas import Colour, Points, ellipse, smooth, stroke
+from crossx.data.drawn.canvas import Colour, Points, ellipse, smooth, stroke
 
 PARTS = ("beak", "crown", "face", "throat", "breast", "wing", "tail", "legs")
 
@@ -28,7 +28,7 @@ PLUMAGES: Mapping[str, tuple[Colour, Colour]] = {
     "lark": ((180, 150, 104), (232, 216, 186)),
     "sparrow": ((126, 88, 58), (216, 192, 160)),
 }
-"""Family to the colours that its classes share: upper side, under side."""
+"""Colours of each family's classes: upper side, under side."""
 
 # Body, in bird coordinates.
 BODY = smooth(
@@ -49,7 +49,7 @@ BREAST_MARKS: Mapping[str, tuple[Points, ...]] = {
     "banded": (smooth(0.24 - 0.04j, 0.4 + 0.04j, 0.6 + 0.02j, 0.6 + 0.13j, 0.4 + 0.15j, 0.18 + 0.07j),),
 }
 
-# Head, in units of its radius around its centre.
+# Head: origin at its centre, its radius as unit.
 HEAD = smooth(
     *(1 + 0.1j, 0.8 - 0.6j, 0.1 - 1j, -0.68 - 0.76j, -1 + 0.02j, -0.7 + 0.74j, 0.05 + 1j, 0.78 + 0.66j)
 )
@@ -78,7 +78,7 @@ BEAKS: Mapping[str, Points] = {
     "long": smooth(0.7 - 0.2j, 1.2 - 0.1j, 2.45 + 0.2j, 1.2 + 0.2j, 0.7 + 0.28j),
 }
 
-# Wing, from the shoulder.
+# Wing: origin at the shoulder.
 SHOULDER = 0.2 - 0.07j
 WING = smooth(
     *(0.04 - 0.02j, -0.1 - 0.13j, -0.36 - 0.13j, -0.62 + 0j, -0.9 + 0.15j),
@@ -101,7 +101,7 @@ WING_MARKS: Mapping[str, tuple[tuple[Points, ...], Colour]] = {
     ),
 }
 
-# Tail, from its root.
+# Tail: origin at its root.
 TAIL_ROOT = -0.46 + 0j
 TAILS: Mapping[str, Points] = {
     "plain": smooth(
@@ -117,7 +117,7 @@ TAIL_MARKS: Mapping[str, tuple[Points, ...]] = {
     "banded": tuple(stroke(x - 0.3j, x + 0.3j, 0.055) for x in (-0.2, -0.33, -0.46)),
 }
 
-# Legs: where they leave the body, how far the foot stands before that, toes from the foot.
+# Legs: hip and how far the foot is in front of it; toes relative to the foot.
 LEGS = ((0.16 + 0.2j, 0.05), (0.02 + 0.22j, -0.02))
 TOES = (0.13 + 0.02j, 0.1 + 0.05j, -0.08 + 0.02j)
 LEG_WIDTH = 0.05

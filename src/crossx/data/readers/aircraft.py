@@ -1,4 +1,4 @@
-"""FGVC-Aircraft (Maji et al., 2013), as https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ distributes it."""
+"""FGVC-Aircraft (Maji et al., 2013), https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from crossx.data.index import SPLITS, Box, DatasetIndex, Record
-from crossx.data.parsing import Row, archive_root, keyed, read_rows, require_folder
+from crossx.data.readers.parsing import Row, archive_root, keyed, read_rows, require_folder
 from crossx.errors import unknown
 
 LEVELS = {"manufacturer": "manufacturers.txt", "family": "families.txt", "variant": "variants.txt"}
@@ -14,22 +14,19 @@ LEVELS = {"manufacturer": "manufacturers.txt", "family": "families.txt", "varian
 
 
 def read_aircraft(root: Path, *, level: str = "variant") -> DatasetIndex:
-    """Read FGVC-Aircraft from the unpacked ``fgvc-aircraft-2013b.tar.gz``.
+    """Read FGVC-Aircraft, or a part of it, from the unpacked ``fgvc-aircraft-2013b.tar.gz``.
 
-    Labels follow the order of the level's own list (``variants.txt``, ...), names are its own (``F/A-18``). The
-    splits are the official ``train``, ``val`` and ``test``; the official ``trainval`` is the first two together.
-    ``levels`` has the coarser levels of each class, found by comparing the lists of images: family and
-    manufacturer of a variant, manufacturer of a family. A class without images has no known group there and is
-    given ``unknown``. Boxes of ``images_box.txt`` are kept where the archive has it; their corners count from 1 and
-    belong to the box. The images have a banner of 20 pixels at the bottom, which is not cut here. Fewer classes or
-    images are read the same way.
+    Labels follow the order of the level's list (``variants.txt``, ...); names are as written there (``F/A-18``).
+    Splits are the official ``train``, ``val`` and ``test``. ``levels`` holds the coarser levels (family and
+    manufacturer of a variant), found by comparing the image lists; a class without images gets ``unknown``. Boxes
+    (``images_box.txt``) are read where present. The 20-pixel banner at the bottom of each image is kept.
 
     Args:
         root: The folder ``fgvc-aircraft-2013b``, its ``data``, or the folder that contains it.
         level: ``variant`` (100 classes in the whole archive), ``family`` (70) or ``manufacturer`` (30).
 
     Raises:
-        UsageError: If ``level`` is none of the three.
+        UsageError: If ``level`` is unknown.
         CrossXError: If a list or ``images/`` is missing, a line is malformed, or the lists disagree.
     """
     if level not in LEVELS:
@@ -57,13 +54,12 @@ def read_aircraft(root: Path, *, level: str = "variant") -> DatasetIndex:
 
 
 def _read_classes(data: Path, level: str) -> dict[str, int]:
-    """Return class name to label."""
     rows = keyed(read_rows(data / LEVELS[level], (f"the name of a {level}",), text=True))
     return {name: label for label, name in enumerate(rows)}
 
 
 def _read_images(data: Path, level: str, classes: Mapping[str, int]) -> dict[str, tuple[str, Row]]:
-    """Return image id to its split and its row of image id and class name."""
+    """Return image id -> (split, row of image id and class name)."""
     lists = {
         split: read_rows(data / f"images_{level}_{split}.txt", ("image id", level), text=True)
         for split in SPLITS
@@ -77,7 +73,7 @@ def _read_images(data: Path, level: str, classes: Mapping[str, int]) -> dict[str
 def _groups(
     data: Path, coarse: str, classes: Mapping[str, int], images: Mapping[str, tuple[str, Row]]
 ) -> tuple[str, ...]:
-    """Return each class's group on a coarser level, from the images that both levels list."""
+    """Return each class's group on a coarser level, from the images listed on both levels."""
     coarse_images = _read_images(data, coarse, _read_classes(data, coarse))
     groups: dict[str, str] = {}
     for image, (_, row) in images.items():
@@ -93,7 +89,6 @@ def _groups(
 
 
 def _read_boxes(data: Path) -> dict[str, Box]:
-    """Return image id to bounding box, nothing where the archive has no boxes."""
     path = data / "images_box.txt"
     if not path.exists():
         return {}

@@ -1,27 +1,24 @@
-"""The user's own images, a folder a class."""
+"""The user's own images, one folder per class."""
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crossx.data.images import find_images, is_image_name
-from crossx.data.index import SPLITS, DatasetIndex, Record
-from crossx.errors import CrossXError, UsageError
+from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
+from crossx.errors import CrossXError, first_few
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""What the splits are called in folder names and tables, in lower case."""
+"""Names of the splits in folders and tables, in lower case."""
 
 
 def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -> DatasetIndex:
     """Read ``ROOT/CLASS/image.jpg``, or ``ROOT/train/CLASS/image.jpg`` and the same for ``val`` and ``test``.
 
-    Classes are the folder names, in sorted order. Images may lie deeper in a class's folder; links are followed;
-    hidden files and files that are no images by name (``images.IMAGE_SUFFIXES``) are passed over. Without split
-    folders, ``test_fraction`` of each class is held out for testing.
+    Classes are the folder names, in sorted order. Nested folders are searched and links followed; hidden files and
+    files without an image suffix (``images.IMAGE_SUFFIXES``) are skipped. Without split folders, ``test_fraction`` of
+    each class is held out for testing.
 
     Args:
         root: The folder of the class folders or of the split folders.
@@ -32,18 +29,12 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
         CrossXError: If the root is missing, has no class folders, or a class has no training images.
         UsageError: If ``test_fraction`` is out of range.
     """
-    if not root.exists():
-        raise CrossXError(
-            f"{root}: no such folder. --data.root takes the folder that holds one folder a class."
-        )
     if not root.is_dir():
-        raise CrossXError(f"{root}: is a file. --data.root takes the folder that holds one folder a class.")
+        problem = "is a file" if root.exists() else "no such folder"
+        raise CrossXError(f"{root}: {problem}. --data.root takes the folder that holds one folder per class.")
     splits = _split_folders(root)
-    if splits:
-        files = {split: _images_by_class(folder) for split, folder in splits.items()}
-    else:
-        files = {"train": _images_by_class(root)}
-    classes = _classes(root, files, list(splits.values()))
+    files = {split: _images_by_class(folder) for split, folder in (splits or {"train": root}).items()}
+    classes = _classes(root, files, splits.get("train", root))
     labels = {name: label for label, name in enumerate(classes)}
     records = [
         Record(path=path, label=labels[name], split=split)
@@ -56,38 +47,8 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     return DatasetIndex(name="folder", classes=tuple(classes), records=tuple(records))
 
 
-def hold_out_test(
-    records: Iterable[Record], classes: Sequence[str], root: Path, fraction: float, seed: int
-) -> list[Record]:
-    """Move ``fraction`` of each class's records to the test split.
-
-    The choice depends on the seed, the class's name and its images' paths below ``root`` alone, so that it is the
-    same on every machine and for the other classes when one is added. A class with two or more images keeps at
-    least one for training and gives at least one; a class with one keeps it.
-
-    Raises:
-        UsageError: If ``fraction`` is outside [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise UsageError(f"data.test_fraction must lie in [0, 1), not {fraction}.")
-    records = list(records)
-    if fraction == 0:
-        return records
-    by_class: dict[int, list[Path]] = defaultdict(list)
-    for record in records:
-        by_class[record.label].append(record.path)
-    chosen: set[Path] = set()
-    for label, paths in by_class.items():
-        paths.sort(
-            key=lambda path: path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        )
-        random.Random(f"{seed}/test/{classes[label]}").shuffle(paths)
-        chosen.update(paths[: min(len(paths) - 1, max(1, round(fraction * len(paths))))])
-    return [replace(record, split="test") if record.path in chosen else record for record in records]
-
-
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Return split to folder, empty where ``root`` holds classes."""
+    """Return split -> folder, empty if ``root`` holds classes."""
     folders = _subfolders(root)
     found: dict[str, Path] = {}
     for folder in folders:
@@ -104,11 +65,13 @@ def _split_folders(root: Path) -> dict[str, Path]:
         return {}
     if others:
         raise CrossXError(
-            f"{root}: {others[0].name!r} lies beside the split folder {next(iter(found.values())).name!r}. "
+            f"{root}: {others[0].name!r} is next to the split folder {next(iter(found.values())).name!r}. "
             "Keep either the splits there (train, val, test) or the classes."
         )
     if "train" not in found:
-        raise CrossXError(f"{root}: there is no folder 'train' beside {', '.join(map(repr, sorted(found)))}.")
+        raise CrossXError(
+            f"{root}: there is no folder 'train' next to {', '.join(map(repr, sorted(found)))}."
+        )
     return {split: found[split] for split in SPLITS if split in found}
 
 
@@ -127,14 +90,11 @@ def _subfolders(folder: Path) -> list[Path]:
         raise CrossXError(f"{folder}: the folder cannot be listed ({error.strerror}).") from error
 
 
-def _classes(
-    root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], split_folders: Sequence[Path]
-) -> list[str]:
-    """Return the sorted class names, each with at least one training image."""
+def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], where: Path) -> list[str]:
+    """Return the sorted class names, each with at least one training image (``where``: the training folder)."""
     train = files["train"]
-    where = split_folders[0] if split_folders else root
     if not train:
-        loose = " The images in it need one folder a class." if _holds_images(where) else ""
+        loose = " The images in it need one folder per class." if _holds_images(where) else ""
         raise CrossXError(f"{where}: holds no class folders.{loose} Check --data.root.")
     if not any(train.values()):
         raise CrossXError(f"{where}: no images in any of its {len(train)} folders. Check --data.root.")
@@ -150,12 +110,10 @@ def _classes(
     if len(train) == 1:
         raise CrossXError(
             f"{where}: only one class folder, {next(iter(train))!r}, and a classifier needs two: "
-            "does --data.root point one folder too high?"
+            "is --data.root one folder too high?"
         )
     return sorted(train)
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10])
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"class{'es' if len(names) > 1 else ''} {shown}{more}"
+    return f"class{'es' if len(names) > 1 else ''} {first_few([repr(name) for name in names], 10)}"

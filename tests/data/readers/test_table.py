@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layouts
-from crossx.data.table import read_table
+from crossx.data.readers.table import read_table
 from crossx.errors import CrossXError, UsageError
 
 

@@ -1,4 +1,4 @@
-"""Paints a bird of the synthetic dataset, part by part, in a pose."""
+"""Paint a bird of the synthetic dataset, part by part, in a pose."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageChops, ImageFilter
 
-from crossx.data.birds import anatomy
-from crossx.data.birds.anatomy import BLACK, HORN, ORANGE, PARTS, RED, WHITE, YELLOW
-from crossx.data.birds.canvas import SUPERSAMPLING, Canvas, Colour, Pixels, Points, mix, smooth, stroke
+from crossx.data.drawn import anatomy
+from crossx.data.drawn.anatomy import BLACK, HORN, ORANGE, PARTS, RED, WHITE, YELLOW
+from crossx.data.drawn.canvas import SUPERSAMPLING, Canvas, Colour, Pixels, Points, mix, smooth, stroke
 
 NUMBER: Mapping[str, int] = {name: number for number, name in enumerate(PARTS, start=1)}
-"""Part to its number on the canvas's part map."""
+"""Number of each part on the canvas's part map."""
 REST = len(PARTS) + 1
-"""Number of what belongs to the bird and to none of its parts."""
+"""Number of the pixels of the bird that belong to no part."""
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a bird is and how it holds itself; angles in radians, clockwise.
+    """Position and pose of a bird; angles in radians, clockwise.
 
     Attributes:
         unit: Length of the body, in image pixels.
         centre: Centre of the body, in image pixels.
         flip: Whether it faces left.
         tilt: Angle of the body.
-        stretch: Factor along the body, below 1 where it is seen at a slant.
+        stretch: Factor along the body, below 1 for a view at an angle.
         head: Centre of the head, in bird coordinates.
         head_radius: Radius of the head, in bird coordinates.
-        head_angle: Angle of the head against the body.
+        head_angle: Angle between head and body.
         looks_back: Whether the head is turned to the tail.
-        wing_angle: Angle of the wing against the body.
-        tail_angle: Angle of the tail against the body.
+        wing_angle: Angle between wing and body.
+        tail_angle: Angle between tail and body.
         leg_length: Height of the body above the feet, in bird coordinates.
     """
 
@@ -75,7 +75,7 @@ class Pose:
         )
 
     def place(self, points: Points, scale: float = 1, angle: float = 0, origin: complex = 0) -> Points:
-        """Bring points of a frame with this scale, angle and origin in bird coordinates to image pixels."""
+        """Map points to image pixels, from a frame with this scale, angle and origin in bird coordinates."""
         bird = points * cmath.rect(scale, angle) + origin
         bird = (bird.real * self.stretch + 1j * bird.imag) * cmath.rect(self.unit, self.tilt)
         return self.centre + (-bird.conj() if self.flip else bird)
@@ -92,7 +92,7 @@ class Bird:
     """A bird to paint.
 
     Nothing here is random and no part depends on another's attribute: birds in the same pose that differ in one
-    attribute differ in the pixels of that part alone.
+    attribute differ only in the pixels of that part.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Bird:
         self._folded_wing = canvas.mask([self._on_wing(anatomy.WING)])
 
     def paint(self) -> None:
-        """Paint the whole bird, from back to front. A plain part is painted too, over what lies behind it."""
+        """Paint the whole bird, from back to front, plain parts too."""
         self._paint_tail()
         self._paint_legs()
         self._paint_beak()
@@ -120,7 +120,7 @@ class Bird:
         self._paint_wing()
 
     def relief(self) -> tuple[Pixels, Pixels]:
-        """Return the rounded surface of torso and wing in image pixels: its height and its coverage (0 to 1)."""
+        """Return the rounded surface of torso and wing: height in pixels and coverage from 0 to 1, (S, S) each."""
         unit = self._pose.unit
         surface = ImageChops.lighter(self._torso, self._folded_wing).reduce(SUPERSAMPLING)
         height = np.zeros(surface.size, np.float32)

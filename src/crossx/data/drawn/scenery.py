@@ -1,4 +1,4 @@
-"""What surrounds the birds of the synthetic dataset: backgrounds, perches, foliage in front, light."""
+"""Backgrounds, perches, foreground foliage and light of the synthetic dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from crossx.data.birds.canvas import Canvas, Colour, Pixels, Points, ellipse, mix, smooth, stroke, vary
+from crossx.data.drawn.canvas import Canvas, Colour, Pixels, Points, ellipse, mix, smooth, stroke, vary
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Scene:
     Attributes:
         top: Colour of the gradient's upper end.
         bottom: Colour of its lower end.
-        blobs: Colours of what is out of focus in it.
+        blobs: Colours of the blobs out of focus.
         leaves: Colours of leaves and grass.
-        perches: Kinds of perch that a bird may sit on.
+        perches: Kinds of perch.
         horizon: Whether the gradient has a step, as between sky and land.
-        flat: Height of the blobs over their width.
+        flat: Height of the blobs relative to their width.
     """
 
     top: Colour
@@ -108,7 +108,7 @@ SCENES = (
 
 
 def background(scene: Scene, rng: np.random.Generator, size: int) -> Image.Image:
-    """Paint a background out of focus, ``size`` x ``size`` pixels."""
+    """Paint a blurred background, ``size`` x ``size`` pixels."""
     top, bottom = vary(scene.top, rng, 14), vary(scene.bottom, rng, 14)
     ramp = np.linspace(0, 1, size, dtype=np.float32)
     if scene.horizon:
@@ -124,7 +124,7 @@ def background(scene: Scene, rng: np.random.Generator, size: int) -> Image.Image
 def _discs(
     image: Image.Image, rng: np.random.Generator, count: int, scene: Scene | None = None, top: float = 0
 ) -> None:
-    """Paint translucent discs below ``top``: the scene's blobs, or faint spots of light without a scene."""
+    """Paint translucent discs below ``top``: the scene's blobs, or faint spots of light if there is no scene."""
     draw = ImageDraw.Draw(image, "RGBA")
     for _ in range(count):
         x, y = image.width * rng.uniform(-0.1, 1.1), image.width * rng.uniform(top, 1.1)
@@ -139,7 +139,7 @@ def _discs(
 
 
 def perch(scene: Scene, canvas: Canvas, rng: np.random.Generator, foot: complex, size: int) -> None:
-    """Paint what the bird stands on; ``foot`` is the point between its feet, in image pixels."""
+    """Paint the perch under ``foot``, the point between the bird's feet in image pixels."""
     kind = scene.perches[rng.integers(len(scene.perches))]
     _PERCHES[kind](scene, canvas, rng, foot, size)
 
@@ -176,8 +176,8 @@ def _post(scene: Scene, canvas: Canvas, rng: np.random.Generator, foot: complex,
     wood, half = vary((136, 114, 90), rng, 22), size * rng.uniform(0.11, 0.17)
     top = foot - 0.01j * size
     canvas.fill([stroke(top, top + 1.2j * size, 2 * half)], wood)
-    grooves = [stroke(top + half * share, top + half * share + 1.2j * size, 0.012 * size)
-               for share in rng.uniform(-0.9, 0.9, 4)]  # fmt: skip
+    starts = [top + half * share for share in rng.uniform(-0.9, 0.9, 4)]
+    grooves = [stroke(start, start + 1.2j * size, 0.012 * size) for start in starts]
     canvas.fill(grooves, mix(wood, _SHADE, 0.35))
     canvas.fill([ellipse(top, half, 0.03 * size)], mix(wood, _SUN, 0.3))
 
@@ -211,7 +211,7 @@ _PERCHES = {"branch": _branch, "wire": _wire, "post": _post, "stone": _stone, "g
 
 
 def foreground(scene: Scene, rng: np.random.Generator, size: int) -> list[tuple[Points, Colour]]:
-    """Return the shapes that cover parts of the bird, from back to front: none, leaves, a twig or grass."""
+    """Return the shapes that hide parts of the bird, from back to front: none, leaves, a twig or grass."""
     kind = FOREGROUNDS[rng.integers(len(FOREGROUNDS))]
     if kind == "nothing":
         return []
@@ -221,9 +221,8 @@ def foreground(scene: Scene, rng: np.random.Generator, size: int) -> list[tuple[
     along = cmath.rect(size * rng.uniform(0.2, 0.6), rng.uniform(0, 2 * math.pi))
     shapes: list[tuple[Points, Colour]] = []
     if kind == "twig":
-        shapes.append(
-            (stroke(start - along, start + along, 0.028 * size, 0.018 * size), vary((92, 70, 52), rng, 20))
-        )
+        twig = stroke(start - along, start + along, 0.028 * size, 0.018 * size)
+        shapes.append((twig, vary((92, 70, 52), rng, 20)))
     for _ in range(int(rng.integers(2, 5))):
         base = start + along * rng.uniform(-0.5, 0.5)
         shapes += _leaf(scene, rng, base, size, 0.1, 0.22)
@@ -243,7 +242,7 @@ def _leaf(
 def _grass(
     scene: Scene, rng: np.random.Generator, size: int, count: int, height: float, root: float
 ) -> list[tuple[Points, Colour]]:
-    """Return ``count`` blades about ``height`` tall, rooted at ``root`` and below (shares of the image)."""
+    """Return ``count`` blades about ``height`` tall, rooted at ``root`` or below (both as shares of the image)."""
     blades = []
     for _ in range(count):
         base = complex(rng.uniform(-0.05, 1.05), rng.uniform(root, max(root, 1.03)))
@@ -256,16 +255,16 @@ def _grass(
 
 
 def light(pixels: Pixels, height: Pixels, coverage: Pixels, rng: np.random.Generator) -> Pixels:
-    """Light an image.
+    """Apply light, dapples and grain to an image.
 
     Args:
         pixels: (S, S, 3), 0 to 255.
         height: (S, S), height of the bird's rounded surface in pixels.
-        coverage: (S, S), 1 on that surface, 0 beside it.
-        rng: Source of the light's direction, strength and colour, of dapples and grain.
+        coverage: (S, S), 1 on that surface, 0 elsewhere.
+        rng: Source of the light's direction, strength and colour, and of dapples and grain.
 
     Returns:
-        (S, S, 3), not yet clipped to 0 ... 255.
+        (S, S, 3), not yet clipped to [0, 255].
     """
     size = len(height)
     down, right = np.gradient(height)

@@ -1,4 +1,4 @@
-"""Draws one picture of the synthetic dataset: a bird in a scene, and what is where in it."""
+"""Draw one picture of the synthetic dataset, a bird in a scene, with its boxes."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from crossx.data.birds.anatomy import PLUMAGES
-from crossx.data.birds.bird import NUMBER, Bird, Pose
-from crossx.data.birds.canvas import SUPERSAMPLING, Canvas, vary
-from crossx.data.birds.scenery import SCENES, background, foreground, light, perch
+from crossx.data.drawn.anatomy import PLUMAGES
+from crossx.data.drawn.bird import NUMBER, Bird, Pose
+from crossx.data.drawn.canvas import SUPERSAMPLING, Canvas, vary
+from crossx.data.drawn.scenery import SCENES, background, foreground, light, perch
 from crossx.data.index import Box
 
 COVERED = 255
-"""Number on the part map of what something in front hides."""
+"""Number on the part map of pixels hidden by the foreground."""
 MIN_VISIBLE = 8
-"""A part of which fewer pixels are to be seen gets no box ..."""
+"""A part with fewer visible pixels gets no box ..."""
 MIN_UNCOVERED = 1 / 3
-"""... nor one of which less than this share of what lies within the image is uncovered."""
+"""... nor does a part whose pixels within the image are uncovered to less than this share."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what is where in it.
+    """A picture and its boxes.
 
     Attributes:
         image: The picture, RGB.
         box: Box of the visible bird, in pixels.
-        parts: Part name to the box of its visible pixels; parts that are hidden or out of view are left out.
+        parts: Part name to the box of its visible pixels, without hidden parts.
     """
 
     image: Image.Image
@@ -44,8 +44,8 @@ def draw_picture(attributes: Mapping[str, str], rng: np.random.Generator, size: 
     Nothing random depends on the attributes: the same generator gives the same scene, pose and light.
 
     Args:
-        attributes: ``family`` and every one of ``anatomy.PARTS`` to its value.
-        rng: Source of all that varies within a class.
+        attributes: Values of ``family`` and of each part in ``anatomy.PARTS``.
+        rng: Source of everything that varies within a class.
         size: Side of the image, in pixels.
     """
     for_scene, for_perch, for_pose, for_colours, for_cover, for_light = rng.spawn(6)
@@ -84,7 +84,7 @@ def _boxes(parts: NDArray[np.uint8], in_view: NDArray[np.intp]) -> tuple[Box, di
 
 
 def _box(found: NDArray[np.bool_]) -> Box:
-    columns, rows = np.flatnonzero(found.any(0)), np.flatnonzero(found.any(1))
+    columns, rows = np.flatnonzero(found.any(0)), np.flatnonzero(found.any(1))  # (S, S) -> (S,)
     left, right = float(columns[0]) / SUPERSAMPLING, float(columns[-1] + 1) / SUPERSAMPLING
     top, bottom = float(rows[0]) / SUPERSAMPLING, float(rows[-1] + 1) / SUPERSAMPLING
     return left, top, right - left, bottom - top

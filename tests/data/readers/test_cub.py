@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from crossx.data.cub import read_cub
+from crossx.data.readers.cub import read_cub
 from layouts import CUB_CLASSES, write_cub, write_lines
 from refusals import refusal
 
-CUB80 = Path(os.environ.get("CROSSX_DATA", Path(__file__).parents[3] / "shared" / "data")) / "cub80"
+CUB80 = Path(os.environ.get("CROSSX_DATA", Path(__file__).parents[4] / "shared" / "data")) / "cub80"
 
 
 @pytest.fixture

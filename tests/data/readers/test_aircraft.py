@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import FGVCAircraft
 
-from crossx.data.aircraft import LEVELS, read_aircraft
+from crossx.data.readers.aircraft import LEVELS, read_aircraft
 from crossx.errors import UsageError
 from layouts import VARIANTS, write_aircraft, write_lines
 from refusals import refusal

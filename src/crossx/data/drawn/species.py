@@ -1,4 +1,4 @@
-"""Composes the classes of the synthetic dataset from the attributes of parts, and names them."""
+"""Classes of the synthetic dataset, composed from the attributes of parts, and their names."""
 
 from __future__ import annotations
 
@@ -8,70 +8,42 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TypeAlias
 
-from crossx.data.birds.anatomy import PARTS, PLUMAGES
+from crossx.data.drawn.anatomy import PARTS, PLUMAGES
 
 Attributes: TypeAlias = dict[str, str]
-"""``family`` and every part to its value."""
+"""Value of ``family`` and of every part."""
 
-ADJECTIVES: Mapping[str, Mapping[str, str]] = {
-    "beak": {
-        "slender": "Slender-billed",
-        "thick": "Thick-billed",
-        "long": "Long-billed",
-        "yellow": "Yellow-billed",
-        "red": "Red-billed",
-    },
-    "crown": {
-        "plain": "Plain-crowned",
-        "black": "Black-capped",
-        "red": "Red-crowned",
-        "white": "White-crowned",
-        "golden": "Golden-crowned",
-        "crested": "Crested",
-    },
-    "face": {"plain": "Plain-faced", "masked": "Masked", "browed": "White-browed", "ringed": "Spectacled"},
-    "throat": {
-        "plain": "Plain-throated",
-        "black": "Black-throated",
-        "white": "White-throated",
-        "red": "Ruby-throated",
-        "yellow": "Yellow-throated",
-    },
-    "breast": {
-        "plain": "Plain-breasted",
-        "spotted": "Spot-breasted",
-        "streaked": "Streak-breasted",
-        "banded": "Band-breasted",
-        "orange": "Orange-breasted",
-    },
-    "wing": {
-        "plain": "Plain-winged",
-        "barred": "Bar-winged",
-        "golden": "Golden-winged",
-        "red": "Red-shouldered",
-    },
-    "tail": {
-        "plain": "Plain-tailed",
-        "forked": "Fork-tailed",
-        "tipped": "White-tailed",
-        "banded": "Band-tailed",
-    },
-    "legs": {
-        "pink": "Pink-legged",
-        "orange": "Orange-legged",
-        "black": "Black-legged",
-        "blue": "Blue-footed",
-    },
+_WORDS = {
+    "beak": "slender Slender-billed, thick Thick-billed, long Long-billed, yellow Yellow-billed, red Red-billed",
+    "crown": (
+        "plain Plain-crowned, black Black-capped, red Red-crowned, "
+        "white White-crowned, golden Golden-crowned, crested Crested"
+    ),
+    "face": "plain Plain-faced, masked Masked, browed White-browed, ringed Spectacled",
+    "throat": (
+        "plain Plain-throated, black Black-throated, white White-throated, "
+        "red Ruby-throated, yellow Yellow-throated"
+    ),
+    "breast": (
+        "plain Plain-breasted, spotted Spot-breasted, streaked Streak-breasted, "
+        "banded Band-breasted, orange Orange-breasted"
+    ),
+    "wing": "plain Plain-winged, barred Bar-winged, golden Golden-winged, red Red-shouldered",
+    "tail": "plain Plain-tailed, forked Fork-tailed, tipped White-tailed, banded Band-tailed",
+    "legs": "pink Pink-legged, orange Orange-legged, black Black-legged, blue Blue-footed",
 }
-"""Part to the values of its attribute, each with the word that it gives to a class's name."""
+ADJECTIVES: Mapping[str, Mapping[str, str]] = {
+    part: dict(word.split(maxsplit=1) for word in words.split(", ")) for part, words in _WORDS.items()
+}
+"""Part -> value -> the word that the value adds to a class's name."""
 
 
 def class_attributes(num_classes: int, seed: int = 0) -> list[Attributes]:
     """Return the attributes of each class, ``family`` first, in label order.
 
-    Classes are spread over families of about four. A family grows from one random class; each further class
-    copies a random one of its family and changes one part. So all classes are different, and each differs from
-    at least one other in exactly one part.
+    Classes are spread over families of about four. A family starts with one random class; each further class copies a
+    random one of the family and changes one part. All classes are different, and each differs from at least one other
+    in exactly one part.
 
     Args:
         num_classes: Number of classes, at least 2 and far below the number of combinations (about 1.5 million).
@@ -95,9 +67,9 @@ def class_attributes(num_classes: int, seed: int = 0) -> list[Attributes]:
 
 
 def class_names(classes: Sequence[Attributes]) -> list[str]:
-    """Name each class by its family and the fewest parts that set it apart, such as "Red-crowned Warbler".
+    """Name each class by its family and the fewest parts that identify it, such as "Red-crowned Warbler".
 
-    Names are unique: no other class has the same values for the family and the parts that a name speaks of.
+    Names are unique: no other class has the same family and the same values of the parts named.
     """
     subsets = [subset for count in range(1, len(PARTS) + 1) for subset in combinations(PARTS, count)]
     counts = {subset: Counter(_values(attributes, subset) for attributes in classes) for subset in subsets}

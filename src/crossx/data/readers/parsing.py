@@ -1,4 +1,4 @@
-"""What the archive readers share: text lists, .mat lists, and errors that name the file and the line."""
+"""Text and .mat lists of the archives, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BLANKS = re.compile(r"[ \t]+")
 
 
 class Row(NamedTuple):
-    """One line of a text list, or one entry of a .mat list, that knows where it stands.
+    """One line of a text list or one entry of a .mat list. Its methods raise ``CrossXError`` with file and number.
 
     Attributes:
         path: The file.
-        number: Its place in the file, from 1.
+        number: Position in the file, counted from 1.
         fields: The columns as text.
         unit: What ``number`` counts: ``line`` or ``entry``.
     """
@@ -32,42 +32,29 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The file and the number, as the error messages write them."""
+        """File and number, as error messages show them."""
         return f"{self.path}, {self.unit} {self.number}"
 
     def error(self, problem: str) -> CrossXError:
-        """Build the one-line error for this row: file, number, what is wrong, what to do."""
-        remedy = f"Mend this {self.unit} or unpack the archive again."
-        return CrossXError(f"{self.place}: {problem}. {remedy}")
+        """Build the one-line error for this row."""
+        return CrossXError(f"{self.place}: {problem}. Fix this {self.unit} or unpack the archive again.")
 
     def integer(self, column: int, what: str) -> int:
-        """Return a column as an integer of 0 or more.
-
-        Raises:
-            CrossXError: If the column is anything else; ``what`` names it.
-        """
+        """Return a column as an integer of at least 0; ``what`` names it in the error."""
         text = self.fields[column]
         if not (text.isascii() and text.isdigit()):
             raise self.error(f"{what} must be a whole number, not {text!r}")
         return int(text)
 
     def flag(self, column: int, what: str) -> bool:
-        """Return a column that is 0 or 1 as a truth value.
-
-        Raises:
-            CrossXError: If the column is anything else; ``what`` names it.
-        """
+        """Return a column that must be 0 or 1 as a bool."""
         text = self.fields[column]
         if text not in ("0", "1"):
             raise self.error(f"{what} must be 0 or 1, not {text!r}")
         return text == "1"
 
     def numbers(self, start: int, stop: int, what: str) -> tuple[float, ...]:
-        """Return columns ``start`` to ``stop - 1`` as finite numbers.
-
-        Raises:
-            CrossXError: If one is not a finite number; ``what`` names them.
-        """
+        """Return columns ``start`` to ``stop - 1`` as finite numbers."""
         try:
             values = tuple(float(text) for text in self.fields[start:stop])
         except ValueError:
@@ -77,24 +64,14 @@ class Row(NamedTuple):
         return values
 
     def corners(self, start: int) -> Box:
-        """Return the box whose four columns are xmin, ymin, xmax, ymax.
-
-        Both corners belong to the box and are counted from 1, as MATLAB does.
-
-        Raises:
-            CrossXError: If they are not numbers or the corners are the wrong way round.
-        """
+        """Return the box given by four columns: xmin, ymin, xmax, ymax, counted from 1 and inclusive (MATLAB)."""
         left, top, right, bottom = self.numbers(start, start + 4, "box corners")
         if right < left or bottom < top:
             raise self.error("the box ends before it begins (columns are xmin, ymin, xmax, ymax)")
         return (left - 1, top - 1, right - left + 1, bottom - top + 1)
 
     def file_in(self, folder: Path, column: int, suffix: str = "") -> Path:
-        """Return the file that a column names, with ``suffix`` added, relative to ``folder``.
-
-        Raises:
-            CrossXError: If the name leads out of the folder.
-        """
+        """Return the file named by a column plus ``suffix``; it must be inside ``folder``."""
         name = PurePosixPath(self.fields[column] + suffix)
         if name.is_absolute() or ".." in name.parts:
             raise self.error(f"{str(name)!r} leads out of {folder}")
@@ -102,10 +79,10 @@ class Row(NamedTuple):
 
 
 def archive_root(root: Path, marker: str, *inner: str) -> Path:
-    """Return the archive's own folder: ``root`` itself or one of the folders ``inner`` in it.
+    """Return the first of ``root`` and its subfolders ``inner`` that holds the file ``marker``.
 
-    The first that holds the file ``marker`` is taken; where none does, the first of ``inner`` that exists, else
-    ``root``, so that the error about the missing file names the place where it should be.
+    Without such a file, the first existing subfolder, else ``root``: the error about the missing file then names the
+    most likely folder.
 
     Raises:
         CrossXError: If ``root`` is not a folder.
@@ -114,46 +91,35 @@ def archive_root(root: Path, marker: str, *inner: str) -> Path:
         raise CrossXError(f"{root} is a file: unpack it and pass the folder as --data.root.")
     if not root.is_dir():
         raise CrossXError(f"{root} does not exist: pass the folder of the unpacked archive as --data.root.")
-    candidates = [root, *(root / name for name in inner)]
-    for candidate in candidates:
-        if (candidate / marker).is_file():
-            return candidate
-    return next((candidate for candidate in candidates[1:] if candidate.is_dir()), root)
+    subfolders = [root / name for name in inner]
+    holding = (folder for folder in (root, *subfolders) if (folder / marker).is_file())
+    return next(holding, next((folder for folder in subfolders if folder.is_dir()), root))
 
 
 def require_file(path: Path) -> Path:
-    """Return ``path`` if it is a file.
-
-    Raises:
-        CrossXError: If it is missing.
-    """
+    """Return ``path`` if it is a file, else raise ``CrossXError``."""
     if not path.is_file():
         raise CrossXError(f"{path} is missing: check --data.root, or unpack the archive again.")
     return path
 
 
 def require_folder(path: Path) -> Path:
-    """Return ``path`` if it is a folder.
-
-    Raises:
-        CrossXError: If it is missing.
-    """
+    """Return ``path`` if it is a folder, else raise ``CrossXError``."""
     if not path.is_dir():
         raise CrossXError(f"{path}/ is missing: unpack the archive's images there, or check --data.root.")
     return path
 
 
 def read_rows(path: Path, columns: Sequence[str], *, text: bool = False) -> list[Row]:
-    """Read a text list of columns separated by blanks; empty lines are passed over.
+    """Read a UTF-8 text list of columns separated by blanks; empty lines are skipped.
 
     Args:
-        path: A UTF-8 file.
-        columns: What each column is, for the error messages; every line must have all of them.
-        text: Whether the last column takes the rest of the line, blanks included (names, paths).
+        path: The file.
+        columns: What each column is, for error messages; every line must have all of them.
+        text: Whether the last column is the rest of the line, blanks included (names, paths).
 
     Raises:
-        CrossXError: If the file is missing, unreadable, empty or not UTF-8, or a line has too few or too many
-            columns.
+        CrossXError: If the file is missing, unreadable, empty or not UTF-8, or a line has the wrong number of columns.
     """
     try:
         content = require_file(path).read_bytes()
@@ -170,7 +136,7 @@ def read_rows(path: Path, columns: Sequence[str], *, text: bool = False) -> list
         stripped = line.strip(" \t\r")
         if not stripped:
             continue
-        # re.split takes a maximum of 0 as "no limit": a single text column is the whole line.
+        # re.split takes a maximum of 0 as "no limit", so a single text column is handled here
         fields = (stripped,) if len(columns) == 1 else tuple(_BLANKS.split(stripped, most_splits))
         row = Row(path, number, fields)
         if len(fields) != len(columns):
@@ -185,15 +151,14 @@ def load_mat(path: Path, *variables: str) -> tuple[Any, ...]:
     """Read variables of a MATLAB file, structs as dicts and cell arrays as arrays of objects.
 
     Raises:
-        CrossXError: If the file is missing, is no .mat file, or lacks a variable.
+        CrossXError: If the file is missing, is not a .mat file or lacks a variable.
     """
-    # Imported here because it takes a third of a second and most datasets have no .mat file.
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # slow to import, and most datasets have no .mat file
 
     require_file(path)
     try:
         content = loadmat(path, simplify_cells=True)
-    except Exception as error:  # scipy lets whatever its decoders raise on broken bytes through
+    except Exception as error:  # on broken bytes scipy raises whatever its decoders raise
         raise CrossXError(
             f"{path} cannot be read as a .mat file ({type(error).__name__}): download it again."
         ) from error
@@ -204,32 +169,30 @@ def load_mat(path: Path, *variables: str) -> tuple[Any, ...]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return the elements of a .mat variable, in which MATLAB keeps a list of one as the bare element."""
+    """Return the elements of a .mat variable; MATLAB stores a list of one as the bare element."""
     return [value] if isinstance(value, str | dict) or not hasattr(value, "__iter__") else list(value)
 
 
 def mat_rows(path: Path, columns: Mapping[str, Any]) -> list[Row]:
-    """Put columns read from a .mat file side by side, so that their entries are checked as lines are.
+    """Return the columns of a .mat file as rows.
 
     Args:
-        path: The file, for the error messages.
-        columns: Column name to its values as ``load_mat`` gives them: text or single numbers.
+        path: The file, for error messages.
+        columns: Column name to its values from ``load_mat``: text or single numbers.
 
     Raises:
         CrossXError: If the columns differ in length or a value is neither text nor a single number.
     """
     values = {name: as_list(column) for name, column in columns.items()}
-    lengths = {name: len(column) for name, column in values.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
-        raise CrossXError(f"{path}: {counts}, which should be as many: download it again.")
-    if not all(lengths.values()):
+    if len({len(column) for column in values.values()}) > 1:
+        counts = ", ".join(f"{len(column)} {name}" for name, column in values.items())
+        raise CrossXError(f"{path}: {counts}, but the numbers should be equal: download it again.")
+    if not all(values.values()):
         raise CrossXError(f"{path} lists nothing: download it again.")
     rows = []
     for number, entry in enumerate(zip(*values.values(), strict=True), start=1):
-        fields = tuple(_as_text(value) for value in entry)
-        row = Row(path, number, fields, "entry")
-        for name, field in zip(values, fields, strict=True):
+        row = Row(path, number, tuple(_as_text(value) for value in entry), "entry")
+        for name, field in zip(values, row.fields, strict=True):
             if not field:
                 raise row.error(f"{name!r} holds no value")
         rows.append(row)
@@ -237,7 +200,7 @@ def mat_rows(path: Path, columns: Mapping[str, Any]) -> list[Row]:
 
 
 def _as_text(value: Any) -> str:
-    """Write a .mat value as text, whole numbers without a decimal point, anything not single as nothing."""
+    """Write text or a number as text, whole numbers without a decimal point, anything else as an empty string."""
     if isinstance(value, str):
         return value
     if not hasattr(value, "__float__") or getattr(value, "size", 1) != 1:
@@ -247,11 +210,7 @@ def _as_text(value: Any) -> str:
 
 
 def keyed(rows: Iterable[Row], column: int = 0) -> dict[str, Row]:
-    """Index rows by a column.
-
-    Raises:
-        CrossXError: If two rows have the same value there.
-    """
+    """Index rows by a column; two rows with the same value there raise ``CrossXError``."""
     index: dict[str, Row] = {}
     for row in rows:
         first = index.setdefault(row.fields[column], row)
@@ -261,11 +220,11 @@ def keyed(rows: Iterable[Row], column: int = 0) -> dict[str, Row]:
 
 
 def distinct_names(names: Sequence[str], ids: Sequence[object]) -> tuple[str, ...]:
-    """Return ``names`` with the id in parentheses after each name that occurs more than once.
+    """Append the id in parentheses to each name that occurs more than once.
 
     Args:
         names: Any names.
-        ids: As many different ids, whose text holds no parentheses.
+        ids: One distinct id per name, without parentheses in its text.
     """
     result = list(names)
     while len(set(result)) < len(result):

@@ -9,12 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from crossx.data import synthetic
-from crossx.data.birds import picture
-from crossx.data.birds.anatomy import PARTS, PLUMAGES
-from crossx.data.birds.picture import draw_picture
-from crossx.data.birds.species import ADJECTIVES
-from crossx.data.synthetic import SyntheticSpec, class_attributes, class_names, draw_dataset, read_synthetic
+from crossx.data.drawn import picture, synthetic
+from crossx.data.drawn.anatomy import PARTS, PLUMAGES
+from crossx.data.drawn.picture import draw_picture
+from crossx.data.drawn.species import ADJECTIVES
+from crossx.data.drawn.synthetic import (
+    SyntheticSpec,
+    class_attributes,
+    class_names,
+    draw_dataset,
+    read_synthetic,
+)
 from crossx.errors import CrossXError, UsageError
 
 SMALL = {"num_classes": 4, "images_per_class": 3, "image_size": 32}

@@ -1,10 +1,10 @@
-"""The layout that CUB-200-2011 and NABirds share: numbered classes and images in text lists.
+"""Caltech-UCSD Birds-200-2011 (Wah et al., 2011), https://www.vision.caltech.edu/datasets/cub_200_2011/.
 
-Each list has one entry a line, keyed by an id: ``classes.txt`` (class id, name), ``images.txt`` (image id, path
-in ``images/``), ``image_class_labels.txt`` (image id, class id), ``train_test_split.txt`` (image id, 1 for
-training or 0 for test) and, optional here, ``bounding_boxes.txt`` (image id, x, y, width, height),
-``parts/parts.txt`` (part id, name) and ``parts/part_locs.txt`` (image id, part id, x, y, visible). Source: the
-README of CUB-200-2011, https://www.vision.caltech.edu/datasets/cub_200_2011/.
+The archive lists numbered classes and images in text files, one entry per line, as NABirds does: ``classes.txt``
+(class id, name), ``images.txt`` (image id, path in ``images/``), ``image_class_labels.txt`` (image id, class id),
+``train_test_split.txt`` (image id, 1 for training or 0 for test) and, where present, ``bounding_boxes.txt`` (image id,
+x, y, width, height), ``parts/parts.txt`` (part id, name) and ``parts/part_locs.txt`` (image id, part id, x, y,
+visible). Source: the archive's README.
 """
 
 from __future__ import annotations
@@ -12,39 +12,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from crossx.data.index import Box, Record
-from crossx.data.parsing import Row, keyed, read_rows, require_folder
+from crossx.data.index import Box, DatasetIndex, Record
+from crossx.data.readers.parsing import Row, archive_root, distinct_names, keyed, read_rows, require_folder
+
+
+def read_cub(root: Path) -> DatasetIndex:
+    """Read CUB-200-2011, or a part of it, from the unpacked ``CUB_200_2011.tgz``.
+
+    Labels follow the class ids of ``classes.txt``; names are as written there (``001.Black_footed_Albatross``). Boxes
+    and the visible keypoints (of 15) are read where present.
+
+    Args:
+        root: The folder ``CUB_200_2011``, or the folder that contains it.
+
+    Raises:
+        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree.
+    """
+    root = archive_root(root, "classes.txt", "CUB_200_2011")
+    classes = read_classes(root)
+    labels = {class_id: label for label, class_id in enumerate(classes)}
+    return DatasetIndex(
+        name="cub",
+        classes=distinct_names(list(classes.values()), list(classes)),
+        records=read_records(root, labels, "is not in classes.txt"),
+    )
 
 
 def read_classes(root: Path) -> dict[int, str]:
-    """Return class id to name, by ascending id.
-
-    Raises:
-        CrossXError: If ``classes.txt`` is missing or malformed.
-    """
+    """Return class id -> name of ``classes.txt``, by ascending id."""
     rows = keyed(read_rows(root / "classes.txt", ("class id", "name"), text=True)).values()
     return dict(sorted((row.integer(0, "the class id"), row.fields[1]) for row in rows))
 
 
 def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> tuple[Record, ...]:
-    """Read every image that ``images.txt`` lists, in its order.
+    """Read the images listed in ``images.txt``, in its order; image files are not opened.
 
     Args:
         root: The archive's folder.
-        labels: Class id to label, for the classes that images may have.
-        unknown_class: What is wrong with a class id outside ``labels``, for the error message.
+        labels: Class id -> label, for every class that an image may have.
+        unknown_class: What the error message says about a class id outside ``labels``.
 
     Raises:
-        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree. Image files
-            are not looked at.
+        CrossXError: If a file or ``images/`` is missing, a line is malformed, or the lists disagree.
     """
     images = keyed(read_rows(root / "images.txt", ("image id", "path"), text=True))
     keyed(images.values(), column=1)
     class_ids = _of_images(root / "image_class_labels.txt", "class id", images)
     training = _of_images(root / "train_test_split.txt", "1 for training or 0 for test", images)
     folder = require_folder(root / "images")
-    boxes = _read_boxes(root)
-    parts = _read_parts(root)
+    boxes, parts = _read_boxes(root), _read_parts(root)
     records = []
     for image, row in images.items():
         class_id = class_ids[image].integer(1, "the class id")
@@ -63,7 +79,7 @@ def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> t
 
 
 def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, Row]:
-    """Read a list that must have exactly one line for each image."""
+    """Read a list that must have exactly one line per image."""
     rows = keyed(read_rows(path, ("image id", column)))
     for image, row in images.items():
         if image not in rows:
@@ -75,7 +91,6 @@ def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, 
 
 
 def _read_boxes(root: Path) -> dict[str, Box]:
-    """Return image id to bounding box, nothing where the archive has no boxes."""
     path = root / "bounding_boxes.txt"
     if not path.exists():
         return {}
@@ -89,21 +104,16 @@ def _read_boxes(root: Path) -> dict[str, Box]:
 
 
 def _read_parts(root: Path) -> dict[str, dict[str, Box]] | None:
-    """Return image id to its visible keypoints, None where the archive has no parts."""
+    """Return image id -> part name -> visible keypoint, None without ``parts/``."""
     if not (root / "parts").exists():
         return None
-    names = {
-        part: row.fields[1]
-        for part, row in keyed(
-            read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True)
-        ).items()
-    }
+    listed = keyed(read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True))
     parts: dict[str, dict[str, Box]] = {}
     for row in read_rows(root / "parts" / "part_locs.txt", ("image id", "part id", "x", "y", "visible")):
         image, part = row.fields[:2]
-        if part not in names:
+        if part not in listed:
             raise row.error(f"part id {part} is not in parts.txt")
         if row.flag(4, "the visible column"):
             x, y = row.numbers(2, 4, "x, y")
-            parts.setdefault(image, {})[names[part]] = (x, y, 0.0, 0.0)
+            parts.setdefault(image, {})[listed[part].fields[1]] = (x, y, 0.0, 0.0)
     return parts

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from scipy.io import savemat
 
-from crossx.data.dogs import read_dogs
+from crossx.data.readers.dogs import read_dogs
 from layouts import DOGS, write_dogs, write_dogs_list
 from refusals import refusal
 
@@ -53,7 +53,7 @@ def test_breeds_named_alike_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "labels", "problem"),
     [
-        ([f"{DOGS[0]}/7.jpg"], [2], "class 2 is in folder 'n02085620-Chihuahua' here and in"),
+        ([f"{DOGS[0]}/7.jpg"], [2], "class 2 is in folder 'n02085620-Chihuahua', but earlier in"),
         ([f"{DOGS[0]}/7.jpg"], [1.5], "the label must be a whole number, not '1.5'"),
         (["7.jpg"], [1], "expected folder/file, found '7.jpg'"),
         ([f"{DOGS[0]}/../../7.jpg"], [1], "leads out of"),

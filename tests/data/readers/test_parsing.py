@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from crossx.data.parsing import (
+from crossx.data.readers.parsing import (
     Row,
     archive_root,
     as_list,

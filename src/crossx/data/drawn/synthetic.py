@@ -1,8 +1,8 @@
 """The synthetic dataset: drawn birds whose classes differ from their nearest class in one part.
 
-A class is a family, which shares its plumage's colours, and one value for the attribute of every part. Images of
-a class vary freely in pose, size, position, scene, light and occlusion, so that what separates two classes is
-small beside what separates two images of one. ``docs/synthetic.md`` describes the set.
+A class is a family, which fixes the colours of the plumage, and one value for the attribute of every part. Images of a
+class vary in pose, size, position, scene, light and occlusion, so the differences between classes are small compared
+with those within a class. ``docs/synthetic.md`` describes the set.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,29 +21,29 @@ from typing import Any
 
 import numpy as np
 
-from crossx.data.birds.picture import draw_picture
-from crossx.data.birds.species import Attributes, class_attributes, class_names
+from crossx.data.drawn.picture import draw_picture
+from crossx.data.drawn.species import Attributes, class_attributes, class_names
 from crossx.data.index import Box, DatasetIndex, Record
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import read_json
 
 FORMAT = "crossx synthetic birds"
 VERSION = 1
-"""To be raised with any change that moves a pixel, a name or a box."""
+"""Increase with every change of a pixel, a name or a box."""
 
 MAX_CLASSES = 10_000
-"""Where names still are short and combinations plenty."""
+"""Up to here names are short and there are plenty of combinations."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SyntheticSpec:
-    """What determines the set, pixel by pixel.
+    """Everything that determines the set.
 
     Attributes:
         num_classes: Number of classes, at least 2.
-        images_per_class: Images of each class, at least 3; every third one is a test image.
+        images_per_class: Images per class, at least 3; every third one is a test image.
         seed: Seed of the classes and of every image.
         image_size: Side of the square images, in pixels, at least 32.
     """
@@ -69,21 +69,14 @@ class SyntheticSpec:
 def read_synthetic(
     root: Path, *, num_classes: int = 12, images_per_class: int = 60, seed: int = 0, image_size: int = 128
 ) -> DatasetIndex:
-    """Read the synthetic set in ``root``, after drawing it there if the folder is missing or empty.
+    """Read the synthetic set in ``root``; draw it first if the folder is missing or empty.
 
-    The same arguments give the same images on every machine with the same versions of NumPy and Pillow. Every
-    third image of a class is in ``test``, the others in ``train``. Families are the level ``family``.
-
-    Args:
-        root: The set's own folder.
-        num_classes: Number of classes, at least 2.
-        images_per_class: Images of each class, at least 3.
-        seed: Seed of the classes and of every image.
-        image_size: Side of the square images, in pixels, at least 32.
+    The same arguments give the same images on every machine with the same versions of NumPy and Pillow; they are
+    described in ``SyntheticSpec``. Families are the level ``family``.
 
     Raises:
         UsageError: If a number is out of range.
-        CrossXError: If ``root`` holds something else, a set made with other arguments, or cannot be written.
+        CrossXError: If ``root`` holds something else or a set drawn with other arguments, or cannot be written.
     """
     spec = SyntheticSpec(num_classes, images_per_class, seed, image_size)
     root = Path(root)
@@ -92,21 +85,19 @@ def read_synthetic(
             f"{root}: a file stands where the synthetic dataset's folder is needed: choose another --data.root."
         )
     if not root.exists() or not any(root.iterdir()):
-        workers = len(os.sched_getaffinity(0))
-        _log.info(
-            "Drawing %d images of %d classes into %s", num_classes * images_per_class, num_classes, root
-        )
-        draw_dataset(root, spec, workers)
+        number = num_classes * images_per_class
+        _log.info("Drawing %d images of %d classes into %s", number, num_classes, root)
+        draw_dataset(root, spec, workers=len(os.sched_getaffinity(0)))
     return _read(root, spec)
 
 
 def draw_dataset(root: Path, spec: SyntheticSpec, workers: int = 1) -> None:
-    """Draw the set into a folder beside ``root`` that takes its place when complete.
+    """Draw the set into a temporary folder that is renamed to ``root`` when complete.
 
     Args:
         root: A folder that is missing or empty.
         spec: What to draw; the files depend on nothing else.
-        workers: Processes to draw with.
+        workers: Number of processes.
 
     Raises:
         CrossXError: If the set cannot be written.
@@ -121,7 +112,7 @@ def draw_dataset(root: Path, spec: SyntheticSpec, workers: int = 1) -> None:
         )
         temporary.rename(target)
     except OSError as error:
-        # Another process may have drawn the same set first: what it put there is then read instead.
+        # another process may have drawn the same set first, which is then read instead
         if not (target / "index.json").is_file():
             raise CrossXError(
                 f"{root}: the synthetic dataset cannot be drawn there ({error.strerror or error}): "
@@ -175,7 +166,7 @@ def _read(root: Path, spec: SyntheticSpec) -> DatasetIndex:
     path = root / "index.json"
     if not path.is_file():
         raise CrossXError(
-            f"{root}: not empty, and no synthetic dataset (no index.json): choose another --data.root to draw it in."
+            f"{root}: not empty and not a synthetic dataset (no index.json): choose another --data.root to draw it in."
         )
     index = read_json(path)
     expected = {"format": FORMAT, "version": VERSION, **asdict(spec)}
@@ -189,18 +180,22 @@ def _read(root: Path, spec: SyntheticSpec) -> DatasetIndex:
             f"{path}: another synthetic dataset ({'; '.join(different)}): choose another --data.root or delete it."
         )
     try:
-        records = tuple(_record(root, values) for values in index["records"])
+        records = tuple(
+            Record(
+                path=root / values["path"],
+                label=values["label"],
+                split=values["split"],
+                box=_box(values["box"]),
+                parts={name: _box(box) for name, box in values["parts"].items()},
+            )
+            for values in index["records"]
+        )
         classes = tuple(values["name"] for values in index["classes"])
         families = tuple(values["family"].capitalize() for values in index["classes"])
     except (KeyError, TypeError, ValueError) as error:
         raise CrossXError(f"{path}: damaged ({error!r}): delete {root} to draw it again.") from error
     levels = {"family": families} if len(set(families)) > 1 else {}
     return DatasetIndex("synthetic", classes, records, levels)
-
-
-def _record(root: Path, values: Mapping[str, Any]) -> Record:
-    parts = {name: _box(box) for name, box in values["parts"].items()}
-    return Record(root / values["path"], values["label"], values["split"], _box(values["box"]), parts)
 
 
 def _box(values: Sequence[float]) -> Box:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossx.data.folder import SPLIT_NAMES, hold_out_test
-from crossx.data.index import DatasetIndex, Record
-from crossx.errors import CrossXError, UsageError, nearest
+from crossx.data.index import DatasetIndex, Record, hold_out_test
+from crossx.data.readers.folder import SPLIT_NAMES
+from crossx.errors import CrossXError, UsageError, first_few, first_line, nearest
 
 COLUMNS = ("path", "label")
 SUFFIXES = (".csv", ".parquet")
@@ -20,12 +20,12 @@ _SHOWN = 5
 
 
 def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -> DatasetIndex:
-    """Read a table with the columns ``path``, ``label`` and, optional, ``split``; others are passed over.
+    """Read a table with the columns ``path``, ``label`` and, optionally, ``split``; others are ignored.
 
-    Paths are relative to the table's folder, or absolute. Labels are text or whole numbers: where all are whole
-    numbers the classes are in numeric order, else in sorted order; names are as written. ``split`` is train, val
-    (or valid, validation) or test; without the column, ``test_fraction`` of each class is held out for testing.
-    CSV is UTF-8, separated by commas, with the column names in its first line.
+    Paths are absolute or relative to the table's folder. Labels are text or whole numbers; classes are in numeric order
+    if all labels are whole numbers, else in sorted order. ``split`` is train, val (or valid, validation) or test;
+    without the column, ``test_fraction`` of each class is held out for testing. CSV is UTF-8, comma-separated, with
+    the column names in the first line.
 
     Args:
         path: The table.
@@ -37,21 +37,24 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
             unknown splits, an image listed twice, a class without training images. Rows are named by number.
         UsageError: If it is neither CSV nor Parquet, or ``test_fraction`` is out of range.
     """
-    rows = [_Row.parse(place, fields) for place, fields in _fields(path, COLUMNS)]
-    if not rows:
-        raise CrossXError(f"{path}: the table has no rows.")
-    _require_sound(path, rows)
+    has_split = False
+    rows: list[_Row] = []
+    for place, fields in _fields(path, COLUMNS):
+        has_split = "split" in fields
+        split = _text(fields["split"]).lower() if has_split else "train"
+        rows.append(_Row(place, _text(fields["path"]), _text(fields["label"]), split))
+    _check(path, rows)
     classes = _classes(path, rows)
     labels = {name: label for label, name in enumerate(classes)}
     folder = path.parent
     records = [Record(folder / row.path, labels[row.label], SPLIT_NAMES[row.split]) for row in rows]
-    if not rows[0].has_split:
+    if not has_split:
         records = hold_out_test(records, classes, folder, test_fraction, split_seed)
     return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records))
 
 
 def read_paths(path: Path) -> list[Path]:
-    """Return the files in the column ``path`` of a table, as ``read_table`` finds them; it needs no other column.
+    """Return the files in the column ``path`` of a table; other columns are ignored.
 
     Raises:
         CrossXError: If the table is missing or unreadable, lacks the column, has no rows, or a field is empty.
@@ -61,32 +64,21 @@ def read_paths(path: Path) -> list[Path]:
     for place, fields in _fields(path, ("path",)):
         name = _text(fields["path"])
         if not name:
-            raise CrossXError(f"{path}: {place}: path empty. Mend the table.")
+            raise CrossXError(f"{path}: {place}: path empty. Fix the table.")
         files.append(path.parent / name)
-    if not files:
-        raise CrossXError(f"{path}: the table has no rows.")
     return files
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row; ``place`` is what an editor or viewer calls it."""
-
     place: str
     path: str
     label: str
     split: str
-    has_split: bool
-
-    @classmethod
-    def parse(cls, place: str, fields: dict[str, Any]) -> _Row:
-        has_split = "split" in fields
-        split = _text(fields["split"]).lower() if has_split else "train"
-        return cls(place, _text(fields["path"]), _text(fields["label"]), split, has_split)
 
 
 def _fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give for each row its place, as an editor or viewer calls it, and the fields of the columns in use."""
+    """Yield each row's place, as an editor or viewer calls it, and the fields of the columns in use."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path}: is a folder. --data.root takes the table itself.{_tables_in(path)}")
@@ -94,10 +86,15 @@ def _fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str
         raise UsageError(f"{path}: a table is a {' or '.join(SUFFIXES)} file. Save it as one of these.")
     if not path.exists():
         raise CrossXError(f"{path}: no such file. --data.root takes the table of path, label and split.")
+    empty = True
     try:
-        yield from _csv_fields(path, required) if suffix == ".csv" else _parquet_fields(path, required)
+        for row in _csv_fields(path, required) if suffix == ".csv" else _parquet_fields(path, required):
+            empty = False
+            yield row
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if empty:
+        raise CrossXError(f"{path}: the table has no rows.")
 
 
 def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,16 +129,14 @@ def _parquet_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, 
             columns = _columns(path, names, required)
             table = file.read(columns=[names[index] for index in columns.values()])
     except pa.ArrowException as error:
-        raise CrossXError(
-            f"{path}: is not a Parquet file that can be read ({_first_line(error)})."
-        ) from error
+        raise CrossXError(f"{path}: is not a Parquet file that can be read ({first_line(error)}).") from error
     values = {name: table.column(names[index]).to_pylist() for name, index in columns.items()}
     for number, fields in enumerate(zip(*values.values(), strict=True), start=1):
         yield f"row {number}", dict(zip(values, fields, strict=True))
 
 
 def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> dict[str, int]:
-    """Return where the columns stand; case and blanks around the names do not matter."""
+    """Return column -> position; case and surrounding blanks are ignored."""
     names = [name.strip().lower() for name in header]
     found = ", ".join(repr(name) for name in header)
     for name in required:
@@ -157,7 +152,7 @@ def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> dict
 
 
 def _text(value: Any) -> str:
-    """Write a field as text; a whole number stored as a float (pandas does so beside empty fields) without ``.0``."""
+    """Write a field as text, a whole number without ``.0`` (pandas stores it as a float next to empty fields)."""
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -165,7 +160,7 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
-def _require_sound(path: Path, rows: Sequence[_Row]) -> None:
+def _check(path: Path, rows: Sequence[_Row]) -> None:
     problems: list[str] = []
     seen: dict[str, _Row] = {}
     for row in rows:
@@ -180,8 +175,7 @@ def _require_sound(path: Path, rows: Sequence[_Row]) -> None:
             other = f" with the label {first.label!r}, here {row.label!r}" if first.label != row.label else ""
             problems.append(f"{row.place}: {row.path!r} is already in {first.place}{other}")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CrossXError(f"{path}: {'; '.join(problems[:_SHOWN])}{more}. Mend the table.")
+        raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
 
 
 def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
@@ -192,10 +186,7 @@ def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
     trained = {row.label for row in rows if SPLIT_NAMES[row.split] == "train"}
     unseen = [f"{label!r} ({row.place}, {row.split})" for label, row in first.items() if label not in trained]
     if unseen:
-        more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
-        raise CrossXError(
-            f"{path}: no training image of {', '.join(unseen[:_SHOWN])}{more}. Each class needs one."
-        )
+        raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
     if len(first) == 1:
         raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
     if all(re.fullmatch(r"-?[0-9]+", label) for label in first):
@@ -206,7 +197,3 @@ def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
 def _tables_in(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     return f" Did you mean {str(folder / names[0])!r}?" if names else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layouts
-from crossx.data.folder import hold_out_test, read_folder
-from crossx.data.index import Record
+from crossx.data.index import Record, hold_out_test
+from crossx.data.readers.folder import read_folder
 from crossx.errors import CrossXError, UsageError
 
 
@@ -133,7 +133,7 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
     ("files", "message"),
     [
         ([], "holds no class folders"),
-        (["1.jpg", "2.jpg"], "need one folder a class"),
+        (["1.jpg", "2.jpg"], "need one folder per class"),
         (["train/1.jpg", "test/2.jpg"], "train: holds no class folders. The images in it"),
         (["a/readme.txt", "b/notes.md"], "no images in any of its 2 folders"),
         (["a/1.jpg", "b/readme.txt", "c/x.txt"], "no images in classes 'b', 'c'"),
@@ -141,8 +141,8 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
         (["train/a/1.jpg", "train/b/1.jpg", "test/c/1.jpg"], "class 'c' only in the test split"),
         (["train/a/1.jpg", "train/b/1.jpg", "valid/c/1.jpg"], "class 'c' only in the val split"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "both 'val' and 'valid'"),
-        (["train/a/1.jpg", "train/b/1.jpg", "extra/1.jpg"], "'extra' lies beside the split folder 'train'"),
-        (["val/a/1.jpg", "test/b/1.jpg"], "no folder 'train' beside 'test', 'val'"),
+        (["train/a/1.jpg", "train/b/1.jpg", "extra/1.jpg"], "'extra' is next to the split folder 'train'"),
+        (["val/a/1.jpg", "test/b/1.jpg"], "no folder 'train' next to 'test', 'val'"),
         (["birds/a/1.jpg", "birds/b/1.jpg"], "only one class folder, 'birds'"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crossx.data.nabirds import read_nabirds
+from crossx.data.readers.nabirds import read_nabirds
 from layouts import write_lines, write_nabirds
 from refusals import refusal
 

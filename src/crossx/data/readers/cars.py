@@ -1,6 +1,6 @@
-"""Stanford Cars (Krause et al., 3DRR 2013), in both layouts that were distributed.
+"""Stanford Cars (Krause et al., 3DRR 2013), in both layouts in which it was distributed.
 
-The site, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, is closed; the archives live on in copies.
+The site, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, is closed; copies of the archives exist.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.index import DatasetIndex, Record
-from crossx.data.parsing import (
+from crossx.data.readers.parsing import (
     Row,
     archive_root,
     as_list,
@@ -25,18 +25,17 @@ _CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
 
 def read_cars(root: Path) -> DatasetIndex:
-    """Read Stanford Cars from either layout.
+    """Read Stanford Cars, or a part of it, from either layout.
 
     - ``car_ims/`` with ``cars_annos.mat`` (all 16,185 images in one folder);
     - ``cars_train/`` and ``cars_test/`` with ``devkit/cars_meta.mat``, ``devkit/cars_train_annos.mat`` and
-      ``cars_test_annos_withlabels.mat``, in ``devkit/`` or beside it.
+      ``cars_test_annos_withlabels.mat``, inside or next to ``devkit/``.
 
     Labels are the official class ids, counted from 0; class names are those of the .mat files (``Acura RL Sedan
-    2012``). Boxes are kept; their corners are taken as MATLAB counts, from 1 and both included. Fewer images are
-    read the same way.
+    2012``). Box corners are inclusive and count from 1, as in MATLAB.
 
     Args:
-        root: The folder that holds one of the two layouts, or the folder that contains it as ``stanford_cars``.
+        root: The folder with one of the two layouts, or the folder that contains it as ``stanford_cars``.
 
     Raises:
         CrossXError: If a file or image folder is missing, a .mat file is broken, or an entry is malformed.
@@ -54,7 +53,6 @@ def read_cars(root: Path) -> DatasetIndex:
 
 
 def _read_joint(root: Path) -> DatasetIndex:
-    """Read the layout with one folder of images and one list that marks the test images."""
     path = root / "cars_annos.mat"
     names, annotations = load_mat(path, "class_names", "annotations")
     classes = _class_names(path, names)
@@ -67,7 +65,6 @@ def _read_joint(root: Path) -> DatasetIndex:
 
 
 def _read_devkit(root: Path) -> DatasetIndex:
-    """Read the layout with a folder and a list for each split."""
     meta = root / "devkit" / "cars_meta.mat"
     classes = _class_names(meta, *load_mat(meta, "class_names"))
     lists = {"train": root / "devkit" / "cars_train_annos.mat", "test": _labelled_test_list(root)}
@@ -80,25 +77,23 @@ def _read_devkit(root: Path) -> DatasetIndex:
 
 
 def _labelled_test_list(root: Path) -> Path:
-    """Return the list of test images with their classes, which lies beside ``devkit/`` or in it."""
     name = "cars_test_annos_withlabels.mat"
     for path in (root / name, root / "devkit" / name):
         if path.is_file():
             return path
     raise CrossXError(
         f"{root / name} is missing, in devkit/ too: the devkit's own cars_test_annos.mat has no classes, so "
-        f"download {name}, a file of its own beside car_devkit.tgz, and put it there."
+        f"download {name}, a separate file, and put it there."
     )
 
 
 def _class_names(path: Path, names: Any) -> tuple[str, ...]:
-    """Return the class names of a .mat file, checked."""
     rows = mat_rows(path, {"class_names": names})
     return distinct_names([row.fields[0] for row in rows], [row.number for row in rows])
 
 
 def _rows(path: Path, annotations: Any, file: str, *more: str) -> list[Row]:
-    """Return the entries as rows of file, xmin, ymin, xmax, ymax, class and ``more``, every file once."""
+    """Return the entries as rows of file, xmin, ymin, xmax, ymax, class and ``more``, each file once."""
     entries = as_list(annotations)
     fields = (file, *_CORNERS, "class", *more)
     for field in fields:
@@ -111,7 +106,6 @@ def _rows(path: Path, annotations: Any, file: str, *more: str) -> list[Row]:
 
 
 def _record(row: Row, folder: Path, split: str, num_classes: int) -> Record:
-    """Make the record of one entry."""
     class_id = row.integer(5, "'class'")
     if not 1 <= class_id <= num_classes:
         raise row.error(f"class {class_id} is outside the {num_classes} classes")

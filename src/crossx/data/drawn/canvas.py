@@ -1,7 +1,7 @@
-"""What the synthetic dataset is drawn with: smooth shapes on a canvas that remembers which pixel is which part.
+"""Smooth shapes on a canvas that records which pixel belongs to which part.
 
-Points are complex numbers, x + iy with y pointing down, so that a scale with a rotation is one product. Shapes
-are painted ``SUPERSAMPLING`` times larger than the image and averaged down, which smooths their edges.
+Points are complex numbers, x + iy with y down, so that scaling and rotation are one product. Shapes are painted
+``SUPERSAMPLING`` times larger than the image and averaged down, which smooths their edges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CATMULL_ROM = np.stack([_T**0, _T, _T**2, _T**3], 1) @ (
 
 
 def smooth(*points: complex) -> Points:
-    """Return the closed Catmull-Rom curve through the points, six samples a segment."""
+    """Return the closed Catmull-Rom curve through the points, six samples per segment."""
     control = np.array(points, complex)
     neighbours = np.stack([np.roll(control, 1), control, np.roll(control, -1), np.roll(control, -2)])
     result: Points = (_CATMULL_ROM @ neighbours).T.ravel()
@@ -33,19 +33,9 @@ def smooth(*points: complex) -> Points:
 
 
 def ellipse(centre: complex, width: float, height: float | None = None) -> Points:
-    """Return an ellipse given by its half axes (a circle without ``height``)."""
-    tall = width if height is None else height
-    diagonal = 0.5**0.5
-    directions = (
-        1,
-        diagonal * (1 + 1j),
-        1j,
-        diagonal * (-1 + 1j),
-        -1,
-        diagonal * (-1 - 1j),
-        -1j,
-        diagonal * (1 - 1j),
-    )
+    """Return the ellipse with these half axes (a circle without ``height``)."""
+    tall, d = width if height is None else height, 0.5**0.5
+    directions = (1, d * (1 + 1j), 1j, d * (-1 + 1j), -1, d * (-1 - 1j), -1j, d * (1 - 1j))
     return smooth(*(centre + complex(z.real * width, z.imag * tall) for z in map(complex, directions)))
 
 
@@ -59,7 +49,7 @@ def stroke(start: complex, end: complex, width: float, end_width: float | None =
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """Blend two colours; ``share`` of the second."""
+    """Blend two colours, with ``share`` of the second."""
     red, green, blue = (round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
@@ -71,10 +61,10 @@ def vary(colour: Colour, rng: np.random.Generator, amount: float) -> Colour:
 
 
 class Canvas:
-    """A transparent layer and, as large, a map of the parts painted on it. Shapes are in image pixels.
+    """A transparent layer and a map of the parts painted on it. Shapes are in image pixels.
 
     Attributes:
-        parts: The part map, 8 bit, supersampled: a part's number, 0 where there is none.
+        parts: The part map, 8 bit, supersampled: the number of the part, 0 for none.
     """
 
     def __init__(self, size: int) -> None:
@@ -83,12 +73,8 @@ class Canvas:
         self.parts = Image.new("L", (self._side, self._side))
 
     def mask(self, shapes: Sequence[Points]) -> Image.Image:
-        """Return the union of the shapes, supersampled, to clip others with."""
-        result = Image.new("L", (self._side, self._side))
-        draw = ImageDraw.Draw(result)
-        for points in shapes:
-            draw.polygon(_flat(points), fill=255)
-        return result
+        """Return the union of the shapes, supersampled, for clipping."""
+        return _union(shapes, self._side, self._side)
 
     def fill(
         self,
@@ -102,9 +88,9 @@ class Canvas:
 
         Args:
             shapes: Closed outlines, in image pixels.
-            colour: What to paint them with; None marks the part and paints nothing.
-            part: The part's number on the part map; 0 leaves the map alone.
-            clip: Mask outside of which nothing is painted.
+            colour: Colour of the shapes; None only marks the part.
+            part: The part's number on the part map; 0 leaves the map unchanged.
+            clip: Mask outside which nothing is painted.
             softness: Width of a blurred edge, in image pixels.
         """
         if not shapes:
@@ -112,10 +98,7 @@ class Canvas:
         left, top, right, bottom = window = self._window(np.concatenate(shapes), 2 * softness + 1)
         if right <= left or bottom <= top:
             return
-        sharp = Image.new("L", (right - left, bottom - top))
-        draw = ImageDraw.Draw(sharp)
-        for points in shapes:
-            draw.polygon(_flat(points, complex(left, top)), fill=255)
+        sharp = _union(shapes, right - left, bottom - top, complex(left, top))
         soft = sharp.filter(ImageFilter.BoxBlur(softness * SUPERSAMPLING)) if softness else sharp
         if clip is not None:
             inside = clip.crop(window)
@@ -130,17 +113,16 @@ class Canvas:
         return self._image.reduce(SUPERSAMPLING)
 
     def _window(self, points: Points, margin: float) -> tuple[int, int, int, int]:
-        low, high = (
-            np.clip([x, y], 0, self._side).astype(int).tolist()
-            for x, y in (
-                ((points.real.min() - margin) * SUPERSAMPLING, (points.imag.min() - margin) * SUPERSAMPLING),
-                ((points.real.max() + margin) * SUPERSAMPLING, (points.imag.max() + margin) * SUPERSAMPLING),
-            )
-        )
-        return low[0], low[1], high[0], high[1]
+        x, y = points.real, points.imag
+        edges = np.array([x.min() - margin, y.min() - margin, x.max() + margin, y.max() + margin])
+        left, top, right, bottom = np.clip(edges * SUPERSAMPLING, 0, self._side).astype(int).tolist()
+        return left, top, right, bottom
 
 
-def _flat(points: Points, origin: complex = 0) -> list[float]:
-    # Rounding hides the last bit in which the mathematics libraries of two machines may differ.
-    coordinates: list[float] = np.round(points * SUPERSAMPLING - origin, 2).view(np.float64).tolist()
-    return coordinates
+def _union(shapes: Sequence[Points], width: int, height: int, origin: complex = 0) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(mask)
+    for points in shapes:
+        # rounded, since the mathematics libraries of two machines may differ in the last bit
+        draw.polygon(np.round(points * SUPERSAMPLING - origin, 2).view(np.float64).tolist(), fill=255)
+    return mask
