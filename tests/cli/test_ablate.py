@@ -47,11 +47,11 @@ def ablate(*more: str) -> int:
     ("more", "message"),
     [
         (["--suite", "fig5"], "Did you mean 'fig"),
-        (["--seeds", "a"], "must be a whole number from 0 on"),
+        (["--seeds", "a"], "--seeds takes a whole number of at least 0, not 'a'"),
         (["--seeds", "1", "1"], "names a seed twice"),
         (["--seed", "1"], "--seeds gives the seeds"),
         (["--resume", "out"], "the same command resumes"),
-        (["--jobs", "0"], "from 1 on"),
+        (["--jobs", "0"], "--jobs takes a whole number of at least 1, not '0'"),
         (["--against", "corssx"], "Did you mean 'crossx'?"),
         (["--config", "none.yaml"], "no such file"),
         (["--optim.lrr", "1"], "Did you mean '--optim.lr'"),

@@ -2,7 +2,6 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ from crossx.errors import CrossXError, UsageError
 def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the verb ``recipes`` raise ``error``."""
 
-    def run(arguments: Sequence[str]) -> int:
+    def recipes(name: str | None = None) -> None:
+        """Fail."""
         raise error
 
-    monkeypatch.setattr(importlib.import_module("crossx.cli.recipes"), "run", run)
+    monkeypatch.setattr(importlib.import_module("crossx.cli.recipes"), "recipes", recipes)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -148,7 +148,7 @@ def test_closed_pipe_is_quiet() -> None:
         ),
         (
             ["predict", "run", "a.jpg", "--top", "0"],
-            "crossx predict: error: argument --top: must be a whole number from 1 on",
+            "crossx predict: error: --top takes a whole number of at least 1, not '0'.",
         ),
         (["datasets", "lst"], "crossx datasets: error: unknown action 'lst'. Did you mean 'list'? "),
     ],

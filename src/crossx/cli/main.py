@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Sequence
 
 from crossx.cli.memory import keep_freed_memory
-from crossx.cli.options import unknown_argument
 from crossx.errors import CrossXError, UsageError, unknown
 
 VERBS = {
@@ -113,12 +112,19 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb not in VERBS:
         if verb.startswith("-"):
-            raise unknown_argument(verb, ("--help", "--version", "--debug"), "crossx")
+            from crossx.cli.parser import unknown_option
+
+            raise unknown_option(verb, ("--help", "--version", "--debug"), "crossx")
         raise unknown("verb", verb, VERBS)
-    module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")
+    name = verb.replace("-", "_")
+    module = importlib.import_module(f"crossx.cli.{name}")
     keep_freed_memory()
     try:
-        return int(module.run(rest))
+        if hasattr(module, "run"):
+            return int(module.run(rest))
+        from crossx.cli.parser import call
+
+        return call(getattr(module, name), rest, verb)
     except SystemExit as leaving:
         # argparse leaves this way after --help.
         if isinstance(leaving.__context__, KeyboardInterrupt):
