@@ -8,6 +8,7 @@ import pytest
 
 from crossx.ablation import runner
 from crossx.ablation.runner import Trial
+from crossx.ablation.suite import list_suites
 from crossx.cli.main import main
 from crossx.errors import CrossXError
 
@@ -68,6 +69,12 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
     assert error.startswith("crossx ablate: error: ")
     assert error.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_help_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(list_suites())}, or a YAML file" in shown
 
 
 def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,18 @@ def test_help_imports_the_standard_library_alone() -> None:
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
+@pytest.mark.parametrize("verb", [*VERBS, "datasets check"])
+def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
+    done = python(
+        "import sys\n"
+        f"from crossx.cli.main import main; main({[*verb.split(), '--help']})\n"
+        "heavy = {'torch', 'lightning', 'timm', 'numpy', 'pydantic', 'matplotlib', 'fastapi'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    assert done.stderr.strip() == "[]"
+    assert f"usage: crossx {verb}" in done.stdout
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("crossx 0.")

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from crossx.cli.parser import Name, Positive, call
+import jsonargparse
+
+from crossx.cli.parser import Name, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo
 from crossx.errors import UsageError, nearest
 
@@ -36,6 +38,11 @@ def run(words: Sequence[str]) -> int:
     if words[:1] == ["check"]:
         return call(check, words[1:], "datasets check")
     return call(datasets, words, "datasets")
+
+
+def parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
+    """Return the parser for completions after these words."""
+    return build(check, "datasets check") if words[:1] == ["check"] else build(datasets, "datasets")
 
 
 def datasets(action: Annotated[str, "list|check"]) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossx.cli.fit_options import FitArguments, parse_fit
+from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
@@ -17,6 +17,9 @@ from crossx.training.config import Config
 RUNS = Path("runs")
 LAUNCHED = "CROSSX_RUN"
 """Environment variable with the run's folder, for the processes that Lightning starts for further GPUs."""
+
+
+parser = fit_parser
 
 
 def run(words: Sequence[str]) -> int:

@@ -13,12 +13,11 @@ from crossx.cli import methods
 from crossx.cli.parser import (
     Option,
     add_options,
+    dataclass_options,
     explain,
     new_parser,
     option_helps,
-    section_options,
     unknown_argument,
-    yaml_option,
 )
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, nearest
@@ -79,7 +78,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
         return _resume(first.resume, first.root, words)
     recipe = load_recipe(first.config) if first.config else None
     method = first.method or _method(recipe)
-    parser = build_parser(method)
+    parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     try:
         values = parser.parse_args(list(words)).as_dict()
@@ -96,12 +95,13 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     )
 
 
-def build_parser(method: str) -> jsonargparse.ArgumentParser:
-    """Return the parser of the second pass.
+def fit_parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
+    """Return the parser for the method that the words choose."""
+    first = _first_pass(words)
+    return _method_parser(first.method or _method(load_recipe(first.config) if first.config else None))
 
-    Raises:
-        UsageError: If there is no such method.
-    """
+
+def _method_parser(method: str) -> jsonargparse.ArgumentParser:
     parser = new_parser(
         PROG,
         "Train a network. The options of the method are those of the one that --config or --model.method chooses, and "
@@ -126,17 +126,16 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("output", text, None, output, "--output", "RUN")
-    yield yaml_option("seed", int, Config().seed, option_helps(Config)["seed"])
-    yield Option(
-        "print_config", bool, False, "Print the configuration as YAML, and exit.", "--print_config", ""
-    )
-    yield from section_options(ModelConfig, "model", skip=("options",))
+    yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
+    print_config = "Print the configuration as YAML and exit."
+    yield Option("print_config", bool, False, print_config, "--print_config", flag=True)
+    yield from dataclass_options(ModelConfig, "model.", yaml=True, skip=("options",))
     others = ", ".join(name for name in methods.list_methods() if name != method)
     for option in methods.method_options(method):
         yield dataclasses.replace(option, group=f"Options of the method {method} (others: {others})")
-    yield from section_options(DataConfig, "data")
-    yield from section_options(OptimConfig, "optim")
-    yield from section_options(TrainerConfig, "trainer")
+    yield from dataclass_options(DataConfig, "data.", yaml=True)
+    yield from dataclass_options(OptimConfig, "optim.", yaml=True)
+    yield from dataclass_options(TrainerConfig, "trainer.", yaml=True)
 
 
 def _first_pass(words: Sequence[str]) -> argparse.Namespace:
@@ -222,4 +221,4 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
     if section == "model" and owners:
         have = "has" if len(owners) == 1 else "have"
         return UsageError(f"method {method!r} has no option {option!r}; {', '.join(owners)} {have} it.")
-    return unknown_argument(argument, parser, f"{PROG} --model.method {method}")
+    return unknown_argument(argument, parser._option_string_actions, f"{PROG} --model.method {method}")

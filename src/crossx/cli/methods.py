@@ -10,12 +10,12 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any, cast, get_type_hints
 
-from crossx.cli.parser import Option, option_helps, yaml_option
+from crossx.cli.parser import Option, option_helps
 from crossx.errors import unknown
 
 PACKAGE = "crossx.methods"
@@ -42,7 +42,7 @@ def method_options(name: str) -> list[Option]:
     cls = method_class(name)
     hints, helps = get_type_hints(cls.__init__), option_helps(cls)
     return [
-        yaml_option(f"model.{item.name}", hints[item.name], item.default, helps.get(item.name, ""))
+        _option(item.name, hints[item.name], item.default, helps)
         for item in inspect.signature(cls.__init__).parameters.values()
         if item.kind is inspect.Parameter.KEYWORD_ONLY
     ]
@@ -85,7 +85,11 @@ def _source_options(node: ast.ClassDef, module: str) -> Iterator[Option]:
             names.evaluate(cast(ast.expr, argument.annotation)),
             names.evaluate(cast(ast.expr, default)),
         )
-        yield yaml_option(f"model.{argument.arg}", hint, value, helps.get(argument.arg, ""))
+        yield _option(argument.arg, hint, value, helps)
+
+
+def _option(name: str, hint: Any, default: Any, helps: Mapping[str, str]) -> Option:
+    return Option(f"model.{name}", hint, default, helps.get(name, ""), f"--model.{name}")
 
 
 class _Names(dict[str, Any]):

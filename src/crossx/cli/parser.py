@@ -55,14 +55,15 @@ class Option:
     """One option, or positional argument, of a parser.
 
     Attributes:
-        name: Where its value goes, such as ``data.root``.
-        hint: What jsonargparse parses it as.
-        default: Its default; ``dataclasses.MISSING`` where it is required.
+        name: Key of its value, such as ``data.root``.
+        hint: Type to parse it as.
+        default: Its default; ``inspect.Parameter.empty`` if it is required.
         help: What the docstring says.
         spelling: What is typed, such as ``--data.root``; empty for a positional argument.
-        metavar: What stands for its value in the help.
+        metavar: Placeholder of its value in the help; by default from the type or name.
+        group: Title of its group in the help.
         many: Whether it takes several words.
-        group: Title of its group in the help; empty for none.
+        flag: Whether it takes none.
     """
 
     name: str
@@ -70,9 +71,10 @@ class Option:
     default: Any
     help: str
     spelling: str
-    metavar: str
-    many: bool = False
+    metavar: str = ""
     group: str = ""
+    many: bool = False
+    flag: bool = False
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -115,7 +117,10 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
     own, rest = _split(words, parser)
     passes_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(function).parameters.values())
     positional = [] if passes_on else _positional(rest, parser)
-    values = parse(parser, [*own, "--", *positional] if positional else own)
+    try:
+        values = parser.parse_args([*own, "--", *positional] if positional else own).as_dict()
+    except argparse.ArgumentError as error:
+        raise explain(str(error), parser) from error
     arguments = {}
     for name, hint in _parameters(function):
         if dataclasses.is_dataclass(hint):
@@ -129,8 +134,8 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
 
 def build(function: Callable[..., Any], verb: str) -> jsonargparse.ArgumentParser:
     """Return the parser of a verb's function."""
-    text, examples = documentation(function)
-    parser = new_parser(f"crossx {verb}", text, examples)
+    text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
+    parser = new_parser(f"crossx {verb}", text.partition("\nArgs:\n")[0].strip(), textwrap.dedent(examples))
     add_options(parser, function_options(function))
     return parser
 
@@ -151,34 +156,26 @@ def new_parser(
     )
 
 
-def parse(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """Parse words, turning jsonargparse's errors into ours."""
-    try:
-        return parser.parse_args(list(words)).as_dict()
-    except argparse.ArgumentError as error:
-        raise explain(str(error), parser) from error
-
-
 def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) -> None:
     """Add options, each group of them under its title."""
     containers: dict[str, Any] = {"": parser}
     for option in options:
         if option.group not in containers:
             containers[option.group] = parser.add_argument_group(option.group)
+        required = option.default is inspect.Parameter.empty
         settings: dict[str, Any] = {"help": option.help}
-        required = option.default is dataclasses.MISSING
-        if option.hint is bool and not option.metavar:
+        if option.flag:
             settings["action"] = "store_true"
         else:
-            settings |= {"type": option.hint, "metavar": option.metavar}
-            if option.many:
-                settings["nargs"] = "+"
-            if not required:
-                settings["default"] = list(option.default) if option.many else option.default
-        if option.spelling:
-            settings |= {"dest": option.name, "required": True} if required else {"dest": option.name}
-        elif not required:
+            settings |= {"type": option.hint, "metavar": _metavar(option)}
+        if option.many:
+            settings["nargs"] = "+"
+        elif not (required or option.spelling):
             settings["nargs"] = "?"
+        if not (required or option.flag):
+            settings["default"] = list(option.default) if option.many else option.default
+        if option.spelling:
+            settings |= {"dest": option.name, "required": required}
         containers[option.group].add_argument(option.spelling or option.name, **settings)
 
 
@@ -187,39 +184,26 @@ def function_options(function: Callable[..., Any]) -> Iterator[Option]:
     signature, helps = inspect.signature(function), option_helps(function)
     for name, hint in _parameters(function):
         if dataclasses.is_dataclass(hint):
-            section = f"{name}." if name in SECTIONS else ""
-            yield from _group_options(hint, section)
+            yield from dataclass_options(hint, f"{name}." if name in SECTIONS else "")
         else:
             parameter = signature.parameters[name]
-            missing = parameter.default is inspect.Parameter.empty
-            default = dataclasses.MISSING if missing else parameter.default
-            prefix = "--" if parameter.kind is inspect.Parameter.KEYWORD_ONLY else ""
-            yield _plain_option(name, hint, default, helps.get(name, ""), prefix)
+            spelling = f"--{name}" if parameter.kind is parameter.KEYWORD_ONLY else ""
+            yield _word_option(Option(name, hint, parameter.default, helps.get(name, ""), spelling))
 
 
-def section_options(cls: type[Any], section: str, skip: Collection[str] = ()) -> Iterator[Option]:
-    """Yield the options of a section of a recipe, whose values are YAML, from a config dataclass."""
-    hints, helps = get_type_hints(cls), option_helps(cls)
+def dataclass_options(
+    cls: Any, prefix: str = "", *, yaml: bool = False, skip: Collection[str] = ()
+) -> Iterator[Option]:
+    """Yield the options of a dataclass as a group, their values words of the command line, or YAML as in a recipe."""
+    hints, helps = get_type_hints(cls, include_extras=True), option_helps(cls)
     for field in dataclasses.fields(cls):
         if field.name not in skip:
-            yield yaml_option(
-                f"{section}.{field.name}",
-                hints[field.name],
-                _default(field),
-                helps[field.name],
-                first_line(cls),
+            name, factory = f"{prefix}{field.name}", field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            option = Option(
+                name, hints[field.name], default, helps[field.name], f"--{name}", group=first_line(cls)
             )
-
-
-def yaml_option(name: str, hint: Any, default: Any, text: str, group: str = "") -> Option:
-    """Return an option whose value is YAML."""
-    return Option(name, hint, default, text, f"--{name}", _metavar(hint, name), group=group)
-
-
-def documentation(function: Any) -> tuple[str, str]:
-    """Return what a docstring says before ``Args:``, and its ``Examples:``."""
-    text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
-    return text.partition("\nArgs:\n")[0].strip(), textwrap.dedent(examples)
+            yield option if yaml else _word_option(option)
 
 
 def option_helps(documented: Any) -> dict[str, str]:
@@ -264,7 +248,7 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
     """Say in one line what jsonargparse found wrong."""
     _, unrecognized, rest = message.partition("unrecognized arguments: ")
     if unrecognized:
-        return unknown_argument(rest.split()[0], parser)
+        return unknown_argument(rest.split()[0], parser._option_string_actions, parser.prog)
     _, required, names = message.partition("arguments are required: ")
     if required:
         shown = [_shown(_action(parser, name)) for name in names.split(", ")]
@@ -285,15 +269,9 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
     return UsageError(f"{' '.join(message.removeprefix('argument ').split())}; see `{parser.prog} --help`.")
 
 
-def unknown_argument(argument: str, parser: jsonargparse.ArgumentParser, prog: str = "") -> UsageError:
-    """Build the error for an argument that a parser does not take, with the nearest option."""
-    known = [name for name in parser._option_string_actions if name[-1] != "+"]
-    return unknown_option(argument, known, prog or parser.prog)
-
-
-def unknown_option(argument: str, known: Sequence[str], prog: str) -> UsageError:
+def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageError:
     """Build the error for an argument that the command ``prog`` does not take, with the nearest of its options."""
-    name = argument.split("=", 1)[0]
+    name, known = argument.split("=", 1)[0], [option for option in options if option[-1] != "+"]
     if not name.startswith("-"):
         return UsageError(f"unexpected argument {argument!r}; see `{prog} --help`.")
     same_end = [option for option in known if option.split(".")[-1] == name.lstrip("-").split(".")[-1]]
@@ -323,17 +301,14 @@ def _split(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> tuple[l
     return own, rest + left
 
 
-def _positional(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> list[str]:
+def _positional(words: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
     """Return positional arguments, those after ``--`` as they are."""
-    if "--" in words:
-        end = words.index("--")
-        words, verbatim = words[:end], words[end + 1 :]
-    else:
-        verbatim = []
-    for word in words:
-        if _is_option(word) or not any(not action.option_strings for action in parser._actions):
-            raise unknown_argument(word, parser)
-    return [*words, *verbatim]
+    end = words.index("--") if "--" in words else len(words)
+    takes_some = any(not action.option_strings for action in parser._actions)
+    for word in words[:end]:
+        if _is_option(word) or not takes_some:
+            raise unknown_argument(word, parser._option_string_actions, parser.prog)
+    return words[:end] + words[end + 1 :]
 
 
 def _is_option(word: str) -> bool:
@@ -347,51 +322,41 @@ def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             yield parameter.name, hints[parameter.name]
 
 
-def _group_options(cls: Any, section: str) -> Iterator[Option]:
-    hints, helps = get_type_hints(cls, include_extras=True), option_helps(cls)
-    for field in dataclasses.fields(cls):
-        option = _plain_option(
-            f"{section}{field.name}", hints[field.name], _default(field), helps[field.name]
-        )
-        yield dataclasses.replace(option, group=first_line(cls))
-
-
-def _plain_option(name: str, hint: Any, default: Any, text: str, prefix: str = "--") -> Option:
-    """Return an option whose value is one word, or several, without YAML in it."""
-    parts = (
-        [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) in _UNIONS else [hint]
-    )
-    hint, extras = _without_annotation(parts[0] if len(parts) == 1 else hint)
+def _word_option(option: Option) -> Option:
+    """Have an option take a word of the command line as it is, or several, as its type says."""
+    hint, extras = _without_annotation(_without_none(option.hint)[0])
     many = get_origin(hint) in _LISTS
     if many:
         hint, inner = _without_annotation(get_args(hint)[0])
-        extras = (*inner, *extras)
-    spelling = next((extra for extra in extras if isinstance(extra, str) and extra.startswith("--")), None)
-    metavar = next((extra for extra in extras if isinstance(extra, str) and extra != spelling), None)
-    if metavar is None:
-        metavar = "" if hint is bool else _metavar(hint, name)
-    hint = next((extra for extra in extras if isinstance(extra, type)), hint)
-    return Option(name, hint, default, text, spelling or (prefix and f"{prefix}{name}"), metavar, many)
+        extras += inner
+    words = [extra for extra in reversed(extras) if isinstance(extra, str)]
+    return dataclasses.replace(
+        option,
+        hint=next((extra for extra in extras if isinstance(extra, type)), hint),
+        spelling=next((word for word in words if word.startswith("--")), option.spelling),
+        metavar=next((word for word in words if not word.startswith("--")), ""),
+        many=many,
+        flag=hint is bool,
+    )
 
 
 def _without_annotation(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def _without_none(hint: Any) -> list[Any]:
+    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    return [part for part in parts if part is not type(None)]
 
 
-def _metavar(hint: Any, name: str) -> str:
-    parts = (
-        [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) in _UNIONS else [hint]
-    )
+def _metavar(option: Option) -> str:
+    if option.metavar:
+        return option.metavar
+    parts = _without_none(option.hint)
     if all(get_origin(part) is Literal for part in parts):
-        return "{" + ",".join(dict.fromkeys(map(str, literals(hint)))) + "}"
-    known = {int: "N", float: "X", bool: "{true,false}"}
-    if len(parts) == 1 and parts[0] in known:
-        return known[parts[0]]
-    return name.rpartition(".")[2].upper()
+        return "{" + ",".join(dict.fromkeys(map(str, literals(option.hint)))) + "}"
+    known: dict[Any, str] = {int: "N", float: "X", bool: "{true,false}"}
+    return known.get(parts[0] if len(parts) == 1 else None, option.name.rpartition(".")[2].upper())
 
 
 def _direct_literals(hint: Any) -> list[Any]:
