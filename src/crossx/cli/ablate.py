@@ -27,9 +27,9 @@ def ablate(
     jobs: Positive = 1,
     against: Annotated[str, "VARIANT"] | None = None,
 ) -> int:
-    """Compare variants of a recipe.
+    """Train variants of a recipe with several seeds, and tabulate their effects.
 
-    Trains and tests each variant with several seeds, and writes a table with intervals and paired differences
+    Trains and tests each variant with each seed, and writes a table with intervals and paired differences
     (Markdown, CSV, LaTeX), a bar chart and JSON. Finished trainings are not run again: the same command continues where
     it was stopped, and takes more seeds. Other options are those of `crossx fit`, for every variant.
 

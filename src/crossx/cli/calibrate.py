@@ -10,7 +10,7 @@ from crossx.runs import Run
 
 
 def calibrate(run: RunPath, *, split: Name = "val", data: TestedData, device: Name = "auto") -> None:
-    """Fit the temperature of a run's probabilities.
+    """Fit the temperature of a run's probabilities on its validation images.
 
     The temperature T makes the probabilities softmax(logits / T) say how often a prediction is right. It is stored in
     RUN/model.json; predictions stay, their probabilities change. `crossx fit` does this itself where images are held

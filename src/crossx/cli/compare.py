@@ -14,17 +14,9 @@ from crossx.runs import open_run, read_results, write_json
 COMPARED = range(3, 8)
 """The paper's tables of methods; Table 2 is an ablation of Cross-X."""
 NEEDED = (
-    "method",
-    "backbone",
-    "dataset",
-    "preprocessing.image_size",
-    "n",
-    "num_classes",
-    "top1",
-    "intervals.top1",
-    "class_mean",
-    "ece",
-)
+    "method", "backbone", "dataset", "preprocessing.image_size", "n", "num_classes", "top1", "intervals.top1",
+    "class_mean", "ece",
+)  # fmt: skip
 """Results that a row of the table needs."""
 
 
@@ -35,9 +27,9 @@ def compare(
     paper: bool = False,
     output: Annotated[str, "STEM"] | None = None,
 ) -> None:
-    """Put tested runs into one table, each compared with the first on the same images.
+    """Put tested runs into one table, next to the published numbers.
 
-    `crossx test RUN` tests a run that is not tested yet.
+    Each run is compared with the first on the same images. `crossx test RUN` tests a run that is not tested yet.
 
     Args:
         runs: Run folders.

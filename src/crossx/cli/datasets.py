@@ -46,7 +46,7 @@ def parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
 
 
 def datasets(action: Annotated[str, "list|check"]) -> None:
-    """List the datasets, or check one on disk.
+    """List the datasets and where to get them, or check one on disk.
 
     list: where to download each dataset, its licence, size, checksums and known defects.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -113,11 +113,9 @@ def _write(
     """Write pictures, maps and contact sheets as the results come; return how many images have none."""
     from crossx.explain.figures import FigureRow, caption
 
-    sheets = (output / f"{name}.png" for name in _sheet_names())
     number_of_sheets = -(-len(paths) // SHEET_ROWS)
-    names = _file_names(
-        paths, taken=[name for name, _ in zip(_sheet_names(), range(number_of_sheets), strict=False)]
-    )
+    sheets = ["contact", *(f"contact-{number}" for number in range(2, number_of_sheets + 1))]
+    names = _file_names(paths, taken=sheets)
     sheet: list[FigureRow] = []
     failed = 0
     for path, name, result in zip(paths, names, explained, strict=True):
@@ -126,20 +124,17 @@ def _write(
             failed += 1
             continue
         label = path.parent.name if path.parent.name in classes else None
-        row = FigureRow(
-            result.pixels,
-            result.explanation,
-            caption(result.explanation, classes, name=path.name, label=label),
-        )
+        text = caption(result.explanation, classes, name=path.name, label=label)
+        row = FigureRow(result.pixels, result.explanation, text)
         _draw([row], output / f"{name}.png", drawing)
         if drawing.save_maps:
             _save_maps(result.explanation, output / f"{name}.npz")
         sheet.append(row)
         if len(sheet) == SHEET_ROWS:
-            _draw(sheet, next(sheets), drawing, SHEET_CELL)
+            _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
             sheet = []
     if sheet:
-        _draw(sheet, next(sheets), drawing, SHEET_CELL)
+        _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
     return failed
 
 
@@ -157,13 +152,6 @@ def _save_maps(explanation: Explanation, target: Path) -> None:
     with atomic_path(target) as temporary, temporary.open("wb") as file:
         boxes = {} if explanation.boxes is None else {"boxes": explanation.boxes}
         np.savez_compressed(file, **explanation.maps, **boxes)  # type: ignore[arg-type]  # no map is called allow_pickle
-
-
-def _sheet_names() -> Iterator[str]:
-    yield "contact"
-    number = 1
-    while True:
-        yield f"contact-{(number := number + 1)}"
 
 
 def _file_names(paths: Iterable[Path], taken: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ def export(
     data: ComparedData,
     quantization: Quantization,
 ) -> None:
-    """Write a trained network as one file for other programs.
+    """Write a trained network as one file for other programs (ONNX, OpenVINO, torch.export).
 
     It takes uint8 images, any number per batch, and returns logits and probabilities. Its metadata hold class names,
     preprocessing and temperature. The file is compared with the network in eager float32 before it gets its name; past

@@ -17,13 +17,11 @@ from crossx.training.config import Config
 RUNS = Path("runs")
 LAUNCHED = "CROSSX_RUN"
 """Environment variable with the run's folder, for the processes that Lightning starts for further GPUs."""
-
-
 parser = fit_parser
 
 
 def run(words: Sequence[str]) -> int:
-    """Train a network, continue a run, or print the configuration."""
+    """Train a network."""
     asked = parse_fit(words)
     if asked.print_config:
         print(asked.config.to_yaml(), end="")

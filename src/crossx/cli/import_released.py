@@ -15,7 +15,9 @@ def import_released(
     previous_pooling: Literal["max", "avg"] | None = None,
     root: Annotated[str, "--data.root", "DIR"] | None = None,
 ) -> None:
-    """Create a run from a checkpoint that the authors of Cross-X released (https://github.com/cswluo/CrossX).
+    """Create a run from a checkpoint that the authors of Cross-X released.
+
+    The checkpoints are at https://github.com/cswluo/CrossX.
 
     Args:
         file: The released checkpoint.

@@ -5,6 +5,7 @@ Imports only the standard library, so that ``crossx --help`` is fast; a verb's m
 
 from __future__ import annotations
 
+import ast
 import importlib
 import logging
 import os
@@ -12,27 +13,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from crossx.cli.memory import keep_freed_memory
 from crossx.errors import CrossXError, UsageError, unknown
 
-VERBS = {
-    "quickstart": "draw images, train on them, test and show the results, in a few minutes",
-    "fit": "train a network",
-    "test": "measure a trained network, or compare two",
-    "ablate": "train variants of a recipe with several seeds, and tabulate their effects",
-    "compare": "put tested runs into one table, next to the published numbers",
-    "report": "write an HTML page about a trained network",
-    "calibrate": "fit the temperature of a run's probabilities on its validation images",
-    "predict": "classify images",
-    "export": "write a trained network as one file for other programs (ONNX, OpenVINO, torch.export)",
-    "explain": "draw where a network looks: maps of every part and stage, over the images",
-    "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",
-    "serve": "serve predictions, and maps of where the network looks, over HTTP",
-    "recipes": "list the packaged training recipes, or print one",
-    "datasets": "list the datasets and where to get them, or check one on disk",
-    "import-released": "create a run from a checkpoint that the authors of Cross-X released",
-}
+VERBS = (
+    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
+    "serve", "recipes", "datasets", "import-released",
+)  # fmt: skip
 
 USAGE = """\
 usage: crossx VERB [options]
@@ -104,10 +93,7 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(
-            USAGE.format(verbs="\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())),
-            end="",
-        )
+        print(USAGE.format(verbs="\n".join(f"  {name:<{width}}  {_summary(name)}" for name in VERBS)), end="")
         return 0
     if verb == "--version":
         from crossx import __version__
@@ -134,6 +120,15 @@ def _dispatch(words: list[str]) -> int:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from leaving
         return leaving.code if isinstance(leaving.code, int) else 0
+
+
+def _summary(verb: str) -> str:
+    """Return the first line of the docstring of a verb's function, without importing it."""
+    module = ast.parse((Path(__file__).parent / f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    function = functions.get(verb.replace("-", "_"), functions.get("run"))
+    assert function is not None
+    return str(ast.get_docstring(function)).partition("\n")[0].removesuffix(".")
 
 
 def _set_environment() -> None:

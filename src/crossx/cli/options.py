@@ -34,7 +34,7 @@ class Inference:
         precision: fp32, fp16, bf16 or auto (fp16 on a GPU where it is fast, else fp32).
         flip: Average over each image and its mirror image.
         crops: Average over this many crops: 1, the centre, or 5, corners and centre.
-        trust: Load a .pt2 file. Loading one can run any code on this machine: give this only for files that you made
+        trust: Load a .pt2 file, which can run any code on this machine when it is loaded: only for files that you made
             yourself. The other formats need no trust.
     """
 

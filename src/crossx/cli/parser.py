@@ -201,7 +201,12 @@ def dataclass_options(
             name, factory = f"{prefix}{field.name}", field.default_factory
             default = field.default if factory is dataclasses.MISSING else factory()
             option = Option(
-                name, hints[field.name], default, helps[field.name], f"--{name}", group=first_line(cls)
+                name,
+                hints[field.name],
+                default,
+                helps.get(field.name, ""),
+                f"--{name}",
+                group=first_line(cls),
             )
             yield option if yaml else _word_option(option)
 

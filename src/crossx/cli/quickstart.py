@@ -26,10 +26,10 @@ class Trained:
 
 
 def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
-    """See everything work on this machine in a few minutes.
+    """Draw images, train on them, test and show the results, in a few minutes.
 
-    Draws birds whose classes differ in one part, trains a small plain network and the same network with Cross-X from
-    scratch, tests both on new images, and shows the results.
+    The images are birds whose classes differ in one part. A small plain network and the same network with Cross-X are
+    trained from scratch and tested on new images.
 
     Args:
         output: Folder to create (default: the first free runs/quickstart-N).

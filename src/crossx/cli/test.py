@@ -22,10 +22,11 @@ def test(
     data: TestedData,
     device: Name = "auto",
 ) -> None:
-    """Measure a trained network on the images of one split.
+    """Measure a trained network, or compare two.
 
-    Gives accuracies with intervals, per head and class, the confusion matrix and the calibration. --against tests the
-    difference between two runs on the same images; --parts measures what the excitations look at.
+    Measures on the images of one split: accuracies with intervals, per head and class, the confusion matrix and the
+    calibration. --against tests the difference between two runs on the same images; --parts measures what the
+    excitations look at.
 
     Args:
         run: Run folder or a checkpoint file in one.
