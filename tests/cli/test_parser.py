@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from crossx.cli.parser import Folder, Natural, Positive, RunPath, Tolerance, call
+from crossx.cli.options import RunPath
+from crossx.cli.parser import Folder, Natural, Positive, Tolerance, call
 from crossx.errors import UsageError
 
 

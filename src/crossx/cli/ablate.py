@@ -15,6 +15,7 @@ from crossx.runs import locked_folder
 NOT_TAKEN = {
     "--seed": "--seeds gives the seeds.",
     "--resume": "the same command resumes: leave out --resume.",
+    "--print_config": "`crossx fit --print_config` prints a configuration.",
 }
 """Options of ``crossx fit`` that an ablation sets itself."""
 

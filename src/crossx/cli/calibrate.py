@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossx.cli.options import TestedData
-from crossx.cli.parser import Name, RunPath
+from crossx.cli.options import Device, RunPath, Split, TestedData
 from crossx.runs import Run
 
 
-def calibrate(run: RunPath, *, split: Name = "val", data: TestedData, device: Name = "auto") -> None:
+def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: Device = "auto") -> None:
     """Fit the temperature of a run's probabilities on its validation images.
 
     The temperature T makes the probabilities softmax(logits / T) say how often a prediction is right. It is stored in
@@ -19,7 +18,6 @@ def calibrate(run: RunPath, *, split: Name = "val", data: TestedData, device: Na
     Args:
         run: Run folder.
         split: Images to fit it on: val or test.
-        device: auto (the GPU where there is one), cpu, cuda or cuda:N.
 
     Examples:
         crossx calibrate runs/mine

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from crossx.cli.parser import Name, RunPath
+from crossx.cli.options import RunPath, Split
 from crossx.errors import CrossXError, UsageError
 from crossx.report.published import PublishedResult, read_published
 from crossx.runs import open_run, read_results, write_json
@@ -23,7 +23,7 @@ NEEDED = (
 def compare(
     runs: Sequence[RunPath],
     *,
-    split: Name = "test",
+    split: Split = "test",
     paper: bool = False,
     output: Annotated[str, "STEM"] | None = None,
 ) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from crossx.cli.parser import Folder, Fraction, Name, Positive, RunPath
+from crossx.cli.options import BatchSize, Device, ModelPath
+from crossx.cli.parser import Folder, Fraction, Name
 from crossx.errors import UsageError
 from crossx.runs import atomic_path, check_writable, open_run
 
@@ -42,15 +43,15 @@ class Drawing:
 
 
 def explain(
-    run: RunPath,
+    run: ModelPath,
     images: Sequence[Annotated[str, "IMAGE_OR_FOLDER"]],
     *,
     output: Folder,
     maps: Kind = "activation",
     target: Annotated[str, "--class", "NAME"] | None = None,
     drawing: Drawing,
-    batch_size: Annotated[Positive, "--data.batch_size"] = 16,
-    device: Name = "auto",
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
 ) -> int:
     """Draw where a network looks (Fig. 5 of the paper).
 
@@ -60,13 +61,10 @@ def explain(
     with the reason, and the exit code is 1.
 
     Args:
-        run: Run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub.
         images: Image files, or folders searched for images.
         output: New or empty folder for the pictures.
         maps: activation: maps of every part; class: evidence for a class (CAM, or Grad-CAM with crossx[explain]); both.
         target: Class of the class maps (default: the predicted one).
-        batch_size: Images per step.
-        device: auto (the GPU where there is one), cpu, cuda or cuda:N.
 
     Examples:
         crossx explain runs/mine bird.jpg --output maps

@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossx.cli.parser import File, Folder, Name, Positive, RunPath, Tolerance
+from crossx.cli.options import ModelPath
+from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
 
 if TYPE_CHECKING:
     from crossx.export.export import ExportReport
@@ -39,7 +40,7 @@ class Quantization:
 
 
 def export(
-    run: RunPath,
+    run: ModelPath,
     *,
     output: File,
     format: Name | None = None,
@@ -56,7 +57,6 @@ def export(
     the tolerance no file is left and the exit code is 1.
 
     Args:
-        run: Run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub.
         output: The file to write.
         format: onnx (.onnx), openvino (.xml and .bin), torch-export (.pt2) or safetensors (only weights, .safetensors);
             by default what FILE's name says.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from crossx.cli.parser import File, Name, RunPath
+from crossx.cli.options import RunPath
+from crossx.cli.parser import File, Name
 
 
 def import_released(

@@ -1,7 +1,7 @@
 """The options of the methods, without importing torch.
 
-The packaged methods are read from their source, as ``--help`` must not wait for torch. Methods that were registered
-elsewhere are asked themselves: whoever registers one has imported torch already.
+Those of the packaged methods are read from the source. Methods registered elsewhere are inspected: registering one has
+imported torch already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
 from crossx.cli.parser import Option, option_helps
 from crossx.errors import unknown
@@ -81,11 +81,7 @@ def _source_options(node: ast.ClassDef, module: str) -> Iterator[Option]:
     helps = option_helps(inspect.cleandoc(ast.get_docstring(node) or ""))
     init = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
     for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
-        hint, value = (
-            names.evaluate(cast(ast.expr, argument.annotation)),
-            names.evaluate(cast(ast.expr, default)),
-        )
-        yield _option(argument.arg, hint, value, helps)
+        yield _option(argument.arg, names.evaluate(argument.annotation), names.evaluate(default), helps)
 
 
 def _option(name: str, hint: Any, default: Any, helps: Mapping[str, str]) -> Option:
@@ -99,7 +95,8 @@ class _Names(dict[str, Any]):
         super().__init__()
         self.module = module
 
-    def evaluate(self, node: ast.expr) -> Any:
+    def evaluate(self, node: ast.expr | None) -> Any:
+        assert node is not None, "an option has a type and a default"
         return eval(compile(ast.Expression(node), self.module, "eval"), {}, self)
 
     def __missing__(self, name: str) -> Any:
@@ -109,19 +106,19 @@ class _Names(dict[str, Any]):
                     return self.evaluate(value)
                 case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value) if target == name:
                     return self.evaluate(value)
-                case ast.ImportFrom(module=str(source), names=imported) if name in (
-                    a.asname or a.name for a in imported
-                ):
-                    original = next(alias.name for alias in imported if (alias.asname or alias.name) == name)
-                    if source.partition(".")[0] == "crossx":
-                        return _Names(source)[original]
-                    return getattr(importlib.import_module(source), original)
+                case ast.ImportFrom(module=str(source), names=imported) if name in {
+                    item.name for item in imported
+                }:
+                    ours = source.partition(".")[0] == "crossx"
+                    return _Names(source)[name] if ours else getattr(importlib.import_module(source), name)
         raise KeyError(name)
 
 
 @cache
 def _tree(module: str) -> ast.Module:
     package, *parts = module.split(".")
-    path = resources.files(package).joinpath(*parts)
-    file = path.joinpath("__init__.py") if path.is_dir() else path.parent.joinpath(f"{parts[-1]}.py")  # type: ignore[attr-defined]
+    root = resources.files(package)
+    file = root.joinpath(*parts, "__init__.py")
+    if not file.is_file():
+        file = root.joinpath(*parts[:-1], f"{parts[-1]}.py")
     return ast.parse(file.read_text(encoding="utf-8"))

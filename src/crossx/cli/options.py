@@ -1,11 +1,26 @@
-"""Groups of options that several verbs share."""
+"""Parameters and groups of options that several verbs share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from crossx.cli.parser import Folder, Name, Natural, Positive
+from crossx.cli.parser import Folder, Help, Name, Natural, Positive
+
+RunPath = Annotated[str, "RUN", Help("Run folder or a checkpoint file in one.")]
+ModelPath = Annotated[
+    str, "RUN", Help("Run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub.")
+]
+PredictorPath = Annotated[
+    str,
+    "RUN",
+    Help(
+        "Run folder, a checkpoint file in one, a file of `crossx export`, or USER/NAME on the Hugging Face Hub."
+    ),
+]
+Split = Annotated[str, "NAME", Help("Images of this split: train, val or test.")]
+Device = Annotated[str, "NAME", Help("auto (the GPU where there is one), cpu, cuda or cuda:N.")]
+BatchSize = Annotated[Positive, "--data.batch_size", Help("Images per step.")]
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,6 @@ class Inference:
     """how the network runs
 
     Attributes:
-        device: auto (the GPU where there is one), cpu, cuda or cuda:N.
         precision: fp32, fp16, bf16 or auto (fp16 on a GPU where it is fast, else fp32).
         flip: Average over each image and its mirror image.
         crops: Average over this many crops: 1, the centre, or 5, corners and centre.
@@ -38,7 +52,7 @@ class Inference:
             yourself. The other formats need no trust.
     """
 
-    device: Name = "auto"
+    device: Device = "auto"
     precision: Name = "auto"
     flip: bool = False
     crops: Literal[1, 5] = 1

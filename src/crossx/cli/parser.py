@@ -2,7 +2,7 @@
 
 A verb is one typed function with a Google-style docstring. Parameters before ``*`` are positional arguments, the others
 are options, a ``bool`` is a flag, and a dataclass is a group of options. ``Annotated`` adds a metavar, a spelling other
-than the parameter's name, or the type to parse with. ``*words`` takes the options of another verb.
+than the parameter's name, the type to parse with, or the help. ``*words`` takes the options of another verb.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from crossx.errors import UsageError, nearest
 
-RunPath = Annotated[str, "RUN"]
+
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """Help text in ``Annotated``, for parameters that several verbs have and do not describe themselves."""
+
+    text: str
+
+
 Folder = Annotated[str, "DIR"]
 File = Annotated[str, "FILE"]
 Name = Annotated[str, "NAME"]
@@ -335,8 +342,10 @@ def _word_option(option: Option) -> Option:
         hint, inner = _without_annotation(get_args(hint)[0])
         extras += inner
     words = [extra for extra in reversed(extras) if isinstance(extra, str)]
+    texts = [extra.text for extra in extras if isinstance(extra, Help)]
     return dataclasses.replace(
         option,
+        help=option.help or "".join(texts),
         hint=next((extra for extra in extras if isinstance(extra, type)), hint),
         spelling=next((word for word in words if word.startswith("--")), option.spelling),
         metavar=next((word for word in words if not word.startswith("--")), ""),

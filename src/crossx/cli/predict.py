@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from crossx.cli.options import Inference
-from crossx.cli.parser import Name, Positive, RunPath
+from crossx.cli.options import BatchSize, Inference, PredictorPath
+from crossx.cli.parser import Name, Positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class CollectionOptions:
 
 
 def predict(
-    run: RunPath,
+    run: PredictorPath,
     images: Sequence[Annotated[str, "IMAGES"]],
     *,
     output: Annotated[str, "FILE|DIR"] | None = None,
     features: Annotated[str, "FILE.parquet"] | None = None,
     top: Annotated[Positive, "K"] = 1,
-    batch_size: Annotated[Positive, "--data.batch_size"] = 16,
+    batch_size: BatchSize = 16,
     inference: Inference,
     collection: CollectionOptions,
 ) -> int:
@@ -64,14 +64,12 @@ def predict(
     With --features FILE.parquet it computes feature vectors for retrieval instead.
 
     Args:
-        run: Run folder, a checkpoint file in one, a file of `crossx export`, or USER/NAME on the Hugging Face Hub.
         images: Image files, folders searched for images, patterns such as 'photos/**/*.jpg', tables (.csv, .parquet)
             with a column `path`, or - for a list of files on stdin, one per line; for --output DIR one folder or
             Parquet file.
         output: File to write, ending in .csv, .jsonl or .parquet, or folder of Parquet files (default: print CSV).
         features: Write the feature vector of each image, of length 1, instead of predictions.
         top: Classes per image.
-        batch_size: Images per step.
 
     Examples:
         crossx predict runs/mine bird.jpg

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from crossx.cli.options import TestedData
-from crossx.cli.parser import Name, RunPath
+from crossx.cli.options import Device, RunPath, Split, TestedData
 from crossx.cli.test import is_tested, print_results, test_run
 
 
@@ -13,9 +12,9 @@ def report(
     run: RunPath,
     *,
     output: Annotated[str, "FILE.html"] | None = None,
-    split: Name = "test",
+    split: Split = "test",
     data: TestedData,
-    device: Name = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write one HTML page about a trained network.
 
@@ -24,10 +23,7 @@ def report(
     tested yet is tested first.
 
     Args:
-        run: Run folder or a checkpoint file in one.
         output: The page (default: RUN/SPLIT/report.html).
-        split: Images that the page is about: train, val or test.
-        device: auto (the GPU where there is one), cpu, cuda or cuda:N.
 
     Examples:
         crossx report runs/mine

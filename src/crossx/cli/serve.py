@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from crossx.cli.options import Inference
-from crossx.cli.parser import File, Natural, RunPath
+from crossx.cli.options import Inference, PredictorPath
+from crossx.cli.parser import File, Natural
 from crossx.errors import CrossXError, UsageError
 from crossx.serve.limits import Limits
 
@@ -32,7 +32,7 @@ class Access:
 
 
 def serve(
-    run: RunPath,
+    run: PredictorPath,
     *,
     host: Annotated[str, "HOST"] = "127.0.0.1",
     port: Natural = 8000,
@@ -47,7 +47,6 @@ def serve(
     key in the header X-API-Key. Needs crossx[serve].
 
     Args:
-        run: Run folder, a checkpoint file in one, a file of `crossx export`, or USER/NAME on the Hugging Face Hub.
         host: Address to listen on; by default only this machine can connect.
         port: Port to listen on; 0 takes any free one.
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from crossx.cli.parser import Folder, RunPath
+from crossx.cli.options import ModelPath
+from crossx.cli.parser import Folder
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def share(
-    run: RunPath,
+    run: ModelPath,
     *,
     output: Folder | None = None,
     hub: Annotated[str, "USER/NAME"] | None = None,
@@ -34,7 +35,6 @@ def share(
     may publish. A folder or repository that was shared before is overwritten, an edited README.md too.
 
     Args:
-        run: Run folder, a checkpoint file in one, or USER/NAME on the Hugging Face Hub.
         output: New or empty folder, or that of a shared model.
         hub: Repository on the Hugging Face Hub, created if needed; USER/NAME@BRANCH for another branch. Log in with
             `hf auth login` or HF_TOKEN first.

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from crossx.cli.options import TestedData
-from crossx.cli.parser import Name, RunPath
+from crossx.cli.options import Device, RunPath, Split, TestedData
 from crossx.errors import UsageError
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
@@ -16,11 +15,11 @@ from crossx.runs import open_run, write_json
 def test(
     run: RunPath,
     *,
-    split: Name = "test",
+    split: Split = "test",
     against: Annotated[str, "RUN_B"] | None = None,
     parts: bool = False,
     data: TestedData,
-    device: Name = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure a trained network, or compare two.
 
@@ -29,11 +28,8 @@ def test(
     excitations look at.
 
     Args:
-        run: Run folder or a checkpoint file in one.
-        split: Images to test on: train, val or test.
         against: Compare with this run, image by image.
         parts: Compare the activation maps with annotated parts instead (cub, nabirds, synthetic).
-        device: auto (the GPU where there is one), cpu, cuda or cuda:N.
 
     Examples:
         crossx test runs/mine
