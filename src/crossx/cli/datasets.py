@@ -20,7 +20,7 @@ ACTIONS = ("list", "check")
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """as in `crossx fit`
+    """As in `crossx fit`.
 
     Attributes:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.

@@ -29,7 +29,7 @@ SHEET_CELL = 1.1
 
 @dataclass(frozen=True)
 class Drawing:
-    """pictures
+    """Pictures.
 
     Attributes:
         colormap: A colormap of matplotlib (default: inferno, which also works in grey).

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComparedData:
-    """dataset to compare on
+    """Dataset to compare on.
 
     Attributes:
         root: The dataset (default: as in training).
@@ -28,7 +28,7 @@ class ComparedData:
 
 @dataclass(frozen=True)
 class Quantization:
-    """with --precision int8, which needs the run's data
+    """With --precision int8, which needs the run's data.
 
     Attributes:
         calibration: Validation images to take the ranges of the activations from (default: 300).

@@ -1,4 +1,4 @@
-"""The options of ``crossx fit``: first the method is found, then the options that it has."""
+"""The options of ``crossx fit``: a first pass finds the method, a second one parses its options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIRST = (
 
 @dataclasses.dataclass(frozen=True)
 class FitArguments:
-    """What ``crossx fit`` was asked for.
+    """The parsed words of ``crossx fit``.
 
     Attributes:
         config: The full configuration; ``config.output`` is None where the command did not give one.
@@ -112,7 +112,9 @@ def _method_parser(method: str) -> jsonargparse.ArgumentParser:
     options = list(_options(method))
     first = {option.name: option for option in options if option.name in FIRST}
     rest = [option for option in options if option.name not in FIRST]
-    add_options(parser, [dataclasses.replace(first[name], group="used most") for name in FIRST] + rest)
+    add_options(
+        parser, [dataclasses.replace(first[name], group="Options used most") for name in FIRST] + rest
+    )
     for name, choices in (("--config", list_recipes), ("--model.method", methods.list_methods)):
         parser._option_string_actions[name].completer = lambda choices=choices, **_: choices()  # type: ignore[attr-defined]
     return parser
@@ -189,7 +191,7 @@ def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> 
 
 
 def _scale_resize(recipe: Recipe, data: dict[str, Any], words: Sequence[str]) -> list[str]:
-    """Keep a recipe's proportion of resized image to crop where the command line changes only the crop.
+    """Keep a recipe's ratio of resized image to crop if the command line changes only the crop.
 
     A crop of 160 pixels out of the recipe's 600 would show the network a tenth of each image.
     """

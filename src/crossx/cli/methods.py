@@ -89,7 +89,7 @@ def _option(name: str, hint: Any, default: Any, helps: Mapping[str, str]) -> Opt
 
 
 class _Names(dict[str, Any]):
-    """The names of a module, each evaluated from the source when it is looked up; those of other packages imported."""
+    """The names of a module, evaluated from its source on lookup; names from other packages are imported."""
 
     def __init__(self, module: str) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ BatchSize = Annotated[Positive, "--data.batch_size", Help("Images per step.")]
 
 @dataclass(frozen=True)
 class TestedData:
-    """images to evaluate on
+    """Images to evaluate on.
 
     Attributes:
         root: The dataset (default: as in training).
@@ -42,7 +42,7 @@ class TestedData:
 
 @dataclass(frozen=True)
 class Inference:
-    """how the network runs
+    """How the network runs.
 
     Attributes:
         precision: fp32, fp16, bf16 or auto (fp16 on a GPU where it is fast, else fp32).

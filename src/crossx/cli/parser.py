@@ -25,7 +25,7 @@ from crossx.errors import UsageError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Help:
-    """Help text in ``Annotated``, for parameters that several verbs have and do not describe themselves."""
+    """Help text in ``Annotated``, for parameters that several verbs share."""
 
     text: str
 
@@ -39,7 +39,7 @@ Tolerance = Annotated[float, "X", NonNegativeFloat]
 Fraction = Annotated[float, "X", ClosedUnitInterval]
 
 SECTIONS = ("model", "data", "optim", "trainer")
-"""Groups whose options bear the group's name, as in a recipe: ``--data.root``."""
+"""Groups whose options have the group's name as prefix, as in a recipe: ``--data.root``."""
 EPILOG = "An error is one line and exit code 1, or 2 for a wrong command; --debug shows its traceback."
 IN_WORDS = {
     int: "a whole number",
@@ -85,7 +85,7 @@ class Option:
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Help in paragraphs as the docstrings have them, with the default of each option."""
+    """Keep the paragraphs of the docstrings, and show the default of each option."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)  # type: ignore[no-untyped-call]
@@ -117,7 +117,7 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
     """Parse a verb's words, call its function with them, and return the exit code.
 
     Raises:
-        UsageError: For whatever is missing, unknown or of the wrong type.
+        UsageError: If something is missing, unknown or of the wrong type.
         SystemExit: After ``--help``.
     """
     parser = build(function, verb)
@@ -201,7 +201,7 @@ def function_options(function: Callable[..., Any]) -> Iterator[Option]:
 def dataclass_options(
     cls: Any, prefix: str = "", *, yaml: bool = False, skip: Collection[str] = ()
 ) -> Iterator[Option]:
-    """Yield the options of a dataclass as a group, their values words of the command line, or YAML as in a recipe."""
+    """Yield the options of a dataclass as a group; their values are plain words, or YAML as in a recipe."""
     hints, helps = get_type_hints(cls, include_extras=True), option_helps(cls)
     for field in dataclasses.fields(cls):
         if field.name not in skip:
@@ -219,7 +219,7 @@ def dataclass_options(
 
 
 def option_helps(documented: Any) -> dict[str, str]:
-    """Return what the ``Args:`` or ``Attributes:`` of a docstring, or of what has one, say: name to text."""
+    """Return name -> text of the ``Args:`` or ``Attributes:`` of a docstring, or of an object that has one."""
     doc = documented if isinstance(documented, str) else inspect.getdoc(documented) or ""
     params = docstring_parser.parse(doc.partition("\nExamples:\n")[0]).params
     return {
@@ -233,7 +233,7 @@ def first_line(documented: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what a type takes."""
+    """Describe in words the values of a type."""
     if hint in IN_WORDS:
         return IN_WORDS[hint]
     origin = get_origin(hint)
@@ -250,14 +250,14 @@ def describe(hint: Any) -> str:
 
 
 def literals(hint: Any) -> list[Any]:
-    """Return the values that a type spells out."""
+    """Return the values of the ``Literal`` types in a type."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [item for part in get_args(hint) for item in literals(part)]
 
 
 def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
-    """Say in one line what jsonargparse found wrong."""
+    """Turn an error message of jsonargparse into one line."""
     _, unrecognized, rest = message.partition("unrecognized arguments: ")
     if unrecognized:
         return unknown_argument(rest.split()[0], parser._option_string_actions, parser.prog)
@@ -292,7 +292,7 @@ def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageE
 
 
 def _split(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """Part the options that a parser has, with their values, from the other words."""
+    """Separate the parser's own options, with their values, from the other words."""
     own: list[str] = []
     rest: list[str] = []
     left = list(words)
@@ -314,7 +314,7 @@ def _split(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> tuple[l
 
 
 def _positional(words: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
-    """Return positional arguments, those after ``--`` as they are."""
+    """Check that the words are positional arguments, except after ``--``, and return them."""
     end = words.index("--") if "--" in words else len(words)
     takes_some = any(not action.option_strings for action in parser._actions)
     for word in words[:end]:
@@ -335,7 +335,7 @@ def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _word_option(option: Option) -> Option:
-    """Have an option take a word of the command line as it is, or several, as its type says."""
+    """Resolve an option's type and ``Annotated`` for values that are plain words."""
     hint, extras = _without_annotation(_without_none(option.hint)[0])
     many = get_origin(hint) in _LISTS
     if many:

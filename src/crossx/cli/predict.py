@@ -26,7 +26,7 @@ FILES = (".csv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class CollectionOptions:
-    """with --output DIR
+    """With --output DIR.
 
     Attributes:
         engine: local, in this process (the default), or ray, in several processes, on this machine or the cluster of

@@ -18,7 +18,7 @@ API_KEY_VARIABLE = "CROSSX_API_KEY"
 
 @dataclass(frozen=True)
 class Access:
-    """access
+    """Access.
 
     Attributes:
         api_key_file: File with one key per line (default: the variable CROSSX_API_KEY).
