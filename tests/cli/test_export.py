@@ -46,7 +46,7 @@ def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFix
     [
         ([], "the following arguments are required: --output"),
         (["--output", "x.txt"], "its name must end in the format's"),
-        (["--output", "x.onnx", "--tolerance", "-1"], "must be a number from 0 on, not '-1'"),
+        (["--output", "x.onnx", "--tolerance", "-1"], "--tolerance takes a number of at least 0, not '-1'"),
         (["--output", "x.pt2", "--precison", "fp16"], "Did you mean '--precision'?"),
         (
             ["--output", "x.pt2", "--calibration", "9"],
