@@ -154,7 +154,7 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         write_text(tmp_path / "file" / "run.json", "x")
 
 
@@ -236,5 +236,5 @@ def test_a_file_system_without_locks_does_not_stop_the_work(
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "a file stands where a folder is needed" in refusal(enter, tmp_path / "file")
+    assert "there is a file where a folder is needed" in refusal(enter, tmp_path / "file")
     assert "cannot be written" in refusal(enter, Path("/proc/folder"))

@@ -149,8 +149,8 @@ def test_folders_that_cannot_take_predictions_are_refused(run, photos, tmp_path)
     (tmp_path / "file").touch()
     for output, message in (
         (run, "holds other files (model.json)"),
-        (tmp_path / "file", "a file stands where a folder is needed"),
-        (tmp_path / "file" / "out", "a file stands where a folder is needed"),
+        (tmp_path / "file", "there is a file where a folder is needed"),
+        (tmp_path / "file" / "out", "there is a file where a folder is needed"),
         (photos / "out", "lies in the collection itself"),
         (photos, "lies in the collection itself"),
         (Path("/proc/out"), "cannot be written"),

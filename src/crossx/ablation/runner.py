@@ -29,13 +29,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, write_text
 from crossx.schema import check_backbone_args
 from crossx.training.config import Config
+from crossx.yaml import load_yaml
 
 SPLIT = "test"
 
@@ -410,7 +409,7 @@ def _identity(config: Config) -> dict[str, Any]:
     sampling = config.data.sampling or method_class(model.method).sampling or "uniform"
     completed = replace(config, model=model, data=replace(config.data, sampling=sampling))
     # as YAML gives it back: tuples are lists
-    values = yaml.safe_load(completed.to_yaml())
+    values = load_yaml(completed.to_yaml(), "the configuration")
     flat = {
         f"{section}.{key}": value
         for section in ("model", "data", "optim", "trainer")

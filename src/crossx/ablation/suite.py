@@ -9,11 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from crossx.errors import UsageError, nearest, unknown
-from crossx.recipes import SECTIONS, YAMLLoader
+from crossx.recipes import SECTIONS
 from crossx.training.config import Config
+from crossx.yaml import load_yaml
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Section -> option -> value: what a variant changes."""
@@ -87,11 +86,7 @@ def load_suite(name: str | Path) -> Suite:
         except (OSError, UnicodeDecodeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8 text"
             raise UsageError(f"{path}: cannot be read ({reason}).") from error
-    try:
-        values = yaml.load(text, Loader=YAMLLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    return _build(path.stem, str(name), values)
+    return _build(path.stem, str(name), load_yaml(text, str(name)))
 
 
 def _build(name: str, source: str, values: Any) -> Suite:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ MAX_TEXT = 64 << 20
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary file in the same folder that replaces ``path`` when the block ends without an error.
+    """Give a temporary file in the same folder that replaces ``path`` if the block ends without an error.
 
-    The data is flushed to disk before the replacement, so that a kill or power cut leaves the old file or the
-    new one, never half of one.
+    The data is flushed to disk first, so a kill or power cut leaves either the old file or the new one.
 
     Raises:
         CrossXError: If the disk is full or the folder not writable; the old file is untouched.
@@ -34,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # After writing: a library may have put a file of its own, with other permissions, in its place.
+        # only now: a library may have replaced the file by its own, with other permissions
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -47,7 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and find out whether it can be written to, before hours of work rather than after.
+    """Make a folder and check that it can be written to, before hours of work rather than after.
 
     Raises:
         CrossXError: If it cannot.
@@ -61,10 +60,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Check that a file can be written, as ``check_writable`` does its folder.
+    """Check that a file can be written.
 
     Raises:
-        UsageError: If a folder has its name.
+        UsageError: If it is a folder.
         CrossXError: If its folder cannot be written to.
     """
     if path.is_dir():
@@ -81,7 +80,7 @@ def storage_error(path: Path, error: OSError) -> CrossXError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CrossXError(f"{path}: no permission to write there. Choose another --output.")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return CrossXError(f"{path}: a file stands where a folder is needed. Choose another --output.")
+        return CrossXError(f"{path}: there is a file where a folder is needed. Choose another --output.")
     return CrossXError(f"{path}: cannot be written ({error.strerror or error}).")
 
 
@@ -100,14 +99,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CrossXError: If the file is missing or holds something else.
+        CrossXError: If the file is missing, unreadable or holds something else.
     """
-    try:
-        return _read_mapping(path, _parse_json, "JSON", "a JSON object")
-    except FileNotFoundError as error:
-        raise CrossXError(f"{path}: no such file.") from error
-    except OSError as error:
-        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return parse_json(_read_text(path, "JSON"), path)
 
 
 def parse_json(text: str, source: Path) -> dict[str, Any]:
@@ -116,18 +110,27 @@ def parse_json(text: str, source: Path) -> dict[str, Any]:
     Raises:
         CrossXError: If the text is something else.
     """
-    return _parse_mapping(text, source, _parse_json, "JSON", "a JSON object")
+    try:
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError as error:
+        raise CrossXError(f"{source}: not a JSON object: its values are nested too deeply.") from error
+    # among them numbers with thousands of digits
+    except ValueError as error:
+        raise CrossXError(f"{source}: not valid JSON ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{source}: not a JSON object.")
+    return values
 
 
 def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """Read what ``crossx test`` wrote.
+    """Read the results that ``crossx test`` wrote.
 
     Args:
         path: ``SPLIT.json`` of a run.
-        needed: Keys that must be there; ``a.b`` is a key within ``a``.
+        needed: Required keys; ``a.b`` is a key within ``a``.
 
     Raises:
-        CrossXError: If the file is missing, lacks a key that is needed, or holds something else.
+        CrossXError: If the file is missing, lacks a required key, or holds something else.
     """
     from crossx.schema import ResultsFile, check_file, require
 
@@ -138,7 +141,7 @@ def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read a training history, ``metrics.json``: a row per epoch.
+    """Read a training history, ``metrics.json``: one row per epoch.
 
     Raises:
         CrossXError: If the file is missing or holds something else.
@@ -152,58 +155,45 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a training configuration as YAML holds it.
+    """Read a training configuration, ``config.yaml``.
 
     Raises:
-        CrossXError: If the file cannot be read, or is no YAML mapping.
+        CrossXError: If the file is missing, unreadable or not a YAML mapping.
     """
-    import yaml
+    # slow to import
+    from crossx.yaml import load_yaml
 
-    what = "a configuration (a mapping with model, data, optim, trainer)"
     try:
-        return _read_mapping(path, yaml.safe_load, "YAML", what)
+        values = load_yaml(_read_text(path, "YAML"), str(path))
+    except UsageError as error:
+        raise CrossXError(str(error)) from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+    return values
+
+
+def _read_text(path: Path, language: str) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT:
+            raise CrossXError(f"{path}: larger than the {MAX_TEXT >> 20} MiB that such a file may have.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CrossXError(f"{path}: not valid {language} ({first_line(error)}).") from error
+    except FileNotFoundError as error:
+        raise CrossXError(f"{path}: no such file.") from error
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
-def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key is given twice")
     return values
 
 
 def _no_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any], language: str, what: str) -> dict[str, Any]:
-    if path.stat().st_size > MAX_TEXT:
-        raise CrossXError(f"{path}: larger than the {MAX_TEXT >> 20} MiB that are read of such a file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CrossXError(f"{path}: not valid {language} ({first_line(error)}).") from error
-    return _parse_mapping(text, path, parse, language, what)
-
-
-def _parse_mapping(
-    text: str, source: Path, parse: Callable[[str], Any], language: str, what: str
-) -> dict[str, Any]:
-    try:
-        values = parse(text)
-    except RecursionError as error:
-        raise CrossXError(f"{source}: not {what}: its values are nested too deeply.") from error
-    # of JSON and YAML, and of numbers with thousands of digits
-    except Exception as error:
-        raise CrossXError(f"{source}: not valid {language} ({' '.join(str(error).split())}).") from error
-    if not isinstance(values, dict):
-        raise CrossXError(f"{source}: not {what}.")
-    return values
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _umask() -> int:
