@@ -54,7 +54,7 @@ _Representer.add_representer(str, _Representer.represent_str)
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor, yaml.Representer = _Constructor, _Representer
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     _ = yaml.resolver.versioned_resolver  # fills the table that the next line adds to
     yaml.resolver.add_version_implicit_resolver((1, 2), _BOOL, _WORDS, list("yYnNoO"))
     yaml.width = 1 << 20
