@@ -190,8 +190,8 @@ def test_what_the_image_shows_is_the_evaluation_crop(
             ["RUN", "photos", "--output", "photos"],
             "photos: holds other files (robin). Choose a new or an empty",
         ),
-        (1, ["RUN", "photos", "--output", "file/out"], "a file stands where a folder is needed."),
-        (1, ["RUN", "photos", "--output", "file"], "a file stands where a folder is needed."),
+        (1, ["RUN", "photos", "--output", "file/out"], "there is a file where a folder is needed."),
+        (1, ["RUN", "photos", "--output", "file"], "there is a file where a folder is needed."),
         (1, ["RUN", "photos", "--output", "/proc/out"], "/proc/out: "),
     ],
 )

@@ -253,7 +253,7 @@ def test_output_elsewhere(tmp_path, run):
     assert (tmp_path / "results" / "test.json").is_file()
     assert not (run.path / "test.json").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         test_run(run.path, output=tmp_path / "file" / "results")
 
 

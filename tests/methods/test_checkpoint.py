@@ -181,11 +181,11 @@ def test_text_that_is_no_description(run: Run, logits: Tensor, text: str) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('"temperature": 1.0', '"temperature": NaN', "NaN is no number of JSON"),
+        ('"temperature": 1.0', '"temperature": NaN', "NaN is not a JSON number"),
         ('"temperature": 1.0', '"temperature": 1e999', "temperature: should be"),
         ('"temperature": 1.0', '"temperature": ' + "9" * 4301, "not valid JSON"),
-        ('"temperature": 1.0', '"temperature": 1.0, "temperature": 1.0', "a key is there twice"),
-        ('"drop_path_rate": 0.1', '"drop_path_rate": 0.1, "drop_path_rate": 0.1', "a key is there twice"),
+        ('"temperature": 1.0', '"temperature": 1.0, "temperature": 1.0', "a key is given twice"),
+        ('"drop_path_rate": 0.1', '"drop_path_rate": 0.1, "drop_path_rate": 0.1', "a key is given twice"),
     ],
 )
 def test_numbers_and_keys_that_json_leaves_open(

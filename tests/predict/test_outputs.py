@@ -189,5 +189,5 @@ def test_outputs_are_checked_before_any_work(tmp_path):
     with pytest.raises(UsageError, match=r"f\.npy: must end in \.parquet\.$"):
         check_output(tmp_path / "f.npy", [".parquet"])
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         check_output(tmp_path / "file" / "out.csv", [".csv"])

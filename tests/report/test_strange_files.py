@@ -168,7 +168,7 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crossx.runs.MAX_TEXT", 1 << 20)
+    monkeypatch.setattr("crossx.runs.files.MAX_TEXT", 1 << 20)
     (tmp_path / "run.json").write_text(json.dumps({"id": "x" * (1 << 20)}))
     assert "larger than the 1 MiB" in refusal(Run(tmp_path).read_info)
 

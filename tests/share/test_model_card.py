@@ -255,7 +255,7 @@ def test_card_data_are_those_of_the_run_folder(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
     run = Run(layouts.write_run(tmp_path))
     for content, message in (
-        ("a: [", "config.yaml: not valid YAML"),
+        ("a: [", "config.yaml: line 1 is not valid YAML"),
         ("- a", "config.yaml: not a configuration"),
     ):
         run.config.write_text(content)

@@ -11,11 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError, nearest, unknown
+from crossx.yaml import load_yaml
 
 SHARED_OPTIONS = frozenset({"test_fraction", "split_seed"})
 """Options accepted for every dataset; archives with an official test split ignore them."""
@@ -61,7 +61,7 @@ class DatasetInfo:
 def _load() -> dict[str, DatasetInfo]:
     text = resources.files("crossx.data").joinpath("readers/datasets.yaml").read_text(encoding="utf-8")
     infos = {}
-    for name, entry in yaml.safe_load(text).items():
+    for name, entry in load_yaml(text, "datasets.yaml").items():
         table1 = Counts(**entry.pop("table1")) if "table1" in entry else None
         infos[name] = DatasetInfo(name, defects=tuple(entry.pop("defects", ())), table1=table1, **entry)
     return infos

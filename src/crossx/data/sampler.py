@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from crossx.data.config import Sampling
+from crossx.distributed import rank, world_size
 from crossx.errors import UsageError
 
 
@@ -90,23 +91,21 @@ class EpochSampler(Sampler[Draw]):
 
     def _ranks(self) -> tuple[int, int]:
         """Return the rank and the number of ranks that share the draws."""
-        return _world() if self.dealt else (0, 1)
+        return (rank(), world_size()) if self.dealt else (0, 1)
 
     def _own(self) -> range:
         """Return the positions of this rank's draws (or pairs) in the epoch."""
-        rank, world_size = self._ranks()
+        own, ranks = self._ranks()
         count = len(self.labels)
         if self.sampling == "pairs":
             count = int(_count_pairs(self.labels).sum())
-        if count < world_size:
+        if count < ranks:
             drawn = "training images" if self.unit == 1 else "pairs of training images"
-            raise UsageError(
-                f"{count} {drawn} are too few for {world_size} processes: lower --trainer.devices."
-            )
-        rest = count % (world_size * self.batch_size // self.unit)
-        least = world_size * 2 // self.unit
+            raise UsageError(f"{count} {drawn} are too few for {ranks} processes: lower --trainer.devices.")
+        rest = count % (ranks * self.batch_size // self.unit)
+        least = ranks * 2 // self.unit
         kept = count - rest if rest < least and rest < count else count
-        return range(rank, kept, world_size)
+        return range(own, kept, ranks)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
@@ -144,9 +143,9 @@ class EvaluationSampler(Sampler[int]):
         return iter(self._indices())
 
     def _indices(self) -> range:
-        rank, world_size = _world()
-        whole = not self.dealt or self.count < world_size
-        return range(self.count) if whole else range(rank, self.count, world_size)
+        # asked at each use: samplers may be made before there is a process group
+        whole = not self.dealt or self.count < world_size()
+        return range(self.count) if whole else range(rank(), self.count, world_size())
 
 
 def _count_pairs(labels: Tensor) -> Tensor:
@@ -179,10 +178,3 @@ def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:
         draws.append(Draw(epoch, index, drawn[index]))
         drawn[index] += 1
     return draws
-
-
-def _world() -> tuple[int, int]:
-    # evaluated at each use: samplers may be created before the process group
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

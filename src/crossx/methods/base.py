@@ -78,6 +78,11 @@ class Method(nn.Module, ABC):
         self.criterion = ClassificationLoss()
         """The classification loss; training replaces it for label smoothing or class weights."""
 
+    @classmethod
+    def published_name(cls, name: str, options: Mapping[str, Any]) -> str:
+        """Return the name under which the method was published with these options; ``name`` is the registered one."""
+        return name
+
     @abstractmethod
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> logits (B, K) for images (B, 3, H, W); ``combine_heads`` makes the prediction of them."""
@@ -210,6 +215,11 @@ def method_class(name: str) -> type[Method]:
     if name not in _REGISTRY:
         raise unknown("method", name, _REGISTRY)
     return _REGISTRY[name]
+
+
+def published_name(name: str, options: Mapping[str, Any]) -> str:
+    """Return the name under which the method registered as ``name`` was published with these options."""
+    return method_class(name).published_name(name, options)
 
 
 def method_options(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,12 @@ class KernelPooling(Method):
             pooled = width * width
             self.pool = BilinearPooling()
         self.classifier = nn.Linear(pooled, num_classes)
+
+    @classmethod
+    def published_name(cls, name: str, options: Mapping[str, Any]) -> str:
+        """Return ``bilinear`` or ``compact_bilinear`` for the special cases, which are methods of their own."""
+        pooling = str(options.get("pooling", "kernel"))
+        return name if pooling == "kernel" else pooling
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> logits (B, K) for images (B, 3, H, W)."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -21,11 +20,12 @@ from crossx.data.catalog import DATASETS, DatasetInfo
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import ClassRow, worst_first
 from crossx.evaluation.notices import result_notices
-from crossx.methods.base import Method
+from crossx.methods.base import Method, published_name
 from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
 from crossx.schema import require
+from crossx.yaml import dump_yaml
 
 TASK = "image-classification"
 OWN_DATA = ("folder", "table")
@@ -86,9 +86,8 @@ class CardData:
     def name(self) -> str:
         """The timm-style name, the one to use as the name of a repository."""
         spec = self.spec
-        return model_name(
-            spec.method, spec.backbone, spec.options, spec.dataset, spec.preprocessing.image_size
-        )
+        network = published_name(spec.method, spec.options)
+        return model_name(network, spec.backbone, spec.dataset, spec.preprocessing.image_size)
 
 
 class CardFigure(NamedTuple):
@@ -392,7 +391,7 @@ def _training(config: Mapping[str, Any], spec: ModelSpec) -> str:
         "trainer": {key: trainer[key] for key in TRAINER_OPTIONS if key in trainer},
         "seed": config.get("seed"),
     }
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).rstrip()
+    return dump_yaml(kept).rstrip()
 
 
 def _versions(info: Mapping[str, Any]) -> str:

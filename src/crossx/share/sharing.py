@@ -27,7 +27,7 @@ from crossx.errors import CrossXError, UsageError
 from crossx.explain.figures import figure
 from crossx.explain.plotting import save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
-from crossx.methods.base import Method
+from crossx.methods.base import Method, published_name
 from crossx.methods.checkpoint import load_method, save_weights
 from crossx.predict.inputs import ImageInput, expand
 from crossx.predict.predictor import Predictor
@@ -180,7 +180,7 @@ def hub_config(spec: ModelSpec) -> dict[str, Any]:
     return {
         "library_name": LIBRARY,
         "library_version": metadata.version(LIBRARY),
-        "architecture": architecture(spec.method, spec.backbone, spec.options),
+        "architecture": architecture(published_name(spec.method, spec.options), spec.backbone),
         "num_classes": len(spec.classes),
         "label_names": list(spec.classes),
         "pretrained_cfg": {
