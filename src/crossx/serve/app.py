@@ -41,7 +41,7 @@ from crossx.serve.service import Service
 PAGE = Path(__file__).parent / "page"
 """Static files, served at ``/page``; ``index.html`` also at ``/``."""
 PAGE_HEADERS = {
-    # the page loads only its own files, and images out of responses (data:)
+    # only the page's own files, and images in responses (data:)
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
