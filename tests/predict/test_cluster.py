@@ -120,4 +120,4 @@ def test_a_workers_error_is_an_answer(ray_session, run, photos):
     for _ in range(cluster.MAX_ATTEMPTS):
         assert worker(batch).to_pylist() == [damaged]
     (answer,) = worker(batch).to_pylist()
-    assert answer["error"].startswith(f"3 workers have died while they predicted {shard}")
+    assert answer["error"].startswith(f"3 workers died while predicting {shard}")

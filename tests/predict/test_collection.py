@@ -132,7 +132,7 @@ def test_another_call_is_refused(run, photos, tmp_path):
         ((run, photos, {"shard_size": 5}), "another --shard_size"),
     ):
         found = refusal(predict, *call[:2], tmp_path / "out", **call[2])
-        assert f"was begun with {message}" in found
+        assert f"was started with {message}" in found
     assert parts(tmp_path / "out") == before
 
 
@@ -151,8 +151,8 @@ def test_folders_that_cannot_take_predictions_are_refused(run, photos, tmp_path)
         (run, "holds other files (model.json)"),
         (tmp_path / "file", "there is a file where a folder is needed"),
         (tmp_path / "file" / "out", "there is a file where a folder is needed"),
-        (photos / "out", "lies in the collection itself"),
-        (photos, "lies in the collection itself"),
+        (photos / "out", "is inside the collection"),
+        (photos, "is inside the collection"),
         (Path("/proc/out"), "cannot be written"),
     ):
         assert message in refusal(predict, run, photos, output)
@@ -168,7 +168,7 @@ def test_two_processes_do_not_share_a_folder(run, photos, tmp_path):
 def test_engines_and_their_options(run, photos, tmp_path):
     with pytest.raises(UsageError, match="unknown engine 'rai'"):
         predict(run, photos, tmp_path, engine="rai")
-    with pytest.raises(UsageError, match="--workers belongs to --engine ray"):
+    with pytest.raises(UsageError, match="--workers requires --engine ray"):
         predict(run, photos, tmp_path, workers=2)
     with pytest.raises(CrossXError, match="no such run folder"):
         predict("nowhere", photos, tmp_path)

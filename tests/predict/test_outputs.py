@@ -143,7 +143,7 @@ def test_the_collection_engine_has_the_predictors_options(run, photos, tmp_path)
     found = pq.read_table(tmp_path / "out").to_pylist()
     expected = Predictor.load(run, "cpu", flip=True).predict(photos)
     assert [row["probability"] for row in found] == [one.probability for one in expected]
-    with pytest.raises(UsageError, match="was begun with another --flip"):
+    with pytest.raises(UsageError, match="was started with another --flip"):
         predict_collection(run, photos, tmp_path / "out", device="cpu")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 
@@ -45,8 +46,8 @@ STRANGE: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def templates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (model_card, page_module):
-        monkeypatch.setattr(module, "_environment", functools.cache(module._environment))
+    monkeypatch.setattr(page_module, "_environment", functools.cache(page_module._environment))
+    monkeypatch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError, nearest, unknown
