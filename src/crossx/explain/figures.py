@@ -25,7 +25,7 @@ from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
 from crossx.explain.palette import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec
 
 COLORMAP = "inferno"

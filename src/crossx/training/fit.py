@@ -27,7 +27,7 @@ from crossx.evaluation.calibration import describe_calibration, write_temperatur
 from crossx.evaluation.classes import check_classes
 from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method, create_method
-from crossx.methods.checkpoint import build_method, describe, load_weights, save_weights
+from crossx.methods.weights import build_method, describe, load_weights, save_weights
 from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_checkpoint, read_newest
