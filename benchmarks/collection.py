@@ -26,7 +26,7 @@ import torch
 
 from crossx.data.images import find_images
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe, save_weights
+from crossx.methods.weights import describe, save_weights
 from crossx.predict.cluster import ray_session
 from crossx.predict.collection import predict_collection
 from crossx.predict.outputs import write_csv

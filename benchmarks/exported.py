@@ -25,7 +25,7 @@ from backends import Run, open_onnxruntime, open_openvino
 from crossx.export.export import export_onnx
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe
+from crossx.methods.weights import describe
 from crossx.predict.inference import Inference
 from crossx.runs import Preprocessing
 from harness import Timing, interleave, parser, ratios, table, write

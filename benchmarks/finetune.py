@@ -32,7 +32,7 @@ from crossx.data.transforms import preprocessing_for
 from crossx.evaluation.intervals import difference_interval
 from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.training.config import Config
 from harness import RESULTS, write
 

@@ -18,7 +18,7 @@ from backends import BACKENDS, Backend
 from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
 from crossx.evaluation.comparison import mcnemar_exact
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import Run
 from crossx.training.config import Config
 from harness import parser, table, write

@@ -21,7 +21,7 @@ from crossx.data.index import DatasetIndex
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.layers.pooling import Pooling
 from crossx.methods import Method, create_method
-from crossx.methods.checkpoint import describe, save_weights
+from crossx.methods.weights import describe, save_weights
 from crossx.runs import Preprocessing, Run, environment, write_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -190,7 +190,7 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
     check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}}}"))
     for more, sections, message in (
         ("", "model: {c3s_weights: [1]}", "c3s_weights takes 3 numbers"),
-        ("", "model: {num_parts: two}", "method 'crossx': an option is of the wrong type"),
+        ("", "model: {num_parts: two}", "method 'crossx': option num_parts is of the wrong type"),
         ("", "model: {osme_placement: outptu}", "Did you mean 'output'"),
         ("image_size: 32", "", "image_size 32 is too small"),
         ("image_size: 64", "model: {method: nts, num_proposals: 40}", "images of 64 pixels have 39 anchors"),

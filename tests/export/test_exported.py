@@ -18,7 +18,7 @@ import layouts
 from crossx.data.images import find_images
 from crossx.export.export import ExportReport, export_run
 from crossx.methods import create_method, list_methods
-from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported
 from crossx.predict.predictor import Predictor
 from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json

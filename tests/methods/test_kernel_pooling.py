@@ -70,7 +70,7 @@ def test_compact_bilinear_kernel_is_the_bilinear_one_in_expectation() -> None:
     images, draws = torch.randn(2, 3, 64, 64), 300
     full = build(pooling="bilinear").eval()
     with torch.no_grad():
-        features = full._place_features(full.backbone(images)["last"]).double()
+        features = full._local_features(full.backbone(images)["last"]).double()
         ours, theirs = full.pool(features)
         exact = (ours * theirs).sum()
         estimates = torch.empty(draws, dtype=torch.float64)

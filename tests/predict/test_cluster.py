@@ -8,7 +8,7 @@ import torch
 
 import layouts
 from crossx.errors import UsageError
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict import cluster
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.cluster import Worker, divide_cluster

@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import layouts
 from crossx.evaluation.metrics import ClassRow
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe, load_method
+from crossx.methods.weights import describe, load_method
 from crossx.runs import Preprocessing, Run
 from crossx.share.model_card import CardData, CardFigure, check_license, write_card
 from refusals import refusal

@@ -15,8 +15,8 @@ from crossx.evaluation.calibration import calibrate_run
 from crossx.losses import part_correlations
 from crossx.methods import create_method
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
+from crossx.methods.weights import load_method
 from crossx.runs import Run
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config

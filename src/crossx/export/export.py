@@ -35,7 +35,7 @@ from crossx.export.verify import (
     prepared_batches,
     quantization_data,
 )
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.exported import EXTRA_FILE, KEY, OUTPUTS, SUFFIXES, ExportedModel, describe_export
 from crossx.predict.inference import Inference
 from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run

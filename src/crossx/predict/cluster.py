@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.checkpoint import build_method, load_method
+from crossx.methods.weights import build_method, load_method
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Shard, predict_shard

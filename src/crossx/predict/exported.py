@@ -15,7 +15,7 @@ from crossx.data.transforms import MAX_ASPECT, resized_side
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_network
+from crossx.methods.weights import load_network
 from crossx.predict.inference import Inference
 from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
 

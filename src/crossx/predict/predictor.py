@@ -18,7 +18,7 @@ from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.exported import ExportedModel, is_exported
 from crossx.predict.inputs import ImageInput, OneImage, expand
 from crossx.predict.prefetch import prefetch_batches

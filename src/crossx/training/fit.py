@@ -24,7 +24,7 @@ from crossx.distributed import is_leader
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
-from crossx.methods.checkpoint import build_method, describe
+from crossx.methods.weights import build_method, describe
 from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_newest

@@ -1,4 +1,4 @@
-"""From a trained method to files and back."""
+"""Save and load methods."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from crossx.backbones import read_state_dict
 from crossx.errors import CrossXError, first_line
-from crossx.methods.base import Method, check_option_types, create_method
+from crossx.methods.base import Method, check_options, create_method
 from crossx.runs import ModelSpec, Preprocessing, atomic_path, open_run
 from crossx.schema import check_backbone_args
 
 PREFIX = "method."
-"""What stands before a method's keys in a training checkpoint."""
+"""Prefix of a method's keys in a training checkpoint."""
 MAX_DERIVED = 2**30
-"""Bytes of buffers that a network computes when it is built and does not store with its weights."""
+"""Limit in bytes of the buffers that a network computes when it is built instead of storing them."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -31,13 +31,13 @@ def describe(
     dataset: str,
     levels: Mapping[str, tuple[str, ...]] | None = None,
 ) -> ModelSpec:
-    """Return the description from which ``build_method`` rebuilds a method made by ``create_method``.
+    """Describe a method made by ``create_method`` so that ``build_method`` can rebuild it.
 
-    The backbone is named by its architecture and arguments, so that neither a ``local-dir:`` folder nor a network
-    is needed to rebuild it.
+    The backbone is described by its architecture and arguments: rebuilding it needs neither a ``local-dir:`` folder
+    nor network access.
 
     Raises:
-        UsageError: If the backbone has arguments that a description does not keep.
+        UsageError: If the backbone has arguments that ``model.json`` cannot store.
     """
     check_backbone_args(method.backbone.args)
     return ModelSpec(
@@ -53,13 +53,14 @@ def describe(
 
 
 def build_method(spec: ModelSpec) -> Method:
-    """Build the network that ``spec`` describes, with random weights: nothing is downloaded, and no file opened.
+    """Build the network that ``spec`` describes with random weights, without downloads or opening files.
 
     Raises:
-        UsageError: If there is no such method, backbone or option, or an option cannot work.
+        UsageError: For an unknown method, backbone or option, or an invalid value.
     """
     check_backbone_args(spec.backbone_args)
-    check_option_types(spec.method, spec.options)
+    # first, so that no option of a stranger's file becomes another argument, such as pretrained
+    check_options(spec.method, spec.options)
     return create_method(
         spec.method,
         backbone=spec.backbone,
@@ -72,13 +73,13 @@ def build_method(spec: ModelSpec) -> Method:
 
 
 def load_method(path: str | Path) -> tuple[Method, ModelSpec]:
-    """Load a trained network, in evaluation mode on the CPU.
+    """Load a trained network in evaluation mode on the CPU.
 
     Args:
-        path: A run folder (its selected weights) or a checkpoint or ``.safetensors`` file within one.
+        path: A run folder (its selected weights), or a checkpoint or ``.safetensors`` file in one.
 
     Raises:
-        CrossXError: If there is no run, it has no weights, or they do not fit its ``model.json``.
+        CrossXError: If there is no run or no weights, or the weights do not match its ``model.json``.
     """
     run, weights = open_run(path)
     spec = run.read_spec()
@@ -88,15 +89,15 @@ def load_method(path: str | Path) -> tuple[Method, ModelSpec]:
 def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
     """Build the network that ``spec`` describes and load its weights, in evaluation mode on the CPU.
 
-    Both may come from a stranger: no memory is taken for the network before the file is known to hold its weights.
+    Neither file needs to be trusted: no memory is allocated for the network until the weights are known to match.
 
     Args:
         spec: The description.
-        source: The file that it was read from, for messages.
-        weights: The file of weights, see ``load_weights``.
+        source: The file that contains ``spec``, for error messages.
+        weights: The weights, see ``load_weights``.
 
     Raises:
-        CrossXError: If there can be no such network, or the weights are not its.
+        CrossXError: If the network cannot be built or the weights do not match it.
     """
     state = _read_weights(weights)
     _check_fit(_outline(spec, source), state, weights)
@@ -106,12 +107,12 @@ def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
 
 
 def _outline(spec: ModelSpec, source: Path) -> Method:
-    """Build the network on the meta device, where tensors have shapes and take no memory."""
+    """Build the network on the meta device, where tensors take no memory."""
     try:
         with torch.device("meta"):
             method = build_method(spec)
             method.check_image_size(spec.preprocessing.image_size)
-    except Exception as error:  # what timm and PyTorch cannot build, they refuse in many ways
+    except Exception as error:  # timm and PyTorch raise many kinds of errors here
         reason = str(error) if isinstance(error, CrossXError) else first_line(error)
         raise CrossXError(
             f"{source}: describes a network that cannot be built ({' '.join(reason.split()).rstrip('.')})."
@@ -120,16 +121,16 @@ def _outline(spec: ModelSpec, source: Path) -> Method:
     derived = sum(buffer.nbytes for name, buffer in method.named_buffers() if name not in stored)
     if derived > MAX_DERIVED:
         raise CrossXError(
-            f"{source}: describes a network with {derived / 1e9:.1f} GB of tables beside its weights."
+            f"{source}: describes a network with {derived / 1e9:.1f} GB of tables in addition to its weights."
         )
     return method
 
 
 def load_weights(method: Method, path: Path) -> None:
-    """Load weights written by ``save_weights`` or a training checkpoint, every key of which must fit.
+    """Load weights from a file of ``save_weights`` or a training checkpoint; every key must match.
 
     Raises:
-        CrossXError: If the file cannot be read or does not fit the method.
+        CrossXError: If the file cannot be read or does not match the method.
     """
     state = _read_weights(path)
     _check_fit(method, state, path)
@@ -140,7 +141,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     state = read_state_dict(path)
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-    # a view can be larger than what it views; no method shares weights between layers
+    # a view can be larger than its storage; no method shares weights between layers
     if sum(value.nbytes for value in state.values()) > path.stat().st_size:
         raise CrossXError(f"{path}: its tensors are larger than the file, which was not written by crossx.")
     return state

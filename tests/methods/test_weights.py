@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossx.errors import CrossXError, UsageError
-from crossx.methods import checkpoint, create_method, list_methods
+from crossx.methods import Method, create_method, list_methods
 from crossx.methods.base import register_method
-from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.methods.weights import build_method, describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from crossx.schema import ARCHITECTURE_ARGUMENTS, check_backbone_args, check_model
 from malice import Payload, watched
@@ -208,8 +208,11 @@ def test_numbers_and_keys_that_json_leaves_open(
         ({"method": "crossx", "options": {"num_parts": 0}}, "num_parts must be at least 1"),
         ({"method": "crossx", "options": {"reduction": 0}}, "reduction must lie between"),
         ({"method": "crossx", "options": {"c3s_weights": [1]}}, "c3s_weights"),
-        ({"method": "crossx", "options": {"previous_pooling": "median"}}, "option previous_pooling"),
-        ({"method": "nts", "options": {"crop_size": 10**6}}, "crop_size must lie between 2 and 4096"),
+        (
+            {"method": "crossx", "options": {"previous_pooling": "median"}},
+            "unknown previous_pooling 'median'",
+        ),
+        ({"method": "nts", "options": {"crop_size": 10**6}}, "crop_size must be between 2 and 4096"),
         ({"method": "kernel_pooling", "options": {"sketch_size": 10**9}}, "its weights do not fit"),
         ({"method": "dfl", "options": {"num_filters": 10**9}}, "its weights do not fit"),
         ({"method": "mamc", "options": {"embedding_size": 2**31}}, "its weights do not fit"),
@@ -274,13 +277,13 @@ def test_a_network_larger_than_its_weights_takes_no_memory(
     run: Run, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
-    build = checkpoint.build_method
+    build = build_method
 
     def recorded(spec: Any) -> Any:
         built.append(torch.get_default_device().type)
         return build(spec)
 
-    monkeypatch.setattr(checkpoint, "build_method", recorded)
+    monkeypatch.setattr("crossx.methods.weights.build_method", recorded)
     write_json(run.spec, values)
     load_method(run.path)
     assert built == ["meta", "cpu"]
@@ -292,11 +295,11 @@ def test_a_network_larger_than_its_weights_takes_no_memory(
 def test_buffers_that_no_weights_stand_for_are_bounded(
     run: Run, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_DERIVED", 1000)
+    monkeypatch.setattr("crossx.methods.weights.MAX_DERIVED", 1000)
     swin = {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": {}}
     preprocessing = {**values["preprocessing"], "image_size": 224, "resize_size": 256}
     write_json(run.spec, {**values, **swin, "preprocessing": preprocessing})
-    assert "GB of tables beside its weights" in one_line(load_method, run.path)
+    assert "GB of tables in addition to its weights" in one_line(load_method, run.path)
 
 
 # files of weights
@@ -495,7 +498,7 @@ def test_a_folder_backbone_is_rebuilt_without_the_folder(tmp_path: Path) -> None
 
 
 def test_options_without_types_are_taken_as_they_are(run: Run, values: dict[str, Any]) -> None:
-    class Untyped(checkpoint.Method):  # type: ignore[name-defined]
+    class Untyped(Method):
         def __init__(self, backbone: Any, num_classes: int, *, width=4) -> None:  # type: ignore[no-untyped-def]
             super().__init__(backbone, num_classes)
 
@@ -503,6 +506,6 @@ def test_options_without_types_are_taken_as_they_are(run: Run, values: dict[str,
     from crossx.methods import base
 
     try:
-        base.check_option_types("untyped", {"width": "any"})
+        base.check_options("untyped", {"width": "any"})
     finally:
         del base._REGISTRY["untyped"]
