@@ -180,6 +180,6 @@ def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         parse_fit(["--config", "crossx_dogs_senet50_released", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "excitation modules (section 4.2 takes 2). (default: 3)" in shown
+    assert "excitation modules (section 4.2 uses 2). (default: 3)" in shown
     assert "default: legacy_seresnet50.in1k" in shown
     assert "30% of training" in shown

@@ -27,6 +27,7 @@ def run(words: Sequence[str]) -> int:
         print(asked.config.to_yaml(), end="")
         return 0
 
+    from crossx.distributed import is_leader
     from crossx.training import fit as training
 
     if asked.resume:
@@ -34,15 +35,19 @@ def run(words: Sequence[str]) -> int:
     else:
         config = asked.config
         config.output = config.output or str(_free_folder(asked))
-        _print_start(asked)
+        if is_leader():
+            _print_start(asked)
         done = training.fit(config)
-    _print_outcome(done)
+    if is_leader():
+        _print_outcome(done)
     return 0
 
 
 def _free_folder(asked: FitArguments) -> Path:
     """Return the first free ``runs/NAME-DATASET-N``."""
-    if not _is_first() and LAUNCHED in os.environ:
+    from crossx.distributed import is_leader
+
+    if not is_leader() and LAUNCHED in os.environ:
         return Path(os.environ[LAUNCHED])
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError("several processes were started for one run: give --output, so that they share it.")
@@ -55,15 +60,7 @@ def _free_folder(asked: FitArguments) -> Path:
     return folder
 
 
-def _is_first() -> bool:
-    """Say whether this process is the one that prints, by the rank that its launcher gave it."""
-    launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
-    return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
-
-
 def _print_start(asked: FitArguments) -> None:
-    if not _is_first():
-        return
     config = asked.config
     for note in asked.notes:
         print(f"note: {note}")
@@ -83,8 +80,6 @@ def _count_images(config: Config) -> str:
 
 
 def _print_outcome(done: Run) -> None:
-    if not _is_first():
-        return
     _, weights = open_run(done.path)
     selection = done.read_info().get("selection") or {}
     if selection.get("value") is not None:

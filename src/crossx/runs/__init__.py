@@ -28,7 +28,7 @@ from crossx.runs.files import (
     write_text,
 )
 from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, open_run
-from crossx.runs.locks import locked_folder
+from crossx.runs.locks import is_lock, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, Preprocessing
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "check_output_file",
     "check_writable",
     "environment",
+    "is_lock",
     "locked_folder",
     "open_run",
     "parse_json",

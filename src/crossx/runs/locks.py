@@ -12,6 +12,13 @@ from pathlib import Path
 from crossx.errors import CrossXError
 from crossx.runs.files import check_writable, storage_error
 
+LOCK = ".lock"
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a path is the lock file of its folder."""
+    return path.name == LOCK
+
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, work: str) -> Iterator[None]:
@@ -31,7 +38,7 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     check_writable(folder)
-    path = folder / ".lock"
+    path = folder / LOCK
     with contextlib.ExitStack() as stack:
         try:
             # filelock's substitute for file systems without locks would outlive a crash
