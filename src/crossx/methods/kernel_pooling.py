@@ -98,7 +98,7 @@ class KernelPooling(Method):
                 raise UsageError(f"{option} belongs to pooling {' and '.join(poolings)}, not {pooling}.")
         width = backbone.channels["last"]
         if channels is not None and not 1 <= channels <= width:
-            raise UsageError(f"channels must lie between 1 and the last map's {width}, not {channels}.")
+            raise UsageError(f"channels must be between 1 and the last map's {width}, not {channels}.")
         if not feature_norm > 0:
             raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
         self.citation = CITATIONS[pooling]
