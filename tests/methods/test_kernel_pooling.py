@@ -27,7 +27,7 @@ def build(backbone: str = "test_resnet", **options: object) -> KernelPooling:
 
 
 def naive_embeddings(method: KernelPooling, images: Tensor) -> Tensor:
-    """Place by place, on the backbone's map; the products of a place come from the method's own layer."""
+    """Position by position on the backbone's map; the products come from the method's own layer."""
     maps = method.reduce(method.backbone(images)["last"])
     rows = []
     for image in maps:

@@ -69,9 +69,6 @@ class KernelPooling(Method):
         feature_norm: Length of the pooled vector after normalisation. The papers use 1 and, in public B-CNN code, a
             learning rate for the classifier 100 times that of the trunk; with 10 both learn at the same rate.
         sketch_seed: Seed of the sketches' hashes and signs.
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     def __init__(
