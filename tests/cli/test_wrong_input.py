@@ -223,7 +223,7 @@ def test_no_network_for_pretrained_weights(
         "{}",
     ]
     line = refused(1, "fit", *SMALL, *OWN, *words)
-    assert "backbone 'resnet18.a1_in1k': its pretrained weights cannot be had" in line
+    assert "backbone 'resnet18.a1_in1k': its pretrained weights cannot be loaded" in line
     assert "--model.backbone_weights FILE" in line
 
 

@@ -206,7 +206,7 @@ def test_numbers_and_keys_that_json_leaves_open(
         ({"method": "crossx", "options": {"num_parts": 10**9}}, "its weights do not fit"),
         ({"method": "crossx", "options": {"num_parts": "2"}}, "option num_parts is of the wrong type"),
         ({"method": "crossx", "options": {"num_parts": 0}}, "num_parts must be at least 1"),
-        ({"method": "crossx", "options": {"reduction": 0}}, "reduction must lie between"),
+        ({"method": "crossx", "options": {"reduction": 0}}, "reduction must be between"),
         ({"method": "crossx", "options": {"c3s_weights": [1]}}, "c3s_weights"),
         (
             {"method": "crossx", "options": {"previous_pooling": "median"}},

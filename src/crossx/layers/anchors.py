@@ -13,7 +13,7 @@ RATIOS = (2 / 3, 1.0, 3 / 2)
 
 
 def anchor_boxes(
-    places: tuple[int, int],
+    map_size: tuple[int, int],
     stride: int,
     sides: Sequence[float],
     image_size: tuple[int, int],
@@ -26,7 +26,7 @@ def anchor_boxes(
     Edges are rounded down to whole pixels. A box may extend beyond the image, but its centre is clamped to the image.
 
     Args:
-        places: (h, w) of the map.
+        map_size: (h, w) of the map.
         stride: Distance of neighbouring positions in input pixels.
         sides: Square roots of the box areas, in pixels.
         image_size: (H, W) in pixels.
@@ -39,12 +39,11 @@ def anchor_boxes(
     """
     y, x = (
         ((torch.arange(count, device=device) + 0.5) * stride).clamp(max=extent)
-        for count, extent in zip(places, image_size, strict=True)
+        for count, extent in zip(map_size, image_size, strict=True)
     )
     halves = [(side * ratio**0.5 / 2, side / ratio**0.5 / 2) for side in sides for ratio in RATIOS]
-    half_x, half_y = (torch.tensor(halves, device=device) * scale).T[
-        :, :, None, None
-    ]  # (A, 2) -> 2 x (A, 1, 1)
+    # (A, 2) -> 2 x (A, 1, 1)
+    half_x, half_y = (torch.tensor(halves, device=device) * scale).T[:, :, None, None]
     # (A, 1, 1), (h, 1) and (w,) -> 4 x (A, h, w) -> (A, h, w, 4) -> (A*h*w, 4)
     edges = (x - half_x, y[:, None] - half_y, x + half_x, y[:, None] + half_y)
     return torch.stack(torch.broadcast_tensors(*edges), -1).flatten(0, 2).floor()

@@ -31,11 +31,7 @@ class MergedFeatures(nn.Module):
         interpolation: ``bilinear`` (paper) or ``nearest`` (released code).
         statistics: Source of the batch norm's variance in training. ``map``: all spatial positions (Eq. 5).
             ``strided``: every second row and column, with the exact mean, at a quarter of the cost. ``pooled``: the
-            pooled features of the batch, without maps; this normalises vectors instead of maps and is no longer the
-            paper's model.
-
-    Raises:
-        UsageError: For an unknown ``interpolation`` or ``statistics``.
+            pooled features of the batch, without maps; this is no longer the paper's model.
     """
 
     def __init__(
@@ -60,15 +56,7 @@ class MergedFeatures(nn.Module):
         nn.init.normal_(self.smooth.weight, std=math.sqrt(2 / (KERNEL**2 * previous_channels)))
 
     def forward(self, previous: Tensor, last: Tensor) -> Tensor:
-        """Return the merged maps.
-
-        Args:
-            previous: U^{L-1}, (B, P, C, H, W).
-            last: U^L, (B, P, C', h, w), of any size.
-
-        Returns:
-            U^G, (B, P, C, H, W).
-        """
+        """Return U^G, (B, P, C, H, W), for U^{L-1} (B, P, C, H, W) and U^L (B, P, C', h, w) of any size."""
         reduced = self.reduce(last.flatten(1, 2))  # (B, P, C', h, w) -> (B, P*C', h, w) -> (B, P*C, h, w)
         resized = F.interpolate(reduced, size=previous.shape[-2:], mode=self.interpolation)
         merged: Tensor = self.norm(self.smooth(previous.flatten(1, 2) + resized))  # (B, P*C, H, W)
@@ -108,9 +96,8 @@ class MergedFeatures(nn.Module):
         means = tap_means(last, size, self.interpolation).flatten(1, 2)  # (P, B, 9, C') -> (P, B*9, C')
         weight = self.reduce.weight.view(parts, -1, last.shape[2])  # (P*C, C', 1, 1) -> (P, C, C')
         means = torch.bmm(means, weight.mT)  # -> (P, B*9, C)
-        means = means.unflatten(1, (-1, KERNEL**2)) + tap_means(
-            previous, size, self.interpolation
-        )  # (P, B, 9, C)
+        means = means.unflatten(1, (-1, KERNEL**2))  # -> (P, B, 9, C)
+        means = means + tap_means(previous, size, self.interpolation)
         # follow the kernel's memory layout: a copy would move 75 MB for ResNet-50
         kernel = self.smooth.weight  # (P*C, C, 3, 3)
         if kernel.is_contiguous():
@@ -121,10 +108,8 @@ class MergedFeatures(nn.Module):
         return torch.bmm(means.flatten(2), kernel.mT).transpose(0, 1)  # (P, B, C) -> (B, P, C)
 
     def _convolved_moments(self, previous: Tensor, last: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the spatial mean and variance of K2 * X, each (B, P, C).
-
-        Parts are processed one by one, because grouped convolutions are slower and need a copy of the parts.
-        """
+        """Return the spatial mean and variance of K2 * X, each (B, P, C)."""
+        # part by part: grouped convolutions are slower and need a copy of the parts
         # (P*C, C', 1, 1) -> P x (C, C', 1, 1) and (P*C, C, 3, 3) -> P x (C, C, 3, 3)
         kernels = self.reduce.weight.chunk(self.num_parts), self.smooth.weight.chunk(self.num_parts)
         moments = []
@@ -132,19 +117,15 @@ class MergedFeatures(nn.Module):
         for own, deeper, reduce, smooth in zip(previous.unbind(1), last.unbind(1), *kernels, strict=True):
             resized = F.interpolate(F.conv2d(deeper, reduce), size=own.shape[-2:], mode=self.interpolation)
             maps = F.conv2d(own + resized, smooth, stride=stride, padding=1)
-            moments.append(
-                torch.var_mean(at_least_float32(maps), (2, 3), correction=0)
-            )  # (B, C, H, W) -> (B, C)
+            # (B, C, H, W) -> (B, C)
+            moments.append(torch.var_mean(at_least_float32(maps), (2, 3), correction=0))
         variances, means = zip(*moments, strict=True)
         return torch.stack(means, 1), torch.stack(variances, 1)  # P x (B, C) -> (B, P, C)
 
     def _normalize(self, means: Tensor, variances: Tensor, positions: int) -> Tensor:
         """Apply the batch norm in training mode to pooled maps, and update its running statistics.
 
-        Args:
-            means: GAP of each image's maps, (B, P, C).
-            variances: Spatial variance of each image's maps, (B, P, C).
-            positions: Number of spatial positions behind each mean.
+        ``means`` and ``variances``, (B, P, C), are over the ``positions`` spatial positions of each image's maps.
         """
         norm: Any = self.norm
         shape = means.shape
@@ -172,8 +153,7 @@ def tap_means(maps: Tensor, size: torch.Size, interpolation: Interpolation) -> T
 
     Args:
         maps: (B, P, C, h, w).
-        size: (H, W) to which the maps would be resized before the convolution.
-        interpolation: Interpolation of that resizing.
+        size: (H, W) to which the maps would be resized with ``interpolation`` before the convolution.
 
     Returns:
         (P, B, 9, C), taps row by row.

@@ -63,6 +63,8 @@ def energy_peaks(maps: Tensor, count: int) -> list[Tensor]:
     _, strongest = F.max_pool2d(energy, WINDOW, stride=1, padding=WINDOW // 2, return_indices=True)
     energy, strongest = energy.flatten(1), strongest.flatten(1)  # (B, h, w) -> (B, h*w)
     is_peak = (strongest == torch.arange(energy.shape[1], device=maps.device)) & (energy > 0)
-    ranked, places = energy.where(is_peak, -1).topk(min(count, energy.shape[1]))
+    ranked, positions = energy.where(is_peak, -1).topk(min(count, energy.shape[1]))
     features = maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
-    return [feature[place[value > 0]] for feature, place, value in zip(features, places, ranked, strict=True)]
+    return [
+        feature[index[value > 0]] for feature, index, value in zip(features, positions, ranked, strict=True)
+    ]

@@ -22,10 +22,7 @@ class OSME(nn.Module):
     Args:
         channels: C.
         num_parts: P, the number of excitation modules.
-        reduction: Channels per hidden unit of a gate (SE uses 16; the paper gives none).
-
-    Raises:
-        UsageError: If ``num_parts`` or ``reduction`` is not positive, or ``reduction`` exceeds C.
+        reduction: Channels per hidden unit of a gate, 1 to C (SE uses 16; the paper gives none).
     """
 
     def __init__(self, channels: int, num_parts: int, reduction: int = 16) -> None:
@@ -34,7 +31,7 @@ class OSME(nn.Module):
             raise UsageError(f"num_parts must be at least 1, not {num_parts}.")
         if not 1 <= reduction <= channels:
             raise UsageError(
-                f"reduction must lie between 1 and the stage's {channels} channels, not {reduction}."
+                f"reduction must be between 1 and the stage's {channels} channels, not {reduction}."
             )
         hidden = channels // reduction
         self.num_parts = num_parts
@@ -46,13 +43,10 @@ class OSME(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise every gate like ``nn.Linear``: uniform within 1 / sqrt(inputs)."""
-        for weight, bias in (
-            (self.squeeze_weight, self.squeeze_bias),
-            (self.excite_weight, self.excite_bias),
-        ):
-            bound = 1 / math.sqrt(weight.shape[-1])
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+        for layer in ("squeeze", "excite"):
+            bound = 1 / math.sqrt(self.get_parameter(f"{layer}_weight").shape[-1])
+            for name in ("weight", "bias"):
+                nn.init.uniform_(self.get_parameter(f"{layer}_{name}"), -bound, bound)
 
     def gates(self, maps: Tensor) -> Tensor:
         """Return the gates m_p, (B, P, C), for maps (B, C, H, W)."""

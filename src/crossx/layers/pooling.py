@@ -17,9 +17,6 @@ def global_pool(features: Tensor, pooling: Pooling) -> Tensor:
     """Pool attention features (B, P, C, H, W) over the spatial positions to part features (B, P, C).
 
     ``avg`` is GAP, ``max`` is GMP (section 3.2 and the last paragraph of section 4.3).
-
-    Raises:
-        UsageError: For an unknown pooling.
     """
     check_choice("pooling", pooling, get_args(Pooling))
     # (B, P, C, H, W) -> (B, P, C)

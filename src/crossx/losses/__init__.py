@@ -1,8 +1,9 @@
 """Losses: each is a pure function from tensors to a scalar, and a thin module over it."""
 
 from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations, summarize_correlations
-from crossx.losses.classification import ClassificationLoss, EntropyLoss, classification_loss, entropy_loss
+from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
+from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
 from crossx.losses.ranking import RankingLoss, ranking_loss
 

@@ -43,9 +43,6 @@ def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float =
         form: ``paper``: ``|S|_F^2 / 2 - w |diag S|^2`` (Eq. 4). ``released``:
             ``sum_p (1 - S_pp) + sum_{p<q} S_pq``, as in https://github.com/cswluo/CrossX.
         diagonal_weight: w in the paper's form: 2 as printed; 1 if the factor 1/2 was meant for both terms.
-
-    Raises:
-        UsageError: For an unknown form.
     """
     return correlation_loss(part_correlations(features), form, diagonal_weight)
 

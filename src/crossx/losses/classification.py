@@ -1,11 +1,11 @@
-"""Losses of one prediction: cross-entropy (Eq. 9) and entropy."""
+"""Cross-entropy of one prediction (Eq. 9)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.distributed import at_least_float32, batch_mean
+from crossx.distributed import batch_mean
 
 
 def classification_loss(
@@ -29,19 +29,6 @@ def classification_loss(
     return batch_mean(mean, class_weights[targets].sum())
 
 
-def entropy_loss(logits: Tensor) -> Tensor:
-    """Return the negative entropy of the predicted distribution, a scalar from -log K to 0, in nats.
-
-    Maximum-entropy training adds it to the cross-entropy (Dubey et al., NeurIPS 2018,
-    https://arxiv.org/abs/1809.05934). In a process group this is the rank's part of the mean over the whole batch.
-
-    Args:
-        logits: (B, K).
-    """
-    log_p = F.log_softmax(at_least_float32(logits), 1)
-    return batch_mean((log_p.exp() * log_p).sum(1).mean(), len(logits))  # (B, K) -> (B,) -> scalar
-
-
 class ClassificationLoss(nn.Module):
     """``classification_loss`` as a module."""
 
@@ -56,11 +43,3 @@ class ClassificationLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy, a scalar, of logits (B, K) and targets (B,) or (B, K)."""
         return classification_loss(logits, targets, self.class_weights, self.label_smoothing)
-
-
-class EntropyLoss(nn.Module):
-    """``entropy_loss`` as a module."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Return the negative entropy, a scalar, of logits (B, K)."""
-        return entropy_loss(logits)

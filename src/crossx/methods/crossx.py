@@ -37,18 +37,14 @@ class CrossX(Method):
         previous_pooling: Pooling of stage L-1: ``max`` (GMP; in the paper for birds) or ``avg`` (GAP; for cars, dogs
             and aircraft).
         interpolation: ``bilinear`` (Eq. 5) or ``nearest`` (released code) in the merged features.
-        merged_statistics: Source of the batch norm's variance in Eq. 5 during training: ``map`` (exact), ``strided`` (a
-            quarter of the spatial positions, exact mean; faster) or ``pooled`` (the pooled features; fastest, but no
-            longer the paper's model). Inference costs the same.
+        merged_statistics: Source of the batch norm's variance of Eq. 5 in training: ``map`` (all spatial positions),
+            ``strided`` (a quarter of them; faster) or ``pooled`` (the pooled features; fastest, not the paper's model).
         c3s_form: ``paper`` (Eq. 4) or ``released``; see ``crossx.losses.c3s_loss``.
         diagonal_weight: Weight of the diagonal in the paper's form: 2 as printed, or 1.
         c3s_weights: lambda of Eq. 10 for ``last``, ``previous`` and ``merged``; 0 turns a term off. The default is the
             released code's for CUB on ResNet-50; the paper prints no values.
         cross_layer_weights: lambda of Eq. 11 for ``previous`` and ``merged``; 0 turns a term off. Released code: 1.
         detach_teacher: Whether CL's gradients stop at the logits of stage L (they do not in the released code).
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     curve_titles: ClassVar = Method.curve_titles | {

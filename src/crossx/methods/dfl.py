@@ -44,9 +44,6 @@ class DFL(Method):
         filter_init: ``kmeans``: initialise the filters of a class from its images; ``random``: do not.
         side_weight: Weight of the side branch in the loss and the prediction; 0 turns it off.
         predict_with_side: Whether the side branch contributes to the prediction.
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     citation = """\

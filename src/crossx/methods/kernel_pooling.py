@@ -69,9 +69,6 @@ class KernelPooling(Method):
         feature_norm: Length of the pooled vector after normalisation. The papers use 1 and, in public B-CNN code, a
             learning rate for the classifier 100 times that of the trunk; with 10 both learn at the same rate.
         sketch_seed: Seed of the sketches' hashes and signs.
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class KernelPooling(Method):
                 raise UsageError(f"{option} belongs to pooling {' and '.join(poolings)}, not {pooling}.")
         width = backbone.channels["last"]
         if channels is not None and not 1 <= channels <= width:
-            raise UsageError(f"channels must lie between 1 and the last map's {width}, not {channels}.")
+            raise UsageError(f"channels must be between 1 and the last map's {width}, not {channels}.")
         if not feature_norm > 0:
             raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
         self.citation = CITATIONS[pooling]

@@ -32,15 +32,12 @@ class MAMC(Method):
         reduction: Channels per hidden unit of a gate.
         osme_placement: ``output``: on the stage's map; ``residual``: inside its last residual block, before the
             shortcut is added, as in Cross-X.
-        embedding_size: D, the width of a part feature.
+        embedding_size: D, the length of a part feature.
         combination: Input of the classifier: the part features concatenated (``join``, P D) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
         mamc_normalize: Whether MAMC normalises the part features to length 1.
         mamc_average: Divisor of the MAMC sum: ``features``, the number of anchors in the batch, as in public code; or
             ``pairs``, the number of pairs, as printed, which gives a loss 2 P times as large. Both grow with the batch.
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     supports_soft_targets = False

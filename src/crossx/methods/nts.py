@@ -45,14 +45,11 @@ class NTSNet(Method):
         crop_size: Side of the crops in pixels. Default: half of the image's shorter side (224 of 448 in the paper).
         anchor_sizes: Anchor size of each of the Navigator's three levels, in pixels for an image of 448 pixels; they
             scale with the image.
-        iou_threshold: IoU with a better region from which a region is suppressed.
+        iou_threshold: IoU with a better region at or above which a region is suppressed.
         margin: Margin by which the better of two regions should score higher.
         dropout: Dropout on the pooled features of image and crops, in training only. The released code applies its 0.5
             in evaluation too.
         parts_reduction: ``mean`` (released code) or ``sum`` of the cross-entropies of the M crops.
-
-    Raises:
-        UsageError: For an invalid option.
     """
 
     citation = """\
