@@ -5,7 +5,7 @@ from typing import get_type_hints
 
 import pytest
 
-from crossx.cli import methods
+from crossx.cli import method_options
 from crossx.cli.fit_options import parse_fit
 from crossx.cli.parser import option_helps
 from crossx.errors import UsageError
@@ -15,8 +15,8 @@ from crossx.methods.plain import Plain
 
 
 def test_every_registered_method_is_found() -> None:
-    assert methods.list_methods() == list_methods()
-    assert sorted(methods._packaged()) == list_methods()
+    assert method_options.list_methods() == list_methods()
+    assert sorted(method_options._packaged()) == list_methods()
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -30,7 +30,7 @@ def test_options_read_from_the_source_are_those_of_the_class(name: str) -> None:
     }
     found = {
         option.name.removeprefix("model."): (option.hint, option.default, option.help)
-        for option in methods.method_options(name)
+        for option in method_options.method_options(name)
     }
     assert found == expected
     assert all(text for _, _, text in found.values())
@@ -49,7 +49,7 @@ def test_a_method_registered_elsewhere_has_its_options(monkeypatch: pytest.Monke
 
         def __init__(self, backbone: object, num_classes: int, *, depth: int = 3) -> None: ...
 
-    assert "strange" in methods.list_methods()
+    assert "strange" in method_options.list_methods()
     asked = parse_fit(["--model.method", "strange", "--model.depth", "5"])
     assert asked.config.model.options == {"depth": 5}
     with pytest.raises(UsageError, match=r"^--model\.depth takes a whole number, not 'x'"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonargparse
 
-from crossx.cli import methods
+from crossx.cli import method_options
 from crossx.cli.parser import (
     Option,
     add_options,
@@ -115,7 +115,7 @@ def _method_parser(method: str) -> jsonargparse.ArgumentParser:
     add_options(
         parser, [dataclasses.replace(first[name], group="Options used most") for name in FIRST] + rest
     )
-    for name, choices in (("--config", list_recipes), ("--model.method", methods.list_methods)):
+    for name, choices in (("--config", list_recipes), ("--model.method", method_options.list_methods)):
         parser._option_string_actions[name].completer = lambda choices=choices, **_: choices()  # type: ignore[attr-defined]
     return parser
 
@@ -132,8 +132,8 @@ def _options(method: str) -> Iterator[Option]:
     print_config = "Print the configuration as YAML and exit."
     yield Option("print_config", bool, False, print_config, "--print_config", flag=True)
     yield from dataclass_options(ModelConfig, "model.", yaml=True, skip=("options",))
-    others = ", ".join(name for name in methods.list_methods() if name != method)
-    for option in methods.method_options(method):
+    others = ", ".join(name for name in method_options.list_methods() if name != method)
+    for option in method_options.method_options(method):
         yield dataclasses.replace(option, group=f"Options of the method {method} (others: {others})")
     yield from dataclass_options(DataConfig, "data.", yaml=True)
     yield from dataclass_options(OptimConfig, "optim.", yaml=True)
@@ -217,8 +217,8 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
         return UsageError(f"--{name} cannot be given: {LEFT_OUT[option]}.")
     owners = [
         other
-        for other in methods.list_methods()
-        if name in {item.name for item in methods.method_options(other)}
+        for other in method_options.list_methods()
+        if name in {item.name for item in method_options.method_options(other)}
     ]
     if section == "model" and owners:
         have = "has" if len(owners) == 1 else "have"
