@@ -98,7 +98,7 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:
     if not processes:
-        monkeypatch.setattr(runner._Crew, "_call", call_here)
+        monkeypatch.setattr(runner._Processes, "_call", call_here)
     variants = "variants: {plain: {model: {method: plain}}}"
     Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
     more = ["--data.val_fraction", "0.4", "--jobs", "2"]
