@@ -1,11 +1,10 @@
-"""What it costs on a CPU that glibc gives freed memory back to the kernel, which hands it out again page by page.
+"""Cost on a CPU of glibc's returning freed memory to the kernel, which must then provide it again page by page.
 
     python benchmarks/allocator.py
 
-Each candidate is a process of its own, in turn: glibc as it is (``returned``), with huge pages for PyTorch's tensors
-(``huge pages``, THP_MEM_ALLOC_ENABLE=1), and as the command ``crossx`` sets it (``kept``). ResNet-50, 448 x 448:
-inference in batches of 8 and a training step of 8 images, plain and Cross-X. Peak memory is the resident memory of the
-process.
+Each candidate runs in its own process, in turn: default glibc (``returned``), with huge pages for PyTorch's tensors
+(``huge pages``, THP_MEM_ALLOC_ENABLE=1), and with the setting of the command ``crossx`` (``kept``). ResNet-50, 448 x
+448: inference and training steps with 8 images, plain and Cross-X. Peak memory is the resident memory of the process.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ WORK = {"inference": inference, "training step": training}
 
 
 def measure(setting: str, work: str, method: str) -> tuple[float, int]:
-    """Return seconds a step and peak bytes; to be run in a process of its own."""
+    """Return seconds per step and peak bytes; must run in a separate process."""
     if setting == "kept":
         keep_freed_memory()
     step = WORK[work](method)

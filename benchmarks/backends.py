@@ -1,7 +1,7 @@
-"""The ways to run a network that inference.py compares.
+"""The inference backends that inference.py compares.
 
-Each takes a network in evaluation mode and a batch of images, and returns a function from batches like it (float32,
-contiguous) to logits (float32). All use as many threads as ``torch.get_num_threads()`` says.
+Each takes a network in evaluation mode and a batch of images, and returns a function from such batches (float32,
+contiguous) to logits (float32). All use ``torch.get_num_threads()`` threads.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Backend:
     """One way to run a network.
 
     Attributes:
-        name: As ``--backends`` takes it.
+        name: Its name in ``--backends``.
         precision: ``fp32`` or ``bf16``.
-        variant: What sets it apart from others of that name and precision.
-        prepare: Network and example to the function that is timed.
-        device: The only type of device that it is for; None for any.
-        needs: Packages that it cannot do without.
-        max_batch: The largest batch that it is for; None for any.
+        variant: Distinguishes backends of the same name and precision.
+        prepare: Builds the timed function from a network and an example batch.
+        device: The only device type that it supports; None for any.
+        needs: Required packages.
+        max_batch: The largest supported batch size; None for any.
     """
 
     name: str
@@ -102,10 +102,10 @@ def open_onnxruntime(path: Path) -> Run:
 
 
 def open_openvino(path: Path, precision: str) -> Run:
-    """Open an ONNX file or OpenVINO's own; the precision is ``f32`` or ``bf16``."""
+    """Open an ONNX or OpenVINO file with precision ``f32`` or ``bf16``."""
     import openvino
 
-    # Left to itself, OpenVINO computes in bfloat16 on a processor that has it.
+    # by default, OpenVINO computes in bfloat16 on processors that support it
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -116,7 +116,7 @@ def open_openvino(path: Path, precision: str) -> Run:
 
 
 def prediction(answer: Any) -> Tensor:
-    """The other implementations return three heads' logits, then features; what they predict by is the sum."""
+    """Sum the logits of the three heads, which other implementations return before the features."""
     return answer if isinstance(answer, Tensor) else sum(answer[:3])
 
 

@@ -1,8 +1,8 @@
-"""Collect the test results of runs into one JSON file: what docs/results.md shows.
+"""Collect the test results of runs in one JSON file, for docs/results.md.
 
     python benchmarks/collect_results.py RUN... --output results/NAME.json
 
-Paths of the machine are left out: of a `local-dir:` backbone and of a dataset's root the last part is kept.
+Of local paths (`local-dir:` backbones and dataset roots), only the last component is kept.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How fast a collection is predicted: one process against workers of Ray on the same cores.
+"""Throughput of predicting a collection: one process compared with Ray workers on the same cores.
 
     CROSSX_DATA=DIR python benchmarks/collection.py
 
-DIR holds `cub80/` (a folder of JPEGs) and `weights/mobilenetv2_035/` (a timm checkpoint folder); needs crossx[ray]. The
-network is Cross-X on MobileNetV2 0.35 at 160 x 160 with random heads: reading the images is a good part of the work.
+DIR contains `cub80/` (a folder of JPEGs) and `weights/mobilenetv2_035/` (a timm checkpoint folder); needs crossx[ray].
+The network is Cross-X on MobileNetV2 0.35 at 160 x 160 with random heads; reading images is a large part of the work.
 
-- ``table``: one process, all rows to one CSV file, as `crossx predict --output FILE.csv`;
-- ``folder, local``: one process, a Parquet file a shard, as `--output DIR`;
-- ``folder, ray, N workers``: as `--engine ray --workers N`, the cores shared among the workers.
+- ``table``: one process, all rows in one CSV file, as with `crossx predict --output FILE.csv`;
+- ``folder, local``: one process, one Parquet file per shard, as with `--output DIR`;
+- ``folder, ray, N workers``: as with `--engine ray --workers N`, with the cores shared among the workers.
 
-The pace is counted from the first finished shard to the last. What comes before it and is no prediction (loading the
-network; with Ray also starting the workers' processes) is the start-up, shown apart, as is starting Ray itself, once.
+Throughput is measured from the first finished shard to the last. The start-up before it (loading the network and, with
+Ray, starting the workers) is reported separately, and so is the one-time start of Ray itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from crossx.data.images import find_images
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe, save_weights
+from crossx.methods.weights import describe, save_weights
 from crossx.predict.cluster import ray_session
 from crossx.predict.collection import predict_collection
 from crossx.predict.outputs import write_csv
@@ -51,11 +51,11 @@ def write_run(root: Path, backbone: Path) -> Path:
 
 
 class Clock:
-    """Takes the time of each call, and of the first of them after ``SHARD_SIZE`` images.
+    """Records the time of each call, and of the first one after ``SHARD_SIZE`` images.
 
     Attributes:
-        paces: Images a second of each run, from the first finished shard on.
-        start_ups: Seconds of each run that were no prediction.
+        paces: Images per second of each run, from the first finished shard on.
+        start_ups: Seconds of each run before prediction.
     """
 
     def __init__(self, predict: Callable[[Callable[[int], None]], None], images: int) -> None:
@@ -82,8 +82,10 @@ class Clock:
 
 def main() -> None:
     options = parser(__doc__, "collection", runs=3)
-    options.add_argument("--images", type=int, default=1000, help="images a run (default: %(default)s)")
-    options.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of Ray (default: 1 2)")
+    options.add_argument("--images", type=int, default=1000, help="images per run (default: %(default)s)")
+    options.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="numbers of Ray workers (default: 1 2)"
+    )
     options.add_argument("--device", default="auto", help="auto, cpu or cuda")
     asked = options.parse_args()
     data = Path(os.environ["CROSSX_DATA"])
@@ -131,7 +133,7 @@ def main() -> None:
         start = time.perf_counter()
         with ray_session():
             ray_start = time.perf_counter() - start
-            # once before, so that the files are in memory
+            # one run first, so that the files are in memory
             to_table(lambda done: None)
             interleave(clocks, asked.runs, warmup=0)
     paces = {name: Timing(tuple(1 / pace for pace in clock.paces)) for name, clock in clocks.items()}
@@ -140,7 +142,7 @@ def main() -> None:
     print(f"{images} images of {photos.name}, {os.cpu_count()} cores; starting Ray: {ray_start:.1f} s\n")
     print(
         table(
-            ["predicted by", "images a second", "time an image, against the table", "start-up, s"],
+            ["predicted by", "images per second", "time per image / table", "start-up, s"],
             [
                 [name, f"{1 / pace.median:.0f}", against[name], f"{start_ups[name].median:.1f}"]
                 for name, pace in paces.items()

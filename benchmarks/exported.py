@@ -1,11 +1,11 @@
-"""Exported Cross-X against the exported plain backbone, on ONNX Runtime and OpenVINO.
+"""Exported Cross-X compared with the exported plain backbone, on ONNX Runtime and OpenVINO.
 
     python benchmarks/exported.py
 
-The files are those of `crossx export`: bytes in, normalisation inside, any number of images a batch. Weights are
-random, and so are the pixels that int8 is calibrated on: the times do not depend on them. ResNet-50 at 448 x 448, 200
-classes, and a MobileNetV2 0.35 at 160 x 160, 80 classes; P = 2. OpenVINO's bf16 is the fp32 file with its precision
-hint, which a processor without bfloat16 ignores.
+The files are those of `crossx export`: uint8 input, normalisation included, any batch size. Weights and the pixels for
+int8 calibration are random; they do not affect the times. ResNet-50 at 448 x 448 with 200 classes and MobileNetV2 0.35
+at 160 x 160 with 80 classes; P = 2. OpenVINO's bf16 is the fp32 file with a precision hint, which processors without
+bfloat16 ignore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backends import Run, open_onnxruntime, open_openvino
 from crossx.export.export import export_onnx
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe
+from crossx.methods.weights import describe
 from crossx.predict.inference import Inference
 from crossx.runs import Preprocessing
 from harness import Timing, interleave, parser, ratios, table, write
@@ -47,7 +47,7 @@ NETWORKS = (Network("resnet50", 448, 200), Network("mobilenetv2_035", 160, 80))
 
 
 def exported(network: Network, method: str) -> Inference:
-    """Return a network with random weights as it is exported."""
+    """Return a network with random weights, ready for export."""
     torch.manual_seed(0)
     built = create_method(method, backbone=network.backbone, num_classes=network.classes)
     randomise_norms(built)
@@ -59,7 +59,7 @@ def exported(network: Network, method: str) -> Inference:
 
 
 def backends(network: Network, method: str, folder: Path) -> Iterator[tuple[str, Run]]:
-    """Write a method's files, and yield name and function of every way to run them."""
+    """Write the exported files of a method, and yield name and function of each backend."""
     pixels = torch.randint(256, (CALIBRATION_IMAGES, 3, network.size, network.size), dtype=torch.uint8)
     stem = folder / f"{network.backbone}-{method}"
     graph = export_onnx(exported(network, method), pixels)
@@ -75,7 +75,7 @@ def backends(network: Network, method: str, folder: Path) -> Iterator[tuple[str,
 
 
 def measure(network: Network, batches: list[int], runs: int) -> dict[str, Any]:
-    """Time both methods on every backend, and return the times and the ratios to plain."""
+    """Time both methods on each backend, and return the times and the ratios to plain."""
     with tempfile.TemporaryDirectory() as folder:
         found = {
             (backend, method): run
@@ -114,7 +114,9 @@ def show(network: Network, batch: int, timings: dict[str, dict[str, Timing]]) ->
 
 def main() -> None:
     options = parser(__doc__, "exported", runs=15)
-    options.add_argument("--batches", default="1,8", help="comma-separated (default: %(default)s)")
+    options.add_argument(
+        "--batches", default="1,8", help="batch sizes, comma-separated (default: %(default)s)"
+    )
     options.add_argument(
         "--backbones", default=",".join(n.backbone for n in NETWORKS), help="default: %(default)s"
     )

@@ -1,11 +1,11 @@
-"""`finetune` next to logistic regression on the frozen features of the same backbone, with few images per class.
+"""`finetune` compared with logistic regression on frozen features of the same backbone, with few images per class.
 
     python benchmarks/finetune.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/mobilenetv2_035
 
-draws 5, 15 and 30 training images per class (always the same ones), keeps all test images, and trains the recipe with
-nothing changed but backbone, image size and number of epochs. The probe is logistic regression (scikit-learn)
-on the backbone's own pooled features of all training images, its C the best of three on the test images, which favours
-the probe. Cells that the JSON holds already are not run again. Needs `pip install -e ".[bench]"`.
+The script selects 5, 15 and 30 training images per class (always the same ones) and all test images. It trains the
+recipe with changes only to backbone, image size and number of epochs. The probe is logistic regression (scikit-learn)
+on the backbone's own pooled features of all training images; its C is the best of three on the test images, which
+favours the probe. Results that are already in the JSON file are not measured again. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from crossx.data.transforms import preprocessing_for
 from crossx.evaluation.intervals import difference_interval
 from crossx.evaluation.run import evaluate
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.training.config import Config
 from harness import RESULTS, write
 
 PENALTIES = (0.1, 1.0, 10.0)
-"""C of the probe; on these features the accuracy is flat around it."""
+"""C of the probe, which hardly affects its accuracy in this range."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: what is trained, on how many images per class, for how many epochs."""
+    """One training run: model, images per class and number of epochs."""
 
     backbone: str
     images: int
@@ -55,7 +55,7 @@ class Cell:
 
 
 def write_subset(root: Path, images: int, folder: Path) -> Path:
-    """Link some training images of each class, and all test images, into a folder per split and class."""
+    """Link the selected training images and all test images into one folder per split and class."""
     index = read_dataset("cub", str(root))
     by_class: dict[tuple[str, int], list[Path]] = defaultdict(list)
     for record in index.records:
@@ -83,7 +83,7 @@ def features(
 
 
 def probe(config: Config) -> dict[str, Any]:
-    """Fit logistic regression on the frozen features of all training images, and test it."""
+    """Fit logistic regression on the frozen features of all training images, and evaluate it."""
     data_config = replace(config.data, val_fraction=0.0)
     index = read_configured(data_config)
     plain = create_method(
@@ -124,9 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, required=True, help="a dataset in the layout of CUB-200-2011")
+    parser.add_argument("--root", type=Path, required=True, help="dataset in the layout of CUB-200-2011")
     parser.add_argument(
-        "--backbone", action="append", required=True, help="folder of a timm model; may be given again"
+        "--backbone", action="append", required=True, help="folder of a timm model; can be repeated"
     )
     parser.add_argument(
         "--images", type=int, nargs="+", default=[5, 15, 30], help="training images per class"

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, the machine's description, tables and JSON.
+"""Shared code of the benchmarks: interleaved timing, description of the machine, tables and JSON.
 
-Absolute times differ from run to run and machine to machine, so candidates take turns (A B A B ...) and the ratio
-within a round is what counts; a table shows the median of these ratios with the smallest and largest.
+Absolute times differ between runs and machines. Candidates are therefore timed in turn (A B A B ...) and compared by
+the ratio within a round; tables show the median, smallest and largest ratio.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over the reference's time in the same round: median, smallest, largest."""
+    """Time divided by the reference's time in the same round: median, smallest, largest."""
 
     median: float
     min: float
@@ -68,7 +68,7 @@ class Ratio:
 
 
 def parser(description: str | None, name: str, *, runs: int, peer: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
+    """Return a parser with the common options of the benchmarks."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,9 +91,9 @@ def parser(description: str | None, name: str, *, runs: int, peer: bool = False)
 def interleave(
     candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1, pause: float = 0.0
 ) -> dict[str, Timing]:
-    """Time the candidates in turn, ``runs`` rounds after ``warmup`` rounds that do not count.
+    """Time the candidates in turn, for ``runs`` rounds after ``warmup`` discarded rounds.
 
-    A ``pause`` in seconds before each lets the threads of the one before go to sleep, which otherwise spin for a while.
+    A ``pause`` in seconds before each lets the threads of the previous candidate go to sleep instead of spinning.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(-warmup, runs):
@@ -109,7 +109,7 @@ def interleave(
 
 
 def ratios(timings: Mapping[str, Timing], reference: str) -> dict[str, Ratio]:
-    """Return each candidate's time over the reference's, round by round."""
+    """Return the ratio of each candidate's time to the reference's, per round."""
     base = timings[reference].seconds
     found = {}
     for name, timing in timings.items():
@@ -124,7 +124,7 @@ def synchronize() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Describe what the numbers were measured on and with."""
+    """Describe the machine and the versions of the packages."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -153,7 +153,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Write the results beside the machine's description."""
+    """Write the results with the description of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}")

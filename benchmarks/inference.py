@@ -1,10 +1,10 @@
-"""Inference of Cross-X against a plain ResNet-50 and against other implementations, on one backend after another.
+"""Inference of Cross-X compared with a plain ResNet-50 and with other implementations, on several backends.
 
     python benchmarks/inference.py --peer-root DIR
 
 DIR is a clone of https://github.com/cswluo/CrossX or Hawkeye, run as published: float32, eager, contiguous; Cross-X
 then has the same weights. ResNet-50, 448 x 448, P = 2, 200 classes. Backends whose packages are not installed are
-left out: onnxruntime and openvino need the package of that name, onnx and onnxscript. What bfloat16 does to the
+skipped: onnxruntime and openvino need the package of that name, onnx and onnxscript. The effect of bfloat16 on the
 accuracy of a trained network is measured by inference_precision.py.
 """
 
@@ -36,15 +36,15 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network on a backend: what is timed.
+    """A network on a backend.
 
     Attributes:
         network: ``plain``, ``crossx`` or the name of another implementation.
-        backend: How it is run.
-        run: Runs a batch.
-        difference: Largest difference of its logits from the reference's, over the reference's largest logit. The
-            reference of Cross-X is another implementation, where there is one, else the network in eager float32.
-        peak_bytes: GPU memory that a batch needs beyond weights and images; None on the CPU.
+        backend: The backend that runs it.
+        run: Function that runs a batch.
+        difference: Largest difference of the logits from the reference, divided by the reference's largest logit. The
+            reference of Cross-X is another implementation, if there is one, otherwise the network in eager float32.
+        peak_bytes: GPU memory that a batch needs in addition to weights and images; None on the CPU.
     """
 
     network: str
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def build_networks(peer_roots: Iterable[Path]) -> dict[str, nn.Module]:
-    """Return name -> network in evaluation mode; Cross-X has the weights of the peers, if there are any."""
+    """Return name -> network in evaluation mode; Cross-X gets the weights of the peers, if there are any."""
     torch.manual_seed(0)
     plain = timm.create_model("resnet50", num_classes=CLASSES)
     peers = {peer.name: peer.network(CLASSES) for peer in map(Peer.load, peer_roots)}
@@ -76,7 +76,7 @@ def build_networks(peer_roots: Iterable[Path]) -> dict[str, nn.Module]:
 def prepare(
     networks: Mapping[str, nn.Module], backends: Iterable[Backend], images: Tensor
 ) -> Iterator[Candidate]:
-    """Build plain and Cross-X on every backend, the other implementations as published."""
+    """Build plain and Cross-X on each backend, and the other implementations as published."""
     logits = {name: run_torch(network, images)(images) for name, network in networks.items()}
     crossx_reference = list(logits.values())[-1]
     for backend in backends:
@@ -107,7 +107,7 @@ def best(candidates: Iterable[Candidate], timings: Mapping[str, Timing]) -> Cand
 def comparisons(
     candidates: list[Candidate], timings: Mapping[str, Timing], on_gpu: bool
 ) -> Iterator[tuple[Candidate, Candidate, float]]:
-    """Yield what is held against what, and the ratio of their times to reach."""
+    """Yield the pairs to compare, with the target for the ratio of their times."""
     plain = [candidate for candidate in candidates if candidate.network == "plain"]
     ours = [candidate for candidate in candidates if candidate.network == "crossx"]
     others = [candidate for candidate in candidates if candidate not in plain + ours]
@@ -143,7 +143,7 @@ def verdicts(
 def measure(
     networks: Mapping[str, nn.Module], backends: Iterable[Backend], images: Tensor, runs: int
 ) -> dict[str, Any]:
-    """Time all candidates on one batch, print what came out, and return it."""
+    """Time all candidates on one batch, print the results and return them."""
     torch.compiler.reset()
     batch, on_gpu = len(images), images.device.type == "cuda"
     fitting = [backend for backend in backends if backend.fits(images.device, batch)]
@@ -171,7 +171,7 @@ def measure(
         {**row, "reached": row["median"] <= row["reach"]} for row in verdicts(candidates, timings, on_gpu)
     ]
     for row in reached:
-        print(f"{row['what']}: {row['median']:.3g}, to reach {row['reach']:.3g}: {row['reached']}")
+        print(f"{row['what']}: {row['median']:.3g}, target {row['reach']:.3g}: {row['reached']}")
     return {
         "batch": batch,
         "candidates": {
@@ -190,7 +190,9 @@ def measure(
 def main() -> None:
     options = parser(__doc__, "inference", runs=15, peer=True)
     options.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    options.add_argument("--batches", help="comma-separated (default: 1,8 on a CPU, 1,64 on a GPU)")
+    options.add_argument(
+        "--batches", help="batch sizes, comma-separated (default: 1,8 on a CPU, 1,64 on a GPU)"
+    )
     options.add_argument(
         "--backends", default="eager,compile,onnxruntime,openvino", help="default: %(default)s"
     )
@@ -207,7 +209,7 @@ def main() -> None:
     ]
     for backend in wanted:
         if backend.missing():
-            print(f"{backend} is left out: {', '.join(backend.missing())} not installed")
+            print(f"{backend} is skipped: {', '.join(backend.missing())} not installed")
     backends = [backend for backend in wanted if not backend.missing()]
     networks = {name: network.to(device) for name, network in build_networks(arguments.peer_root).items()}
     batches = arguments.batches or ("1,64" if device.type == "cuda" else "1,8")

@@ -1,9 +1,10 @@
-"""Accuracy of trained runs on each backend and precision of inference.py: whether bfloat16 costs any.
+"""Accuracy of trained runs on each backend and precision of inference.py: the cost of bfloat16.
 
     python benchmarks/inference_precision.py RUN... --data-root $CROSSX_DATA/cub80
 
-Each run's network classifies the test split of its dataset. Shown are top-1, the images whose class is another than
-in eager float32, the largest difference of the logits over the largest logit, and McNemar's exact p.
+Each run's network classifies the test split of its dataset. The table shows top-1, the number of images whose predicted
+class differs from eager float32, the largest difference of the logits divided by the largest logit, and McNemar's exact
+p-value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from backends import BACKENDS, Backend
 from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
 from crossx.evaluation.comparison import mcnemar_exact
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import Run
 from crossx.training.config import Config
 from harness import parser, table, write
@@ -28,10 +29,10 @@ BATCH = 32
 
 
 def compare(folder: Path, data_root: Path, backends: list[Backend]) -> list[dict[str, Any]]:
-    """Return one entry a backend, the first being the reference."""
+    """Return one entry per backend, the reference first."""
     method, spec = load_method(folder)
     run = Run(folder)
-    # no workers: a process forked beside OpenVINO's threads may crash when it ends, and take this one along
+    # no workers: a process forked next to OpenVINO's threads may crash at exit and end this one too
     config = replace(
         Config.from_yaml(run.config).data,
         root=str(data_root),
@@ -66,7 +67,7 @@ def compare(folder: Path, data_root: Path, backends: list[Backend]) -> list[dict
 def main() -> None:
     options = parser(__doc__, "inference_precision", runs=1)
     options.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    options.add_argument("--data-root", required=True, type=Path, help="where the dataset lies")
+    options.add_argument("--data-root", required=True, type=Path, help="root folder of the dataset")
     arguments = options.parse_args()
     cpu = torch.device("cpu")
     backends = [b for b in BACKENDS if b.fits(cpu, BATCH) and b.name != "compile" and not b.missing()]

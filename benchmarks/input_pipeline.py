@@ -1,17 +1,18 @@
-"""How many images a second one core prepares, against the released transforms and against decoding alone.
+"""Images per second that one core prepares, compared with the released transforms and with decoding only.
 
     OMP_NUM_THREADS=1 CROSSX_DATA=DIR python benchmarks/input_pipeline.py
 
-Images are 500 x 375 JPEGs made on the spot: mosaics of the photographs in ``$CROSSX_DATA/cub80``, so that they have
-the detail of photographs at this size (without CROSSX_DATA: the drawn set). Candidates, all from files in memory:
+The images are generated 500 x 375 JPEGs: mosaics of the photographs in ``$CROSSX_DATA/cub80``, which have the detail of
+photographs at this size (without CROSSX_DATA: synthetic images). Candidates, all with files in memory:
 
 - ``released``: the transforms of the released code: Pillow, Resize((600, 600)), RandomCrop(448), flip, ToTensor,
   Normalize;
-- ``fast``, ``strict``: what a worker of ours does for an image, which is normalised later, on the device;
-- ``fast, ram cache``: the same with every image decoded before;
-- ``decode: ...``: decoding to uint8 RGB and nothing else, with each library that is installed.
+- ``fast``, ``strict``: the work of a crossx data worker per image, without normalisation, which is done on the device;
+- ``fast, ram cache``: the same with all images already decoded;
+- ``decode: ...``: only decoding to uint8 RGB, with each installed library.
 
-Then the same through a DataLoader with two workers, what normalising costs, and how far ``fast`` is from ``strict``.
+The script also measures a DataLoader with two workers, the cost of normalisation, and the differences between ``fast``
+and ``strict``.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from torchvision.transforms import v2
 
 from crossx.data.cache import PixelCache
 from crossx.data.dataset import ImageDataset, collate
+from crossx.data.drawn.synthetic import read_synthetic
 from crossx.data.images import read_image
 from crossx.data.index import Record
-from crossx.data.synthetic import read_synthetic
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
 from crossx.runs import Preprocessing
 from harness import Ratio, Timing, interleave, parser, ratios, synchronize, table, write
@@ -52,7 +53,7 @@ BATCH = 32
 
 
 class Released(Dataset[tuple[Tensor, int]]):
-    """What the released code does for an image of CUB-200-2011 in training."""
+    """The released code's processing of a training image of CUB-200-2011."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -78,8 +79,10 @@ class Released(Dataset[tuple[Tensor, int]]):
 def main() -> None:
     """Measure, print and write."""
     options = parser(__doc__, "input_pipeline", runs=9)
-    options.add_argument("--images", type=int, default=64, help="images a round (default: 64)")
-    options.add_argument("--qualities", type=int, nargs="+", default=[75, 90], help="of the JPEGs")
+    options.add_argument("--images", type=int, default=64, help="images per round (default: 64)")
+    options.add_argument(
+        "--qualities", type=int, nargs="+", default=[75, 90], help="JPEG qualities (default: 75 90)"
+    )
     options.add_argument("--loader-runs", type=int, default=5, help="rounds with workers (default: 5)")
     options.add_argument("--differences", type=int, default=400, help="images to compare (default: 400)")
     arguments = options.parse_args()
@@ -104,7 +107,7 @@ def main() -> None:
 
 
 def find_photographs(drawn: Path) -> tuple[list[Path], str]:
-    """Return images to make the JPEGs of, and what they are."""
+    """Return the images for the JPEGs, and a description of them."""
     root = os.environ.get("CROSSX_DATA")
     if root:
         return sorted(Path(root, "cub80", "images").rglob("*.jpg")), "mosaics of cub80"
@@ -117,7 +120,7 @@ def find_photographs(drawn: Path) -> tuple[list[Path], str]:
 def write_mosaics(
     photographs: Sequence[Path], folder: Path, count: int, quality: int, size: tuple[int, int]
 ) -> list[Path]:
-    """Write JPEGs of ``size``, each tiled with photographs at their own size."""
+    """Write JPEGs of ``size``, each a mosaic of photographs at their original size."""
     folder.mkdir()
     order = np.random.default_rng(0)
     paths = []
@@ -134,7 +137,7 @@ def write_mosaics(
 
 
 def decoders() -> dict[str, Callable[[Path], object]]:
-    """Return what decodes a JPEG file to uint8 RGB."""
+    """Return functions that decode a JPEG file to uint8 RGB."""
     found: dict[str, Callable[[Path], object]] = {
         "simplejpeg": lambda path: simplejpeg.decode_jpeg(path.read_bytes()),
         "Pillow": lambda path: np.asarray(Image.open(path)),
@@ -157,7 +160,7 @@ def decoders() -> dict[str, Callable[[Path], object]]:
 
 
 def datasets(paths: Sequence[Path]) -> dict[str, Dataset[tuple[Tensor, int]]]:
-    """Return the pipelines by name, all with random crops and flips."""
+    """Return name -> pipeline, all with random crops and flips."""
     records = [Record(path, 0, "train") for path in paths]
     fast, strict = (train_transform(preprocessing, "crop") for preprocessing in (FAST, STRICT))
     cache = PixelCache({path: fast.size(path) for path in paths})
@@ -183,7 +186,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
         (name for name in timings if name.startswith("decode")), key=lambda name: timings[name].median
     )
     size = sum(path.stat().st_size for path in paths) / count
-    print(f"\nJPEG quality {quality}, {size / 1000:.0f} kB an image; one core; fastest decoder: {fastest}\n")
+    print(f"\nJPEG quality {quality}, {size / 1000:.0f} kB per image; one core; fastest decoder: {fastest}\n")
     against_released, against_decoding = ratios(timings, "released"), ratios(timings, fastest)
     rows = [
         [
@@ -195,7 +198,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
         ]
         for name, timing in timings.items()
     ]
-    print(table(["", "ms an image", "images/s", "speed / released", "decode's time / its time"], rows))
+    print(table(["", "ms per image", "images/s", "speed / released", "decoding time / its time"], rows))
 
     loaders = {
         name: DataLoader(
@@ -215,7 +218,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
         [name, f"{count / timing.median:,.0f}", f"{1 / speedups[name].median:.2f}"]
         for name, timing in by_workers.items()
     ]
-    print(f"\nDataLoader, 2 workers, batches of {BATCH}, {count} images an epoch\n")
+    print(f"\nDataLoader, 2 workers, batches of {BATCH}, {count} images per epoch\n")
     print(table(["", "images/s", "speed / released"], rows))
     return {
         "bytes_an_image": size,
@@ -226,7 +229,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
 
 
 def measure_normalize(runs: int) -> dict[str, Any]:
-    """Time normalising in the worker, image by image, and on the device, batch by batch."""
+    """Time normalisation per image in the worker, and per batch on the device."""
     images = [torch.randint(0, 256, (448, 448, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(BATCH)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = torch.stack(images).to(device, memory_format=torch.channels_last)
@@ -244,9 +247,9 @@ def measure_normalize(runs: int) -> dict[str, Any]:
         },
         runs,
     )
-    print("\nNormalising, ms an image\n")
+    print("\nNormalisation, ms per image\n")
     rows = [[name, f"{1000 * timing.median / BATCH:.4f}"] for name, timing in timings.items()]
-    print(table(["", "ms an image"], rows))
+    print(table(["", "ms per image"], rows))
     return {name: timing.to_json() for name, timing in timings.items()} | {"images": BATCH}
 
 
@@ -265,12 +268,12 @@ def measure_differences(photographs: Sequence[Path]) -> dict[str, Any]:
     found["decoded_equal"] = equal
     print(f"\nfast against strict, {len(photographs)} images, in grey levels of 255\n")
     print(table(["", "largest", "mean", "99th percentile"], rows))
-    print(f"\ndecoded to the same pixels as by Pillow: {equal} of {len(photographs)}")
+    print(f"\ndecoded to the same pixels as with Pillow: {equal} of {len(photographs)}")
     return found
 
 
 def measure_large(photographs: Sequence[Path], folder: Path, runs: int) -> dict[str, Any]:
-    """Measure what decoding large JPEGs at half their size saves, and what it changes."""
+    """Measure the gain and the differences from decoding large JPEGs at half their size."""
     paths = write_mosaics(photographs, folder, 4, 90, LARGE)
     fast, strict = eval_transform(FAST), eval_transform(STRICT)
     full = replace(fast, min_side=None)
@@ -285,7 +288,7 @@ def measure_large(photographs: Sequence[Path], folder: Path, runs: int) -> dict[
     width, height = fast.size(paths[0])[::-1]
     print(f"\n{LARGE[0]} x {LARGE[1]} pixels, decoded at {width} x {height}\n")
     rows = [[name, f"{1000 * timing.median / len(paths):.1f}"] for name, timing in timings.items()]
-    print(table(["", "ms an image"], rows))
+    print(table(["", "ms per image"], rows))
     print("\n" + table(list(differences), [[f"{value:.2g}" for value in differences.values()]]))
     return {
         "size": LARGE,
@@ -326,7 +329,7 @@ def _described(
     against_decoding: dict[str, Ratio] | None,
     count: int,
 ) -> dict[str, Any]:
-    """Return timings with the images a second and, as times, the ratios."""
+    """Return timings with images per second and ratios."""
     return {
         name: {
             **timing.to_json(),

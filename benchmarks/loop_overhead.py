@@ -1,19 +1,19 @@
-"""What the training loop adds to a step: the loop of ``crossx fit``, Lightning's Trainer, a bare PyTorch loop.
+"""Overhead of the training loop per step: ``crossx fit``, Lightning's Trainer and a bare PyTorch loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py
-    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py --clock cpu    # where other programs run beside it
+    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py --clock cpu    # if other programs are running
 
-The very same step (forward, objective, backward, optimiser, learning rate) on the same batches in memory, driven by
+The same step (forward, objective, backward, optimiser, learning rate) on the same batches in memory is run by
 
-- ``bare``: a ``for`` loop in PyTorch that keeps no number;
+- ``bare``: a ``for`` loop in PyTorch that records nothing;
 - ``lightning``: Lightning's Trainer with a module of ten lines, without logger, callback or progress bar;
-- ``crossx``: what ``crossx fit`` runs by default: numbers of every step, checkpoints, TensorBoard;
-- ``crossx, terminal``: the same with the progress bar that a terminal shows.
+- ``crossx``: the default loop of ``crossx fit``: metrics of every step, checkpoints, TensorBoard;
+- ``crossx, terminal``: the same with the progress bar of a terminal.
 
-All end with the same weights, bit for bit, which is checked. The default network takes about 5 ms a step on one CPU
-core; a GPU computes a larger one, where a step may cost the host as much as the device computes, and steps that
-wait for the GPU are counted apart. ``--clock cpu`` counts the processor time of the process instead of seconds, which
-other programs change less.
+All must end with bitwise identical weights, which is checked. The default network takes about 5 ms per step on one CPU
+core. A GPU uses a larger network, for which the host may need as long per step as the device; steps that wait for the
+GPU are counted separately. ``--clock cpu`` measures the processor time of the process instead of elapsed time, because
+other programs affect it less.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches:
-    """The same batch again and again, with a clock that starts and stops where a batch is asked for.
+    """Repeats one batch, with a clock that starts and stops when a batch is requested.
 
     Attributes:
-        seconds_a_step: Of each epoch.
+        seconds_a_step: Seconds per step of each epoch.
         between: Seconds from the last batch of an epoch to the first of the next.
     """
 
@@ -96,7 +96,7 @@ class Batches:
 
 
 class Images(DataModule):
-    """Batches that are on the device as the network takes them."""
+    """Batches that are already on the device and normalised."""
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         images, targets = batch
@@ -105,7 +105,7 @@ class Images(DataModule):
 
 @dataclass
 class Session:
-    """What is trained."""
+    """The training setup that all loops share."""
 
     config: Config
     run: Run
@@ -128,7 +128,7 @@ class Session:
 
 
 class Bare(LightningModule):
-    """The step alone."""
+    """Only the step."""
 
     def __init__(self, session: Session, steps: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ CANDIDATES: dict[str, Callable[[Session, Batches], None]] = {
 
 def main() -> None:
     options = parser(__doc__, "loop_overhead", runs=7)
-    options.add_argument("--steps", type=int, default=220, help="steps an epoch (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=220, help="steps per epoch (default: %(default)s)")
     options.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="default: %(default)s")
     options.add_argument("--method", default="plain", help="method (default: %(default)s)")
     asked = options.parse_args()
@@ -257,7 +257,7 @@ def main() -> None:
         ]
         for name, timing in timings.items()
     ]
-    headers = ["loop", "ms a step", "over bare", "us more", "ms between epochs"]
+    headers = ["loop", "ms per step", "over bare", "us more", "ms between epochs"]
     print(table([*headers, *(["waits"] if gpu else [])], rows))
     write(
         asked.output,
@@ -284,11 +284,11 @@ def _check_equal(weights: dict[str, dict[str, Tensor]]) -> None:
     reference = weights["bare"]
     for name, state in weights.items():
         if not all(torch.equal(value, reference[key]) for key, value in state.items()):
-            raise SystemExit(f"{name} does not end with the weights of the bare loop.")
+            raise SystemExit(f"{name}: the final weights differ from those of the bare loop.")
 
 
 def _count_waits(train: Callable[[], None]) -> int:
-    """Count the steps' operations that wait for the GPU."""
+    """Count the operations of the steps that wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "called a synchronizing CUDA operation")
         if torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""C3S and CL, forward and backward: their share of a training step, how they grow, and other implementations.
+"""C3S and CL, forward and backward: share of a training step, scaling, and other implementations.
 
     python benchmarks/losses.py --peer-root DIR
 
-DIR is a clone of https://github.com/cswluo/CrossX (or Hawkeye). The features and logits are those of Cross-X on
-ResNet-50: P = 2 parts of 2048, 1024 and 1024 channels, three heads of 200 classes. The step they are a share of is
-the whole one at 448 x 448, in turn with them. How they grow: the exponent e of ``time ~ size ** e`` between sizes
-where the arithmetic outweighs the fixed cost of a call; 1 is linear.
+DIR is a clone of https://github.com/cswluo/CrossX (or Hawkeye). Features and logits have the shapes of Cross-X on
+ResNet-50: P = 2 parts of 2048, 1024 and 1024 channels, three heads of 200 classes. The share is relative to a whole
+training step at 448 x 448, timed in turn with the losses. Scaling is the exponent e of ``time ~ size ** e`` between
+sizes where arithmetic outweighs the fixed cost of a call; 1 is linear.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 
 
 def our_loss(features: list[Tensor], logits: list[Tensor]) -> Tensor:
-    """Return C3S of the heads' part features (B, P, C) and CL of their logits (B, K), the last stage's first."""
+    """Return C3S plus CL, for part features (B, P, C) and logits (B, K) of the heads, that of the last stage first."""
     c3s = sum(gamma * c3s_loss(f, "released") for gamma, f in zip(GAMMAS, features, strict=True))
     return c3s + sum(cross_layer_loss(logits[0], student) for student in logits[1:])
 
 
 def peer_loss(peer: Peer) -> Loss:
-    """Return the same of another implementation, whose CL is written out in its training loop."""
+    """Return the same from another implementation, whose CL is part of its training loop."""
     c3s = [peer.regularizer(gamma, PARTS) for gamma in GAMMAS]
 
     def loss(features: list[Tensor], logits: list[Tensor]) -> Tensor:
-        # its lists are changed in place
+        # it changes its lists in place
         parts = [list(f.unbind(1)) for f in features]
         total = sum(regularizer(part) for regularizer, part in zip(c3s, parts, strict=True))
         teacher = F.softmax(logits[0], 1)
@@ -104,7 +104,7 @@ def training_step(batch: int) -> Callable[[], None]:
 
 
 def exponent(sizes: Sequence[int], timings: dict[str, Timing]) -> float:
-    """Return the slope of log time over log size by least squares."""
+    """Return the least-squares slope of log time over log size."""
     x = [math.log(size) for size in sizes]
     y = [math.log(timing.median) for timing in timings.values()]
     x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
@@ -133,7 +133,7 @@ def main() -> None:
     print(
         f"C3S and CL, batch {batch}: {1e3 * share['losses'].median:.2f} ms of {share['step'].median:.3f} s:"
     )
-    print(f"{ratio.median:.3%} of a step ({ratio.min:.3%} to {ratio.max:.3%}); to reach: 1%\n")
+    print(f"{ratio.median:.3%} of a step ({ratio.min:.3%} to {ratio.max:.3%}); target: 1%\n")
 
     peers = {peer.name: peer_loss(peer) for peer in map(Peer.load, arguments.peer_root)}
     against: dict[str, dict[str, object]] = {}

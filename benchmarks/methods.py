@@ -1,14 +1,14 @@
-r"""What each method costs beside the plain backbone: parameters, FLOPs, and time of inference and of a training step.
+"""Cost of each method compared with the plain backbone: parameters, FLOPs, times of inference and a training step.
 
     python benchmarks/methods.py
-    python benchmarks/methods.py --backbone resnet50 --size 448 --classes 200 --batch-size 2 --runs 0 \
+    python benchmarks/methods.py --backbone resnet50 --size 448 --classes 200 --batch-size 2 --runs 0 \\
       --recipes mamc_cub_resnet50 kernel_pooling_cub_resnet50 --output benchmarks/results/methods_448.json
 
-The variants are those of the suite ``methods``, with its options, which are for the small trunk; ``--recipes`` adds
-networks with the options of recipes. All take the same batch, also where the suite trains with another. Weights are
-random; a training step is objective, backward pass and step of the optimiser. FLOPs are what torch's counter sees in
-inference on one image, two for a multiplication with its addition: convolutions and matrix products, not the FFT of
-kernel pooling. ``--runs 0`` counts and takes no time.
+The variants are those of the suite ``methods``, with its options for the small trunk; ``--recipes`` adds networks with
+the options of recipes. All use the same batch size, even if the suite trains with another. Weights are
+random. A training step consists of objective, backward pass and optimiser step. FLOPs are those of torch's counter for
+inference on one image, two per multiply-add: convolutions and matrix products, but not the FFT of kernel pooling.
+``--runs 0`` counts without timing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build(config: Config, backbone: str, size: int, classes: int) -> Method:
 
 
 def variants(recipes: Sequence[str]) -> dict[str, Config]:
-    """Return variant of the suite -> its configuration as it stands, and those of the recipes."""
+    """Return name -> configuration of each variant of the suite, untuned, and of each recipe."""
     base = Config.from_recipe(RECIPE)
     suite = {name: configs[0] for name, configs in load_suite("methods").configure(base).items()}
     return suite | {name: Config.from_recipe(name) for name in recipes}
@@ -60,12 +60,12 @@ def main() -> None:
     options.add_argument("--size", type=int, default=160, help="pixels (default: %(default)s)")
     options.add_argument("--classes", type=int, default=80, help="default: %(default)s")
     options.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    options.add_argument("--recipes", nargs="*", default=[], help="recipes whose method is measured, too")
+    options.add_argument("--recipes", nargs="*", default=[], help="further recipes to measure")
     arguments = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch_size, 3, arguments.size, arguments.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    # two images of a class, as MAMC needs them
+    # two images per class, for MAMC
     targets = torch.arange(arguments.batch_size, device=device) // 2 % arguments.classes
 
     configs = variants(arguments.recipes)

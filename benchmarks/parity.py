@@ -1,24 +1,25 @@
-"""Run Cross-X beside the released code from the same random weights: logits, losses, gradients and training.
+"""Compare Cross-X with the released code from the same random weights: logits, losses, gradients and training.
 
     python benchmarks/parity.py --peer-root DIR
 
 DIR is a clone of https://github.com/cswluo/CrossX. For ResNet-50 and SENet-50, GMP (the settings of CUB) and GAP (those
-of Cars) on stage L-1, P = 2 and 3, both get the same weights and images, and are compared in
+of Cars) on stage L-1, P = 2 and 3, both implementations get the same weights and images. The script compares
 
 - the logits of each head and the prediction, in evaluation mode, at 448 x 448;
 - each weighted term of the objective and their sum, in training mode;
 - the gradient of every parameter;
-- how far three steps of SGD move every weight and every running statistic of a batch norm.
+- the change of every weight and every running statistic of a batch norm after three SGD steps.
 
-The released code is called as its training loop calls it, with the weights of C3S and the learning rate from its
-initialization.py; crossx takes both from its ``_released`` recipe and its optimiser from ``build_optimizer``. Its
-networks resize to 28 x 28 whatever the image, the map of 448 px; so that smaller images can train, which takes a
-twelfth of the time, that number is replaced here by the map of ``--train-size``.
+The released code is called as in its training loop, with the C3S weights and the learning rate of its
+initialization.py; crossx takes both from its ``_released`` recipe and its optimiser from ``build_optimizer``. The
+released networks always resize to 28 x 28, the map size at 448 px. To train on smaller images, which takes a twelfth of
+the time, this number is replaced by the map size at ``--train-size``.
 
-The difference of a tensor is the largest of its entries' over the largest entry of the released code's tensor; that of
-several tensors is the worst tensor's, and beside it, for gradients and what training moves, the norm of all
-differences over the norm of all entries. Rounding in float32 grows from step to step, so the same is done in float64,
-and the released code's own float32 is set against its float64: a difference no larger than that one is rounding.
+The difference between two tensors is the largest absolute difference divided by the largest absolute value of the
+released code's tensor. For several tensors, it is that of the worst one; for gradients and changes, the norm of all
+differences divided by the norm of all values is given as well. Rounding errors in float32 grow from step to step. The
+comparison is therefore repeated in float64, and the released code in float32 is compared with itself in float64: a
+difference no larger than that one is rounding.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ Tensors: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one implementation makes of the start and the batches.
+    """Results of one implementation.
 
     Attributes:
-        logits: Each head's and the prediction's, of one image in evaluation mode.
-        terms: The objective, ``loss``, and its weighted terms, of the first batch, in training mode.
-        gradients: Of ``loss`` by each parameter.
-        weights: The last step's less the start's.
-        statistics: The same of the running means and variances.
+        logits: Logits of each head and of the prediction, for one image in evaluation mode.
+        terms: The objective ``loss`` and its weighted terms, for the first batch in training mode.
+        gradients: Gradient of ``loss`` with respect to each parameter.
+        weights: Change of each weight from the first step to the last.
+        statistics: Change of each running mean and variance.
     """
 
     logits: Tensors
@@ -85,7 +86,7 @@ class Outcome:
 
 
 def randomise_norms(network: nn.Module) -> None:
-    """Batch norms start as the identity, which would hide statistics that are not carried over."""
+    """Randomise batch norms: as the identity, they would hide statistics that are not copied."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, 0, 0.1)
@@ -95,10 +96,10 @@ def randomise_norms(network: nn.Module) -> None:
 
 
 def shrink_stages(network: nn.Module) -> None:
-    """Make what the blocks add up as small as in a trained network.
+    """Scale down the residuals of the blocks, to the size in a trained network.
 
-    At a random start it is so large that the first step at the released learning rate throws the logits by tens, and
-    the later steps would compare saturated softmaxes.
+    At random initialisation they are so large that the first step at the released learning rate changes the logits by
+    tens, and later steps would compare saturated softmaxes.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("downsample.1.weight"):
@@ -110,7 +111,7 @@ def shrink_stages(network: nn.Module) -> None:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference over the largest of theirs; 0 where both are 0 throughout."""
+    """Return the largest difference divided by the largest released value; 0 if both tensors are zero."""
     largest = (ours - theirs).abs().max()
     return (largest / theirs.abs().max()).item() if largest else 0.0
 
@@ -134,9 +135,9 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """Return the first batch's terms, its gradients, and how far all batches move the state, under its own names."""
+    """Return the terms and gradients of the first batch, and the change of the state over all batches."""
     network.train()
-    # the start is a float32 state in float64 too
+    # the initial state is float32, also for float64
     start = {name: value.to(torch.float32, copy=True) for name, value in network.state_dict().items()}
     first: Tensors = {}
     gradients: Tensors = {}
@@ -163,7 +164,7 @@ def outcome(logits: Tensors, terms: Tensors, gradients: Tensors, moved: Tensors)
 
 
 def resizing_to(module: Any, size: int) -> AbstractContextManager[Any]:
-    """Let their networks resize to the map of ``size``, not to that of 448; it is all they take from ``F``."""
+    """Replace the released networks' ``F`` so that they resize to the map of ``size`` instead of that of 448."""
     functional = SimpleNamespace(interpolate=lambda maps, _: F.interpolate(maps, size // STRIDE))
     return mock.patch.object(module, "F", functional)
 
@@ -176,7 +177,7 @@ def run_released(
     image: Tensor,
     batches: Sequence[Batch],
 ) -> Outcome:
-    """Run the released code; its weights come under the names that crossx gives them."""
+    """Run the released code; the names of its weights are converted to those of crossx."""
     *gammas, lr, _ = settings
     c3s = [module.RegularLoss(gamma, None, num_parts) for gamma in gammas]
 
@@ -205,7 +206,7 @@ def run_crossx(method: Any, recipe: Config, image: Tensor, batches: Sequence[Bat
 
 
 def compare(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
-    """Return the logits' and terms' differences by name; of the others the worst and that of the norms."""
+    """Return the differences of logits and terms by name, and worst and norm of the others."""
     found: dict[str, Any] = {
         kind: differences(getattr(ours, kind), getattr(theirs, kind)) for kind in ("logits", "terms")
     }
@@ -229,7 +230,7 @@ def compare_network(network: str, pooling: str, num_parts: int, train_size: int)
     name = NETWORKS[network, pooling]
     module: Any = importlib.import_module(name)
     module.device = torch.device("cpu")
-    # it compares strings by identity
+    # the released code compares strings by identity
     names = sys.intern(network.removesuffix("50")), DATASETS[pooling]
     settings = importlib.import_module("initialization").init_crossx_params(*names)
     recipe = Config.from_recipe(f"crossx_{RECIPES[pooling]}_{network}_released")
@@ -245,7 +246,7 @@ def compare_network(network: str, pooling: str, num_parts: int, train_size: int)
     found: dict[str, Any] = {"network": network, "pooling": pooling, "num_parts": num_parts}
     single: Outcome | None = None
     for dtype in (torch.float32, torch.float64):
-        # their regularizer fills a matrix of the default type
+        # the released regularizer fills a matrix of the default dtype
         torch.set_default_dtype(dtype)
         peer = build(num_classes=CLASSES, nparts=num_parts)
         peer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Other implementations of Cross-X, run from the user's own clones as they were published."""
+"""Other implementations of Cross-X, run as published from the user's own clones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Peer:
                 module = importlib.import_module("crossxresnetmix")
                 return cls("released", module, lambda gamma, parts: module.RegularLoss(gamma, None, parts))
             if (root / "model/methods/CrossX.py").is_file():
-                # not as its package, which imports every other method and what these need
+                # not imported as a package, which would import all other methods and their dependencies
                 registry: Any = ModuleType("model.registry")
                 registry.MODEL = SimpleNamespace(register=lambda network: network)
                 sys.modules.update({"model": ModuleType("model"), "model.registry": registry})
@@ -52,31 +52,31 @@ class Peer:
         sys.exit(f"{root}: no clone of CrossX or Hawkeye.")
 
     def network(self, num_classes: int, num_parts: int = 2) -> nn.Module:
-        """Build its ResNet-50, randomly initialised."""
-        # their resnet50() differ in whether they download ImageNet weights
+        """Build the implementation's ResNet-50, randomly initialised."""
+        # the two resnet50() differ in whether they download ImageNet weights
         network: nn.Module = self.module.ResNet(
             self.module.Bottleneck, [3, 4, 6, 3], nparts=num_parts, meflag=True, num_classes=num_classes
         )
         return network
 
     def objective(self, network: nn.Module, num_parts: int = 2) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return images, targets -> loss: cross-entropy, C3S by N x N matrices and CL, as in its loop."""
+        """Return (images, targets) -> loss: cross-entropy, C3S with N x N matrices and CL, as in its training loop."""
         c3s = [self.regularizer(gamma, num_parts) for gamma in GAMMAS]
         return lambda images, targets: torch.stack(list(terms(network(images), targets, c3s).values())).sum()
 
 
 def terms(outputs: Sequence[Any], targets: Tensor, c3s: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Return the terms of their loop's objective, under the names of ``crossx.methods.CrossX.objective``.
+    """Return the terms of the objective, with the names of ``crossx.methods.CrossX.objective``.
 
     Args:
-        outputs: What their network returns: the logits of L, L-1 and G, then the list of part features of each.
+        outputs: Result of the network: the logits of L, L-1 and G, then the list of part features of each.
         targets: int64 (B,).
-        c3s: Their regularizers of L, L-1 and G, which carry their weights.
+        c3s: Regularizers of L, L-1 and G, which include their weights.
     """
     logits = dict(zip(HEADS, outputs[:3], strict=True))
     found = {"data": F.cross_entropy(logits["last"] + logits["previous"] + logits["merged"], targets)}
     for name, regularizer, features in zip(HEADS, c3s, outputs[3:], strict=True):
-        # their regularizers change the list in place
+        # the regularizers change the list in place
         found[f"c3s_{name}"] = regularizer(list(features))
     teacher = F.softmax(logits["last"], 1)
     for name in HEADS[1:]:

@@ -1,17 +1,17 @@
-"""Where Cross-X spends arithmetic and memory traffic, by part, and the bound that this sets on its time.
+"""Arithmetic and memory traffic of Cross-X by component, and the bound on its time that follows.
 
     python benchmarks/roofline.py
 
-Images of 448 x 448, ResNet-50, P = 2, 200 classes, float32 on the CPU, channels last; inference of one, a training
-step of eight, told for one of them. Parts: trunk, gates (with
-shortcut and activation over the parts), merge, heads (with pooling and, in training, the losses). FLOPs are what
-torch.utils.flop_counter counts in the operators that really run: convolutions and matrix products, two for a
-multiplication and addition. Bytes are the sizes of the operators' inputs and outputs, views left out: the traffic
-without fusion and without caches. The least traffic is the parameters, the image and the logits, each once.
+Images of 448 x 448, ResNet-50, P = 2, 200 classes, float32 on the CPU, channels last; inference of one image, and a
+training step of eight, reported per image. Components: trunk, gates (with shortcut and activation over the parts),
+merge, heads (with pooling and, in training, the losses). FLOPs are those that torch.utils.flop_counter counts in the
+operators that actually run: convolutions and matrix products, two per multiply-add. Bytes are the sizes of the
+operators' inputs and outputs, without views: the traffic without fusion and caches. The minimal traffic is the
+parameters, the image and the logits, each once.
 
-Inference is counted with the merge from nine means a channel, as it runs, and on full maps, as the released code
-does it. The bound of a part is the larger of FLOPs over the measured speed of a matrix product and bytes over that
-of a copy, once with the traffic without fusion and once with the least.
+Inference is counted with the merge from nine means per channel, as it runs, and on full maps, as in the released code.
+The bound of a component is the larger of two times: FLOPs divided by the measured speed of a matrix product, and bytes
+divided by that of a copy, once for the traffic without fusion and once for the minimal traffic.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cost:
 
 
 class Ledger(TorchDispatchMode):
-    """Books every operator on the part that runs."""
+    """Adds the cost of each operator to the running component."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Ledger(TorchDispatchMode):
 
 
 class Stopwatch:
-    """Books the seconds between one part and the next."""
+    """Adds the elapsed time to the running component."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -88,7 +88,7 @@ class Stopwatch:
 
 
 def size_of(value: object) -> int:
-    """Return the bytes of a tensor's own memory: an expanded dimension counts once."""
+    """Return the bytes of a tensor's memory; expanded dimensions count once."""
     if not isinstance(value, Tensor):
         return 0
     return value.element_size() * prod(
@@ -98,7 +98,7 @@ def size_of(value: object) -> int:
 
 @contextmanager
 def watched(method: CrossX, enter: Callable[[str], None], full_maps: bool) -> Iterator[None]:
-    """Call ``enter`` with the name of each part as it begins."""
+    """Call ``enter`` with the name of each component when it starts."""
     merge: Any = method.merge
     original = merge.pooled
 
@@ -118,7 +118,7 @@ def watched(method: CrossX, enter: Callable[[str], None], full_maps: bool) -> It
     for block in method.backbone.modules():
         for slot in block.children():
             if isinstance(slot, ResidualOSME):
-                # The block's own shortcut and activation come after the slot, over all parts.
+                # the block's shortcut and activation come after the slot, over all parts
                 hooks.append(slot.register_forward_pre_hook(partial(begin, "gates")))
                 hooks.append(block.register_forward_hook(partial(begin, "trunk")))
     merge.pooled = pooled
@@ -132,14 +132,14 @@ def watched(method: CrossX, enter: Callable[[str], None], full_maps: bool) -> It
 
 def count_inference(method: CrossX, images: Tensor, full_maps: bool) -> dict[str, Cost]:
     ledger = Ledger()
-    # Not inference_mode, in which convolutions arrive whole, as operators that the FLOP counter does not know.
+    # not inference_mode: its convolution operators are unknown to the FLOP counter
     with torch.no_grad(), watched(method.eval(), ledger.enter, full_maps), ledger:
         method(images)
     return {part: ledger.costs[part] for part in PARTS}
 
 
 def count_training(method: CrossX, images: Tensor) -> dict[str, Cost]:
-    """Count a forward and a backward pass of ``TRAINING_BATCH`` images, for one; the backward pass as a whole."""
+    """Count a forward pass by component and a backward pass in total, per image of ``TRAINING_BATCH``."""
     ledger = Ledger()
     batch = images.repeat(TRAINING_BATCH, 1, 1, 1)
     targets = torch.zeros(TRAINING_BATCH, dtype=torch.long)
@@ -152,7 +152,7 @@ def count_training(method: CrossX, images: Tensor) -> dict[str, Cost]:
 
 
 def least_bytes(method: CrossX, images: Tensor) -> dict[str, int]:
-    """Return part -> bytes that cannot be saved: parameters and statistics, the image, the logits."""
+    """Return component -> unavoidable bytes: parameters and statistics, the image, the logits."""
     gates = sum(state_bytes(module) for module in method.modules() if isinstance(module, OSME))
     assert method.merge is not None
     return {
@@ -168,7 +168,7 @@ def state_bytes(module: nn.Module) -> int:
 
 
 def time_inference(method: CrossX, images: Tensor, full_maps: bool, runs: int) -> dict[str, float]:
-    """Return part -> median of its seconds."""
+    """Return component -> median of its seconds."""
     rounds = []
     with torch.inference_mode():
         for _ in range(runs + 2):

@@ -1,20 +1,19 @@
-"""What several processes exchange in a training step of Cross-X, what that costs, and what it says of more of them.
+"""Communication in a training step of Cross-X on several processes: volume, cost, and prediction for more processes.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py                      # two processes on the CPU, gloo
-    python benchmarks/scaling.py                                        # every GPU of this machine, NCCL
-    python benchmarks/scaling.py --bandwidth 12.5 --latency 20          # GB/s and us of the network you think of
+    python benchmarks/scaling.py                                        # all GPUs of this machine, NCCL
+    python benchmarks/scaling.py --bandwidth 12.5 --latency 20          # GB/s and us of a network of your choice
 
-Bytes are counted by recording every collective of one step. In turn are timed: a step of one process while the others
-rest, the same step in all of them at once without any exchange, the step under DDP, and the collectives alone. The
-model of the step time for W processes at the same batch each:
+Bytes are counted by recording every collective of one step. The script times in turn: a step of one process while the
+others are idle, the same step in all processes without communication, the step with DDP, and only the collectives. The
+model of the step time for W processes with the same batch size each is that of a ring:
 
     T(W) = T_together + T_small(W) + (1 - overlap) T_gradients(W)
     T_gradients(W) = 2 (W - 1) (bytes / (W bandwidth) + buckets latency)
     T_small(W) = 2 (W - 1) small latency
 
-that of a ring, with the number of buckets and of small collectives as counted. Bandwidth and latency are fitted to
-the collectives alone, the overlap of the gradients' exchange with the backward pass to the step under DDP, unless they
-are given.
+The numbers of buckets and small collectives are the counted ones. Unless given, bandwidth and latency are fitted to the
+times of the collectives, and the overlap of gradient communication and backward pass is fitted to the step with DDP.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ CLASSES = 200
 
 
 class Objective(nn.Module):
-    """DDP hooks into ``forward`` alone."""
+    """The objective as ``forward``, the only method that DDP hooks into."""
 
     def __init__(self, method: crossx.Method) -> None:
         super().__init__()
@@ -75,11 +74,11 @@ def stepper(objective: nn.Module, method: nn.Module, arguments: argparse.Namespa
 
 @contextmanager
 def recorded(model: DistributedDataParallel) -> Iterator[dict[str, list[int]]]:
-    """Record the bytes of each bucket of gradients and of each all-reduce of the losses."""
+    """Record the bytes of each gradient bucket and of each all-reduce in the losses."""
     found: dict[str, list[int]] = {"gradients": [], "losses": []}
     all_reduce = distributed.all_reduce
 
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations that are strings
         found["gradients"].append(bucket.buffer().nbytes)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
@@ -95,13 +94,13 @@ def recorded(model: DistributedDataParallel) -> Iterator[dict[str, list[int]]]:
 
 
 def alone(step: Callable[[], None]) -> None:
-    """Run a step as a process that knows of no other."""
+    """Run a step as a single process, without communication."""
     with mock.patch.object(distributed, "is_initialized", return_value=False):
         step()
 
 
 def measure(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> None:
-    """Run on every rank; the first writes what it found."""
+    """Run on every rank; the first one writes the results."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.manual_seed(0)
     if CUDA:
@@ -116,7 +115,7 @@ def measure(rank: int, port: int, arguments: argparse.Namespace, folder: str) ->
 
     counted = DistributedDataParallel(Objective(method))
     step = stepper(counted, method, argparse.Namespace(**{**vars(arguments), "steps": 1}))
-    step()  # DDP forms its buckets anew after the first
+    step()  # DDP rebuilds its buckets after the first step
     with recorded(counted) as exchanged:
         step()
     del counted, step
@@ -161,14 +160,14 @@ def measure(rank: int, port: int, arguments: argparse.Namespace, folder: str) ->
 
 
 class Model:
-    """The model of the docstring.
+    """The model of the module docstring.
 
     Args:
-        step: Seconds of a step of all processes without exchange.
+        step: Seconds of a step of all processes without communication.
         exchanged: Bytes of each collective.
         latency: Seconds.
-        bandwidth: Bytes a second.
-        overlap: Share of the gradients' exchange that the backward pass hides.
+        bandwidth: Bytes per second.
+        overlap: Fraction of the gradient communication that the backward pass hides.
     """
 
     def __init__(
@@ -186,7 +185,7 @@ class Model:
         return hops * (sum(sizes) / processes / self.bandwidth + len(sizes) * self.latency)
 
     def small(self, processes: int) -> float:
-        # the buffers travel as one message; all ranks wait for the losses' sums
+        # the buffers are one message; all ranks wait for the sums of the losses
         return 2 * (processes - 1) * (len(self.exchanged["losses"]) + 1) * self.latency
 
     def __call__(self, processes: int) -> float:
@@ -197,16 +196,18 @@ def main() -> None:
     options = parser(__doc__, "scaling", runs=15)
     options.add_argument("--backbone", default="resnet50" if CUDA else "resnet18")
     options.add_argument("--image-size", type=int, default=448 if CUDA else 160)
-    options.add_argument("--batch-size", type=int, default=32 if CUDA else 4, help="of one process")
+    options.add_argument("--batch-size", type=int, default=32 if CUDA else 4, help="per process")
     options.add_argument("--processes", type=int, default=torch.cuda.device_count() if CUDA else 2)
-    options.add_argument("--steps", type=int, default=10 if CUDA else 1, help="steps that are timed as one")
-    options.add_argument("--bandwidth", type=float, help="GB/s of a link, instead of the fitted one")
-    options.add_argument("--latency", type=float, help="microseconds of a message, instead of the fitted one")
-    options.add_argument("--train-images", type=int, default=5394, help="for the steps of an epoch (CUB's)")
+    options.add_argument("--steps", type=int, default=10 if CUDA else 1, help="steps per measurement")
+    options.add_argument("--bandwidth", type=float, help="GB/s of a link (default: fitted)")
+    options.add_argument("--latency", type=float, help="microseconds per message (default: fitted)")
+    options.add_argument(
+        "--train-images", type=int, default=5394, help="images per epoch (default: 5394, as in CUB)"
+    )
     arguments = options.parse_args()
     count = arguments.processes
     if count < 2:
-        options.error("--processes: at least 2 are needed, and as many GPUs where there are any.")
+        options.error("--processes must be at least 2; if there are GPUs, each needs its own.")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -216,12 +217,12 @@ def main() -> None:
     timings = {name: Timing(tuple(seconds)) for name, seconds in found["seconds"].items()}
     exchanged: dict[str, list[int]] = found["exchanged"]
 
-    print(f"{arguments.backbone}, {arguments.image_size} px, {arguments.batch_size} images a process\n")
+    print(f"{arguments.backbone}, {arguments.image_size} px, {arguments.batch_size} images per process\n")
     rows = [
         [name, len(sizes), f"{sum(sizes) / 1e6:.4f}", f"{max(sizes) / 1e6:.4f}"]
         for name, sizes in exchanged.items()
     ]
-    print(table(["exchanged in a step", "tensors", "MB", "largest"], rows))
+    print(table(["communicated per step", "tensors", "MB", "largest"], rows))
 
     steps = arguments.steps
     one, together, parallel = (timings[name].median / steps for name in ("one", "together", "parallel"))
@@ -239,14 +240,14 @@ def main() -> None:
         ["one process, the others at rest", f"{1e3 * one:.2f}", over["one"]],
         ["all at once, no exchange", f"{1e3 * together:.2f}", over["together"]],
         ["all under DDP", f"{1e3 * parallel:.2f}", over["parallel"]],
-        ["gradients alone", f"{1e3 * timings['gradients'].median:.2f}", ""],
+        ["only gradients", f"{1e3 * timings['gradients'].median:.2f}", ""],
         ["one small message", f"{10 * timings['small'].median:.3f}", ""],
     ]
-    print("\n" + table([f"{count} processes", "ms a step", "time / no exchange"], rows))
+    print("\n" + table([f"{count} processes", "ms per step", "time / no communication"], rows))
     bounds = [Model(together, exchanged, latency, bandwidth, hidden)(count) for hidden in (1.0, 0.0)]
-    print(f"\nthe model's step: {1e3 * bounds[0]:.2f} ms with all of the gradients' exchange hidden,")
+    print(f"\nthe model's step: {1e3 * bounds[0]:.2f} ms with all gradient communication hidden,")
     print(f"{1e3 * bounds[1]:.2f} ms with none; measured {1e3 * parallel:.2f} ms;")
-    print(f"hidden by the median round: {overlap:.0%}")
+    print(f"hidden in the median round: {overlap:.0%}")
 
     hidden = min(1.0, max(0.0, overlap))
     if arguments.bandwidth is not None or arguments.latency is not None:
@@ -264,7 +265,7 @@ def main() -> None:
         }
         for n in (1, 2, 4, 8, 16, 32, 64)
     ]
-    headers = ["processes", "ms a step", "efficiency", "without overlap", "steps an epoch"]
+    headers = ["processes", "ms per step", "efficiency", "without overlap", "steps per epoch"]
     rows = [
         [p["processes"], f"{p['ms']:.2f}", f"{p['efficiency']:.1%}", f"{p['efficiency_without_overlap']:.1%}",
          p["steps_an_epoch"]] for p in predictions

@@ -1,11 +1,11 @@
-"""Load on ``crossx serve``: rate and latency beside handlers without batching, overload, abuse, memory.
+"""Load on ``crossx serve``: throughput and latency compared with unbatched handlers, overload, abuse, memory.
 
-Every process runs on this machine and talks over loopback: the service as its command starts it, and two handlers as
-one writes them first, on the same FastAPI, uvicorn and predictor, that put one image at a time through the network:
-``async``, on the event loop, and ``threads``, in FastAPI's pool of threads. They take turns. Each answer is checked
-against what the predictor says of that very image: its name, its label, and its probability, which no two images
-share. No load generator that could be had does that (hey and wrk do not look at answers), so there is one here on
-aiohttp; where hey is installed (Debian: ``apt-get install hey``) it sends one image as a cross-check of the rates.
+All processes run on this machine and communicate over loopback: the service as started by its command, and two simple
+handlers on the same FastAPI, uvicorn and predictor that process one image at a time: ``async`` on the event loop, and
+``threads`` in FastAPI's thread pool. They are measured in turn. Each answer is compared with that of the predictor for
+the same image: name, label, and probability, which is different for every image. No available load generator checks
+answers (hey and wrk do not), so the script has its own, on aiohttp. If hey is installed (Debian: ``apt-get install
+hey``), it sends one image as a cross-check of the throughput.
 
     CROSSX_DATA=DIR python benchmarks/serving.py RUN
 """
@@ -43,12 +43,12 @@ NAIVE = ("async", "threads")
 CONCURRENCY = (1, 8, 64)
 IMAGES = 64
 TOLERANCE = 1e-3
-"""Of a probability in a batch against the same alone; the images' own differ by more."""
+"""Tolerance between a probability in a batch and without; different images differ by more."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what must be answered."""
+    """An image and the expected answer."""
 
     name: str
     content: bytes
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass
 class Outcome:
-    """What became of requests: seconds of those that were right, and how many had which status or fault."""
+    """Results of requests: seconds of the correct ones, and counts of statuses and errors."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -75,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Server:
-    """A process that serves."""
+    """A server process."""
 
     process: subprocess.Popen[str]
     url: str
@@ -85,17 +85,17 @@ class Server:
         return int(self.url.rsplit(":", 1)[1])
 
     def memory(self) -> float:
-        """Return its resident megabytes."""
+        """Return the resident memory in megabytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000  # type: ignore[index]
 
 
 def serve_naively(run: Path, kind: str) -> None:
-    """Serve as one writes it first: an image in, a step of the network, its answer out."""
+    """Serve without batching: one image, one forward pass, one answer."""
     from crossx.cli.memory import keep_freed_memory
     from crossx.predict.predictor import Predictor
 
-    keep_freed_memory()  # as the command does
+    keep_freed_memory()  # as in the command
     predictor = Predictor.load(run, device="cpu")
     app = FastAPI()
 
@@ -114,7 +114,7 @@ def serve_naively(run: Path, kind: str) -> None:
 
 @contextlib.contextmanager
 def serving(words: Sequence[str]) -> Iterator[Server]:
-    """Start a process that prints its address, and stop it."""
+    """Start a process that prints its address, and stop it on exit."""
     with (
         tempfile.TemporaryFile("w") as log,
         subprocess.Popen(
@@ -135,7 +135,7 @@ def serving(words: Sequence[str]) -> Iterator[Server]:
 
 
 def read_samples(run: Path, data: Path, number: int) -> list[Sample]:
-    """Return images with the predictor's own answers, no two of the same probability."""
+    """Return images with the predictor's answers, all of different probability."""
     from crossx.data.images import find_images
     from crossx.predict.predictor import Predictor
 
@@ -223,7 +223,7 @@ def during(seconds: float) -> Callable[[], bool]:
 def measure_load(
     servers: dict[str, Server], samples: Sequence[Sample], seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """Return requests a second and latencies of each server at each concurrency: medians over the rounds."""
+    """Return requests per second and latencies of each server and concurrency: medians over the rounds."""
     found: dict[str, Any] = {}
     for concurrency in CONCURRENCY:
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
@@ -252,7 +252,7 @@ def measure_load(
 def measure_hey(
     servers: dict[str, Server], sample: Sample, seconds: float, concurrency: int
 ) -> dict[str, Any] | None:
-    """Return what hey, another load generator, measures with one image; None where it is not installed."""
+    """Return the measurements of hey, another load generator, with one image; None if it is not installed."""
     if shutil.which("hey") is None:
         return None
     boundary = "x" * 30
@@ -286,7 +286,7 @@ def measure_hey(
 def measure_overload(
     server: Server, samples: Sequence[Sample], capacity: float, seconds: float
 ) -> dict[str, Any]:
-    """Send twice what the service can do."""
+    """Send requests at twice the capacity of the service."""
     start = time.perf_counter()
     outcome = asyncio.run(open_loop(server, samples, 2 * capacity, seconds))
     found = outcome.to_json(time.perf_counter() - start)
@@ -308,7 +308,7 @@ def measure_memory(server: Server, samples: Sequence[Sample], requests: int) -> 
 
 
 def measure_abuse(server: Server, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
-    """Let clients misbehave in every way at once, beside four that do not."""
+    """Run misbehaving clients of all kinds at once, next to four normal ones."""
     return asyncio.run(_abuse(server, samples, seconds))
 
 
@@ -376,7 +376,7 @@ def _file(content: bytes) -> bytes:
 
 
 def _bomb() -> bytes:
-    """Return a PNG of 13 kilobytes that unpacks to 100 megapixels."""
+    """Return a PNG of 13 kilobytes that decodes to 100 megapixels."""
     from PIL import Image
 
     packed = io.BytesIO()
@@ -409,8 +409,10 @@ def main() -> None:
     options = harness.parser(__doc__, "serving", runs=3)
     options.add_argument("model", type=Path, metavar="RUN", help="run folder")
     options.add_argument("--data", type=Path, help="folder of images (default: cub80 of $CROSSX_DATA)")
-    options.add_argument("--seconds", type=float, default=6, help="of each measurement (default: 6)")
-    options.add_argument("--requests", type=int, default=10_000, help="for the memory (default: 10000)")
+    options.add_argument("--seconds", type=float, default=6, help="seconds per measurement (default: 6)")
+    options.add_argument(
+        "--requests", type=int, default=10_000, help="for the memory measurement (default: 10000)"
+    )
     options.add_argument("--naive", choices=NAIVE, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.naive:

@@ -1,9 +1,9 @@
-"""What a command costs before it does anything, and what a training costs before its first step.
+"""Time that a command needs before it does any work, and that a training needs before its first step.
 
     python benchmarks/startup.py
 
-The training is of a small network on 64 drawn images, in processes of their own: checking the images and the first step
-itself are next to nothing, so that what remains is import and set-up.
+The training uses a small network and 64 synthetic images, in a separate process each time. Checking the images and the
+first step itself take almost no time, so the rest is import and set-up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> Callable[[], object]:
 
 
 def first_step(folder: Path) -> dict[str, float]:
-    """Return the seconds of each stage up to the end of the first training step; to be run in a fresh process."""
+    """Return the seconds of each stage up to the end of the first training step; must run in a new process."""
     clock = [time.perf_counter()]
 
     def stage() -> float:
@@ -87,7 +87,7 @@ def measure_first_step(runs: int) -> dict[str, dict[str, float]]:
                 text=True,
             )
         measured.append(json.loads(answer.stdout.splitlines()[-1]))
-    # the first draws on a cold disk cache
+    # the first has a cold disk cache
     return {
         name: {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
         for name in measured[0]

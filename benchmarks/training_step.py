@@ -1,11 +1,11 @@
-"""A training step of Cross-X against a plain ResNet-50 and against other implementations: time and peak memory.
+"""A training step of Cross-X compared with a plain ResNet-50 and other implementations: time and peak memory.
 
     python benchmarks/training_step.py --peer-root DIR
 
 DIR is a clone of https://github.com/cswluo/CrossX (or Hawkeye), run as published: float32, its own memory format.
-ResNet-50, 448 x 448, P = 2, 200 classes, SGD with momentum; objective, backward pass and optimiser step. Ours and
-plain run channels last, in bfloat16 autocast on a GPU. Peak memory is that of a process of its own (resident on the
-CPU, allocated on a GPU) that takes two steps: the median of three such processes, in turn.
+ResNet-50, 448 x 448, P = 2, 200 classes, SGD with momentum; objective, backward pass and optimiser step. Cross-X and
+plain use channels last, and bfloat16 autocast on a GPU. Peak memory is that of a separate process (resident on the CPU,
+allocated on a GPU) that takes two steps: the median of three such processes, in turn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REACH = {
     "cpu": (("crossx", "released", 0.85, 0.95), ("crossx, recompute", "released", None, 0.6)),
     "cuda": (("crossx", "plain", 1.35, None), ("crossx", "released", 1 / 3, 0.55)),
 }
-"""Candidate, reference, and the ratios of time and peak memory to reach."""
+"""Candidate, reference, and the targets for the ratios of time and peak memory."""
 
 
 def our_step(
@@ -53,7 +53,7 @@ def our_step(
 
 
 def step_of(network: Method, images: torch.Tensor, targets: torch.Tensor, compiled: bool = False) -> Step:
-    """Return a training step as `crossx fit` takes it, on a batch that lies on the device."""
+    """Return a training step of `crossx fit` on a batch that is already on the device."""
     device = images.device
     network.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(network, OptimConfig(lr=0.001))
@@ -106,7 +106,7 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peak_memory(build: Callable[..., Step], size: int) -> int:
-    """Return the bytes that two steps need at most; to be run in a process of its own."""
+    """Return the peak bytes of two steps; must run in a separate process."""
     step = build(*batch(size))
     for _ in range(2):
         step()
@@ -161,7 +161,7 @@ def main() -> None:
     reached = verdicts(against, memory, device)
     for row in reached:
         row["reached"] = float(str(row["ratio"])) <= float(str(row["reach"]))
-        print(f"{row['what']}: {row['ratio']:.3f}, to reach: {row['reach']:.3f}: {row['reached']}")
+        print(f"{row['what']}: {row['ratio']:.3f}, target: {row['reach']:.3f}: {row['reached']}")
     write(
         arguments.output,
         {

@@ -290,7 +290,7 @@ def write_run(root: Path, classes: Sequence[str] = FOLDERS, method: str = "cross
     import torch
 
     from crossx.methods import create_method
-    from crossx.methods.checkpoint import describe, save_weights
+    from crossx.methods.weights import describe, save_weights
     from crossx.runs import Preprocessing, Run, write_json
 
     with torch.random.fork_rng():

@@ -175,7 +175,7 @@ def test_no_network_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
-        CrossXError, match=r"weights cannot be had .Name or service not known.*local-dir:FOLDER"
+        CrossXError, match=r"weights cannot be loaded .Name or service not known.*local-dir:FOLDER"
     ) as e:
         create_backbone("resnet18.tv_in1k", pretrained=True)
     assert "\n" not in str(e.value)
@@ -215,7 +215,7 @@ def test_weights_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     backbone = create_backbone("resnet10t", weights=str(tmp_path / "w.pth"))
     assert torch.equal(backbone.trunk.layer2[0].conv1.weight, source.layer2[0].conv1.weight)
-    for line in ("missing: conv1.0.weight", "shape (3,)", "not known: fc.weight"):
+    for line in ("missing: conv1.0.weight", "shape (3,)", "unknown: fc.weight"):
         assert line in caplog.text
 
 
@@ -247,7 +247,7 @@ def test_files_with_python_objects_are_not_loaded(tmp_path: Path) -> None:
         (
             "resnet18",
             32,
-            "too small for backbone 'resnet18': its last map has 1 x 1 places. Use --data.image_size 64",
+            "too small for backbone 'resnet18': its last map is 1 x 1. Use --data.image_size 64",
         ),
         ("vit_tiny_patch16_224", 160, "does not work.*--data.image_size 224"),
     ],

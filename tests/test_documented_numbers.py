@@ -155,3 +155,41 @@ def test_the_costs_of_the_recipes_on_resnet50_are_those_of_the_file() -> None:
     for recipe, words in (("mamc_cub_resnet50", " parameters and"), ("kernel_pooling_cub_resnet50", " and")):
         cost, said = variants[recipe], page[page.index(f"(`{recipe}`") :][:120]
         assert f"{cost['parameters'] / 1e6:.1f} M{words} {cost['flops'] / 1e9:.1f} GFLOP" in said
+
+
+def test_few_images_table_is_that_of_the_file() -> None:
+    """Each cell of "Few images per class", and the rows of README on `finetune`, against the benchmark's JSON."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text(encoding="utf-8"))
+    names = {"MobileNetV2 0.35": "mobilenetv2_035", "EfficientNet-Lite0": "tf_efficientnet_lite0"}
+    section = RESULTS.partition("## Few images per class\n")[2].partition("\n## ")[0]
+    header, *rows = next(tables(section))
+    epochs = [int(title.removesuffix(" epochs")) for title in header[3:]]
+    measured = set()
+    for backbone, images, probe, *cells in rows:
+        key = f"{names[backbone]}/{images}"
+        if key in results["probes"]:
+            assert probe == f"{100 * results['probes'][key]['top1']:.2f}"
+        for count, cell in zip(epochs, cells, strict=True):
+            found = results["cells"].get(f"{key}/{count}/0")
+            assert cell == (printed(found) if found else "not measured")
+            measured |= {f"{key}/{count}/0"} if found else set()
+    assert measured == set(results["cells"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(
+        r"^\| `finetune`, (\d+) images per class, (\w+) epochs +\| (.*?) +\| ([\d.]+) .*?\| ([\d.]+) +\| (.*?) +\|",
+        readme,
+        re.M,
+    )
+    assert quoted
+    for images, count, backbone, probe, top1, difference in quoted:
+        key = f"{names[backbone]}/{images}"
+        found = results["cells"][f"{key}/{ {'five': 5, 'ten': 10}[count] }/0"]
+        low, high = found["difference"][1:]
+        assert probe == f"{100 * results['probes'][key]['top1']:.2f}"
+        assert top1 == f"{100 * found['top1']:.2f}"
+        assert difference == f"{100 * found['difference'][0]:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def printed(cell: dict[str, Any]) -> str:
+    difference, low, high = (f"{100 * value:+.2f}" for value in cell["difference"])
+    return f"{100 * cell['top1']:.2f} ({difference}; {low} to {high})"

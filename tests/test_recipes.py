@@ -16,6 +16,7 @@ from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError
+from crossx.methods.base import published_name
 from crossx.recipes import Recipe, Setting, list_recipes, load_recipe, model_name, model_names
 from crossx.runs import Preprocessing
 from crossx.training.config import Config
@@ -215,7 +216,24 @@ def test_later_base_wins(tmp_path: Path) -> None:
         ("optim: [1, 2]", "line 1 is not a mapping"),
         ("- a", "line 1 is not a mapping"),
         ("optim:\n  lr: 1\n  lr: 2", "line 3 gives 'lr' again"),
+        ("seed: 1\noptim:\n  lr: {a: 1, a: 2}", "line 3 gives 'a' again"),
         ("optim: {lr: 1", "line 1 is not valid YAML"),
+        ("seed: 1\na: !!python/object/apply:os.system [x]", "line 2 is not valid YAML (could not determine"),
+        ("a: !mine x", "line 1 is not valid YAML (could not determine"),
+        ("seed: 1\n{a: 1}: 2", "line 2 is not valid YAML"),
+        ("seed: 2001-13-45", "line 1 is not valid YAML (month must be in 1..12)"),
+        ("seed: " + "9" * 5000, "line 1 is not valid YAML (Exceeds the limit"),
+        ("seed: !!bool x", "line 1 is not valid YAML"),
+        ("seed: *other", "line 1 is not valid YAML (found undefined alias 'other')"),
+        ("seed: 1\nb: \x07", "line 2 is not valid YAML (unacceptable character"),
+        ("<<: 3", "line 1 is not valid YAML (expected a mapping"),
+        ("a: 1\n---\nb: 2", "line 2 is not valid YAML"),
+        ("%YAML 3.0\n---\na: 1", "line 1 is not valid YAML"),
+        ("[" * 5000, "not valid YAML (nested too deeply)"),
+        ("!!omap [a: 1]", "line 1 is not a mapping"),
+        ("!!set {a}", "line 1 is not a mapping"),
+        ("base: 3", "base must be the name of a recipe"),
+        ("base: {a: 1}", "base must be the name of a recipe"),
         (
             "base: crossx_cub_resnet",
             "unknown recipe 'crossx_cub_resnet'. Did you mean 'crossx_cub_resnet50'?",
@@ -230,6 +248,38 @@ def test_wrong_file_is_refused_in_one_line(text: str, message: str, tmp_path: Pa
         load_recipe(path)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(b"seed: \xff")
+    with pytest.raises(UsageError, match=r"wrong\.yaml: not UTF-8 text \(byte 7\)\."):
+        load_recipe(path)
+
+
+def test_anchors_and_merged_keys_keep_their_comments(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "x: &x\n  lr: 1  # x\ny: &y\n  lr: 2  # y\n  gamma: 3  # z\noptim:\n  <<: [*x, *y]\n  momentum: 4  # own\n"
+        "model: {<<: *x, lr: 5}\n"
+    )
+    settings = load_recipe(path).settings
+    assert settings["optim", "lr"] == Setting(1, beside="x")
+    assert settings["optim", "gamma"] == Setting(3, beside="z")
+    assert settings["optim", "momentum"] == Setting(4, beside="own")
+    assert settings["model", "lr"].value == 5
+
+
+def test_words_for_truth_and_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "words.yaml"
+    path.write_text("model: {a: yes, b: Off, c: note, d: 1e-4, e: 017, f: 1:30, g: '1e-4'}\n")
+    expected = {"a": True, "b": False, "c": "note", "d": 1e-4, "e": 17, "f": "1:30", "g": "1e-4"}
+    assert load_recipe(path).to_dict() == {"model": expected}
+
+
+def test_a_changed_value_does_not_change_the_packaged_recipe() -> None:
+    load_recipe("crossx_cub_resnet50").to_dict()["model"]["c3s_weights"].append(1)
+    assert load_recipe("crossx_cub_resnet50").get("model", "c3s_weights") == [0.5, 0.25, 0.5]
 
 
 def test_base_of_itself_is_refused(tmp_path: Path) -> None:
@@ -288,8 +338,15 @@ def test_a_model_is_named_as_timm_names_models(recipe: str, name: str) -> None:
     assert model_names()[name] == recipe
 
 
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_a_recipe_and_its_method_agree_on_the_published_name(recipe: str) -> None:
+    model = load_recipe(recipe).to_dict()["model"]
+    stated = load_recipe(recipe).published_as or model["method"]
+    assert published_name(model["method"], model) == stated
+
+
 def test_a_trained_network_has_the_name_of_its_recipe() -> None:
-    assert model_names()[model_name("crossx", "resnet50.tv_in1k", {}, "cub", 448)] == "crossx_cub_resnet50"
+    assert model_names()[model_name("crossx", "resnet50.tv_in1k", "cub", 448)] == "crossx_cub_resnet50"
 
 
 def test_own_file_builds_on_a_model_name(tmp_path: Path) -> None:

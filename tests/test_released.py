@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from crossx.errors import CrossXError, UsageError
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.released import build_released, import_released
 from layouts import write_cub, write_nabirds
 

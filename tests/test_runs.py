@@ -1,7 +1,11 @@
 import errno
+import fcntl
 import json
 import os
+import platform
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from crossx.runs import (
     Run,
     atomic_path,
     environment,
+    locked_folder,
     open_run,
     read_json,
     write_json,
@@ -149,7 +154,7 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         write_text(tmp_path / "file" / "run.json", "x")
 
 
@@ -185,3 +190,51 @@ def test_a_spec_without_temperature_has_1(tmp_path: Path) -> None:
 def test_temperatures_that_cannot_be_are_refused(temperature: object) -> None:
     with pytest.raises(CrossXError, match=r"model\.json: not a model description of crossx"):
         ModelSpec.from_json({**SPEC.to_json(), "temperature": temperature}, Path("model.json"))
+
+
+HOLD = """
+import pathlib, sys
+from crossx.runs import locked_folder
+with locked_folder(pathlib.Path(sys.argv[1]), "working in it"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_locked_until_its_process_ends_also_after_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "folder"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        line = refusal(enter, folder)
+        assert line.startswith(f"{folder}: another process is waiting here (process {process.pid} on ")
+        assert platform.node() in line
+        process.kill()
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+    enter(folder)
+    assert list(folder.iterdir()) == []
+
+
+def enter(folder: Path) -> None:
+    with locked_folder(folder, "waiting here"):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_does_not_stop_the_work(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked_folder(tmp_path, "waiting here"):
+        enter(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "there is a file where a folder is needed" in refusal(enter, tmp_path / "file")
+    assert "cannot be written" in refusal(enter, Path("/proc/folder"))

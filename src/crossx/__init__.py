@@ -1,6 +1,6 @@
 """Fine-grained visual categorization: Cross-X learning and the methods it is compared with, on one contract.
 
-The public names are imported when they are first used, so that ``import crossx`` costs nothing.
+The public names are imported on first use, so ``import crossx`` is fast.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The batch as the ranks of a process group hold it together, and where half precision is too coarse.
+"""Sums and means over the ranks of a process group, and float32 where half precision is too coarse.
 
-DDP averages the gradients of the ranks. So that this average is the gradient of one process on the whole batch, a
-batch sum goes through ``sum_over_ranks``, and a batch mean is weighed by the rank's share (``batch_mean``): with n_r
-images on rank r of W, ``1/W sum_r (W n_r / sum n) mean_r`` is the mean over all images. The whole batch is that of one
-backward pass: under gradient accumulation the micro-batch.
+DDP averages the gradients of the ranks. To make this average the gradient of the whole batch, sum over the batch with
+``sum_over_ranks`` and weight a mean over the rank's images with ``batch_mean``: with n_r images on rank r of W,
+``1/W sum_r (W n_r / sum n) mean_r`` is the mean over all images. The whole batch is the one of a backward pass, under
+gradient accumulation the micro-batch.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ import torch
 from torch import Tensor, distributed
 
 
+def has_process_group() -> bool:
+    """Whether this process belongs to a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
+    return distributed.get_world_size() if has_process_group() else 1
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a process group."""
+    return distributed.get_rank() if has_process_group() else 0
 
 
 def is_leader() -> bool:
-    """Say whether this is the one process of a training that writes and speaks.
+    """Whether this is the process of a training that writes and prints.
 
-    Before there is a process group, the launcher's environment variables tell (those that Lightning reads).
+    Before there is a process group, the environment variables of the launcher decide (those that Lightning reads).
     """
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
+    if has_process_group():
+        return rank() == 0
     launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
     return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce through which gradients flow: each rank's share of the sum gets every rank's gradient."""
+    """A differentiable all-reduce: the gradient of each rank's tensor is the sum of every rank's gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -50,40 +58,39 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the sum of every rank's tensor (one all-reduce, differentiable); in one process the tensor itself."""
+    """Return the sum of every rank's tensor (a differentiable all-reduce); in one process the tensor itself."""
     summed: Tensor = _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
     return summed
 
 
 def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
-    """Join every rank's tensor along the first dimension, in the order of the ranks; differentiable.
+    """Concatenate every rank's tensor along the first dimension, in the order of the ranks; differentiable.
 
-    Ranks may differ in the length of that dimension.
+    The length of that dimension may differ between ranks.
 
     Returns:
-        The joined tensor (one all-reduce of its size, one of the lengths), and where in it this rank's begins. In one
-        process the tensor itself and 0.
+        The concatenated tensor (one all-reduce of its size, one of the lengths), and the index where this rank's part
+        begins. In one process the tensor itself and 0.
     """
     if world_size() == 1:
         return tensor, 0
     lengths = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
-    lengths[distributed.get_rank()] = len(tensor)
+    lengths[rank()] = len(tensor)
     lengths = sum_over_ranks(lengths)
-    before = int(lengths[: distributed.get_rank()].sum())
+    before = int(lengths[: rank()].sum())
     joined = tensor.new_zeros(int(lengths.sum()), *tensor.shape[1:])
     joined[before : before + len(tensor)] = tensor
     return sum_over_ranks(joined), before
 
 
 def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
-    """Turn the mean over this rank's images into its part of the mean over all ranks' images.
+    """Weight the mean over this rank's images so that the average over the ranks is the mean over the whole batch.
 
-    The average of the parts over the ranks is the mean over the whole batch. In one process the mean stays as it is,
-    and so it does where the ranks' weights are equal.
+    In one process, or with equal weights on all ranks, the mean does not change.
 
     Args:
         mean: Mean over the rank's images, a scalar.
-        weight: What that mean was divided by: the number of images, or the sum of their weights.
+        weight: The divisor of that mean: the number of images, or the sum of their weights.
     """
     ranks = world_size()
     if ranks == 1:
@@ -93,5 +100,5 @@ def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 where it is in half precision, as it is in float32 and float64."""
+    """Return the tensor in float32 if it is in half precision, else unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,24 +1,24 @@
-"""Errors that a user can mend: one line saying what, where and what to do."""
+"""Errors that a user can fix: one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class CrossXError(Exception):
-    """Something failed that is not a programming error. The message is one line; the command exits with 1."""
+    """A failure that is not a bug. The message is one line; the command exits with 1."""
 
     exit_code = 1
 
 
 class UsageError(CrossXError):
-    """The command or call itself cannot work (unknown name, impossible option). The command exits with 2."""
+    """A wrong command or call, such as an unknown name or an impossible option. The command exits with 2."""
 
     exit_code = 2
 
 
-class Stopped(CrossXError):  # noqa: N818  no error, an ending
+class Stopped(CrossXError):  # noqa: N818  not an error
     """The work was stopped by a signal (Ctrl-C, SIGTERM) and can be continued."""
 
     exit_code = 130
@@ -31,22 +31,25 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
-    """Build the error for a name outside ``choices``: the nearest match and every choice."""
+    """Build the error for a name that is not in ``choices``, with the nearest match and all choices."""
     ordered = sorted(choices)
     return UsageError(f"unknown {kind} {name!r}.{nearest(name, ordered)} Choose from: {', '.join(ordered)}.")
 
 
 def check_choice(kind: str, value: object, choices: Collection[str]) -> None:
-    """Check that an option's value is one of its choices.
-
-    Raises:
-        UsageError: If it is not, see ``unknown``.
-    """
+    """Raise ``UsageError`` if an option's value is not one of its choices."""
     if value not in choices:
         raise unknown(kind, str(value), choices)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, without its full stop, to quote within one line."""
+    """Return the first line of an error's message, without a full stop, to quote it in another message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join the first ``most`` items and count the others: ``a, b and 3 more``, or ``a; b; and 3 more``."""
+    more = len(items) - most
+    end = f"{separator.replace(', ', ' ')}and {more} more" if more > 0 else ""
+    return separator.join(items[:most]) + end

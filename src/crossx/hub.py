@@ -1,6 +1,6 @@
-"""Models on the Hugging Face Hub: their names, getting them and putting them there. Imports no torch.
+"""Name, download and upload models on the Hugging Face Hub. Imports no torch.
 
-Only safetensors and JSON are taken from the Hub, so that a model of a stranger runs no code.
+Only safetensors and JSON are downloaded, so a model of unknown origin cannot run code.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from crossx.errors import CrossXError, UsageError, first_line
 LIBRARY = "crossx"
 CONFIG, SPEC, WEIGHTS = "config.json", "model.json", "model.safetensors"
 TAKEN = (CONFIG, SPEC, WEIGHTS)
-"""What is downloaded. The Hub counts requests of ``config.json`` as downloads."""
+"""The files to download. The Hub counts requests of ``config.json`` as downloads."""
 PREFIX = "hf-hub:"
 LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".onnx", ".xml", ".pt2")
-"""A name that ends so means a file."""
+"""Suffixes of names that mean a file."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class HubModel:
     Attributes:
         repository: ``user/name``.
         revision: Branch, tag or commit; None for the main branch.
-        explicit: Whether ``hf-hub:`` stood before it, so that no folder can have been meant.
+        explicit: Whether it was given with ``hf-hub:``, so that it cannot mean a folder.
     """
 
     repository: str
@@ -38,10 +38,10 @@ class HubModel:
 
     @classmethod
     def parse(cls, text: str) -> HubModel | None:
-        """Read ``user/name``, ``user/name@revision``, either after ``hf-hub:``; None for what can only be a path.
+        """Parse ``user/name`` or ``user/name@revision``, with or without ``hf-hub:``; None if it can only be a path.
 
         Raises:
-            UsageError: If ``hf-hub:`` stands before something else.
+            UsageError: If something else follows ``hf-hub:``.
         """
         explicit = text.startswith(PREFIX)
         repository, at, revision = text.removeprefix(PREFIX).partition("@")
@@ -51,7 +51,7 @@ class HubModel:
             raise UsageError(
                 f"{text!r} names no model: write {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION."
             )
-        # with a folder of that name here, a missing run in it is a slip, and the network is not asked
+        # if there is a folder USER, a missing run in it is a typo, and no request is sent
         local = user in (".", "..", "~") or name.endswith(LOCAL_SUFFIXES) or os.path.isdir(user)
         return cls(repository, revision or None, explicit) if named and (explicit or not local) else None
 
@@ -60,19 +60,17 @@ class HubModel:
 
 
 def download_model(model: HubModel) -> Path:
-    """Download a model, as far as it is not in the Hub's cache, and return its folder there.
-
-    Without a network the cache alone is asked.
+    """Download a model into the Hub's cache, if it is not there yet, and return its folder.
 
     Raises:
-        CrossXError: If there is no such model or revision, it may not be had, it is no model of crossx, or the Hub
+        CrossXError: If there is no such model or revision, access is denied, it is not a crossx model, or the Hub
             cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """A progress bar that leaves nothing behind, and is not drawn where stderr is no terminal."""
+        """A progress bar that disappears when done, and is shown only in a terminal."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "leave": False, "disable": None})  # type: ignore[no-untyped-call]
@@ -107,20 +105,20 @@ def upload_model(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload a model in one commit, making the repository and the branch where there are none.
+    """Upload a model in one commit, creating the repository and the branch if needed.
 
     Args:
-        folder: Where the files lie.
-        model: Where they go; the revision is a branch.
-        files: Names of the files in ``folder``; nothing else is uploaded.
-        private: Whether a new repository is visible to its owner alone.
+        folder: The folder of the files.
+        model: The destination; its revision is a branch.
+        files: Names of the files in ``folder`` to upload.
+        private: Whether a new repository is private.
         token: An access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
         The address of the repository.
 
     Raises:
-        CrossXError: If the Hub cannot be reached or refuses.
+        CrossXError: If the Hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -186,7 +184,7 @@ def _why_not_uploaded(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Return what a server or library said, on one line."""
+    """Return the message of a library and of the server on one line."""
     server = " ".join(str(getattr(error, "server_message", None) or "").split())
     return ": ".join(filter(None, (first_line(error).rstrip(":"), server.rstrip("."))))
 

@@ -1,7 +1,7 @@
 """The authors' released checkpoints (https://github.com/cswluo/CrossX) as ordinary runs.
 
-A checkpoint is a plain state dict without class names. Its class index is the alphabetical order of the class folders
-that the released preparation makes; the heads are permuted to the official label order where the names are known.
+A checkpoint is a plain state dict without class names. Its classes are in the alphabetical order of the class folders
+of the released preparation; the heads are permuted to the official label order if the dataset is given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crossx.data.index import DatasetIndex
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.layers.pooling import Pooling
 from crossx.methods import Method, create_method
-from crossx.methods.checkpoint import describe, save_weights
+from crossx.methods.weights import describe, save_weights
 from crossx.runs import Preprocessing, Run, environment, write_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,14 +32,14 @@ GATE_LAYERS = {"0": "squeeze", "2": "excite"}
 
 @dataclass(frozen=True)
 class ReleasedSetting:
-    """What the released code does with one dataset (its demo.py and initialization.py).
+    """The released code's settings for one dataset (its demo.py and initialization.py).
 
     Attributes:
         previous_pooling: Pooling of stage L-1.
         resize_size: Images are resized to a square of this side before the crop of 448.
-        use_merged: Whether its evaluation counts the merged head.
-        by_folder: Whether its class folders are named like the archive's folders of images (NABirds: the class
-            id without leading zeros), not by the class names with "/" removed.
+        use_merged: Whether its evaluation uses the merged head.
+        by_folder: Whether its class folders have the names of the archive's image folders (NABirds: the class id
+            without leading zeros), instead of the class names without "/".
     """
 
     previous_pooling: Pooling
@@ -65,18 +65,18 @@ def import_released(
     previous_pooling: Pooling | None = None,
     data_root: str | Path | None = None,
 ) -> Run:
-    """Make a run of a released checkpoint.
+    """Make a run folder from a released checkpoint.
 
     Args:
         file: The checkpoint; keys with or without ``module.``.
-        dataset: ``cub``, ``nabirds``, ``cars``, ``dogs`` or ``aircraft``: sets pooling, input and heads.
-        output: The run folder to make; it must not hold a run.
-        previous_pooling: Pooling of stage L-1, where the dataset's own is not wanted.
+        dataset: ``cub``, ``nabirds``, ``cars``, ``dogs`` or ``aircraft``: determines pooling, input and heads.
+        output: The new run folder.
+        previous_pooling: Pooling of stage L-1, instead of the dataset's.
         data_root: The dataset, for the class names; without it the classes are numbered in the released order.
 
     Raises:
         UsageError: For an unknown dataset.
-        CrossXError: If the file is no such checkpoint, or its classes are not as many as the dataset's.
+        CrossXError: If the file is not a released checkpoint, or has another number of classes than the dataset.
     """
     if dataset not in SETTINGS:
         raise unknown("dataset", dataset, SETTINGS)
@@ -115,16 +115,16 @@ def import_released(
 def build_released(
     state: Mapping[str, Tensor], previous_pooling: Pooling, use_merged: bool, source: Path
 ) -> Method:
-    """Build the Cross-X network of a released state dict and load it; the classes stay in the released order.
+    """Build the Cross-X network of a released state dict and load it, with the classes in the released order.
 
     Args:
         state: The checkpoint without ``module.``.
-        previous_pooling: Pooling of stage L-1, which the weights do not tell.
-        use_merged: Whether the merged head takes part.
+        previous_pooling: Pooling of stage L-1, which the weights do not determine.
+        use_merged: Whether to use the merged head.
         source: Named in errors.
 
     Raises:
-        CrossXError: If it is no released checkpoint.
+        CrossXError: If it is not a released checkpoint.
     """
     gate = re.compile(r"layer4\.2\.(me|se)\.parts\.(\d+)\.0\.weight")
     gates = [match for key in state if (match := gate.fullmatch(key))]
@@ -160,10 +160,10 @@ def build_released(
 
 
 def convert_released(state: Mapping[str, Tensor], num_parts: int) -> dict[str, Tensor]:
-    """Return a released state dict under the keys of ``CrossX``.
+    """Return a released state dict with the keys of ``CrossX``.
 
-    The gates of one layer and part are stacked over parts, the merge's kernels joined as groups of one convolution.
-    What has no place (the unused trunk gate of the last block on SENet) keeps its own name.
+    The weights of the gates are stacked over parts, and the kernels of the merge are concatenated as groups of one
+    convolution. Unused weights (the trunk's gate in the last block of SENet) keep their names.
     """
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -207,7 +207,7 @@ def _join(parts: Sequence[Tensor | None], how: Callable[..., Tensor]) -> Tensor:
 def _released_classes(
     dataset: str, setting: ReleasedSetting, method: Any, data_root: str | Path | None
 ) -> tuple[Sequence[str], Mapping[str, tuple[str, ...]]]:
-    """Return class names and hierarchy, the heads permuted to the official order where it is known."""
+    """Return class names and hierarchy, after permuting the heads to the official order if it is known."""
     if data_root is None:
         return [f"class {number:03d}" for number in range(method.num_classes)], {}
     index = read_dataset(dataset, Path(data_root))
@@ -228,10 +228,10 @@ def _released_classes(
 
 
 def released_folders(index: DatasetIndex, by_folder: bool) -> list[str]:
-    """Return, for each class, the name of the folder whose alphabetical rank is its released index.
+    """Return per class the name of the folder whose alphabetical rank is its released index.
 
     Raises:
-        CrossXError: If a class has no image to tell its folder.
+        CrossXError: If a class has no image, so that its folder is unknown.
     """
     if not by_folder:
         return [name.replace("/", "") for name in index.classes]
@@ -239,6 +239,6 @@ def released_folders(index: DatasetIndex, by_folder: bool) -> list[str]:
     for label, name in enumerate(index.classes):
         if label not in names:
             raise CrossXError(
-                f"class {name!r} has no image, so its place in the released order is not known."
+                f"class {name!r} has no image, so its position in the released order is unknown."
             )
     return [str(int(names[label])) if names[label].isdecimal() else names[label] for label in sorted(names)]

@@ -1,7 +1,7 @@
-"""What may be in the JSON files of a run or a shared model, which may come from a stranger. Imports no torch.
+"""Schemas of the JSON files of a run or a shared model, which may be of unknown origin. Imports no torch.
 
-Nothing that passes can open a path, download, import or run code, and no number in it asks for more than a network of a
-sensible size: ``model.json`` describes an architecture, and the weights come from the file next to it.
+A valid file cannot make crossx open a path, download, import or run code, nor build a network of an unreasonable size:
+``model.json`` describes an architecture, and the weights come from the file next to it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pydantic import (
 from crossx.errors import CrossXError, UsageError, nearest
 
 MAX_IMAGE_SIZE = 4096
-"""Side of the images that a network sees, in pixels."""
+"""Side of a network's input, in pixels."""
 MAX_CLASSES = 100_000
 MAX_SHOWN = 80
-"""Characters of a key that an error quotes."""
+"""Characters of a key to quote in an error."""
 
 Text = Annotated[str, Field(max_length=1000)]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -39,12 +39,12 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def _row(kind: Any, most: int, least: int = 0) -> Any:
-    """Return the type of a list or tuple of at most ``most`` items."""
+    """Return the type of a list or tuple with bounds on its length."""
     return Annotated[tuple[kind, ...], Field(strict=False, min_length=least, max_length=most)]
 
 
 def _either(kind: Any, words: str) -> Any:
-    """Return a union whose error says in ``words`` what it takes, and not each branch's reason."""
+    """Return a type whose error is ``should be WORDS``, instead of one error per member of the union."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -81,14 +81,14 @@ class PreprocessingFile(BaseModel):
     pipeline: Literal["fast", "strict"] = "fast"
 
     @model_validator(mode="after")
-    def _crop_from_what_is_there(self) -> PreprocessingFile:
+    def _crop_fits(self) -> PreprocessingFile:
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise ValueError(f"resize_size {self.resize_size} is less than image_size {self.image_size}")
         return self
 
 
 class ModelFile(BaseModel):
-    """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` has a check of its own."""
+    """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` is checked separately."""
 
     model_config = ConfigDict(**_STRICT, extra="ignore")
 
@@ -113,7 +113,7 @@ class ModelFile(BaseModel):
 
 
 def _several(kind: Any, words: str) -> Any:
-    """Return the type of one value or one per stage; None leaves timm's default."""
+    """Return the type of one value, or one per stage; None is timm's default."""
     return _either(kind | _row(kind, 8) | None, f"{words}, or at most 8 of them")
 
 
@@ -178,8 +178,8 @@ ARCHITECTURE_ARGUMENTS: Mapping[str, Any] = {
     )
     for name in names.split()
 }
-"""Arguments of ``timm.create_model`` that a saved model may have, and the values that they take: numbers, switches and
-names of layers. None of them opens a path, downloads, or is passed on as code."""
+"""Arguments of ``timm.create_model`` that a saved model may have, and their types: numbers, switches, names of layers.
+None of them opens a path, downloads, or is run as code."""
 
 BackboneArguments: type[BaseModel] = create_model(  # type: ignore[call-overload]
     "BackboneArguments",
@@ -190,7 +190,7 @@ BackboneArguments: type[BaseModel] = create_model(  # type: ignore[call-overload
 
 
 def check_model(values: Mapping[str, Any], source: Path | str) -> None:
-    """Check what ``model.json`` holds.
+    """Check the contents of ``model.json``.
 
     Raises:
         CrossXError: If a value is missing, of the wrong type or out of bounds, naming it.
@@ -201,7 +201,7 @@ def check_model(values: Mapping[str, Any], source: Path | str) -> None:
 
 
 def check_backbone_args(args: Mapping[str, Any]) -> None:
-    """Check before a training that ``model.json`` can keep these arguments, so that the run can be loaded afterwards.
+    """Check before training that ``model.json`` can store these arguments, so that the run can be loaded.
 
     Raises:
         UsageError: If it cannot, naming the argument.
@@ -223,7 +223,7 @@ def check_backbone_args(args: Mapping[str, Any]) -> None:
 
 
 class GitFile(BaseModel):
-    """State of the working folder in ``run.json`` and results."""
+    """Git state of the working folder, in ``run.json`` and results."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -232,7 +232,7 @@ class GitFile(BaseModel):
 
 
 class EnvironmentFile(BaseModel):
-    """What a run was made with."""
+    """Software that a run was made with."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -243,7 +243,7 @@ class EnvironmentFile(BaseModel):
 
 
 class SelectionFile(BaseModel):
-    """How the weights were chosen among the epochs."""
+    """How the epoch of the weights was selected."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -255,7 +255,7 @@ class SelectionFile(BaseModel):
 
 
 class CalibrationFile(BaseModel):
-    """Where the temperature comes from."""
+    """Data that the temperature was fitted on."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -266,7 +266,7 @@ class CalibrationFile(BaseModel):
 
 
 class RunFile(BaseModel):
-    """``run.json``: provenance. Older runs lack some of it."""
+    """``run.json``: provenance. Older runs lack some keys."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -311,7 +311,7 @@ class PairFile(BaseModel):
 
 
 class SizeFile(BaseModel):
-    """``preprocessing`` of results, as far as it is read."""
+    """The part of ``preprocessing`` in results that is read."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -319,7 +319,7 @@ class SizeFile(BaseModel):
 
 
 class ResultsFile(BaseModel):
-    """``SPLIT.json``, what ``crossx test`` found. What a verb cannot do without it asks for itself."""
+    """``SPLIT.json``, the results of ``crossx test``. Each verb checks the keys that it needs with ``require``."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -361,7 +361,7 @@ def _counted(row: dict[str, float]) -> dict[str, float]:
 
 
 class HistoryFile(BaseModel):
-    """``metrics.json``: a row of numbers per epoch."""
+    """``metrics.json``: one row of numbers per epoch."""
 
     model_config = ConfigDict(**_STRICT)
 
@@ -376,7 +376,7 @@ FILES: Mapping[type[BaseModel], str] = {
 
 
 def check_file(kind: type[BaseModel], values: Mapping[str, Any], source: Path | str) -> None:
-    """Check what another JSON file of a run holds, as far as a verb reads it.
+    """Check the contents of another JSON file of a run.
 
     Raises:
         CrossXError: If a value is of the wrong type or out of bounds, naming it.
@@ -385,7 +385,7 @@ def check_file(kind: type[BaseModel], values: Mapping[str, Any], source: Path | 
 
 
 def require(values: Mapping[str, Any], keys: Iterable[str], source: Path | str) -> None:
-    """Check that results hold what a verb needs; ``a.b`` is a key within ``a``.
+    """Check that results have the required keys; ``a.b`` is a key within ``a``.
 
     Raises:
         CrossXError: If one is missing or null.
@@ -404,8 +404,8 @@ def _check(kind: type[BaseModel], values: Any, source: Path | str, what: str, wi
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = _where((within, *first["loc"]) if within else first["loc"])
-        told = f"{where}: {_reason(first)}" if where else _reason(first)
-        raise CrossXError(f"{source}: not {what} ({told}).") from error
+        reason = f"{where}: {_reason(first)}" if where else _reason(first)
+        raise CrossXError(f"{source}: not {what} ({reason}).") from error
 
 
 def _reason(error: Mapping[str, Any]) -> str:
@@ -416,15 +416,10 @@ def _reason(error: Mapping[str, Any]) -> str:
     }
     if error["type"] in known:
         return known[error["type"]]
-    message = (
-        str(error["msg"])
-        .removeprefix("Value error, ")
-        .removeprefix("Input ")
-        .partition(" or instance of ")[0]
-    )
-    message = (
-        message.replace("valid tuple", "list").replace("Tuple", "List").replace("valid dictionary", "mapping")
-    )
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = message.partition(" or instance of ")[0]
+    for theirs, ours in (("valid tuple", "list"), ("Tuple", "List"), ("valid dictionary", "mapping")):
+        message = message.replace(theirs, ours)
     return message[:1].lower() + message[1:]
 
 

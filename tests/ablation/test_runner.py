@@ -12,7 +12,7 @@ import pytest
 
 import layouts
 from crossx.ablation import runner
-from crossx.ablation.runner import Trial, check_trials, places, plan, run_trials
+from crossx.ablation.runner import Trial, check_trials, divide_machine, plan, run_trials
 from crossx.ablation.suite import load_suite
 from crossx.errors import CrossXError, UsageError
 from crossx.training.config import Config, ModelConfig
@@ -190,7 +190,7 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
     check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}}}"))
     for more, sections, message in (
         ("", "model: {c3s_weights: [1]}", "c3s_weights takes 3 numbers"),
-        ("", "model: {num_parts: two}", "method 'crossx': an option is of the wrong type"),
+        ("", "model: {num_parts: two}", "method 'crossx': option num_parts is of the wrong type"),
         ("", "model: {osme_placement: outptu}", "Did you mean 'output'"),
         ("image_size: 32", "", "image_size 32 is too small"),
         ("image_size: 64", "model: {method: nts, num_proposals: 40}", "images of 64 pixels have 39 anchors"),
@@ -226,11 +226,11 @@ def test_tuning_needs_validation_of_the_epoch_that_is_kept(tmp_path: Path) -> No
             check_trials(searched, tuned=True)
 
 
-def test_places_share_cores_and_take_gpus_in_turn() -> None:
-    assert places(1, 8, ["0", "1"], {}) == [{}]
-    assert places(2, 8, [], {}) == [{"OMP_NUM_THREADS": "4"}] * 2
-    assert places(3, 2, ["0"], {"OMP_NUM_THREADS": "9"}) == [{}] * 3
-    gpus = [place["CUDA_VISIBLE_DEVICES"] for place in places(3, 8, ["4", "7"], {})]
+def test_processes_share_cores_and_take_gpus_in_turn() -> None:
+    assert divide_machine(1, 8, ["0", "1"], {}) == [{}]
+    assert divide_machine(2, 8, [], {}) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert divide_machine(3, 2, ["0"], {"OMP_NUM_THREADS": "9"}) == [{}] * 3
+    gpus = [place["CUDA_VISIBLE_DEVICES"] for place in divide_machine(3, 8, ["4", "7"], {})]
     assert gpus == ["4", "7", "4"]
 
 

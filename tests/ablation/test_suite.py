@@ -131,7 +131,7 @@ def test_alternatives_are_the_same_for_all_variants_or_given_for_each(tmp_path: 
         ("variants: {a: {}, b: {}}\ntune: {a: [{optim: {lr: 1}}]}", "`tune` is a list of changes"),
         (
             "variants: {a: {}, b: {}}\ntune: {a: [{optim: {lr: 1}}], b: []}",
-            "as many alternatives, not [0, 1]",
+            "the same number of alternatives, not [0, 1]",
         ),
         ("variants: {a: {}}\ntune: [{lr: 1}]", "tune: a, alternative 1 must map sections"),
         ("variants: {a: {}}\ntune: [{optm: {lr: 1}}]", "Did you mean 'optim'?"),

@@ -8,6 +8,7 @@ import pytest
 
 from crossx.ablation import runner
 from crossx.ablation.runner import Trial
+from crossx.ablation.suite import list_suites
 from crossx.cli.main import main
 from crossx.errors import CrossXError
 
@@ -47,11 +48,11 @@ def ablate(*more: str) -> int:
     ("more", "message"),
     [
         (["--suite", "fig5"], "Did you mean 'fig"),
-        (["--seeds", "a"], "must be a whole number from 0 on"),
+        (["--seeds", "a"], "--seeds takes a whole number of at least 0, not 'a'"),
         (["--seeds", "1", "1"], "names a seed twice"),
         (["--seed", "1"], "--seeds gives the seeds"),
         (["--resume", "out"], "the same command resumes"),
-        (["--jobs", "0"], "from 1 on"),
+        (["--jobs", "0"], "--jobs takes a whole number of at least 1, not '0'"),
         (["--against", "corssx"], "Did you mean 'crossx'?"),
         (["--config", "none.yaml"], "no such file"),
         (["--optim.lrr", "1"], "Did you mean '--optim.lr'"),
@@ -68,6 +69,12 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
     assert error.startswith("crossx ablate: error: ")
     assert error.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_help_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(list_suites())}, or a YAML file" in shown
 
 
 def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +98,7 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:
     if not processes:
-        monkeypatch.setattr(runner._Crew, "_call", call_here)
+        monkeypatch.setattr(runner._Processes, "_call", call_here)
     variants = "variants: {plain: {model: {method: plain}}}"
     Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
     more = ["--data.val_fraction", "0.4", "--jobs", "2"]

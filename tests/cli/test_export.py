@@ -45,12 +45,12 @@ def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFix
     ("words", "message"),
     [
         ([], "the following arguments are required: --output"),
-        (["--output", "x.txt"], "its name must end in the format's"),
-        (["--output", "x.onnx", "--tolerance", "-1"], "must be a number from 0 on, not '-1'"),
+        (["--output", "x.txt"], "must end in the suffix of a format"),
+        (["--output", "x.onnx", "--tolerance", "-1"], "--tolerance takes a number of at least 0, not '-1'"),
         (["--output", "x.pt2", "--precison", "fp16"], "Did you mean '--precision'?"),
         (
             ["--output", "x.pt2", "--calibration", "9"],
-            "--calibration and --accuracy belong to --precision int8.",
+            "--calibration and --accuracy require --precision int8.",
         ),
         (["--output", "folder.pt2"], "folder.pt2 is a folder: give the name of a file."),
     ],

@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from crossx.cli.fit_options import parse_fit
+from crossx.cli.main import main
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
@@ -153,10 +155,31 @@ def test_resume_takes_the_root_of_the_data_alone() -> None:
     assert (asked.resume, asked.config.data.root) == ("runs/a", "elsewhere")
 
 
+def test_print_config_prints_a_recipe_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "dfl_cub_vgg16", "--optim.lr", "0.25"]
+    assert main(["fit", *words, "--print_config"]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse_fit(["--config", str(file)]).config == parse_fit(words).config
+
+
+def test_help_begins_with_the_options_used_most(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_fit(["--help"])
+    shown = capsys.readouterr().out
+    options = re.findall(r"^  (--[\w.]+)", shown, re.MULTILINE)
+    first = ["--config", "--resume", "--output", "--data.root", "--data.dataset", "--trainer.max_epochs"]
+    first += ["--optim.lr", "--data.batch_size", "--data.image_size", "--model.backbone", "--model.method"]
+    assert {*first} <= {*options[:16]}
+    assert len(options) == len({*options})
+
+
 def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_fit(["--config", "crossx_dogs_senet50_released", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "excitation modules (section 4.2 takes 2). (type: int, default: 3)" in shown
+    assert "excitation modules (section 4.2 uses 2). (default: 3)" in shown
     assert "default: legacy_seresnet50.in1k" in shown
     assert "30% of training" in shown

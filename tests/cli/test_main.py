@@ -2,23 +2,24 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from crossx.cli import main as main_module
 from crossx.cli.main import VERBS, main
+from crossx.cli.parser import function_options
 from crossx.errors import CrossXError, UsageError
 
 
 def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the verb ``recipes`` raise ``error``."""
 
-    def run(arguments: Sequence[str]) -> int:
+    def recipes(name: str | None = None) -> None:
+        """Fail."""
         raise error
 
-    monkeypatch.setattr(importlib.import_module("crossx.cli.recipes"), "run", run)
+    monkeypatch.setattr(importlib.import_module("crossx.cli.recipes"), "recipes", recipes)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +37,28 @@ def test_help_imports_the_standard_library_alone() -> None:
     )
     assert done.stderr.strip() == "['crossx']"
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_help_of_a_verb_imports_no_torch() -> None:
+    done = python(
+        "import sys\n"
+        "from crossx.cli.main import VERBS, main\n"
+        "heavy = {'torch', 'lightning', 'timm', 'numpy', 'pydantic', 'matplotlib', 'fastapi'}\n"
+        "for verb in [*VERBS, 'datasets check']:\n"
+        "    main([*verb.split(), '--help'])\n"
+        "    print(verb, sorted(heavy & {name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    assert done.stderr.splitlines() == [f"{verb} []" for verb in [*VERBS, "datasets check"]]
+    assert done.stdout.count("usage: crossx ") == len(VERBS) + 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_has_help(verb: str) -> None:
+    module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")
+    functions = [getattr(module, verb.replace("-", "_"), None), getattr(module, "check", None)]
+    options = [option for function in functions if function for option in function_options(function)]
+    assert options or verb == "fit"
+    assert all(option.help.endswith(".") for option in options)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +171,7 @@ def test_closed_pipe_is_quiet() -> None:
         ),
         (
             ["predict", "run", "a.jpg", "--top", "0"],
-            "crossx predict: error: argument --top: must be a whole number from 1 on",
+            "crossx predict: error: --top takes a whole number of at least 1, not '0'.",
         ),
         (["datasets", "lst"], "crossx datasets: error: unknown action 'lst'. Did you mean 'list'? "),
     ],

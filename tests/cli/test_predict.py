@@ -51,7 +51,7 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(collection, "predict_shard", interrupted)
     words = ["predict", run, "photos", "--output", "out", "--shard_size", "2", "--device", "cpu"]
     assert main(words) == 130
-    line = "crossx predict: error: stopped after 2 of 6 images; the same command goes on from there.\n"
+    line = "crossx predict: error: stopped after 2 of 6 images; run the same command to continue.\n"
     assert capsys.readouterr().err == line
     monkeypatch.undo()
     monkeypatch.chdir(place)
@@ -76,11 +76,14 @@ def test_ctrl_c_says_how_to_go_on(
         (["photos", "--output", "out.json"], "For a folder of that name write out.json/."),
         (["photos", "--features", "out.npy"], "out.npy: must end in .parquet."),
         (["photos", "--features", "out.parquet", "--top", "2"], "--top belongs to predictions"),
-        (["photos", "--features", "out.parquet", "--output", "out.csv"], "not allowed with argument"),
+        (
+            ["photos", "--features", "out.parquet", "--output", "out.csv"],
+            "--features does not go with --output: leave one of them out.",
+        ),
         (["photos", "--precision", "fp8"], "unknown precision 'fp8'."),
-        (["photos", "--crops", "3"], "argument --crops: invalid choice: 3"),
+        (["photos", "--crops", "3"], "--crops takes 1, 5, not '3'."),
         (["photos", "--engine", "rai", "--output", "out"], "unknown engine 'rai'. Did you mean 'ray'?"),
-        (["photos", "--workers", "2", "--output", "out"], "--workers belongs to --engine ray."),
+        (["photos", "--workers", "2", "--output", "out"], "--workers requires --engine ray."),
         (["photos/robin/000.jpg", "--output", "out"], "is neither a folder nor a .parquet file."),
     ],
 )

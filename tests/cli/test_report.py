@@ -87,7 +87,7 @@ def test_lost_images_leave_a_page_without_pictures(
         (2, ["tested", "--split", "tset"], "unknown split 'tset'. Did you mean 'test'?"),
         (2, ["tested", "--output", "page.pdf"], "page.pdf: the report is an HTML page"),
         (2, ["tested", "--output", "folder.html"], "folder.html is a folder"),
-        (1, ["tested", "--output", "file/page.html"], "a file stands where a folder is needed"),
+        (1, ["tested", "--output", "file/page.html"], "there is a file where a folder is needed"),
         (1, ["run", "--data.root", "gone"], "gone: no such folder"),
         (2, ["run", "--outptu", "a.html"], "unknown option '--outptu'. Did you mean '--output'?"),
     ],

@@ -62,7 +62,7 @@ def test_an_empty_variable_is_not_taken_for_no_key(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["run", "--queue", "0"], 2, "--queue: must be a whole number from 1 on, not '0'"),
+        (["run", "--queue", "0"], 2, "queue must be at least 1, not 0"),
         (["run", "--api_key", "secret"], 2, "unknown option '--api_key'. Did you mean '--api_key_file'?"),
         (["run", "--api_key_file", "none.txt"], 1, "none.txt: No such file or directory"),
     ],

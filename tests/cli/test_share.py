@@ -85,8 +85,8 @@ def refused(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> Callable[
 @pytest.mark.parametrize(
     ("code", "words", "expected"),
     [
-        (2, "share RUN", "where to? Give either --output DIR or --hub USER/NAME."),
-        (2, "share RUN --output a --hub me/a", "where to? Give either"),
+        (2, "share RUN", "give either --output DIR or --hub USER/NAME."),
+        (2, "share RUN --output a --hub me/a", "give either"),
         (2, "share RUN --output a --private", "--private belongs to --hub"),
         (2, "share RUN --hub birds", "'birds' names no repository"),
         (2, "share RUN --output a --license CC_BY", "license 'CC_BY' is no identifier"),

@@ -150,7 +150,7 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (2, [*OWN, *VIT], "image_size 64 does not work with backbone 'vit_tiny_patch16_224'"),
         (1, [*OWN, "--model.backbone_weights", "run/model.safetensors"], "keys .* belongs to this backbone"),
         (1, [*OWN, "--optim.lr", "1e30"], "the loss is not finite at step .*Lower --optim.lr"),
-        (1, [*OWN, "--output", "file/run"], "file/run: a file stands where a folder is needed"),
+        (1, [*OWN, "--output", "file/run"], "file/run: there is a file where a folder is needed"),
     ],
 )
 def test_fit(code: int, words: list[str], message: str, refused: Refused) -> None:
@@ -176,7 +176,7 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         (2, "test run --against run/checkpoints/last.ckpt", "a run folder holds the results of one network"),
         (1, "predict no_weights own", "no_weights: the run has no weights yet"),
         (1, "predict run nowhere.jpg", "nowhere.jpg: no such file or folder"),
-        (1, "predict run own --output file/p.csv", "file: a file stands where a folder is needed"),
+        (1, "predict run own --output file/p.csv", "file: there is a file where a folder is needed"),
         (1, "predict run *.jpg", "*.jpg: no such file, and as a pattern it matches no image."),
         (2, "predict run own --output out.json", "a file of predictions ends in .csv, .jsonl, .parquet."),
         (2, "predict run own --features features.npy", "features.npy: must end in .parquet."),
@@ -223,7 +223,7 @@ def test_no_network_for_pretrained_weights(
         "{}",
     ]
     line = refused(1, "fit", *SMALL, *OWN, *words)
-    assert "backbone 'resnet18.a1_in1k': its pretrained weights cannot be had" in line
+    assert "backbone 'resnet18.a1_in1k': its pretrained weights cannot be loaded" in line
     assert "--model.backbone_weights FILE" in line
 
 

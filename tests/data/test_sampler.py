@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed
 
-from crossx.data import sampler as module
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler, derive_seed
 from crossx.errors import UsageError
 
@@ -14,10 +14,10 @@ def on_ranks(world_size, make):
     """Iterate a fresh sampler on each rank, as ranks of a process group would."""
     outputs = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.distributed, "is_initialized", lambda: True)
-        patch.setattr(module.distributed, "get_world_size", lambda: world_size)
+        patch.setattr(distributed, "is_initialized", lambda: True)
+        patch.setattr(distributed, "get_world_size", lambda: world_size)
         for rank in range(world_size):
-            patch.setattr(module.distributed, "get_rank", lambda rank=rank: rank)
+            patch.setattr(distributed, "get_rank", lambda rank=rank: rank)
             sampler = make()
             drawn = list(sampler)
             assert len(drawn) == len(sampler)

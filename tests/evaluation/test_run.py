@@ -16,7 +16,7 @@ from crossx.evaluation.comparison import compare_runs
 from crossx.evaluation.predictions import Predictions
 from crossx.evaluation.run import evaluate, test_run
 from crossx.methods.base import create_method
-from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.methods.weights import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from layouts import write_aircraft, write_folder
 
@@ -253,7 +253,7 @@ def test_output_elsewhere(tmp_path, run):
     assert (tmp_path / "results" / "test.json").is_file()
     assert not (run.path / "test.json").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         test_run(run.path, output=tmp_path / "file" / "results")
 
 

@@ -15,7 +15,7 @@ from crossx.explain import figure, overlay
 from crossx.explain.figures import BOX_COLOURS, FigureRow, caption, draw, layer, outline, to_pixels
 from crossx.explain.maps import Explanation
 from crossx.methods import create_method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from refusals import refusal
 
 CLASSES = ("auk", "jay", "owl")

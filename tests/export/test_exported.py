@@ -18,7 +18,7 @@ import layouts
 from crossx.data.images import find_images
 from crossx.export.export import ExportReport, export_run
 from crossx.methods import create_method, list_methods
-from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported
 from crossx.predict.predictor import Predictor
 from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json
@@ -175,14 +175,14 @@ def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [
-        ("x.onx", {}, "its name must end in the format's: .onnx (onnx)"),
-        ("x.xml", {"format": "onnx"}, "a file of --format onnx ends in .onnx"),
+        ("x.onx", {}, "must end in the suffix of a format: .onnx (onnx)"),
+        ("x.xml", {"format": "onnx"}, "a file of --format onnx must end in .onnx"),
         ("x.onnx", {"format": "onxx"}, "unknown format 'onxx'. Did you mean 'onnx'?"),
         ("x.pt2", {"precision": "fp8"}, "unknown precision 'fp8'"),
         (
             "x.pt2",
             {"precision": "int8"},
-            "--format torch-export has no int8. It is made for: onnx, openvino.",
+            "--format torch-export has no int8. Choose from: onnx, openvino.",
         ),
         ("x.safetensors", {"images": "missing"}, "missing"),
         ("x.safetensors", {"root": "missing"}, "missing"),
@@ -230,7 +230,7 @@ def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: E
         assert found.path == expected.path
         assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
     assert "an exported file is for `crossx predict`" in refusal(lambda: exported.method)
-    assert "is run on the CPU" in refusal(Predictor.load, file, device="cuda")
+    assert "runs only on the CPU" in refusal(Predictor.load, file, device="cuda")
 
 
 def test_the_description_says_how_an_image_becomes_the_input(run: Path, export: Exports) -> None:

@@ -26,7 +26,7 @@ from crossx.cli.main import main
 from crossx.data.images import find_images, read_image
 from crossx.data.transforms import eval_transform
 from crossx.export.export import export_run
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.exported import SUFFIXES
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, write_json

@@ -13,7 +13,7 @@ from crossx.backbones import read_state_dict
 from crossx.cli.main import main
 from crossx.errors import CrossXError
 from crossx.explain import figure
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.collection import predict_collection
 from crossx.predict.exported import ExportedModel
 from crossx.predict.predictor import Predictor

@@ -16,8 +16,8 @@ BOXES = torch.tensor(
 
 def anchors(size: int) -> torch.Tensor:
     """All anchors of an image of ``size`` pixels on a trunk of stride 32."""
-    places = math.ceil(size / 32)
-    return Navigator(4, 32)(torch.zeros(1, 4, places, places), (size, size))[0]
+    positions = math.ceil(size / 32)
+    return Navigator(4, 32)(torch.zeros(1, 4, positions, positions), (size, size))[0]
 
 
 def by_hand(size: int) -> list[list[int]]:
@@ -25,13 +25,13 @@ def by_hand(size: int) -> list[list[int]]:
     levels = ((32, 48, (2, 4)), (64, 96, (2, 4)), (128, 192, (1, 2, 4)))
     boxes = []
     for stride, base, cubes in levels:
-        places = math.ceil(size / stride)
+        positions = math.ceil(size / stride)
         for cube in cubes:
             side = base * cube ** (1 / 3)
             for ratio in (0.667, 1, 1.5):
                 width, height = side * ratio**0.5, side / ratio**0.5
-                for row in range(places):
-                    for column in range(places):
+                for row in range(positions):
+                    for column in range(positions):
                         x, y = stride * (column + 0.5), stride * (row + 0.5)
                         edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
                         boxes.append([int(edge + size / 2) - size // 2 for edge in edges])

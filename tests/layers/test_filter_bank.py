@@ -6,7 +6,7 @@ from crossx.layers.filter_bank import WINDOW
 
 
 def peaks_by_loop(maps: torch.Tensor, count: int) -> list[list[tuple[float, int, int]]]:
-    """Go through every place and its neighbours; return (energy, row, column), strongest first."""
+    """Visit every position and its neighbours; return (energy, row, column), strongest first."""
     found = []
     for image in maps:
         energy = image.square().sum(0).sqrt()

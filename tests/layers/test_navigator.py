@@ -5,7 +5,7 @@ from crossx.layers import Navigator
 
 
 def test_each_score_belongs_to_its_anchor() -> None:
-    """A map that is zero but for one place scores high around the middle of that place's anchors."""
+    """A map that is zero except at one position scores high around the centre of its anchors."""
     torch.manual_seed(0)
     navigator = Navigator(3, 32).eval()
     with torch.no_grad():
@@ -32,11 +32,11 @@ def test_shape_and_size_of_the_authors_network() -> None:
     assert navigator.num_anchors((14, 14)) == 1614
 
 
-@pytest.mark.parametrize("places", [(1, 2), (3, 7), (5, 4)])
-def test_number_of_anchors(places: tuple[int, int]) -> None:
+@pytest.mark.parametrize("map_size", [(1, 2), (3, 7), (5, 4)])
+def test_number_of_anchors(map_size: tuple[int, int]) -> None:
     navigator = Navigator(4, 32, width=2)
-    boxes, _ = navigator(torch.randn(1, 4, *places), (64, 64))
-    assert navigator.num_anchors(places) == len(boxes)
+    boxes, _ = navigator(torch.randn(1, 4, *map_size), (64, 64))
+    assert navigator.num_anchors(map_size) == len(boxes)
 
 
 def test_parameters_of_the_authors_network() -> None:

@@ -10,9 +10,9 @@ def test_pooling_equals_a_loop() -> None:
     for b in range(2):
         for p in range(3):
             for c in range(4):
-                places = features[b, p, c]
-                assert global_pool(features, "max")[b, p, c] == places.max()
-                assert global_pool(features, "avg")[b, p, c] == pytest.approx(places.mean().item(), abs=1e-6)
+                values = features[b, p, c]
+                assert global_pool(features, "max")[b, p, c] == values.max()
+                assert global_pool(features, "avg")[b, p, c] == pytest.approx(values.mean().item(), abs=1e-6)
 
 
 def test_gradient_of_max_is_shared_by_equal_places_as_that_of_amax() -> None:

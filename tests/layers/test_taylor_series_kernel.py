@@ -39,7 +39,7 @@ def test_features_are_the_powers_weighed_by_the_composition() -> None:
 
 @pytest.mark.slow
 def test_inner_products_are_the_kernel_in_expectation() -> None:
-    """One place an image, unit vectors: the Gaussian itself, for a series long enough."""
+    """With one position per image and unit vectors, a long series is the Gaussian itself."""
     generator = torch.Generator().manual_seed(1)
     features = F.normalize(torch.randn(2, 6, generator=generator, dtype=torch.float64) + 0.8)
     gamma, draws = 0.5, 1500

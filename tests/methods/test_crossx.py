@@ -241,10 +241,10 @@ def test_embeddings_are_what_the_heads_classify() -> None:
     ("options", "message"),
     [
         ({"num_parts": 0}, "num_parts must be at least 1"),
-        ({"reduction": 0}, "reduction must lie between"),
+        ({"reduction": 0}, "reduction must be between"),
         ({"reduction": [16]}, "reduction takes 2 numbers"),
         ({"c3s_weights": [1.0]}, "c3s_weights takes 3 numbers"),
-        ({"cross_layer_weights": [1.0, -1.0]}, "no negative"),
+        ({"cross_layer_weights": [1.0, -1.0]}, "cross_layer_weights must not be negative"),
         ({"num_part": 2}, "Did you mean 'num_parts'"),
     ],
 )

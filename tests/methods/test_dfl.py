@@ -202,7 +202,7 @@ def test_a_class_without_peaks_keeps_its_random_filters(caplog: pytest.LogCaptur
     after = method.filters.conv.weight.detach()
     assert torch.equal(after[:4], before[:4])
     assert not torch.equal(after[4:], before[4:])
-    assert "2 classes show no peaks" in caplog.text
+    assert "2 classes have no peaks" in caplog.text
 
 
 def test_random_start_reads_no_image() -> None:
@@ -246,7 +246,7 @@ def test_centres_are_means_of_their_own_features() -> None:
     ("options", "message"),
     [
         ({"num_filters": 0}, "num_filters must be at least 1, not 0"),
-        ({"side_weight": -1.0}, "side_weight takes no negative number"),
+        ({"side_weight": -1.0}, "side_weight must be at least 0"),
         ({"filter_norm": "layer"}, "filter_norm"),
         ({"filter_init": "k-means"}, "Did you mean 'kmeans'"),
         ({"filter_stride": 3}, "no map of stride 3 before its last one; it has: 4, 8, 16"),

@@ -27,7 +27,7 @@ def build(backbone: str = "test_resnet", **options: object) -> KernelPooling:
 
 
 def naive_embeddings(method: KernelPooling, images: Tensor) -> Tensor:
-    """Place by place, on the backbone's map; the products of a place come from the method's own layer."""
+    """Position by position on the backbone's map; the products come from the method's own layer."""
     maps = method.reduce(method.backbone(images)["last"])
     rows = []
     for image in maps:
@@ -70,7 +70,7 @@ def test_compact_bilinear_kernel_is_the_bilinear_one_in_expectation() -> None:
     images, draws = torch.randn(2, 3, 64, 64), 300
     full = build(pooling="bilinear").eval()
     with torch.no_grad():
-        features = full._place_features(full.backbone(images)["last"]).double()
+        features = full._local_features(full.backbone(images)["last"]).double()
         ours, theirs = full.pool(features)
         exact = (ours * theirs).sum()
         estimates = torch.empty(draws, dtype=torch.float64)
@@ -184,8 +184,8 @@ def test_activation_maps_are_channel_means() -> None:
         ({"order": 1}, "order must be at least 2"),
         ({"sketch_size": 0}, "sketch_size must be at least 2"),
         ({"gamma": 0.0}, "gamma must be above 0"),
-        ({"channels": 0}, "channels must lie between 1 and the last map's"),
-        ({"channels": 100_000}, "channels must lie between 1 and the last map's"),
+        ({"channels": 0}, "channels must be between 1 and the last map's"),
+        ({"channels": 100_000}, "channels must be between 1 and the last map's"),
         ({"feature_norm": 0.0}, "feature_norm must be above 0"),
     ],
 )

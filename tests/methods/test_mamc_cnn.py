@@ -117,7 +117,7 @@ def test_the_linear_layers_are_built_for_the_images() -> None:
     ("options", "message"),
     [
         ({"num_parts": 0}, "num_parts must be at least 1"),
-        ({"mamc_weight": -1}, "mamc_weight takes no negative number"),
+        ({"mamc_weight": -1}, "mamc_weight must be at least 0"),
         ({"combination": "joined"}, "Did you mean 'join'"),
         ({"mamc_average": "pair"}, "Did you mean 'pairs'"),
     ],

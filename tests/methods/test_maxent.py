@@ -64,5 +64,5 @@ def test_confidence_that_is_left(gamma: float, classes: int) -> None:
 
 @pytest.mark.parametrize("gamma", [-0.1, math.nan, math.inf])
 def test_gamma_that_cannot_work(gamma: float) -> None:
-    with pytest.raises(UsageError, match="gamma must be a number from 0 on"):
+    with pytest.raises(UsageError, match="gamma must be a finite number of at least 0"):
         build(gamma=gamma)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
 from crossx.methods import Method, create_method, list_methods, method_class, method_options, register_method
-from crossx.methods.checkpoint import build_method, describe, load_method, load_weights, save_weights
+from crossx.methods.weights import build_method, describe, load_method, load_weights, save_weights
 from crossx.runs import Preprocessing, Run, write_json
 from slow import slow_except
 

@@ -148,12 +148,12 @@ def test_crops_and_anchors_follow_the_image_unless_they_are_given() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_crops": 7}, "num_crops must be from 1 to num_proposals, 6, not 7"),
-        ({"num_crops": 0}, "num_crops must be from 1"),
-        ({"crop_size": 1}, "crop_size must lie between 2 and 4096, not 1"),
-        ({"anchor_sizes": (48, 96)}, "anchor_sizes takes 3 numbers above 0"),
+        ({"num_crops": 7}, "num_crops must be between 1 and num_proposals, 6, not 7"),
+        ({"num_crops": 0}, "num_crops must be between 1"),
+        ({"crop_size": 1}, "crop_size must be between 2 and 4096, not 1"),
+        ({"anchor_sizes": (48, 96)}, "anchor_sizes must be 3 numbers above 0"),
         ({"iou_threshold": 0}, "iou_threshold must be above 0"),
-        ({"margin": -1}, "margin takes no negative number"),
+        ({"margin": -1}, "margin must be at least 0"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1"),
         ({"parts_reduction": "means"}, "Did you mean 'mean'"),
     ],
@@ -166,7 +166,7 @@ def test_a_backbone_that_does_not_take_the_crops_is_refused() -> None:
     args = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "depth": 4}
     method = build("vit_tiny_patch16_224", backbone_args=args)
     message = refusal(method.check_image_size, 64)
-    assert "cuts crops of 32 pixels, which backbone 'vit_tiny_patch16_224' does not take" in message
+    assert "uses crops of 32 pixels, which backbone 'vit_tiny_patch16_224' does not accept" in message
     assert "--model.crop_size 64" in message
     assert build("vit_tiny_patch16_224", backbone_args=args, crop_size=64).check_image_size(64) is None
     dynamic = build("vit_tiny_patch16_224", backbone_args={**args, "dynamic_img_size": True})
@@ -176,7 +176,9 @@ def test_a_backbone_that_does_not_take_the_crops_is_refused() -> None:
 
 def test_too_few_anchors_for_the_proposals_are_refused() -> None:
     method = build(num_proposals=40)
-    assert "num_proposals 40: images of 64 pixels have 39 anchors" in refusal(method.check_image_size, 64)
+    assert "num_proposals 40 is too large: images of 64 pixels have 39 anchors" in refusal(
+        method.check_image_size, 64
+    )
     assert build(num_proposals=39).check_image_size(64) is None
 
 

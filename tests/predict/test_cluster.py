@@ -8,7 +8,7 @@ import torch
 
 import layouts
 from crossx.errors import UsageError
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict import cluster
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.cluster import Worker, divide_cluster
@@ -120,4 +120,4 @@ def test_a_workers_error_is_an_answer(ray_session, run, photos):
     for _ in range(cluster.MAX_ATTEMPTS):
         assert worker(batch).to_pylist() == [damaged]
     (answer,) = worker(batch).to_pylist()
-    assert answer["error"].startswith(f"3 workers have died while they predicted {shard}")
+    assert answer["error"].startswith(f"3 workers died while predicting {shard}")

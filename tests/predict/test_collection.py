@@ -1,6 +1,4 @@
-import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +13,7 @@ from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.predict import collection as module
 from crossx.predict.collection import MANIFEST, predict_collection
 from crossx.predict.predictor import Predictor
+from crossx.runs import locked_folder
 from refusals import refusal
 
 
@@ -133,7 +132,7 @@ def test_another_call_is_refused(run, photos, tmp_path):
         ((run, photos, {"shard_size": 5}), "another --shard_size"),
     ):
         found = refusal(predict, *call[:2], tmp_path / "out", **call[2])
-        assert f"was begun with {message}" in found
+        assert f"was started with {message}" in found
     assert parts(tmp_path / "out") == before
 
 
@@ -150,29 +149,26 @@ def test_folders_that_cannot_take_predictions_are_refused(run, photos, tmp_path)
     (tmp_path / "file").touch()
     for output, message in (
         (run, "holds other files (model.json)"),
-        (tmp_path / "file", "a file stands where a folder is needed"),
-        (tmp_path / "file" / "out", "a file stands where a folder is needed"),
-        (photos / "out", "lies in the collection itself"),
-        (photos, "lies in the collection itself"),
+        (tmp_path / "file", "there is a file where a folder is needed"),
+        (tmp_path / "file" / "out", "there is a file where a folder is needed"),
+        (photos / "out", "is inside the collection"),
+        (photos, "is inside the collection"),
         (Path("/proc/out"), "cannot be written"),
     ):
         assert message in refusal(predict, run, photos, output)
 
 
 def test_two_processes_do_not_share_a_folder(run, photos, tmp_path):
-    handle = os.open(tmp_path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked_folder(tmp_path, "predicting into it"):
         assert "another process is predicting into it" in refusal(predict, run, photos, tmp_path)
-    finally:
-        os.close(handle)
     assert predict(run, photos, tmp_path).predicted == 20
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_engines_and_their_options(run, photos, tmp_path):
     with pytest.raises(UsageError, match="unknown engine 'rai'"):
         predict(run, photos, tmp_path, engine="rai")
-    with pytest.raises(UsageError, match="--workers belongs to --engine ray"):
+    with pytest.raises(UsageError, match="--workers requires --engine ray"):
         predict(run, photos, tmp_path, workers=2)
     with pytest.raises(CrossXError, match="no such run folder"):
         predict("nowhere", photos, tmp_path)

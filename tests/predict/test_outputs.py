@@ -143,7 +143,7 @@ def test_the_collection_engine_has_the_predictors_options(run, photos, tmp_path)
     found = pq.read_table(tmp_path / "out").to_pylist()
     expected = Predictor.load(run, "cpu", flip=True).predict(photos)
     assert [row["probability"] for row in found] == [one.probability for one in expected]
-    with pytest.raises(UsageError, match="was begun with another --flip"):
+    with pytest.raises(UsageError, match="was started with another --flip"):
         predict_collection(run, photos, tmp_path / "out", device="cpu")
 
 
@@ -189,5 +189,5 @@ def test_outputs_are_checked_before_any_work(tmp_path):
     with pytest.raises(UsageError, match=r"f\.npy: must end in \.parquet\.$"):
         check_output(tmp_path / "f.npy", [".parquet"])
     (tmp_path / "file").touch()
-    with pytest.raises(CrossXError, match="a file stands where a folder is needed"):
+    with pytest.raises(CrossXError, match="there is a file where a folder is needed"):
         check_output(tmp_path / "file" / "out.csv", [".csv"])

@@ -101,7 +101,7 @@ def test_row_ranges_are_whole_and_end_with_row_groups_unless_these_are_large(gro
     ranges = list(module._ranges(groups, size))
     assert [row for start, stop in ranges for row in range(start, stop)] == list(range(sum(groups)))
     ends = {sum(groups[: number + 1]) for number in range(len(groups))}
-    largest = module.LARGEST * size
+    largest = module.MAX_SHARDS_PER_GROUP * size
     for start, stop in ranges:
         assert stop - start < size + max([*groups, 1])
         if stop not in ends:
@@ -118,7 +118,7 @@ def ends_of(groups):
 
 @pytest.mark.parametrize("row_group_size", [3, 7, 1000])
 def test_every_row_is_read_once_whatever_the_row_groups(tmp_path, monkeypatch, row_group_size):
-    monkeypatch.setattr(module, "LARGEST", 4)
+    monkeypatch.setattr(module, "MAX_SHARDS_PER_GROUP", 4)
     data = [str(number).encode() for number in range(500)]
     file = table(tmp_path / "many.parquet", {"bytes": data}, row_group_size=row_group_size)
     collection = find_collection(file, 20)

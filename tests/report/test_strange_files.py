@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 
@@ -45,8 +46,8 @@ STRANGE: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def templates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (model_card, page_module):
-        monkeypatch.setattr(module, "_environment", functools.cache(module._environment))
+    monkeypatch.setattr(page_module, "_environment", functools.cache(page_module._environment))
+    monkeypatch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crossx.runs.MAX_TEXT", 1 << 20)
+    monkeypatch.setattr("crossx.runs.files.MAX_TEXT", 1 << 20)
     (tmp_path / "run.json").write_text(json.dumps({"id": "x" * (1 << 20)}))
     assert "larger than the 1 MiB" in refusal(Run(tmp_path).read_info)
 

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def test_a_bomb_is_refused_by_its_header(client: TestClient) -> None:
     response = client.post("/predict", files=files(png_of(100, 51), png_of(60_000, 60_000)))
     small, large = response.json()["predictions"]
     assert response.status_code == 422
-    assert small["error"] == "has 100 x 51 pixels, more than the 5,000 that are read"
+    assert small["error"] == "has 100 x 51 pixels, more than the limit of 5,000"
     assert "more than the" in large["error"]
 
 
@@ -200,9 +200,9 @@ def test_names_are_shown_without_folders_on_one_line(client: TestClient, images:
         ({"json": {"images": []}}, 422, "there is no image"),
         ({"json": {"image": ["x"]}}, 422, "images: Field required"),
         ({"json": {"images": ["x"], "top": 0}}, 422, "top: Input should be greater than"),
-        ({"json": {"images": ["x"] * 33}}, 413, "may have 32 images here, not 33"),
+        ({"json": {"images": ["x"] * 33}}, 413, "at most 32 images, not 33"),
         ({"files": [("images", ("x", b""))] * 33}, 413, "Too many files"),
-        ({"files": [("image", ("x", b"x"))]}, 422, "there is no image: send files as `images`."),
+        ({"files": [("image", ("x", b"x"))]}, 422, "there is no image: send files in the field `images`."),
         ({"data": {"images": "x"}, "files": [("other", ("x", b""))]}, 422, "`images` must be files"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "multipart"),
@@ -273,7 +273,7 @@ def test_a_failure_of_the_network_is_500_and_passes(
     with monkeypatch.context() as broken:
         broken.setattr(app.state.service._predictor, "classify", lambda *_: 1 / 0)
         told = problem(client.post("/predict", files=files(images[0])), 500)
-    assert told == "internal error; the service's log says more."
+    assert told == "internal error; see the service's log."
     assert client.post("/predict", files=files(images[0])).status_code == 200
 
 
@@ -292,6 +292,27 @@ def test_metrics(client: TestClient, images: list[Path]) -> None:
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 2, 1]
     assert value("crossx_queue_images") == 0
     assert value("crossx_batch_images_count") > 0
+
+
+def test_invented_paths_and_methods_add_no_series(client: TestClient) -> None:
+    def series() -> set[str]:
+        lines = client.get("/metrics").text.splitlines()
+        return {line.rsplit(" ", 1)[0] for line in lines if line.startswith("crossx_request")}
+
+    def invent(names: Iterable[str]) -> None:
+        for name in names:
+            client.get(f"/{name}")
+            client.get(f"/page/{name}")
+            client.get(f"/predict/{name}?x={name}")
+            client.request(name, "/predict")
+            client.request(name, f"/{name}")
+            client.get("/healthz", headers={"X-Request-ID": name, "Host": name})
+
+    invent(["FIRST"])
+    before = series()
+    assert 'crossx_requests_total{method="other",route="/predict",status="405"}' in before
+    invent(f"X{number}" for number in range(100))
+    assert series() == before
 
 
 def held(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
@@ -449,7 +470,7 @@ def test_an_exported_file_is_served_without_explanations(
         assert client.post("/predict", files=files(images[0])).status_code == 200
         for query in ("", "?format=json", "?maps=class&target=wren"):
             response = client.post(f"/explain{query}", files=files(images[0]))
-            assert "gives predictions alone" in problem(response, 501)
+            assert "only predicts" in problem(response, 501)
 
 
 def test_an_image_that_the_cut_leaves_nothing_of_is_unreadable(
@@ -480,7 +501,7 @@ def test_explanations_of_a_class(client: TestClient, images: list[Path]) -> None
         ("", [png_of(100, 100)], 422, "the image has 100 x 100 pixels"),
         ("", [NOT_AN_IMAGE, NOT_AN_IMAGE], 413, "Too many files"),
         ("maps=class&target=wrren", [NOT_AN_IMAGE], 422, "unknown class 'wrren'. Did you mean 'wren'?"),
-        ("target=wren", [NOT_AN_IMAGE], 422, "`target` belongs to class maps: ask for maps=class."),
+        ("target=wren", [NOT_AN_IMAGE], 422, "`target` requires maps=class."),
         ("maps=both", [NOT_AN_IMAGE], 422, "query.maps: Input should be 'activation' or 'class'."),
         ("format=gif", [NOT_AN_IMAGE], 422, "query.format: Input should be 'png' or 'json'."),
     ],

@@ -180,7 +180,7 @@ def test_a_chosen_picture_is_named_as_the_predictor_does(
 ) -> None:
     page = open_page(served)
     expect(page.locator("#model")).to_have_text("crossx on test_resnet, trained on folder: 3 classes")
-    expect(page.locator("#bounds")).to_have_text("At most 1 MB and 50 megapixels.")
+    expect(page.locator("#bounds")).to_have_text("Up to 1 MB and 50 megapixels.")
     page.get_by_label("Choose a picture").set_input_files(image)
     wait_for_result(page)
     assert expected.probability is not None
@@ -200,9 +200,9 @@ def test_pictures_are_pasted_and_dropped(
     give(page, event, image, image)
     wait_for_result(page)
     assert [label for label, _ in top(page)] == [label for label, _ in expected.top]
-    expect(page.locator("#status")).to_have_text("2 pictures were given; this is the first.")
+    expect(page.locator("#status")).to_have_text("This is the first of 2 pictures; the others were ignored.")
     give(page, "drop")
-    expect(page.locator("#error")).to_contain_text("That was no file.")
+    expect(page.locator("#error")).to_contain_text("That is not a file.")
 
 
 def test_a_photo_is_taken_with_the_camera(served: Served, open_page: Callable[..., Any]) -> None:
@@ -228,8 +228,8 @@ def test_a_phone_takes_the_photo_itself(served: Served, open_page: Callable[...,
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("NotAllowedError", "The browser does not allow the camera here."),
-        ("NotFoundError", "There is no camera that can be used."),
+        ("NotAllowedError", "The browser does not allow access to the camera."),
+        ("NotFoundError", "No camera is available."),
     ],
 )
 def test_no_camera_is_told(served: Served, open_page: Callable[..., Any], error: str, message: str) -> None:
@@ -290,7 +290,7 @@ def test_regions_are_framed(open_page: Callable[..., Any], image: Path, tmp_path
         page = open_page(served)
         page.locator("#file").set_input_files(image)
         wait_for_result(page)
-        frames = page.get_by_role("img", name=f"{len(boxes)} regions that the network looks at again")
+        frames = page.get_by_role("img", name=f"{len(boxes)} regions that the network examines again")
         expect(frames).to_be_visible()
         lines, numbers = (
             page.locator("#regions .line").all(),
@@ -301,7 +301,7 @@ def test_regions_are_framed(open_page: Callable[..., Any], image: Path, tmp_path
         for line, (left, top_, right, bottom) in zip(reversed(lines), boxes, strict=True):
             found = [float(line.get_attribute(name) or "") for name in ("x", "y", "width", "height")]
             assert found == pytest.approx([left, top_, right - left, bottom - top_], abs=0.01)
-        page.get_by_label("Regions that the network looks at again", exact=True).uncheck()
+        page.get_by_label("Regions that the network examines again", exact=True).uncheck()
         expect(frames).to_be_hidden()
 
 
@@ -313,12 +313,12 @@ def test_a_class_shows_what_speaks_for_it(
     wait_for_result(page)
     second, third = (expected.top[rank][0] for rank in (1, 2))
     page.get_by_role("button", name=second).click()
-    expect(page.locator("#maps-name")).to_have_text(f"What speaks for {second}")
+    expect(page.locator("#maps-name")).to_have_text(f"Evidence for {second}")
     expect(page.get_by_role("button", name=second)).to_have_attribute("aria-pressed", "true")
     page.get_by_role("radio", name="CAM last part 2").check(force=True)
     of_second = page.locator("#overlay").get_attribute("src")
     page.get_by_role("button", name=third).click()
-    expect(page.locator("#maps-name")).to_have_text(f"What speaks for {third}")
+    expect(page.locator("#maps-name")).to_have_text(f"Evidence for {third}")
     expect(page.get_by_role("radio", name="CAM last part 2")).to_be_checked()
     assert page.locator("#overlay").get_attribute("src") != of_second
     assert page.locator("#top [aria-pressed=true]").count() == 1
@@ -346,7 +346,7 @@ def test_the_keyboard_is_enough(
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name=expected.top[0][0])).to_be_focused()
     page.keyboard.press("Enter")
-    expect(page.locator("#maps-name")).to_have_text(f"What speaks for {expected.label}")
+    expect(page.locator("#maps-name")).to_have_text(f"Evidence for {expected.label}")
     for _ in range(3):
         page.keyboard.press("Tab")
     expect(page.locator("#back")).to_be_focused()
@@ -371,7 +371,7 @@ def test_what_is_no_image_is_told_and_the_page_goes_on(
     for content, message in (
         (b"no image", "notes.png is not a JPEG, PNG, WebP"),
         (b"", "notes.png is empty (0 bytes)."),
-        (bytes(1_234_567), "notes.png has 1.2 MB; at most 1 MB are taken."),
+        (bytes(1_234_567), "notes.png has 1.2 MB; the limit is 1 MB."),
     ):
         give(page, "drop", ("notes.png", "image/png", content))
         expect(page.get_by_role("alert")).to_contain_text(message)
@@ -428,9 +428,9 @@ def test_a_full_queue_is_asked_once_more(served: Served, open_page: Callable[...
         ({**BUSY, "headers": {"Retry-After": "600"}}, "The service is busy. Try again in a moment.", 1),
         ({"status": 413, "body": "<html>"}, "The picture is too large for the service.", 1),
         ({"status": 503, "json": {"detail": "the service is stopping."}}, "The service is stopping.", 1),
-        ({"status": 504, "json": {"detail": "the answer took longer than 30 s."}},
-         "The answer took longer than 30 s.", 1),
-        ({"status": 502, "body": "<html>"}, "The service's answer cannot be read (status 502).", 1),
+        ({"status": 504, "json": {"detail": "the response took longer than 30 s."}},
+         "The response took longer than 30 s.", 1),
+        ({"status": 502, "body": "<html>"}, "The service's response cannot be read (status 502).", 1),
         ({"abort": "connectionrefused"}, "The service cannot be reached.", 1),
     ],
 )  # fmt: skip
@@ -490,7 +490,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(
         expect(field).to_be_focused()
         field.fill("wrong")
         field.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("This API key is not the right one.")
+        expect(page.get_by_role("alert")).to_have_text("This API key is not valid.")
         field.fill(" open sesame ")
         page.get_by_role("button", name="Use this key").click()
         wait_for_result(page)  # of the picture given before

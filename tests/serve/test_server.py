@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from packaging.requirements import Requirement
 
 from crossx.errors import UsageError
 from layouts import write_image, write_run
@@ -204,7 +207,7 @@ def test_slow_clients_are_408_and_others_are_served(service: Service, bird: byte
             assert b"408 Request Timeout" in everything(second)
             answer = everything(body)
             assert answer.startswith(b"HTTP/1.1 408")
-            assert f"did not come within {TIMEOUT} s".encode() in answer
+            assert f"was not received within {TIMEOUT} s".encode() in answer
             assert everything(silent) == b""
 
 
@@ -230,6 +233,16 @@ def test_an_upload_after_the_answer_ends(service: Service) -> None:
             endless.sendall(b"5\r\nhello\r\n")
             time.sleep(0.05)
         pytest.fail("the connection is still there")
+
+
+def test_the_private_part_of_uvicorn_is_bounded() -> None:
+    """The timed protocol subclasses a private class: only versions that these tests ran with may be installed."""
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extra = map(Requirement, pyproject["project"]["optional-dependencies"]["serve"])
+    (uvicorn,) = (requirement for requirement in extra if requirement.name == "uvicorn")
+    assert uvicorn.specifier.contains(version("uvicorn"))
+    assert not uvicorn.specifier.contains("0.55")
+    assert not uvicorn.specifier.contains("1.0")
 
 
 def test_a_port_that_is_taken_is_told() -> None:

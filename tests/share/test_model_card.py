@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import layouts
 from crossx.evaluation.metrics import ClassRow
 from crossx.methods import create_method
-from crossx.methods.checkpoint import describe, load_method
+from crossx.methods.weights import describe, load_method
 from crossx.runs import Preprocessing, Run
 from crossx.share.model_card import CardData, CardFigure, check_license, write_card
 from refusals import refusal
@@ -140,13 +140,13 @@ def test_results_stand_with_their_intervals(method: Any) -> None:
     ("changes", "expected"),
     [
         ({"selection": {"how": "last", "epoch": 10}}, "those after the last epoch (10)"),
-        ({"selection": {"how": "best_on_test", "epoch": None}}, "best on these very test images"),
+        ({"selection": {"how": "best_on_test", "epoch": None}}, "best on these same test images"),
         ({"selection": {"how": "checkpoint given"}}, "is not known"),
         ({"selection": None}, "is not known"),
         ({"seen_in_training": True}, "**These images were trained on"),
         ({"run_status": "running"}, "**The run is not finished (running)"),
         ({"dataset": "nabirds"}, "**The test images are those of another dataset (nabirds)"),
-        ({"skipped": ["a.jpg"]}, "Left out as unreadable: 1 images."),
+        ({"skipped": ["a.jpg"]}, "Skipped as unreadable: 1 images."),
     ],
 )
 def test_what_lessens_the_results_is_said(method: Any, changes: Mapping[str, Any], expected: str) -> None:
@@ -183,18 +183,18 @@ def test_terms_and_defects_of_the_dataset_are_told(method: Any) -> None:
     text = write_card(measured(method))
     data = section(text, "Training data")
     assert "Caltech-UCSD Birds-200-2011 (https://" in data
-    assert "3 classes, where the dataset has 200" in data
+    assert "3 classes of the 200 in the dataset" in data
     assert "non-commercial research and education" in data
-    assert "2,160 trained on, 240 held out for validation, 1,200 for the test" in data
-    assert "pretrained weights `resnet18.a1_in1k` of timm" in data
+    assert "2,160 for training, 240 held out for validation, 1,200 for the test" in data
+    assert "timm's pretrained weights `resnet18.a1_in1k`" in data
     assert "4% of the labels are wrong" in section(text, "Limits")
 
 
 def test_images_of_ones_own_have_no_public_name(method: Any) -> None:
     card = ModelCard(write_card(card_data(method, "folder")))
     assert "datasets" not in card.data.to_dict()
-    assert "the author's own images" in section(card.text, "Training data")
-    assert "to be asked from the author" in section(card.text, "Training data")
+    assert "The author's own images" in section(card.text, "Training data")
+    assert "ask the author" in section(card.text, "Training data")
 
 
 def test_any_class_name_stays_one_cell(method: Any) -> None:
@@ -255,7 +255,7 @@ def test_card_data_are_those_of_the_run_folder(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
     run = Run(layouts.write_run(tmp_path))
     for content, message in (
-        ("a: [", "config.yaml: not valid YAML"),
+        ("a: [", "config.yaml: line 1 is not valid YAML"),
         ("- a", "config.yaml: not a configuration"),
     ):
         run.config.write_text(content)

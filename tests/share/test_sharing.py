@@ -15,7 +15,7 @@ import crossx
 import hub_stub
 import layouts
 from crossx.errors import CrossXError
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, write_json, write_text
 from crossx.share import push_to_hub, save_pretrained

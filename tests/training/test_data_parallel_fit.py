@@ -18,7 +18,7 @@ import layouts
 from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
 from crossx.methods import list_methods, method_class
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import Run
 from crossx.training.config import Config
 from crossx.training.fit import fit

@@ -15,9 +15,9 @@ from crossx.evaluation.calibration import calibrate_run
 from crossx.losses import part_correlations
 from crossx.methods import create_method
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
 from crossx.methods.plain import Plain
-from crossx.runs import Run
+from crossx.methods.weights import load_method
+from crossx.runs import Run, locked_folder
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import fit
@@ -341,6 +341,20 @@ def test_a_run_is_never_overwritten(make_config):
     run.config.unlink()
     with pytest.raises(UsageError, match=r"is not empty\. Choose another --output"):
         fit(make_config())
+
+
+def test_two_trainings_cannot_share_a_folder(make_config):
+    config = make_config(trainer={"max_epochs": 1})
+    path = config.run_path()
+    # the other process has not written anything else yet: it may still be checking its images
+    with locked_folder(path, "training in it"):
+        with pytest.raises(
+            CrossXError, match=r"another process is training in it \(process \d+ on .*, since .*\)"
+        ):
+            fit(config)
+        assert [file.name for file in path.iterdir()] == [".lock"]
+    assert fit(config).weights.is_file()
+    assert not (path / ".lock").exists()
 
 
 def test_a_failed_start_leaves_no_folder(make_config, images, tmp_path):

@@ -298,6 +298,21 @@ def test_full_disk_stops_with_the_last_good_checkpoint_and_resumes(make_config, 
     assert_same_run(resume(run.path), whole)
 
 
+def test_a_run_in_training_cannot_be_resumed(make_config, monkeypatch):
+    config = make_config()
+    seen = []
+
+    def resume_it():
+        with pytest.raises(CrossXError, match="another process is training in it") as caught:
+            resume(config.run_path())
+        seen.append(caught)
+
+    interrupt(monkeypatch, 6, resume_it)
+    run = fit(config)
+    assert seen
+    assert run.read_info()["status"] == "finished"
+
+
 def test_what_cannot_be_resumed(make_config, monkeypatch, tmp_path):
     finished = fit(make_config("finished", trainer={"max_epochs": 1}))
     with pytest.raises(UsageError, match="is finished"):

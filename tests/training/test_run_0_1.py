@@ -10,7 +10,7 @@ import pytest
 from crossx.errors import UsageError
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.evaluation.run import test_run as evaluate_run
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run
 from crossx.training.fit import resume

@@ -1,15 +1,15 @@
-"""Training and testing of every variant of a suite with every seed, each as a ``crossx`` process of its own.
+"""Train and test every variant of a suite with every seed, each in its own ``crossx`` process.
 
 ::
 
     OUTPUT/
-      VARIANT/seed-N/       the run folder; what `crossx test` writes lies in it
-      VARIANT/tune-K/...    the same of the variant's alternative K, where the suite tunes
+      VARIANT/seed-N/       the run folder, with the results of `crossx test`
+      VARIANT/tune-K/...    the same for the variant's alternative K, if the suite tunes
       VARIANT/seed-N.yaml   its configuration
-      VARIANT/seed-N.log    what its processes printed
+      VARIANT/seed-N.log    the output of its processes
 
-A process of its own gives each training the memory it frees, and keeps a crash from the others. What is finished is not
-run again; what was stopped is continued.
+Separate processes start with free memory and survive each other's crashes. Finished trainings are not run again,
+stopped ones are continued.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import yaml
 
 from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError
+from crossx.recipes import SECTIONS
 from crossx.runs import Run, write_text
 from crossx.schema import check_backbone_args
 from crossx.training.config import Config
+from crossx.yaml import load_yaml
 
 SPLIT = "test"
 
@@ -48,7 +47,7 @@ _NEUTRAL = (
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",
 )
-"""Options that may differ between two calls: where things lie, and what changes speed alone."""
+"""Options that may differ between two calls: paths, and options that change only the speed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Trial:
         variant: The variant's name.
         seed: Seed of the training.
         config: Its configuration, ``output`` included.
-        alternative: Which of the variant's alternatives, counted from 1; 0 is the variant as it stands.
+        alternative: Which of the variant's alternatives, counted from 1; 0 is the unchanged variant.
     """
 
     variant: str
@@ -78,13 +77,13 @@ class Trial:
 
     @property
     def log(self) -> Path:
-        """What its processes print."""
-        return self.run.path.parent / f"{self.run.path.name}.log"
+        """The output of its processes."""
+        return self.run.path.with_name(f"{self.run.path.name}.log")
 
     @property
-    def asked(self) -> Path:
+    def config_file(self) -> Path:
         """The configuration that it was started with."""
-        return self.run.path.parent / f"{self.run.path.name}.yaml"
+        return self.run.path.with_name(f"{self.run.path.name}.yaml")
 
     @property
     def is_trained(self) -> bool:
@@ -93,7 +92,7 @@ class Trial:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained, and tested with the weights that it ended with."""
+        """Whether it is trained, and tested with its final weights."""
         results = self.run.path / f"{SPLIT}.json"
         return (
             self.is_trained
@@ -105,14 +104,14 @@ class Trial:
 def plan(
     suite: Suite, base: Config, seeds: Sequence[int], output: Path, chosen: Mapping[str, int] | None = None
 ) -> list[Trial]:
-    """Return the trials of a suite, all variants with the first seed first.
+    """Return the trials of a suite, ordered by seed.
 
     Args:
         suite: The variants.
-        base: What they change.
-        seeds: Seeds of the trainings, each once.
-        output: The folder that holds all.
-        chosen: Variant -> alternative to take; by default each variant as it stands.
+        base: The configuration that they change.
+        seeds: Seeds of the trainings, without duplicates.
+        output: The folder of all trials.
+        chosen: Variant -> alternative; by default every variant unchanged.
 
     Raises:
         UsageError: If an option of a variant cannot work, a seed is given twice, or ``output`` holds a training of the
@@ -126,7 +125,7 @@ def plan(
 
 
 def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Trial]:
-    """Return the trials among which validation chooses: every variant and its alternatives, with one seed.
+    """Return the trials that validation chooses from: every variant and its alternatives, with one seed.
 
     Raises:
         UsageError: As ``plan``.
@@ -149,11 +148,11 @@ def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path
 
 
 def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
-    """Find out before hours of training what no training of a suite can do without: its data, and a network to build.
+    """Check, before hours of training, that the data of every trial can be read and its network built.
 
     Args:
-        trials: All that will be trained.
-        tuned: Whether validation images are needed, too.
+        trials: All trials.
+        tuned: Whether validation images are needed too.
 
     Raises:
         UsageError: If an option cannot work, naming the variant.
@@ -203,7 +202,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
 
 
 def _check_validates(trial: Trial) -> None:
-    """Check that the epoch whose weights become the model is validated, for tuning to choose by."""
+    """Check that the epoch whose weights are kept is validated."""
     trainer = trial.config.trainer
     if trial.config.optim.selection == "best_on_test":
         raise UsageError(
@@ -230,24 +229,24 @@ def run_trials(
     *,
     test: bool = True,
 ) -> dict[Trial, str]:
-    """Train and test what is not done yet, several at a time.
+    """Train and test the trials that are not done yet, several at a time.
 
     Args:
         trials: See ``plan``.
         jobs: How many run at the same time; each takes its share of the CPU cores, and GPUs in turn.
-        report: Called after each trial with it and the reason if it failed; in the calling thread.
-        test: Whether to test; what only validation looks at need not be.
+        report: Called in the calling thread after each trial, with the reason if it failed.
+        test: Whether to test; tuning needs only validation.
 
     Returns:
-        The trials that failed, with the reason in one line. The others are done.
+        The failed trials, each with the reason in one line. All others are done.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C or SIGTERM; what was running has saved what it had.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM; running trainings have saved their state.
     """
     failed = {}
-    crew = _Crew(jobs, test)
-    with crew.stopped_by_signals(), ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(crew.run, trial): trial for trial in trials}
+    processes = _Processes(jobs, test)
+    with _sigterm_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(processes.run, trial): trial for trial in trials}
         try:
             for future in as_completed(waiting):
                 trial, reason = waiting[future], future.result()
@@ -255,120 +254,106 @@ def run_trials(
                     failed[trial] = reason
                 report(trial, reason)
         except BaseException:
-            # the pool waits for its threads before the error is seen
-            crew.stop()
+            # now, since leaving the block waits for the pool's threads
+            processes.stop()
             raise
     return failed
 
 
-class _Crew:
-    """The processes at work: starts them, each with its share of the machine, and stops them."""
+class _Processes:
+    """The running processes, each with its share of the machine."""
 
     def __init__(self, jobs: int, test: bool) -> None:
-        self.stopping = False
         self._test = test
+        self._stopping = False
         self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._places: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
-        for place in places(jobs, os.cpu_count() or 1, visible_gpus(), os.environ):
-            self._places.put(place)
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+        for variables in divide_machine(jobs, os.cpu_count() or 1, visible_gpus(), os.environ):
+            self._free.put(variables)
 
     def run(self, trial: Trial) -> str | None:
-        """Bring a trial to its end; return why it failed."""
-        place = self._places.get()
+        """Train and test a trial; return why it failed."""
+        variables = self._free.get()
         try:
-            if not trial.is_trained:
-                self._call(trial, place, _training(trial))
+            # the data may have been moved since the training was started
+            root = ["--data.root", trial.config.data.root] if trial.config.data.root else []
+            if not trial.is_trained and trial.run.config.is_file():
+                self._call(trial, variables, ["fit", "--resume", str(trial.run.path), *root])
+            elif not trial.is_trained:
+                write_text(trial.config_file, trial.config.to_yaml())
+                self._call(trial, variables, ["fit", "--config", str(trial.config_file)])
             if self._test and not trial.is_done:
-                self._call(trial, place, ["test", str(trial.run.path), *_root(trial)])
+                self._call(trial, variables, ["test", str(trial.run.path), *root])
         except (CrossXError, OSError) as error:
             return str(error)
         finally:
-            self._places.put(place)
+            self._free.put(variables)
         return None
 
     def stop(self) -> None:
-        """Ask every process to save what it has and end."""
+        """Ask every process to save its state and end."""
         with self._lock:
-            self.stopping = True
-            for process in self._processes:
+            self._stopping = True
+            for process in self._running:
                 process.terminate()
 
-    @contextmanager
-    def stopped_by_signals(self) -> Iterator[None]:
-        """Take SIGTERM as Ctrl-C is taken."""
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            raise KeyboardInterrupt
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _call(self, trial: Trial, place: Mapping[str, str], arguments: Sequence[str]) -> None:
+    def _call(self, trial: Trial, variables: Mapping[str, str], arguments: Sequence[str]) -> None:
         trial.log.parent.mkdir(parents=True, exist_ok=True)
         with trial.log.open("ab") as log:
             with self._lock:
-                if self.stopping:
+                if self._stopping:
                     raise CrossXError("stopped before it began.")
-                # a session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once
+                # in a new session, so that Ctrl-C in the terminal reaches only this process, which passes it on
                 process = subprocess.Popen(
                     [sys.executable, "-m", "crossx", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **place},
+                    env={**os.environ, **variables},
                     start_new_session=True,
                 )
-                self._processes.add(process)
+                self._running.add(process)
             code = process.wait()
         with self._lock:
-            self._processes.discard(process)
+            self._running.discard(process)
         if code != 0:
             raise CrossXError(_reason(trial.log, code))
 
 
-def _training(trial: Trial) -> list[str]:
-    """Return the command that trains, or goes on where it was stopped."""
-    if trial.run.config.is_file():
-        return ["fit", "--resume", str(trial.run.path), *_root(trial)]
-    write_text(trial.asked, trial.config.to_yaml())
-    return ["fit", "--config", str(trial.asked)]
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _root(trial: Trial) -> list[str]:
-    """Return the option that says where the data lie now."""
-    root = trial.config.data.root
-    return ["--data.root", root] if root else []
-
-
-def places(
+def divide_machine(
     jobs: int, cores: int, gpus: Sequence[str], environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Return the environment variables that give each of several processes its share of the machine.
+    """Return, for each of several processes, the environment variables that give it its share of the machine.
 
     Args:
         jobs: Number of processes at a time.
-        cores: CPU cores that they share.
-        gpus: GPUs that they take in turn; one alone is shared.
-        environment: What the user set stays.
+        cores: CPU cores to divide.
+        gpus: GPUs, assigned in turn; a single one is shared.
+        environment: The user's variables, which are not overridden.
     """
-    shared: dict[str, str] = {}
-    if jobs > 1 and "OMP_NUM_THREADS" not in environment:
-        shared["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
-    return [
-        {**shared, **({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 and jobs > 1 else {})}
-        for job in range(jobs)
-    ]
+    if jobs == 1:
+        return [{}]
+    shared = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    if len(gpus) < 2:
+        return [shared] * jobs
+    return [{**shared, "CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} for job in range(jobs)]
 
 
 def visible_gpus() -> list[str]:
-    """Return the names by which CUDA_VISIBLE_DEVICES calls the GPUs that this process sees."""
+    """Return the visible GPUs as CUDA_VISIBLE_DEVICES names them."""
     # imports torch
     import torch
 
@@ -378,7 +363,7 @@ def visible_gpus() -> list[str]:
 
 
 def _reason(log: Path, code: int) -> str:
-    """Return the last line that a failed process printed, which is its error."""
+    """Return the error of a failed process, which is the last line of its output."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {log}."
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -386,34 +371,28 @@ def _reason(log: Path, code: int) -> str:
 
 
 def _check_same(trial: Trial) -> None:
-    """Check that a run which is there already is the one that would be trained."""
+    """Check that an existing run has the options of the trial."""
     if not trial.run.config.is_file():
         return
-    asked_before = trial.asked if trial.asked.is_file() else trial.run.config
-    there, now = _identity(Config.from_yaml(asked_before)), _identity(trial.config)
-    differing = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    if differing:
-        key = differing[0]
-        raise UsageError(
-            f"{trial.run.path}: trained with {key} {there.get(key)}, and now it is {now.get(key)}: choose another "
-            "--output."
-        )
+    file = trial.config_file if trial.config_file.is_file() else trial.run.config
+    old, new = _flatten(Config.from_yaml(file)), _flatten(trial.config)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UsageError(
+                f"{trial.run.path}: trained with {key} {old.get(key)}, and now it is {new.get(key)}: choose another "
+                "--output."
+            )
 
 
-def _identity(config: Config) -> dict[str, Any]:
-    """Return what a training depends on, flat: all but the folders' places and what only changes its speed."""
+def _flatten(config: Config) -> dict[str, Any]:
+    """Return the options that the result of a training depends on, as YAML gives them back."""
     # imports torch
     from crossx.methods.base import method_class, method_options
 
     model = replace(config.model, options={**method_options(config.model.method), **config.model.options})
-    # left out and given are the same training
+    # an option that is left out is the same as its default
     sampling = config.data.sampling or method_class(model.method).sampling or "uniform"
     completed = replace(config, model=model, data=replace(config.data, sampling=sampling))
-    # as YAML gives it back: tuples are lists
-    values = yaml.safe_load(completed.to_yaml())
-    flat = {
-        f"{section}.{key}": value
-        for section in ("model", "data", "optim", "trainer")
-        for key, value in values[section].items()
-    }
+    values = load_yaml(completed.to_yaml(), "the configuration")
+    flat = {f"{section}.{key}": value for section in SECTIONS for key, value in values[section].items()}
     return {key: value for key, value in flat.items() if key not in _NEUTRAL}

@@ -9,14 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from crossx.errors import UsageError, nearest, unknown
-from crossx.recipes import SECTIONS, YAMLLoader
+from crossx.recipes import SECTIONS
 from crossx.training.config import Config
+from crossx.yaml import load_yaml
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""Section -> option -> value: what a variant changes."""
+"""The changes of a variant: section -> option -> value."""
 
 KEYS = ("title", "source", "variants", "tune")
 
@@ -30,11 +29,11 @@ class Suite:
 
     Attributes:
         name: Its packaged name, or the stem of its file.
-        title: What it asks.
-        source: Figure, table or equation that it belongs to; empty where there is none.
-        variants: Variant name -> what it changes. The first is the one that the others are held against.
-        tune: Variant name -> alternatives, each a further change, of which validation chooses one or none; as many for
-            each variant. Empty where nothing is tuned.
+        title: The question that it answers.
+        source: The figure, table or equation that it reproduces, if any.
+        variants: Variant name -> its changes. The others are compared with the first.
+        tune: Variant name -> alternatives, each a further change; validation chooses one of them or none. All variants
+            have the same number. Empty if nothing is tuned.
     """
 
     name: str
@@ -44,9 +43,9 @@ class Suite:
     tune: Mapping[str, Sequence[Changes]] = field(default_factory=dict)
 
     def configure(self, base: Config) -> dict[str, list[Config]]:
-        """Return variant name -> ``base`` with the variant's changes, and the same with each of its alternatives.
+        """Return variant name -> ``base`` with the variant's changes, then with each of its alternatives as well.
 
-        A variant of another method than ``base`` keeps none of its method's options.
+        A variant with another method than ``base`` keeps none of the options of ``base``'s method.
 
         Raises:
             UsageError: If an option is unknown or cannot work, naming the variant.
@@ -71,7 +70,7 @@ def load_suite(name: str | Path) -> Suite:
 
     Args:
         name: A packaged name (see ``list_suites``) or the path of a YAML file: ``variants`` maps names to sections of
-            options as a recipe has them, ``title`` and ``source`` are optional.
+            options as in a recipe; ``title`` and ``source`` are optional.
 
     Raises:
         UsageError: If there is no such suite or file, or the file is no valid suite.
@@ -87,11 +86,7 @@ def load_suite(name: str | Path) -> Suite:
         except (OSError, UnicodeDecodeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8 text"
             raise UsageError(f"{path}: cannot be read ({reason}).") from error
-    try:
-        values = yaml.load(text, Loader=YAMLLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    return _build(path.stem, str(name), values)
+    return _build(path.stem, str(name), load_yaml(text, str(name)))
 
 
 def _build(name: str, source: str, values: Any) -> Suite:
@@ -100,12 +95,12 @@ def _build(name: str, source: str, values: Any) -> Suite:
         raise UsageError(f"{source}: a suite has `variants`, a mapping of names to options.")
     for key in values:
         if key not in KEYS:
-            raise UsageError(f"{source}: unknown key {key!r}. There is: {', '.join(KEYS)}.")
+            raise UsageError(f"{source}: unknown key {key!r}. Choose from: {', '.join(KEYS)}.")
     for variant, changes in variants.items():
         if not _NAME.fullmatch(str(variant)):
             raise UsageError(
-                f"{source}: {variant!r} cannot be a variant's name, which becomes a folder: use letters, digits and "
-                "+.,_=- alone."
+                f"{source}: {variant!r} cannot be a variant's name, which becomes a folder: use only letters, digits "
+                "and +.,_=-."
             )
         _check_changes(f"{source}: {variant}", changes)
     return Suite(
@@ -118,7 +113,7 @@ def _build(name: str, source: str, values: Any) -> Suite:
 
 
 def _read_tune(source: str, tune: Any, variants: Mapping[Any, Any]) -> dict[str, Sequence[Changes]]:
-    """Return variant -> alternatives of the key ``tune``: one list for all variants, or a list for each."""
+    """Return variant -> alternatives; ``tune`` is one list for all variants, or one per variant."""
     if not tune:
         return {}
     by_variant = tune if isinstance(tune, Mapping) else dict.fromkeys(variants, tune)
@@ -127,7 +122,7 @@ def _read_tune(source: str, tune: Any, variants: Mapping[Any, Any]) -> dict[str,
     budgets = {len(alternatives) for alternatives in by_variant.values()}
     if len(budgets) > 1:
         raise UsageError(
-            f"{source}: `tune` must give every variant as many alternatives, not {sorted(budgets)}."
+            f"{source}: `tune` must give every variant the same number of alternatives, not {sorted(budgets)}."
         )
     for variant, alternatives in by_variant.items():
         for number, changes in enumerate(alternatives, start=1):

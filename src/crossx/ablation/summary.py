@@ -1,4 +1,4 @@
-"""What an ablation found: means over seeds, paired differences, table and chart."""
+"""Results of an ablation: means over seeds, paired differences, table and chart."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def summarize_suite(
     reference: str | None = None,
     tuning: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return what an ablation found, for JSON.
+    """Return the results of an ablation, for JSON.
 
     Args:
         suite: The variants.
         trials: All trials; those that are not in ``failed`` are done.
         failed: Trial -> reason.
-        reference: The variant that the others are held against; by default the first.
-        tuning: What ``describe_tuning`` returned; empty where nothing was tuned.
+        reference: The variant to compare the others with; by default the first.
+        tuning: The rows of ``describe_tuning``; empty if nothing was tuned.
 
     Returns:
-        ``rows``, one a variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
-        metrics, and ``against``: the paired difference to the reference over the seeds that both have. ``runs``,
-        one a trial: its results, or why it failed. ``tuning`` as given.
+        ``rows``, one per variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
+        metrics, and ``against``, the paired difference from the reference over their common seeds. ``runs``, one per
+        trial: its results, or why it failed. ``tuning`` as given.
 
     Raises:
         UsageError: If there is no variant called ``reference``.
-        CrossXError: If results are damaged or were not on the same images.
+        CrossXError: If results are damaged or of different images.
     """
     done = [trial for trial in trials if trial not in failed]
     results = {trial: _read(trial) for trial in done}
@@ -82,10 +82,10 @@ def summarize_suite(
 
 
 def check_reference(suite: Suite, reference: str | None) -> str:
-    """Return the name of the variant that the others are held against.
+    """Return the variant to compare the others with, by default the first.
 
     Raises:
-        UsageError: If there is none called so.
+        UsageError: If there is no such variant.
     """
     if reference is None:
         return next(iter(suite.variants))
@@ -95,7 +95,7 @@ def check_reference(suite: Suite, reference: str | None) -> str:
 
 
 def build_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table of what ``summarize_suite`` returned."""
+    """Return the table of the summary that ``summarize_suite`` returns."""
     heads = list(dict.fromkeys(head for row in summary["rows"] for head in row["heads"]))
     several = any(len(row["seeds"]) > 1 for row in summary["rows"])
     chosen = {row["variant"]: describe_changes(row["changes"]) for row in summary["tuning"] if row["chosen"]}
@@ -113,7 +113,7 @@ def build_table(summary: Mapping[str, Any]) -> Table:
     for row in summary["rows"]:
         against = row["against"] or {}
         over = against.get("intervals", {})
-        cells = [row["variant"], *([chosen[row["variant"]] or "as it stands"] if chosen else [])]
+        cells = [row["variant"], *([chosen[row["variant"]] or "unchanged"] if chosen else [])]
         cells += [str(len(row["seeds"])), percent(row["top1"])]
         cells += [percent(row["sd"]), _bounds(row["intervals"]["seeds"])] if several else []
         cells += [_bounds(row["intervals"]["images"]), points(against.get("difference"))]
@@ -127,7 +127,7 @@ def build_table(summary: Mapping[str, Any]) -> Table:
 
 
 def write_summary(summary: Mapping[str, Any], output: Path) -> None:
-    """Write ``results.json``, ``table.md``, ``.csv``, ``.tex`` and ``chart.png``; after tuning ``tuning.md``, ... too.
+    """Write ``results.json``, ``table.md``, ``.csv``, ``.tex`` and ``chart.png``, and ``tuning.*`` if it tuned.
 
     Raises:
         CrossXError: If one cannot be written.
@@ -203,7 +203,7 @@ def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[s
 def _against(
     name: str, reference: str, correct: Mapping[tuple[str, int], NDArray[np.bool_]]
 ) -> dict[str, Any] | None:
-    """Return the paired difference of a variant to another over the seeds that both have."""
+    """Return the paired difference of a variant from another over their common seeds."""
     seeds = [seed for variant, seed in correct if variant == name and (reference, seed) in correct]
     if not seeds:
         return None
@@ -218,7 +218,7 @@ def _against(
 
 
 def _load_correct(trials: Sequence[Trial]) -> dict[tuple[str, int], NDArray[np.bool_]]:
-    """Return (variant, seed) -> which images are right, (N,), the images in the same order for all."""
+    """Return (variant, seed) -> whether each image is classified correctly, (N,), in a common order."""
     loaded = {
         trial: Predictions.load(predictions_path(trial.run.path, SPLIT), trial.run.path, SPLIT)
         for trial in trials
@@ -232,7 +232,7 @@ def _load_correct(trials: Sequence[Trial]) -> dict[tuple[str, int], NDArray[np.b
 
 
 def _describe_base(trial: Trial) -> dict[str, Any]:
-    """Return the first trial's configuration without the method's options, which each run has, and without places."""
+    """Return the first trial's configuration without paths and without the method's options, which vary."""
     values = trial.config.to_dict()
     source, _, path = values["model"]["backbone"].partition(":")
     values["model"] = {key: values["model"][key] for key in ("backbone", "pretrained")}

@@ -1,4 +1,4 @@
-"""The choice of each variant's options on validation, with as many trainings for every variant."""
+"""Choose the options of each variant on validation images, with the same budget for every variant."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from crossx.runs import read_history
 
 
 def choose_alternatives(trials: Sequence[Trial], failed: Mapping[Trial, str]) -> dict[str, int]:
-    """Return variant -> the alternative with the best validation accuracy, the earlier of equals.
+    """Return variant -> the alternative with the best validation accuracy, the first of equals.
 
     Args:
         trials: See ``plan_tuning``; those that are not in ``failed`` are trained.
-        failed: Trial -> reason. A variant of which all failed keeps its options.
+        failed: Trial -> reason. A variant whose trials all failed stays unchanged.
     """
     chosen: dict[str, int] = {}
     best: dict[str, float] = {}
@@ -30,7 +30,7 @@ def choose_alternatives(trials: Sequence[Trial], failed: Mapping[Trial, str]) ->
 def describe_tuning(
     suite: Suite, trials: Sequence[Trial], failed: Mapping[Trial, str], chosen: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Return a row a training of the search, for JSON: its changes, validation accuracy, and whether it was chosen."""
+    """Return one row per training of the search, for JSON: changes, validation accuracy, whether it was chosen."""
     return [
         {
             "variant": trial.variant,
@@ -46,12 +46,12 @@ def describe_tuning(
 
 
 def alternative(suite: Suite, variant: str, number: int) -> Changes:
-    """Return what a variant's alternative changes further; nothing for 0."""
+    """Return the changes of a variant's alternative; none for 0."""
     return suite.tune[variant][number - 1] if number else {}
 
 
 def describe_changes(changes: Changes) -> str:
-    """Return changes as they are given on the command line: ``optim.lr 0.04``."""
+    """Return changes as options of the command line: ``optim.lr 0.04``."""
     return ", ".join(
         f"{section}.{option} {value}"
         for section, options in changes.items()
@@ -60,7 +60,7 @@ def describe_changes(changes: Changes) -> str:
 
 
 def build_tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of what ``describe_tuning`` returned."""
+    """Return the table of the rows that ``describe_tuning`` returns."""
     seeds = sorted({row["seed"] for row in rows})
     caption = (
         f"Validation accuracy of every training of the search, percent; seed {', '.join(map(str, seeds))}. "
@@ -69,7 +69,7 @@ def build_tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = [
         [
             row["variant"],
-            describe_changes(row["changes"]) or "as it stands",
+            describe_changes(row["changes"]) or "unchanged",
             percent(row["val_top1"]) if "failed" not in row else "failed",
             "chosen" if row["chosen"] else "",
         ]
@@ -79,7 +79,7 @@ def build_tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def read_validation(trial: Trial) -> float:
-    """Return the validation accuracy of the weights that a trained run ended with."""
+    """Return the validation accuracy of a run's final weights."""
     epochs = read_history(trial.run.path / "metrics.json")
     accuracy: float = epochs[trial.run.read_info()["selection"]["epoch"] - 1]["val/top1"]
     return accuracy

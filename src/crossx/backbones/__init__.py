@@ -1,4 +1,4 @@
-"""Pretrained trunks. The only room that knows timm."""
+"""Pretrained trunks. No other package imports timm."""
 
 from crossx.backbones.blocks import synchronize_batch_norms
 from crossx.backbones.create import create_backbone

@@ -1,4 +1,4 @@
-"""What crossx knows of the insides of timm's models."""
+"""Code that depends on the internals of timm's models."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ ATTENTION_SLOTS: dict[type[nn.Module], str] = {
     senet.SEResNetBottleneck: "se_module",
     senet.SEResNeXtBottleneck: "se_module",
 }
-"""Residual blocks whose attention slot sees F(x) right before the shortcut is added, and the slot's name."""
+"""Residual blocks that apply attention to F(x) just before adding the shortcut -> the name of that attention slot."""
 
 
 def previous_index(reductions: Sequence[int]) -> int:
-    """Return which stage map is ``previous``, given each map's stride, shallow to deep."""
-    twice = [index for index, stride in enumerate(reductions) if 2 * stride == reductions[-1]]
-    return twice[-1] if twice else max(0, (3 * len(reductions)) // 4 - 1)
+    """Return the index of the map that serves as ``previous``, given the strides of all maps, shallow to deep."""
+    half = [index for index, stride in enumerate(reductions) if 2 * stride == reductions[-1]]
+    return half[-1] if half else max(0, (3 * len(reductions)) // 4 - 1)
 
 
 def expand_stage(trunk: nn.Module, stage: str) -> int | None:
-    """Let a stage of inverted residual blocks end with the next one's expansion, and return its channels.
+    """Move the expansion of the next stage's first block to the end of a stage, and return its channels.
 
-    In EfficientNet and MobileNet the deepest map at a stride is the expanded one inside the next stage's first
-    block, before its strided convolution; the stage's own output is a bottleneck a sixth as wide. Moving the
-    expansion to the end of the stage computes the same in the same order. None where the trunk is of another kind.
+    In EfficientNet and MobileNet, the deepest map of a stride is the expanded one inside the next stage's first block,
+    before its strided convolution; the stage's own output is a bottleneck of a sixth of its width. The move does not
+    change the order of the operations. Returns None, without a change, for other trunks.
     """
     if not isinstance(trunk, efficientnet.EfficientNet | mobilenetv3.MobileNetV3):
         return None
@@ -53,7 +53,10 @@ def expand_stage(trunk: nn.Module, stage: str) -> int | None:
 
 
 def residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Return the trunk's children to run in order and those that end a stage, None unless it is of that plain kind."""
+    """Return the names of the trunk's children in forward order, and of those that end a stage.
+
+    None unless the trunk is a ResNet or SENet whose last two stages end with a block of ``ATTENTION_SLOTS``.
+    """
     if not isinstance(trunk, resnet.ResNet | senet.SENet):
         return None
     for name in ends[-2:]:
@@ -64,9 +67,9 @@ def residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], li
 
 
 def synchronize_batch_norms(network: nn.Module) -> None:
-    """Let the batch norms that are in training mode take their statistics over all ranks.
+    """Synchronise the statistics of all batch norms in training mode over the ranks.
 
-    timm's layers that hold an activation beside the norm keep it, which torch's own conversion drops.
+    timm's conversion keeps the activation of its combined norm-activation layers; PyTorch's drops it.
     """
     norms = [
         (name, module)
@@ -91,12 +94,12 @@ default_cfgs = timm.models.generate_default_cfgs(
         }
     }
 )
-"""timm looks for this name when a model is registered."""
+"""timm reads this name from the module when it registers a model."""
 
 
 @timm.models.register_model  # type: ignore[untyped-decorator]
 def seresnet50_16units(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """SE-ResNet-50 with 16 hidden units in every SE gate: the trunk of the released SENet checkpoints."""
+    """Build SE-ResNet-50 with 16 hidden units in every SE gate, the trunk of the released SENet checkpoints."""
     blocks = {"attn_layer": partial(SEModule, rd_channels=16)}
     model: nn.Module = timm.models.build_model_with_cfg(
         resnet.ResNet,

@@ -1,4 +1,4 @@
-"""From a model's name to a trunk."""
+"""Create a trunk by its timm name."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def create_backbone(
     args: Mapping[str, Any] | None = None,
     image_size: int | None = None,
 ) -> Backbone:
-    """Build a trunk by its timm name.
+    """Create a trunk by its timm name.
 
     Args:
         name: A timm model, with or without a weight tag (``resnet50.tv_in1k``), ``hf-hub:USER/NAME`` or
             ``local-dir:FOLDER``.
-        pretrained: Whether to load the weights that belong to the name.
-        weights: A state dict (``.pth``, ``.pt``, ``.safetensors``) to load instead.
+        pretrained: Whether to load the pretrained weights of that name.
+        weights: Path of a state dict (``.pth``, ``.pt``, ``.safetensors``) to load instead.
         args: Further arguments of ``timm.create_model``.
-        image_size: Side of the images to build for, in pixels; by default the model's own.
+        image_size: Side of the input images in pixels; default: the model's own.
 
     Raises:
-        UsageError: If timm knows no such model or it does not take these arguments.
-        CrossXError: If the weights cannot be had or do not fit.
+        UsageError: If timm has no such model, or the model does not accept ``args``.
+        CrossXError: If the weights cannot be downloaded or read, or do not fit.
     """
     architecture, own_args = _resolve(name)
     merged = {**own_args, **(args or {})}
@@ -51,7 +51,7 @@ def create_backbone(
         if not pretrained or weights is not None:
             raise UsageError(f"backbone {name!r} cannot be built: {first_line(error)}.") from error
         raise CrossXError(
-            f"backbone {name!r}: its pretrained weights cannot be had ({first_line(error)}). Check the network, "
+            f"backbone {name!r}: its pretrained weights cannot be loaded ({first_line(error)}). Check the network, "
             "or use --model.backbone_weights FILE, --model.backbone local-dir:FOLDER or --model.pretrained false."
         ) from error
     if weights is not None:
@@ -60,7 +60,7 @@ def create_backbone(
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the architecture behind a name and the arguments that come with it."""
+    """Return the architecture of a name, and the model arguments that its config sets."""
     source, _, identifier = name.partition(":")
     if source == "local-dir" and identifier:
         path = Path(identifier) / "config.json"
@@ -70,7 +70,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             own_args = _own_arguments(config.get("pretrained_cfg") or config, config.get("model_args"))
         except FileNotFoundError as error:
             raise UsageError(
-                f"backbone {name!r}: there is no {path}; timm's config.json must lie there."
+                f"backbone {name!r}: there is no {path}; the folder needs timm's config.json."
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"backbone {name!r}: {path} is not a timm config ({error}).") from error
@@ -80,7 +80,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             own_args = _own_arguments(pretrained_cfg, model_args)
         except Exception as error:
             raise CrossXError(
-                f"backbone {name!r} cannot be had from the Hugging Face Hub ({first_line(error)}). Check the name "
+                f"backbone {name!r} cannot be loaded from the Hugging Face Hub ({first_line(error)}). Check the name "
                 "and the network, or use --model.backbone local-dir:FOLDER."
             ) from error
     else:
@@ -89,7 +89,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     if not timm.is_model(base):
         raise UsageError(
             f"unknown backbone {name!r}.{nearest(base, timm.list_models())} "
-            "Every name of timm.list_models() works; also local-dir:FOLDER and hf-hub:USER/NAME."
+            "Use a name from timm.list_models(), local-dir:FOLDER or hf-hub:USER/NAME."
         )
     tagged = timm.list_models(f"{base}.*", pretrained=True)
     if tag and architecture not in tagged:
@@ -101,9 +101,9 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _own_arguments(pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments that a model's config stands for, so that the architecture is rebuilt without the config.
+    """Return the model arguments of a config, from which the architecture can be rebuilt without it.
 
-    timm builds networks of one size for the input that ``pretrained_cfg`` names.
+    For models of a fixed input size, timm takes the size from ``pretrained_cfg``.
     """
     args: dict[str, Any] = {}
     if pretrained_cfg.get("fixed_input_size") and pretrained_cfg.get("input_size"):

@@ -1,4 +1,4 @@
-"""Plain state dicts from files."""
+"""Read state dicts from files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
-    """Load a plain state dict into a timm model and warn of every key that did not match.
+    """Load a state dict into a timm model, and log a warning with every key that does not match.
 
-    A leading ``module.``, a wrapping ``state_dict`` or ``model`` entry and classifier weights are accepted.
+    The state dict may be nested in an entry ``state_dict`` or ``model``, its keys may have the prefix ``module.``.
 
     Returns:
-        One line for each key that was missing, not known or of another shape.
+        One line per key that is missing, unknown or of another shape.
 
     Raises:
-        CrossXError: If the file cannot be read or none of its keys match.
+        CrossXError: If the file cannot be read or none of its keys matches.
     """
     state = read_state_dict(path)
     own = trunk.state_dict()
@@ -41,22 +41,22 @@ def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
     ]
     for key, value in state.items():
         if key not in own:
-            problems.append(f"not known: {key}")
+            problems.append(f"unknown: {key}")
         elif own[key].shape != value.shape:
             problems.append(f"shape {tuple(value.shape)}, the backbone has {tuple(own[key].shape)}: {key}")
     if problems:
         log.warning(
-            "%s: %d of the backbone's %d tensors were loaded; what did not match:\n  %s",
+            "%s: %d of the backbone's %d tensors were loaded. Mismatches:\n  %s",
             path, len(matching), len(own), "\n  ".join(problems),
         )  # fmt: skip
     return problems
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from ``.safetensors`` or a PyTorch file (``weights_only=True``), ``module.`` removed.
+    """Read a state dict from ``.safetensors`` or a PyTorch file (``weights_only=True``), without ``module.``.
 
     Raises:
-        CrossXError: If there is no such file or it holds something else.
+        CrossXError: If there is no such file or it is not a plain state dict.
     """
     if not path.is_file():
         raise CrossXError(f"{path}: no such weights file.")
@@ -71,7 +71,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CrossXError(f"{path}: not a weights file ({first_line(error)}).") from error
     except Exception as error:
         raise CrossXError(
-            f"{path}: not a plain state dict; files that hold Python objects are not loaded."
+            f"{path}: not a plain state dict; files with Python objects are not loaded."
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -92,12 +92,12 @@ def _is_plain(key: object, value: object) -> bool:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose content would take more memory than the file; torch.save compresses nothing."""
+    """Reject an archive that unpacks to more than its own size; ``torch.save`` does not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             content = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        # of another kind, or damaged: reading it says so
+        # not an archive, or damaged: reading it gives the error
         return
     if content > path.stat().st_size:
         raise CrossXError(f"{path}: not a weights file (its content is compressed).")

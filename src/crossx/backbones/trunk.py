@@ -1,4 +1,4 @@
-"""A timm model as every method sees it: the maps of two stages."""
+"""A timm model as all methods use it: the maps of its last two stages."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ Placement: TypeAlias = Literal["residual", "output"]
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier, giving the maps of two stages.
+    """A timm model without its classifier that returns the maps of two stages.
 
-    ``last`` is the map that the model's own classifier would pool; ``previous`` the deepest map of half its
-    stride, or, where all maps have one stride (ViT), the one after three quarters of the blocks.
+    ``last`` is the map that the model's own classifier would pool. ``previous`` is the deepest map of half its stride
+    or, if all maps have the same stride (ViT), the one after three quarters of the blocks.
 
     Args:
         name: The name that the user gave.
-        architecture: timm's name of the architecture, which with ``args`` rebuilds the trunk without ``name``'s files.
+        architecture: timm's name of the architecture; together with ``args`` it rebuilds the trunk without the files
+            of ``name``.
         args: Arguments of the architecture.
         trunk: The timm model, without classifier.
-        image_size: Side of the images that layers on top are built for, in pixels; by default the model's own.
+        image_size: Side of the images that layers on top are built for, in pixels; default: the model's own.
 
     Attributes:
         channels: Stage name -> channels of its map.
-        strides: Stage name -> input pixels over map pixels, along one side.
+        strides: Stage name -> input pixels per spatial position, along one side.
         data_config: timm's mean, std, interpolation and input_size for this model and its weights.
-        image_size: As given, or the side that the model is made for.
-        stage_maps: Stage name -> a module that passes the stage's map on unchanged: the place for a hook.
-        recomputes: Whether activations are computed again in the backward pass, see ``recompute_activations``.
+        image_size: As given, or the model's own.
+        stage_maps: Stage name -> identity module that the stage's map passes through, for hooks.
+        recomputes: Whether activations are recomputed in the backward pass; see ``recompute_activations``.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class Backbone(nn.Module):
         self.recomputes = False
         self._steps = residual_steps(trunk, [stage["module"] for stage in info])
         if self._steps is None and not hasattr(trunk, "forward_intermediates"):
-            raise UsageError(f"backbone {name!r} gives no stage maps in timm (no forward_intermediates).")
+            raise UsageError(f"backbone {name!r} has no stage maps in timm (no forward_intermediates).")
 
     def take_previous(self, stride: int) -> None:
-        """Let ``previous`` be the deepest map, ``last`` left aside, with ``stride`` input pixels a place.
+        """Choose the deepest map of a stride, other than ``last``, as ``previous``.
 
         Raises:
-            UsageError: If the backbone gives no such map.
+            UsageError: If the backbone has no such map.
         """
-        # the first map is the stem's
+        # the first map is that of the stem
         strides = [int(stage["reduction"]) for stage in self._info[1:-1]]
         if stride not in strides:
             known = ", ".join(map(str, sorted(set(strides)))) or "none"
@@ -91,12 +92,12 @@ class Backbone(nn.Module):
             stage: ``previous`` or ``last``.
             num_parts: P.
             reduction: See ``OSME``.
-            placement: ``residual`` gates F(x) inside the stage's last block, before the shortcut is added; the
-                trunk goes on as it was. ``output`` gates the stage's map. None takes ``residual`` where the
-                backbone has residual blocks to extend.
+            placement: ``residual`` gates F(x) inside the stage's last block, before the shortcut is added, and leaves
+                the rest of the trunk unchanged. ``output`` gates the stage's map. None chooses ``residual`` if the
+                backbone has suitable blocks.
 
         Raises:
-            UsageError: For ``residual`` on a backbone without such blocks, or options OSME refuses.
+            UsageError: For ``residual`` on a backbone without such blocks, or invalid options of OSME.
         """
         if placement is not None:
             check_choice("osme_placement", placement, get_args(Placement))
@@ -115,23 +116,23 @@ class Backbone(nn.Module):
         setattr(block, slot_name, slot)
         if drop_path is not None:
             block.drop_path = None
-        # A plain dict: registered a second time, its weights would stand twice in the state dict.
+        # a plain dict: as a second submodule, the slot would be in the state dict twice
         self._slots[stage] = slot
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return ``previous`` and ``last`` of images (B, 3, H, W).
+        """Return the maps ``previous`` and ``last``, (B, C, h, w), for images (B, 3, H, W).
 
-        Each is a map (B, C, h, w), or attention features (B, P, C, h, w) where OSME is attached.
+        A stage with OSME has attention features, (B, P, C, h, w), instead.
         """
         maps = self._run_trunk(images) if self._steps is None else self._run_steps(images)
         for stage, osme in self.osme.items():
-            maps[stage] = osme(maps[stage])
+            maps[stage] = osme(maps[stage])  # (B, C, h, w) -> (B, P, C, h, w)
         return {stage: self.stage_maps[stage](map_) for stage, map_ in maps.items()}
 
     def drop_head(self) -> None:
-        """Remove the layers that only the model's own classifier runs, for methods with heads of their own.
+        """Remove the layers that only the model's own classifier needs, for methods with their own heads.
 
-        ``features`` still works afterwards, ``pool`` does not. Unused weights would cost memory and make DDP fail.
+        Unused weights would cost memory and make DDP fail. ``pool`` does not work afterwards; ``features`` does.
         """
         if self._slots:
             return
@@ -150,13 +151,13 @@ class Backbone(nn.Module):
                 self.trunk.set_submodule(name, nn.Identity())
 
     def recompute_activations(self) -> None:
-        """Keep only the inputs of the blocks in training, and compute the rest again in the backward pass.
+        """Store only the inputs of the blocks in training, and recompute the rest in the backward pass.
 
-        Residual trunks run each block through ``crossx.layers.recompute``; the others have timm's own
-        checkpointing, which counts a batch twice in the running statistics of batch norms.
+        Residual trunks use ``crossx.layers.recompute`` for each block. Other trunks use timm's checkpointing, which
+        updates the running statistics of batch norms twice per batch.
 
         Raises:
-            UsageError: If timm offers none for this backbone.
+            UsageError: If timm does not support it for this backbone.
         """
         self.recomputes = True
         if self._steps is None:
@@ -166,7 +167,7 @@ class Backbone(nn.Module):
                 raise UsageError(f"backbone {self.name!r} cannot recompute activations in timm.") from error
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the model's own features of images (B, 3, H, W), in timm's layout, for ``pool``."""
+        """Return the model's own features for images (B, 3, H, W), in timm's layout; the input of ``pool``."""
         features: Tensor = (
             self.trunk.forward_features(images) if self._steps is None else self._run_steps(images)["last"]
         )
@@ -174,13 +175,14 @@ class Backbone(nn.Module):
         return seen
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return what the model's own classifier would see, (B, ``pooled_channels``), of ``features``."""
+        """Return the input of the model's own classifier, (B, ``pooled_channels``), for the result of ``features``."""
+        # timm's layout -> (B, pooled_channels)
         pooled: Tensor = self.trunk.forward_head(features, pre_logits=True)
         return pooled
 
     @property
     def pooled_channels(self) -> int:
-        """Width of ``pool``'s result."""
+        """Number of channels that ``pool`` returns."""
         return int(self.trunk.head_hidden_size)
 
     def pretrained_parameters(self) -> list[nn.Parameter]:
@@ -189,7 +191,7 @@ class Backbone(nn.Module):
         return [parameter for parameter in self.trunk.parameters() if id(parameter) not in new]
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
-        """Return ``pretrained_parameters`` by depth, shallow to deep, as timm's layer decay groups them."""
+        """Return ``pretrained_parameters`` grouped by depth, shallow to deep, as for timm's layer decay."""
         own = {id(parameter) for parameter in self.pretrained_parameters()}
         named = dict(self.trunk.named_parameters())
         groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
@@ -199,13 +201,13 @@ class Backbone(nn.Module):
         return [group for group in depths if group]
 
     def map_size(self, image_size: int | None = None) -> tuple[int, int]:
-        """Return (h, w) of ``last`` for images of a side, by running one empty image through the trunk.
+        """Return (h, w) of ``last`` for square images, found by running one empty image.
 
         Args:
-            image_size: In pixels; by default ``self.image_size``.
+            image_size: Side of the image in pixels; default: ``self.image_size``.
 
         Raises:
-            UsageError: If the backbone refuses that size.
+            UsageError: If the backbone does not accept that size.
         """
         size = image_size or self.image_size
         try:
@@ -218,21 +220,22 @@ class Backbone(nn.Module):
         return height, width
 
     def check_image_size(self, size: int) -> None:
-        """Check that images of a side, in pixels, can be used.
+        """Check that the backbone can use square images of ``size`` pixels.
 
         Raises:
-            UsageError: If the backbone refuses that size or is left with fewer than 2 x 2 places to attend to.
+            UsageError: If it does not accept that size, or its last map has fewer than 2 x 2 spatial positions.
         """
         height, width = self.map_size(size)
         if min(height, width) < 2:
             raise UsageError(
-                f"image_size {size} is too small for backbone {self.name!r}: its last map has {height} x {width} "
-                f"places. Use --data.image_size {2 * self.strides['last']} or more."
+                f"image_size {size} is too small for backbone {self.name!r}: its last map is {height} x {width}. "
+                f"Use --data.image_size {2 * self.strides['last']} or more."
             )
 
     @property
     def _own_size(self) -> int:
-        """Side of the images that the model is made for; timm's ``data_config`` does not know of ``img_size``."""
+        """Side of the images that the model was built for, in pixels."""
+        # timm's data_config ignores img_size
         size = self.args.get("img_size") or self.data_config["input_size"][-1]
         return size if isinstance(size, int) else size[-1]
 
@@ -245,7 +248,7 @@ class Backbone(nn.Module):
         self.strides["previous"] = int(stage["reduction"])
 
     def _probe(self, size: int) -> torch.Size:
-        """Run one empty image in evaluation mode and return the last map's (h, w)."""
+        """Return (h, w) of the last map for one empty image, run in evaluation mode."""
         with evaluation_mode(self), torch.inference_mode():
             last = self.forward(next(self.parameters()).new_zeros(1, 3, size, size))["last"]
         return last.shape[-2:]
@@ -258,7 +261,7 @@ class Backbone(nn.Module):
         if self._tokens:
             last = maps[1]
         elif last.shape[1] != self.channels["last"]:
-            last = last.permute(0, 3, 1, 2)
+            last = last.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
         return {"previous": maps[0], "last": last}
 
     def _run_steps(self, x: Tensor) -> dict[str, Tensor]:
@@ -266,7 +269,7 @@ class Backbone(nn.Module):
         steps, ends = self._steps
         maps: dict[str, Tensor] = {}
         stages = {ends[self._previous]: "previous", ends[self._deepest]: "last"}
-        # timm's first map is the stem's, the others end a stage of blocks
+        # timm's first map is that of the stem; each of the others ends a stage of blocks
         first = steps.index(ends[1])
         x = self._recomputed(lambda x: self._run_stem(steps[:first], x), x, self.trunk)
         for step in steps[first:]:
@@ -274,7 +277,7 @@ class Backbone(nn.Module):
                 x = self._recomputed(block, x, block)
             stage = stages.get(step)
             if stage in self._slots:
-                x, maps[stage] = self._slots[stage].split(x)
+                x, maps[stage] = self._slots[stage].split(x)  # -> (B, C, h, w) and (B, P, C, h, w)
             elif stage is not None:
                 maps[stage] = x
         return maps

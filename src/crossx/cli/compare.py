@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from crossx.cli.options import VerbParser
+from crossx.cli.options import RunPath, Split
 from crossx.errors import CrossXError, UsageError
 from crossx.report.published import PublishedResult, read_published
 from crossx.runs import open_run, read_results, write_json
@@ -14,66 +14,51 @@ from crossx.runs import open_run, read_results, write_json
 COMPARED = range(3, 8)
 """The paper's tables of methods; Table 2 is an ablation of Cross-X."""
 NEEDED = (
-    "method",
-    "backbone",
-    "dataset",
-    "preprocessing.image_size",
-    "n",
-    "num_classes",
-    "top1",
-    "intervals.top1",
-    "class_mean",
-    "ece",
-)
-"""What a row cannot do without."""
+    "method", "backbone", "dataset", "preprocessing.image_size", "n", "num_classes", "top1", "intervals.top1",
+    "class_mean", "ece",
+)  # fmt: skip
+"""Results that a row of the table needs."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print one table of many tested runs, and write it."""
-    parser = VerbParser(
-        "compare",
-        "Put tested runs into one table, each held against the first on the same images. Where a run is not tested\n"
-        "yet, `crossx test RUN` does it.",
-        [
-            "crossx compare runs/plain runs/crossx",
-            "crossx compare runs/crossx --paper --output tables/cub",
-        ],
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
-    parser.add_argument(
-        "--paper",
-        action="store_true",
-        help="the numbers of the Cross-X paper on the same datasets too (Tables 3 to 7)",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="STEM",
-        help="write STEM.md, STEM.csv, STEM.tex and STEM.json beside what is printed",
-    )
-    options = parser.parse(arguments)
-    folders = [open_run(path)[0].path for path in options.runs]
-    runs = [
-        {"run": given, **_read(folder, options.split)}
-        for given, folder in zip(options.runs, folders, strict=True)
-    ]
-    published = _published({results["dataset"] for results in runs}) if options.paper else []
-    _compare_with_first(runs, folders, options.split)
+def compare(
+    runs: Sequence[RunPath],
+    *,
+    split: Split = "test",
+    paper: bool = False,
+    output: Annotated[str, "STEM"] | None = None,
+) -> None:
+    """Put tested runs into one table, next to the published numbers.
+
+    Each run is compared with the first on the same images. `crossx test RUN` tests a run that is not tested yet.
+
+    Args:
+        runs: Run folders.
+        split: Images that the runs were tested on: train, val or test.
+        paper: Add the numbers of the Cross-X paper on the same datasets (Tables 3 to 7).
+        output: Also write STEM.md, STEM.csv, STEM.tex and STEM.json.
+
+    Examples:
+        crossx compare runs/plain runs/crossx
+        crossx compare runs/crossx --paper --output tables/cub
+    """
+    folders = [open_run(path)[0].path for path in runs]
+    rows = [{"run": path, **_read(folder, split)} for path, folder in zip(runs, folders, strict=True)]
+    published = _published({results["dataset"] for results in rows}) if paper else []
+    _compare_with_first(rows, folders, split)
 
     from crossx.report.comparison import tabulate_runs
 
-    table = tabulate_runs(runs, published)
+    table = tabulate_runs(rows, published)
     print(table.to_markdown(), end="")
-    notes = _notes(runs) if options.paper else []
+    notes = _notes(rows) if paper else []
     for note in notes:
         print(f"note: {note}")
-    if options.output:
-        stem = Path(options.output)
+    if output:
+        stem = Path(output)
         table.write(stem)
-        values = {"runs": runs, "published": [vars(result) for result in published], "notes": notes}
+        values = {"runs": rows, "published": [vars(result) for result in published], "notes": notes}
         write_json(stem.with_name(f"{stem.name}.json"), values)
         print(f"written: {stem}.md, .csv, .tex, .json")
-    return 0
 
 
 def _read(folder: Path, split: str) -> dict[str, Any]:
@@ -94,23 +79,23 @@ def _published(datasets: set[str]) -> list[PublishedResult]:
     return found
 
 
-def _compare_with_first(runs: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> None:
+def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> None:
     from crossx.evaluation.comparison import compare_runs
 
-    first = runs[0]
-    for results, folder in zip(runs, folders, strict=True):
+    first = rows[0]
+    for results, folder in zip(rows, folders, strict=True):
         same = results["dataset"] == first["dataset"] and results["n"] == first["n"]
         results["against"] = (
             compare_runs(folder, folders[0], split) if same and results is not first else None
         )
 
 
-def _notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say where a run's task is not the paper's, so that nobody compares the numbers."""
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the runs whose task differs from the paper's, so that nobody compares the numbers."""
     from crossx.data.catalog import dataset_info
 
     notes = []
-    for results in runs:
+    for results in rows:
         table1 = dataset_info(results["dataset"]).table1
         if table1 and (results["num_classes"], results["n"]) != (table1[0], table1[2]):
             notes.append(

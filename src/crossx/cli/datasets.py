@@ -2,76 +2,101 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from crossx.cli.options import VerbParser, positive
+import jsonargparse
+
+from crossx.cli.parser import Name, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo
 from crossx.errors import UsageError, nearest
 
 ACTIONS = ("list", "check")
 
 
-def run(arguments: Sequence[str]) -> int:
-    """List what datasets there are, or check one on disk; 1 where something is wrong with it."""
-    if arguments and arguments[0] == "check":
-        return _check(arguments[1:])
-    parser = VerbParser(
-        "datasets",
-        "list: where each dataset is to be had, its licence, size, checksums and known defects.\n"
-        "check NAME ROOT: count what lies in ROOT, and name files that are missing, unreadable, duplicate or\n"
-        "mislabelled (`crossx datasets check --help`).",
-        ["crossx datasets list", "crossx datasets check cub data/CUB_200_2011"],
-    )
-    parser.add_argument("action", metavar="list|check", help="what to do")
-    action = parser.parse(arguments).action
+@dataclass(frozen=True)
+class DatasetOptions:
+    """As in `crossx fit`.
+
+    Attributes:
+        level: FGVC-Aircraft only: label by variant, family or manufacturer.
+        num_classes: Synthetic set only: number of classes.
+        images_per_class: Synthetic set only: number of images per class.
+    """
+
+    level: Name | None = None
+    num_classes: Positive | None = None
+    images_per_class: Positive | None = None
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the action that the first word names."""
+    if words[:1] == ["check"]:
+        return call(check, words[1:], "datasets check")
+    return call(datasets, words, "datasets")
+
+
+def parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
+    """Return the parser for completions after these words."""
+    return build(check, "datasets check") if words[:1] == ["check"] else build(datasets, "datasets")
+
+
+def datasets(action: Annotated[str, "list|check"]) -> None:
+    """List the datasets and where to get them, or check one on disk.
+
+    list: where to download each dataset, its licence, size, checksums and known defects.
+
+    check NAME ROOT: count the images in ROOT, and name files that are missing, unreadable, duplicated or mislabelled
+    (`crossx datasets check --help`).
+
+    Args:
+        action: What to do.
+
+    Examples:
+        crossx datasets list
+        crossx datasets check cub data/CUB_200_2011
+    """
     if action not in ACTIONS:
         raise UsageError(
             f"unknown action {action!r}.{nearest(action, ACTIONS)} Choose from: {', '.join(ACTIONS)}."
         )
-    print("\n\n".join("\n".join(_lines(info)) for info in DATASETS.values()))
-    return 0
+    print("\n\n".join("\n".join(_describe(info)) for info in DATASETS.values()))
 
 
-def _check(arguments: Sequence[str]) -> int:
-    parser = VerbParser(
-        "datasets check",
-        "Count what lies in ROOT against Table 1 of the paper (a difference is a note), decode every image, and name\n"
-        "files that are missing, unreadable, duplicate or mislabelled. Exit code 1 where something is wrong.",
-        [
-            "crossx datasets check cub data/CUB_200_2011",
-            "crossx datasets check folder my_images --json > report.json",
-        ],
-    )
-    parser.add_argument("name", metavar="NAME", help="dataset, see `crossx datasets list`")
-    parser.add_argument("root", metavar="ROOT", help="its folder (`table`: the CSV or Parquet file)")
-    parser.add_argument("--json", action="store_true", help="print everything found as JSON")
-    parser.add_argument("--data.level", dest="level", metavar="NAME", help="as in `crossx fit`")
-    parser.add_argument("--data.num_classes", dest="num_classes", type=positive, help="as in `crossx fit`")
-    parser.add_argument(
-        "--data.images_per_class", dest="images_per_class", type=positive, help="as in `crossx fit`"
-    )
-    options = parser.parse(arguments)
+def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data: DatasetOptions) -> int:
+    """Check a dataset on disk.
 
+    Compares the number of images in ROOT with Table 1 of the paper (a difference is only a note), decodes every image,
+    and names files that are missing, unreadable, duplicated or mislabelled. The exit code is 1 if something is wrong.
+
+    Args:
+        name: Dataset, see `crossx datasets list`.
+        root: Its folder (`table`: the CSV or Parquet file).
+        json: Print everything found as JSON.
+
+    Examples:
+        crossx datasets check cub data/CUB_200_2011
+        crossx datasets check folder my_images --json > report.json
+    """
     from crossx.data.check import check_dataset
     from crossx.evaluation.progress import images_bar
 
-    with images_bar("Looking at images") as (bar, task):
+    with images_bar("Checking images") as (bar, task):
         report = check_dataset(
-            options.name,
-            options.root,
+            name,
+            root,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            level=options.level,
-            num_classes=options.num_classes,
-            images_per_class=options.images_per_class,
+            **vars(data),
         )
-    print(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if options.json else report.summary())
+    print(json_format.dumps(report.to_json(), indent=2, ensure_ascii=False) if json else report.summary())
     return report.exit_code
 
 
-def _lines(info: DatasetInfo) -> Iterator[str]:
+def _describe(info: DatasetInfo) -> Iterator[str]:
     yield f"{info.name}: {info.title}"
     if info.table1:
         classes, train, test = info.table1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from crossx.cli.options import VerbParser, add_device, add_run, positive
-from crossx.errors import UsageError, unknown
+from crossx.cli.options import BatchSize, Device, ModelPath
+from crossx.cli.parser import Folder, Fraction, Name
+from crossx.errors import UsageError
 from crossx.runs import atomic_path, check_writable, open_run
 
 if TYPE_CHECKING:
@@ -18,122 +19,101 @@ if TYPE_CHECKING:
     from crossx.explain.maps import Explanation
     from crossx.predict.results import ExplainedImage
 
-MAPS = ("activation", "class", "both")
+Kind = Literal["activation", "class", "both"]
+"""As ``crossx.explain.maps.Kind``, whose module imports torch."""
 SHEET_ROWS = 20
-"""Images a contact sheet."""
+"""Images per contact sheet."""
 SHEET_CELL = 1.1
 """Side of an image on a contact sheet, in inches."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Draw where the network looks, a picture an image and contact sheets; 1 where some image could not be read."""
-    parser = VerbParser(
-        "explain",
-        "Draw where a network looks (Fig. 5 of the paper): the activation maps of every part at every stage, and the\n"
-        "combined ones, laid over the image as the network saw it. One picture an image, and contact sheets of 20:\n"
-        "contact.png, contact-2.png and so on. Where an image's folder has the name of a class, the prediction is\n"
-        "said to be right or wrong. An image that cannot be read is named, with the reason, and the exit code is 1.",
-        [
-            "crossx explain runs/mine bird.jpg --output maps",
-            "crossx explain runs/mine photos/ --output maps --maps both --save-maps",
-            'crossx explain runs/mine bird.jpg --output maps --maps class --class "Cape May Warbler"',
-        ],
-    )
-    add_run(parser)
-    parser.add_argument(
-        "images", metavar="IMAGE_OR_FOLDER", nargs="+", help="image files, or folders searched for images"
-    )
-    parser.add_argument("--output", metavar="DIR", required=True, help="new or empty folder for the pictures")
-    parser.add_argument(
-        "--maps",
-        default="activation",
-        help="activation (default), of every part; class, what speaks for a class (CAM, or Grad-CAM with "
-        "crossx[explain]); or both",
-    )
-    parser.add_argument(
-        "--class", dest="target", metavar="NAME", help="the class of class maps (default: the predicted one)"
-    )
-    parser.add_argument(
-        "--save-maps", action="store_true", help="also write each image's maps as numbers, NAME.npz"
-    )
-    parser.add_argument(
-        "--colormap", metavar="NAME", help="a colormap of matplotlib (default: inferno, safe in grey)"
-    )
-    parser.add_argument(
-        "--opacity", type=_number, default=0.5, metavar="X", help="of the maps, 0 to 1 (default: 0.5)"
-    )
-    parser.add_argument(
-        "--data.batch_size", dest="batch_size", type=positive, default=16, metavar="N", help="images a step"
-    )
-    add_device(parser)
-    return _explain(parser.parse(arguments))
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures.
+
+    Attributes:
+        colormap: A colormap of matplotlib (default: inferno, which also works in grey).
+        opacity: Opacity of the maps.
+        save_maps: Also write the maps of each image as numbers, NAME.npz.
+    """
+
+    colormap: Name | None = None
+    opacity: Fraction = 0.5
+    save_maps: Annotated[bool, "--save-maps"] = False
 
 
-def _explain(options: argparse.Namespace) -> int:
-    _check(options)
+def explain(
+    run: ModelPath,
+    images: Sequence[Annotated[str, "IMAGE_OR_FOLDER"]],
+    *,
+    output: Folder,
+    maps: Kind = "activation",
+    target: Annotated[str, "--class", "NAME"] | None = None,
+    drawing: Drawing,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+) -> int:
+    """Draw where a network looks (Fig. 5 of the paper).
 
-    from crossx.evaluation.progress import track
-    from crossx.predict.inputs import expand_paths
-    from crossx.predict.predictor import Predictor
+    Lays the activation maps of every part at every stage, and the combined ones, over each image as the network saw it.
+    Writes one picture per image, and contact sheets of 20: contact.png, contact-2.png and so on. If an image's folder
+    has the name of a class, the picture says whether the prediction is right. An image that cannot be read is named,
+    with the reason, and the exit code is 1.
 
-    paths = expand_paths(options.images)
-    check_writable(Path(options.output))
-    predictor = Predictor.load(options.run, device=options.device)
-    explained = track(
-        predictor.iter_explain(
-            paths, maps=options.maps, target=options.target, batch_size=options.batch_size
-        ),
-        "Explaining",
-        total=len(paths),
-    )
-    failed = _write(explained, paths, predictor.classes, options)
-    done = len(paths) - failed
-    if done:
-        print(f"{done} images: {Path(options.output) / 'contact.png'}")
-    if failed:
-        sys.stdout.flush()
-        print(f"crossx explain: {failed} of {len(paths)} images cannot be read.", file=sys.stderr)
-    return 1 if failed else 0
+    Args:
+        images: Image files, or folders searched for images.
+        output: New or empty folder for the pictures.
+        maps: activation: maps of every part; class: evidence for a class (CAM, or Grad-CAM with crossx[explain]); both.
+        target: Class of the class maps (default: the predicted one).
 
-
-def _check(options: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded or written."""
-    if options.maps not in MAPS:
-        raise unknown("--maps", options.maps, MAPS)
-    if options.target is not None and options.maps == "activation":
+    Examples:
+        crossx explain runs/mine bird.jpg --output maps
+        crossx explain runs/mine photos/ --output maps --maps both --save-maps
+        crossx explain runs/mine bird.jpg --output maps --maps class --class "Cape May Warbler"
+    """
+    if target is not None and maps == "activation":
         raise UsageError("--class belongs to class maps: give --maps class or --maps both.")
-    if os.path.isdir(options.output) and (names := sorted(os.listdir(options.output))):
+    if os.path.isdir(output) and (names := sorted(os.listdir(output))):
         raise UsageError(
-            f"{options.output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
+            f"{output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
         )
 
-    from crossx.explain.figures import COLORMAP, check_colormap, check_opacity
+    from crossx.evaluation.progress import track
+    from crossx.explain.figures import COLORMAP, check_colormap
+    from crossx.predict.inputs import expand_paths
+    from crossx.predict.predictor import Predictor, class_number
 
-    options.colormap = options.colormap or COLORMAP
-    check_colormap(options.colormap)
-    check_opacity(options.opacity)
-    spec = open_run(options.run)[0].read_spec()
-    if options.target is not None:
-        from crossx.predict.predictor import class_number
-
-        class_number(options.target, spec.classes)
+    drawing = replace(drawing, colormap=drawing.colormap or COLORMAP)
+    check_colormap(str(drawing.colormap))
+    spec = open_run(run)[0].read_spec()
+    if target is not None:
+        class_number(target, spec.classes)
+    paths = expand_paths(images)
+    check_writable(Path(output))
+    predictor = Predictor.load(run, device=device)
+    explained = predictor.iter_explain(paths, maps=maps, target=target, batch_size=batch_size)
+    tracked = track(explained, "Explaining", total=len(paths))
+    failed = _write(tracked, paths, predictor.classes, Path(output), drawing)
+    if done := len(paths) - failed:
+        print(f"{done} images: {Path(output) / 'contact.png'}", flush=True)
+    if failed:
+        print(f"crossx explain: {failed} of {len(paths)} images cannot be read.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _write(
     explained: Iterable[ExplainedImage],
     paths: Sequence[Path],
     classes: Sequence[str],
-    options: argparse.Namespace,
+    output: Path,
+    drawing: Drawing,
 ) -> int:
     """Write pictures, maps and contact sheets as the results come; return how many images have none."""
     from crossx.explain.figures import FigureRow, caption
 
-    output = Path(options.output)
-    sheets = (output / f"{name}.png" for name in _sheet_names())
     number_of_sheets = -(-len(paths) // SHEET_ROWS)
-    names = _file_names(
-        paths, taken=[name for name, _ in zip(_sheet_names(), range(number_of_sheets), strict=False)]
-    )
+    sheets = ["contact", *(f"contact-{number}" for number in range(2, number_of_sheets + 1))]
+    names = _file_names(paths, taken=sheets)
     sheet: list[FigureRow] = []
     failed = 0
     for path, name, result in zip(paths, names, explained, strict=True):
@@ -142,31 +122,26 @@ def _write(
             failed += 1
             continue
         label = path.parent.name if path.parent.name in classes else None
-        row = FigureRow(
-            result.pixels,
-            result.explanation,
-            caption(result.explanation, classes, name=path.name, label=label),
-        )
-        _draw([row], output / f"{name}.png", options)
-        if options.save_maps:
+        text = caption(result.explanation, classes, name=path.name, label=label)
+        row = FigureRow(result.pixels, result.explanation, text)
+        _draw([row], output / f"{name}.png", drawing)
+        if drawing.save_maps:
             _save_maps(result.explanation, output / f"{name}.npz")
         sheet.append(row)
         if len(sheet) == SHEET_ROWS:
-            _draw(sheet, next(sheets), options, SHEET_CELL)
+            _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
             sheet = []
     if sheet:
-        _draw(sheet, next(sheets), options, SHEET_CELL)
+        _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
     return failed
 
 
-def _draw(
-    rows: Sequence[FigureRow], target: Path, options: argparse.Namespace, cell: float | None = None
-) -> None:
+def _draw(rows: Sequence[FigureRow], target: Path, drawing: Drawing, cell: float | None = None) -> None:
     from crossx.explain.figures import CELL, draw
     from crossx.explain.plotting import save_png
 
-    drawn = draw(rows, colormap=options.colormap, opacity=options.opacity, cell=cell or CELL)
-    save_png(drawn, target)
+    figure = draw(rows, colormap=str(drawing.colormap), opacity=drawing.opacity, cell=cell or CELL)
+    save_png(figure, target)
 
 
 def _save_maps(explanation: Explanation, target: Path) -> None:
@@ -177,17 +152,10 @@ def _save_maps(explanation: Explanation, target: Path) -> None:
         np.savez_compressed(file, **explanation.maps, **boxes)  # type: ignore[arg-type]  # no map is called allow_pickle
 
 
-def _sheet_names() -> Iterator[str]:
-    yield "contact"
-    number = 1
-    while True:
-        yield f"contact-{(number := number + 1)}"
-
-
 def _file_names(paths: Iterable[Path], taken: Iterable[str]) -> list[str]:
-    """Name each image's files after it; where a name is taken, after its folder too; where that is, with a number.
+    """Name each image's files after it; if the name is taken, add its folder, then a number.
 
-    Names that differ in case alone count as the same, as they do on some file systems.
+    Names that differ only in case count as the same, as they do on some file systems.
     """
     used = {name.casefold() for name in taken}
     names = []
@@ -201,10 +169,3 @@ def _file_names(paths: Iterable[Path], taken: Iterable[str]) -> list[str]:
         used.add(name.casefold())
         names.append(name)
     return names
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}") from None

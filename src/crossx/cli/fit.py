@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossx.cli.fit_options import FitArguments, parse_fit
+from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
@@ -16,13 +16,18 @@ from crossx.training.config import Config
 
 RUNS = Path("runs")
 LAUNCHED = "CROSSX_RUN"
-"""Environment variable that tells the processes which Lightning starts for further GPUs the run's folder."""
+"""Environment variable with the run's folder, for the processes that Lightning starts for further GPUs."""
+parser = fit_parser
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Train a network, or continue a run."""
-    asked = parse_fit(arguments)
+def run(words: Sequence[str]) -> int:
+    """Train a network."""
+    asked = parse_fit(words)
+    if asked.print_config:
+        print(asked.config.to_yaml(), end="")
+        return 0
 
+    from crossx.distributed import is_leader
     from crossx.training import fit as training
 
     if asked.resume:
@@ -30,15 +35,19 @@ def run(arguments: Sequence[str]) -> int:
     else:
         config = asked.config
         config.output = config.output or str(_free_folder(asked))
-        _announce(asked)
+        if is_leader():
+            _print_start(asked)
         done = training.fit(config)
-    _conclude(done)
+    if is_leader():
+        _print_outcome(done)
     return 0
 
 
 def _free_folder(asked: FitArguments) -> Path:
     """Return the first free ``runs/NAME-DATASET-N``."""
-    if not _is_first() and LAUNCHED in os.environ:
+    from crossx.distributed import is_leader
+
+    if not is_leader() and LAUNCHED in os.environ:
         return Path(os.environ[LAUNCHED])
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError("several processes were started for one run: give --output, so that they share it.")
@@ -51,15 +60,7 @@ def _free_folder(asked: FitArguments) -> Path:
     return folder
 
 
-def _is_first() -> bool:
-    """Say whether this process is the one that speaks, by the number that its launcher gave it."""
-    launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # torchrun, Lightning, srun
-    return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
-
-
-def _announce(asked: FitArguments) -> None:
-    if not _is_first():
-        return
+def _print_start(asked: FitArguments) -> None:
     config = asked.config
     for note in asked.notes:
         print(f"note: {note}")
@@ -78,14 +79,12 @@ def _count_images(config: Config) -> str:
     return f"{len(index.classes)} classes, images: {images}"
 
 
-def _conclude(done: Run) -> None:
-    if not _is_first():
-        return
+def _print_outcome(done: Run) -> None:
     _, weights = open_run(done.path)
     selection = done.read_info().get("selection") or {}
     if selection.get("value") is not None:
-        reached = f"{selection['value']:.2%} top-1 on {selection['split']}"
-        print(f"best epoch {selection['epoch']:.0f}: {reached}; weights: {weights}")
+        accuracy = f"{selection['value']:.2%} top-1 on {selection['split']}"
+        print(f"best epoch {selection['epoch']:.0f}: {accuracy}; weights: {weights}")
     else:
         print(f"last epoch {selection.get('epoch') or 0:.0f}; weights: {weights}")
     print(f"next: crossx test {done.path}")

@@ -1,147 +1,162 @@
-"""The options of ``crossx fit``, found in two passes: first the method, then the options that it has.
-
-The second pass offers the fields of the config dataclasses and the chosen method's own options beside
-``--model.method``, each typed and described by its docstring.
-"""
+"""The options of ``crossx fit``: a first pass finds the method, a second one parses its options."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonargparse
 
-from crossx.cli.options import VerbParser, epilog, unknown_argument
-from crossx.cli.typed_options import (
-    HelpFormatter,
+from crossx.cli import method_options
+from crossx.cli.parser import (
     Option,
-    add_option,
+    add_options,
     dataclass_options,
-    describe,
-    first_line,
-    keyword_options,
-    literals,
+    explain,
+    new_parser,
     option_helps,
+    unknown_argument,
 )
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, nearest
-from crossx.recipes import SECTIONS, Recipe, load_recipe
+from crossx.recipes import SECTIONS, Recipe, list_recipes, load_recipe
 from crossx.training.config import LEFT_OUT, Config, ModelConfig, OptimConfig, TrainerConfig
 
 PROG = "crossx fit"
-EXAMPLES = (
-    "crossx fit --config finetune --data.dataset folder --data.root my_images --output runs/mine",
-    "crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011 --data.batch_size 16",
-    "crossx fit --config plain_cub_resnet50 --help        # the options of another method, with its values",
-    "crossx fit --resume runs/mine",
+EXAMPLES = """\
+crossx fit --config finetune --data.dataset folder --data.root my_images --output runs/mine
+crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011 --data.batch_size 16
+crossx fit --config plain_cub_resnet50 --help          # the options of another method, with its values
+crossx fit --config finetune --print_config > my.yaml  # a recipe of your own
+crossx fit --resume runs/mine"""
+FIRST = (
+    "model.method",
+    "model.backbone",
+    "model.pretrained",
+    "data.dataset",
+    "data.root",
+    "data.image_size",
+    "data.batch_size",
+    "trainer.max_epochs",
+    "optim.lr",
+    "trainer.accelerator",
+    "trainer.precision",
 )
+"""The options that most commands give; the help shows them before the sections."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FitArguments:
-    """What ``crossx fit`` was asked for.
+    """The parsed words of ``crossx fit``.
 
     Attributes:
         config: The full configuration; ``config.output`` is None where the command did not give one.
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
-        notes: What a recipe's values were changed to beyond what was asked for, for the user to read.
+        notes: Values of the recipe that were changed without being asked for, for the user to read.
+        print_config: Whether to print the configuration instead of training.
     """
 
     config: Config
     recipe: str | None = None
     resume: str | None = None
     notes: tuple[str, ...] = ()
+    print_config: bool = False
 
 
-def parse_fit(arguments: Sequence[str]) -> FitArguments:
+def parse_fit(words: Sequence[str]) -> FitArguments:
     """Parse what follows ``crossx fit``.
 
     Raises:
         UsageError: For an unknown option, method or recipe (with the nearest match), or a value of a wrong type.
         SystemExit: After ``--help``.
     """
-    first = _first_pass(arguments)
+    first = _first_pass(words)
     if first.resume:
-        return _resume(first.resume, first.root, arguments)
+        return _resume(first.resume, first.root, words)
     recipe = load_recipe(first.config) if first.config else None
     method = first.method or _method(recipe)
-    parser = build_parser(method)
+    parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
-    values = _parse(parser, arguments, method).as_dict()
-    given = {key: values[key] for key in ("seed", "output", "model", "data", "optim", "trainer")}
+    try:
+        values = parser.parse_args(list(words)).as_dict()
+    except argparse.ArgumentError as error:
+        raise _explain(str(error), parser, method) from error
+    given = {key: values[key] for key in ("seed", "output", *SECTIONS)}
     if recipe:
-        notes += _scale_resize(recipe, given["data"], arguments)
-    return FitArguments(Config.from_dict(given), recipe=first.config, notes=tuple(notes))
-
-
-def build_parser(method: str) -> jsonargparse.ArgumentParser:
-    """Return the parser of the second pass.
-
-    Raises:
-        UsageError: If there is no such method.
-    """
-    from crossx.methods import list_methods, method_class
-
-    cls = method_class(method)
-    parser = jsonargparse.ArgumentParser(
-        prog=PROG,
-        usage=f"{PROG} [--config NAME_OR_FILE] [--resume RUN] [--SECTION.OPTION VALUE ...]",
-        description="Train a network. The options below are those of the method that --config or --model.method "
-        "chooses, with the values in effect.",
-        epilog=epilog(EXAMPLES),
-        formatter_class=HelpFormatter,
-        exit_on_error=False,
-        print_config=None,
-        allow_abbrev=False,
+        notes += _scale_resize(recipe, given["data"], words)
+    return FitArguments(
+        Config.from_dict(given),
+        recipe=first.config,
+        notes=tuple(notes),
+        print_config=values["print_config"],
     )
-    for option in (
-        Option(
-            "config",
-            str | None,
-            None,
-            "A packaged recipe (`crossx recipes`) or a YAML file; later options win.",
-        ),
-        Option(
-            "resume",
-            str | None,
-            None,
-            "Continue this run where it stopped, with its own options (--data.root apart).",
-        ),
-        Option(
-            "output", str | None, None, "Run folder to make; left out, the first free runs/NAME-DATASET-N."
-        ),
-        Option("seed", int, Config().seed, option_helps(Config)["seed"]),
-    ):
-        add_option(parser, option)
-    _add_group(parser, first_line(ModelConfig), dataclass_options(ModelConfig, "model", skip=("options",)))
-    others = ", ".join(name for name in list_methods() if name != method)
-    own = list(keyword_options(cls.__init__, cls, "model"))
-    _add_group(parser, f"Options of the method {method} (others: {others})", own)
-    _add_group(parser, first_line(DataConfig), dataclass_options(DataConfig, "data"))
-    _add_group(parser, first_line(OptimConfig), dataclass_options(OptimConfig, "optim"))
-    _add_group(parser, first_line(TrainerConfig), dataclass_options(TrainerConfig, "trainer"))
+
+
+def fit_parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
+    """Return the parser for the method that the words choose."""
+    first = _first_pass(words)
+    return _method_parser(first.method or _method(load_recipe(first.config) if first.config else None))
+
+
+def _method_parser(method: str) -> jsonargparse.ArgumentParser:
+    parser = new_parser(
+        PROG,
+        "Train a network. The options of the method are those of the one that --config or --model.method chooses, and "
+        "every default is the value in effect.",
+        EXAMPLES,
+        usage=f"{PROG} [--config NAME_OR_FILE] [--resume RUN] [--SECTION.OPTION VALUE ...]",
+    )
+    options = list(_options(method))
+    first = {option.name: option for option in options if option.name in FIRST}
+    rest = [option for option in options if option.name not in FIRST]
+    add_options(
+        parser, [dataclasses.replace(first[name], group="Options used most") for name in FIRST] + rest
+    )
+    for name, choices in (("--config", list_recipes), ("--model.method", method_options.list_methods)):
+        parser._option_string_actions[name].completer = lambda choices=choices, **_: choices()  # type: ignore[attr-defined]
     return parser
 
 
-def _first_pass(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = VerbParser("fit", add_help=False)
-    parser.add_argument("--config")
-    parser.add_argument("--resume")
-    parser.add_argument("--model.method", dest="method")
-    parser.add_argument("--data.root", dest="root")
-    return parser.parse_known_args(arguments)[0]
+def _options(method: str) -> Iterator[Option]:
+    text = str | None
+    config = "A packaged recipe (`crossx recipes`) or a YAML file; options override its values."
+    resume = "Continue this run where it stopped, with its own options; only --data.root may be given."
+    output = "Run folder to create; by default the first free runs/NAME-DATASET-N."
+    yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
+    yield Option("resume", text, None, resume, "--resume", "RUN")
+    yield Option("output", text, None, output, "--output", "RUN")
+    yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
+    print_config = "Print the configuration as YAML and exit."
+    yield Option("print_config", bool, False, print_config, "--print_config", flag=True)
+    yield from dataclass_options(ModelConfig, "model.", yaml=True, skip=("options",))
+    others = ", ".join(name for name in method_options.list_methods() if name != method)
+    for option in method_options.method_options(method):
+        yield dataclasses.replace(option, group=f"Options of the method {method} (others: {others})")
+    yield from dataclass_options(DataConfig, "data.", yaml=True)
+    yield from dataclass_options(OptimConfig, "optim.", yaml=True)
+    yield from dataclass_options(TrainerConfig, "trainer.", yaml=True)
 
 
-def _resume(run: str, root: str | None, arguments: Sequence[str]) -> FitArguments:
-    for word in arguments:
+def _first_pass(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config", "resume", "model.method", "data.root"):
+        parser.add_argument(f"--{name}", dest=name.rpartition(".")[2])
+    try:
+        return parser.parse_known_args(list(words))[0]
+    except argparse.ArgumentError as error:
+        message = str(error).removeprefix("argument ")
+        raise UsageError(f"{message}; see `{PROG} --help`.") from error
+
+
+def _resume(run: str, root: str | None, words: Sequence[str]) -> FitArguments:
+    for word in words:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name not in ("--resume", "--data.root"):
             raise UsageError(
-                f"--resume continues a run with its own options (--data.root apart): leave out {name}."
+                f"--resume continues a run with its own options (only --data.root may be given): leave out {name}."
             )
     return FitArguments(Config(data=DataConfig(root=root)), resume=run)
 
@@ -152,7 +167,7 @@ def _method(recipe: Recipe | None) -> str:
 
 
 def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> list[str]:
-    """Make the recipe's values the parser's defaults; note the options that another method left over."""
+    """Make the recipe's values the parser's defaults; note the options that another method does not have."""
     known = {action.dest for action in parser._actions}
     dropped = []
     values = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
@@ -167,21 +182,21 @@ def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> 
         else:
             raise UsageError(f"{recipe.name}: {_unknown_option(f'--{name}', parser, method)}")
     try:
-        # set_defaults alone takes any value
+        # set_defaults does not check types
         parser.parse_object(values)
         parser.set_defaults({**vars(values.as_flat()), "model.method": method})
     except argparse.ArgumentError as error:
-        raise UsageError(f"{recipe.name}: {_readable(str(error), parser)}") from error
+        raise UsageError(f"{recipe.name}: {explain(str(error), parser)}") from error
     return [f"method {method} has no {', '.join(dropped)}: left out of {recipe.name}."] if dropped else []
 
 
-def _scale_resize(recipe: Recipe, data: dict[str, Any], arguments: Sequence[str]) -> list[str]:
-    """Keep a recipe's proportion of resized image to crop where the command line changes the crop alone.
+def _scale_resize(recipe: Recipe, data: dict[str, Any], words: Sequence[str]) -> list[str]:
+    """Keep a recipe's ratio of resized image to crop if the command line changes only the crop.
 
     A crop of 160 pixels out of the recipe's 600 would show the network a tenth of each image.
     """
     crop, resized = recipe.get("data", "image_size"), recipe.get("data", "resize_size")
-    asked = any(word.split("=", 1)[0] == "--data.resize_size" for word in arguments)
+    asked = any(word.split("=", 1)[0] == "--data.resize_size" for word in words)
     if not (crop and resized) or asked or data["image_size"] == crop:
         return []
     data["resize_size"] = round(resized * data["image_size"] / crop)
@@ -190,48 +205,22 @@ def _scale_resize(recipe: Recipe, data: dict[str, Any], arguments: Sequence[str]
     ]
 
 
-def _parse(
-    parser: jsonargparse.ArgumentParser, arguments: Sequence[str], method: str
-) -> jsonargparse.Namespace:
-    try:
-        return parser.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        message = str(error)
-        _, unrecognized, rest = message.partition("unrecognized arguments: ")
-        if unrecognized:
-            raise _unknown_option(rest.split()[0], parser, method) from error
-        raise UsageError(_readable(message, parser)) from error
+def _explain(message: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:
+    _, unrecognized, rest = message.partition("unrecognized arguments: ")
+    return _unknown_option(rest.split()[0], parser, method) if unrecognized else explain(message, parser)
 
 
 def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:
-    from crossx.methods import list_methods, method_options
-
     name = argument.split("=", 1)[0].removeprefix("--")
     section, _, option = name.partition(".")
     if section == "trainer" and option in LEFT_OUT:
         return UsageError(f"--{name} cannot be given: {LEFT_OUT[option]}.")
-    owners = [other for other in list_methods() if option in method_options(other)]
+    owners = [
+        other
+        for other in method_options.list_methods()
+        if name in {item.name for item in method_options.method_options(other)}
+    ]
     if section == "model" and owners:
         have = "has" if len(owners) == 1 else "have"
         return UsageError(f"method {method!r} has no option {option!r}; {', '.join(owners)} {have} it.")
     return unknown_argument(argument, parser._option_string_actions, f"{PROG} --model.method {method}")
-
-
-def _readable(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """Say in one line what a value should have been."""
-    match = re.match(r'Parser key "([\w.]+)":', message)
-    if not match:
-        return f"{' '.join(message.removeprefix('argument ').split())}; see `{PROG} --help`."
-    name = match[1]
-    given = re.search(r"(?:Given value|Got value): (.*)", message)
-    value = given[1] if given else "this"
-    action = next(action for action in parser._actions if action.dest == name)
-    hint = getattr(action, "_typehint", action.type)
-    names = [str(item) for item in literals(hint)]
-    return f"--{name} takes {describe(hint)}, not {value!r}.{nearest(value, names)}"
-
-
-def _add_group(parser: jsonargparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
-    group = parser.add_argument_group(title)
-    for option in options:
-        add_option(group, option)

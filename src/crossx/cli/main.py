@@ -1,10 +1,11 @@
-"""The command ``crossx``: finds the verb, and turns what goes wrong into one line and an exit code.
+"""The command ``crossx``: runs the verb, and turns errors into one line and an exit code.
 
-Imports nothing heavy, so that ``crossx --help`` answers at once; a verb's module is imported when it runs.
+Imports only the standard library, so that ``crossx --help`` is fast; a verb's module is imported when it runs.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import logging
 import os
@@ -12,28 +13,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from crossx.cli.memory import keep_freed_memory
-from crossx.cli.options import unknown_argument
 from crossx.errors import CrossXError, UsageError, unknown
 
-VERBS = {
-    "quickstart": "draw images, train on them, test, show the result: the whole in a few minutes",
-    "fit": "train a network",
-    "test": "measure a trained network, or compare two",
-    "ablate": "train variants of a recipe with several seeds, and tabulate what each changes",
-    "compare": "put tested runs into one table, beside the published numbers",
-    "report": "write an HTML page about a trained network",
-    "calibrate": "fit the temperature of a run's probabilities on its validation images",
-    "predict": "name what is on images",
-    "export": "write a trained network as one file for other programs (ONNX, OpenVINO, torch.export)",
-    "explain": "draw where a network looks: maps of every part and stage over images",
-    "share": "write a trained network with its model card into a folder, or to the Hugging Face Hub",
-    "serve": "answer over HTTP what is on images, and where a network looks",
-    "recipes": "list the packaged training recipes, or print one",
-    "datasets": "list the datasets and where to get them, or check one on disk",
-    "import-released": "make a run of a checkpoint that the authors of Cross-X released",
-}
+VERBS = (
+    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
+    "serve", "recipes", "datasets", "import-released",
+)  # fmt: skip
 
 USAGE = """\
 usage: crossx VERB [options]
@@ -44,7 +32,7 @@ verbs:
 {verbs}
 
 options:
-  -h, --help     show this, or after a verb its options and examples
+  -h, --help     show this help; after a verb, its options and examples
   --version      show the version
   --debug        show the traceback of an error (also: CROSSX_DEBUG=1)
 
@@ -69,20 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``crossx``; by default the process's own arguments.
 
     Returns:
-        0, 1 for a failure, 2 for a wrong command, 130 after Ctrl-C, 141 where the reader of a pipe has gone.
+        0, 1 for a failure, 2 for a wrong command, 130 after Ctrl-C, 141 if the reader of a pipe has ended.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("CROSSX_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
     _set_environment()
     _show_log()
+    if "_ARGCOMPLETE" in os.environ:
+        from crossx.cli.completion import complete
+
+        complete(VERBS)
     command = f"crossx {words[0]}" if words and words[0] in VERBS else "crossx"
     try:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out; nobody reads it.
+        # Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -101,10 +93,7 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(
-            USAGE.format(verbs="\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())),
-            end="",
-        )
+        print(USAGE.format(verbs="\n".join(f"  {name:<{width}}  {_summary(name)}" for name in VERBS)), end="")
         return 0
     if verb == "--version":
         from crossx import __version__
@@ -113,22 +102,38 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb not in VERBS:
         if verb.startswith("-"):
+            from crossx.cli.parser import unknown_argument
+
             raise unknown_argument(verb, ("--help", "--version", "--debug"), "crossx")
         raise unknown("verb", verb, VERBS)
-    module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")
+    name = verb.replace("-", "_")
+    module = importlib.import_module(f"crossx.cli.{name}")
     keep_freed_memory()
     try:
-        return int(module.run(rest))
+        if hasattr(module, "run"):
+            return int(module.run(rest))
+        from crossx.cli.parser import call
+
+        return call(getattr(module, name), rest, verb)
     except SystemExit as leaving:
-        # argparse leaves this way after --help.
+        # after --help
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from leaving
         return leaving.code if isinstance(leaving.code, int) else 0
 
 
+def _summary(verb: str) -> str:
+    """Return the first line of the docstring of a verb's function, without importing it."""
+    module = ast.parse((Path(__file__).parent / f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    function = functions.get(verb.replace("-", "_"), functions.get("run"))
+    assert function is not None
+    return str(ast.get_docstring(function)).partition("\n")[0].removesuffix(".")
+
+
 def _set_environment() -> None:
-    """Choose what libraries read from the environment when they are imported, where the user has not."""
-    # a failed download is told once, in our line
+    """Set defaults of variables that libraries read when they are imported."""
+    # a failed download is reported once, in our line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # threads that spin while they wait slow each other down as soon as another process (one that loads images,
     # say) needs a core too
@@ -136,7 +141,7 @@ def _set_environment() -> None:
 
 
 def _show_log() -> None:
-    """Print what the library has to say to stderr, as it is now."""
+    """Log to the present stderr, which tests replace."""
     log = logging.getLogger("crossx")
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.INFO)
@@ -155,7 +160,7 @@ def _os_error(error: OSError) -> str:
 
 
 def _defect(error: Exception) -> str:
-    """Describe an error that nobody foresaw, and keep its traceback where it can be found."""
+    """Describe an unexpected error, and keep its traceback in a file."""
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower --data.batch_size."
     with tempfile.NamedTemporaryFile("w", prefix="crossx-", suffix=".log", delete=False) as log:

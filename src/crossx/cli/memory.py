@@ -1,4 +1,4 @@
-"""How the process gets its memory."""
+"""Memory allocation of the process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation, instead of giving it back to the kernel.
+    """Let glibc keep freed memory for the next allocation, instead of returning it to the kernel.
 
-    By default every large tensor is mapped anew and its pages are faulted in one by one, on a CPU up to a third of the
-    time of a network (benchmarks/allocator.py). See https://man7.org/linux/man-pages/man3/mallopt.3.html. Does nothing
-    where the user has set glibc's malloc up, or where there is another one.
+    By default every large tensor is mapped anew and its pages are faulted in one by one, which takes up to a third of a
+    network's time on a CPU (benchmarks/allocator.py). See https://man7.org/linux/man-pages/man3/mallopt.3.html. Does
+    nothing if the user has set up glibc's malloc, or if the process uses another one.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return

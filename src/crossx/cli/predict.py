@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -10,103 +9,118 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from crossx.cli.options import VerbParser, add_prediction, add_run, positive
+from crossx.cli.options import BatchSize, Inference, PredictorPath
+from crossx.cli.parser import Name, Positive
 from crossx.errors import UsageError
 
 if TYPE_CHECKING:
-    from crossx.predict.predictor import Predictor
     from crossx.predict.results import Features, Prediction
 
     Result = TypeVar("Result", Prediction, Features)
 
 FILES = (".csv", ".jsonl", ".parquet")
-"""What the name of an --output that is one file ends in."""
+"""Suffixes of an --output that is one file."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Predict images and write them; 1 where some image could not be read."""
-    options = _parser().parse(arguments)
-    if options.features is not None:
-        return _write_features(options)
-    if options.output is not None and _is_folder(options.output):
-        return _predict_collection(options)
-    for name in ("engine", "workers", "shard_size"):
-        if getattr(options, name) is not None:
+@dataclass(frozen=True)
+class CollectionOptions:
+    """With --output DIR.
+
+    Attributes:
+        engine: local, in this process (the default), or ray, in several processes, on this machine or the cluster of
+            RAY_ADDRESS; needs crossx[ray].
+        workers: Processes of --engine ray (default: one per GPU, or per 4 CPU cores).
+        shard_size: Images per Parquet file (default: 256).
+    """
+
+    engine: Name | None = None
+    workers: Positive | None = None
+    shard_size: Positive | None = None
+
+
+def predict(
+    run: PredictorPath,
+    images: Sequence[Annotated[str, "IMAGES"]],
+    *,
+    output: Annotated[str, "FILE|DIR"] | None = None,
+    features: Annotated[str, "FILE.parquet"] | None = None,
+    top: Annotated[Positive, "K"] = 1,
+    batch_size: BatchSize = 16,
+    inference: Inference,
+    collection: CollectionOptions,
+) -> int:
+    """Classify images.
+
+    The table has the columns path, label, probability and error. An image that cannot be read keeps its row, with the
+    reason, and the exit code is 1.
+
+    The table is printed as CSV, or written to --output FILE.csv, FILE.jsonl or FILE.parquet. --output DIR writes a
+    folder of Parquet files, for a collection of any size: a folder of images, or a Parquet file (or a folder of them)
+    with image files in a column `path` or encoded images in a column `bytes` or `image`. If it is stopped, the same
+    command continues it.
+
+    With --features FILE.parquet it computes feature vectors for retrieval instead.
+
+    Args:
+        images: Image files, folders searched for images, patterns such as 'photos/**/*.jpg', tables (.csv, .parquet)
+            with a column `path`, or - for a list of files on stdin, one per line; for --output DIR one folder or
+            Parquet file.
+        output: File to write, ending in .csv, .jsonl or .parquet, or folder of Parquet files (default: print CSV).
+        features: Write the feature vector of each image, of length 1, instead of predictions.
+        top: Classes per image.
+
+    Examples:
+        crossx predict runs/mine bird.jpg
+        crossx predict runs/mine photos/ more/bird.jpg --output predictions.csv
+        crossx predict runs/mine 'photos/**/*.jpg' --output predictions.jsonl --top 5
+        find photos -newer last | crossx predict runs/mine - --output predictions.parquet
+        crossx predict runs/mine list.csv --flip --crops 5     # averages ten views of an image
+        crossx predict runs/mine photos/ --features features.parquet
+        crossx predict runs/mine photos/ --output predictions/
+        crossx predict runs/mine archive.parquet --engine ray --workers 4 --output predictions/
+    """
+    if features is not None and output is not None:
+        raise UsageError("--features does not go with --output: leave one of them out.")
+    if features is not None and top != 1:
+        raise UsageError(
+            "--top belongs to predictions and does not go with --features: leave one of them out."
+        )
+    if output is not None and _is_folder(output):
+        return _predict_collection(run, images, output, top, batch_size, inference, collection)
+    for name, value in vars(collection).items():
+        if value is not None:
             raise UsageError(f"--{name} belongs to a folder of predictions: give --output DIR.")
-    return _predict_table(options)
 
+    from crossx.predict import outputs
+    from crossx.predict.predictor import Predictor
 
-def _parser() -> VerbParser:
-    parser = VerbParser(
-        "predict",
-        "Name what is on images, as a table with the columns path, label, probability, error. An image that cannot\n"
-        "be read keeps its row, with the reason, and the exit code is 1.\n\n"
-        "The table is printed as CSV, or written to --output FILE.csv, FILE.jsonl or FILE.parquet. With --output DIR\n"
-        "it is a folder of Parquet files, for a collection of any size: one folder of images, or one Parquet file (or\n"
-        "a folder of them) with image files in a column `path` or encoded images in a column `bytes` or `image`. What\n"
-        "is stopped goes on where it was when the same command is given again.\n\n"
-        "With --features FILE.parquet it computes feature vectors for retrieval instead.",
-        [
-            "crossx predict runs/mine bird.jpg",
-            "crossx predict runs/mine photos/ more/bird.jpg --output predictions.csv",
-            "crossx predict runs/mine 'photos/**/*.jpg' --output predictions.jsonl --top 5",
-            "find photos -newer last | crossx predict runs/mine - --output predictions.parquet",
-            "crossx predict runs/mine list.csv --flip --crops 5     # averages ten views of an image",
-            "crossx predict runs/mine photos/ --features features.parquet",
-            "crossx predict runs/mine photos/ --output predictions/",
-            "crossx predict runs/mine archive.parquet --engine ray --workers 4 --output predictions/",
-        ],
-    )
-    add_run(parser, exported=True)
-    parser.add_argument(
-        "images",
-        metavar="IMAGES",
-        nargs="+",
-        help="image files, folders searched for images, patterns as 'photos/**/*.jpg', tables (.csv, .parquet) with a "
-        "column `path`, or - for a list of files, one a line, on stdin; for --output DIR one folder or Parquet file",
-    )
-    written = parser.add_mutually_exclusive_group()
-    written.add_argument(
-        "--output",
-        metavar="FILE|DIR",
-        help="file to write, ending in .csv, .jsonl or .parquet, or folder of Parquet files (default: print CSV)",
-    )
-    written.add_argument(
-        "--features",
-        metavar="FILE.parquet",
-        help="write each image's feature vector, of length 1, in place of predictions",
-    )
-    parser.add_argument("--top", type=positive, default=1, metavar="K", help="classes an image (default: 1)")
-    parser.add_argument(
-        "--data.batch_size", dest="batch_size", type=positive, default=16, metavar="N", help="images a step"
-    )
-    add_prediction(parser)
-    collection = parser.add_argument_group("with --output DIR")
-    collection.add_argument(
-        "--engine",
-        help="local, in this process (default), or ray, in several: on this machine, or the cluster of RAY_ADDRESS; "
-        "needs crossx[ray]",
-    )
-    collection.add_argument(
-        "--workers",
-        type=positive,
-        metavar="N",
-        help="processes of --engine ray (default: one for each GPU, or for each 4 CPU cores)",
-    )
-    collection.add_argument(
-        "--shard_size", type=positive, metavar="N", help="images a Parquet file (default: 256)"
-    )
-    return parser
+    target = features or output
+    if target is not None:
+        outputs.check_output(Path(target), FILES if output else (".parquet",))
+    files = _list_files(images)
+    predictor = Predictor.load(run, **vars(inference))
+    if features is not None:
+        size = predictor.feature_size
+        vectors = predictor.iter_features(files, batch_size)
+        return _write(
+            features, vectors, len(files), lambda path, rows: outputs.write_features(path, rows, size)
+        )
+    predictions = predictor.iter_images(files, top, batch_size)
+    if output is not None:
+        return _write(
+            output, predictions, len(files), lambda path, rows: outputs.write_predictions(path, rows, top)
+        )
+    count = Count()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a file name that is not valid UTF-8 is printed as its bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
+    outputs.print_csv(sys.stdout, count.through(predictions), top)
+    return _conclude(count.failed, count.images)
 
 
 def _is_folder(output: str) -> bool:
-    """Say whether ``--output`` names a folder of predictions rather than one file.
-
-    Raises:
-        UsageError: If it looks like a file of another format.
-    """
     suffix = os.path.splitext(output)[1]
     if output.endswith("/") or os.path.isdir(output) or not suffix:
         return True
@@ -118,49 +132,18 @@ def _is_folder(output: str) -> bool:
     return False
 
 
-def _predict_table(options: argparse.Namespace) -> int:
-    from crossx.predict.outputs import check_output, print_csv, write_predictions
-
-    output = Path(options.output) if options.output is not None else None
-    if output is not None:
-        check_output(output, FILES)
-    images = _listed(options.images)
-    predictions = _load(options).iter_images(images, options.top, options.batch_size)
-    if output is not None:
-        return _write(
-            output, predictions, len(images), lambda path, rows: write_predictions(path, rows, options.top)
-        )
-    count = Count()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a file name that is no valid UTF-8 is printed as the bytes it is
-        sys.stdout.reconfigure(errors="surrogateescape")
-    print_csv(sys.stdout, count.through(predictions), options.top)
-    return _conclude(count.failed, count.images)
-
-
-def _write_features(options: argparse.Namespace) -> int:
-    from crossx.predict.outputs import check_output, write_features
-
-    if options.top != 1:
+def _predict_collection(
+    run: str,
+    images: Sequence[str],
+    output: str,
+    top: int,
+    batch_size: int,
+    inference: Inference,
+    collection: CollectionOptions,
+) -> int:
+    if len(images) > 1:
         raise UsageError(
-            "--top belongs to predictions and does not go with --features: leave one of them out."
-        )
-    output = Path(options.features)
-    check_output(output, (".parquet",))
-    images = _listed(options.images)
-    predictor = _load(options)
-    return _write(
-        output,
-        predictor.iter_features(images, options.batch_size),
-        len(images),
-        lambda path, rows: write_features(path, rows, predictor.feature_size),
-    )
-
-
-def _predict_collection(options: argparse.Namespace) -> int:
-    if len(options.images) > 1:
-        raise UsageError(
-            f"--output {options.output} takes one folder or Parquet file, not {len(options.images)} paths. "
+            f"--output {output} takes one folder or Parquet file, not {len(images)} paths. "
             "A table of several goes to --output FILE.csv, FILE.jsonl or FILE.parquet."
         )
 
@@ -169,22 +152,18 @@ def _predict_collection(options: argparse.Namespace) -> int:
 
     with images_bar("Predicting") as (bar, task):
         done = predict_collection(
-            options.run,
-            options.images[0],
-            options.output,
-            engine=options.engine or "local",
-            workers=options.workers,
-            device=options.device,
-            top=options.top,
-            batch_size=options.batch_size,
-            shard_size=options.shard_size or SHARD_SIZE,
-            precision=options.precision,
-            flip=options.flip,
-            crops=options.crops,
-            trust=options.trust,
+            run,
+            images[0],
+            output,
+            engine=collection.engine or "local",
+            workers=collection.workers,
+            shard_size=collection.shard_size or SHARD_SIZE,
+            top=top,
+            batch_size=batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **vars(inference),
         )
-    print(f"{done.images} images, {done.failed} failed: {options.output}")
+    print(f"{done.images} images, {done.failed} failed: {output}")
     if done.predicted:
         print(f"predicted now: {done.predicted} images, {_pace(done.predicted, done.seconds)}")
     else:
@@ -192,12 +171,12 @@ def _predict_collection(options: argparse.Namespace) -> int:
     return _conclude(done.failed, done.images)
 
 
-def _listed(given: Sequence[str]) -> list[Path]:
-    """Return the image files of the command line, in place of ``-`` those that stdin lists."""
+def _list_files(images: Sequence[str]) -> list[Path]:
+    """Return the image files of the command line, with those that stdin lists in place of ``-``."""
     from crossx.predict.inputs import expand_paths
 
     files: list[Path] = []
-    for word in given:
+    for word in images:
         if word == "-":
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             files.extend(Path(line) for line in lines if line)
@@ -206,28 +185,15 @@ def _listed(given: Sequence[str]) -> list[Path]:
     return files
 
 
-def _load(options: argparse.Namespace) -> Predictor:
-    from crossx.predict.predictor import Predictor
-
-    return Predictor.load(
-        options.run,
-        options.device,
-        precision=options.precision,
-        flip=options.flip,
-        crops=options.crops,
-        trust=options.trust,
-    )
-
-
 @dataclass
 class Count:
-    """How many images have gone by, and how many of them could not be read."""
+    """Number of images so far, and of those that could not be read."""
 
     images: int = 0
     failed: int = 0
 
     def through(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Count results as they come."""
+        """Count results as they pass."""
         for result in results:
             self.images += 1
             self.failed += result.error is not None
@@ -235,12 +201,12 @@ class Count:
 
 
 def _write(
-    output: Path,
+    output: str,
     results: Iterable[Result],
     total: int,
     write: Callable[[Path, Iterator[Result]], None],
 ) -> int:
-    """Write results as they come, show how far it is, and return the exit code."""
+    """Write results as they come, show the progress, and return the exit code."""
     from crossx.evaluation.progress import images_bar
 
     count, start = Count(), time.perf_counter()
@@ -251,7 +217,7 @@ def _write(
                 yield result
                 bar.advance(task)
 
-        write(output, shown())
+        write(Path(output), shown())
     print(f"{count.images} images, {count.failed} failed: {output}")
     print(_pace(count.images, time.perf_counter() - start))
     return _conclude(count.failed, count.images)
@@ -262,7 +228,7 @@ def _pace(images: int, seconds: float) -> str:
 
 
 def _conclude(failed: int, images: int) -> int:
-    """Say that images failed, and return the exit code."""
+    """Report the images that failed, and return the exit code."""
     if not failed:
         return 0
     sys.stdout.flush()

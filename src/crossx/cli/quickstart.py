@@ -1,15 +1,14 @@
-"""``crossx quickstart``: the whole way from drawn images to tested networks, as the commands that anyone can type."""
+"""``crossx quickstart``: from drawn images to tested networks, with the commands that anyone can type."""
 
 from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossx.cli.options import VerbParser, natural
+from crossx.cli.parser import Folder, Natural
 from crossx.errors import UsageError
 from crossx.runs import storage_error
 
@@ -20,76 +19,56 @@ COLUMNS = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained and tested network.
-
-    Attributes:
-        folder: Its run folder.
-        results: What ``test_run`` returned.
-    """
+    """A trained network's run folder and what ``test_run`` returned."""
 
     folder: Path
     results: dict[str, Any]
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Draw images, train the plain backbone and Cross-X on them, test both, show the result."""
-    parser = VerbParser(
-        "quickstart",
-        "See the whole work on this machine in a few minutes: draws birds whose classes differ in one part, trains\n"
-        "a small plain network and the same network with Cross-X from scratch, tests both on new images.",
-        ["crossx quickstart", "crossx quickstart --output runs/first --seed 1"],
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder to make (default: the first free runs/quickstart-N)"
-    )
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the training (default: 0)")
-    options = parser.parse(arguments)
-    output = Path(options.output) if options.output else _free_folder()
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"{output} is not empty: choose another --output.")
+def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
+    """Draw images, train on them, test and show the results, in a few minutes.
+
+    The images are birds whose classes differ in one part. A small plain network and the same network with Cross-X are
+    trained from scratch and tested on new images.
+
+    Args:
+        output: Folder to create (default: the first free runs/quickstart-N).
+        seed: Seed of the training.
+
+    Examples:
+        crossx quickstart
+        crossx quickstart --output runs/first --seed 1
+    """
+    folder = Path(output) if output else _free_folder()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty: choose another --output.")
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise storage_error(output, error) from error
+        raise storage_error(folder, error) from error
 
     started = time.monotonic()
-    trained = {method: train_and_test(method, output, options.seed) for method in METHODS}
-    picture = output / "predictions.png"
+    trained = {method: train_and_test(method, folder, seed) for method in METHODS}
+    picture = folder / "predictions.png"
     draw_predictions(trained["crossx"].folder, picture)
     _print_outcome(trained, picture, time.monotonic() - started)
-    return 0
 
 
 def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
-    """Train a method by the packaged recipe on the drawn images in ``output/images``, and test it.
-
-    Args:
-        method: Its registered name.
-        output: The folder of the quickstart; the run is ``output/METHOD``.
-        seed: Seed of the training; the images are the same for every seed.
-    """
-    from crossx.cli import fit
+    """Train a method on the drawn images in ``output/images`` as the run ``output/METHOD``, and test it."""
+    from crossx.cli.fit import run as fit
     from crossx.evaluation.run import test_run
 
     folder = output / method
     arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]
     arguments += ["--seed", str(seed), "--output", str(folder)]
     print(f"\n$ crossx fit {' '.join(arguments)}", flush=True)
-    fit.run(arguments)
+    fit(arguments)
     return Trained(folder, test_run(folder))
 
 
 def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> None:
-    """Draw one tested image of each class with what the network says about it.
-
-    Args:
-        run_folder: A tested run of a dataset whose root is still there.
-        target: The picture to write, PNG.
-        split: The split it was tested on.
-
-    Raises:
-        CrossXError: If the run was not tested, or an image cannot be read.
-    """
+    """Draw one tested image per class with its prediction, as PNG."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -114,8 +93,8 @@ def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> Non
         scaled = tested.logits[index] / temperature
         probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
         guess, right = int(probabilities.argmax()), bool(tested.correct[index])
-        said = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
-        text = said if right else f"{said}\nit is: {tested.labels[index]}"
+        prediction = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
+        text = prediction if right else f"{prediction}\nit is: {tested.labels[index]}"
         wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from crossx.cli.options import VerbParser
+from crossx.cli.parser import Name
 from crossx.recipes import load_recipe, model_names
 
 
-def run(arguments: Sequence[str]) -> int:
-    """List the packaged recipes, or print one with everything that it builds on filled in."""
-    parser = VerbParser(
-        "recipes",
-        "List the packaged training recipes with the models they train, or print one as YAML:\n"
-        "each number with its source.",
-        [
-            "crossx recipes",
-            "crossx recipes finetune > mine.yaml    # a start for a recipe of your own",
-            "crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011",
-        ],
-    )
-    parser.add_argument(
-        "name", metavar="NAME", nargs="?", help="a recipe's name, its model's name, or a YAML file"
-    )
-    name = parser.parse(arguments).name
+def recipes(name: Name | None = None) -> None:
+    """List the packaged training recipes with the models they train, or print one.
+
+    A recipe is printed as YAML with everything that it builds on filled in, each number with its source.
+
+    Args:
+        name: A recipe's name, its model's name, or a YAML file.
+
+    Examples:
+        crossx recipes
+        crossx recipes finetune > mine.yaml    # a start for a recipe of your own
+        crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011
+    """
     if name:
         print(load_recipe(name).to_yaml(), end="")
     else:
         _print_table()
-    return 0
 
 
 def _print_table() -> None:
@@ -41,6 +35,6 @@ def _print_table() -> None:
         table.add_row(name, f"{load_recipe(name).description}\n[dim]{model}[/dim]")
     Console().print(table)
     print(
-        "\n`crossx recipes NAME` prints one; `crossx fit --config NAME` trains it. Below each stands the name of the"
+        "\n`crossx recipes NAME` prints a recipe, `crossx fit --config NAME` trains it. Below each is the\n"
+        "name of its model, as timm names models; --config takes that too."
     )
-    print("model it trains, as timm names models; it is accepted too.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from crossx.cli.options import VerbParser, add_run
+from crossx.cli.options import ModelPath
+from crossx.cli.parser import Folder
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
 
@@ -16,52 +16,40 @@ if TYPE_CHECKING:
     from crossx.predict.predictor import Predictor
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Write a network with its model card into a folder, or upload it."""
-    parser = VerbParser(
-        "share",
-        "Write a trained network into a folder to share, or upload it to the Hugging Face Hub: weights\n"
-        "(safetensors), description (JSON) and a model card with the results of `crossx test`, the terms of the\n"
-        "training images, intended use, limits and a chart of the accuracy of each class. Where it is loaded,\n"
-        "RUN is that folder or USER/NAME.\n\n"
-        "The card shows no image of the dataset, whose terms may forbid it; --figure adds activation maps of\n"
-        "images that are yours to publish. A folder or repository that was shared before is written anew, an\n"
-        "edited README.md too.",
-        [
-            "crossx share runs/mine --output shared/mine --license apache-2.0",
-            "crossx share runs/mine --hub me/my-birds --private",
-            "crossx share runs/mine --hub me/my-birds@v2 --figure my_photos/jay.jpg my_photos/wren.jpg",
-        ],
-    )
-    add_run(parser)
-    parser.add_argument("--output", metavar="DIR", help="new or empty folder, or that of a shared model")
-    parser.add_argument(
-        "--hub",
-        metavar="USER/NAME",
-        help="repository on the Hugging Face Hub, made where it is not there; USER/NAME@BRANCH for another branch. "
-        "Log in with `hf auth login` or HF_TOKEN first",
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="make a new repository visible to its owner alone"
-    )
-    parser.add_argument(
-        "--license", metavar="ID", help="licence of the weights, such as apache-2.0 (default: none is named)"
-    )
-    parser.add_argument(
-        "--figure",
-        dest="images",
-        nargs="+",
-        default=(),
-        metavar="IMAGE",
-        help="images of your own to show activation maps of; they are published with the model",
-    )
-    return _share(parser.parse(arguments))
+def share(
+    run: ModelPath,
+    *,
+    output: Folder | None = None,
+    hub: Annotated[str, "USER/NAME"] | None = None,
+    private: bool = False,
+    license: Annotated[str, "ID"] | None = None,
+    figure: Sequence[Annotated[str, "IMAGE"]] = (),
+) -> None:
+    """Write a trained network and its model card into a folder, or upload them to the Hugging Face Hub.
 
+    It consists of weights (safetensors), a description (JSON) and a model card with the results of `crossx test`, the
+    terms of the training images, intended use, limits and a chart of the accuracy per class. To load it, give that
+    folder or USER/NAME as RUN.
 
-def _share(options: argparse.Namespace) -> int:
-    if bool(options.output) == bool(options.hub):
-        raise UsageError("where to? Give either --output DIR or --hub USER/NAME.")
-    if options.private and not options.hub:
+    The card shows no image of the dataset, whose terms may forbid it; --figure adds activation maps of images that you
+    may publish. A folder or repository that was shared before is overwritten, an edited README.md too.
+
+    Args:
+        output: New or empty folder, or that of a shared model.
+        hub: Repository on the Hugging Face Hub, created if needed; USER/NAME@BRANCH for another branch. Log in with
+            `hf auth login` or HF_TOKEN first.
+        private: Make a new repository visible only to its owner.
+        license: Licence of the weights, such as apache-2.0 (default: none is named).
+        figure: Images of your own to show activation maps of; they are published with the model.
+
+    Examples:
+        crossx share runs/mine --output shared/mine --license apache-2.0
+        crossx share runs/mine --hub me/my-birds --private
+        crossx share runs/mine --hub me/my-birds@v2 --figure my_photos/jay.jpg my_photos/wren.jpg
+    """
+    if bool(output) == bool(hub):
+        raise UsageError("give either --output DIR or --hub USER/NAME.")
+    if private and not hub:
         raise UsageError("--private belongs to --hub USER/NAME.")
 
     from crossx.predict.exported import is_exported
@@ -69,43 +57,34 @@ def _share(options: argparse.Namespace) -> int:
     from crossx.share.model_card import check_license
     from crossx.share.sharing import check_target, hub_model, push_to_hub, save_pretrained
 
-    check_license(options.license)
-    if is_exported(options.run):
-        raise UsageError(f"{options.run}: {PREDICTS_ALONE}")
-    model = hub_model(options.hub) if options.hub else None
-    if options.output:
-        check_target(Path(options.output))
-    predictor = Predictor.load(options.run, device="cpu")
+    check_license(license)
+    if is_exported(run):
+        raise UsageError(f"{run}: {PREDICTS_ALONE}")
+    model = hub_model(hub) if hub else None
+    if output:
+        check_target(Path(output))
+    predictor = Predictor.load(run, device="cpu")
+    target: object
     if model is None:
-        folder = save_pretrained(predictor, options.output, license=options.license, images=options.images)
-        print(f"shared: {folder}")
+        assert output is not None
+        target = save_pretrained(predictor, output, license=license, images=figure)
     else:
-        address = push_to_hub(
+        target = push_to_hub(
             predictor,
             model.repository,
             revision=model.revision,
-            private=options.private,
-            license=options.license,
-            images=options.images,
+            private=private,
+            license=license,
+            images=figure,
         )
-        print(f"shared: {address}")
-    _advise(options, predictor)
-    return 0
-
-
-def _advise(options: argparse.Namespace, predictor: Predictor) -> None:
-    """Say what the model card lacks and the user can add."""
-    sys.stdout.flush()
-    if untested := _untested(predictor):
-        print(
-            f"crossx share: the model card has {untested}: run `crossx test {options.run}` first.",
-            file=sys.stderr,
-        )
-    if options.license is None:
+    print(f"shared: {target}", flush=True)
+    if missing := _missing_results(predictor):
+        print(f"crossx share: the model card has {missing}: run `crossx test {run}` first.", file=sys.stderr)
+    if license is None:
         print("crossx share: the model card names no licence: --license ID names one.", file=sys.stderr)
 
 
-def _untested(predictor: Predictor) -> str:
+def _missing_results(predictor: Predictor) -> str:
     """Say which numbers `crossx test` would add to the card; empty for none, and for a model that it cannot test."""
     if predictor.origin is None or predictor.origin[0].hub:
         return ""

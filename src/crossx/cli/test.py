@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from crossx.cli.options import VerbParser, add_device, add_loading, add_run
+from crossx.cli.options import Device, RunPath, Split, TestedData
 from crossx.errors import UsageError
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Test a run, or two against each other, print the numbers and where everything is written."""
-    parser = VerbParser(
-        "test",
-        "Measure a trained network on the images of one split: accuracies with intervals, for each head and class,\n"
-        "confusion matrix, calibration. With --against, the paired test of two runs on the same images; with --parts,\n"
-        "what the excitations of one look at.",
-        [
-            "crossx test runs/mine",
-            "crossx test runs/mine --data.root /other/place/CUB_200_2011 --split val",
-            "crossx test runs/mine/checkpoints/last.ckpt",
-            "crossx test runs/crossx --against runs/plain",
-            "crossx test runs/crossx --parts",
-        ],
-    )
-    add_run(parser)
-    add_data(parser)
-    parser.add_argument("--against", metavar="RUN_B", help="compare with this run, image by image")
-    parser.add_argument(
-        "--parts",
-        action="store_true",
-        help="measure the activation maps beside known parts instead (cub, nabirds, synthetic)",
-    )
-    add_loading(parser)
-    add_device(parser)
-    options = parser.parse(arguments)
-    if options.parts and options.against is not None:
+def test(
+    run: RunPath,
+    *,
+    split: Split = "test",
+    against: Annotated[str, "RUN_B"] | None = None,
+    parts: bool = False,
+    data: TestedData,
+    device: Device = "auto",
+) -> None:
+    """Measure a trained network, or compare two.
+
+    Measures on the images of one split: accuracies with intervals, per head and class, the confusion matrix and the
+    calibration. --against tests the difference between two runs on the same images; --parts measures what the
+    excitations look at.
+
+    Args:
+        against: Compare with this run, image by image.
+        parts: Compare the activation maps with annotated parts instead (cub, nabirds, synthetic).
+
+    Examples:
+        crossx test runs/mine
+        crossx test runs/mine --data.root /other/place/CUB_200_2011 --split val
+        crossx test runs/mine/checkpoints/last.ckpt
+        crossx test runs/crossx --against runs/plain
+        crossx test runs/crossx --parts
+    """
+    if parts and against is not None:
         raise UsageError("--parts measures one run and does not go with --against: leave one of them out.")
-    if options.parts:
-        _measure_parts(options)
-    elif options.against is None:
-        print_results(options.run, test(options.run, options))
+    if parts:
+        from crossx.evaluation.parts.run import measure_run
+
+        print_parts(run, measure_run(run, split=split, device=device, **vars(data)))
+    elif against is None:
+        print_results(run, test_run(run, split, data, device))
     else:
-        _compare(options)
-    return 0
-
-
-def add_data(parser: argparse.ArgumentParser, split: str = "test") -> None:
-    """Add the options on which images are taken, those of ``split`` by default."""
-    parser.add_argument(
-        "--split", default=split, metavar="NAME", help=f"train, val or test (default: {split})"
-    )
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the data (default: as in training)")
-    parser.add_argument(
-        "--data.dataset", dest="dataset", metavar="NAME", help="the dataset (default: as in training)"
-    )
+        _compare(run, against, split, data, device)
 
 
 def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
@@ -111,7 +100,7 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     rows = [*shares, *peaks, *views]
     print(
         "share of activation over share of area, by stage and excitation; "
-        "peak: the largest place; r: correlation of maps"
+        "peak: the position of the largest value; r: correlation of maps"
     )
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
@@ -130,7 +119,7 @@ def _print_excitations(stage: str, measured: Mapping[str, Any]) -> None:
     consistency, diversity = measured["consistency"], measured["diversity"]
     overlap, correlation = diversity["overlap"], diversity["correlation"]
     print(
-        f"{stage}, {height} x {width} places:\n"
+        f"{stage}, {height} x {width} positions:\n"
         f"  part and excitation  NMI {consistency['nmi']:.3f}{_interval(consistency['interval'])}, "
         f"by chance {consistency['chance']:.3f}, p = {consistency['p_value']:.3g}\n"
         f"  overlap of foci      {overlap['value']:.3f}{_interval(overlap['interval'])}, "
@@ -143,54 +132,42 @@ def _interval(interval: Sequence[float]) -> str:
     return f" ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _measure_parts(options: argparse.Namespace) -> None:
-    from crossx.evaluation.parts.run import measure_run
-
-    print_parts(options.run, measure_run(options.run, **_subject_options(options)))
-
-
-def test(path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Test the run at ``path`` with the options of this verb."""
+def test_run(path: str, split: str, data: TestedData, device: str) -> dict[str, Any]:
+    """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
     from crossx.evaluation.run import test_run
 
-    return test_run(path, **_subject_options(options))
+    return test_run(path, split=split, device=device, **vars(data))
 
 
-def _subject_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of ``Subject.open``."""
-    names = ("root", "dataset", "split", "batch_size", "num_workers", "device")
-    return {name: getattr(options, name) for name in names}
-
-
-def _compare(options: argparse.Namespace) -> None:
+def _compare(run: str, against: str, split: str, data: TestedData, device: str) -> None:
     from crossx.evaluation.comparison import compare_runs
 
-    folders = [open_run(path)[0].path for path in (options.run, options.against)]
+    folders = [open_run(path)[0].path for path in (run, against)]
     if folders[0].resolve() == folders[1].resolve():
         raise UsageError(
             f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
         )
-    for path in (options.run, options.against):
-        if not is_tested(path, options):
-            print_results(path, test(path, options))
-    result = compare_runs(options.run, options.against, options.split)
-    target = folders[0] / f"{options.split}_against_{folders[1].resolve().name}.json"
+    for path in (run, against):
+        if not is_tested(path, split, data):
+            print_results(path, test_run(path, split, data, device))
+    result = compare_runs(run, against, split)
+    target = folders[0] / f"{split}_against_{folders[1].resolve().name}.json"
     write_json(target, result)
     low, high = result["interval"]["difference"]
     print(
-        f"{options.run}: {_percent(result['top1']['a'])} top-1\n"
-        f"{options.against}: {_percent(result['top1']['b'])} top-1\n"
+        f"{run}: {_percent(result['top1']['a'])} top-1\n"
+        f"{against}: {_percent(result['top1']['b'])} top-1\n"
         f"difference: {100 * result['difference']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}, 95% interval)\n"
-        f"right on one alone: {result['correct']['only_a']} and {result['correct']['only_b']} of {result['n']} images, "
+        f"right on only one: {result['correct']['only_a']} and {result['correct']['only_b']} of {result['n']} images, "
         f"McNemar's exact test p = {result['p_value']:.3g}\n"
         f"results: {target}"
     )
 
 
-def is_tested(path: str, options: argparse.Namespace) -> bool:
+def is_tested(path: str, split: str, data: TestedData) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
-    results = {} if options.root or options.dataset else run.read_results(weights, options.split)
+    results = {} if data.root or data.dataset else run.read_results(weights, split)
     return bool(results) and results.get("temperature", 1.0) == run.read_spec().temperature
 
 

@@ -1,4 +1,4 @@
-"""Decoded images in one memory-mapped file, in memory or on the disk, shared by all processes that load images."""
+"""Decoded images in one memory-mapped file, in memory or on disk, shared by all loading processes."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ _ADVICE = {
 
 
 class PixelCache:
-    """Keeps each image as it was decoded, from the first time that it is read.
+    """Stores each decoded image when it is first read.
 
-    The file begins with a checksum for each image, written after its pixels: what a kill or a power cut left half
-    written, or not at all, is decoded again. Two processes that decode the same image write the same bytes.
+    The file starts with a checksum per image, written after its pixels, so an image left incomplete by a kill or a
+    power cut is decoded again. Two processes that decode the same image write the same bytes.
 
     Args:
         sizes: Height and width of each image.
-        place: None for a file in memory, which ends with the processes that use it; a path for one that the next
-            run finds filled.
+        path: A file that the next run can use; None for a file in memory, which ends with the processes that use it.
 
     Raises:
-        OSError: If there is no room, or no permission to write.
+        OSError: If there is not enough space or no permission to write.
     """
 
-    def __init__(self, sizes: Mapping[Path, tuple[int, int]], place: Path | None = None) -> None:
+    def __init__(self, sizes: Mapping[Path, tuple[int, int]], path: Path | None = None) -> None:
         self._entries: dict[Path, tuple[int, int, int, int]] = {}
         end = len(sizes)
-        for number, (path, (height, width)) in enumerate(sizes.items()):
-            self._entries[path] = (number, end, height, width)
+        for number, (image, (height, width)) in enumerate(sizes.items()):
+            self._entries[image] = (number, end, height, width)
             end += _words(height, width)
         self._length = end
-        if place is None:
+        if path is None:
             self._file = os.fdopen(os.memfd_create("crossx"), "r+b")
-            # a path that other processes can open, and which nothing has to remove
+            # a path that other processes can open and nobody has to remove
             self._path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         else:
-            self._file = os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-            self._path = str(place)
-        # writing to a mapped file on a full disk would end the process
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self._path = str(path)
+        # without reserved space, writing to the mapped file on a full disk would kill the process
         os.posix_fallocate(self._file.fileno(), 0, _WORD * end)
         self._words = self._map()
 
     def read(self, path: Path, decode: Callable[[Path], Tensor]) -> Tensor:
-        """Return an image, uint8 (3, H, W), (H, W, 3) in memory: not to be written to. Errors are ``decode``'s."""
+        """Return an image, uint8 (3, H, W), channels last in memory and read-only by contract; decode it if needed."""
         number, start, height, width = self._entries[path]
         words = self._words[start : start + _words(height, width)]
-        pixels = words.view(torch.uint8)[: 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        flat = words.view(torch.uint8)[: 3 * height * width]
+        pixels = flat.view(height, width, 3).permute(2, 0, 1)  # (H*W*3,) -> (H, W, 3) -> (3, H, W)
         if self._words[number] != _checksum(words):
             image = decode(path)
             if image.shape != pixels.shape:
-                return image  # the header says something else than the image
+                return image  # the header does not match the image
             pixels.copy_(image)
             self._words[number] = _checksum(words)
         return pixels
@@ -73,7 +73,7 @@ class PixelCache:
         return torch.from_file(self._path, shared=True, size=self._length, dtype=torch.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a process that was not forked opens the file itself
+        # a spawned process opens the file itself
         return {name: value for name, value in vars(self).items() if name not in ("_file", "_words")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,37 +84,37 @@ class PixelCache:
 def open_cache(
     kind: Literal["ram", "disk"], name: str, paths: Iterable[Path], transform: Transform
 ) -> tuple[PixelCache, str]:
-    """Make room for decoded images.
+    """Reserve space for decoded images.
 
     Args:
         kind: Where to keep them, see ``DataConfig``.
-        name: What the images are called in messages.
+        name: Name of the images in messages.
         paths: The images.
-        transform: How they are decoded.
+        transform: Decodes them.
 
     Returns:
         The cache, and one line about its size.
 
     Raises:
         ImageError: If an image's header cannot be read.
-        UsageError: If there is no room, or no permission to write.
+        UsageError: If there is not enough space or no permission to write.
     """
     sizes = {path: transform.size(path) for path in paths}
     needed = _WORD * (len(sizes) + sum(_words(*size) for size in sizes.values()))
     summary = f"data.cache {kind}: {len(sizes):,} decoded {name} images take {_shown(needed)}"
     folder = _folder()
-    place = folder / f"{_key(sizes, transform)}.bin" if kind == "disk" else None
-    where = "memory" if place is None else str(folder)
+    file = folder / f"{_key(sizes, transform)}.bin" if kind == "disk" else None
+    where = "memory" if file is None else str(folder)
     try:
-        if place is None:
+        if file is None:
             free = _free_memory()
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            held = os.stat(place).st_blocks * 512 if place.exists() else 0
+            held = os.stat(file).st_blocks * 512 if file.exists() else 0
             free = shutil.disk_usage(folder).free + held
         if needed > free:
             raise UsageError(f"{summary}, and {where} has room for {_shown(free)}: {_ADVICE[kind]}.")
-        return PixelCache(sizes, place), f"{summary} in {place or where}."
+        return PixelCache(sizes, file), f"{summary} in {file or where}."
     except OSError as error:
         raise UsageError(
             f"{summary}, and {where} cannot hold them ({error.strerror}): {_ADVICE[kind]}."
@@ -126,7 +126,7 @@ def _words(height: int, width: int) -> int:
 
 
 def _checksum(words: Tensor) -> int:
-    # never 0, which stands for an image that was not written, unless one in 2**64 is
+    # 0 means "not written"; a real checksum is 0 only once in 2**64
     return int(words.sum()) + 1
 
 
@@ -143,7 +143,7 @@ def _folder() -> Path:
 
 
 def _free_memory() -> int:
-    """Return how many bytes may be taken: nine tenths of what the machine, or the group of processes, has left."""
+    """Return nine tenths of the available bytes, of the machine or of the control group's limit."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit = Path("/sys/fs/cgroup/memory.max")

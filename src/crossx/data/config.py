@@ -1,8 +1,8 @@
-"""The options of ``--data.*``. Imports no torch, so that ``--help`` answers at once."""
+"""The ``--data.*`` options. Imports no torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from crossx.errors import UsageError, check_choice
@@ -15,48 +15,65 @@ Pipeline = Literal["fast", "strict"]
 Cache = Literal["none", "ram", "disk"]
 
 MIN_IMAGE_SIZE = 32
+_LEAST = {
+    "image_size": MIN_IMAGE_SIZE,
+    "crop_bottom": 0,
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "num_workers": 0,
+    "num_classes": 2,
+    "images_per_class": 1,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "interpolation": ("bilinear", "bicubic"),
+    "train_on": get_args(TrainOn),
+    "augmentation": get_args(Augmentation),
+    "pipeline": get_args(Pipeline),
+    "cache": get_args(Cache),
+    "sampling": get_args(Sampling),
+    "bad_images": get_args(BadImages),
+}
 
 
 @dataclass
 class DataConfig:
-    """Which images to train and test on, and how they reach the network.
+    """Images to train and test on, and how they are prepared.
 
     Attributes:
         dataset: Dataset name, see `crossx datasets list`; `folder` and `table` read your own images.
-        root: Folder of the dataset as its site distributes it (`table`: the CSV or Parquet file).
+        root: Folder of the unpacked dataset (`table`: the CSV or Parquet file).
         level: FGVC-Aircraft only: label by `variant` (the default), `family` or `manufacturer`.
         num_classes: Synthetic set only: number of classes to draw.
-        images_per_class: Synthetic set only: number of images to draw for each class.
-        image_size: Side of the square that the network sees, in pixels.
+        images_per_class: Synthetic set only: number of images to draw per class.
+        image_size: Side of the network's square input, in pixels.
         resize_size: Size before the crop, in pixels: images are resized to a square of this side (600 in the
-            released code, then cropped to 448; equal to image_size resizes without a crop). Left out, the
-            shorter side is resized to image_size / 0.875 and the aspect ratio kept.
-        interpolation: `bilinear` or `bicubic`; left out, what the backbone was pretrained with.
+            released code, then cropped to 448; equal to image_size means no crop). By default the shorter side is
+            resized to image_size / 0.875 and the aspect ratio kept.
+        interpolation: `bilinear` or `bicubic`; by default what the backbone was pretrained with.
         crop_bottom: Rows cut off the bottom of each image first (20 removes FGVC-Aircraft's banner).
-        val_fraction: Share of each class's training images held out for validation where the dataset has no
-            official validation split; 0 holds out none.
-        test_fraction: Share of each class's images held out for testing where your own images (`folder`,
-            `table`) come without a test split.
-        split_seed: Seed of those two choices; not changed by --seed, so that runs stay comparable.
+        val_fraction: Share of each class's training images held out for validation if the dataset has no official
+            validation split; 0 holds out none.
+        test_fraction: Share of each class's images held out for testing if your own images (`folder`, `table`) have
+            no test split.
+        split_seed: Seed of these two choices; independent of --seed, so that runs stay comparable.
         train_on: `train`, or `trainval` to train on the validation images too (the last epoch is then kept).
         augmentation: `crop` (random crop of the resized image), `resized_crop` (crop of random area and
             aspect ratio) or `trivial` (resized_crop and TrivialAugment).
         hflip: Probability of a horizontal flip in training.
         random_erasing: Probability of erasing a random rectangle in training.
-        pipeline: `fast`, or `strict`: decoded and resized by Pillow alone, the pixels of the released code. `fast`
-            differs from them by a grey level at most (bicubic: by a few), and by more in large JPEGs, which it
-            decodes at half, a quarter or an eighth of their size.
-        cache: Keep decoded images: `none`, `ram`, or `disk` (in $XDG_CACHE_HOME/crossx/decoded, for the next run
-            too). The room is reserved, and named, before training; an image is stored when it is first read.
-        batch_size: Images a training step and device.
-        eval_batch_size: Images a step in validation and testing; left out, as batch_size.
-        num_workers: Processes that load images; left out, one for each CPU core, at most 8. The images do not
-            depend on it.
-        sampling: `uniform` (each training image once an epoch), `balanced` (each class equally often) or `pairs`
-            (each image beside another of its class, the pairs of a batch of different classes); left out, what the
-            method needs, `uniform` where it needs nothing else.
+        pipeline: `fast`, or `strict` to decode and resize with Pillow only, for the pixels of the released code. `fast`
+            differs from them by at most one grey level (bicubic: a few), and by more in large JPEGs, which it decodes
+            at half, a quarter or an eighth of their size.
+        cache: Keep decoded images: `none`, `ram`, or `disk` (in $XDG_CACHE_HOME/crossx/decoded, also for later runs).
+            The space is reserved and reported before training; an image is stored when it is first read.
+        batch_size: Images per training step and device.
+        eval_batch_size: Images per step in validation and testing; by default batch_size.
+        num_workers: Processes that load images; by default one per CPU core, at most 8. They do not affect the images.
+        sampling: `uniform` (each training image once per epoch), `balanced` (each class equally often) or `pairs`
+            (each image next to another of its class, the pairs of a batch from different classes); by default what the
+            method needs, else `uniform`.
         bad_images: What to do with missing or unreadable images: `stop` before the first step and list them,
-            or `skip` them and report which.
+            or `skip` and report them.
     """
 
     dataset: str = "synthetic"
@@ -87,47 +104,30 @@ class DataConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check what can be checked without looking at the data.
+        """Check what can be checked without the data.
 
         Raises:
-            UsageError: If an option cannot work, naming it and what it takes.
+            UsageError: If an option is invalid, naming it and its valid values.
         """
-        _at_least("image_size", self.image_size, MIN_IMAGE_SIZE)
-        if self.resize_size is not None:
-            _at_least("resize_size", self.resize_size, self.image_size, "data.image_size")
-        _at_least("crop_bottom", self.crop_bottom, 0)
-        _at_least("batch_size", self.batch_size, 1)
-        if self.eval_batch_size is not None:
-            _at_least("eval_batch_size", self.eval_batch_size, 1)
-        if self.num_workers is not None:
-            _at_least("num_workers", self.num_workers, 0)
-        if self.num_classes is not None:
-            _at_least("num_classes", self.num_classes, 2)
-        if self.images_per_class is not None:
-            _at_least("images_per_class", self.images_per_class, 1)
-        _fraction("val_fraction", self.val_fraction, end_allowed=False)
-        _fraction("test_fraction", self.test_fraction, end_allowed=False)
-        _fraction("hflip", self.hflip)
-        _fraction("random_erasing", self.random_erasing)
-        if self.interpolation is not None:
-            check_choice("data.interpolation", self.interpolation, ("bilinear", "bicubic"))
-        check_choice("data.train_on", self.train_on, get_args(TrainOn))
-        check_choice("data.augmentation", self.augmentation, get_args(Augmentation))
-        check_choice("data.pipeline", self.pipeline, get_args(Pipeline))
-        check_choice("data.cache", self.cache, get_args(Cache))
-        if self.sampling is not None:
-            check_choice("data.sampling", self.sampling, get_args(Sampling))
+        given = {
+            name: value for name, value in vars(self).items() if value is not None or name not in _OPTIONAL
+        }
+        for option, least in _LEAST.items():
+            if option in given and given[option] < least:
+                raise UsageError(f"data.{option} must be at least {least}, not {given[option]}.")
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise UsageError(
+                f"data.resize_size must be at least {self.image_size} (data.image_size), not {self.resize_size}."
+            )
+        for option in ("val_fraction", "test_fraction", "hflip", "random_erasing"):
+            value, held_out = getattr(self, option), option.endswith("_fraction")
+            if not 0 <= value <= 1 or (value == 1 and held_out):
+                raise UsageError(f"data.{option} must be in [0, 1{')' if held_out else ']'}, not {value}.")
+        for option, choices in _CHOICES.items():
+            if option in given:
+                check_choice(f"data.{option}", given[option], choices)
         if self.sampling == "pairs" and self.batch_size % 2:
             raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
-        check_choice("data.bad_images", self.bad_images, get_args(BadImages))
 
 
-def _at_least(option: str, value: int, least: int, reason: str = "") -> None:
-    if value < least:
-        because = f" ({reason})" if reason else ""
-        raise UsageError(f"data.{option} must be at least {least}{because}, not {value}.")
-
-
-def _fraction(option: str, value: float, *, end_allowed: bool = True) -> None:
-    if not 0 <= value <= 1 or (value == 1 and not end_allowed):
-        raise UsageError(f"data.{option} must lie in [0, 1{']' if end_allowed else ')'}, not {value}.")
+_OPTIONAL = {field.name for field in fields(DataConfig) if field.default is None}

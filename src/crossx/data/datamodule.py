@@ -1,4 +1,4 @@
-"""The loaders of a run: which records, which transform, how many workers."""
+"""The data loaders of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, first_few
 from crossx.runs import Preprocessing
 
 MAX_WORKERS = 8
@@ -33,20 +33,20 @@ log = logging.getLogger(__name__)
 class DataModule:
     """Loads batches of (images (B, 3, S, S) uint8, targets (B,) int64).
 
-    The loaders give bytes, a quarter of what floats take: ``to_device`` moves a batch to the network and normalises
-    the images there.
+    The loaders return bytes, a quarter of the size of floats; ``to_device`` moves a batch to the device and normalises
+    it there.
 
     Args:
-        index: The dataset; where it has no validation split, one is made as ``config.val_fraction`` says.
+        index: The dataset; without a validation split, ``config.val_fraction`` of its training images becomes one.
         preprocessing: How images are prepared, see ``preprocessing_for``.
         config: The ``--data.*`` options.
-        seed: The run's seed: order and augmentation of the training images.
+        seed: The run's seed, for order and augmentation of the training images.
 
     Attributes:
-        index: The dataset with its validation split, without the images that were skipped.
-        normalize: Bytes to normalised floats.
-        skipped: Path and reason of each image that ``check_images`` left out.
-        processes: Processes of this machine that load images at the same time and share its cores.
+        index: The dataset with its validation split, without skipped images.
+        normalize: Converts bytes to normalised floats.
+        skipped: Path and reason of each image that ``check_images`` removed.
+        processes: Number of processes on this machine that load images at the same time and share its cores.
     """
 
     def __init__(
@@ -62,33 +62,33 @@ class DataModule:
         self._caches: dict[str, PixelCache] = {}
 
     def to_device(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a loader's batch on a device, with the images as normalised float32."""
+        """Move a batch to a device and convert its images to normalised float32."""
         images, targets = batch
         return self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
 
     @property
     def num_workers(self) -> int:
-        """Worker processes of one loader: the option, else this process's share of the cores, at most 8."""
+        """Worker processes per loader: the option, else this process's share of the cores, at most 8."""
         if self.config.num_workers is not None:
             return self.config.num_workers
         return max(1, min(MAX_WORKERS, _cores() // self.processes))
 
     def check_images(self, splits: Sequence[str] = SPLITS) -> None:
-        """Decode every image of ``splits`` once, before any time is spent on training.
+        """Decode every image of ``splits`` once, before training.
 
-        With ``bad_images: skip`` those that cannot be read leave ``index`` and are kept in ``skipped``.
+        With ``bad_images: skip`` unreadable images are moved from ``index`` to ``skipped``.
 
         Raises:
             CrossXError: If images cannot be read and ``bad_images`` is ``stop``; the first ten are named.
         """
         records = [record for record in self.index.records if record.split in splits]
         paths = [record.path for record in records]
-        # Pillow decodes without the interpreter lock: threads are as fast as processes, and start at once
+        # Pillow releases the interpreter lock: threads are as fast as processes and start at once
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             problems = list(zip(paths, pool.map(image_problem, paths), strict=True))
         bad = [(path, problem) for path, problem in problems if problem is not None]
         if bad and self.config.bad_images == "stop":
-            listed = _list_first([f"{path}: {problem}" for path, problem in bad])
+            listed = first_few([f"{path}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
             raise CrossXError(
                 f"{len(bad)} of {len(paths)} images cannot be read: {listed}. Replace them, or leave them out with "
                 "--data.bad_images skip."
@@ -99,10 +99,10 @@ class DataModule:
         self.index = replace(self.index, records=kept)
 
     def train_records(self) -> tuple[Record, ...]:
-        """Return the records to train on, as ``config.train_on`` says.
+        """Return the records to train on, see ``config.train_on``.
 
         Raises:
-            CrossXError: If a class has none; such a class could never be predicted.
+            CrossXError: If a class has none, since it could never be predicted.
         """
         splits = ("train", "val") if self.config.train_on == "trainval" else ("train",)
         records = tuple(record for record in self.index.records if record.split in splits)
@@ -112,16 +112,16 @@ class DataModule:
             why = f" ({len(self.skipped)} unreadable ones were skipped)" if self.skipped else ""
             raise CrossXError(
                 f"dataset {self.index.name!r}: {len(missing)} of {len(self.index.classes)} classes have no training "
-                f"image{why}: {_list_first(missing)}. Add images to them, or remove these classes."
+                f"image{why}: {first_few(missing, MAX_LISTED, '; ')}. Add images to them, or remove these classes."
             )
         return records
 
     def train_dataloader(self) -> ImageLoader:
-        """Return the loader of training batches, in a new random order and augmentation each epoch."""
+        """Return the training loader, with a new random order and augmentation each epoch."""
         return self._train_loader()
 
     def whole_train_loader(self) -> ImageLoader:
-        """Return a loader of an epoch's training images that gives all of them to every rank."""
+        """Return a training loader that gives every rank all images."""
         return self._train_loader(dealt=False)
 
     @property
@@ -130,7 +130,7 @@ class DataModule:
         return self.config.train_on != "trainval" and bool(self.index.split("val"))
 
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
-        """Return the validation loader; an empty list where no images are held out."""
+        """Return the validation loader, an empty list if no images are held out."""
         return self.eval_loader("val") if self.holds_out else []
 
     def test_dataloader(self) -> ImageLoader:
@@ -141,8 +141,8 @@ class DataModule:
         """Return a loader of one split without augmentation, in the order of its records.
 
         Args:
-            split: Its name.
-            dealt: Whether several ranks share the images; False gives all of them to the rank that asks.
+            split: Name of the split.
+            dealt: Distribute the images over the ranks; False gives the calling rank all of them.
 
         Raises:
             CrossXError: If the split is empty.
@@ -159,10 +159,10 @@ class DataModule:
         return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
 
     def open_caches(self) -> None:
-        """Reserve the room for decoded images now, where there is to be a cache.
+        """Reserve the space for decoded images, if a cache is configured.
 
         Raises:
-            UsageError: If there is not enough.
+            UsageError: If there is not enough space.
         """
         if self.config.cache != "none":
             self.train_dataloader()
@@ -190,10 +190,7 @@ class DataModule:
         return partial(self._caches[name].read, decode=transform.read)
 
     def _loader(
-        self,
-        dataset: ImageDataset,
-        sampler: EpochSampler | EvaluationSampler,
-        batch_size: int,
+        self, dataset: ImageDataset, sampler: EpochSampler | EvaluationSampler, batch_size: int
     ) -> ImageLoader:
         workers = self.num_workers
         return ImageLoader(
@@ -204,16 +201,11 @@ class DataModule:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # each iteration draws a seed for its workers: not from the generator that dropout draws from
+            # each iteration draws a seed for its workers, which must not advance the generator of dropout
             generator=torch.Generator(),
         )
 
 
 def _cores() -> int:
-    # a container or a batch system may grant fewer than the machine has
+    # a container or a batch system may grant fewer cores than the machine has
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _list_first(items: Sequence[str]) -> str:
-    more = len(items) - MAX_LISTED
-    return "; ".join(items[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")

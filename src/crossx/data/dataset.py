@@ -1,4 +1,4 @@
-"""Records to samples and batches, augmented the same way whatever loads them."""
+"""Load records as samples and batches, with augmentation that does not depend on the workers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from crossx.errors import CrossXError
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Reads and transforms the images of some records.
+    """Read and transform the images of some records.
 
-    The transform's randomness depends on the seed and the draw (epoch, index, repeat) alone: the same images come
-    whatever the number of workers, with persistent workers, and after a resume.
+    The transform's randomness depends on the seed and the draw (epoch, index, repeat) only: the images are the same for
+    any number of workers, with persistent workers, and after a resume.
 
     Args:
         records: The images.
-        transform: uint8 (3, H, W) to uint8 (3, S, S).
+        transform: Maps uint8 (3, H, W) to uint8 (3, S, S), without modifying its input.
         seed: The run's seed.
-        read: Decodes an image; the transform does not write to what it gives.
+        read: Decodes an image.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.records)
 
     def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int]:
-        """Return image (3, S, S) and class index; a plain index stands for its draw in epoch 0.
+        """Return image (3, S, S) and class index; a plain index means its draw in epoch 0.
 
         Raises:
-            CrossXError: If the image cannot be read or prepared; the message begins with its path.
+            CrossXError: If the image cannot be read or prepared; the message starts with its path.
         """
         if isinstance(draw, int):
             draw = Draw(epoch=0, index=draw)
@@ -63,17 +63,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Join samples to images (B, 3, S, S), channels last in memory, and class indices (B,) int64."""
+    """Stack samples to images (B, 3, S, S), channels last in memory, and class indices (B,) int64."""
     images, labels = zip(*samples, strict=True)
     return batch_images(images), torch.tensor(labels)
 
 
 class ImageLoader(DataLoader[tuple[Tensor, int]]):
-    """A ``DataLoader`` whose failures read the same with and without workers, and that starts late.
+    """A ``DataLoader`` that starts lazily and whose errors are the same with and without workers.
 
-    torch re-raises a worker's exception with the worker's whole traceback as its message; here a ``CrossXError``
-    keeps its one line. And nothing is drawn before the first batch is asked for, so that no worker starts for a loader
-    that is not read.
+    torch re-raises a worker's exception with the worker's whole traceback as the message; here a ``CrossXError``
+    keeps its one line. Workers start when the first batch is requested, so an unused loader starts none.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
@@ -82,8 +81,8 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
         except Exception as error:
             if not self.num_workers:
                 raise
-            # torch's frames and the exception refer to each other. Workers that are garbage-collected in such a
-            # cycle never hear that they should stop, and torch waits 5 seconds for each.
+            # torch's frames and the exception form a reference cycle. Workers that are garbage-collected in it are
+            # never told to stop, and torch waits 5 seconds for each.
             error.__traceback__ = None
             if isinstance(error, CrossXError):
                 raise type(error)(_last_line(error)) from None
@@ -98,7 +97,7 @@ def _last_line(error: CrossXError) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    # torch.manual_seed would seed the GPU's generators too, and with them the dropout of the step that waits
+    # torch.manual_seed would also seed the GPU's generators, and with them the dropout of the next step
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -1,8 +1,8 @@
-"""Image files as people have them: found, checked and decoded in one place.
+"""Find, check and decode image files.
 
-Plain JPEGs are decoded by simplejpeg: the library that Pillow decodes them with (libjpeg-turbo) and the same pixels,
-but straight to RGB bytes, in two thirds of the time. Whatever is not one, or has something wrong, is left to Pillow,
-which reads it all the same or says why not. No image is unpacked before its header has told its size.
+Plain JPEGs are decoded by simplejpeg: the same library as Pillow's (libjpeg-turbo) and the same pixels, but directly to
+RGB bytes, in two thirds of the time. Everything else, and every JPEG with a defect, is left to Pillow, which reads it
+or says why not. No image is decoded before its size is known from the header.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused before they are decoded: half a gigabyte of 8-bit RGB, Pillow's own
-limit for a decompression bomb (https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.open)."""
+"""Images with more pixels (half a gigabyte of 8-bit RGB) are refused before they are decoded. This is Pillow's limit
+for a decompression bomb (https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.open)."""
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
     | {".jp2", ".ppm", ".pgm", ".pbm", ".heic", ".heif"}
 )
-"""File names that count as images, in either case. HEIC is among them although it is not read: left out in
-silence it would be missed, counted it is named as unreadable."""
+"""File names that count as images, in either case. HEIC is included so that it is reported as unreadable and not
+silently ignored."""
 
-# Pillow also opens EPS by running another program, and formats that hold no photographs: these are not tried.
+# Pillow also opens EPS, by running another program, and formats without photographs; these are not tried
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 _ORIENTATIONS = {
@@ -49,7 +49,7 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation (tag 0x0112; https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf)."""
+"""Inverse of each EXIF orientation (tag 0x0112; https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf)."""
 
 _SIDEWAYS = tuple(_ORIENTATIONS[orientation] for orientation in (5, 6, 7, 8))
 
@@ -72,21 +72,21 @@ class ImageError(CrossXError):
 def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool = False) -> Tensor:
     """Read an image as a viewer shows it.
 
-    EXIF rotation is applied; grey, palette, CMYK and the like become RGB; transparency is laid on white; of
-    16 bits a channel the upper 8 are kept; of an animation or a file of several pages the first is taken. The
-    content decides about the format, not the name. ICC colour profiles are not applied.
+    EXIF rotation is applied; grey, palette, CMYK and other modes become RGB; transparency is composited on white; of
+    16 bits per channel the upper 8 are kept; of several frames or pages the first is read. The format follows from the
+    content, not the name. ICC colour profiles are not applied.
 
     Args:
-        source: The file, or the bytes of one.
-        min_side: Where it is given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side then still
-            has this many pixels and both sides are whole (the decoder leaves out the highest frequencies).
-        pillow: Decode with Pillow alone, at full size.
+        source: The file or its bytes.
+        min_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (without the highest frequencies), as
+            long as its shorter side keeps this many pixels and both sides stay whole numbers.
+        pillow: Decode with Pillow only, at full size.
 
     Returns:
-        uint8 RGB tensor of shape (3, H, W), its memory in (H, W, 3) order, the one that torch resizes fastest.
+        uint8 RGB tensor of shape (3, H, W), channels last in memory, the layout that torch resizes fastest.
 
     Raises:
-        ImageError: If it is missing, not wholly readable, or larger than ``MAX_PIXELS``.
+        ImageError: If it is missing, not fully readable, or larger than ``MAX_PIXELS``.
     """
     import torch
 
@@ -98,17 +98,17 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
             with _opened(source) as image:
                 image.load()
                 pixels = np.array(_upright(_to_rgb(image), _orientation(image)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def read_size(source: ImageSource, *, min_side: int | None = None, pillow: bool = False) -> tuple[int, int]:
-    """Return height and width of what ``read_image`` gives, from the header alone.
+    """Return height and width of what ``read_image`` returns, from the header only.
 
     Raises:
         ImageError: If the header cannot be read.
     """
     with _explained(source), _opened(source) as image:
-        # MPO: several JPEGs in one file, as telephones write them
+        # MPO: several JPEGs in one file, written by phones
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not pillow
         scale = _scale(*image.size, min_side) if plain else 1
         width, height = (side // scale for side in image.size)
@@ -116,14 +116,14 @@ def read_size(source: ImageSource, *, min_side: int | None = None, pillow: bool 
 
 
 def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
-    """Say why an image cannot be read, or None where it can. Needs no torch.
+    """Return why an image cannot be read, None if it can. Imports no torch.
 
-    Every byte of the image is decoded, so that a truncated file is found. The quick way leaves out what
-    does not depend on the file: a JPEG's inverse transform is computed at an eighth of the size, 3 to 5 times as fast.
+    Every byte is decoded, so that truncated files are found. By default a JPEG's inverse transform is computed at an
+    eighth of the size, which is 3 to 5 times as fast.
 
     Args:
-        source: The file, or the bytes of one.
-        full: Compute every pixel, exactly as ``read_image`` does.
+        source: The file or its bytes.
+        full: Compute every pixel, as ``read_image`` does.
     """
     try:
         with _explained(source):
@@ -139,9 +139,9 @@ def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return every image file below a folder, nested ones too, links followed, sorted by relative path.
+    """Return every image file in a folder and its subfolders, links followed, sorted by relative path.
 
-    What counts is the file name (``IMAGE_SUFFIXES``); hidden files and folders (a leading dot) do not.
+    The file name decides (``IMAGE_SUFFIXES``); hidden files and folders (leading dot) are skipped.
 
     Raises:
         CrossXError: If a folder cannot be listed.
@@ -160,12 +160,12 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a file of this name counts as an image."""
+    """Return whether a file of this name counts as an image."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def printable(text: str | Path) -> str:
-    """Escape what cannot be shown on one line: line breaks, control characters, undecodable file names."""
+    """Escape line breaks, control characters and undecodable bytes, so that the text fits on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -181,7 +181,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _explained(source: ImageSource) -> Iterator[None]:
-    """Make an ``ImageError`` of whatever fails in the block."""
+    """Turn any failure in the block into an ``ImageError``."""
     try:
         _require_content(source)
         yield
@@ -189,15 +189,19 @@ def _explained(source: ImageSource) -> Iterator[None]:
         raise
     except (
         Exception
-    ) as error:  # a broken file makes Pillow's plugins raise anything, struct.error or IndexError too
+    ) as error:  # on a broken file Pillow's plugins raise anything, even struct.error or IndexError
         raise _image_error(source, _reason(source, error)) from error
 
 
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Give the image opened by Pillow, not decoded yet."""
+    """Open the image with Pillow, without decoding it."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
-        _require_size(source, image)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise _image_error(
+                source, f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
+            )
         yield image
 
 
@@ -206,10 +210,10 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
 
     Args:
         source: Any image.
-        scale: Width and height to 1, 2, 4 or 8, by which they are divided in decoding.
+        scale: Maps width and height to 1, 2, 4 or 8, by which decoding divides them.
 
     Returns:
-        None where Pillow has to decide: not a JPEG, CMYK, too large, or something is wrong with it.
+        None if Pillow has to decide: not a JPEG, CMYK, too large, or broken.
     """
     data = source if isinstance(source, bytes) else _jpeg_bytes(source)
     try:
@@ -222,7 +226,7 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
         )
     except ValueError:
         return None
-    if data.rfind(b"Exif\0\0") < 0:  # in half the time of find
+    if data.rfind(b"Exif\0\0") < 0:  # twice as fast as find
         return pixels
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         turn = _orientation(image)
@@ -230,22 +234,22 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
 
 
 def _jpeg_bytes(path: str | Path) -> bytes:
-    """Read a whole file, but for one that is no JPEG only the start."""
+    """Read a whole JPEG file, nothing for any other file."""
     with open(path, "rb") as file:
         start = file.read(3)
         return start + file.read() if start == b"\xff\xd8\xff" else b""
 
 
 def _scale(width: int, height: int, min_side: int | None) -> int:
-    """Return the largest scale that leaves whole sides and ``min_side``."""
-    if min_side is None:
-        return 1
-    fits = (
-        scale
-        for scale in (8, 4, 2)
-        if width % scale == height % scale == 0 and min(width, height) // scale >= min_side
-    )
-    return next(fits, 1)
+    """Return the largest divisor of both sides that keeps ``min_side``."""
+    for scale in (8, 4, 2):
+        if (
+            min_side is not None
+            and width % scale == height % scale == 0
+            and min(width, height) // scale >= min_side
+        ):
+            return scale
+    return 1
 
 
 def _require_content(source: ImageSource) -> None:
@@ -260,14 +264,6 @@ def _require_content(source: ImageSource) -> None:
             raise _image_error(source, "is not a regular file")
     if size == 0:
         raise _image_error(source, "is empty (0 bytes)")
-
-
-def _require_size(source: ImageSource, image: Image.Image) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _image_error(
-            source, f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
-        )
 
 
 def _reason(source: ImageSource, error: Exception) -> str:
@@ -305,10 +301,10 @@ def _unidentified(source: ImageSource) -> str:
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     if image.format == "TIFF":
-        return None  # Pillow turns these itself
+        return None  # Pillow rotates these itself
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
         return None
     return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
@@ -325,7 +321,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"{image.mode} pixels of 32 bits have no fixed range: save it with 8 or 16 bits a channel"
+            f"{image.mode} pixels of 32 bits have no fixed range: save it with 8 or 16 bits per channel"
         )
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

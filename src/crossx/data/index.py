@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -25,9 +25,9 @@ class Record:
         path: The image file.
         label: Class index, 0 to K - 1, in the official label order.
         split: ``train``, ``val`` or ``test``.
-        box: The object's bounding box, where the dataset gives one.
-        parts: Part name to its box (synthetic) or to a box of width and height 0 at its keypoint (CUB),
-            visible parts only.
+        box: The object's bounding box, where the dataset has one.
+        parts: Part name to its box (synthetic) or to a box of size 0 at its keypoint (CUB, NABirds); visible parts
+            only.
     """
 
     path: Path
@@ -45,8 +45,8 @@ class DatasetIndex:
         name: The dataset's name on the command line.
         classes: The K class names in label order.
         records: Every labelled image of every split.
-        levels: Level name (``order``, ``family``, ...) to the K names of each class's group on that level;
-            empty where the dataset has no hierarchy.
+        levels: Level name (``order``, ``family``, ...) to the K names of the classes' groups on that level; empty
+            for a dataset without a hierarchy.
     """
 
     name: str
@@ -66,11 +66,7 @@ class DatasetIndex:
                 raise CrossXError(f"{record.path}: split {record.split!r} is not one of {', '.join(SPLITS)}.")
 
     def split(self, name: str) -> tuple[Record, ...]:
-        """Return the records of one split.
-
-        Raises:
-            UsageError: If ``name`` is no split.
-        """
+        """Return the records of one split; an unknown name raises ``UsageError``."""
         if name not in SPLITS:
             raise UsageError(f"unknown split {name!r}. Choose from: {', '.join(SPLITS)}.")
         return tuple(record for record in self.records if record.split == name)
@@ -78,25 +74,61 @@ class DatasetIndex:
     def with_validation(self, fraction: float = 0.1, seed: int = 0) -> DatasetIndex:
         """Move ``fraction`` of each class's training images to ``val``, unless a ``val`` split exists.
 
-        The choice depends on the seed and on the file names alone (not on the machine, the folder or the order
-        of records). The number is rounded: of 10% a class with five training images gives none, one with six gives
-        one; each keeps at least one. Section 4.2 of the paper: "10% out of the training samples from each category".
+        The choice depends on the seed and the file names only, not on the machine, the folder or the order of the
+        records. The number per class is rounded (at 10%, five training images give none and six give one), and one
+        image always stays. Section 4.2 of the paper: "10% out of the training samples from each category".
         """
         if fraction == 0 or any(record.split == "val" for record in self.records):
             return self
         if not 0 < fraction < 1:
-            raise UsageError(f"data.val_fraction must lie in [0, 1), not {fraction}.")
-        by_class: dict[int, list[Record]] = defaultdict(list)
-        for record in self.split("train"):
-            by_class[record.label].append(record)
-        chosen: set[Path] = set()
-        for label in sorted(by_class):
-            members = sorted(by_class[label], key=lambda record: record.path.name)
-            random.Random(f"{seed}/{label}").shuffle(members)
-            count = min(len(members) - 1, round(fraction * len(members)))
-            chosen.update(record.path for record in members[:count])
+            raise UsageError(f"data.val_fraction must be in [0, 1), not {fraction}.")
+        training = self.split("train")
+        chosen = _choose(training, fraction, 0, lambda path: path.name, lambda label: f"{seed}/{label}")
         records = tuple(
             replace(record, split="val") if record.split == "train" and record.path in chosen else record
             for record in self.records
         )
         return replace(self, records=records)
+
+
+def hold_out_test(
+    records: Sequence[Record], classes: Sequence[str], root: Path, fraction: float, seed: int
+) -> list[Record]:
+    """Move ``fraction`` of each class's records to the test split.
+
+    The choice depends on the seed, the class's name and its images' paths relative to ``root`` only, so it is the
+    same on every machine and stays the same for the other classes when one is added. A class with two or more images
+    gives at least one and keeps at least one for training; a class with one image keeps it.
+
+    Raises:
+        UsageError: If ``fraction`` is outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(f"data.test_fraction must be in [0, 1), not {fraction}.")
+    if fraction == 0:
+        return list(records)
+
+    def relative(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+    chosen = _choose(records, fraction, 1, relative, lambda label: f"{seed}/test/{classes[label]}")
+    return [replace(record, split="test") if record.path in chosen else record for record in records]
+
+
+def _choose(
+    records: Iterable[Record],
+    fraction: float,
+    least: int,
+    order: Callable[[Path], str],
+    seed: Callable[[int], str],
+) -> set[Path]:
+    """Choose ``fraction`` of each class's images, at least ``least`` and never all of them."""
+    by_class: dict[int, list[Path]] = defaultdict(list)
+    for record in records:
+        by_class[record.label].append(record.path)
+    chosen: set[Path] = set()
+    for label, paths in by_class.items():
+        paths.sort(key=order)
+        random.Random(seed(label)).shuffle(paths)
+        chosen.update(paths[: min(len(paths) - 1, max(least, round(fraction * len(paths))))])
+    return chosen

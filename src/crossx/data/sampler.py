@@ -1,4 +1,4 @@
-"""Which image comes when, as a pure function of seed and epoch: the same for any number of workers, and on resume."""
+"""Order of the images, a pure function of seed and epoch: the same for any number of workers and after a resume."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from crossx.data.config import Sampling
+from crossx.distributed import rank, world_size
 from crossx.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One image drawn for training; all that its augmentation may depend on, beside the seed.
+    """One image drawn for training; with the seed, all that its augmentation may depend on.
 
     Attributes:
         epoch: Counted from 0.
         index: The record's position in the dataset.
-        repeat: How often the image was drawn before in this epoch (balanced sampling), so that a second copy is
-            augmented differently.
+        repeat: How often the image was already drawn in this epoch, so that every copy is augmented differently.
     """
 
     epoch: int
@@ -32,31 +32,30 @@ class Draw:
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash ``parts`` into a seed of 63 bits, the same on every machine, unrelated for nearby values."""
+    """Hash ``parts`` to a 63-bit seed: the same on every machine, unrelated for similar values."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 class EpochSampler(Sampler[Draw]):
-    """Draws the training images of an epoch: as many as there are, or in pairs.
+    """Draws the training images of an epoch, one by one or in pairs.
 
-    On several ranks the draws (the pairs) are dealt out in turn: the ranks' n-th batches together are the n-th batch
-    of one process with so many times the batch size. In the last batch a rank may have one image (one pair) fewer than
-    another. That batch is left out where a rank would have fewer than two images, of which batch norm could take no
-    variance, unless it is the only one.
+    Several ranks take turns with the draws (or pairs), so that the ranks' n-th batches together are the n-th batch of
+    one process with the total batch size. In the last batch a rank may have one image (or pair) fewer than another.
+    Unless it is the only batch, it is dropped if a rank would have fewer than two images, too few for the variance of
+    batch norm.
 
-    In pairs (``sampling`` ``pairs``) every image comes once, beside another of its class. Where a class has an odd
-    number, one of its images comes twice, augmented differently; a single image is its own partner. The pairs of a
-    batch, that of all ranks together, are of different classes as far as there are so many; which classes is random,
-    each as probable as it has pairs left.
+    With ``pairs``, every image comes once, next to another of its class. In a class with an odd number of images, one
+    comes twice, augmented differently; a single image is its own partner. The pairs of a batch (of all ranks together)
+    are from different classes as far as possible, chosen at random in proportion to the pairs left in each class.
 
     Args:
         labels: Class index of each image.
         seed: The run's seed.
-        sampling: ``uniform``: each image once. ``balanced``: with replacement, each class present with the same
-            probability, then each image of the class. ``pairs``: two and two of one class, see above.
-        batch_size: Images in a batch of one rank; even for pairs.
-        dealt: False gives every rank all draws.
+        sampling: ``uniform``: each image once. ``balanced``: with replacement, every class with the same probability,
+            then every image of the class. ``pairs``: pairs of images of one class, see above.
+        batch_size: Images per batch and rank; even for pairs.
+        dealt: Distribute the draws over the ranks; False gives every rank all of them.
     """
 
     def __init__(
@@ -73,12 +72,12 @@ class EpochSampler(Sampler[Draw]):
         self.batch_size = batch_size
         self.dealt = dealt
         self.unit = 2 if sampling == "pairs" else 1
-        """Draws that stay on one rank together."""
+        """Number of consecutive draws that stay on the same rank."""
         self.epoch = 0
         self.first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration draws, and the batch with which it begins."""
+        """Set the epoch of the next iteration and the batch to start with."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
@@ -91,24 +90,22 @@ class EpochSampler(Sampler[Draw]):
         return iter(dealt[self.first_batch * self.batch_size :])
 
     def _ranks(self) -> tuple[int, int]:
-        """Return the rank, and among how many the draws are dealt out."""
-        return _world() if self.dealt else (0, 1)
+        """Return the rank and the number of ranks that share the draws."""
+        return (rank(), world_size()) if self.dealt else (0, 1)
 
     def _own(self) -> range:
-        """Return which of the epoch's draws (pairs) are this rank's."""
-        rank, world_size = self._ranks()
+        """Return the positions of this rank's draws (or pairs) in the epoch."""
+        own, ranks = self._ranks()
         count = len(self.labels)
         if self.sampling == "pairs":
             count = int(_count_pairs(self.labels).sum())
-        if count < world_size:
+        if count < ranks:
             drawn = "training images" if self.unit == 1 else "pairs of training images"
-            raise UsageError(
-                f"{count} {drawn} are too few for {world_size} processes: lower --trainer.devices."
-            )
-        rest = count % (world_size * self.batch_size // self.unit)
-        least = world_size * 2 // self.unit
+            raise UsageError(f"{count} {drawn} are too few for {ranks} processes: lower --trainer.devices.")
+        rest = count % (ranks * self.batch_size // self.unit)
+        least = ranks * 2 // self.unit
         kept = count - rest if rest < least and rest < count else count
-        return range(rank, kept, world_size)
+        return range(own, kept, ranks)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
@@ -125,15 +122,14 @@ class EpochSampler(Sampler[Draw]):
 
 
 class EvaluationSampler(Sampler[int]):
-    """Yields the indices of this rank in order: 0, 1, 2, ... on one rank, dealt out in turn on several.
+    """Yields the indices 0, 1, 2, ... in order; several ranks take turns.
 
-    Over all ranks each image comes exactly once, so ranks may differ by one image: nothing is counted twice. Where
-    there are fewer images than ranks, every rank has all of them: means stay the same, and no rank is left without a
-    batch.
+    Each image comes exactly once over all ranks, so ranks may differ by one image. With fewer images than ranks every
+    rank gets all of them: means stay the same and no rank is without a batch.
 
     Args:
         count: Number of images.
-        dealt: False gives the rank that asks all of them.
+        dealt: Distribute the indices over the ranks; False gives the calling rank all of them.
     """
 
     def __init__(self, count: int, dealt: bool = True) -> None:
@@ -147,30 +143,31 @@ class EvaluationSampler(Sampler[int]):
         return iter(self._indices())
 
     def _indices(self) -> range:
-        rank, world_size = _world()
-        whole = not self.dealt or self.count < world_size
-        return range(self.count) if whole else range(rank, self.count, world_size)
+        # asked at each use: samplers may be made before there is a process group
+        whole = not self.dealt or self.count < world_size()
+        return range(self.count) if whole else range(rank(), self.count, world_size())
 
 
 def _count_pairs(labels: Tensor) -> Tensor:
-    """Return how many pairs an epoch has of each class."""
+    """Return the number of pairs per class in an epoch."""
     return (torch.bincount(labels) + 1) // 2
 
 
-def _pair_order(labels: Tensor, pairs_a_batch: int, generator: torch.Generator) -> list[int]:
-    """Return the images of an epoch in pairs of one class, those of a batch of different classes where possible."""
+def _pair_order(labels: Tensor, pairs_per_batch: int, generator: torch.Generator) -> list[int]:
+    """Return an epoch's images in pairs of one class, with different classes in a batch if possible."""
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)].split(torch.bincount(labels).tolist())
+    # an odd class repeats its first image: (N,) -> (N + N % 2,) -> (pairs, 2)
     pairs = [iter(torch.cat((images, images[: len(images) % 2])).view(-1, 2).tolist()) for images in by_class]
     left = _count_pairs(labels)
     order: list[int] = []
-    free = pairs_a_batch
+    free = pairs_per_batch
     while present := int(left.count_nonzero()):
         chosen = torch.multinomial(left.double(), min(free, present), generator=generator)
         for label in chosen.tolist():
             order += next(pairs[label])
         left[chosen] -= 1
-        free = free - len(chosen) or pairs_a_batch
+        free = free - len(chosen) or pairs_per_batch
     return order
 
 
@@ -181,10 +178,3 @@ def _count_repeats(epoch: int, order: list[int]) -> list[Draw]:
         draws.append(Draw(epoch, index, drawn[index]))
         drawn[index] += 1
     return draws
-
-
-def _world() -> tuple[int, int]:
-    # asked at each use: samplers may be made before there is a process group
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

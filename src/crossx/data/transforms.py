@@ -1,9 +1,9 @@
 """From an image file to the network's input: bytes in the worker, normalised floats on the device.
 
-A worker hands on uint8 (3, S, S), a quarter of the floats' bytes; ``Normalize`` turns batches into floats where the
-network is. Only what the crop keeps is resized, on bytes with antialiasing. Images lie in (H, W, 3) order in memory,
-as they are decoded: torch resizes them in half the time, and nothing has to be reordered. Every random choice is
-drawn from torch's CPU generator, which ``ImageDataset`` seeds for each image.
+Workers return uint8 (3, S, S), a quarter of the size of floats; ``Normalize`` converts batches to floats on the device.
+Only the part that the crop keeps is resized, as bytes and with antialiasing. Images are channels last in memory, as
+decoded: torch resizes them in half the time and nothing is reordered. Every random choice comes from torch's CPU
+generator, which ``ImageDataset`` seeds per image.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from crossx.runs import Preprocessing
 Step: TypeAlias = Callable[[Tensor], Tensor]
 
 CROP_FRACTION = 0.875
-"""Crop over resized size where no ``resize_size`` is given: the 224 of 256 of ImageNet evaluation."""
+"""Crop size over resized size without ``resize_size``: 224 of 256, as in ImageNet evaluation."""
 
 MAX_ASPECT = 8
-"""Longer images are cut to this aspect ratio about their centre before resizing: enlarging the shorter side of a
-scan line of 1 x 5000 pixels to 512 would fill the memory."""
+"""Longer images are cropped to this aspect ratio around their centre before resizing: enlarging the shorter side of
+1 x 5000 pixels to 512 would fill the memory."""
 
 DECODE_MARGIN = 2
-"""JPEGs are decoded at 1/2, 1/4 or 1/8 of their size while their sides stay this many times what they are resized to.
-Pillow's thumbnails keep the same margin (``reducing_gap`` of ``Image.thumbnail``)."""
+"""JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as their sides are this many times the resized sides.
+Pillow's thumbnails have the same margin (``reducing_gap`` of ``Image.thumbnail``)."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to an image before it joins a batch.
+    """Decoding and preparation of one image.
 
     Attributes:
-        steps: What is done with the decoded image, in order.
-        min_side: Length that the shorter side of a JPEG must keep in decoding; None decodes it at full size.
-        strict: Whether Pillow alone decodes.
+        steps: Applied to the decoded image, in order.
+        min_side: Minimum length of a JPEG's shorter side after decoding; None decodes at full size.
+        strict: Decode with Pillow only.
     """
 
     steps: tuple[Step, ...]
@@ -55,55 +55,51 @@ class Transform:
     strict: bool
 
     def read(self, source: ImageSource) -> Tensor:
-        """Decode an image as large as the steps need it, see ``read_image``."""
+        """Decode an image at the size that the steps need, see ``read_image``."""
         return read_image(source, min_side=self.min_side, pillow=self.strict)
 
     def size(self, source: ImageSource) -> tuple[int, int]:
-        """Return height and width of what ``read`` gives, see ``read_size``."""
+        """Return height and width of what ``read`` returns, see ``read_size``."""
         return read_size(source, min_side=self.min_side, pillow=self.strict)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Take the decoded image, uint8 (3, H, W), to uint8 (3, S, S); the input is left as it is."""
+        """Prepare the decoded image: uint8 (3, H, W) to uint8 (3, S, S); the input is not modified."""
         for step in self.steps:
             image = step(image)
         return image
 
 
 class Normalize:
-    """Bytes to floats, (x / 255 - mean) / std, on the device where they are.
-
-    Args:
-        preprocessing: Mean and standard deviation.
-    """
+    """Convert bytes to floats, (x / 255 - mean) / std, on the device of the images."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self._scale, self._offset = self.constants(preprocessing)
 
     @staticmethod
     def constants(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        """Return scale and offset, (3,) each, that carry a byte x to scale * x + offset."""
+        """Return scale and offset, (3,) each, such that a byte x becomes scale * x + offset."""
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         return 1 / (255 * std), -mean / std
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return float32 (B, 3, H, W), channels last in memory, of uint8 (B, 3, H, W)."""
+        """Convert uint8 (B, 3, H, W) to float32 (B, 3, H, W), channels last in memory."""
         if self._scale.device != images.device:
             self._scale, self._offset = self._scale.to(images.device), self._offset.to(images.device)
         width = images.shape[-1]
-        # row by row: broadcasting along a dimension of 3 takes a CPU three times as long
-        rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)
+        # by whole rows: broadcasting along a dimension of 3 takes a CPU three times as long
+        rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)  # (B, 3, H, W) -> (B, H, W*3)
         rows.mul_(self._scale.repeat(width)).add_(self._offset.repeat(width))
-        return rows.view(*rows.shape[:2], width, 3).permute(0, 3, 1, 2)
+        return rows.view(*rows.shape[:2], width, 3).permute(0, 3, 1, 2)  # (B, H, W*3) -> (B, 3, H, W)
 
 
 def batch_images(images: Sequence[Tensor]) -> Tensor:
-    """Join images (3, S, S) to a batch (B, 3, S, S), channels last in memory as they lie; shared in a worker."""
-    joined: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
-    return joined.permute(0, 3, 1, 2)
+    """Stack images (3, S, S) to (B, 3, S, S), channels last in memory; in shared memory in a worker."""
+    batch: Tensor = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
+    return batch.permute(0, 3, 1, 2)  # (B, S, S, 3) -> (B, 3, S, S)
 
 
 def preprocessing_for(config: DataConfig, data_config: Mapping[str, Any]) -> Preprocessing:
-    """Join the options with what the backbone was pretrained with.
+    """Combine the options with the preprocessing that the backbone was pretrained with.
 
     Args:
         config: The ``--data.*`` options.
@@ -123,27 +119,27 @@ def preprocessing_for(config: DataConfig, data_config: Mapping[str, Any]) -> Pre
 
 @dataclass(frozen=True)
 class CropPlace:
-    """Where the points of an image are in the crop that the network sees: ``scale * x + shift`` along each axis.
+    """Map from image coordinates to coordinates of the network's crop: ``scale * x + shift`` along each axis.
 
     Attributes:
-        scale: Of x and of y, crop pixels an image pixel.
-        shift: Of x and of y, in crop pixels.
+        scale: For x and y, crop pixels per image pixel.
+        shift: For x and y, in crop pixels.
     """
 
     scale: tuple[float, float]
     shift: tuple[float, float]
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Return points (..., 2), x and y in pixels of the image, in pixels of the crop.
+        """Map points (..., 2), x and y, from image pixels to crop pixels.
 
-        Coordinates count from the outer edge of the first pixel, whose centre is at 0.5. Points that the crop
-        leaves out lie outside [0, image_size].
+        Coordinates start at the outer edge of the first pixel, whose centre is at 0.5. Points outside the crop are
+        outside [0, image_size].
         """
         return points * points.new_tensor(self.scale) + points.new_tensor(self.shift)
 
 
 def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> CropPlace:
-    """Return where ``eval_transform`` puts an image of this size, whether or not it is decoded smaller.
+    """Return where ``eval_transform`` puts an image of this full size, at whatever size it is decoded.
 
     Raises:
         ImageError: If ``crop_bottom`` leaves nothing.
@@ -163,7 +159,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
 
 
 def square_transform(preprocessing: Preprocessing) -> Transform:
-    """Return ``eval_transform`` with a larger crop: the central square of the resized image, as large as can be."""
+    """Return ``eval_transform`` with the largest crop: the central square of the resized image."""
     side = resized_side(preprocessing)
     return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False, crop=side))
 
@@ -184,9 +180,9 @@ def train_transform(
 
     Args:
         preprocessing: That of evaluation; sizes, interpolation, mean and std are shared.
-        augmentation: ``crop``: resize as in evaluation, then a random crop (the released code's). ``resized_crop``:
-            a crop of 8% to 100% of the area and an aspect ratio of 3:4 to 4:3, resized (Szegedy et al. 2015,
-            https://arxiv.org/abs/1409.4842). ``trivial``: that and one random operation of random strength
+        augmentation: ``crop``: resize as in evaluation, then crop at random (the released code). ``resized_crop``: crop
+            8% to 100% of the area at an aspect ratio of 3:4 to 4:3, then resize (Szegedy et al. 2015,
+            https://arxiv.org/abs/1409.4842). ``trivial``: the same and one random operation of random strength
             (TrivialAugment wide, https://arxiv.org/abs/2103.10158).
         hflip: Probability of a horizontal flip.
         random_erasing: Probability of replacing a rectangle with the mean colour
@@ -200,7 +196,7 @@ def train_transform(
     if hflip:
         steps.append(partial(_flip, probability=hflip))
     if augmentation == "trivial":
-        # rotation and shear of tensors know no bicubic
+        # tensors cannot be rotated or sheared with bicubic interpolation
         steps.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
     if random_erasing:
         mean_colour = [round(255 * mean) for mean in preprocessing.mean]
@@ -210,7 +206,7 @@ def train_transform(
 
 def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = False) -> Transform:
     strict, rows = preprocessing.pipeline == "strict", preprocessing.crop_bottom
-    # small crops need the detail, and a banner need not end on a pixel of the smaller image
+    # small crops need the detail, and a banner may end between two pixels of a smaller image
     whole = strict or small_crops or rows > 0
     return Transform(
         (partial(_cut_bottom, rows=rows), _limit_aspect, *steps),
@@ -222,7 +218,7 @@ def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = F
 def _resize_and_crop(
     preprocessing: Preprocessing, image: Tensor, *, random: bool, crop: int | None = None
 ) -> Tensor:
-    """Resize, then crop about the centre or at a random place, without resizing what the crop leaves out."""
+    """Resize, then crop at the centre or at random; only the part that the crop keeps is resized."""
     crop = preprocessing.image_size if crop is None else crop
     size = _resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
@@ -239,7 +235,7 @@ def _resize_and_crop(
 
 
 def _resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
-    """Return height and width after resizing of those before."""
+    """Return height and width after resizing an image of this height and width."""
     side = resized_side(preprocessing)
     if preprocessing.resize_size is not None:
         return [side, side]
@@ -251,22 +247,20 @@ def _centred(spare: int) -> int:
 
 
 def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tuple[int, int, int, int]:
-    """Find the part of an axis whose resizing alone gives the crop's pixels exactly.
+    """Find the part of an axis that is enough to compute the crop's pixels exactly.
 
-    Such a part begins and ends where places before and after resizing coincide: every ``length / gcd`` places
-    before, every ``resized / gcd`` after. A filter that reaches over its ends would miss what is beyond them, so
-    they keep a distance from the crop.
+    It starts and ends where pixel borders before and after resizing coincide: every ``length / gcd`` pixels before,
+    every ``resized / gcd`` after. A margin around the crop keeps the filter from reaching beyond the part.
 
     Args:
-        length: Places before resizing.
-        resized: Places after it.
-        start: The crop's first place after resizing.
-        crop: The crop's places.
-        reach: Half the filter's width, in places of the coarser side.
+        length: Pixels before resizing.
+        resized: Pixels after resizing.
+        start: The crop's first pixel after resizing.
+        crop: The crop's length in pixels.
+        reach: Half the filter's width, in pixels of the coarser side.
 
     Returns:
-        First place of the part and the one after its last, its places after resizing, and the crop's first place
-        among these.
+        The part's first pixel and the one after its last, its length after resizing, and the crop's first pixel in it.
     """
     periods = math.gcd(length, resized)
     before, after = length // periods, resized // periods
@@ -277,10 +271,10 @@ def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tup
 
 
 def _crop_and_resize(preprocessing: Preprocessing, crop: v2.RandomResizedCrop, image: Tensor) -> Tensor:
-    place = crop.make_params([image])
-    top, left, height, width = (place[name] for name in ("top", "left", "height", "width"))
-    region = image[:, top : top + height, left : left + width]
-    return _resize(preprocessing, region, [preprocessing.image_size] * 2)
+    region = crop.make_params([image])
+    top, left, height, width = (region[name] for name in ("top", "left", "height", "width"))
+    cropped = image[:, top : top + height, left : left + width]
+    return _resize(preprocessing, cropped, [preprocessing.image_size] * 2)
 
 
 def _flip(image: Tensor, probability: float) -> Tensor:
@@ -288,13 +282,13 @@ def _flip(image: Tensor, probability: float) -> Tensor:
 
 
 def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Tensor:
-    pixels = image.permute(1, 2, 0)
+    pixels = image.permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
     if preprocessing.pipeline == "strict":
         picture = Image.fromarray(pixels.numpy())
         resized = picture.resize((size[1], size[0]), Image.Resampling[preprocessing.interpolation.upper()])
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-    # the dimension of the batch goes before the three in memory too, else torch answers channel by channel
-    batch = pixels[None].permute(0, 3, 1, 2)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    # channels last with the batch dimension too, else torch returns the result channels first
+    batch = pixels[None].permute(0, 3, 1, 2)  # (H, W, 3) -> (1, 3, H, W)
     return interpolate(batch, size=size, mode=preprocessing.interpolation, antialias=True)[0]
 
 

@@ -19,7 +19,7 @@ from crossx.evaluation.classes import check_classes
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
 
 

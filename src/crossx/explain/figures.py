@@ -24,7 +24,7 @@ from crossx.errors import UsageError, nearest
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
 from crossx.explain.plotting import DPI, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, save_png
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec
 
 COLORMAP = "inferno"

@@ -1,1 +1,1 @@
-"""A trained network as one file for other programs, checked against the network that it was made of."""
+"""Export trained networks for other programs, verified against the original."""

@@ -1,6 +1,6 @@
-"""A trained run to one file that other programs run: ONNX, OpenVINO, torch.export or plain weights.
+"""Export a trained run to ONNX, OpenVINO, torch.export or safetensors.
 
-Whatever is written is opened again and compared with the network in eager float32 before it gets its name.
+Each file is loaded and compared with the network in eager float32 before it gets its final name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from crossx.export.verify import (
     prepared_batches,
     quantization_data,
 )
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.exported import EXTRA_FILE, KEY, OUTPUTS, SUFFIXES, ExportedModel, describe_export
 from crossx.predict.inference import Inference
 from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
     import onnx
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-2}
-"""Precision -> what is accepted: the largest difference of the logits from those in eager float32, over the largest
-logit; with int8 the loss of top-1 accuracy."""
+"""Precision -> tolerance: the largest difference of the logits from eager float32, relative to the largest logit; for
+int8 the loss of top-1 accuracy."""
 
 CALIBRATION_IMAGES = 300
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a format is made.
+    """An export format.
 
     Attributes:
-        build: A network and its input to a graph.
-        save: Writes a graph, its description as JSON, its precision.
-        needs: Packages that it cannot do without.
-        quantize: A graph and images to a graph in int8; None where the format has none.
-        quantize_needs: Packages that this cannot do without.
+        build: Maps a network and an example input to a graph.
+        save: Writes a graph, given its JSON description and precision.
+        needs: Required packages.
+        quantize: Maps a graph and images to an int8 graph; None if the format has no int8.
+        quantize_needs: Further packages required for int8.
     """
 
     build: Callable[[nn.Module, Tensor], Any]
@@ -71,14 +71,14 @@ class Format:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how it compares with the network in eager float32.
+    """The exported files, and their comparison with the network in eager float32.
 
     Attributes:
         files: The files; the first is the one to open.
-        description: What the file says of itself, see ``describe_export``.
-        comparison: The logits on some images.
-        tolerance: What was accepted, see ``TOLERANCES``.
-        accuracy: For int8, before and after.
+        description: See ``describe_export``.
+        comparison: Comparison of the logits.
+        tolerance: The accepted difference, see ``TOLERANCES``.
+        accuracy: Accuracy before and after int8 quantisation.
     """
 
     files: tuple[Path, ...]
@@ -101,33 +101,32 @@ def export_run(
     calibration_images: int | None = None,
     accuracy_images: int | None = None,
 ) -> ExportReport:
-    """Export a run for any number of images a batch, and check the file against the network in eager float32.
+    """Export a run for any batch size, and verify the file against the network in eager float32.
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
-        output: The file to write; OpenVINO writes its weights beside it, as ``.bin``.
-        format: One of ``SUFFIXES``; by default what the output's name says.
+        output: The file to write; OpenVINO adds a ``.bin`` file with the weights.
+        format: One of ``SUFFIXES``; by default that of the output's suffix.
         precision: ``fp32``, ``fp16`` or, for ONNX and OpenVINO, ``int8``.
-        images: A folder of images to compare on; by default images of the run's dataset, or random pixels where
-            that is not there any more.
-        root: The run's data; by default where the run was trained.
-        dataset: The dataset's name; by default the run's.
-        tolerance: What to accept, by default that of ``TOLERANCES``.
-        calibration_images: For int8, how many images the ranges of the activations are taken from; by default
-            ``CALIBRATION_IMAGES``.
-        accuracy_images: For int8, how many images the accuracy is measured on; by default the whole test split.
+        images: A folder of images for the comparison; by default the run's dataset, or random pixels if that is
+            missing.
+        root: Folder of the dataset; by default that of the training.
+        dataset: Name of the dataset; by default the run's.
+        tolerance: Accepted difference, by default that of ``TOLERANCES``.
+        calibration_images: For int8, number of images to calibrate on; by default ``CALIBRATION_IMAGES``.
+        accuracy_images: For int8, number of images to measure accuracy on; by default the whole test split.
 
     Raises:
-        UsageError: If format, precision, output and options do not go together, or a package is missing.
-        CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the
-            file differs by more than ``tolerance``. No file is left then.
+        UsageError: If the options do not fit together, or a package is missing.
+        CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the file
+            differs by more than ``tolerance``; then no file is left.
     """
     output = Path(output)
     name = _format_of(output, format)
     kind = _FORMATS[name]
     _check_precision(name, kind, precision)
     if precision != "int8" and (calibration_images is not None or accuracy_images is not None):
-        raise UsageError("--calibration and --accuracy belong to --precision int8.")
+        raise UsageError("--calibration and --accuracy require --precision int8.")
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
@@ -145,8 +144,7 @@ def export_run(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
-        # just written here
-        model = ExportedModel.load(file, trust=True)
+        model = ExportedModel.load(file, trust=True)  # written just now
         comparison = compare(model, reference, compared, source)
         accuracy = (
             None if quantized is None else measure_accuracy(model, reference, quantized, spec.preprocessing)
@@ -156,7 +154,7 @@ def export_run(
         if accuracy is not None:
             description["accuracy"] = asdict(accuracy)
             kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
-        # .bin before the .xml that is of no use without it
+        # .bin before .xml, which needs it
         parts = sorted(Path(folder).iterdir())
         for part in parts:
             with atomic_path(output.parent / part.name) as temporary:
@@ -166,12 +164,12 @@ def export_run(
 
 
 def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUTPUTS) -> onnx.ModelProto:
-    """Export a network to ONNX, its input called ``images``, for any number of images a batch.
+    """Export a network to ONNX for any batch size, with the input name ``images``.
 
     Args:
-        network: Takes images as one tensor; in evaluation mode.
-        images: An example of them, (B, C, H, W).
-        outputs: Names of what it gives.
+        network: A module of one tensor, in evaluation mode.
+        images: An example input, (B, C, H, W).
+        outputs: Names of the outputs.
     """
     program = torch.onnx.export(
         network,
@@ -191,16 +189,16 @@ def _build_graph(
     name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
 ) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
-    # OpenVINO halves the weights in the file and computes as the processor likes best
+    # OpenVINO stores fp16 weights and chooses the arithmetic itself
     if precision == "fp16" and name != "openvino":
         network.method.half()
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     with warnings.catch_warnings():
-        # torch.export and the converters warn of how they work inside
+        # warnings of torch.export and the converters about their internals
         warnings.simplefilter("ignore")
         try:
             graph = kind.build(network, example)
-        except Exception as error:  # what an exporter cannot take, it raises in many ways
+        except Exception as error:  # exporters raise many types for unsupported networks
             raise CrossXError(
                 f"method {spec.method!r} on {spec.backbone!r} cannot be exported to {name} ({first_line(error)})."
             ) from error
@@ -212,7 +210,7 @@ def _build_graph(
 
 
 def _several(images: Tensor) -> Tensor:
-    """Return two images: torch.export takes a batch of one for a constant."""
+    """Return two images, since torch.export specialises a batch of one."""
     return images[:1].repeat(2, 1, 1, 1)
 
 
@@ -273,15 +271,15 @@ _FORMATS = {
 
 
 def _format_of(output: Path, given: str | None) -> str:
-    """Return the format, that given or the one that the file's name says; the two must agree."""
+    """Return the given format or that of the suffix, which must agree."""
     if given is not None and given not in SUFFIXES:
         raise unknown("format", given, SUFFIXES)
     named = next((name for name, suffix in SUFFIXES.items() if output.suffix.lower() == suffix), None)
     if given is not None and named != given:
-        raise UsageError(f"--output {output}: a file of --format {given} ends in {SUFFIXES[given]}.")
+        raise UsageError(f"--output {output}: a file of --format {given} must end in {SUFFIXES[given]}.")
     if named is None:
         endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
-        raise UsageError(f"--output {output}: its name must end in the format's: {endings}.")
+        raise UsageError(f"--output {output}: must end in the suffix of a format: {endings}.")
     return named
 
 
@@ -290,7 +288,7 @@ def _check_precision(name: str, kind: Format, precision: str) -> None:
         raise unknown("precision", precision, TOLERANCES)
     if precision == "int8" and kind.quantize is None:
         offered = ", ".join(other for other, its in _FORMATS.items() if its.quantize is not None)
-        raise UsageError(f"--format {name} has no int8. It is made for: {offered}.")
+        raise UsageError(f"--format {name} has no int8. Choose from: {offered}.")
     needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
@@ -298,17 +296,13 @@ def _check_precision(name: str, kind: Format, precision: str) -> None:
 
 
 def _opset(graph: Any) -> int | None:
-    """Return the version of ONNX's own operators; None for another format."""
+    """Return the version of ONNX's operators; None for other formats."""
     imports = getattr(graph, "opset_import", ())
     return next((entry.version for entry in imports if not entry.domain), None)
 
 
 def _require(output: Path, comparison: Comparison, accuracy: Accuracy | None, allowed: float) -> None:
-    """Check that the file differs by no more than is allowed.
-
-    Raises:
-        CrossXError: If it does; also where a difference is not a number.
-    """
+    """Raise ``CrossXError`` if the difference exceeds the tolerance or is NaN."""
     if accuracy is not None:
         lost = accuracy.before - accuracy.after
         if not lost <= allowed:

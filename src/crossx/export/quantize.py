@@ -1,4 +1,4 @@
-"""Post-training quantisation to int8: the ranges of activations come from real images, no weight is trained."""
+"""Post-training quantisation to int8, calibrated on real images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 
 def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelProto:
-    """Return the graph with int8 weights a channel and uint8 activations, in ONNX's QDQ form.
+    """Quantise a graph to per-channel int8 weights and uint8 activations, in ONNX's QDQ format.
 
-    Weights take 7 of the 8 bits: without VNNI or AMX a processor adds two products in 16 bits, where more would
-    overflow (``reduce_range`` in ONNX Runtime's guide,
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    Weights use 7 bits: processors without VNNI or AMX add two products in 16 bits, which could overflow otherwise
+    (``reduce_range``, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 
     Args:
-        graph: What ``export_onnx`` made.
-        batches: Images, uint8 (B, 3, S, S), from which the activations' ranges are taken.
+        graph: A graph of ``export_onnx``.
+        batches: Images to calibrate on, uint8 (B, 3, S, S).
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -41,7 +40,7 @@ def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.Mod
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         whole, path = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        # from a file: of a graph in memory it moves the weights elsewhere
+        # from a file, since quantize_static modifies a graph in memory
         onnx.save(graph, whole)
         quantize_static(
             whole,
@@ -51,14 +50,14 @@ def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.Mod
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            # probabilities in steps of 1/255 would not be softmax(logits / T) any more
+            # quantised probabilities, in steps of 1/255, would not equal softmax(logits / T)
             nodes_to_exclude=[node.name for node in graph.graph.node if node.op_type == "Softmax"],
         )
         return onnx.load(path)
 
 
 def quantize_openvino(graph: openvino.Model, batches: Sequence[Tensor]) -> openvino.Model:
-    """Return the graph with int8 weights and activations by NNCF; arguments as in ``quantize_onnx``."""
+    """Quantise a graph to int8 weights and activations with NNCF; arguments as in ``quantize_onnx``."""
     import nncf
 
     images = [image[None].contiguous().numpy() for batch in batches for image in batch]
@@ -71,7 +70,7 @@ def quantize_openvino(graph: openvino.Model, batches: Sequence[Tensor]) -> openv
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and hints off the screen; errors still are raised."""
+    """Silence the libraries' progress bars and hints."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Compare an exported file with the network that it was made of, on real images."""
+"""Compare an exported file with the original network on real images."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Comparison:
     """An exported file's logits compared with those of eager float32.
 
     Attributes:
-        images: How many images.
-        source: Where they come from.
-        difference: Largest difference of the logits, over the largest logit.
-        same_class: Images on which both give the same class.
+        images: Number of images.
+        source: Their source.
+        difference: Largest difference of the logits, relative to the largest logit.
+        same_class: Images with the same predicted class.
     """
 
     images: int
@@ -49,12 +49,12 @@ class Accuracy:
     """Top-1 accuracy on the same images before and after quantisation.
 
     Attributes:
-        split: The split that they are of.
-        images: How many.
-        before: In eager float32.
-        after: Of the exported file.
-        same_class: Images on which both give the same class.
-        calibration_images: Images that the activations' ranges were taken from; none of these.
+        split: Their split.
+        images: Number of images.
+        before: Accuracy in eager float32.
+        after: Accuracy of the exported file.
+        same_class: Images with the same predicted class.
+        calibration_images: Number of calibration images, which are different ones.
     """
 
     split: str
@@ -67,12 +67,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class QuantizationData:
-    """Which images int8 is made and measured with.
+    """Disjoint images for int8 calibration and for measuring its accuracy.
 
     Attributes:
-        calibration: Those that the ranges of the activations are taken from.
-        measured: Those that the accuracy is measured on; none of the others.
-        split: The split of ``measured``.
+        calibration: Images to calibrate on.
+        measured: Images to measure accuracy on.
+        split: Split of ``measured``.
     """
 
     calibration: tuple[Record, ...]
@@ -83,18 +83,18 @@ class QuantizationData:
 def images_to_compare(
     read: Callable[[], DataModule], folder: str | Path | None, preprocessing: Preprocessing
 ) -> tuple[Tensor, str]:
-    """Choose images to compare on, spread over a folder or over a split of the dataset.
+    """Choose images for the comparison, evenly spread over a folder or a split of the dataset.
 
     Args:
-        read: Reads the run's dataset; where it fails random pixels are taken. Validation images come before others.
-        folder: A folder of images, to take instead.
-        preprocessing: The run's.
+        read: Reads the run's dataset, of which validation images are preferred; if it fails, random pixels are used.
+        folder: A folder of images to use instead.
+        preprocessing: Preprocessing of the run.
 
     Returns:
-        uint8 (B, 3, S, S), and where they come from.
+        uint8 (B, 3, S, S), and their source.
 
     Raises:
-        CrossXError: If there is no image that can be read.
+        CrossXError: If no image can be read.
     """
     if folder is not None:
         paths, source = find_images(Path(folder)), str(folder)
@@ -117,7 +117,7 @@ def _random_pixels(size: int) -> Tensor:
 
 
 def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
-    """Compare an exported file with the network; images are uint8 (B, 3, S, S), first one, then all others."""
+    """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others."""
     batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
     found = torch.cat([model.logits(batch) for batch in batches])
     expected = torch.cat([reference.logits(batch) for batch in images.split(BATCH)])
@@ -127,17 +127,17 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
 
 
 def quantization_data(data: DataModule, calibration: int, measured: int | None) -> QuantizationData:
-    """Choose the images for int8: calibration on validation images, accuracy on the test split.
+    """Choose images for int8: calibration on validation images, accuracy on the test split.
 
-    Without validation images training images calibrate; without a test split half of the validation images measure.
+    Without validation images, training images are used; without a test split, half of the validation images.
 
     Args:
         data: The dataset.
-        calibration: How many images to calibrate on.
-        measured: How many to measure on; None for all.
+        calibration: Number of images to calibrate on.
+        measured: Number of images to measure accuracy on; None for all.
 
     Raises:
-        CrossXError: If images cannot be read (and the run does not skip them), or none are left to measure on.
+        CrossXError: If images cannot be read (and the run does not skip them), or there are too few.
     """
     tested = data.index.split("test")
     source = "val" if data.index.split("val") else "train"
@@ -147,7 +147,7 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
         candidates, tested = candidates[::2], candidates[1::2]
     if not candidates or not tested:
         raise CrossXError(
-            f"dataset {data.index.name!r} has too few images to calibrate int8 and to measure it."
+            f"dataset {data.index.name!r} has too few images to calibrate int8 and measure its accuracy."
         )
     return QuantizationData(
         tuple(spread(candidates, calibration)),
@@ -159,7 +159,7 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
 def measure_accuracy(
     model: Network, reference: Network, images: QuantizationData, preprocessing: Preprocessing
 ) -> Accuracy:
-    """Measure the top-1 accuracy of a quantised file and of the network that it was made of."""
+    """Measure the top-1 accuracy of a quantised file and of the original network."""
     records = images.measured
     answers, references = [], []
     paths = [record.path for record in records]
@@ -179,13 +179,13 @@ def measure_accuracy(
 
 
 def prepared_batches(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Give images as evaluation prepares them, uint8 (B, 3, S, S), decoded in threads."""
+    """Yield batches of images prepared as in evaluation, uint8 (B, 3, S, S)."""
     transform = eval_transform(preprocessing)
     for _, images in prefetch_batches(paths, lambda path: transform(transform.read(path)), BATCH):
         yield batch_images(images)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """Return at most ``count`` items, evenly spread over the sequence."""
+    """Return at most ``count`` evenly spaced items."""
     kept = min(count, len(items))
     return [items[index * len(items) // kept] for index in range(kept)]

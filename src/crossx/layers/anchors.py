@@ -1,4 +1,4 @@
-"""Anchor boxes, and the greedy choice among them."""
+"""Anchor boxes, and greedy non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RATIOS = (2 / 3, 1.0, 3 / 2)
 
 
 def anchor_boxes(
-    places: tuple[int, int],
+    map_size: tuple[int, int],
     stride: int,
     sides: Sequence[float],
     image_size: tuple[int, int],
@@ -21,48 +21,48 @@ def anchor_boxes(
     scale: float = 1.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the anchors of one map: boxes of every side and ratio around every place.
+    """Return the anchor boxes of one map: every side and ratio, centred on every spatial position.
 
-    Edges are rounded down to whole pixels. A box may reach beyond the image; its centre lies in it, or on its edge:
-    where a map has more places than strides fit into the image, the outermost centre is drawn in.
+    Edges are rounded down to whole pixels. A box may extend beyond the image, but its centre is clamped to the image.
 
     Args:
-        places: (h, w) of the map.
-        stride: Input pixels between two places.
-        sides: Square roots of the boxes' areas, in pixels.
+        map_size: (h, w) of the map.
+        stride: Distance of neighbouring positions in input pixels.
+        sides: Square roots of the box areas, in pixels.
         image_size: (H, W) in pixels.
         scale: Factor on ``sides``.
-        device: Where to put the boxes.
+        device: Device of the result.
 
     Returns:
-        float32 (A h w, 4), left, top, right, bottom in pixels, in the order of a map (A, h, w) flattened; A counts
-        every ratio of the first side, then of the second, and so on.
+        float32 (A h w, 4): left, top, right, bottom in pixels, in the order of a flattened map (A, h, w). A runs over
+        all ratios of the first side, then of the second, and so on.
     """
     y, x = (
         ((torch.arange(count, device=device) + 0.5) * stride).clamp(max=extent)
-        for count, extent in zip(places, image_size, strict=True)
+        for count, extent in zip(map_size, image_size, strict=True)
     )
     halves = [(side * ratio**0.5 / 2, side / ratio**0.5 / 2) for side in sides for ratio in RATIOS]
+    # (A, 2) -> 2 x (A, 1, 1)
     half_x, half_y = (torch.tensor(halves, device=device) * scale).T[:, :, None, None]
+    # (A, 1, 1), (h, 1) and (w,) -> 4 x (A, h, w) -> (A, h, w, 4) -> (A*h*w, 4)
     edges = (x - half_x, y[:, None] - half_y, x + half_x, y[:, None] + half_y)
     return torch.stack(torch.broadcast_tensors(*edges), -1).flatten(0, 2).floor()
 
 
 @torch.no_grad()
 def select_boxes(boxes: Tensor, scores: Tensor, count: int, iou_threshold: float) -> Tensor:
-    """Choose boxes by greedy non-maximum suppression, for every image alone and without shapes that hang on the data.
+    """Select boxes by greedy non-maximum suppression, batched, with static shapes.
 
-    The best box is taken, those that overlap it are put back, and so on. Where no other is left before ``count`` are
-    taken, the best of those put back follow, so that no box is taken twice.
+    If fewer than ``count`` boxes remain after suppression, the best suppressed boxes follow; no box is selected twice.
 
     Args:
-        boxes: (N, 4), left, top, right, bottom; N at least ``count``.
+        boxes: (N, 4): left, top, right, bottom; N at least ``count``.
         scores: (B, N), finite.
-        count: How many to choose for each image.
-        iou_threshold: Intersection over union from which on a box overlaps.
+        count: Number of boxes per image.
+        iou_threshold: IoU with a selected box from which a box is suppressed.
 
     Returns:
-        int64 (B, ``count``), numbers of boxes in the order in which they were taken.
+        int64 (B, ``count``): indices of boxes in the order of selection.
     """
     scores = scores.float()
     put_back = scores - (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1)
@@ -74,4 +74,4 @@ def select_boxes(boxes: Tensor, scores: Tensor, count: int, iou_threshold: float
         overlaps = overlaps | (box_iou(boxes[best], boxes) >= iou_threshold)
         taken = taken.scatter(1, best[:, None], True)
         chosen.append(best)
-    return torch.stack(chosen, 1)
+    return torch.stack(chosen, 1)  # count x (B,) -> (B, count)

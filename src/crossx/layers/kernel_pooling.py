@@ -11,39 +11,36 @@ from crossx.errors import UsageError
 from crossx.layers.tensor_sketch import TensorSketch
 
 SQRT_EPSILON = 1e-6
-"""What bounds the slope of ``signed_sqrt`` at zero, by 1000. Public ports add 1e-12 to 1e-5 to the argument."""
+"""Limits the slope of ``signed_sqrt`` at zero to 1000. Public ports add 1e-12 to 1e-5 to the argument."""
 
 
 class BilinearPooling(nn.Module):
-    """The outer product of features with themselves, averaged over the places of an image.
+    """Outer product of the features with themselves, averaged over the spatial positions.
 
     B-CNN with one network (Lin et al., ICCV 2015).
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C, C) of features (B, N, C) at N places."""
-        return features.transpose(1, 2) @ features / features.shape[1]
+        """Return the mean products, (B, C, C), for features (B, N, C) at N spatial positions."""
+        return features.transpose(1, 2) @ features / features.shape[1]  # (B, C, N) @ (B, N, C) -> (B, C, C)
 
 
 class TaylorSeriesKernel(nn.Module):
-    """Explicit features of a Gaussian kernel's Taylor series, averaged over the places of an image.
+    """Explicit features of the Taylor series of a Gaussian kernel, averaged over the spatial positions.
 
-    Cui et al., CVPR 2017. For unit vectors ``exp(-gamma |x - y|^2) = sum_i exp(-2 gamma) (2 gamma)^i / i! <x, y>^i``:
-    the features of order i are ``alpha_i`` times the i-th tensor power of x, those from order 2 on in sketches. The
-    composition ``alpha`` is learnt.
+    Cui et al., CVPR 2017. For unit vectors, ``exp(-gamma |x - y|^2) = sum_i exp(-2 gamma) (2 gamma)^i / i! <x, y>^i``.
+    The features of order i are ``alpha_i`` times the i-th tensor power of x, which is sketched from order 2 on. The
+    coefficients ``alpha`` are learnt.
 
     Args:
         channels: C.
-        order: p, where the series ends.
+        order: p, the last order of the series.
         sketch_size: d, the length of a sketch.
-        gamma: Of the kernel that the composition starts from.
-        seed: Of the sketches.
+        gamma: gamma of the kernel that initialises ``alpha``.
+        seed: Seed of the sketches.
 
     Attributes:
         composition: alpha_0 to alpha_p.
-
-    Raises:
-        UsageError: For an option that cannot work.
     """
 
     def __init__(
@@ -54,23 +51,23 @@ class TaylorSeriesKernel(nn.Module):
         self.composition = nn.Parameter(gaussian_composition(order, gamma))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, 1 + C + (p - 1) d) of features (B, N, C) at N places."""
-        constant = self.composition[:1].expand(features.shape[0], 1)
-        linear = self.composition[1] * features.mean(1)
-        powers = self.composition[2:, None] * self.sketch(features)
-        return torch.cat([constant, linear, powers.flatten(1)], 1)
+        """Return the features of all orders, (B, 1 + C + (p - 1) d), for features (B, N, C) at N spatial positions."""
+        constant = self.composition[:1].expand(features.shape[0], 1)  # (1,) -> (B, 1)
+        linear = self.composition[1] * features.mean(1)  # (B, N, C) -> (B, C)
+        powers = self.composition[2:, None] * self.sketch(features)  # (p - 1, 1) * (B, p - 1, d)
+        return torch.cat([constant, linear, powers.flatten(1)], 1)  # -> (B, 1 + C + (p - 1) d)
 
     def start_from(self, gamma: float) -> None:
-        """Set the composition to that of the Gaussian kernel of ``gamma``."""
+        """Set the coefficients to those of the Gaussian kernel with ``gamma``."""
         with torch.no_grad():
             self.composition.copy_(gaussian_composition(self.sketch.order, gamma))
 
 
 def gaussian_composition(order: int, gamma: float) -> Tensor:
-    """Return alpha_0 to alpha_p of a Gaussian kernel, ``alpha_i^2`` proportional to ``(2 gamma)^i / i!``.
+    """Return alpha_0 to alpha_p of a Gaussian kernel, with ``alpha_i^2`` proportional to ``(2 gamma)^i / i!``.
 
-    They are scaled to a sum of squares of 1, so that the kernel of a unit vector and itself is 1: for the whole series
-    that factor is ``exp(-2 gamma)``.
+    Their squares sum to 1, so the kernel of a unit vector with itself is 1. For the full series, the factor of
+    proportionality is ``exp(-2 gamma)``.
 
     Raises:
         UsageError: If ``gamma`` is not positive.

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module and all within it into evaluation mode, and each back into its own mode afterwards."""
+    """Put a module and its submodules into evaluation mode, and restore the mode of each on exit."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

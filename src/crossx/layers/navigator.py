@@ -1,4 +1,4 @@
-"""The Navigator of NTS-Net: how informative each anchor box of an image is."""
+"""The Navigator of NTS-Net, which scores how informative each anchor box of an image is."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from crossx.layers.anchors import RATIOS, anchor_boxes
 SCALES = ((2 ** (1 / 3), 2 ** (2 / 3)), (2 ** (1 / 3), 2 ** (2 / 3)), (1, 2 ** (1 / 3), 2 ** (2 / 3)))
 """Factors on the anchor size of each level (github.com/yangze0930/NTS-Net, core/anchors.py)."""
 REFERENCE = 448
-"""Shorter side of the images that anchor sizes are given for, in pixels."""
+"""Shorter side of the images that anchor sizes refer to, in pixels."""
 
 
 class Navigator(nn.Module):
-    """Scores anchor boxes on three levels of maps, each half the size of the one before (Yang et al. 2018).
+    """Scores anchor boxes on maps of three levels, each half the size of the previous one (Yang et al. 2018).
 
     Args:
-        channels: C of the trunk's map.
-        stride: Input pixels over its places, along one side.
-        sizes: Anchor size of each level, in pixels of an image of 448 pixels; they grow and shrink with the image.
-        width: Channels of the levels' maps.
+        channels: C, channels of the trunk's map.
+        stride: Input pixels per spatial position of the trunk's map, along one side.
+        sizes: Anchor size of each level, in pixels of a 448 px image; anchors scale with the image.
+        width: Channels of each level's map.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Navigator(nn.Module):
         )
         self.scores = nn.ModuleList(nn.Conv2d(width, len(sides) * len(RATIOS), 1) for sides in self.sides)
 
-    def num_anchors(self, places: tuple[int, int]) -> int:
-        """Return how many boxes ``forward`` scores on a map of (h, w) places."""
-        height, width = places
+    def num_anchors(self, map_size: tuple[int, int]) -> int:
+        """Return the number of boxes that ``forward`` scores on a map of size (h, w)."""
+        height, width = map_size
         count = 0
         for sides in self.sides:
             count += len(sides) * len(RATIOS) * height * width
@@ -52,20 +52,19 @@ class Navigator(nn.Module):
         return count
 
     def forward(self, maps: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return the anchor boxes (N, 4), see ``anchor_boxes``, and their scores, float32 (B, N).
-
-        Autocast is off: in half precision many anchors would score the same.
+        """Return the anchor boxes, (N, 4) as in ``anchor_boxes``, and their scores, float32 (B, N).
 
         Args:
-            maps: (B, C, h, w), the trunk's.
+            maps: The trunk's map, (B, C, h, w).
             image_size: (H, W) of the images, in pixels.
         """
         boxes, scores = [], []
+        # no autocast: in half precision, many anchors would have equal scores
         with torch.autocast(maps.device.type, enabled=False):
             maps = maps.float()
             for level, (convolve, score) in enumerate(zip(self.levels, self.scores, strict=True)):
                 maps = convolve(maps).relu()
-                scores.append(score(maps).flatten(1))
+                scores.append(score(maps).flatten(1))  # (B, A, h, w) -> (B, A*h*w)
                 boxes.append(
                     anchor_boxes(
                         (maps.shape[2], maps.shape[3]),
@@ -76,4 +75,4 @@ class Navigator(nn.Module):
                         device=maps.device,
                     )
                 )
-        return torch.cat(boxes), torch.cat(scores, 1)
+        return torch.cat(boxes), torch.cat(scores, 1)  # levels x (n, 4) -> (N, 4); levels x (B, n) -> (B, N)

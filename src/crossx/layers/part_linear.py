@@ -1,4 +1,4 @@
-"""One linear layer a part."""
+"""One linear layer per part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PartLinear(nn.Module):
-    """P linear layers, their weights stacked over the parts; each starts as ``nn.Linear`` does.
+    """P linear layers with stacked weights, each initialised like ``nn.Linear``.
 
     Args:
         num_parts: P.
@@ -26,5 +26,5 @@ class PartLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, parts: Tensor) -> Tensor:
-        """Return (B, P, D) of parts (B, P, F)."""
-        return torch.einsum("bpf,pdf->bpd", parts, self.weight) + self.bias
+        """Map parts (B, P, F) to (B, P, D)."""
+        return torch.einsum("bpf,pdf->bpd", parts, self.weight) + self.bias  # (B, P, F) -> (B, P, D)

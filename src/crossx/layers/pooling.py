@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossx.errors import check_choice
+
 Pooling: TypeAlias = Literal["max", "avg"]
 
 
 def global_pool(features: Tensor, pooling: Pooling) -> Tensor:
-    """Pool attention features (B, P, C, H, W) over the places to part features (B, P, C).
+    """Pool attention features (B, P, C, H, W) over the spatial positions to part features (B, P, C).
 
     ``avg`` is GAP, ``max`` is GMP (section 3.2 and the last paragraph of section 4.3).
     """
+    check_choice("pooling", pooling, get_args(Pooling))
+    # (B, P, C, H, W) -> (B, P, C)
     if pooling == "avg":
         return features.mean((3, 4))
     if torch.compiler.is_compiling():
@@ -25,26 +29,26 @@ def global_pool(features: Tensor, pooling: Pooling) -> Tensor:
 
 
 def pooled_shares(features: Tensor, pooling: Pooling) -> Tensor:
-    """Return maps (B, P, C, H, W) whose mean over the places is ``global_pool(features, pooling)``.
+    """Return maps (B, P, C, H, W) whose spatial mean is ``global_pool(features, pooling)``.
 
-    For ``avg`` the features themselves. For ``max`` zero wherever a channel is not largest, and ``H W`` times its
-    maximum where it is, shared by equal places as the gradient of ``amax`` is.
+    For ``avg``, the features themselves. For ``max``, ``H W`` times the channel's maximum at its position and zero
+    elsewhere; ties share the value equally, as in the gradient of ``amax``.
     """
     if pooling == "avg":
         return features
-    largest = (features == features.amax((3, 4), keepdim=True)).to(features.dtype)
+    largest = (features == features.amax((3, 4), keepdim=True)).to(features.dtype)  # amax: (B, P, C, 1, 1)
     return features * largest / largest.mean((3, 4), keepdim=True)
 
 
 class _GlobalMax(torch.autograd.Function):
-    """``amax`` over the places with its gradient, shared by equal places, in a quarter of the time and memory.
+    """``amax`` over the spatial positions, with the same gradient in a quarter of the time and memory.
 
-    PyTorch's own counts the equal places in int64, twice the features' size.
+    PyTorch counts ties in int64, which takes twice the memory of the features.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
-        pooled = features.amax((3, 4))
+        pooled = features.amax((3, 4))  # (B, P, C, H, W) -> (B, P, C)
         ctx.save_for_backward(features, pooled)
         return pooled
 
@@ -52,5 +56,5 @@ class _GlobalMax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         features, pooled = ctx.saved_tensors
-        largest: Tensor = (features == pooled[..., None, None]).to(gradient.dtype)
+        largest: Tensor = (features == pooled[..., None, None]).to(gradient.dtype)  # (B, P, C, H, W)
         return largest.mul_((gradient / largest.sum((3, 4)))[..., None, None])

@@ -1,4 +1,4 @@
-"""Tensor Sketch: short vectors whose inner products are, in expectation, those of tensor powers."""
+"""Tensor Sketch: short vectors whose inner products estimate those of tensor powers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from crossx.errors import UsageError
 
 
 class TensorSketch(nn.Module):
-    """Sketches of the tensor powers 2 to p of vectors, averaged over the places of an image.
+    """Sketches of the tensor powers 2 to p of vectors, averaged over the spatial positions.
 
-    Pham and Pagh, KDD 2013. A count sketch adds entry c of x, times a random sign s(c), to entry h(c) of a vector of d;
-    the circular convolution of i independent count sketches of x sketches the i-th tensor power of x, so that the inner
-    product of two such sketches estimates ``<x, y>^i`` without bias. Convolutions are products in the Fourier domain:
-    power i takes the product of power i - 1 and one more count sketch. The mean over the places is taken there too, for
-    the inverse transform is linear: one an image instead of one a place.
+    Pham and Pagh, KDD 2013. A count sketch adds entry c of x, times a random sign s(c), to entry h(c) of a vector of
+    length d. The circular convolution of i independent count sketches of x is a sketch of the i-th tensor power of x:
+    the inner product of two such sketches is an unbiased estimate of ``<x, y>^i``. Convolutions are products in the
+    Fourier domain, so power i costs one more count sketch and product than power i - 1. The mean is also taken there,
+    which needs one inverse transform per image instead of one per spatial position.
 
-    The hashes h and signs s are buffers: a run keeps those that it was trained with.
+    The hashes h and signs s are buffers, saved with the weights.
 
     Args:
         channels: C.
-        size: d, the length of a sketch.
+        size: d, the length of a sketch, at least 2.
         order: p, the highest power, at least 2.
-        seed: Of the hashes and signs.
-
-    Raises:
-        UsageError: If ``size`` or ``order`` is too small.
+        seed: Seed of the hashes and signs.
     """
 
     hashes: Tensor
@@ -47,27 +44,28 @@ class TensorSketch(nn.Module):
         self.register_buffer("signs", torch.randint(2, (order, channels), generator=generator) * 2.0 - 1.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the mean sketches of the powers 2 to p, (B, p - 1, d), of features (B, N, C) at N places.
+        """Return the mean sketches of the powers 2 to p, (B, p - 1, d), for features (B, N, C) at N spatial positions.
 
-        Float32 or float64: half precision has no Fourier transform.
+        The features must be float32 or float64; there is no Fourier transform in half precision.
         """
         if torch.compiler.is_exporting():
             return self._by_matrix_products(features)
         product, sketches = self._spectrum(features, 0), []
         for factor in range(1, self.order):
             product = product * self._spectrum(features, factor)
-            sketches.append(torch.fft.irfft(product.mean(1), n=self.size))
-        return torch.stack(sketches, 1)
+            sketches.append(torch.fft.irfft(product.mean(1), n=self.size))  # (B, N, d//2 + 1) -> (B, d)
+        return torch.stack(sketches, 1)  # (p - 1) x (B, d) -> (B, p - 1, d)
 
     def _spectrum(self, features: Tensor, factor: int) -> Tensor:
-        """Return the Fourier transform of one count sketch at each place, (B, N, d // 2 + 1)."""
+        """Return the Fourier transform of one count sketch per spatial position, (B, N, d//2 + 1)."""
         empty = features.new_zeros(*features.shape[:2], self.size)
+        # (B, N, C) -> (B, N, d)
         sketch = empty.index_add(2, self.hashes[factor], features * self.signs[factor])
-        spectrum: Tensor = torch.fft.rfft(sketch)
+        spectrum: Tensor = torch.fft.rfft(sketch)  # -> (B, N, d//2 + 1)
         return spectrum
 
     def _by_matrix_products(self, features: Tensor) -> Tensor:
-        """Return what ``forward`` returns without Fourier transforms, for which not every runtime has an operator.
+        """Compute ``forward`` without Fourier transforms, which some runtimes lack.
 
         The transform of a count sketch is linear in x: entry k is ``sum_c s(c) exp(-2 pi i h(c) k / d) x(c)``.
         """
@@ -75,21 +73,25 @@ class TensorSketch(nn.Module):
         real, imaginary, sketches = None, None, []
         for hashes, signs in zip(self.hashes, self.signs, strict=True):
             angles = self._angles(hashes, frequencies, features.dtype)
+            # (B, N, C) @ (C, d//2 + 1) -> (B, N, d//2 + 1)
             cosines = features @ (signs[:, None] * angles.cos())
             sines = features @ (-signs[:, None] * angles.sin())
             if real is None or imaginary is None:
                 real, imaginary = cosines, sines
                 continue
             real, imaginary = real * cosines - imaginary * sines, real * sines + imaginary * cosines
+            # (B, N, d//2 + 1) -> (B, d//2 + 1) -> (B, d)
             sketches.append(self._inverse(real.mean(1), imaginary.mean(1), frequencies))
-        return torch.stack(sketches, 1)
+        return torch.stack(sketches, 1)  # (p - 1) x (B, d) -> (B, p - 1, d)
 
     def _inverse(self, real: Tensor, imaginary: Tensor, frequencies: Tensor) -> Tensor:
         angles = self._angles(frequencies, torch.arange(self.size, device=real.device), real.dtype)
-        # Every frequency but 0 and d / 2 stands for its mirror image too.
+        # every frequency except 0 and d / 2 also represents its mirror image
         single = 2 * frequencies % self.size == 0
         weights = torch.where(single, 1.0, 2.0)[:, None].to(real.dtype) / self.size
+        # (B, d//2 + 1) @ (d//2 + 1, d) -> (B, d)
         return real @ (weights * angles.cos()) - imaginary @ (weights * angles.sin())
 
     def _angles(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+        # (n, 1) * (m,) -> (n, m)
         return (positions[:, None] * frequencies % self.size).to(dtype) * (2 * math.pi / self.size)

@@ -1,4 +1,4 @@
-"""Losses: tensors in, scalar out; a pure function and a thin module each."""
+"""Losses: each is a pure function from tensors to a scalar, and a thin module over it."""
 
 from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations, summarize_correlations
 from crossx.losses.classification import ClassificationLoss, classification_loss

@@ -1,4 +1,4 @@
-"""Cross-entropy (Eq. 9) over the whole batch, whatever the number of ranks."""
+"""Cross-entropy of one prediction (Eq. 9)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from crossx.distributed import batch_mean
 def classification_loss(
     logits: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Return the cross-entropy of logits (B, K), a scalar: ``torch.nn.functional.cross_entropy``.
+    """Return the cross-entropy, a scalar, as ``torch.nn.functional.cross_entropy`` does.
 
-    In a process group this is the rank's part of the mean over the whole batch (``crossx.distributed``); the
-    denominator of a weighted mean is the sum of the weights of all ranks' images.
+    In a process group this is the rank's part of the mean over the whole batch (``crossx.distributed``). A weighted
+    mean is divided by the sum of the weights over all ranks.
 
     Args:
         logits: (B, K).
         targets: int64 (B,), or class probabilities (B, K).
         class_weights: (K,).
-        label_smoothing: Share of each target that is spread over all classes, 0 to 1.
+        label_smoothing: Fraction of each target that is spread over all classes, 0 to 1.
     """
     mean = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing)
-    # torch divides by the weights of the targets only where there is one class an image
+    # torch divides by the sum of the weights only for class indices
     if class_weights is None or targets.ndim == 2:
         return batch_mean(mean, len(targets))
     return batch_mean(mean, class_weights[targets].sum())
 
 
 class ClassificationLoss(nn.Module):
-    """``classification_loss`` with its options fixed."""
+    """``classification_loss`` as a module."""
 
     class_weights: Tensor | None
 
@@ -41,5 +41,5 @@ class ClassificationLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy, a scalar, of logits (B, K)."""
+        """Return the cross-entropy, a scalar, of logits (B, K) and targets (B,) or (B, K)."""
         return classification_loss(logits, targets, self.class_weights, self.label_smoothing)

@@ -1,4 +1,4 @@
-"""The entropy of the predicted distribution, which maximum-entropy training raises (Dubey et al., NeurIPS 2018)."""
+"""The negative entropy of a prediction, which maximum-entropy training minimises."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from crossx.distributed import at_least_float32, batch_mean
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
-    """Return ``-H(p)``, p the softmax, in nats, the mean over the batch: a scalar from -log K to 0.
+    """Return the negative entropy of the predicted distribution, a scalar from -log K to 0, in nats.
 
-    The term of https://arxiv.org/abs/1809.05934, added to the cross-entropy with a weight. In a process group this is
-    the rank's part of the mean over the whole batch (``crossx.distributed``).
+    Maximum-entropy training adds it to the cross-entropy (Dubey et al., NeurIPS 2018,
+    https://arxiv.org/abs/1809.05934). In a process group this is the rank's part of the mean over the whole batch.
 
     Args:
         logits: (B, K).
     """
     log_p = F.log_softmax(at_least_float32(logits), 1)
-    return batch_mean((log_p.exp() * log_p).sum(1).mean(), len(logits))
+    return batch_mean((log_p.exp() * log_p).sum(1).mean(), len(logits))  # (B, K) -> (B,) -> scalar
 
 
 class EntropyLoss(nn.Module):

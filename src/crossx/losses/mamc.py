@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.distributed import at_least_float32, gather_over_ranks, world_size
+from crossx.errors import check_choice
 
 MAMCAverage: TypeAlias = Literal["pairs", "features"]
 
@@ -18,39 +19,46 @@ def mamc_terms(
 ) -> dict[str, Tensor]:
     """Return the three N-pair terms of MAMC, scalars: ``sasc``, ``sadc`` and ``dasc``.
 
-    The other features of the batch fall into four sets by the anchor: same attention same class (SASC), same attention
-    different class (SADC), and so on (DASC, DADC). Each term sums, over the anchors f and its positives f+,
-    ``log(1 + sum over negatives f- of exp(f f- - f f+))``:
+    For each anchor, the other features of the batch form four sets: same attention same class (SASC), same attention
+    different class (SADC), different attention same class (DASC) and different attention different class (DADC). Each
+    term sums ``log(1 + sum over negatives f- of exp(f f- - f f+))`` over the anchors f and their positives f+:
 
-    - ``sasc``: SASC against all the rest;
-    - ``sadc``: SADC against DADC;
-    - ``dasc``: DASC against DADC.
+    - ``sasc``: positives SASC, negatives all others;
+    - ``sadc``: positives SADC, negatives DADC;
+    - ``dasc``: positives DASC, negatives DADC.
 
-    A feature is in none of its own sets; an image's other parts are in its DASC. An empty set adds nothing. The sum
-    over negatives is one for all positives of an anchor, so time and memory are those of the (B P)^2 products.
+    An anchor belongs to none of its own sets; the other parts of its image belong to its DASC. An empty set adds
+    nothing. All positives of an anchor share one sum over negatives, so time and memory are those of the (B P)^2
+    products.
 
-    In a process group anchors are the rank's own, positives and negatives every rank's (one all-reduce of the
-    features), and this is the rank's part of the loss of the whole batch (``crossx.distributed``).
+    In a process group, the anchors are the rank's own, and positives and negatives come from all ranks (one all-reduce
+    of the features). The result is the rank's part of the loss of the whole batch (``crossx.distributed``).
 
     Args:
         features: Part features f_p of a batch, (B, P, D).
         targets: int64 (B,).
-        normalize: Whether features are brought to length 1 first.
-        average: ``pairs``: divided by N = B / 2, the pairs of the batch, as printed; ``features``: by B P, the anchors.
+        normalize: Whether to normalise the features to length 1 first.
+        average: Divisor: ``pairs``: N = B / 2, the pairs of the batch, as printed; ``features``: B P, the anchors.
+
+    Raises:
+        UsageError: For an unknown average.
     """
+    check_choice("average", average, get_args(MAMCAverage))
     features = at_least_float32(features)
     if normalize:
         features = F.normalize(features, dim=2)
-    others, first = gather_over_ranks(features)
+    others, first = gather_over_ranks(features)  # (B, P, D) -> (N, P, D), N over all ranks
     labels, _ = gather_over_ranks(targets)
     batch, parts, _ = features.shape
     # autocast would round the products to half precision
     with torch.autocast(features.device.type, enabled=False):
-        products = torch.einsum("ipd,jqd->ipjq", features, others)
+        products = torch.einsum("ipd,jqd->ipjq", features, others)  # (B, P, D), (N, P, D) -> (B, P, N, P)
     index = torch.arange(first, first + batch, device=targets.device)
-    itself = (index[:, None] == torch.arange(len(labels), device=targets.device))[:, None, :, None]
-    same_class = (targets[:, None] == labels)[:, None, :, None]
-    same_part = torch.eye(parts, dtype=torch.bool, device=targets.device)[None, :, None]
+    itself = (index[:, None] == torch.arange(len(labels), device=targets.device))[
+        :, None, :, None
+    ]  # (B, 1, N, 1)
+    same_class = (targets[:, None] == labels)[:, None, :, None]  # (B, 1, N, 1)
+    same_part = torch.eye(parts, dtype=torch.bool, device=targets.device)[None, :, None]  # (1, P, 1, P)
     dadc = ~same_class & ~same_part
     scale = world_size() / (len(labels) / 2 if average == "pairs" else len(labels) * parts)
     return {
@@ -63,20 +71,21 @@ def mamc_terms(
 def mamc_loss(
     features: Tensor, targets: Tensor, normalize: bool = True, average: MAMCAverage = "pairs"
 ) -> Tensor:
-    """Return the MAMC loss, a scalar: the sum of ``mamc_terms``, whose arguments it takes."""
+    """Return the MAMC loss, a scalar: the sum of ``mamc_terms``, with the same arguments."""
     return torch.stack(list(mamc_terms(features, targets, normalize, average).values())).sum()
 
 
 def _n_pair(products: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Sum ``log(1 + sum_n exp(s_n - s_p))`` over anchors and positives p of products s (B, P, N, P)."""
-    # the lowest finite number: with -inf a row without negatives would have no gradient
+    """Sum ``log(1 + sum_n exp(s_n - s_p))`` over anchors and positives p, for products s (B, P, N, P)."""
+    # the lowest finite number: with -inf, the gradient of a row without negatives would be undefined
     lowest = torch.finfo(products.dtype).min
-    negative = products.masked_fill(~negatives, lowest).flatten(2).logsumexp(2)[..., None, None]
+    negative = products.masked_fill(~negatives, lowest).flatten(2).logsumexp(2)  # (B, P, N, P) -> (B, P)
+    negative = negative[..., None, None]  # -> (B, P, 1, 1)
     return F.softplus(negative - products).masked_fill(~positives, 0).sum()
 
 
 class MAMCLoss(nn.Module):
-    """``mamc_loss`` with its options fixed."""
+    """``mamc_loss`` as a module."""
 
     def __init__(self, normalize: bool = True, average: MAMCAverage = "pairs") -> None:
         super().__init__()
@@ -88,5 +97,5 @@ class MAMCLoss(nn.Module):
         return mamc_loss(features, targets, self.normalize, self.average)
 
     def terms(self, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return its three terms, scalars."""
+        """Return the three terms, scalars, of part features (B, P, D) and int64 targets (B,)."""
         return mamc_terms(features, targets, self.normalize, self.average)

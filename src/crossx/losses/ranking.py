@@ -1,4 +1,4 @@
-"""The ranking loss by which NTS-Net's Navigator learns from its Teacher."""
+"""The ranking loss that trains NTS-Net's Navigator."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from crossx.distributed import batch_mean
 
 
 def ranking_loss(scores: Tensor, losses: Tensor, margin: float = 1.0) -> Tensor:
-    """Return ``sum over (i, j) with loss_i < loss_j of max(0, margin - score_i + score_j)``, the mean over images.
+    """Return ``sum over (i, j) with loss_i < loss_j of max(0, margin - score_i + score_j)``, averaged over images.
 
-    The navigation loss of Yang et al. 2018, https://arxiv.org/abs/1809.00287: of two regions the one that the Teacher
-    is surer of is to score higher. Its confidence decreases with the loss, so the order of losses is used. Equal
-    losses make no pair. Gradients flow to the scores alone. In a process group this is the rank's part of the mean
-    over the whole batch (``crossx.distributed``).
+    The navigation loss of Yang et al. 2018 (https://arxiv.org/abs/1809.00287): of two regions, the one with the lower
+    loss, of which the Teacher is more confident, should score higher. Equal losses form no pair. Only the scores
+    receive gradients. In a process group this is the rank's part of the mean over the whole batch
+    (``crossx.distributed``).
 
     Args:
-        scores: The Navigator's, (B, M).
-        losses: The Teacher's, -log of the probability of the true class, (B, M).
-        margin: By how much the better region is to score higher.
+        scores: Scores of the Navigator, (B, M).
+        losses: Losses of the Teacher, the negative log-probability of the true class, (B, M).
+        margin: Margin by which the better region should score higher.
     """
     losses = losses.detach()
+    # (B, M, 1) and (B, 1, M) -> (B, M, M)
     better = (losses[:, :, None] < losses[:, None]).to(scores.dtype)
     hinge = (margin - scores[:, :, None] + scores[:, None]).relu()
-    return batch_mean((better * hinge).sum((1, 2)).mean(), len(scores))
+    return batch_mean((better * hinge).sum((1, 2)).mean(), len(scores))  # (B, M, M) -> (B,) -> scalar
 
 
 class RankingLoss(nn.Module):
-    """``ranking_loss`` with its option fixed."""
+    """``ranking_loss`` as a module."""
 
     def __init__(self, margin: float = 1.0) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
-"""Cross-X learning (Luo et al., ICCV 2019, https://arxiv.org/abs/1909.04412): network and objective."""
+"""Cross-X learning (Luo et al., ICCV 2019, https://arxiv.org/abs/1909.04412)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast, get_args
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError
 from crossx.layers import MergedFeatures, global_pool, recompute
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
 from crossx.layers.pooling import Pooling, pooled_shares
@@ -22,38 +22,35 @@ HEADS = ("last", "previous", "merged")
 
 @register_method("crossx")
 class CrossX(Method):
-    """OSME on two stages, merged features, C3S and CL; every switch of the paper's ablation is an option.
+    """OSME on two stages, merged features, C3S and CL; the options cover the paper's ablation.
 
     Args:
         backbone: The trunk; OSME gates are attached to its stages.
         num_classes: K.
-        num_parts: P, the number of excitation modules (section 4.2 takes 2).
-        reduction: Channels over hidden units of a gate: one number, or one for ``last`` and one for ``previous``.
-            SE uses 16; the released code 256 on ResNet-50, and 128 and 64 on SENet-50.
+        num_parts: P, the number of excitation modules (section 4.2 uses 2).
+        reduction: Channels per hidden unit of a gate: one number, or one for ``last`` and one for ``previous``.
+            SE uses 16; the released code uses 256 on ResNet-50, and 128 and 64 on SENet-50.
         osme_placement: ``residual``: inside the stage's last residual block; ``output``: on the stage's map. Default:
-            ``residual`` where the backbone has such blocks.
-        use_previous: Whether stage L-1 has a head (the ablation's +GMP or +GAP).
-        use_merged: Whether the merged features have a head (the ablation's +FP).
-        previous_pooling: ``max`` (GMP; the paper's for birds) or ``avg`` (GAP; for cars, dogs, aircraft) on stage L-1.
+            ``residual`` if the backbone has such blocks.
+        use_previous: Whether stage L-1 has a head (+GMP or +GAP in the ablation).
+        use_merged: Whether the merged features have a head (+FP in the ablation).
+        previous_pooling: Pooling of stage L-1: ``max`` (GMP; in the paper for birds) or ``avg`` (GAP; for cars, dogs
+            and aircraft).
         interpolation: ``bilinear`` (Eq. 5) or ``nearest`` (released code) in the merged features.
-        merged_statistics: Where the batch norm of Eq. 5 takes its variance in training: ``map`` (exact), ``strided`` (a
-            quarter of the places, the mean exact; faster) or ``pooled`` (the pooled features; fastest, but not the
-            paper's model). Inference costs the same.
+        merged_statistics: Source of the batch norm's variance of Eq. 5 in training: ``map`` (all spatial positions),
+            ``strided`` (a quarter of them; faster) or ``pooled`` (the pooled features; fastest, not the paper's model).
         c3s_form: ``paper`` (Eq. 4) or ``released``; see ``crossx.losses.c3s_loss``.
         diagonal_weight: Weight of the diagonal in the paper's form: 2 as printed, or 1.
-        c3s_weights: lambda of Eq. 10 for ``last``, ``previous`` and ``merged``; 0 turns a term off. The default is
-            what the released code takes for CUB on ResNet-50; the paper prints no values.
+        c3s_weights: lambda of Eq. 10 for ``last``, ``previous`` and ``merged``; 0 turns a term off. The default is the
+            released code's for CUB on ResNet-50; the paper prints no values.
         cross_layer_weights: lambda of Eq. 11 for ``previous`` and ``merged``; 0 turns a term off. Released code: 1.
-        detach_teacher: Whether CL's gradients stop at stage L's logits (neither paper nor released code says so).
-
-    Raises:
-        UsageError: For an option that cannot work.
+        detach_teacher: Whether CL's gradients stop at the logits of stage L (they do not in the released code).
     """
 
-    curve_titles = Method.curve_titles | {
+    curve_titles: ClassVar = Method.curve_titles | {
         "c3s": "C3S term",
         "cross_layer": "Cross-layer term",
-        "s": "Likeness S of the parts (Eq. 3)",
+        "s": "Similarity S of the parts (Eq. 3)",
     }
 
     citation = """\
@@ -85,10 +82,7 @@ class CrossX(Method):
         detach_teacher: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
-        check_choice("previous_pooling", previous_pooling, get_args(Pooling))
-        check_choice("interpolation", interpolation, get_args(Interpolation))
-        check_choice("merged_statistics", merged_statistics, get_args(MergeStatistics))
-        check_choice("c3s_form", c3s_form, get_args(C3SForm))
+
         reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
         _check_length("reduction", reductions, ("last", "previous"))
         _check_length("c3s_weights", c3s_weights, HEADS)
@@ -113,7 +107,7 @@ class CrossX(Method):
         self.cross_layer_weights = dict(zip(HEADS[1:], cross_layer_weights, strict=True))
 
     def part_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> pooled part features f_p, (B, P, C), of images (B, 3, H, W)."""
+        """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W)."""
         stages = self.backbone(images)
         features = {"last": global_pool(stages["last"], "avg")}
         if "previous" in self.heads:
@@ -127,10 +121,10 @@ class CrossX(Method):
         return self._classify(self.part_features(images))
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the loss of Eq. 8 and its terms: ``data`` (Eq. 9), ``c3s_*`` (Eq. 10), ``cross_layer_*`` (Eq. 11).
+        """Return the loss of Eq. 8 with its terms ``data`` (Eq. 9), ``c3s_*`` (Eq. 10) and ``cross_layer_*`` (Eq. 11).
 
-        The measures are the means of S (Eq. 3) on and off the diagonal, ``s_diagonal_*`` and ``s_off_diagonal_*``,
-        with C3S and without it.
+        The measures ``s_diagonal_*`` and ``s_off_diagonal_*`` are the means of S (Eq. 3) on and off its diagonal. They
+        are logged even if C3S is off.
         """
         features = self.part_features(images)
         heads = self._classify(features)
@@ -146,26 +140,26 @@ class CrossX(Method):
         return Objective.of(terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return stage name -> channel means of the attention features U_p (Fig. 5), (B, P, h, w).
-
-        In the figure's order: ``previous`` where it has a head, ``last``, ``merged`` where the options have it.
-        """
+        """Return stage name -> channel means of the attention features U_p, (B, P, h, w), in the order of Fig. 5."""
+        # (B, P, C, h, w) -> (B, P, h, w)
         return {name: features.mean(2) for name, features in self._attention_features(images).items()}
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
-        """Return head name -> (B, P, h, w), a head's weights split by part; see ``Method``.
+        """Return head name -> (B, P, h, w), one map per part; see ``Method``.
 
-        Under GMP a channel counts at its largest place alone, with the weight of all places: what the head uses.
+        With GMP a channel counts only at the position of its maximum, which is all that the head sees.
         """
         maps = {}
         for name, features in self._attention_features(images).items():
             shares = pooled_shares(features, self.previous_pooling if name == "previous" else "avg")
-            weights = self.heads[name].get_parameter("weight")[classes].view(features.shape[:3])
-            maps[name] = torch.einsum("bpchw,bpc->bphw", shares, weights)
+            weights = self.heads[name].get_parameter("weight")[classes]
+            weights = weights.view(features.shape[:3])  # (B, P*C) -> (B, P, C)
+            maps[name] = torch.einsum("bpchw,bpc->bphw", shares, weights)  # (B, P, C, h, w) -> (B, P, h, w)
         return maps
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the part features of all heads, joined, (B, D)."""
+        """Return the part features of all heads, concatenated, (B, D)."""
+        # heads x (B, P, C) -> (B, sum of P*C)
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
 
     def linear_heads(self) -> dict[str, nn.Linear]:
@@ -197,6 +191,7 @@ class CrossX(Method):
         return self.merge.pooled(previous, last)
 
     def _classify(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        # (B, P, C) -> (B, P*C) -> (B, K)
         return {name: self.heads[name](pooled.flatten(1)) for name, pooled in features.items()}
 
 
@@ -204,4 +199,4 @@ def _check_length(option: str, values: Sequence[float], names: Sequence[str]) ->
     if len(values) != len(names):
         raise UsageError(f"{option} takes {len(names)} numbers ({', '.join(names)}), not {len(values)}.")
     if any(value < 0 for value in values):
-        raise UsageError(f"{option} takes no negative numbers: {list(values)}.")
+        raise UsageError(f"{option} must not be negative: {list(values)}.")

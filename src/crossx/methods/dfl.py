@@ -1,18 +1,18 @@
-"""DFL-CNN (Wang, Morariu and Davis, CVPR 2018, https://arxiv.org/abs/1611.09932): a discriminative filter bank."""
+"""DFL-CNN: a discriminative filter bank (Wang et al., CVPR 2018, https://arxiv.org/abs/1611.09932)."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterable
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError
 from crossx.layers import FilterBank, energy_peaks, evaluation_mode, global_pool
 from crossx.layers.pooling import pooled_shares
 from crossx.methods.base import Method, Objective, register_method
@@ -22,9 +22,9 @@ FilterInit: TypeAlias = Literal["kmeans", "random"]
 
 PEAKS_PER_IMAGE = 10
 IMAGES_PER_CLASS = 30
-"""Images of a class that its filters start from: about all that CUB has."""
+"""Images per class from which its filters are initialised: about all that CUB has."""
 MAX_PEAKS = 200_000
-"""Peaks held in memory over all classes: with many classes fewer images of each are taken."""
+"""Limit of the peaks in memory over all classes; with many classes, fewer images per class are used."""
 KMEANS_ITERATIONS = 50
 
 log = logging.getLogger(__name__)
@@ -32,21 +32,18 @@ log = logging.getLogger(__name__)
 
 @register_method("dfl")
 class DFL(Method):
-    """Three classifiers on one trunk: the whole image (G), the best patch of each filter (P), a class's own filters.
+    """Three branches on one trunk: the whole image (G), the best patch of each filter (P) and a side branch.
 
     Args:
         backbone: The trunk.
         num_classes: K.
-        num_filters: k, filters a class.
-        filter_stride: Stride of the map that the filters see; the deepest of that stride is taken. Default: the
-            backbone's ``previous``, stride 16 on ResNet; 8 is the paper's with VGG-16 (conv4_3).
-        filter_norm: ``none``, or ``batch``: batch norm between filters and pooling.
-        filter_init: ``kmeans``: ``prepare`` starts the filters of a class from its images; ``random``: it does not.
-        side_weight: Weight of the side branch, in the loss and in the prediction; 0 leaves it out.
-        predict_with_side: Whether the side branch counts in the prediction.
-
-    Raises:
-        UsageError: For an option that cannot work.
+        num_filters: k, the number of filters per class.
+        filter_stride: Stride of the map that the filters see; the deepest map of that stride is used. Default: the
+            backbone's ``previous``, stride 16 on ResNet. The paper uses 8 with VGG-16 (conv4_3).
+        filter_norm: ``none``, or ``batch`` for batch norm between filters and pooling.
+        filter_init: ``kmeans``: initialise the filters of a class from its images; ``random``: do not.
+        side_weight: Weight of the side branch in the loss and the prediction; 0 turns it off.
+        predict_with_side: Whether the side branch contributes to the prediction.
     """
 
     citation = """\
@@ -70,12 +67,11 @@ class DFL(Method):
         predict_with_side: bool = True,
     ) -> None:
         super().__init__(backbone, num_classes)
-        check_choice("filter_norm", filter_norm, get_args(FilterNorm))
-        check_choice("filter_init", filter_init, get_args(FilterInit))
+
         if num_filters < 1:
             raise UsageError(f"num_filters must be at least 1, not {num_filters}.")
         if side_weight < 0:
-            raise UsageError(f"side_weight takes no negative number: {side_weight}.")
+            raise UsageError(f"side_weight must be at least 0, not {side_weight}.")
         self.filter_init = filter_init
         self.side_weight = side_weight
         self.predict_with_side = predict_with_side
@@ -93,11 +89,11 @@ class DFL(Method):
         )
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return ``whole``, ``part`` and ``side`` -> logits (B, K), the last with its weight."""
+        """Return logits (B, K) of ``whole``, ``part`` and, weighted, ``side``."""
         return self._predicting(self._branch_logits(*self._features(images)))
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the sum of the branches' cross-entropies, each on its own logits, the side branch's weighted."""
+        """Return the sum of the branches' cross-entropies; the side branch is weighted."""
         branches = self._branch_logits(*self._features(images))
         terms = {
             "data_whole": self.criterion(branches["whole"], targets),
@@ -110,39 +106,43 @@ class DFL(Method):
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> (B, 1, h, w).
 
-        ``previous`` is the mean response of the predicted class's filters, ``last`` the channel mean.
+        ``previous`` is the mean response of the filters of the predicted class, ``last`` the channel mean.
         """
         responses, last = self._maps(images)
-        pooled = global_pool(responses, "max"), last.mean((2, 3))
+        pooled = global_pool(responses, "max"), last.mean((2, 3))  # (B, K, k, h, w) -> (B, K, k); (B, C)
         predicted = self.combine_heads(self._predicting(self._branch_logits(*pooled))).argmax(1)
         own = _of_class(responses, predicted)
+        # (B, k, h, w) -> (B, 1, h, w); (B, C, h', w') -> (B, 1, h', w')
         return {"previous": own.mean(1, keepdim=True), "last": last.mean(1, keepdim=True)}
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return head name -> (B, 1, h, w); see ``Method``.
 
-        A filter counts at its largest place alone, with the weight of all places: what ``part`` and ``side`` use.
+        A filter counts only at the position of its maximum, which is all that ``part`` and ``side`` see.
         """
         responses, last = self._maps(images)
         shares = pooled_shares(responses, "max")
         weights = self.heads["whole"].get_parameter("weight")[classes]
-        maps = {"whole": torch.einsum("bchw,bc->bhw", last, weights)[:, None]}
-        weights = self.heads["part"].get_parameter("weight")[classes].unflatten(1, self.filters.groups)
-        maps["part"] = torch.einsum("bcfhw,bcf->bhw", shares, weights)[:, None]
-        maps["side"] = _of_class(shares, classes).mean(1, keepdim=True)
+        maps = {"whole": torch.einsum("bchw,bc->bhw", last, weights)[:, None]}  # (B, C, h, w) -> (B, 1, h, w)
+        weights = self.heads["part"].get_parameter("weight")[classes]
+        weights = weights.unflatten(1, self.filters.groups)  # (B, K*k) -> (B, K, k)
+        maps["part"] = torch.einsum("bcfhw,bcf->bhw", shares, weights)[
+            :, None
+        ]  # (B, K, k, h, w) -> (B, 1, h, w)
+        maps["side"] = _of_class(shares, classes).mean(1, keepdim=True)  # (B, k, h, w) -> (B, 1, h, w)
         return self._predicting(maps)
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the pooled last map and the pooled responses, joined, (B, C + K k)."""
+        """Return the pooled last map and the pooled responses, concatenated, (B, C + K k)."""
         pooled, whole = self._features(images)
-        return torch.cat([whole, pooled.flatten(1)], 1)
+        return torch.cat([whole, pooled.flatten(1)], 1)  # (B, C) and (B, K, k) -> (B, C + K*k)
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Start the filters of each class from what its images show where the trunk responds most.
+        """Initialise the filters of each class from the patches of its images that the trunk responds to most.
 
-        The features at the peaks of the energy maps are clustered by k-means; the centres become the filters, all of
-        one length, so that a patch of average energy in a centre's direction has the response 1.
+        The features at the peaks of the energy maps are clustered by k-means. The centres, scaled to equal length,
+        become the filters: a patch of average energy in a centre's direction has response 1.
         """
         if self.filter_init == "random":
             return
@@ -150,7 +150,7 @@ class DFL(Method):
             peaks = self._collect_peaks(batches)
         seen = [features for features in peaks if len(features)]
         if len(seen) < len(peaks):
-            log.warning("%d classes show no peaks: their filters start at random.", len(peaks) - len(seen))
+            log.warning("%d classes have no peaks: their filters start at random.", len(peaks) - len(seen))
         if not seen:
             return
         energy = torch.cat([features.norm(dim=1) for features in seen]).mean()
@@ -160,7 +160,7 @@ class DFL(Method):
                 self.filters.set_filters(label, F.normalize(centers) / energy)
 
     def _collect_peaks(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Return each class's features (n, C) at the peaks of the first images of it, on the CPU."""
+        """Return, per class, the features (n, C) at the peaks of its first images, on the CPU."""
         wanted = min(IMAGES_PER_CLASS, max(1, MAX_PEAKS // (PEAKS_PER_IMAGE * self.num_classes)))
         found: list[list[Tensor]] = [[] for _ in range(self.num_classes)]
         for images, targets in batches:
@@ -175,25 +175,25 @@ class DFL(Method):
         return [torch.cat([empty, *images_of_class]) for images_of_class in found]
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the filters' responses (B, K, k, h, w) and the last map (B, C, h', w')."""
+        """Return the filter responses (B, K, k, h, w) and the last map (B, C, h', w')."""
         stages = self.backbone(images)
         return self.filters(stages["previous"]), stages["last"]
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pooled responses (B, K, k) and the pooled last map (B, C)."""
         responses, last = self._maps(images)
-        return global_pool(responses, "max"), last.mean((2, 3))
+        return global_pool(responses, "max"), last.mean((2, 3))  # (B, C, h', w') -> (B, C)
 
     def _branch_logits(self, pooled: Tensor, whole: Tensor) -> dict[str, Tensor]:
-        """Return each branch's own logits; the side branch's are the means of a class's filters."""
+        """Return the logits of each branch; the side branch averages the filters of a class."""
         return {
             "whole": self.heads["whole"](whole),
-            "part": self.heads["part"](pooled.flatten(1)),
-            "side": pooled.mean(2),
+            "part": self.heads["part"](pooled.flatten(1)),  # (B, K, k) -> (B, K*k) -> (B, K)
+            "side": pooled.mean(2),  # (B, K, k) -> (B, K)
         }
 
     def _predicting(self, branches: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return of each branch's logits, or maps, those that count in the prediction, weighted."""
+        """Select the branches that contribute to the prediction, and weight their logits or maps."""
         heads = {name: branches[name] for name in ("whole", "part")}
         if self.predict_with_side and self.side_weight:
             heads["side"] = self.side_weight * branches["side"]
@@ -201,15 +201,15 @@ class DFL(Method):
 
 
 def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
-    """Return the centres (count, C) of k-means on features (n, C), n at least 1.
+    """Return the k-means centres, (count, C), of features (n, C), n at least 1.
 
-    Where fewer than ``count`` features differ, they are the centres, and some come again. Filters that start alike
-    part ways in training, for the classifier weighs them differently from the start.
+    If there are at most ``count`` distinct features, they are the centres and some are repeated; duplicates diverge in
+    training because the classifier weights them differently.
     """
     features = features.unique(dim=0)
     if len(features) <= count:
         return features[torch.arange(count) % len(features)]
-    # takes half a second to import, which only training from k-means needs
+    # imported here because it takes half a second and only training needs it
     from scipy.cluster.vq import kmeans2
 
     with warnings.catch_warnings():
@@ -220,5 +220,6 @@ def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _of_class(responses: Tensor, classes: Tensor) -> Tensor:
-    """Return of responses (B, K, k, h, w) those of one class an image, (B, k, h, w)."""
+    """Select one class per image from responses (B, K, k, h, w)."""
+    # (B, K, k, h, w) -> (B, k, h, w)
     return responses[torch.arange(len(classes), device=classes.device), classes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,14 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
 from crossx.methods.base import Method, Objective, register_method
 
 Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
 
 GAMMA_BATCHES = 32
-"""Batches of training images from which ``prepare`` estimates gamma."""
-
+"""Number of training batches from which ``prepare`` estimates gamma."""
 
 CITATIONS: Mapping[Pooling, str] = {
     "kernel": """\
@@ -49,28 +48,27 @@ CITATIONS: Mapping[Pooling, str] = {
 
 @register_method("kernel_pooling")
 class KernelPooling(Method):
-    """Products of the last map's features, pooled, square-rooted, normalised and classified; cross-entropy.
+    """A linear classifier on pooled products of the last map's features, trained with cross-entropy.
+
+    The pooled products are followed by a signed square root and L2 normalisation.
 
     Args:
         backbone: The trunk.
         num_classes: K.
-        pooling: ``kernel``: the Taylor series of a Gaussian kernel (Cui et al., CVPR 2017); ``compact_bilinear``: the
-            Tensor Sketch of the outer product (Gao et al., CVPR 2016); ``bilinear``: the outer product itself (B-CNN;
-            Lin et al., ICCV 2015).
-        order: p, where the series of ``kernel`` ends. Default: 4, as in the paper.
+        pooling: ``kernel``: Taylor series of a Gaussian kernel (Cui et al., CVPR 2017); ``compact_bilinear``: Tensor
+            Sketch of the outer product (Gao et al., CVPR 2016); ``bilinear``: the outer product itself (B-CNN; Lin et
+            al., ICCV 2015).
+        order: p, the last order of the series (``kernel`` only). Default: 4, as in the paper.
         sketch_size: d, the length of each sketch. Default: 4096 for ``kernel``, 8192 for ``compact_bilinear``, as in
             the papers.
-        gamma: Of the Gaussian that the composition of ``kernel`` starts from. Default: one over the mean inner product
-            of an image's features, estimated on training images before the first step.
-        channels: Reduce the last map to so many channels by a 1x1 convolution first. Default: no such layer.
-        normalize_features: Whether each place's features are L2-normalised before they are multiplied. Default: for
-            ``kernel`` alone, whose series assumes it.
-        feature_norm: Length that the pooled vector is normalised to. The papers take 1, and learning rates for the
-            classifier that public B-CNN code sets to 100 times the trunk's; with 10 both learn at one rate.
-        sketch_seed: Of the sketches' hashes and signs.
-
-    Raises:
-        UsageError: For an option that cannot work.
+        gamma: Parameter of the Gaussian kernel that the composition starts from (``kernel`` only). Default: the inverse
+            mean inner product of an image's features, estimated on training images before the first step.
+        channels: Reduce the last map to this number of channels by a 1x1 convolution. Default: no reduction.
+        normalize_features: Whether to L2-normalise the features of each spatial position before multiplying them.
+            Default: only for ``kernel``, whose series requires unit vectors.
+        feature_norm: Length of the pooled vector after normalisation. The papers use 1 and, in public B-CNN code, a
+            learning rate for the classifier 100 times that of the trunk; with 10 both learn at the same rate.
+        sketch_seed: Seed of the sketches' hashes and signs.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class KernelPooling(Method):
         sketch_seed: int = 0,
     ) -> None:
         super().__init__(backbone, num_classes)
-        check_choice("pooling", pooling, get_args(Pooling))
         for option, value, poolings in (
             ("order", order, ("kernel",)),
             ("gamma", gamma, ("kernel",)),
@@ -98,7 +95,7 @@ class KernelPooling(Method):
                 raise UsageError(f"{option} belongs to pooling {' and '.join(poolings)}, not {pooling}.")
         width = backbone.channels["last"]
         if channels is not None and not 1 <= channels <= width:
-            raise UsageError(f"channels must lie between 1 and the last map's {width}, not {channels}.")
+            raise UsageError(f"channels must be between 1 and the last map's {width}, not {channels}.")
         if not feature_norm > 0:
             raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
         self.citation = CITATIONS[pooling]
@@ -122,6 +119,12 @@ class KernelPooling(Method):
             self.pool = BilinearPooling()
         self.classifier = nn.Linear(pooled, num_classes)
 
+    @classmethod
+    def published_name(cls, options: Mapping[str, Any]) -> str:
+        """Return ``bilinear`` or ``compact_bilinear`` for these special cases, which are published methods."""
+        pooling = str(options.get("pooling", "kernel"))
+        return cls.name if pooling == "kernel" else pooling
+
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> logits (B, K) for images (B, 3, H, W)."""
         return {"last": self.classifier(self.embeddings(images).to(self.classifier.weight.dtype))}
@@ -133,40 +136,39 @@ class KernelPooling(Method):
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
 
     def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``last`` -> the classifier."""
+        """Return ``last`` -> classifier."""
         return {"last": self.classifier}
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the pooled, square-rooted and normalised features that the classifier sees, (B, D)."""
+        """Return the normalised features, (B, D), that the classifier sees."""
         maps = self.reduce(self.backbone(images)["last"])
-        # Products of up to p features leave half precision, and bfloat16 has no Fourier transform.
+        # products of up to p features overflow half precision, and bfloat16 has no Fourier transform
         with torch.autocast(maps.device.type, enabled=False):
-            pooled: Tensor = self.pool(self._place_features(maps)).flatten(1)
+            pooled: Tensor = self.pool(self._local_features(maps)).flatten(1)  # (B, D) or (B, C, C) -> (B, D)
             return self.feature_norm * F.normalize(signed_sqrt(pooled))
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Start the composition from one over the mean inner product of an image's features, unless gamma is given."""
+        """Estimate gamma as the inverse mean inner product of an image's features, unless it is given."""
         if not (self.estimates_gamma and isinstance(self.pool, TaylorSeriesKernel)):
             return
         similarities = []
         with evaluation_mode(self), torch.no_grad():
             for images, _ in islice(batches, GAMMA_BATCHES):
-                features = self._place_features(self.reduce(self.backbone(images)["last"]))
-                # the mean over all pairs of places
+                features = self._local_features(self.reduce(self.backbone(images)["last"]))
+                # the mean over all pairs of spatial positions: (B, N, C) -> (B, C) -> (B,)
                 similarities.append(features.mean(1).square().sum(1))
         self.pool.start_from(1 / float(torch.cat(similarities).mean()))
 
-    def _place_features(self, maps: Tensor) -> Tensor:
-        """Return the features at each place, (B, N, C), of maps (B, C, h, w), in float32 or wider."""
-        features = at_least_float32(maps.flatten(2).transpose(1, 2))
+    def _local_features(self, maps: Tensor) -> Tensor:
+        features = at_least_float32(maps.flatten(2).transpose(1, 2))  # (B, C, h, w) -> (B, h*w, C)
         return F.normalize(features, dim=2) if self.normalize_features else features
 
 
 def _reduction(channels: int, reduced: int) -> nn.Conv2d:
     convolution = nn.Conv2d(channels, reduced, 1, bias=False)
-    # Rows at right angles: of all random projections those that keep inner products best.
+    # orthogonal rows preserve inner products best among random projections
     nn.init.orthogonal_(convolution.weight)
     return convolution

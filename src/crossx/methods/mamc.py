@@ -1,15 +1,15 @@
-"""MAMC-CNN (Sun et al., ECCV 2018, https://arxiv.org/abs/1806.05372): network and objective."""
+"""MAMC-CNN (Sun et al., ECCV 2018, https://arxiv.org/abs/1806.05372)."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError
 from crossx.layers import PartLinear
 from crossx.losses import MAMCLoss
 from crossx.losses.mamc import MAMCAverage
@@ -20,27 +20,24 @@ Combination: TypeAlias = Literal["join", "sum"]
 
 @register_method("mamc")
 class MAMC(Method):
-    """OSME on the last stage, each part's map in full through a linear layer of its own, and the MAMC loss.
+    """OSME on the last stage, a linear layer on each part's whole map, and the MAMC loss.
 
-    The linear layers see every place of the map, so they are built for one size of images (``create_method``'s
-    ``image_size``); maps of other images are brought to that size by adaptive average pooling.
+    The linear layers see every spatial position, so they are built for one image size (``image_size`` of
+    ``create_method``). Maps of other sizes are resized by adaptive average pooling.
 
     Args:
         backbone: The trunk; OSME gates are attached to its last stage.
         num_classes: K.
         num_parts: P, the number of excitation modules (attention branches).
-        reduction: Channels over hidden units of a gate.
+        reduction: Channels per hidden unit of a gate.
         osme_placement: ``output``: on the stage's map; ``residual``: inside its last residual block, before the
-            shortcut is added, as Cross-X has it.
-        embedding_size: D, the width of a part feature.
-        combination: What the classifier sees: the part features joined (``join``, P D numbers) or added (``sum``, D).
+            shortcut is added, as in Cross-X.
+        embedding_size: D, the length of a part feature.
+        combination: Input of the classifier: the part features concatenated (``join``, P D) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
-        mamc_normalize: Whether MAMC compares part features of length 1.
-        mamc_average: ``features``: MAMC's sum is divided by the anchors of the batch, as public code has it; ``pairs``:
-            by its pairs, as printed, which gives 2 P times as much. Either grows with the batch.
-
-    Raises:
-        UsageError: For an option that cannot work.
+        mamc_normalize: Whether MAMC normalises the part features to length 1.
+        mamc_average: Divisor of the MAMC sum: ``features``, the number of anchors in the batch, as in public code; or
+            ``pairs``, the number of pairs, as printed, which gives a loss 2 P times as large. Both grow with the batch.
     """
 
     supports_soft_targets = False
@@ -68,26 +65,27 @@ class MAMC(Method):
         mamc_average: MAMCAverage = "features",
     ) -> None:
         super().__init__(backbone, num_classes)
-        check_choice("combination", combination, get_args(Combination))
-        check_choice("mamc_average", mamc_average, get_args(MAMCAverage))
+
         if embedding_size < 1:
             raise UsageError(f"embedding_size must be at least 1, not {embedding_size}.")
         if mamc_weight < 0:
-            raise UsageError(f"mamc_weight takes no negative number: {mamc_weight}.")
+            raise UsageError(f"mamc_weight must be at least 0, not {mamc_weight}.")
         self.num_parts = num_parts
         self.map_size = backbone.map_size()
         self.mamc_weight = mamc_weight
         backbone.attach_osme("last", num_parts, reduction, osme_placement)
         backbone.drop_head()
-        places = self.map_size[0] * self.map_size[1]
-        self.embed = PartLinear(num_parts, backbone.channels["last"] * places, embedding_size)
+        positions = self.map_size[0] * self.map_size[1]
+        self.embed = PartLinear(num_parts, backbone.channels["last"] * positions, embedding_size)
         self.joins = combination == "join"
         self.classifier = nn.Linear(embedding_size * (num_parts if self.joins else 1), num_classes)
         self.mamc = MAMCLoss(mamc_normalize, mamc_average)
 
     def part_features(self, images: Tensor) -> Tensor:
-        """Return the part features f_p, (B, P, D), of images (B, 3, H, W)."""
-        features: Tensor = self.embed(self._attention_features(images).flatten(2))
+        """Return the part features f_p, (B, P, D), for images (B, 3, H, W)."""
+        features: Tensor = self.embed(
+            self._attention_features(images).flatten(2)
+        )  # (B, P, C, h, w) -> (B, P, C*h*w)
         return features
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
@@ -95,7 +93,7 @@ class MAMC(Method):
         return {"last": self.classifier(self.embeddings(images))}
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the loss and its terms: ``data`` and, weighted, ``mamc_sasc``, ``mamc_sadc`` and ``mamc_dasc``."""
+        """Return the loss with the terms ``data``, ``mamc_sasc``, ``mamc_sadc`` and ``mamc_dasc``."""
         features = self.part_features(images)
         logits = self.classifier(self._combine(features))
         terms = {"data": self.criterion(logits, targets)}
@@ -106,35 +104,40 @@ class MAMC(Method):
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> channel means of the attention features, (B, P, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(2)}
+        return {"last": self.backbone(images)["last"].mean(2)}  # (B, P, C, h, w) -> (B, P, h, w)
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> (B, P, h, w), exact; see ``Method``.
 
-        Both linear layers together give each channel of each place its own weight. What the biases of either add to
-        the logit is in no map.
+        The two linear layers together give each channel at each position a weight. The maps leave out the biases of
+        both.
         """
         features = self._attention_features(images)
-        weights = self.classifier.weight[classes].unflatten(1, (-1, self.embed.bias.shape[1]))
-        weights = torch.einsum("bpd,pdf->bpf", weights.expand(-1, self.num_parts, -1), self.embed.weight)
+        weights = self.classifier.weight[classes]
+        weights = weights.unflatten(
+            1, (-1, self.embed.bias.shape[1])
+        )  # (B, P*D) -> (B, P, D); for sum (B, 1, D)
+        weights = weights.expand(-1, self.num_parts, -1)  # -> (B, P, D)
+        weights = torch.einsum("bpd,pdf->bpf", weights, self.embed.weight)  # -> (B, P, C*h*w)
+        maps = (weights.view_as(features) * features).sum(2)  # (B, P, C, h, w) -> (B, P, h, w)
         height, width = self.map_size
-        return {"last": (weights.view_as(features) * features).sum(2) * height * width}
+        return {"last": maps * height * width}
 
     def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``last`` -> the classifier."""
+        """Return ``last`` -> classifier."""
         return {"last": self.classifier}
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the part features, joined (B, P D) or added (B, D)."""
+        """Return the part features, concatenated (B, P D) or added (B, D)."""
         return self._combine(self.part_features(images))
 
     def _attention_features(self, images: Tensor) -> Tensor:
-        """Return U_p, (B, P, C, h, w), in the size that the linear layers take."""
+        """Return U_p, (B, P, C, h, w), at the size of the linear layers."""
         maps: Tensor = self.backbone(images)["last"]
         if maps.shape[-2:] == self.map_size:
             return maps
-        pooled = F.adaptive_avg_pool2d(maps.flatten(0, 1), self.map_size)
-        return pooled.view(*maps.shape[:3], *self.map_size)
+        pooled = F.adaptive_avg_pool2d(maps.flatten(0, 1), self.map_size)  # (B, P, C, H, W) -> (B*P, C, h, w)
+        return pooled.view(*maps.shape[:3], *self.map_size)  # -> (B, P, C, h, w)
 
     def _combine(self, features: Tensor) -> Tensor:
-        return features.flatten(1) if self.joins else features.sum(1)
+        return features.flatten(1) if self.joins else features.sum(1)  # (B, P, D) -> (B, P*D) or (B, D)

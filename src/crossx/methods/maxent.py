@@ -16,14 +16,13 @@ from crossx.methods.plain import Plain
 
 @register_method("maxent")
 class MaxEnt(Plain):
-    """The plain network, trained with ``cross-entropy - gamma H(p)``, H the entropy of its softmax.
+    """The plain network trained with ``cross-entropy - gamma H(p)``, where H is the entropy of its softmax p.
 
     Args:
         backbone: The trunk.
         num_classes: K.
-        gamma: Weight of the entropy, in nats. The paper chooses it on validation images and finds a wide range to
-            do; 1 is the weight that Zheng et al. (https://arxiv.org/abs/2011.10951, appendix) chose so for the same
-            term.
+        gamma: Weight of the entropy in nats. The paper selects it on validation images and finds that a wide range
+            works; 1 is the value that Zheng et al. (https://arxiv.org/abs/2011.10951, appendix) selected for this term.
 
     Raises:
         UsageError: If ``gamma`` is negative or not finite.
@@ -40,7 +39,7 @@ class MaxEnt(Plain):
     def __init__(self, backbone: Backbone, num_classes: int, *, gamma: float = 1.0) -> None:
         super().__init__(backbone, num_classes)
         if not (gamma >= 0 and math.isfinite(gamma)):
-            raise UsageError(f"gamma must be a number from 0 on, not {gamma}.")
+            raise UsageError(f"gamma must be a finite number of at least 0, not {gamma}.")
         self.gamma = gamma
         self.entropy = EntropyLoss()
 
@@ -50,7 +49,7 @@ class MaxEnt(Plain):
         return {**super().head_terms(heads, targets), "max_entropy": self.gamma * negative}
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the loss and its terms, ``data`` and ``max_entropy``; the entropy itself is a measure."""
+        """Return the loss with the terms ``data`` and ``max_entropy``; the entropy itself is a measure."""
         heads = self.head_logits(images)
         logits = self.combine_heads(heads)
         entropy = -self.entropy(logits).detach()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, check_choice, first_line
+from crossx.errors import UsageError, first_line
 from crossx.layers import Navigator, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective, register_method
@@ -19,13 +19,13 @@ from crossx.schema import MAX_IMAGE_SIZE
 PartsReduction: TypeAlias = Literal["mean", "sum"]
 
 
-class Regions(NamedTuple):
-    """Regions chosen in a batch of images, best first, and the features of both.
+class RegionFeatures(NamedTuple):
+    """Pooled features of images and of their best regions, best first.
 
     Attributes:
-        image: Pooled features of the images, (B, C).
-        parts: Pooled features of the regions' crops, (B, n, C).
-        scores: The Navigator's scores of the regions, (B, n).
+        image: Features of the images, (B, C).
+        parts: Features of the regions' crops, (B, n, C).
+        scores: Scores of the regions by the Navigator, (B, n).
     """
 
     image: Tensor
@@ -35,23 +35,21 @@ class Regions(NamedTuple):
 
 @register_method("nts")
 class NTSNet(Method):
-    """A Navigator proposes regions, a Teacher judges their crops, a Scrutinizer classifies the best with the image.
+    """A Navigator proposes regions, a Teacher judges their crops, a Scrutinizer classifies the image with the best.
 
     Args:
-        backbone: The trunk; images and crops go through the same.
+        backbone: The trunk, shared by images and crops.
         num_classes: K.
-        num_proposals: M, the regions that the Navigator learns from in training.
-        num_crops: K of the paper, the best regions, which are classified together with the image.
-        crop_size: Side of the crops in pixels; by default half of the image's shorter side, the paper's 224 of 448.
-        anchor_sizes: Anchor size of each of the Navigator's three levels, in pixels of an image of 448 pixels; they
-            grow and shrink with the image.
-        iou_threshold: Intersection over union from which on a region is left out beside a better one.
-        margin: By how much the better of two regions is to score higher.
-        dropout: On the pooled features of image and crops, in training. Released code: 0.5, and in evaluation too.
-        parts_reduction: ``mean`` of the crops' cross-entropies over the M regions (released code), or their ``sum``.
-
-    Raises:
-        UsageError: For an option that cannot work.
+        num_proposals: M, the number of regions that the Navigator learns from in training.
+        num_crops: K in the paper, the number of best regions that are classified together with the image.
+        crop_size: Side of the crops in pixels. Default: half of the image's shorter side (224 of 448 in the paper).
+        anchor_sizes: Anchor size of each of the Navigator's three levels, in pixels for an image of 448 pixels; they
+            scale with the image.
+        iou_threshold: IoU with a better region at or above which a region is suppressed.
+        margin: Margin by which the better of two regions should score higher.
+        dropout: Dropout on the pooled features of image and crops, in training only. The released code applies its 0.5
+            in evaluation too.
+        parts_reduction: ``mean`` (released code) or ``sum`` of the cross-entropies of the M crops.
     """
 
     citation = """\
@@ -79,20 +77,20 @@ class NTSNet(Method):
         super().__init__(backbone, num_classes)
         if not 1 <= num_crops <= num_proposals:
             raise UsageError(
-                f"num_crops must be from 1 to num_proposals, {num_proposals}, not {num_crops}: the crops are the best "
-                "of the proposals."
+                f"num_crops must be between 1 and num_proposals, {num_proposals}, not {num_crops}: "
+                "the crops are the best proposals."
             )
         if crop_size is not None and not 2 <= crop_size <= MAX_IMAGE_SIZE:
-            raise UsageError(f"crop_size must lie between 2 and {MAX_IMAGE_SIZE}, not {crop_size}.")
+            raise UsageError(f"crop_size must be between 2 and {MAX_IMAGE_SIZE}, not {crop_size}.")
         if len(anchor_sizes) != 3 or min(anchor_sizes) <= 0:
-            raise UsageError(f"anchor_sizes takes 3 numbers above 0, not {list(anchor_sizes)}.")
+            raise UsageError(f"anchor_sizes must be 3 numbers above 0, not {list(anchor_sizes)}.")
         if not 0 < iou_threshold <= 1:
             raise UsageError(f"iou_threshold must be above 0 and at most 1, not {iou_threshold}.")
         if margin < 0:
-            raise UsageError(f"margin takes no negative number: {margin}.")
+            raise UsageError(f"margin must be at least 0, not {margin}.")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
-        check_choice("parts_reduction", parts_reduction, get_args(PartsReduction))
+
         self.num_proposals, self.num_crops = num_proposals, num_crops
         self.crop_size, self.iou_threshold = crop_size, iou_threshold
         self.parts_weight = num_proposals if parts_reduction == "sum" else 1
@@ -106,80 +104,83 @@ class NTSNet(Method):
         self.ranking = RankingLoss(margin)
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> logits (B, K): ``raw`` of the image, ``parts`` the mean of the crops', and ``joined``."""
-        regions = self._look(images, self.num_crops)
+        """Return logits (B, K) of ``raw`` (the image), ``parts`` (the mean over the crops) and ``joined`` (both)."""
+        regions = self._region_features(images, self.num_crops)
         return {
             "raw": self.raw(regions.image),
-            "parts": self.teacher(regions.parts).mean(1),
+            "parts": self.teacher(regions.parts).mean(1),  # (B, n, K) -> (B, K)
             "joined": self.scrutinizer(self._join(regions)),
         }
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
-        """Return the Scrutinizer's logits alone, ``joined``."""
+        """Return only the logits of the Scrutinizer, ``joined``."""
         return heads["joined"]
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
-        """Return the sum of ``raw``, ``joined`` and ``parts``, cross-entropies, and ``ranking``.
+        """Return the sum of the cross-entropies ``raw``, ``joined`` and ``parts`` and of the ``ranking`` loss.
 
-        ``parts`` is taken over all M regions, ``joined`` sees the best K. The Teacher's losses that order the regions
-        have neither label smoothing nor class weights.
+        ``parts`` covers all M regions, ``joined`` the best K. The Teacher's losses that rank the regions use neither
+        label smoothing nor class weights.
         """
-        regions = self._look(images, self.num_proposals)
+        regions = self._region_features(images, self.num_proposals)
         joined = self.scrutinizer(self._join(regions))
-        parts = self.teacher(regions.parts).flatten(0, 1)
-        of_parts = targets.repeat_interleave(self.num_proposals, 0)
-        losses = F.cross_entropy(parts.detach().float(), of_parts, reduction="none")
+        parts = self.teacher(regions.parts).flatten(0, 1)  # (B, M, K) -> (B*M, K)
+        part_targets = targets.repeat_interleave(self.num_proposals, 0)  # (B, ...) -> (B*M, ...)
+        losses = F.cross_entropy(parts.detach().float(), part_targets, reduction="none")
         terms = {
             "raw": self.criterion(self.raw(regions.image), targets),
             "joined": self.criterion(joined, targets),
-            "parts": self.parts_weight * self.criterion(parts, of_parts),
-            "ranking": self.ranking(regions.scores, losses.view_as(regions.scores)),
+            "parts": self.parts_weight * self.criterion(parts, part_targets),
+            "ranking": self.ranking(regions.scores, losses.view_as(regions.scores)),  # (B*M,) -> (B, M)
         }
         return Objective.of(terms, joined)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the image's last map, (B, 1, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
 
     def boxes(self, images: Tensor) -> Tensor:
-        """Return the regions that the prediction looks at again; see ``Method.boxes``."""
+        """Return the regions that are classified with the image; see ``Method.boxes``."""
         return self._propose(self.backbone(images)["last"], images, self.num_crops)[0]
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the features of the crops and of the image, joined, (B, D)."""
-        return self._join(self._look(images, self.num_crops))
+        """Return the features of the crops and of the image, concatenated, (B, D)."""
+        return self._join(self._region_features(images, self.num_crops))
 
     def check_image_size(self, size: int) -> None:
-        """Check that the backbone takes the crops, too; see ``Method.check_image_size``."""
+        """Check that the backbone accepts both images and crops; see ``Method.check_image_size``."""
         super().check_image_size(size)
         anchors = self.navigator.num_anchors(self.backbone.map_size(size))
         if anchors < self.num_proposals:
             raise UsageError(
-                f"num_proposals {self.num_proposals}: images of {size} pixels have {anchors} anchors to choose from."
+                f"num_proposals {self.num_proposals} is too large: images of {size} pixels have {anchors} anchors."
             )
         crop = self.crop_size or size // 2
         try:
             self.backbone.map_size(crop)
         except UsageError as error:
             raise UsageError(
-                f"method 'nts' cuts crops of {crop} pixels, which backbone {self.backbone.name!r} does not take "
+                f"method 'nts' uses crops of {crop} pixels, which backbone {self.backbone.name!r} does not accept "
                 f"({first_line(error.__cause__ or error)}). Use --model.crop_size {size}, or for a ViT "
                 "--model.backbone_args.dynamic_img_size true."
             ) from error
 
-    def _look(self, images: Tensor, count: int) -> Regions:
+    def _region_features(self, images: Tensor, count: int) -> RegionFeatures:
         maps = self.backbone(images)["last"]
         boxes, scores = self._propose(maps, images, count)
         size = self.crop_size or min(images.shape[2:]) // 2
-        crops = crop_boxes(images, boxes, size).flatten(0, 1)
-        parts = self.backbone(crops)["last"].mean((2, 3)).unflatten(0, (-1, count))
-        return Regions(self.dropout(maps.mean((2, 3))), self.dropout(parts), scores)
+        crops = crop_boxes(images, boxes, size).flatten(0, 1)  # (B, n, 3, s, s) -> (B*n, 3, s, s)
+        parts = self.backbone(crops)["last"].mean((2, 3))  # (B*n, C, h, w) -> (B*n, C)
+        parts = parts.unflatten(0, (-1, count))  # -> (B, n, C)
+        image = maps.mean((2, 3))  # (B, C, h, w) -> (B, C)
+        return RegionFeatures(self.dropout(image), self.dropout(parts), scores)
 
     def _propose(self, maps: Tensor, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the best regions of the images, (B, n, 4), and their scores (B, n), of their last maps."""
+        """Return the best regions, (B, n, 4), and their scores, (B, n), from the images' last maps (B, C, h, w)."""
         boxes, scores = self.navigator(maps.detach(), images.shape[2:])
         best = select_boxes(boxes, scores, count, self.iou_threshold)
-        return boxes[best], scores.gather(1, best)
+        return boxes[best], scores.gather(1, best)  # (N, 4) -> (B, n, 4); (B, N) -> (B, n)
 
-    def _join(self, regions: Regions) -> Tensor:
+    def _join(self, regions: RegionFeatures) -> Tensor:
+        # (B, n, C) and (B, C) -> (B, (num_crops + 1)*C)
         return torch.cat([regions.parts[:, : self.num_crops].flatten(1), regions.image], 1)

@@ -1,4 +1,4 @@
-"""The plain backbone: the baseline that every method is compared with."""
+"""The plain backbone: the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crossx.methods.base import Method, Objective, register_method
 
 @register_method("plain")
 class Plain(Method):
-    """A backbone, its own pooling and one linear classifier, trained with cross-entropy."""
+    """A backbone with its own pooling and one linear classifier, trained with cross-entropy."""
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
@@ -28,23 +28,24 @@ class Plain(Method):
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}
+        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor] | None:
-        """Return ``last`` -> (B, 1, h, w), or None where the backbone's own pooling is not an average of its last map.
+        """Return ``last`` -> (B, 1, h, w), or None if the backbone does not average its last map.
 
-        ConvNeXt normalises what it has averaged, a ViT classifies a token: CAM is defined for neither.
+        CAM is undefined for ConvNeXt, which normalises the average, and for ViT, which classifies a token.
         """
         maps = self.backbone(images)["last"]
-        pooled, average = self.embeddings(images), maps.mean((2, 3))
+        pooled, average = self.embeddings(images), maps.mean((2, 3))  # (B, C, h, w) -> (B, C)
         if pooled.shape != average.shape or not torch.allclose(pooled, average, rtol=1e-3, atol=1e-4):
             return None
-        return {"last": torch.einsum("bchw,bc->bhw", maps, self.classifier.weight[classes])[:, None]}
+        weights = self.classifier.weight[classes]
+        return {"last": torch.einsum("bchw,bc->bhw", maps, weights)[:, None]}  # (B, C, h, w) -> (B, 1, h, w)
 
     def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``last`` -> the classifier."""
+        """Return ``last`` -> classifier."""
         return {"last": self.classifier}
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Return the pooled features that the classifier sees, (B, D)."""
+        """Return the pooled features, (B, D), that the classifier sees."""
         return self.backbone.pool(self.backbone.features(images))

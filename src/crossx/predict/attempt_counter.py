@@ -1,4 +1,4 @@
-"""What workers cannot remember when they die. Imports nothing, so that its process is small and starts at once."""
+"""Count attempts per shard outside the workers, which may die. Without imports, so that its process is small."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 
 
 class AttemptCounter:
-    """How often each shard was begun."""
+    """Counts how often each shard was started."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
 
     def begin(self, number: int) -> int:
-        """Count one more attempt at a shard, and return how many there are."""
+        """Count an attempt at a shard, and return the number of attempts so far."""
         self._counts[number] += 1
         return self._counts[number]

@@ -1,9 +1,8 @@
-"""Prediction of shards by several processes, on one machine or many, with Ray Data.
+"""Predict shards in several processes, on one or many machines, with Ray Data.
 
-The process that asks starts Ray, or joins the cluster of ``RAY_ADDRESS``, loads the weights once and sends them through
-Ray's object store: every worker has those that were asked for, even where the run is still being trained. The workers
-read the images themselves, so these must be at the same path on each machine; what they answer comes back, shard by
-shard, as it is finished.
+The calling process starts Ray, or joins the cluster of ``RAY_ADDRESS``, loads the weights once and sends them through
+Ray's object store, so that all workers have the same weights even while the run is still training. Workers read the
+images themselves, which must be at the same path on each machine, and return each shard as it is finished.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.checkpoint import build_method, load_method
+from crossx.methods.weights import build_method, load_method
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Shard, predict_shard
@@ -35,10 +34,10 @@ if TYPE_CHECKING:
 
 _ANSWER = pa.schema([("number", pa.int64()), ("part", pa.large_binary()), ("error", pa.string())])
 
-CORES_A_WORKER = 4
-"""CPU cores of a worker without a GPU, where the user does not say how many workers."""
+CORES_PER_WORKER = 4
+"""CPU cores per worker without a GPU, if the number of workers is not given."""
 MAX_ATTEMPTS = 3
-"""A shard during which so many workers have died is what kills them."""
+"""Workers that may die during one shard before the prediction fails."""
 
 
 def predict_shards(
@@ -53,19 +52,19 @@ def predict_shards(
     """Predict shards in several processes.
 
     Args:
-        run: A run folder or a checkpoint file in one; this process alone reads it.
-        shards: What to predict, by number.
-        workers: How many; None for one for each GPU, or for each ``CORES_A_WORKER`` CPU cores.
-        device: ``auto`` (GPUs where the cluster has any), ``cpu`` or ``cuda``. A worker has one GPU.
-        top: Classes an image.
-        batch_size: Images a step.
+        run: A run folder or a checkpoint file in one; only this process reads it.
+        shards: The shards by number.
+        workers: Number of workers; None for one per GPU, or per ``CORES_PER_WORKER`` CPU cores.
+        device: ``auto`` (GPUs if the cluster has any), ``cpu`` or ``cuda``. A worker has one GPU.
+        top: Classes per image.
+        batch_size: Images per batch.
         options: ``precision``, ``flip`` and ``crops`` of ``Predictor``.
 
     Yields:
         The number and the Parquet file of each shard, see ``predict_shard``, as they are finished.
 
     Raises:
-        UsageError: If Ray is not installed, or the cluster has no room for so many workers.
+        UsageError: If Ray is not installed, or the cluster is too small for so many workers.
         CrossXError: If the run cannot be loaded, the cluster cannot be joined, or a worker fails.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -80,7 +79,7 @@ def predict_shards(
         workers, cores = divide_cluster(nodes, workers, len(shards), on_gpu=on_gpu)
         weights = ray.put(method.state_dict())
         attempts = ray.remote(AttemptCounter).options(num_cpus=0).remote()
-        # one shard a block: Ray gives back a block when all of it is finished
+        # one shard per block, since Ray returns whole blocks
         blocks = [pa.table({"number": [n], "shard": [pickle.dumps(shard)]}) for n, shard in shards.items()]
         finished = ray.data.from_arrow(blocks).map_batches(
             Worker,
@@ -104,7 +103,7 @@ def predict_shards(
 
 
 class Worker:
-    """What Ray Data runs in each process. What a user can mend is a result, so that it is told in one line."""
+    """Ray Data's callable in each process; errors that a user can fix are returned as results."""
 
     def __init__(
         self,
@@ -116,14 +115,14 @@ class Worker:
         batch_size: int,
         options: Mapping[str, Any],
     ) -> None:
-        # in a list, lest some version of Ray looks it up itself
+        # in a list, so that Ray does not resolve the reference
         (self.weights,) = weights
         self.spec, self.attempts = spec, attempts
         self.device, self.top, self.batch_size, self.options = device, top, batch_size, options
 
     @cached_property
     def predictor(self) -> Predictor:
-        """The network, in this process."""
+        """The network in this process."""
         import ray
 
         method = build_method(self.spec)
@@ -131,7 +130,7 @@ class Worker:
         return Predictor.from_method(method, self.spec, self.device, **self.options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Predict the one shard of a batch with the columns ``number`` and ``shard``."""
+        """Predict the shard of a batch of one row with the columns ``number`` and ``shard``."""
         ((number, shard),) = (row.values() for row in batch.to_pylist())
         part, error = None, None
         try:
@@ -145,8 +144,8 @@ class Worker:
 
         if ray.get(self.attempts.begin.remote(number)) > MAX_ATTEMPTS:
             raise CrossXError(
-                f"{MAX_ATTEMPTS} workers have died while they predicted {shard}: out of memory, or a defect in a "
-                "decoder. Lower --data.batch_size or --workers, or see with --engine local what happens."
+                f"{MAX_ATTEMPTS} workers died while predicting {shard}: out of memory, or a bug in a decoder. "
+                "Lower --data.batch_size or --workers, or see what happens with --engine local."
             )
         return predict_shard(self.predictor, shard, self.top, self.batch_size)
 
@@ -154,19 +153,19 @@ class Worker:
 def divide_cluster(
     nodes: Sequence[Mapping[str, float]], workers: int | None, shards: int, *, on_gpu: bool
 ) -> tuple[int, int]:
-    """Share a cluster out among workers.
+    """Divide a cluster among workers.
 
     Args:
-        nodes: ``CPU`` and ``GPU`` of each machine, as Ray counts them.
-        workers: How many, or None to choose.
-        shards: How many shards there are: no more workers than these.
+        nodes: Ray's ``CPU`` and ``GPU`` of each machine.
+        workers: Number of workers, or None to choose it.
+        shards: Number of shards, an upper bound on the workers.
         on_gpu: Whether each worker needs a GPU.
 
     Returns:
-        How many workers, and the CPU cores of each: as many as fit all machines.
+        The number of workers, and the CPU cores per worker.
 
     Raises:
-        UsageError: If there is no room for so many workers.
+        UsageError: If the cluster is too small for so many workers.
     """
 
     def room(cores: int) -> int:
@@ -180,7 +179,7 @@ def divide_cluster(
         asked = f"--workers {workers}: " if workers else ""
         what = "GPUs" if on_gpu else "CPU cores"
         raise UsageError(f"{asked}Ray has {most or 'no'} {what}. Ask for fewer, or use --device cpu.")
-    chosen = min(workers or (most if on_gpu else max(1, room(CORES_A_WORKER))), shards)
+    chosen = min(workers or (most if on_gpu else max(1, room(CORES_PER_WORKER))), shards)
     cores = int(max(node.get("CPU", 0) for node in nodes))
     while room(cores) < chosen:
         cores -= 1
@@ -189,16 +188,15 @@ def divide_cluster(
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Start Ray, or join the cluster of ``RAY_ADDRESS``, and leave it at the end; one that is there stays.
+    """Start Ray or join the cluster of ``RAY_ADDRESS``, and leave it at the end; a running session is kept.
 
-    Ray keeps quiet, shows no dashboard and reports to nobody; where it is started it listens on the loopback
-    interface alone.
+    Ray runs quietly, without a dashboard or usage reports; started here it listens only on the loopback interface.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address == "local":
-        # what Ray calls this switch for; it makes 127.0.0.1 the machine's address
+        # 0 makes Ray use 127.0.0.1 as the machine's address
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -209,7 +207,7 @@ def ray_session() -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    # a worker that dies again and again is found by counting; a shard may take long
+    # dying workers are counted instead; a shard may take long
     context.execution_no_progress_timeout_s = -1
     if ray.is_initialized():
         yield
@@ -229,7 +227,7 @@ def ray_session() -> Iterator[None]:
 
 @contextmanager
 def _restored_handler(number: signal.Signals) -> Iterator[None]:
-    """Put back how a signal is handled: after Ray's own way with SIGTERM the process aborts."""
+    """Restore a signal's handler: with Ray's own for SIGTERM the process aborts."""
     handler = signal.getsignal(number)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -237,7 +235,7 @@ def _restored_handler(number: signal.Signals) -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise ``OSError`` where nobody listens: Ray itself tries for minutes."""
+    """Raise ``OSError`` if nothing listens at an address; Ray itself retries for minutes."""
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "://" not in address:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -245,7 +243,7 @@ def _require_answer(address: str) -> None:
 
 @contextmanager
 def _muted_stderr() -> Iterator[None]:
-    """Drop what the process's C++ libraries write to stderr; ``RAY_BACKEND_LOG_LEVEL`` itself is announced there."""
+    """Discard what C++ libraries write to stderr, which announce even ``RAY_BACKEND_LOG_LEVEL`` there."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

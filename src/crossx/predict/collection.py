@@ -1,12 +1,12 @@
-"""Prediction of whole collections into a folder of Parquet files, which can be stopped and continued.
+"""Predict a whole collection into a folder of Parquet files, resumably.
 
 ::
 
     DIR/
-      _manifest.json        what the predictions are of: run, weights, collection, options
-      part-000000.parquet   the predictions of one shard; there, it is finished
+      _manifest.json        run, weights, collection and options
+      part-000000.parquet   predictions of one finished shard
 
-Programs that read a folder of Parquet files as one table pass over a name that begins with an underscore.
+Programs that read a folder of Parquet files as one table ignore names with a leading underscore.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,19 +40,19 @@ _FIXED = {
     "flip": "another --flip",
     "crops": "another --crops",
 }
-# folders begun before there were these options
+# for folders from before these options existed
 _DEFAULTS = {"flip": False, "crops": 1}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a folder of predictions holds now.
+    """Summary of a folder of predictions.
 
     Attributes:
         images: Images of the collection.
-        failed: Those that could not be read.
-        predicted: Those that this call has predicted, 0 where the folder was finished before.
-        seconds: How long this call took.
+        failed: Images that could not be read.
+        predicted: Images predicted by this call.
+        seconds: Duration of this call.
     """
 
     images: int
@@ -78,34 +78,34 @@ def predict_collection(
     trust: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """Predict a collection into a folder, or what a call that was stopped has left of it.
+    """Predict a collection into a folder, resuming a stopped call.
 
     Args:
         run: A run folder or a checkpoint file in one.
         source: A folder or Parquet file, see ``find_collection``.
         output: The folder to write.
         engine: ``local``, in this process, or ``ray``, in several, see ``cluster``.
-        workers: How many processes; ``ray`` alone.
+        workers: Number of processes, only with ``ray``.
         device: See ``select_device``.
-        top: Classes an image, a row each.
-        batch_size: Images a step.
-        shard_size: Images a file.
-        precision: See ``Predictor``.
+        top: Classes per image, one row each.
+        batch_size: Images per batch.
+        shard_size: Images per file.
+        precision: See ``Predictor.load``.
         flip: See ``Predictor``.
         crops: See ``Predictor``.
         trust: See ``Predictor.load``.
-        progress: Called with the images finished and all images.
+        progress: Called with the number of finished and of all images.
 
     Raises:
-        Stopped: After Ctrl-C; what was finished is kept.
-        UsageError: If an option cannot work, or the folder holds something else.
+        Stopped: After Ctrl-C; finished shards are kept.
+        UsageError: If an option is not possible, or the folder holds other files.
         CrossXError: If something is missing, damaged or cannot be written.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     if workers is not None and engine != "ray":
-        raise UsageError("--workers belongs to --engine ray.")
+        raise UsageError("--workers requires --engine ray.")
     if engine == "ray" and is_exported(run):
         raise UsageError(f"{run}: --engine ray takes a run, not an exported file.")
     if is_exported(run):
@@ -127,7 +127,8 @@ def predict_collection(
         "crops": crops,
     }
     options = {"precision": precision, "flip": flip, "crops": crops}
-    with _opened(folder, manifest):
+    with locked_folder(folder, "predicting into it"):
+        _prepare(folder, manifest)
         todo = {n: shard for n, shard in enumerate(collection.shards) if not _part(folder, n).exists()}
         left = sum(shard.size for shard in todo.values())
         done = collection.size - left
@@ -146,7 +147,7 @@ def predict_collection(
                     progress(done, collection.size)
         except KeyboardInterrupt as signal:
             raise Stopped(
-                f"stopped after {done} of {collection.size} images; the same command goes on from there."
+                f"stopped after {done} of {collection.size} images; run the same command to continue."
             ) from signal
         failed = sum(count_failed(_part(folder, number)) for number in range(len(collection.shards)))
     return Summary(collection.size, failed, left, time.perf_counter() - start)
@@ -165,19 +166,6 @@ def _predict_here(
         yield number, predict_shard(predictor, shard, top, batch_size)
 
 
-@contextmanager
-def _opened(folder: Path, manifest: Mapping[str, Any]) -> Iterator[None]:
-    """Make the folder or go on with it, for this process alone.
-
-    Raises:
-        UsageError: If it holds predictions of something else, or no predictions.
-        CrossXError: If another process is at work in it, or it cannot be written.
-    """
-    with locked_folder(folder, "predicting into it"):
-        _prepare(folder, manifest)
-        yield
-
-
 def _prepare(folder: Path, manifest: Mapping[str, Any]) -> None:
     path = folder / MANIFEST
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -189,7 +177,7 @@ def _prepare(folder: Path, manifest: Mapping[str, Any]) -> None:
     differs = [what for key, what in _FIXED.items() if old.get(key) != manifest[key]]
     if differs and len(names) > 1:
         raise UsageError(
-            f"{folder}: was begun with {differs[0]}. Give the same to go on, or choose another --output."
+            f"{folder}: was started with {differs[0]}. Give the same to continue, or choose another --output."
         )
     try:
         for leftover in folder.glob(".*.tmp"):
@@ -205,7 +193,7 @@ def _part(folder: Path, number: int) -> Path:
 
 
 def _fingerprint(run: str | Path) -> str:
-    """Return the SHA-256 of what decides about a prediction: the description of the network and its weights."""
+    """Return the SHA-256 of the network's description and weights."""
     if is_exported(run):
         files = exported_files(Path(run))
     else:
@@ -220,4 +208,4 @@ def _fingerprint(run: str | Path) -> str:
 
 def _require_outside(output: Path, source: Path) -> None:
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{output}: lies in the collection itself. Choose an --output outside of {source}.")
+        raise UsageError(f"{output}: is inside the collection. Choose an --output outside {source}.")

@@ -1,4 +1,4 @@
-"""Exported files: what they say of themselves, and running one like the network that it was made of."""
+"""Exported networks: their description, and running them for prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crossx.data.transforms import MAX_ASPECT, resized_side
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_network
+from crossx.methods.weights import load_network
 from crossx.predict.inference import Inference
 from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
 
@@ -23,26 +23,26 @@ Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
-"""Format -> how the names of its files end."""
+"""Format -> suffix of its files."""
 
 KEY = "crossx"
-"""Under this name a file keeps its description."""
+"""Key of the description in a file's metadata."""
 EXTRA_FILE = f"{KEY}.json"
-"""The same, in files of torch.export."""
+"""The same for files of torch.export."""
 
 OUTPUTS = ("logits", "probabilities")
 
 
 def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | None) -> dict[str, Any]:
-    """Return what an exported file says of itself, as JSON.
+    """Return the JSON description of an exported file.
 
-    It holds all of ``model.json`` and how an image becomes the input, for whoever has no crossx.
+    It contains ``model.json`` and the preprocessing of images, for users without crossx.
 
     Args:
         spec: The run's description.
         format_: One of ``SUFFIXES``.
         precision: ``fp32``, ``fp16`` or ``int8``.
-        opset: The version of ONNX's operators; None for a file without any.
+        opset: Version of ONNX's operators; None for other formats.
     """
     prep = spec.preprocessing
     side = resized_side(prep)
@@ -73,16 +73,15 @@ def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | 
 
 
 class ExportedModel:
-    """An exported file as a ``Network``: it predicts on the CPU, and explains nothing.
+    """An exported file as a ``Network`` that only predicts, on the CPU.
 
     Args:
-        description: What the file says of itself, see ``describe_export``.
-        compute: Runs it.
+        description: See ``describe_export``.
+        compute: Runs the network.
         source: The file, for messages.
 
     Attributes:
-        description: As given.
-        spec: The ``model.json`` of the run that was exported.
+        spec: ``model.json`` of the exported run.
     """
 
     device = torch.device("cpu")
@@ -103,23 +102,20 @@ class ExportedModel:
         *,
         trust: bool = False,
     ) -> ExportedModel:
-        """Open a file that ``export_run`` wrote, of any format.
-
-        OpenVINO computes in float32 here, also where a processor would let it choose bfloat16.
+        """Open a file of ``export_run`` in any format; OpenVINO computes in float32 even if bfloat16 is faster.
 
         Args:
             path: The file.
             device: ``auto`` or ``cpu``.
-            precision: ``auto``: the file has its own.
-            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+            precision: ``auto``, since the file has its own.
+            trust: Whether to load a ``.pt2`` file, which can run any code; only for files that you made.
 
         Raises:
-            UsageError: For another device or precision, if its format is none of ``SUFFIXES``, needs a package that is
-                not installed, or is ``.pt2`` without ``trust``.
+            UsageError: For another device, precision or format, a missing package, or ``.pt2`` without ``trust``.
             CrossXError: If there is no such file, or it was not exported by crossx.
         """
         if str(device) not in ("auto", "cpu"):
-            raise UsageError(f"{path}: an exported file is run on the CPU here, not on {str(device)!r}.")
+            raise UsageError(f"{path}: an exported file runs only on the CPU, not on {str(device)!r}.")
         if precision != "auto":
             raise UsageError(
                 f"{path}: an exported file has the precision that `crossx export --precision` gave it: leave out "
@@ -141,7 +137,7 @@ class ExportedModel:
             text, compute = reader(file)
         except (ImportError, CrossXError):
             raise
-        except Exception as error:  # each runtime has errors of its own for a broken file
+        except Exception as error:  # each runtime has its own errors for a damaged file
             raise CrossXError(
                 f"{file}: cannot be read as an exported network ({first_line(error)})."
             ) from error
@@ -153,25 +149,25 @@ class ExportedModel:
         return self.spec.classes
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits, float32 (B, K), of images as ``classify`` takes them."""
+        """Return logits, float32 (B, K), of uint8 RGB images (B, 3, S, S), decoded, resized and cropped."""
         return self._answer(images)[0]
 
     def classify(self, images: Tensor) -> Tensor:
-        """Return probabilities, float32 (B, K), of images uint8 RGB (B, 3, S, S), decoded, resized and cropped."""
+        """Return probabilities, float32 (B, K); arguments as in ``logits``."""
         return self._answer(images)[1]
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         try:
             logits, probabilities = self._compute(images)
-        except Exception as error:  # each runtime has errors of its own for a graph of other images
+        except Exception as error:  # each runtime has its own errors for a wrong input
             raise CrossXError(
-                f"{self._source}: cannot classify images of the size that it names ({first_line(error)})."
+                f"{self._source}: cannot classify images of the size in its description ({first_line(error)})."
             ) from error
         expected = (len(images), len(self.classes))
         if logits.shape != expected or probabilities.shape != expected:
             raise CrossXError(
-                f"{self._source}: answers {tuple(logits.shape)} where it names {len(self.classes)} classes: the file "
-                "is damaged."
+                f"{self._source}: returns {tuple(logits.shape)}, but describes {len(self.classes)} classes: "
+                "the file is damaged."
             )
         return logits, probabilities
 
@@ -195,7 +191,7 @@ class ExportedModel:
 
 
 def is_exported(path: str | Path) -> bool:
-    """Tell whether a path is that of an exported file, by its name and, for safetensors, by what it holds."""
+    """Whether a path is an exported file, by its suffix and, for safetensors, its metadata."""
     file = Path(path)
     if file.suffix.lower() != SUFFIXES["safetensors"]:
         return file.suffix.lower() in EXPORTED and not file.is_dir()
@@ -207,11 +203,7 @@ def is_exported(path: str | Path) -> bool:
 
 
 def require_trust(path: str | Path, trust: bool) -> None:
-    """Check that a file of torch.export is trusted: loading it unpickles and evaluates what is in it.
-
-    Raises:
-        UsageError: If ``path`` ends in ``.pt2`` and ``trust`` is False.
-    """
+    """Raise ``UsageError`` for a ``.pt2`` file without ``trust``: loading it unpickles and runs its content."""
     if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
         raise UsageError(
             f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
@@ -220,7 +212,7 @@ def require_trust(path: str | Path, trust: bool) -> None:
 
 
 def exported_files(file: Path) -> list[Path]:
-    """Return the files that belong to the one to open, itself included."""
+    """Return an exported file and its weights file, if it has one."""
     return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
 
 
@@ -255,7 +247,7 @@ def _read_openvino(file: Path) -> tuple[str, Compute]:
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
         answers = compiled(images.contiguous().numpy())
-        # the runtime writes the next answer into the same memory
+        # the runtime reuses this memory for its next result
         logits, probabilities = (torch.from_numpy(answers[name].copy()) for name in OUTPUTS)
         return logits, probabilities
 
@@ -278,5 +270,5 @@ def _read_safetensors(file: Path) -> tuple[str, Compute]:
 
 def _required(text: str | None, file: Path) -> str:
     if not text:
-        raise CrossXError(f"{file}: was not exported by crossx: it does not say which classes it knows.")
+        raise CrossXError(f"{file}: was not exported by crossx: it has no class names.")
     return text

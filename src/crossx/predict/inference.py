@@ -1,4 +1,4 @@
-"""The network as it is exported: decoded bytes in, logits and probabilities out."""
+"""The network as it is exported: from uint8 images to logits and probabilities."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from crossx.runs import ModelSpec
 
 
 class Inference(nn.Module):
-    """A method between its normalisation and its softmax, so that whoever runs it needs to know neither.
+    """A method with its normalisation and softmax.
 
     Args:
-        method: The trained network; put into evaluation mode. It computes in the type of its parameters.
-        spec: The description that belongs to it.
+        method: The trained network, put into evaluation mode; it computes in the type of its parameters.
+        spec: Its description.
     """
 
     scale: Tensor
@@ -31,7 +31,7 @@ class Inference(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify images as they were decoded, resized and cropped.
+        """Classify decoded, resized and cropped images.
 
         Args:
             images: uint8 RGB (B, 3, S, S).

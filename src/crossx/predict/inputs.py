@@ -1,11 +1,11 @@
-"""What users call images: files, folders, patterns, tables of paths, bytes, Pillow images and tensors."""
+"""Image inputs: files, folders, patterns, tables of paths, bytes, Pillow images and tensors."""
 
 from __future__ import annotations
 
 import glob
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossx.data.images import IMAGE_SUFFIXES, find_images, read_image
-from crossx.data.table import SUFFIXES, read_paths
+from crossx.data.readers.table import SUFFIXES, read_paths
 from crossx.errors import CrossXError
 
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
@@ -26,12 +26,11 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
-    """Return image files.
+    """Expand paths to image files.
 
-    A file stands for itself; a folder for every image below it, sorted; a pattern (``*``, ``?``, ``[...]``, and ``**``
-    for any depth of folders) for the image files it matches, sorted; a table, ``.csv`` or ``.parquet``, for the files
-    in its column ``path``, relative to the table's folder, whether or not they are there. A path that exists is no
-    pattern.
+    A folder gives every image below it, sorted; a pattern (``*``, ``?``, ``[...]``, and ``**`` for any depth) the image
+    files that it matches, sorted; a ``.csv`` or ``.parquet`` table the files in its column ``path``, relative to the
+    table's folder, whether or not they exist. An existing path is never a pattern.
 
     Raises:
         CrossXError: If a path does not exist, a folder holds no image, a pattern matches none, or a table cannot be
@@ -41,21 +40,20 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
-    """Return one image an item, in place of each path what ``expand_paths`` makes of it.
-
-    Raises:
-        CrossXError: As ``expand_paths``.
-    """
+    """Return a list of single images, with each path replaced by its files; see ``expand_paths``."""
     if isinstance(images, str | bytes | Path | Image.Image | Tensor):
         images = [images]
-    return list(_expand(images))
+    items: list[OneImage] = []
+    for image in images:
+        items.extend(_files(Path(image)) if isinstance(image, str | Path) else [image])
+    return items
 
 
 def decode(item: Image.Image | Tensor) -> Tensor:
-    """Return an image in memory as uint8 RGB (3, H, W), as ``read_image`` would read it from a file.
+    """Return an image in memory as uint8 RGB (3, H, W), as ``read_image`` reads it from a file.
 
     Raises:
-        CrossXError: If a tensor is no such image, or the Pillow image cannot be decoded.
+        CrossXError: If the tensor has another type or shape, or the Pillow image cannot be decoded.
     """
     if isinstance(item, Tensor):
         if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
@@ -63,7 +61,7 @@ def decode(item: Image.Image | Tensor) -> Tensor:
                 f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."
             )
         return item
-    # Through a file's bytes, so that rotation, transparency and modes are treated in one place.
+    # via the bytes of a file, so that one function handles rotation, transparency and modes
     buffer = io.BytesIO()
     try:
         picture = item if item.mode in _PNG_MODES else item.convert("RGB")
@@ -73,16 +71,8 @@ def decode(item: Image.Image | Tensor) -> Tensor:
     return read_image(buffer.getvalue())
 
 
-def _expand(images: Iterable[ImageInput]) -> Iterator[OneImage]:
-    for image in images:
-        if isinstance(image, str | Path):
-            yield from _files(Path(image))
-        else:
-            yield image
-
-
 def _files(path: Path) -> list[Path]:
-    # os.path and not Path: it is also false for a name too long or a folder that may not be entered
+    # unlike Path.exists, false for names that are too long and for folders without permission
     if not os.path.exists(path):
         if glob.has_magic(str(path)):
             return _matches(path)

@@ -1,4 +1,4 @@
-"""Predictions and features as files: written as they come, and whole or not at all."""
+"""Write predictions and features to files, incrementally and atomically."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
-"""Columns of a table of predictions; ``rank`` only where more than one class an image was asked for."""
+"""Columns of a table of predictions; ``rank`` only with more than one class per image."""
 
 GROUP_ROWS = 1024
-"""Rows of a Parquet file that are gathered in memory, and lie together in the file."""
+"""Rows per row group of a Parquet file."""
 
 TableRow: TypeAlias = tuple[object, str | None, float | None, str | None, int | None]
 
@@ -32,14 +32,10 @@ _SCHEMA = pa.schema(
 
 
 def check_output(path: Path, suffixes: Iterable[str]) -> None:
-    """Check that ``path`` can be written, before any work.
-
-    Args:
-        path: The file.
-        suffixes: What it may end in.
+    """Check that ``path`` has one of the suffixes and can be written.
 
     Raises:
-        UsageError: If it ends otherwise, or a folder has its name.
+        UsageError: If it has another suffix or is a folder.
         CrossXError: If its folder cannot be written to.
     """
     if path.suffix.lower() not in suffixes:
@@ -48,12 +44,7 @@ def check_output(path: Path, suffixes: Iterable[str]) -> None:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write predictions in the format that the file's name asks for, see ``WRITERS``, atomically.
-
-    Args:
-        path: The file.
-        predictions: What ``predict`` or ``iter_predict`` gave with the same ``top``.
-        top: How many classes an image.
+    """Write predictions of ``iter_predict`` with the same ``top``, in the format of the file's suffix, see ``WRITERS``.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -64,8 +55,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], top: int = 
 def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
     """Write a CSV file: columns ``path, label, probability, error``.
 
-    With ``top`` above 1 there is one row a rank with the further column ``rank``, 1 for the best, empty where there is
-    an error.
+    With ``top`` above 1 there is one row per rank and a column ``rank``, from 1, empty for an error.
     """
     write_table(path, _columns(top), _rows(predictions, top))
 
@@ -78,7 +68,7 @@ def print_csv(file: TextIO, predictions: Iterable[Prediction], top: int = 1) -> 
 
 
 def write_json_lines(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write a JSON object a line and image: ``path, label, probability, error``.
+    """Write one JSON object per line and image: ``path, label, probability, error``.
 
     With ``top`` above 1 there is also ``top``, a list of objects ``label, probability``, best first.
     """
@@ -104,14 +94,9 @@ def write_parquet(path: Path, predictions: Iterable[Prediction], top: int = 1) -
 
 
 def write_features(path: Path, features: Iterable[Features], size: int) -> None:
-    """Write a Parquet file atomically: ``path``, ``feature``, ``error``, a row an image.
+    """Write features of ``iter_features`` as a Parquet file: ``path``, ``feature``, ``error``, one row per image.
 
-    One of feature and error is null.
-
-    Args:
-        path: The file.
-        features: What ``iter_features`` gave.
-        size: Numbers of a feature vector, the length of the column's fixed-size lists.
+    One of feature and error is null. ``size`` is the length of a feature vector.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -123,7 +108,7 @@ def write_features(path: Path, features: Iterable[Features], size: int) -> None:
 
 
 def table_rows(name: object, prediction: Prediction, top: int) -> Iterator[TableRow]:
-    """Give the rows of a table with ``TABLE_COLUMNS``: one a rank, or one with the error."""
+    """Yield rows with ``TABLE_COLUMNS``: one per rank, or one with the error."""
     if prediction.error is not None:
         yield name, None, None, prediction.error, None
     for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
@@ -158,7 +143,7 @@ def _rows(predictions: Iterable[Prediction], top: int) -> Iterator[Sequence[obje
 
 
 def _table(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.Table:
-    columns = [pa.array([row[place] for row in rows], kind) for place, kind in enumerate(schema.types)]
+    columns = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
     return pa.table(columns, schema)
 
 
@@ -169,10 +154,9 @@ def _write_groups(path: Path, schema: pa.Schema, rows: Iterator[Sequence[object]
 
 
 def _text(path: Path | None) -> str | None:
-    """Return a file name as text: names may be any bytes, JSON and Parquet hold valid UTF-8 alone."""
     return None if path is None else utf8(str(path))
 
 
 def utf8(name: str) -> str:
-    """Write what is no valid UTF-8 in a file name as backslashes and numbers."""
+    """Return a file name with invalid UTF-8 escaped by backslashes, for JSON and Parquet."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""From images to class names and features with a trained run: the one place that computes them."""
+"""Predict classes, features and maps of images with a trained network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.predict.exported import ExportedModel, is_exported
 from crossx.predict.inputs import ImageInput, OneImage, expand
 from crossx.predict.prefetch import prefetch_batches
@@ -30,26 +30,21 @@ T = TypeVar("T")
 
 
 class Predictor:
-    """A trained network with its class names and preprocessing: files, bytes, Pillow images or arrays to predictions.
+    """A trained network with its class names and preprocessing.
 
-    With ``flip`` or ``crops`` the network sees several views of each image. The probabilities of the views are
-    averaged, as by Krizhevsky et al. (2012, section 4.1), and not the logits: a probability is what the temperature
-    has calibrated, and a view that sees nothing, whose classes are all about as probable, then weighs little.
+    With ``flip`` or ``crops`` the network sees several views of each image, whose probabilities are averaged as by
+    Krizhevsky et al. (2012, section 4.1). Probabilities rather than logits, since these are calibrated by the
+    temperature, and a view without the object, whose classes are nearly equally probable, then has little weight.
 
     Args:
         network: The trained network.
-        spec: The description that belongs to it.
-        flip: Whether the mirror image of each view is a view too.
+        spec: Its description, ``model.json`` of the run.
+        flip: Whether to add the mirror image of each view.
         crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
-        origin: See below.
-
-    Attributes:
-        network: As given.
-        spec: What ``model.json`` of the run says.
-        origin: The run and the file of weights that the network was loaded from; None for a network made otherwise.
+        origin: The run and the weights file that the network was loaded from, if any.
 
     Raises:
-        UsageError: For crops that cannot be made.
+        UsageError: If the crops are not possible.
     """
 
     def __init__(
@@ -75,21 +70,21 @@ class Predictor:
         crops: int = 1,
         trust: bool = False,
     ) -> Predictor:
-        """Load a run (its selected weights), a checkpoint in one, a model on the Hub, or a file of ``crossx export``.
+        """Load a run (its selected weights), a checkpoint, a model on the Hub, or an exported file.
 
         Args:
-            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``; or the
-                exported file.
+            path: See ``crossx.runs.open_run``: ``"runs/mine"``, ``"user/name"``, ``"user/name@revision"``; or a file
+                of ``crossx export``, which runs on the CPU in its own precision.
             device: See ``select_device``.
             precision: See ``TorchNetwork``.
             flip: See the class.
             crops: See the class.
-            trust: Whether a ``.pt2`` file may be loaded, which can run any code: only for files that you made.
+            trust: Whether to load a ``.pt2`` file, which can run any code; only for files that you made.
 
         Raises:
-            UsageError: If there is no such device, or an option cannot work; an exported file takes no other device
-                than the CPU, and no precision but its own; a ``.pt2`` file is not loaded without ``trust``.
-            CrossXError: If there is no such run or model, or it has no weights that fit.
+            UsageError: If the device does not exist, an option is not possible, or ``path`` is a ``.pt2`` file and
+                ``trust`` is False.
+            CrossXError: If there is no such run or model, or its weights do not fit.
         """
         if is_exported(path):
             model = ExportedModel.load(path, device, precision, trust=trust)
@@ -114,45 +109,31 @@ class Predictor:
         crops: int = 1,
         origin: tuple[Run, Path] | None = None,
     ) -> Predictor:
-        """Return the predictor of a trained method, which is moved to ``device`` and put into evaluation mode.
+        """Make a predictor of a trained method, which is moved to ``device`` and put into evaluation mode.
 
-        Args:
-            method: The trained method.
-            spec: The description that belongs to it.
-            device: See ``select_device``.
-            precision: See ``TorchNetwork``.
-            flip: See the class.
-            crops: See the class.
-            origin: See the class.
-
-        Raises:
-            UsageError: For an unknown device or precision, or crops that cannot be made.
+        Arguments and errors: as in ``load`` and the class.
         """
         network = TorchNetwork(method, Normalize(spec.preprocessing), device, precision=precision)
         return cls(network, spec, flip=flip, crops=crops, origin=origin)
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """Device of the network."""
         return self.network.device
 
     @property
     def precision(self) -> torch.dtype:
-        """The precision of the network's arithmetic."""
+        """Data type of the network's computations."""
         return self.network.precision
 
     @property
     def explains(self) -> bool:
-        """Whether the network gives more than predictions: ``iter_explain``, features and ``method`` work."""
+        """Whether ``iter_explain``, features and ``method`` work; an exported file only predicts."""
         return self.network.explains
 
     @property
     def method(self) -> Method:
-        """The method: images (B, 3, H, W), normalised, to logits (B, K).
-
-        Raises:
-            UsageError: If this is an exported file, which gives nothing but predictions.
-        """
+        """The method: normalised images (B, 3, H, W) to logits (B, K); ``UsageError`` for an exported file."""
         return self.network.method
 
     @property
@@ -165,16 +146,16 @@ class Predictor:
     ) -> list[Prediction]:
         """Classify images.
 
-        An image that cannot be read gives a prediction with ``error`` set, and the rest goes on.
+        An image that cannot be read has a prediction with ``error`` set.
 
         Args:
-            images: Image files, folders (every image below them, sorted), the bytes of image files, opened Pillow
-                images or uint8 RGB tensors (3, H, W); or just one of these.
-            top: How many classes to give for each image.
-            batch_size: Images per step.
+            images: One or several image files, folders (every image below them, sorted), bytes of image files,
+                Pillow images or uint8 RGB tensors (3, H, W).
+            top: Classes per image.
+            batch_size: Images per batch.
 
         Returns:
-            A prediction for each image, in order.
+            One prediction per image, in order.
 
         Raises:
             CrossXError: If a path does not exist, or a folder holds no image.
@@ -184,9 +165,9 @@ class Predictor:
     def iter_predict(
         self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
     ) -> Iterator[Prediction]:
-        """Classify images as ``predict`` does, giving each prediction as soon as its batch is done.
+        """Yield the predictions of ``predict`` as soon as their batch is done.
 
-        Images are decoded in threads ahead of the network, and only a few batches are held in memory.
+        Images are decoded in threads ahead of the network; only a few batches are held in memory.
         """
         if top < 1 or batch_size < 1:
             raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
@@ -195,9 +176,9 @@ class Predictor:
     def iter_images(
         self, images: Iterable[OneImage], top: int = 1, batch_size: int = 16
     ) -> Iterator[Prediction]:
-        """Classify images one for one, as ``iter_predict`` does, but take each path as a file, there or not.
+        """Classify images as ``iter_predict`` does, but without expanding or checking paths.
 
-        The images are taken from ``images`` only a few batches ahead.
+        ``images`` is consumed only a few batches ahead.
         """
         for item, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
             path = item if isinstance(item, Path) else None
@@ -209,10 +190,7 @@ class Predictor:
     def iter_features(
         self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
     ) -> Iterator[Features]:
-        """Compute the features of images, see ``features``, giving each as soon as its batch is done.
-
-        Arguments, errors and images that cannot be read: as in ``iter_predict``.
-        """
+        """Yield the features of images, see ``features``; arguments and errors as in ``iter_predict``."""
         for item, answer in self._stream(expand(images), batch_size, self.features):
             path = item if isinstance(item, Path) else None
             if isinstance(answer, str):
@@ -228,16 +206,16 @@ class Predictor:
         target: str | None = None,
         batch_size: int = 16,
     ) -> Iterator[ExplainedImage]:
-        """Compute where the network looks in images, giving each result as soon as its batch is done.
+        """Yield where the network looks in images, as soon as their batch is done.
 
-        The maps are of the centre crop, in float32; the probabilities, and with them the predicted class, are those
-        of ``predict``. An image that cannot be read gives a result with ``error`` set, and the rest goes on.
+        Maps are of the centre crop, in float32; probabilities and predicted class are those of ``predict``. An image
+        that cannot be read has a result with ``error`` set.
 
         Args:
             images: See ``predict``.
             maps: ``activation``, ``class`` or ``both``, see ``crossx.explain.explain_images``.
-            target: Name of the class that class maps explain; by default each image's predicted one.
-            batch_size: Images per step.
+            target: Name of the class that class maps explain; by default the predicted one.
+            batch_size: Images per batch.
 
         Raises:
             UsageError: For an unknown class or ``maps``, or class maps that the network does not have.
@@ -259,7 +237,7 @@ class Predictor:
                 yield ExplainedImage(path, answer[0].permute(1, 2, 0).numpy(), answer[1])
 
     def inputs(self, images: ImageInput | Iterable[ImageInput]) -> Tensor:
-        """Return images as the network takes them, float32 (B, 3, S, S), normalised, on ``device``.
+        """Return the network's input, float32 (B, 3, S, S), normalised, on ``device``.
 
         Raises:
             CrossXError: If an image cannot be read, or there is none.
@@ -280,7 +258,7 @@ class Predictor:
         batch_size: int,
         compute: Callable[[Sequence[Tensor]], Iterable[T]],
     ) -> Iterator[tuple[OneImage, T | str]]:
-        """Give each image with what ``compute`` makes of it in its batch, or why it cannot be read."""
+        """Yield each image with its result of ``compute``, or why it cannot be read."""
         for items, prepared in prefetch_batches(images, self._try_prepare, batch_size):
             readable = [image for image in prepared if isinstance(image, Tensor)]
             answers = iter(compute(readable)) if readable else iter(())
@@ -288,14 +266,14 @@ class Predictor:
                 yield item, image if isinstance(image, str) else next(answers)
 
     def prepare(self, item: OneImage) -> Tensor:
-        """Decode one image and prepare it as the run does in evaluation. Threads may call it side by side.
+        """Decode one image and prepare it as in evaluation; thread-safe.
 
         Returns:
-            uint8 (3, S, S), on the CPU; with 5 crops (3, R, R), the square of the resized image that they are cut from.
+            uint8 (3, S, S), on the CPU; with 5 crops (3, R, R), the square of the resized image around all crops.
 
         Raises:
-            ImageError: If it cannot be read, or nothing is left of it; ``reason`` says why without the path.
-            CrossXError: If it is no image that can be prepared.
+            ImageError: If it cannot be read or the crop is empty; ``reason`` says why, without the path.
+            CrossXError: If it is not a supported image.
         """
         return self._views.prepare(item)
 
@@ -303,18 +281,18 @@ class Predictor:
     def classify(
         self, images: Sequence[Tensor] | Tensor, top: int = 1
     ) -> list[tuple[tuple[str, float], ...]]:
-        """Classify what ``prepare`` gave, as one batch.
+        """Classify prepared images as one batch.
 
         Args:
-            images: uint8 tensors (3, S, S), or one tensor (B, 3, S, S).
-            top: How many classes to give for each image; all of them where there are fewer.
+            images: Results of ``prepare``, or one tensor (B, 3, S, S).
+            top: Classes per image, at most K.
 
         Returns:
-            For each image its most probable classes with their probabilities, best first: the softmax of
-            logits / T, T being the run's temperature.
+            For each image its most probable classes with their probabilities, softmax(logits / temperature), best
+            first.
 
         Raises:
-            CrossXError: If the logits are not finite or the GPU's memory is too small.
+            CrossXError: If the logits are not finite or the GPU is out of memory.
         """
         if len(images) == 0:
             return []
@@ -326,14 +304,13 @@ class Predictor:
 
     @torch.inference_mode()
     def features(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Return what the network's classifiers see (``Method.embeddings``) of what ``prepare`` gave, as one batch.
+        """Return the features (``Method.embeddings``) of prepared images, as one batch.
 
         Args:
-            images: As ``classify`` takes them, at least one.
+            images: As in ``classify``, at least one.
 
         Returns:
-            float32 (B, D) on the CPU: the mean over the views, scaled to length 1, so that the inner product of two
-            images' features is their cosine similarity.
+            float32 (B, D) on the CPU: the mean over the views, L2-normalised.
 
         Raises:
             CrossXError: As ``classify``.
@@ -343,13 +320,13 @@ class Predictor:
 
     @cached_property
     def feature_size(self) -> int:
-        """D, the length of a feature vector."""
+        """Length D of a feature vector."""
         side = self.spec.preprocessing.image_size
         return self.network.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
 
     @torch.inference_mode()
     def _probabilities(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Return the calibrated probabilities (B, K), on ``device``, of what ``prepare`` gave."""
+        """Return calibrated probabilities (B, K), on ``device``, of prepared images."""
         views = [
             (_require_finite(self.network.logits(view)) / self.spec.temperature).softmax(dim=1)
             for view in self._views.split(images)
@@ -357,7 +334,7 @@ class Predictor:
         return torch.stack(views).mean(dim=0)
 
     def _try_prepare(self, item: OneImage) -> Tensor | str:
-        """Return the prepared image, or why there is none."""
+        """Return the prepared image, or the error."""
         try:
             return self.prepare(item)
         except ImageError as error:
@@ -367,11 +344,7 @@ class Predictor:
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
-    """Return the label of the class called ``name``.
-
-    Raises:
-        UsageError: If there is none; the nearest name is suggested.
-    """
+    """Return the label of a class; ``UsageError`` with the nearest name if it is unknown."""
     if name not in classes:
         raise UsageError(
             f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."

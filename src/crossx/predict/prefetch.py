@@ -1,4 +1,4 @@
-"""Batches of prepared images, which threads decode ahead of the network."""
+"""Prepare batches of images in threads, ahead of the network."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MAX_WORKERS = 8
 def prefetch_batches(
     items: Iterable[T], prepare: Callable[[T], R], batch_size: int
 ) -> Iterator[tuple[list[T], list[R]]]:
-    """Give batches of items with what ``prepare`` returns for each; only a few batches are held in memory.
+    """Yield batches of items and their results of ``prepare``; only a few batches are held in memory.
 
     Args:
-        items: Taken only a few batches ahead.
+        items: Consumed only a few batches ahead.
         prepare: Called by up to ``MAX_WORKERS`` threads at a time.
         batch_size: Items per batch; the last may have fewer.
 

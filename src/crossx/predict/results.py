@@ -1,4 +1,4 @@
-"""What a predictor gives for each image."""
+"""Results of a predictor, one per image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from crossx.explain.maps import Explanation
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says about one image.
+    """The predicted classes of one image.
 
     Attributes:
-        path: The image file; None for an image that was given in memory.
-        label: Name of the most probable class; None where the image could not be read.
-        probability: Its calibrated probability, softmax(logits / temperature); None likewise.
-        error: Why there is no prediction, on one line; None where there is one.
-        top: The most probable classes and their probabilities, best first, as many as were asked for.
+        path: The image file; None for an image in memory.
+        label: Name of the most probable class; None for an error.
+        probability: Its calibrated probability, softmax(logits / temperature); None for an error.
+        error: Why there is no prediction, on one line.
+        top: The most probable classes and their probabilities, best first.
     """
 
     path: Path | None
@@ -35,10 +35,10 @@ class ExplainedImage:
     """Where the network looks in one image.
 
     Attributes:
-        path: The image file; None for an image that was given in memory.
-        pixels: uint8 (S, S, 3), what the network saw of it; None where the image could not be read.
-        explanation: Prediction and maps; None likewise.
-        error: Why there is none, on one line; None where there is one.
+        path: The image file; None for an image in memory.
+        pixels: uint8 (S, S, 3), the network's input; None for an error.
+        explanation: Prediction and maps; None for an error.
+        error: Why there is no explanation, on one line.
     """
 
     path: Path | None
@@ -49,12 +49,12 @@ class ExplainedImage:
 
 @dataclass(frozen=True)
 class Features:
-    """What the network's classifiers see of one image.
+    """The feature vector of one image.
 
     Attributes:
-        path: The image file; None for an image that was given in memory.
-        vector: float32 (D,), of length 1; None where the image could not be read.
-        error: Why there is none, on one line; None where there is one.
+        path: The image file; None for an image in memory.
+        vector: float32 (D,), L2-normalised; None for an error.
+        error: Why there are no features, on one line.
     """
 
     path: Path | None

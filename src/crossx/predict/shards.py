@@ -1,4 +1,4 @@
-"""Collections of images, cut into shards: the units that are predicted, written and, after a stop, left out."""
+"""Collections of images split into shards, the units of prediction, writing and resuming."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from crossx.errors import CrossXError, UsageError, first_line
 from crossx.predict.outputs import TABLE_COLUMNS, TableRow, table_rows, to_table, utf8
 from crossx.predict.predictor import Predictor
 
-LARGEST = 16
-"""A row group with more rows than this many shards is cut, although each of its shards reads past those before."""
+MAX_SHARDS_PER_GROUP = 16
+"""Shards per row group above which it is split, although each of its shards then reads past the rows before it."""
 
 _READ_ROWS = 64
 
 
 class Entry(NamedTuple):
-    """One image of a collection: what the table of predictions calls it, the image, and why there is none."""
+    """One image of a collection: its name in the table, the image, and why it cannot be read."""
 
     name: str
     image: Path | bytes
@@ -35,14 +35,14 @@ class Entry(NamedTuple):
 
 
 class Shard(Protocol):
-    """Some images of a collection, the same ones on every call."""
+    """A fixed part of a collection."""
 
     @property
     def size(self) -> int:
-        """How many images it holds."""
+        """Number of images."""
 
     def read(self) -> Iterator[Entry]:
-        """Give its images in order."""
+        """Yield its images in order."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class FileShard:
 
     @property
     def size(self) -> int:
-        """How many images it holds."""
+        """Number of images."""
         return len(self.names)
 
     def read(self) -> Iterator[Entry]:
-        """Give its images in order."""
+        """Yield its images in order."""
         for name in self.names:
             yield Entry(utf8(name), self.root / name)
 
@@ -68,15 +68,15 @@ class FileShard:
 
 @dataclass(frozen=True)
 class RowShard:
-    """Encoded images: the rows from ``start`` to before ``stop`` of a Parquet file.
+    """Encoded images in rows of a Parquet file.
 
     Attributes:
         file: The Parquet file.
-        name: Its path below the collection, for rows that have no name.
-        start: The first row.
-        stop: The row after the last.
-        image: The column of bytes, or of structs with a field ``bytes``.
-        label: The column with the images' names, if there is one.
+        name: Its path below the collection, for rows without a name.
+        start: First row.
+        stop: Row after the last.
+        image: Column of bytes, or of structs with a field ``bytes``.
+        label: Column of the images' names, if any.
     """
 
     file: Path
@@ -88,11 +88,11 @@ class RowShard:
 
     @property
     def size(self) -> int:
-        """How many images it holds."""
+        """Number of images."""
         return self.stop - self.start
 
     def read(self) -> Iterator[Entry]:
-        """Give its images in order; rows that cannot be read are entries with a problem."""
+        """Yield its images in order; unreadable rows are entries with a problem."""
         row = self.start
         try:
             for entry in self._entries():
@@ -138,9 +138,9 @@ class Collection:
 
     Attributes:
         source: The folder or file, absolute.
-        shards: Its parts; cut anew the same way as long as the collection and the shard size stay the same.
-        fingerprint: SHA-256 of what it holds: the paths of image files, or name, bytes and rows of each Parquet
-            file with encoded images.
+        shards: Its parts, the same for the same collection and shard size.
+        fingerprint: SHA-256 of the paths of image files, or of name, bytes and rows of each Parquet file with encoded
+            images.
     """
 
     source: Path
@@ -149,25 +149,25 @@ class Collection:
 
     @property
     def size(self) -> int:
-        """How many images it holds."""
+        """Number of images."""
         return sum(shard.size for shard in self.shards)
 
 
 def find_collection(source: str | Path, shard_size: int) -> Collection:
-    """List a collection and cut it.
+    """List a collection and split it into shards.
 
-    A folder is searched for images and, where it has none, for Parquet files, below it too. A Parquet file has
-    encoded images in a column ``bytes`` or ``image`` (bytes, or structs with a field ``bytes``), named by a column
-    ``path`` or ``id``, the struct's field ``path`` or the row's number; or else image files in a column ``path``,
-    relative to the file's folder.
+    A folder is searched recursively for images and, if it has none, for Parquet files. A Parquet file has encoded
+    images in a column ``bytes`` or ``image`` (bytes, or structs with a field ``bytes``), named by a column ``path`` or
+    ``id``, the struct's field ``path`` or the row number; or image files in a column ``path``, relative to the file's
+    folder.
 
     Args:
         source: A folder or a Parquet file.
-        shard_size: Images a shard. Encoded images are cut where a row group ends, so that a shard may be larger.
+        shard_size: Images per shard; shards of encoded images end with a row group and may be larger.
 
     Raises:
-        CrossXError: If there is nothing there, no image, or a Parquet file that cannot be read or lacks the columns.
-        UsageError: If it is a file other than Parquet.
+        CrossXError: If ``source`` does not exist or has no image, or a Parquet file is damaged or lacks the columns.
+        UsageError: If it is another kind of file.
     """
     given = Path(source)
     if not os.path.exists(given):
@@ -198,11 +198,7 @@ def find_collection(source: str | Path, shard_size: int) -> Collection:
 
 
 def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int) -> bytes:
-    """Predict a shard's images.
-
-    Returns:
-        A Parquet file: the columns and rows that ``write_csv`` writes.
-    """
+    """Predict a shard, and return a Parquet file with the columns and rows of ``write_csv``."""
     entries, ahead = tee(shard.read())
     predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
     rows: list[TableRow] = []
@@ -216,11 +212,7 @@ def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int)
 
 
 def count_failed(part: Path) -> int:
-    """Count the images without a prediction in a file of ``predict_shard``, by its footer.
-
-    Raises:
-        CrossXError: If the file cannot be read.
-    """
+    """Count the images without a prediction in a file of ``predict_shard``, from its footer."""
     try:
         group = pq.read_metadata(part).row_group(0)
     except (pa.ArrowException, OSError) as error:
@@ -235,7 +227,7 @@ def _file_shards(root: Path, names: Sequence[str], size: int) -> Iterator[FileSh
 
 
 def _find_tables(folder: Path) -> list[Path]:
-    """Return the Parquet files below a folder; those of other programs' own making begin with a dot or underscore."""
+    """Return the Parquet files below a folder, except hidden ones and those with a leading underscore."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -248,7 +240,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
-    """Return what tells the content of a Parquet file from another's, and its shards."""
+    """Return the content of a Parquet file to fingerprint, and its shards."""
     try:
         with pq.ParquetFile(file) as table:
             image, label = _columns(file, table.schema_arrow)
@@ -256,7 +248,7 @@ def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
                 names = table.read(columns=["path"])["path"].to_pylist()
                 if not all(names):
                     row = next(row for row, value in enumerate(names) if not value)
-                    raise CrossXError(f"{file}: row {row}: path empty. Mend the table.")
+                    raise CrossXError(f"{file}: row {row}: path empty. Fix the table.")
                 return _joined([name, *names]), list(_file_shards(file.parent, names, size))
             ranges = list(_ranges(_row_groups(table), size))
     except (pa.ArrowException, OSError) as error:
@@ -267,7 +259,7 @@ def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
 
 
 def _columns(file: Path, schema: pa.Schema) -> tuple[str | None, str | None]:
-    """Return the columns of encoded images and of names; no image column where ``path`` holds files."""
+    """Return the columns of encoded images and of names; (None, ``path``) for a table of image files."""
     kinds = dict(zip(schema.names, schema.types, strict=True))
     image = next((name for name in ("bytes", "image") if name in kinds and _is_image(kinds[name])), None)
     if image is not None:
@@ -294,16 +286,18 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _row_groups(table: pq.ParquetFile) -> list[int]:
-    """Return the number of rows of each row group."""
     return [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
 
 
 def _ranges(row_groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Give first row and end of each shard: whole row groups, or parts of a very large one."""
+    """Yield start and stop of each shard: whole row groups, or parts of a very large one."""
     start = begin = 0
     total = sum(row_groups)
     for rows in row_groups:
-        for end in (*range(begin + LARGEST * size, begin + rows, LARGEST * size), begin + rows):
+        for end in (
+            *range(begin + MAX_SHARDS_PER_GROUP * size, begin + rows, MAX_SHARDS_PER_GROUP * size),
+            begin + rows,
+        ):
             if end - start >= size or (end == total and end > start):
                 yield start, end
                 start = end

@@ -1,4 +1,4 @@
-"""The views of each image that a prediction averages over: crops and their mirror images."""
+"""Views of an image that a prediction averages over: crops and their mirror images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CROPS = (1, 5)
 
 
 class Views:
-    """Prepares images, and cuts the views out of what is prepared.
+    """Prepare images and split them into views.
 
     Args:
-        preprocessing: The run's.
-        flip: Whether the mirror image of each view is a view too.
+        preprocessing: Preprocessing of the run.
+        flip: Whether to add the mirror image of each view.
         crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
 
     Raises:
-        UsageError: For crops that cannot be made.
+        UsageError: If the crops are not possible.
     """
 
     def __init__(self, preprocessing: Preprocessing, *, flip: bool = False, crops: int = 1) -> None:
@@ -41,12 +41,12 @@ class Views:
         self._transform = eval_transform(preprocessing) if crops == 1 else square_transform(preprocessing)
 
     def prepare(self, item: OneImage) -> Tensor:
-        """Decode an image, resize it, and crop what all its views lie in; see ``Predictor.prepare``."""
+        """Decode, resize and crop an image; see ``Predictor.prepare``."""
         decoded = self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
         return self._transform(decoded)
 
     def split(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
-        """Give the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
+        """Yield the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
         batch = images if isinstance(images, Tensor) else batch_images(images)
         for crop in [batch] if self.crops == 1 else vision.five_crop(batch, [self._side, self._side]):
             yield crop

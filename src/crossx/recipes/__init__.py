@@ -1,31 +1,30 @@
 """Packaged recipes: training configurations as YAML, each number with its source in a comment. Imports no torch.
 
-A recipe holds the sections of ``crossx fit`` (``model``, ``data``, ``optim``, ``trainer``) and top-level options
-(``seed``, ``output``). ``base: NAME`` or ``base: [NAME, ...]`` takes the values of other recipes first, left to
-right, and what the recipe itself says overrides them; a file of one's own can name a packaged recipe as its base.
-Files whose name starts with an underscore are parts that only serve as a base.
+A recipe has the sections of ``crossx fit`` (``model``, ``data``, ``optim``, ``trainer``) and top-level options
+(``seed``, ``output``). ``base: NAME`` or ``base: [NAME, ...]`` takes the values of other recipes first, left to right;
+the recipe's own values override them. Your own file can name a packaged recipe as its base. Files whose name starts
+with an underscore serve only as a base.
 
-What a recipe trains has a name as timm's models have one, ``architecture.tag``, which stands for the recipe wherever
-its own name does: ``crossx_resnet50.cub_448`` is ``crossx_cub_resnet50``.
+The model that a recipe trains has a timm-style name, ``architecture.tag``, which can be used instead of the recipe's:
+``crossx_resnet50.cub_448`` is ``crossx_cub_resnet50``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from crossx.errors import CrossXError, UsageError, nearest
+from crossx.yaml import compose_yaml, dump_yaml, load_yaml
 
 SECTIONS = ("model", "data", "optim", "trainer")
 RELEASED = "_released"
-"""How the names of the recipes end that follow the released code and not the paper."""
+"""Suffix of the recipes that follow the released code instead of the paper."""
 
 Key: TypeAlias = tuple[str, ...]
 """``("seed",)`` or ``("optim", "lr")``."""
@@ -33,12 +32,12 @@ Key: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of a recipe and the comments that say where it comes from.
+    """One value of a recipe and the comments that give its source.
 
     Attributes:
         value: Plain YAML value.
         above: Comment lines before it, without ``#``.
-        beside: Comment at the end of its line, without ``#``; empty where there is none.
+        beside: Comment at the end of its line, without ``#``; empty if there is none.
     """
 
     value: Any
@@ -48,37 +47,36 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe with everything of its bases filled in.
+    """A recipe, with the values of its bases filled in.
 
     Attributes:
         name: Its packaged name or the path of its file.
         description: One line on what it trains.
         bases: The recipes that it builds on, as it names them.
         settings: Every setting, in the order of reading.
+        published_as: The published name of its network, where that is not the method's.
     """
 
     name: str
     description: str = ""
     bases: tuple[str, ...] = ()
     settings: Mapping[Key, Setting] = field(default_factory=dict)
+    published_as: str = ""
 
     def get(self, *key: str, default: Any = None) -> Any:
         """Return one value: ``recipe.get("optim", "lr")``."""
-        return self.settings[key].value if key in self.settings else default
+        return deepcopy(self.settings[key].value) if key in self.settings else default
 
     def to_dict(self) -> dict[str, Any]:
         """Return section -> option -> value, the form of ``config.yaml``."""
         values: dict[str, Any] = {}
-        for key, setting in self.settings.items():
-            target = values
-            for part in key[:-1]:
-                target = target.setdefault(part, {})
-            target[key[-1]] = setting.value
+        for (*section, option), setting in self.settings.items():
+            (values.setdefault(section[0], {}) if section else values)[option] = deepcopy(setting.value)
         return values
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML, comments included; ``load_recipe`` reads it back."""
-        lines = [f"description: {_scalar(self.description)}"] if self.description else []
+        """Return the recipe with its bases filled in as YAML with comments; ``load_recipe`` reads it back."""
+        text = dump_yaml({"description": self.description}) if self.description else ""
         for section in (None, *SECTIONS):
             members = {
                 key: setting
@@ -86,13 +84,13 @@ class Recipe:
                 if (key[0] if len(key) > 1 else None) == section
             }
             if members and section:
-                lines += ["", f"{section}:"]
+                text += f"\n{section}:\n"
+            indent = "  " if section else ""
             for key, setting in members.items():
-                indent = "  " if section else ""
-                lines += [f"{indent}# {comment}" for comment in setting.above]
+                text += "".join(f"{indent}# {comment}\n" for comment in setting.above)
                 beside = f"  # {setting.beside}" if setting.beside else ""
-                lines.append(f"{indent}{key[-1]}: {_scalar(setting.value)}{beside}")
-        return "\n".join(lines) + "\n"
+                text += f"{indent}{key[-1]}: {dump_yaml(setting.value, flow=True).strip()}{beside}\n"
+        return text or "\n"
 
 
 def list_recipes() -> list[str]:
@@ -100,26 +98,21 @@ def list_recipes() -> list[str]:
     return [name for name in _packaged() if not name.startswith("_")]
 
 
-def architecture(method: str, backbone: str, options: Mapping[str, Any]) -> str:
-    """Return the timm-style name of a network: ``crossx_resnet50``; the backbone's weight tag is left out.
-
-    The special cases of ``kernel_pooling`` are published methods, and have their names: ``bilinear_resnet50``.
-    """
-    named = options.get("pooling") if method == "kernel_pooling" else None
-    return f"{method if named in (None, 'kernel') else named}_{backbone.partition('.')[0]}"
+def architecture(network: str, backbone: str) -> str:
+    """Return the timm-style name of an architecture, without the backbone's weight tag: ``crossx_resnet50``."""
+    return f"{network}_{backbone.partition('.')[0]}"
 
 
-def model_name(method: str, backbone: str, options: Mapping[str, Any], dataset: str, image_size: int) -> str:
+def model_name(network: str, backbone: str, dataset: str, image_size: int) -> str:
     """Return the timm-style name of a trained network: ``crossx_resnet50.cub_448``.
 
     Args:
-        method: A registered method.
+        network: Name of a method, or the name under which it was published with its options.
         backbone: A timm name.
-        options: The method's.
         dataset: Name of the dataset.
         image_size: Side of the crop that the network sees, in pixels.
     """
-    return f"{architecture(method, backbone, options)}.{dataset}_{image_size}"
+    return f"{architecture(network, backbone)}.{dataset}_{image_size}"
 
 
 @cache
@@ -130,9 +123,8 @@ def model_names() -> Mapping[str, str]:
 
 def _model_name(recipe: Recipe) -> str:
     name = model_name(
-        recipe.get("model", "method"),
+        recipe.published_as or recipe.get("model", "method"),
         recipe.get("model", "backbone"),
-        recipe.to_dict()["model"],
         recipe.get("data", "dataset"),
         recipe.get("data", "image_size"),
     )
@@ -155,7 +147,7 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     if name in parents:
         raise UsageError(f"recipe {parents[-1]!r}: its base {name!r} is based on it in turn.")
     try:
-        recipe = _parse(name, _read(name))
+        recipe = _load(name)
     except UsageError as error:
         if not parents:
             raise
@@ -163,115 +155,93 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     settings: dict[Key, Setting] = {}
     for base in recipe.bases:
         settings |= _resolve(base, (*parents, name)).settings
-    return Recipe(name, recipe.description, recipe.bases, settings | dict(recipe.settings))
+    return Recipe(
+        name, recipe.description, recipe.bases, settings | dict(recipe.settings), recipe.published_as
+    )
 
 
+@cache
 def _packaged() -> list[str]:
     files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def _read(name: str) -> str:
+@cache
+def _load_packaged(name: str) -> Recipe:
+    return _parse(name, resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _load(name: str) -> Recipe:
     if name in _packaged():
-        return resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        return _load_packaged(name)
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         if name in model_names():
-            return _read(model_names()[name])
+            return _load_packaged(model_names()[name])
         hint = nearest(name, [*list_recipes(), *model_names()])
         raise UsageError(f"unknown recipe {name!r}.{hint} `crossx recipes` lists them; a file ends in .yaml.")
     try:
-        return path.read_text(encoding="utf-8")
+        return _parse(name, path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file; `crossx recipes` lists the packaged recipes.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise CrossXError(f"{path}: cannot be read ({reason}).") from error
-
-
-class YAMLLoader(yaml.SafeLoader):
-    """PyYAML reads ``1e-4`` as a string (YAML 1.1); as a number here, as in YAML 1.2."""
-
-
-YAMLLoader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YAMLLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start + 1}).") from error
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def _parse(name: str, text: str) -> Recipe:
-    loader = YAMLLoader(text)
-    try:
-        root = loader.get_single_node()
-        entries = list(_entries(loader, root, name)) if root is not None else []
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UsageError(f"{name}: line {line} is not valid YAML ({error.problem}).") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name}: not valid YAML ({' '.join(str(error).split())}).") from error
-    finally:
-        loader.dispose()
-    lines = text.split("\n")
-    settings = {
-        key: Setting(value, _comments_above(lines, key_node), _comment_beside(lines, key_node, value_node))
-        for key, value, key_node, value_node in entries
-    }
-    description = settings.pop(("description",), Setting("")).value
-    base = settings.pop(("base",), Setting(())).value
-    return Recipe(name, str(description), (base,) if isinstance(base, str) else tuple(base or ()), settings)
-
-
-def _entries(
-    loader: YAMLLoader, root: yaml.Node, name: str
-) -> Iterator[tuple[Key, Any, yaml.Node, yaml.Node]]:
-    for key_node, value_node in _members(loader, root, name):
-        key = str(key_node.value)
-        value = loader.construct_document(value_node)
+    settings: dict[Key, Setting] = {}
+    values, root = load_yaml(text, name), compose_yaml(text)
+    for key, setting, node in _read_members(values, root, text, name) if root is not None else ():
         if key not in SECTIONS:
-            yield (key,), value, key_node, value_node
-        elif value is not None:
-            for option_node, option_value in _members(loader, value_node, f"{name}: {key}"):
-                option = (key, str(option_node.value))
-                yield option, loader.construct_document(option_value), option_node, option_value
+            settings[key,] = setting
+        elif setting.value is not None:
+            members = _read_members(setting.value, node, text, f"{name}: {key}")
+            settings |= {(key, option): member for option, member, _ in members}
+    top = {key: settings.pop((key,), Setting(None)).value for key in ("description", "base", "published_as")}
+    bases = top["base"] if isinstance(top["base"], list) else [top["base"]] if top["base"] else []
+    if not all(isinstance(base, str) for base in bases):
+        raise UsageError(f"{name}: base must be the name of a recipe, or a list of names.")
+    return Recipe(name, str(top["description"] or ""), tuple(bases), settings, str(top["published_as"] or ""))
 
 
-def _members(loader: YAMLLoader, node: yaml.Node, where: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    if not isinstance(node, yaml.MappingNode):
+def _read_members(values: Any, node: Any, text: str, where: str) -> Iterator[tuple[str, Setting, Any]]:
+    """Yield each key of a mapping, its value with comments, and the value's YAML node."""
+    if not isinstance(values, Mapping) or node.id != "mapping":
         raise UsageError(f"{where}: line {node.start_mark.line + 1} is not a mapping of options to values.")
-    loader.flatten_mapping(node)
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.value in seen:
-            raise UsageError(f"{where}: line {key_node.start_mark.line + 1} gives {key_node.value!r} again.")
-        seen.add(key_node.value)
-    return list(node.value)
+    lines, nodes = text.split("\n"), _member_nodes(node)
+    for key, value in values.items():
+        # numbers may be written in several ways, but no option is called so
+        found = nodes.get(str(key))
+        comments = (_comments_above(lines, found[0]), _comment_beside(lines, *found)) if found else ()
+        yield str(key), Setting(value, *comments), found[1] if found else node
 
 
-def _comments_above(lines: list[str], key: yaml.Node) -> tuple[str, ...]:
+def _member_nodes(mapping: Any) -> dict[str, tuple[Any, Any]]:
+    """Return key -> the nodes of key and value, with those that ``<<`` merges in."""
+    own: dict[str, tuple[Any, Any]] = {}
+    merged: dict[str, tuple[Any, Any]] = {}
+    for key, value in mapping.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            for other in value.value if value.id == "sequence" else [value]:
+                merged = _member_nodes(other) | merged
+        else:
+            own[str(key.value)] = key, value
+    return merged | own
+
+
+def _comments_above(lines: list[str], key: Any) -> tuple[str, ...]:
     above: list[str] = []
     for line in reversed(lines[: key.start_mark.line]):
         if not line.startswith(" " * key.start_mark.column + "#"):
             break
-        above.append(line.strip().removeprefix("#").removeprefix(" "))
-    return tuple(reversed(above))
+        above.insert(0, line.strip().removeprefix("#").removeprefix(" "))
+    return tuple(above)
 
 
-def _comment_beside(lines: list[str], key: yaml.Node, value: yaml.Node) -> str:
-    block = isinstance(value, yaml.CollectionNode) and not value.flow_style
-    mark = key.end_mark if block else value.end_mark
-    _, found, comment = (
-        lines[mark.line][mark.column :].partition("#") if mark.line < len(lines) else ("", "", "")
-    )
-    return comment.strip() if found else ""
-
-
-def _scalar(value: Any) -> str:
-    """Write a value on one line, lists and mappings in flow style."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
-    )
-    return text.removesuffix("...\n").removesuffix("\n")
+def _comment_beside(lines: list[str], key: Any, value: Any) -> str:
+    is_block = value.id != "scalar" and not value.flow_style
+    mark = key.end_mark if is_block else value.end_mark
+    line = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
+    return line.partition("#")[2].strip()

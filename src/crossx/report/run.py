@@ -16,7 +16,7 @@ from crossx.evaluation.network import TorchNetwork, within_memory
 from crossx.evaluation.predictions import relative_paths
 from crossx.evaluation.subject import open_data
 from crossx.explain.figures import outline, overlay
-from crossx.methods.checkpoint import load_method
+from crossx.methods.weights import load_method
 from crossx.report.examples import Pictures, choose_examples
 from crossx.report.page import render
 from crossx.report.results import RunResults

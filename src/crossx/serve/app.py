@@ -1,14 +1,16 @@
-"""The HTTP application: routes, errors, documentation; what they do is in ``service``."""
+"""The HTTP application: routes, errors and documentation."""
 
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +27,7 @@ from starlette.types import Scope
 from crossx.data.images import printable
 from crossx.predict.predictor import Predictor
 from crossx.serve.limits import Limits
-from crossx.serve.monitoring import CLIENT_GONE, RequestMonitor, problem
+from crossx.serve.monitoring import CLIENT_CLOSED_REQUEST, RequestMonitor, problem
 from crossx.serve.schemas import (
     ExplainResponse,
     Health,
@@ -37,9 +39,9 @@ from crossx.serve.schemas import (
 from crossx.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
-"""Static files: ``index.html`` is served at ``/``, all at ``/page``."""
+"""Static files, served at ``/page``; ``index.html`` also at ``/``."""
 PAGE_HEADERS = {
-    # the page loads its own files alone; pictures come out of answers (data:)
+    # only the page's own files, and images in responses (data:)
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
@@ -47,17 +49,18 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 API_KEY_HEADER = "X-API-Key"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is malformed."},
     401: {"description": "The API key is missing or wrong."},
-    408: {"description": "The body did not come in time."},
+    408: {"description": "The body was not received in time."},
     413: {"description": "The body is too large, or has too many images."},
     415: {"description": "The body is neither multipart/form-data nor application/json."},
-    422: {"description": "A value is wrong, or no image can be read."},
-    429: {"description": "The queue is full; the header Retry-After says when to try again."},
+    422: {"description": "A value is invalid, or no image can be read."},
+    429: {"description": "The queue is full; try again after the seconds in the header Retry-After."},
     503: {"description": "The service is stopping."},
-    504: {"description": "The answer took too long."},
+    504: {"description": "The response took too long."},
 }
 
 
@@ -68,17 +71,17 @@ def create_app(
     api_keys: Sequence[str] = (),
     cors: Sequence[str] = (),
 ) -> FastAPI:
-    """Make the HTTP application of a trained network.
+    """Create the HTTP application of a trained network.
 
     Args:
-        predictor: The network. The application's own thread uses it from here on.
-        limits: What is taken at most.
-        api_keys: Where there are any, ``/predict``, ``/explain`` and ``/model`` ask for one of them in the header
+        predictor: The network; from now on only the application's own thread may use it.
+        limits: Limits of the service.
+        api_keys: If any are given, ``/predict``, ``/explain`` and ``/model`` require one of them in the header
             ``X-API-Key``.
         cors: Origins whose pages may call the service from a browser; ``*`` for all.
 
     Returns:
-        The application; ``app.state.service`` is its ``Service``. Its lifespan ends with all answers given.
+        The application; ``app.state.service`` is its ``Service``. Its lifespan ends when all requests are answered.
     """
     service = Service(predictor, limits or Limits())
 
@@ -89,7 +92,7 @@ def create_app(
 
     app = FastAPIOffline(
         title="crossx", version=version("crossx"), redoc_url=None, lifespan=lifespan,
-        description="Fine-grained visual categorization: what is on images, and where the network looks.",
+        description="Fine-grained image classification, and where the network looks.",
     )  # fmt: skip
     app.state.service = service
     _answer_errors(app)
@@ -103,12 +106,13 @@ def create_app(
             expose_headers=["Retry-After", "X-Request-ID"],
         )  # fmt: skip
     app.add_middleware(RequestMonitor, metrics=service.metrics)
+    app.add_middleware(CorrelationIdMiddleware, validator=lambda given: bool(_REQUEST_ID.fullmatch(given)))
     return app
 
 
 def _add_page(app: FastAPI) -> None:
     files = _PageFiles(directory=PAGE)
-    # not at "/": it would answer for every path, and a wrong method were 404
+    # mounted at "/" it would match every path, and a wrong method would be 404 instead of 405
     app.mount("/page", files, name="page")
 
     @app.get("/", include_in_schema=False)
@@ -132,7 +136,10 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
     }
 
     @app.get(
-        "/model", dependencies=guards, tags=["network"], summary="The network and the limits of a request"
+        "/model",
+        dependencies=guards,
+        tags=["network"],
+        summary="Describe the network and the limits of a request",
     )
     async def model() -> ServiceInfo:
         limits = service.limits
@@ -142,13 +149,13 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
         )  # fmt: skip
 
     @app.post(
-        "/predict", dependencies=guards, tags=["network"], summary="Name what is on images",
+        "/predict", dependencies=guards, tags=["network"], summary="Classify images",
         response_model=PredictResponse, openapi_extra=_body(many=True),
-        responses=problems | {422: {"description": "No image can be read (the errors stand in the predictions), "
-                                    "or a value is wrong.", "model": PredictResponse | Problem}},
+        responses=problems | {422: {"description": "No image can be read (see the errors in the predictions), "
+                                    "or a value is invalid.", "model": PredictResponse | Problem}},
     )  # fmt: skip
     async def predict(
-        request: Request, top: Annotated[int, Query(ge=1, description="Classes an image.")] = 5
+        request: Request, top: Annotated[int, Query(ge=1, description="Classes per image.")] = 5
     ) -> Response:
         answer = await service.predict(request, top)
         unreadable = all(prediction.error is not None for prediction in answer.predictions)
@@ -159,14 +166,14 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
         openapi_extra=_body(many=False),
         responses=problems | {200: {"description": "A figure, or with format=json the prediction and the maps.",
                                     "content": {"image/png": {}}, "model": ExplainResponse},
-                              501: {"description": "The network was exported, and gives predictions alone.",
+                              501: {"description": "An exported network only predicts.",
                                     "model": Problem}},
     )  # fmt: skip
     async def explain(
         request: Request,
         maps: Annotated[
             Literal["activation", "class"],
-            Query(description="Of every part and stage, or what speaks for a class."),
+            Query(description="Maps of every part and stage, or of the evidence for a class."),
         ] = "activation",
         target: Annotated[
             str | None, Query(description="The class of class maps (default: the predicted one).")
@@ -182,14 +189,17 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get(
         "/healthz",
         tags=["health"],
-        summary="Whether the process is sound",
+        summary="Whether the process is healthy",
         responses={503: {"model": Health}},
     )
     async def healthz() -> Response:
         return _json(Health(status="ok"), 200) if service.alive else _json(Health(status="dead"), 503)
 
     @app.get(
-        "/readyz", tags=["health"], summary="Whether requests are taken", responses={503: {"model": Health}}
+        "/readyz",
+        tags=["health"],
+        summary="Whether requests are accepted",
+        responses={503: {"model": Health}},
     )
     async def readyz() -> Response:
         return _json(Health(status="ready"), 200) if service.ready else _json(Health(status="stopping"), 503)
@@ -202,29 +212,28 @@ def _add_health(app: FastAPI, service: Service) -> None:
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> Response:
-        headers = dict(error.headers or {})
-        return problem(request.state.request_id, error.status_code, str(error.detail), headers)
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        return problem(request.state.request_id, 422, printable(f"{where}: {first['msg']}."))
+        return problem(422, printable(f"{where}: {first['msg']}."))
 
     @app.exception_handler(ClientDisconnect)
     async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=CLIENT_GONE)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _guards(api_keys: Sequence[str]) -> list[Any]:
-    """Return the dependencies of routes that ask for a key."""
+    """Return the dependencies of routes that require a key."""
     if not api_keys:
         return []
     keys = [key.encode() for key in api_keys]
 
     def check(request: Request) -> None:
         given = request.headers.get(API_KEY_HEADER, "").encode()
-        # all are compared, so that the time does not tell which it was either
+        # compare with every key, so that the time does not reveal which one matched
         if not sum(hmac.compare_digest(given, key) for key in keys):
             raise HTTPException(
                 401, f"the header {API_KEY_HEADER} is missing or wrong.", {"WWW-Authenticate": "APIKey"}
@@ -234,14 +243,9 @@ def _guards(api_keys: Sequence[str]) -> list[Any]:
 
 
 def _body(*, many: bool) -> dict[str, Any]:
-    """Describe a body for OpenAPI: the routes read theirs themselves, within limits."""
-    files: dict[str, Any] = {
-        "type": "array",
-        "minItems": 1,
-        "items": {"type": "string", "format": "binary"},
-    }
-    if not many:
-        files["maxItems"] = 1
+    """Describe a body for OpenAPI; ``BodyReader`` reads it instead of FastAPI."""
+    files = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    files |= {} if many else {"maxItems": 1}
     form = {"type": "object", "required": ["images"], "properties": {"images": files}}
     content = {
         "multipart/form-data": {"schema": form},

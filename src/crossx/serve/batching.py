@@ -1,7 +1,7 @@
-"""Dynamic batching: what many requests bring goes through one function in batches, by one thread.
+"""Dynamic batching: items of concurrent requests run in batches on a single thread.
 
-Knows nothing of images, networks or HTTP. Work has two steps: each item is prepared by itself, in a pool of threads,
-and what is prepared at about the same time runs together, in the one thread that may use the network.
+Each item is first prepared by itself in a pool of threads; items that are ready at about the same time then run
+together in the one thread that may use the network. Independent of images, networks and HTTP.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ R = TypeVar("R")
 
 
 class QueueFullError(Exception):
-    """There is no room for what was submitted.
+    """The queue has no room for the submitted items.
 
     Attributes:
-        retry_after: Seconds after which there may be, at the pace of the last batches.
+        retry_after: Estimated seconds until it has, at the rate of the last batches.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -32,12 +32,12 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """The batcher takes nothing more."""
+    """The batcher accepts nothing more."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """One item on its way. Both steps forget what they no longer need."""
+    """One item; its data are released as soon as they are no longer needed."""
 
     prepare: Callable[[], Any] | None
     run: Callable[[list[Any]], Sequence[Any]]
@@ -49,20 +49,20 @@ class _Job:
 
 
 class Batcher:
-    """Takes items, and answers each by a future.
+    """Runs items in batches, and gives the result of each as a future.
 
-    An item keeps its place from ``submit`` until its future is done; there are ``capacity`` places. Jobs run in the
-    order in which they were prepared, and those in a row that have the same ``run`` together, up to ``max_batch``. The
-    thread waits for a batch to fill only while other items are being prepared, and never longer than ``max_wait``. A
-    future that is cancelled before its batch begins is left out of it. What ``prepare`` raises goes to the item's own
-    future, what ``run`` raises to those of its batch.
+    An item occupies one of ``capacity`` slots from ``submit`` until its future is done. Items run in the order in which
+    they became ready; consecutive items with the same ``run`` share a batch, up to ``max_batch``. The thread waits for
+    a batch to fill only while other items are being prepared, and at most ``max_wait``. A future that is cancelled
+    before its batch starts is left out. An exception in ``prepare`` goes to the item's future, one in ``run`` to all
+    futures of the batch.
 
     Args:
-        max_batch: Most items a batch.
-        max_wait: Seconds that a prepared item waits for others at most.
-        capacity: Most items accepted and not answered.
+        max_batch: Items per batch.
+        max_wait: Seconds that a prepared item waits for others.
+        capacity: Items accepted and not answered.
         workers: Threads that prepare.
-        observe: Told the size of each batch that ran and its seconds, by the thread that runs them.
+        observe: Called with the size and the seconds of each batch, by the thread that runs them.
     """
 
     def __init__(
@@ -74,12 +74,8 @@ class Batcher:
         workers: int,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        self._max_batch, self._max_wait, self._capacity, self._observe = (
-            max_batch,
-            max_wait,
-            capacity,
-            observe,
-        )
+        self._max_batch, self._max_wait = max_batch, max_wait
+        self._capacity, self._observe = capacity, observe
         self._changed = threading.Condition()
         self._ready: deque[_Job] = deque()
         self._accepted = self._preparing = 0
@@ -96,29 +92,29 @@ class Batcher:
 
     @property
     def full(self) -> bool:
-        """Whether not one more item would be accepted."""
+        """Whether no more items are accepted."""
         return self._accepted >= self._capacity
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that runs batches is there."""
+        """Whether the thread that runs batches is alive."""
         return self._thread.is_alive()
 
     def submit(
         self, prepares: Sequence[Callable[[], T]], run: Callable[[list[T]], Sequence[R]]
     ) -> list[Future[R]]:
-        """Accept items, all of them or none.
+        """Accept all items or none.
 
         Args:
-            prepares: For each item what prepares it. Threads call them side by side.
-            run: What makes results of prepared items, one each, in order. Items with an equal ``run`` may share a
-                batch, whoever submitted them.
+            prepares: One function per item, called in a thread.
+            run: Maps prepared items to their results, in order. Items with an equal ``run`` may share a batch,
+                whoever submitted them.
 
         Returns:
-            The future of each item.
+            One future per item.
 
         Raises:
-            QueueFullError: If there are not so many places.
+            QueueFullError: If there are not enough free slots.
             ClosedError: After ``close``.
         """
         with self._changed:
@@ -136,18 +132,11 @@ class Batcher:
         return [job.future for job in jobs]
 
     def retry_after(self) -> int:
-        """Return the whole seconds, at least 1, that the accepted items will take at the pace of the last batches."""
+        """Return the seconds, at least 1, that the accepted items will take at the rate of the last batches."""
         return max(1, math.ceil(self._accepted * self._pace))
 
     def close(self, timeout: float | None = None) -> bool:
-        """Accept nothing more, and wait until all that was accepted is answered.
-
-        Args:
-            timeout: Seconds to wait at most.
-
-        Returns:
-            Whether all is answered.
-        """
+        """Accept nothing more, wait up to ``timeout`` seconds, and return whether all items were answered."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -184,7 +173,7 @@ class Batcher:
                 self._run(batch)
 
     def _next_batch(self) -> list[_Job] | None:
-        """Wait for jobs; return those that run next, or None when nothing more will come."""
+        """Wait for jobs; return those to run next, or None after ``close``."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready or (self._closed and not self._accepted))
             if not self._ready:

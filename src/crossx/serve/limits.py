@@ -1,4 +1,4 @@
-"""What the service takes at most."""
+"""Limits of the service."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the service; with them its memory is bounded too.
+    """Limits of the service, which also bound its memory.
 
     Attributes:
-        max_batch: Most images a step of the network.
-        max_wait_ms: Milliseconds that a decoded image waits at most for others that are being decoded.
-        queue: Most images accepted and not answered.
-        max_upload_mb: Most megabytes (10^6 bytes) of a request's body.
-        max_pixels: Most pixels of an image, by its header; larger ones are not decoded.
-        timeout: Seconds that a client has for a request's head, and again for its body; and that the answer may take.
+        max_batch: Images per batch.
+        max_wait_ms: Milliseconds that a decoded image waits for others that are being decoded.
+        queue: Images accepted and not answered.
+        max_upload_mb: Megabytes (10^6 bytes) of a request's body.
+        max_pixels: Pixels per image, by its header; larger images are not decoded.
+        timeout: Seconds for a request's head, its body and the response, each.
         workers: Threads that decode.
     """
 
@@ -40,20 +40,20 @@ class Limits:
 
     @property
     def max_images(self) -> int:
-        """Most images a request."""
+        """Images per request."""
         return min(32, self.queue)
 
     @property
     def max_explanations(self) -> int:
-        """Most explanations accepted and not answered: each takes the time of many predictions."""
+        """Explanations in progress; each takes as long as many predictions."""
         return min(4, self.queue)
 
     @property
     def max_body(self) -> int:
-        """Most bytes of a request's body."""
+        """Bytes of a request's body."""
         return self.max_upload_mb * MEGABYTE
 
     @property
     def max_bodies(self) -> int:
-        """Most bytes of all requests' bodies that are held at once."""
+        """Bytes of the bodies of all requests together."""
         return 16 * self.max_body

@@ -1,4 +1,4 @@
-"""What the service takes and gives, as JSON; the OpenAPI description is made of these."""
+"""Requests and responses of the service as pydantic models, the source of its OpenAPI description."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ModelInfo(BaseModel):
-    """The network that answers."""
+    """The served network."""
 
     method: str = Field(examples=["crossx"])
     backbone: str = Field(examples=["mobilenetv2_035"])
@@ -14,61 +14,59 @@ class ModelInfo(BaseModel):
 
 
 class ServiceInfo(BaseModel):
-    """The network, its classes, and what a request may have."""
+    """The network, its classes, and the limits of a request."""
 
     model: ModelInfo
-    classes: list[str] = Field(description="Names of the classes, in label order.")
-    explains: bool = Field(description="Whether /explain answers; an exported file gives predictions alone.")
-    max_images: int = Field(description="Images a request.")
+    classes: list[str] = Field(description="Class names in label order.")
+    explains: bool = Field(description="Whether /explain works; an exported network only predicts.")
+    max_images: int = Field(description="Images per request.")
     max_upload_mb: int = Field(description="Megabytes (10^6 bytes) of a request's body.")
-    max_pixels: int = Field(description="Pixels an image.")
+    max_pixels: int = Field(description="Pixels per image.")
 
 
 class PredictRequest(BaseModel):
-    """Images as base64 of the bytes of image files."""
+    """Image files, base64-encoded."""
 
     model_config = ConfigDict(extra="forbid")
 
     images: list[str]
-    top: int | None = Field(default=None, ge=1, description="Classes an image (default: 5).")
+    top: int | None = Field(default=None, ge=1, description="Classes per image (default: 5).")
 
 
 class Ranked(BaseModel):
-    """One class and its probability."""
+    """A class and its probability."""
 
     label: str
     probability: float
 
 
 class ImagePrediction(BaseModel):
-    """What the network says about one image, or why it says nothing."""
+    """The prediction for one image, or why there is none."""
 
-    name: str | None = Field(description="File name that the client gave; null for base64.")
+    name: str | None = Field(description="File name as sent by the client; null for base64.")
     label: str | None = Field(default=None, description="The most probable class.")
     probability: float | None = Field(default=None, description="Its calibrated probability.")
     top: list[Ranked] = Field(default=[], description="The most probable classes, best first.")
     error: str | None = Field(
-        default=None, description="Why the image cannot be read; null where there is a prediction."
+        default=None, description="Why the image cannot be read; null if there is a prediction."
     )
 
 
 class PredictResponse(BaseModel):
-    """A prediction for each image, in the order of the request."""
+    """One prediction per image, in the order of the request."""
 
     model: ModelInfo
     predictions: list[ImagePrediction]
 
 
 class Overlay(BaseModel):
-    """One map as a transparent picture."""
+    """One map as a transparent image."""
 
     stage: str = Field(
-        description="Stage of the network, or `combined`; `CAM` or `Grad-CAM` before it for class maps."
+        description="Stage of the network, or `combined`; class maps are prefixed with `CAM` or `Grad-CAM`."
     )
-    part: int | None = Field(
-        description="Number of the part, from 1; null where the network has one part only."
-    )
-    png: str = Field(description="Base64 of an RGBA PNG of the image's size, to lay over it.")
+    part: int | None = Field(description="Number of the part, from 1; null if the network has only one part.")
+    png: str = Field(description="Base64-encoded RGBA PNG of the image's size.")
 
 
 class ExplainResponse(BaseModel):
@@ -76,12 +74,12 @@ class ExplainResponse(BaseModel):
 
     prediction: ImagePrediction
     target: str = Field(description="The class that class maps explain.")
-    size: int = Field(description="Pixels a side of the image and of each overlay.")
-    image: str = Field(description="Base64 PNG of what the network saw: resized and cropped.")
+    size: int = Field(description="Width and height of the image and of each overlay, in pixels.")
+    image: str = Field(description="Base64-encoded PNG of the network's input: resized and cropped.")
     overlays: list[Overlay]
     boxes: list[list[float]] | None = Field(
-        description="Regions that the network looks at again, best first: left, top, right, bottom in pixels of the "
-        "image, and beyond it; null for a method without."
+        description="Regions that the network examines again, best first: left, top, right, bottom in pixels of the "
+        "image; they may extend beyond it. Null for methods without regions."
     )
 
 
@@ -93,6 +91,6 @@ class Problem(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service lives, or takes requests."""
+    """State of the service."""
 
     status: str

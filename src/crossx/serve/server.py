@@ -1,4 +1,4 @@
-"""The process of the service: a socket, uvicorn with time limits on clients, logs as JSON, a graceful stop."""
+"""Run the service: socket, uvicorn with time limits on clients, JSON logs, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Leng
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket.
+    """Open a listening socket.
 
     Args:
         host: Address or name.
-        port: 0 for any that is free.
+        port: 0 for any free port.
 
     Raises:
-        UsageError: If it cannot be had.
+        UsageError: If the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -46,13 +46,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, listening: socket.socket, *, trusted_proxies: str = "127.0.0.1") -> None:
-    """Serve until SIGTERM or SIGINT; then finish what was accepted, and return. A second SIGINT ends it at once.
+    """Serve until SIGTERM or SIGINT, then answer all accepted requests. A second SIGINT stops at once.
 
     Args:
         app: See ``create_app``.
         listening: See ``listen``.
-        trusted_proxies: Addresses, with commas between them, whose ``X-Forwarded-*`` headers are believed; ``*`` for
-            all.
+        trusted_proxies: Comma-separated addresses whose ``X-Forwarded-*`` headers are trusted; ``*`` for all.
     """
     service: Service = app.state.service
     timeout = service.limits.timeout
@@ -69,24 +68,24 @@ def run(app: FastAPI, listening: socket.socket, *, trusted_proxies: str = "127.0
 
 
 def log_as_json() -> None:
-    """Log to stderr, a JSON object a line."""
+    """Log to stderr, one JSON object per line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger"},
-            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, with escape codes
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's attribute with escape codes
             timestamp="time",
         )
     )
-    for name in ("crossx", "uvicorn"):
+    for name in ("crossx", "uvicorn", "asgi_correlation_id"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(logging.INFO)
 
 
 class _Server(uvicorn.Server):
-    """Tells the service at once that it is to stop, so that it takes nothing in the moment before the socket closes."""
+    """Refuses requests from the signal on, before uvicorn closes the socket."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -98,11 +97,14 @@ class _Server(uvicorn.Server):
 
 
 class _TimedProtocol(H11Protocol):
-    """HTTP/1.1 with time limits, which uvicorn does not have: a slow client loses its connection, and no more.
+    """HTTP/1.1 with time limits on slow clients.
 
-    A request's head, beginning with the connection or the last answer, must come within ``seconds``. From then on the
-    application bounds the time of the body and of the answer; whoever does not take the answer after that, either, is
-    disconnected after three times ``seconds``.
+    uvicorn's own settings limit the size of a head and the idle time between requests, but not the time that a head
+    or the reading of a response takes. This class builds on uvicorn's private API: pyproject.toml bounds its version.
+
+    A head must arrive within ``seconds`` of the connection or of the previous response. The application limits the
+    time of the body and the response; a client that does not read the response is disconnected after three times
+    ``seconds``.
     """
 
     seconds: ClassVar[float]
@@ -145,7 +147,7 @@ class _TimedProtocol(H11Protocol):
 
 @contextmanager
 def _ignore_reraised_signals() -> Iterator[None]:
-    """Let the process live after uvicorn's stop, which raises the signal anew when all is done."""
+    """Ignore the signal that uvicorn raises again after its shutdown."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

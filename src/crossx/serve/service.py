@@ -1,4 +1,4 @@
-"""What the service does with a request: read it, put its images through the network, and wait for the answer."""
+"""Handle requests: read the images, run them through the network in batches, and build the responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from crossx.data.images import ImageError
 from crossx.errors import UsageError
 from crossx.explain.figures import FigureRow, caption, draw, layer
-from crossx.explain.maps import Kind
+from crossx.explain.maps import Explanation, Kind
 from crossx.explain.plotting import save_png
 from crossx.predict.predictor import Predictor, class_number
 from crossx.predict.results import ExplainedImage
@@ -43,18 +43,18 @@ T = TypeVar("T")
 EXPLAINED_TOP = 5
 """Classes in the prediction of an explanation."""
 
-_Best = tuple[tuple[str, float], ...]
+_Ranking = tuple[tuple[str, float], ...]
 
 
 class Service:
-    """A predictor that many requests share.
+    """A predictor shared by concurrent requests.
 
     Args:
-        predictor: The trained network. From here on only the service's own thread may use it.
-        limits: What is taken at most.
+        predictor: The network; from now on only the service's own thread may use it.
+        limits: Limits of the service.
 
     Attributes:
-        draining: Whether new requests are refused since the service is about to stop.
+        draining: Whether new requests are refused because the service is stopping.
     """
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
@@ -75,36 +75,32 @@ class Service:
 
     @property
     def model(self) -> ModelInfo:
-        """The network, in short."""
+        """Summary of the network."""
         spec = self._predictor.spec
         return ModelInfo(method=spec.method, backbone=spec.backbone, dataset=spec.dataset)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in label order."""
+        """Class names in label order."""
         return self._predictor.classes
 
     @property
     def explains(self) -> bool:
-        """Whether explanations can be made."""
+        """Whether the network gives explanations."""
         return self._predictor.explains
 
     @property
     def alive(self) -> bool:
-        """Whether the network's thread is there."""
+        """Whether the network's thread is running."""
         return self._batcher.alive
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.alive and not self.draining
 
     def warm_up(self) -> None:
-        """Put one grey image through the network: the first one is slower, and damaged weights show.
-
-        Raises:
-            CrossXError: If the network fails.
-        """
+        """Run one grey image through the network, since the first is slower; raises ``CrossXError`` if it fails."""
         preprocessing = self._predictor.spec.preprocessing
         side = preprocessing.image_size
         image = torch.full((3, side + preprocessing.crop_bottom, side), 128, dtype=torch.uint8)
@@ -113,18 +109,15 @@ class Service:
         done.result()
 
     async def predict(self, request: Request, top: int) -> PredictResponse:
-        """Classify the images of a request.
-
-        An image that cannot be read is answered with ``error`` set.
+        """Classify the images of a request; an image that cannot be read has ``error`` set.
 
         Args:
-            request: Its body holds the images.
-            top: How many classes an image, where the body does not say.
+            request: The request with the images in its body.
+            top: Classes per image, unless the body has ``top``.
 
         Raises:
-            HTTPException: See ``BodyReader.form``; 429 where the queue is full, 503 while stopping, 504 where the
-                answer takes too long.
-            ClientDisconnect: If the client goes.
+            HTTPException: See ``BodyReader.form``; 429 if the queue is full, 503 while stopping, 504 on a timeout.
+            ClientDisconnect: If the client disconnects.
         """
         self._admit(full=self._batcher.full)
         async with self._bodies.form(request, self.limits.max_images) as form:
@@ -139,46 +132,50 @@ class Service:
         return PredictResponse(model=self.model, predictions=predictions)
 
     async def explain_png(self, request: Request, maps: Kind, target: str | None) -> bytes:
-        """Draw the figure of ``crossx.explain`` for the one image of a request; raises as ``explain_json``."""
+        """Draw where the network looks in the image of a request.
+
+        Args:
+            request: The request with the image in its body.
+            maps: See ``Predictor.iter_explain``.
+            target: Name of the class that class maps explain; by default the predicted one.
+
+        Raises:
+            HTTPException: As ``predict``; 422 for an unreadable image or an invalid ``target``, 501 if the network
+                gives no explanations.
+            ClientDisconnect: If the client disconnects.
+        """
         return await self._explain(request, maps, target, self._figure)
 
     async def explain_json(self, request: Request, maps: Kind, target: str | None) -> ExplainResponse:
-        """Make the maps of the one image of a request.
-
-        Args:
-            request: Its body holds the image.
-            maps: See ``Predictor.iter_explain``.
-            target: Name of the class that class maps explain; the predicted one by default.
-
-        Raises:
-            HTTPException: As ``predict``; 422 for an image that cannot be read and for a wrong ``target``, 501 where
-                the network has no maps.
-            ClientDisconnect: If the client goes.
-        """
+        """Return the prediction and the maps as images; arguments and errors as ``explain_png``."""
         return await self._explain(request, maps, target, self._layers)
 
     def close(self) -> bool:
-        """Take nothing more, and wait until all that was taken is answered; return whether it is."""
+        """Accept nothing more, and return whether everything accepted was answered in time."""
         self.draining = True
         finished = self._batcher.close(self.limits.timeout)
         self._drawing.shutdown(wait=finished, cancel_futures=True)
         return finished
 
     def _admit(self, *, full: bool) -> None:
-        """Refuse before the body is read what could not be taken after it."""
+        """Refuse a request before its body is read."""
         if self.draining:
             raise _stopping()
         if full:
             raise _busy(self._batcher.retry_after())
 
     async def _explain(
-        self, request: Request, maps: Kind, target: str | None, render: Callable[[Upload, ExplainedImage], T]
+        self,
+        request: Request,
+        maps: Kind,
+        target: str | None,
+        render: Callable[[Upload, NDArray[np.uint8], Explanation], T],
     ) -> T:
         if not self.explains:
-            raise HTTPException(501, "the network was exported, and gives predictions alone: serve the run.")
+            raise HTTPException(501, "an exported network only predicts: serve the run instead.")
         try:
             if target is not None and maps == "activation":
-                raise UsageError("`target` belongs to class maps: ask for maps=class.")
+                raise UsageError("`target` requires maps=class.")
             if target is not None:
                 class_number(target, self.classes)
         except UsageError as error:
@@ -194,7 +191,8 @@ class Service:
                     [partial(upload.content, self.limits.max_pixels)],
                     partial(self._explain_bytes, maps=maps, target=target),
                 )
-                drawn = self._drawing.submit(render, upload, _explained(explained))
+                pixels, explanation = _explained(explained)
+                drawn = self._drawing.submit(render, upload, pixels, explanation)
                 return await self._wait(request, asyncio.wrap_future(drawn))
         finally:
             self._explaining -= 1
@@ -214,7 +212,7 @@ class Service:
         return await self._wait(request, _gathered(futures))
 
     async def _wait(self, request: Request, work: asyncio.Future[T]) -> T:
-        """Wait for work in threads, but no longer than the client does, and give it up if nobody wants it any more."""
+        """Wait for work in threads; cancel it on a timeout or when the client disconnects."""
         disconnected = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait(
@@ -224,7 +222,7 @@ class Service:
                 return work.result()
             if disconnected.done():
                 raise ClientDisconnect
-            raise HTTPException(504, f"the answer took longer than {self.limits.timeout} s.")
+            raise HTTPException(504, f"the response took longer than {self.limits.timeout} s.")
         finally:
             disconnected.cancel()
             work.cancel()
@@ -232,7 +230,7 @@ class Service:
     def _prepare(self, upload: Upload, top: int) -> tuple[Tensor, int]:
         return self._predictor.prepare(upload.content(self.limits.max_pixels)), top
 
-    def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Best]:
+    def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Ranking]:
         images, tops = zip(*batch, strict=True)
         ranked = self._predictor.classify(images, max(tops))
         return [best[:top] for best, top in zip(ranked, tops, strict=True)]
@@ -243,18 +241,13 @@ class Service:
             raise ImageError(explained[0].error)
         return explained
 
-    def _figure(self, upload: Upload, explained: ExplainedImage) -> bytes:
-        assert explained.pixels is not None
-        assert explained.explanation is not None
-        text = caption(explained.explanation, self.classes, name=upload.name or "")
+    def _figure(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> bytes:
+        text = caption(explanation, self.classes, name=upload.name or "")
         picture = io.BytesIO()
-        save_png(draw([FigureRow(explained.pixels, explained.explanation, text)]), picture)
+        save_png(draw([FigureRow(pixels, explanation, text)]), picture)
         return picture.getvalue()
 
-    def _layers(self, upload: Upload, explained: ExplainedImage) -> ExplainResponse:
-        assert explained.pixels is not None
-        assert explained.explanation is not None
-        pixels, explanation = explained.pixels, explained.explanation
+    def _layers(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> ExplainResponse:
         order = np.argsort(-explanation.probabilities, kind="stable")[:EXPLAINED_TOP]
         best = tuple((self.classes[i], float(explanation.probabilities[i])) for i in order)
         height, width = pixels.shape[:2]
@@ -272,7 +265,7 @@ class Service:
         )
 
 
-def _answer(name: str | None, result: _Best | BaseException) -> ImagePrediction:
+def _answer(name: str | None, result: _Ranking | BaseException) -> ImagePrediction:
     if isinstance(result, ImageError):
         return ImagePrediction(name=name, error=result.reason)
     if isinstance(result, BaseException):
@@ -281,14 +274,16 @@ def _answer(name: str | None, result: _Best | BaseException) -> ImagePrediction:
     return ImagePrediction(name=name, label=top[0].label, probability=top[0].probability, top=top)
 
 
-def _explained(result: ExplainedImage | BaseException) -> ExplainedImage:
+def _explained(result: ExplainedImage | BaseException) -> tuple[NDArray[np.uint8], Explanation]:
     if isinstance(result, ImageError):
         raise HTTPException(422, f"the image {result.reason.rstrip('.')}.")
     if isinstance(result, UsageError):
         raise HTTPException(422, str(result))
     if isinstance(result, BaseException):
         raise result
-    return result
+    assert result.pixels is not None
+    assert result.explanation is not None
+    return result.pixels, result.explanation
 
 
 def _gathered(futures: Iterable[Future[T]]) -> asyncio.Future[list[T | BaseException]]:

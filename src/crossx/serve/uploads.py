@@ -1,4 +1,4 @@
-"""Images out of the bodies of requests: never more bytes than allowed, and never for longer."""
+"""Read images from request bodies, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from crossx.serve.limits import Limits
 from crossx.serve.schemas import PredictRequest
 
 MAX_SCANS = 100
-"""Scans of a JPEG. A progressive one has about ten; each costs a pass over all pixels, so that thousands of empty ones
+"""Scans per JPEG. A progressive JPEG has about ten; each costs a pass over all pixels, so that thousands of empty scans
 would keep the decoder busy for hours (https://libjpeg-turbo.org/pmwiki/uploads/About/TwoIssueswiththeJPEGStandard.pdf)."""
 MAX_NAME = 255
 _START_OF_SCAN = b"\xff\xda"
@@ -32,18 +32,18 @@ class Upload:
     """One image of a request.
 
     Attributes:
-        name: What the client calls it.
-        data: The bytes of an image file, or their base64.
+        name: File name as sent by the client.
+        data: An image file, or its base64.
     """
 
     name: str | None
     data: bytes | str
 
     def content(self, max_pixels: int) -> bytes:
-        """Return the bytes of the image file, after a look at its header.
+        """Return the image file after checking its header.
 
         Raises:
-            ImageError: If it is no base64, or no image, or one that would take too much to decode.
+            ImageError: If it is not valid base64, not an image, or too expensive to decode.
         """
         if isinstance(self.data, bytes):
             data = self.data
@@ -54,7 +54,7 @@ class Upload:
                 raise ImageError("is not base64") from error
         height, width = read_size(data)
         if height * width > max_pixels:
-            raise ImageError(f"has {width} x {height} pixels, more than the {max_pixels:,} that are read")
+            raise ImageError(f"has {width} x {height} pixels, more than the limit of {max_pixels:,}")
         if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > MAX_SCANS:
             raise ImageError(f"is a JPEG of more than {MAX_SCANS} scans")
         return data
@@ -62,11 +62,11 @@ class Upload:
 
 @dataclass(frozen=True)
 class Form:
-    """What a request asks for.
+    """The parsed body of a request.
 
     Attributes:
         uploads: Its images.
-        top: How many classes an image, where the body says it.
+        top: Classes per image, if the body has it.
     """
 
     uploads: list[Upload]
@@ -74,13 +74,13 @@ class Form:
 
 
 class _InMemoryParser(MultiPartParser):
-    """Keeps files in memory, where the body's limit bounds them: nothing is written to disk."""
+    """Keeps files in memory, bounded by the body's limit; writes nothing to disk."""
 
     spool_max_size = 0
 
 
 class BodyReader:
-    """Reads the bodies of requests within limits on each and on all together."""
+    """Reads request bodies, with limits on each body and on all together."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -88,19 +88,18 @@ class BodyReader:
 
     @asynccontextmanager
     async def form(self, request: Request, max_images: int) -> AsyncIterator[Form]:
-        """Read a request's body; its bytes count as held until the block ends.
+        """Read a request's body; its bytes count towards the limit on all bodies until the block ends.
 
         Raises:
-            HTTPException: 400 for a malformed body, 408 for one that does not come in time, 413 for one that is too
-                large or has more than ``max_images``, 415 for another content type, 422 for one without images, 429
-                while the bodies of others fill what may be held.
-            ClientDisconnect: If the client goes.
+            HTTPException: 400 for a malformed body, 408 on a timeout, 413 for too many bytes or images, 415 for another
+                content type, 422 for a body without images, 429 if all bodies together are too large.
+            ClientDisconnect: If the client disconnects.
         """
         received = _Count()
         try:
             form = await self._receive(request, received, max_images)
             if not form.uploads:
-                raise HTTPException(422, "there is no image: send files as `images`.")
+                raise HTTPException(422, "there is no image: send files in the field `images`.")
             yield form
         finally:
             self._held -= received.bytes
@@ -112,7 +111,7 @@ class BodyReader:
                 return await self._parse(request, received, max_images)
         except TimeoutError:
             raise HTTPException(
-                408, f"the body did not come within {seconds} s.", {"Connection": "close"}
+                408, f"the body was not received within {seconds} s.", {"Connection": "close"}
             ) from None
 
     async def _parse(self, request: Request, received: _Count, max_images: int) -> Form:
@@ -133,9 +132,7 @@ class BodyReader:
             if received.bytes + len(chunk) > self._limits.max_body:
                 raise too_large
             if self._held + len(chunk) > self._limits.max_bodies:
-                raise HTTPException(
-                    429, "too many bodies are being received; try again.", {"Retry-After": "1"}
-                )
+                raise HTTPException(429, "too many uploads in progress; try again.", {"Retry-After": "1"})
             self._held += len(chunk)
             received.bytes += len(chunk)
             yield chunk
@@ -175,11 +172,13 @@ def _json(body: bytes, max_images: int) -> Form:
             code, printable(f"{where}: {problem['msg']}." if where else f"{problem['msg']}.")
         ) from error
     if len(content.images) > max_images:
-        raise HTTPException(413, f"a request may have {max_images} images here, not {len(content.images)}.")
+        raise HTTPException(
+            413, f"this request may have at most {max_images} images, not {len(content.images)}."
+        )
     return Form([Upload(None, image) for image in content.images], content.top)
 
 
 def _name(file: UploadFile) -> str | None:
-    """Return a file's name without folders, as it can be shown on one line."""
+    """Return a file's name without folders, printable on one line."""
     name = os.path.basename((file.filename or "").replace("\\", "/"))
     return printable(name)[:MAX_NAME] or None

@@ -1,6 +1,6 @@
-"""A trained network with its model card as a folder, and on the Hugging Face Hub.
+"""Share trained networks with a model card, in a folder or on the Hugging Face Hub.
 
-The public names are imported when they are first used, so that torch is loaded only then.
+The public names are imported on first use, so that importing the package does not load torch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""A trained network as a folder to share, and on the Hugging Face Hub.
+"""Save a trained network to share, and upload it to the Hugging Face Hub.
 
 ::
 
     FOLDER/
-      README.md          the model card
-      config.json        architecture and class names in timm's form, as the Hub and its tools look for them
-      model.json         ModelSpec: what ``crossx.load`` reads
-      model.safetensors  the weights
-      accuracy.png       the accuracy of each class, where the network was tested
-      activation_maps.png  where it looks in images given for that
+      README.md            the model card
+      config.json          architecture and class names in timm's form, for the Hub and its tools
+      model.json           ModelSpec: what ``crossx.load`` reads
+      model.safetensors    the weights
+      accuracy.png         accuracy of each class, if the network was tested
+      activation_maps.png  where the network looks in the given images
+
+huggingface_hub's ``PyTorchModelHubMixin`` is not used: its ``from_pretrained`` falls back on a pickle and builds the
+model from an unchecked ``config.json``, and its ``push_to_hub`` creates the repository before the files are made.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from crossx.errors import CrossXError, UsageError
 from crossx.explain.figures import figure
 from crossx.explain.plotting import save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
-from crossx.methods.base import Method
-from crossx.methods.checkpoint import load_method, save_weights
+from crossx.methods.base import Method, published_name
+from crossx.methods.weights import load_method, save_weights
 from crossx.predict.inputs import ImageInput, expand
 from crossx.predict.predictor import Predictor
 from crossx.recipes import architecture
@@ -57,24 +60,23 @@ def save_pretrained(
     images: Iterable[ImageInput] = (),
     repository: str | None = None,
 ) -> Path:
-    """Write a network into a folder to share: safetensors, JSON, a model card and figures.
+    """Save a network as safetensors, JSON, a model card and figures; ``crossx.load(folder)`` loads it again.
 
-    ``crossx.load(folder)`` gives the same network again. The card has the results of ``crossx test`` where the
-    network was loaded from a run that has them.
+    The card has the results of ``crossx test`` if the network was loaded from a run that has them.
 
     Args:
         predictor: The network.
-        folder: A new or empty folder, or one that this function wrote, whose files are written anew.
+        folder: A new or empty folder, or one that this function wrote, which is overwritten.
         license: The Hub's identifier of the licence of the weights (``apache-2.0``); None leaves it open.
-        images: Images to show activation maps of in the card. They are published: they must be yours to give.
-        repository: ``user/name`` on the Hub where it is known.
+        images: Images whose activation maps the card shows. They are published: you need the right to do so.
+        repository: ``user/name`` on the Hub, if it is known.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If the folder holds something else, or ``license`` cannot be an identifier.
-        CrossXError: If an image cannot be read, or the folder cannot be written to.
+        UsageError: If the folder holds other files, or ``license`` is not a valid identifier.
+        CrossXError: If an image cannot be read or the folder cannot be written.
     """
     target = Path(folder)
     check_target(target)
@@ -84,8 +86,7 @@ def save_pretrained(
     maps = None
     if given := expand(images):
         maps = figure(predictor.method, predictor.inputs(given), predictor.spec)
-    # Without model.json nothing loads the folder: it goes first and comes last, so that a kill in between leaves no
-    # weights beside another network's description.
+    # model.json is removed first and written last: without it nothing loads a half-written folder
     _remove(target, (SPEC, ACCURACY, MAPS))
     write_json(target / CONFIG, hub_config(predictor.spec))
     save_weights(predictor.method, target / WEIGHTS)
@@ -113,14 +114,14 @@ def push_to_hub(
     license: str | None = None,
     images: Iterable[ImageInput] = (),
 ) -> str:
-    """Upload what ``save_pretrained`` writes to the Hugging Face Hub.
+    """Upload the files of ``save_pretrained`` to the Hugging Face Hub.
 
     Args:
         predictor: The network.
-        name: ``user/name``; made where it is not there yet.
+        name: ``user/name``; created if it does not exist.
         private: Whether a new repository is visible to its owner only.
-        token: An access token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        revision: Branch to upload to, made where it is not there yet; the main one by default.
+        token: An access token; by default that of ``hf auth login`` or ``HF_TOKEN``.
+        revision: Branch to upload to, created if it does not exist; by default the main branch.
         license: See ``save_pretrained``.
         images: See ``save_pretrained``.
 
@@ -128,8 +129,8 @@ def push_to_hub(
         The address of the repository.
 
     Raises:
-        UsageError: If ``name`` is no name of a repository, or ``license`` cannot be an identifier.
-        CrossXError: If an image cannot be read, or the Hub cannot be reached or refuses.
+        UsageError: If ``name`` is not a repository's name, or ``license`` is not a valid identifier.
+        CrossXError: If an image cannot be read, or the upload fails.
     """
     model = hub_model(name, revision)
     with tempfile.TemporaryDirectory(prefix="crossx-") as folder:
@@ -138,10 +139,10 @@ def push_to_hub(
 
 
 def hub_model(name: str, revision: str | None = None) -> HubModel:
-    """Return the repository that ``user/name`` or ``user/name@revision`` means.
+    """Parse ``user/name`` or ``user/name@revision``.
 
     Raises:
-        UsageError: If it means none.
+        UsageError: If ``name`` is neither.
     """
     model = HubModel.parse(name)
     if model is None:
@@ -150,14 +151,12 @@ def hub_model(name: str, revision: str | None = None) -> HubModel:
 
 
 def check_target(folder: Path) -> None:
-    """Check that a folder may be written to: it is new, empty, or holds a shared model.
+    """Check that a folder is new or empty, or holds a shared model.
 
     Raises:
-        UsageError: If it holds something else.
+        UsageError: If it holds other files.
     """
-    if not os.path.isdir(folder):
-        return
-    names = sorted(os.listdir(folder))
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     if not names:
         return
     try:
@@ -172,15 +171,12 @@ def check_target(folder: Path) -> None:
 
 
 def hub_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return ``config.json``: what timm's has for its models, as far as it is the same here.
-
-    ``crossx.load`` does not read it. The Hub counts its downloads.
-    """
+    """Return ``config.json`` in timm's form. ``crossx.load`` does not read it; the Hub counts its downloads."""
     prep = spec.preprocessing
     return {
         "library_name": LIBRARY,
         "library_version": metadata.version(LIBRARY),
-        "architecture": architecture(spec.method, spec.backbone, spec.options),
+        "architecture": architecture(published_name(spec.method, spec.options), spec.backbone),
         "num_classes": len(spec.classes),
         "label_names": list(spec.classes),
         "pretrained_cfg": {
@@ -193,7 +189,7 @@ def hub_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read_card_data(predictor: Predictor) -> CardData:
-    """Return what is known about the network, with results only if they are those of its weights."""
+    """Collect what is known about the network; results only if they were measured on its weights."""
     if predictor.origin is None:
         return CardData(predictor.method, predictor.spec)
     run, weights = predictor.origin

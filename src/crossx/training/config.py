@@ -9,12 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-import yaml
-
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, nearest
 from crossx.recipes import load_recipe
 from crossx.runs import read_config
+from crossx.yaml import dump_yaml
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "multistep", "cosine", "one_cycle"]
@@ -437,7 +436,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, in the order of the fields."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
@@ -448,17 +447,6 @@ class Config:
             UsageError: As ``from_dict``.
         """
         return cls.from_dict(read_config(Path(path)))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Escape Unicode line breaks, which PyYAML otherwise reads back as spaces."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        breaks = any(character in data for character in "\x85\u2028\u2029")
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _check(option: str, value: float, allowed: str, good: bool) -> None:

@@ -10,7 +10,7 @@ from crossx.distributed import is_leader
 from crossx.errors import UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
 from crossx.evaluation.run import evaluate
-from crossx.methods.checkpoint import load_weights, save_weights
+from crossx.methods.weights import load_weights, save_weights
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.loop import Loop

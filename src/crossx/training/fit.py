@@ -6,7 +6,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,8 @@ from crossx.distributed import is_leader
 from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
-from crossx.methods.checkpoint import build_method, describe
-from crossx.runs import SCHEMA, Run, check_writable, environment, write_json, write_text
+from crossx.methods.weights import build_method, describe
+from crossx.runs import SCHEMA, Run, environment, is_lock, locked_folder, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_newest
 from crossx.training.config import Config
@@ -44,14 +44,16 @@ def fit(config: Config) -> Run:
 
     Raises:
         UsageError: If an option cannot work or the folder is not empty.
-        CrossXError: If data, network, disk or GPU memory fail, or the loss is not finite.
+        CrossXError: If data, network, disk or GPU memory fail, the loss is not finite, or another process trains in
+            the folder.
         Stopped: On Ctrl-C or SIGTERM.
     """
     run = Run(config.run_path())
-    if is_leader():
-        _require_empty(run.path)
     try:
-        return _train(_with_absolute_paths(config), run)
+        with _locked(run.path):
+            if is_leader():
+                _require_empty(run.path)
+            return _train(_with_absolute_paths(config), run)
     except BaseException:
         with suppress(OSError):
             run.path.rmdir()  # only if it is still empty, so that the same --output can be given again
@@ -73,13 +75,14 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
         CrossXError: As ``fit``, or if the images or classes have changed.
     """
     run = _find_run(Path(path))
-    config = replace(Config.from_yaml(run.config), output=str(run.path))
-    if root is not None:
-        config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
-    before = run.read_info()
-    if before.get("status") == "finished":
-        raise UsageError(f"{run.path}: this run is finished. Train a new one with another --output.")
-    return _train(config, run, before)
+    with _locked(run.path):
+        config = replace(Config.from_yaml(run.config), output=str(run.path))
+        if root is not None:
+            config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
+        before = run.read_info()
+        if before.get("status") == "finished":
+            raise UsageError(f"{run.path}: this run is finished. Train a new one with another --output.")
+        return _train(config, run, before)
 
 
 def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) -> Run:
@@ -236,14 +239,18 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _locked(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which no other process can train in the folder; the first rank holds the lock for all."""
+    return locked_folder(path, "training in it") if is_leader() else nullcontext()
+
+
 def _require_empty(path: Path) -> None:
     if Run(path).config.is_file():
         raise UsageError(
             f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
         )
-    if path.is_dir() and any(path.iterdir()):
+    if any(not is_lock(file) for file in path.iterdir()):
         raise UsageError(f"{path} is not empty. Choose another --output.")
-    check_writable(path)
 
 
 def _find_run(path: Path) -> Run:

@@ -16,7 +16,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.parts import measures as measures_of_parts
 from crossx.evaluation.parts.run import measure_run
 from crossx.methods import create_method, list_methods
-from crossx.methods.checkpoint import describe, load_method, save_weights
+from crossx.methods.weights import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from layouts import write_cub, write_folder, write_nabirds
 from slow import slow_except

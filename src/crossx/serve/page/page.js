@@ -3,13 +3,13 @@ import { Failure, describe, explain, predict, useKey } from "./service.js";
 const MEGABYTE = 1_000_000;
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 
-let limits = null;       // what GET /model says
-let picture = null;      // the file in question
+let limits = null;       // the answer of GET /model
+let picture = null;      // the current file
 let maps = new Map();    // target, or null for the maps of the parts -> the answer of /explain
-let shown = null;        // the one of them that is shown
+let shown = null;        // the answer that is shown
 let running = new AbortController();
 
-// ---- giving a picture
+// ---- choosing a picture
 
 at.file.addEventListener("change", () => give(at.file));
 at.capture.addEventListener("change", () => give(at.capture));
@@ -36,7 +36,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
   if (event.dataTransfer.files.length) take(event.dataTransfer.files);
-  else complain("That was no file. Save the picture first, then drop its file here.");
+  else complain("That is not a file. Save the picture first, then drop the file here.");
 });
 
 function take([file, ...others]) {
@@ -45,11 +45,11 @@ function take([file, ...others]) {
   picture = file;
   attempt(async (options) => {
     await look(options);
-    return others.length ? `${1 + others.length} pictures were given; this is the first.` : "";
+    return others.length ? `This is the first of ${1 + others.length} pictures; the others were ignored.` : "";
   });
 }
 
-// ---- the camera: a phone's own, by a file input; elsewhere the browser's, which only https:// and localhost have
+// ---- the camera: a phone's camera app by a file input, elsewhere the browser's, available on https:// and localhost
 
 const phone = matchMedia("(pointer: coarse)");
 at.photograph.hidden = !phone.matches && !navigator.mediaDevices;
@@ -79,7 +79,7 @@ async function openCamera() {
   } catch (error) {
     at.camera.close();
     const denied = error.name === "NotAllowedError";
-    complain(denied ? "The browser does not allow the camera here." : "There is no camera that can be used.");
+    complain(denied ? "The browser does not allow access to the camera." : "No camera is available.");
   }
 }
 
@@ -94,15 +94,15 @@ async function look(options) {
   if (!limits) await introduce(options);
   const { max_upload_mb: most } = limits;
   if (picture.size > most * MEGABYTE) {
-    throw new Failure(`${picture.name} has ${(picture.size / MEGABYTE).toFixed(1)} MB; at most ${most} MB are taken.`);
+    throw new Failure(`${picture.name} has ${(picture.size / MEGABYTE).toFixed(1)} MB; the limit is ${most} MB.`);
   }
-  say(`Looking at ${picture.name} …`);
+  say(`Classifying ${picture.name} …`);
   await keep(options);
   showPrediction(await predict(picture, options));
   if (limits.explains) await showMaps(null, options);
 }
 
-// Read the picture into memory, so that it can be sent again whatever becomes of its file.
+// Read the picture into memory, so that it can be sent again if its file changes.
 async function keep({ signal }) {
   const { name, type } = picture;
   const content = await picture.arrayBuffer().catch(() => {
@@ -118,11 +118,11 @@ async function introduce(options) {
   at["key-form"].hidden = true;
   at["top-hint"].hidden = !explains;
   at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
-  at.bounds.textContent = `At most ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
+  at.bounds.textContent = `Up to ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
 }
 
-// Do one thing at a time: what is under way is given up, and an error becomes a line on the page. The action may return
-// what there is to say after it.
+// Run one action at a time: cancel the previous one, and show an error as a line on the page. The action may return a
+// message to show afterwards.
 async function attempt(action) {
   running.abort();
   running = new AbortController();
@@ -213,16 +213,16 @@ at.back.addEventListener("click", async () => {
 
 async function showMaps(target, options) {
   if (!maps.has(target)) {
-    say(target === null ? "Looking where the network looks …" : `Looking what speaks for ${target} …`);
+    say(target === null ? "Computing where the network looks …" : `Computing the evidence for ${target} …`);
     maps.set(target, await explain(picture, target, options));
   }
   const { image, overlays, size, boxes } = maps.get(target);
-  // from class to class the same map stays chosen, so that they can be compared
+  // keep the same map selected when the class changes, for comparison
   const comparing = shown && shown.target !== null && target !== null;
   const number = comparing ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
   shown = { target, overlays };
 
-  at["maps-name"].textContent = target === null ? "Where the network looks" : `What speaks for ${target}`;
+  at["maps-name"].textContent = target === null ? "Where the network looks" : `Evidence for ${target}`;
   at.back.hidden = target === null;
   for (const button of at.top.querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(button.value === target));
@@ -237,10 +237,10 @@ async function showMaps(target, options) {
   choose(number);
 }
 
-// The regions that the network looked at again: numbered frames, the first on top.
+// Regions that the network examined again: numbered frames, the first on top.
 function frame(boxes, size) {
   at.regions.setAttribute("viewBox", `0 0 ${size} ${size}`);
-  at.regions.setAttribute("aria-label", `${boxes.length} regions that the network looks at again`);
+  at.regions.setAttribute("aria-label", `${boxes.length} regions that the network examines again`);
   at.regions.replaceChildren(...boxes.map((box, index) => framed(box, index + 1, size)).reverse());
   at.outlining.hidden = !boxes.length;
   at.regions.toggleAttribute("hidden", !boxes.length || !at.outline.checked);
@@ -260,7 +260,7 @@ function framed(box, number, size) {
 
 at.outline.addEventListener("change", () => at.regions.toggleAttribute("hidden", !at.outline.checked));
 
-// The number of the chosen map, -1 for the picture alone.
+// The number of the selected map, -1 for the picture without a map.
 const chosen = () => Number(at.choices.querySelector(":checked").value);
 
 at.choices.addEventListener("change", () => choose(chosen()));

@@ -1,7 +1,7 @@
-// Requests to the service and, in plain words, why one failed.
+// Requests to the service, and messages for failed ones.
 
 const KEY = "crossx-api-key";
-const MAX_WAIT = 60;  // seconds that a full queue is waited for
+const MAX_WAIT = 60;  // seconds to wait for a full queue
 const WORDS = {
   413: "The picture is too large for the service.",
   429: "The service is busy. Try again in a moment.",
@@ -36,7 +36,7 @@ export function explain(picture, target, options) {
   return ask(`explain?${query}`, { picture, ...options });
 }
 
-// Where the queue is full, it is asked once more when the service says that it may not be; `onWait` gets the seconds.
+// If the queue is full, try once more after Retry-After; `onWait` gets the seconds.
 async function ask(path, { picture, signal, onWait } = {}, again = true) {
   const response = await send(path, picture, signal);
   if (response.status === 429 && again) {
@@ -48,7 +48,7 @@ async function ask(path, { picture, signal, onWait } = {}, again = true) {
     }
   }
   const content = await response.json().catch(() => null);
-  // an image that cannot be read has its reason in its prediction
+  // the prediction of an unreadable image has the reason
   if (content && (response.ok || content.predictions)) return content;
   throw new Failure(reason(response.status, content?.detail), response.status);
 }
@@ -62,14 +62,14 @@ async function send(path, picture, signal) {
     return await fetch(path, { method: body ? "POST" : "GET", headers, body, signal });
   } catch {
     signal?.throwIfAborted();
-    throw new Failure("The service cannot be reached. Is it running, and is there a network?");
+    throw new Failure("The service cannot be reached. Check that it is running, and your network connection.");
   }
 }
 
 function reason(status, detail) {
-  if (status === 401) return sessionStorage.getItem(KEY) === null ? "" : "This API key is not the right one.";
+  if (status === 401) return sessionStorage.getItem(KEY) === null ? "" : "This API key is not valid.";
   if (status in WORDS) return WORDS[status];
-  return detail ? ended(detail[0].toUpperCase() + detail.slice(1)) : `The service's answer cannot be read (status ${status}).`;
+  return detail ? ended(detail[0].toUpperCase() + detail.slice(1)) : `The service's response cannot be read (status ${status}).`;
 }
 
 const ended = (text) => `${text.replace(/\.$/, "")}.`;

@@ -1,0 +1,385 @@
+"""Parsers, help and one-line errors of the verbs, built with jsonargparse from signatures and docstrings.
+
+A verb is one typed function with a Google-style docstring. Parameters before ``*`` are positional arguments, the others
+are options, a ``bool`` is a flag, and a dataclass is a group of options. ``Annotated`` adds a metavar, a spelling other
+than the parameter's name, the type to parse with, or the help. ``*words`` takes the options of another verb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from crossx.errors import UsageError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """Help text in ``Annotated``, for parameters that several verbs share."""
+
+    text: str
+
+
+Folder = Annotated[str, "DIR"]
+File = Annotated[str, "FILE"]
+Name = Annotated[str, "NAME"]
+Natural = Annotated[int, "N", NonNegativeInt]
+Positive = Annotated[int, "N", PositiveInt]
+Tolerance = Annotated[float, "X", NonNegativeFloat]
+Fraction = Annotated[float, "X", ClosedUnitInterval]
+
+SECTIONS = ("model", "data", "optim", "trainer")
+"""Groups whose options have the group's name as prefix, as in a recipe: ``--data.root``."""
+EPILOG = "An error is one line and exit code 1, or 2 for a wrong command; --debug shows its traceback."
+IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+    NonNegativeInt: "a whole number of at least 0",
+    PositiveInt: "a whole number of at least 1",
+    NonNegativeFloat: "a number of at least 0",
+    ClosedUnitInterval: "a number from 0 to 1",
+}
+_NUMBER = re.compile(r"-(\d+|\d*\.\d+)$")
+_UNIONS = (Union, types.UnionType)
+_LISTS = (list, Sequence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option, or positional argument, of a parser.
+
+    Attributes:
+        name: Key of its value, such as ``data.root``.
+        hint: Type to parse it as.
+        default: Its default; ``inspect.Parameter.empty`` if it is required.
+        help: What the docstring says.
+        spelling: What is typed, such as ``--data.root``; empty for a positional argument.
+        metavar: Placeholder of its value in the help; by default from the type or name.
+        group: Title of its group in the help.
+        many: Whether it takes several words.
+        flag: Whether it takes none.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    spelling: str
+    metavar: str = ""
+    group: str = ""
+    many: bool = False
+    flag: bool = False
+
+
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Keep the paragraphs of the docstrings, and show the default of each option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)  # type: ignore[no-untyped-call]
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            part if "\n  " in part else textwrap.fill(" ".join(part.split()), width) for part in paragraphs
+        )
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, argparse.SUPPRESS) or "(default" in text or action.nargs == 0:
+            return text
+        if isinstance(default, (list, tuple)):
+            default = list(default) if action.nargs is None else " ".join(map(str, default))
+        shown = str(default).lower() if isinstance(default, bool) else default
+        return f"{text} (default: {shown})" if shown not in ("", [], {}) else text
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        # jsonargparse adds a spelling with `+` to each list
+        metavar = self._format_args(action, action.dest.upper())
+        return f"{action.option_strings[0]} {metavar}"
+
+
+def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -> int:
+    """Parse a verb's words, call its function with them, and return the exit code.
+
+    Raises:
+        UsageError: If something is missing, unknown or of the wrong type.
+        SystemExit: After ``--help``.
+    """
+    parser = build(function, verb)
+    own, rest = _split(words, parser)
+    passes_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(function).parameters.values())
+    positional = [] if passes_on else _positional(rest, parser)
+    try:
+        values = parser.parse_args([*own, "--", *positional] if positional else own).as_dict()
+    except argparse.ArgumentError as error:
+        raise explain(str(error), parser) from error
+    arguments = {}
+    for name, hint in _parameters(function):
+        if dataclasses.is_dataclass(hint):
+            fields = [field.name for field in dataclasses.fields(hint) if field.init]
+            given = values[name] if name in SECTIONS else values
+            arguments[name] = hint(**{field: given[field] for field in fields})  # type: ignore[operator]
+        else:
+            arguments[name] = values[name]
+    return function(*(rest if passes_on else ()), **arguments) or 0
+
+
+def build(function: Callable[..., Any], verb: str) -> jsonargparse.ArgumentParser:
+    """Return the parser of a verb's function."""
+    text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
+    parser = new_parser(f"crossx {verb}", text.partition("\nArgs:\n")[0].strip(), textwrap.dedent(examples))
+    add_options(parser, function_options(function))
+    return parser
+
+
+def new_parser(
+    prog: str, description: str, examples: str, usage: str | None = None
+) -> jsonargparse.ArgumentParser:
+    """Return a parser without options."""
+    return jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        epilog=f"examples:\n{textwrap.indent(examples, '  ')}\n\n{EPILOG}",
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        print_config=None,
+        allow_abbrev=False,
+    )
+
+
+def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Add options, each group of them under its title."""
+    containers: dict[str, Any] = {"": parser}
+    for option in options:
+        if option.group not in containers:
+            containers[option.group] = parser.add_argument_group(option.group)
+        required = option.default is inspect.Parameter.empty
+        settings: dict[str, Any] = {"help": option.help}
+        if option.flag:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": option.hint, "metavar": _metavar(option)}
+        if option.many:
+            settings["nargs"] = "+"
+        elif not (required or option.spelling):
+            settings["nargs"] = "?"
+        if not (required or option.flag):
+            settings["default"] = list(option.default) if option.many else option.default
+        if option.spelling:
+            settings |= {"dest": option.name, "required": required}
+        containers[option.group].add_argument(option.spelling or option.name, **settings)
+
+
+def function_options(function: Callable[..., Any]) -> Iterator[Option]:
+    """Yield the options of a verb's function."""
+    signature, helps = inspect.signature(function), option_helps(function)
+    for name, hint in _parameters(function):
+        if dataclasses.is_dataclass(hint):
+            yield from dataclass_options(hint, f"{name}." if name in SECTIONS else "")
+        else:
+            parameter = signature.parameters[name]
+            spelling = f"--{name}" if parameter.kind is parameter.KEYWORD_ONLY else ""
+            yield _word_option(Option(name, hint, parameter.default, helps.get(name, ""), spelling))
+
+
+def dataclass_options(
+    cls: Any, prefix: str = "", *, yaml: bool = False, skip: Collection[str] = ()
+) -> Iterator[Option]:
+    """Yield the options of a dataclass as a group; their values are plain words, or YAML as in a recipe."""
+    hints, helps = get_type_hints(cls, include_extras=True), option_helps(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in skip:
+            name, factory = f"{prefix}{field.name}", field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            option = Option(
+                name,
+                hints[field.name],
+                default,
+                helps.get(field.name, ""),
+                f"--{name}",
+                group=first_line(cls),
+            )
+            yield option if yaml else _word_option(option)
+
+
+def option_helps(documented: Any) -> dict[str, str]:
+    """Return name -> text of the ``Args:`` or ``Attributes:`` of a docstring, or of an object that has one."""
+    doc = documented if isinstance(documented, str) else inspect.getdoc(documented) or ""
+    params = docstring_parser.parse(doc.partition("\nExamples:\n")[0]).params
+    return {
+        param.arg_name: " ".join((param.description or "").replace("``", "`").split()) for param in params
+    }
+
+
+def first_line(documented: Any) -> str:
+    """Return the first line of a docstring, without its full stop."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0].removesuffix(".")
+
+
+def describe(hint: Any) -> str:
+    """Describe in words the values of a type."""
+    if hint in IN_WORDS:
+        return IN_WORDS[hint]
+    origin = get_origin(hint)
+    if origin is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if origin in _UNIONS:
+        names = ", ".join(dict.fromkeys(map(str, _direct_literals(hint))))
+        others = [describe(part) for part in get_args(hint) if get_origin(part) is not Literal]
+        return " or ".join(dict.fromkeys([names, *others] if names else others))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping such as {name: value}"
+    names = ", ".join(map(str, literals(hint)))
+    return f"a list of {names}" if names else "a list such as [1, 2]"
+
+
+def literals(hint: Any) -> list[Any]:
+    """Return the values of the ``Literal`` types in a type."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [item for part in get_args(hint) for item in literals(part)]
+
+
+def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
+    """Turn an error message of jsonargparse into one line."""
+    _, unrecognized, rest = message.partition("unrecognized arguments: ")
+    if unrecognized:
+        return unknown_argument(rest.split()[0], parser._option_string_actions, parser.prog)
+    _, required, names = message.partition("arguments are required: ")
+    if required:
+        shown = [_shown(_action(parser, name)) for name in names.split(", ")]
+        return UsageError(
+            f"the following arguments are required: {', '.join(shown)}; see `{parser.prog} --help`."
+        )
+    if match := re.match(r'Parser key "([\w.]+)"', message):
+        action = _action(parser, match[1])
+        given = re.search(
+            r"(?:Given value|Got value|base 10|to float): (.*)|: (\S+) does not conform", message
+        )
+        value = (given[1] or given[2]).strip("'") if given else "this"
+        hint = getattr(action, "_typehint", action.type)
+        hint_names = [str(item) for item in literals(hint)]
+        return UsageError(
+            f"{_shown(action)} takes {describe(hint)}, not {value!r}.{nearest(value, hint_names)}"
+        )
+    return UsageError(f"{' '.join(message.removeprefix('argument ').split())}; see `{parser.prog} --help`.")
+
+
+def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageError:
+    """Build the error for an argument that the command ``prog`` does not take, with the nearest of its options."""
+    name, known = argument.split("=", 1)[0], [option for option in options if option[-1] != "+"]
+    if not name.startswith("-"):
+        return UsageError(f"unexpected argument {argument!r}; see `{prog} --help`.")
+    same_end = [option for option in known if option.split(".")[-1] == name.lstrip("-").split(".")[-1]]
+    hint = f" Did you mean {same_end[0]!r}?" if len(same_end) == 1 else nearest(name, known)
+    return UsageError(f"unknown option {name!r}.{hint} `{prog} --help` lists the options.")
+
+
+def _split(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Separate the parser's own options, with their values, from the other words."""
+    own: list[str] = []
+    rest: list[str] = []
+    left = list(words)
+    while left and left[0] != "--":
+        word = left.pop(0)
+        action = parser._option_string_actions.get(word.partition("=")[0])
+        if action is None:
+            rest.append(word)
+            continue
+        own.append(word)
+        if "=" not in word and action.nargs != 0:
+            while left and not _is_option(left[0]):
+                own.append(left.pop(0))
+                if action.nargs != "+":
+                    break
+    if {"-h", "--help"} & {*own}:
+        return ["--help"], []
+    return own, rest + left
+
+
+def _positional(words: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
+    """Check that the words are positional arguments, except after ``--``, and return them."""
+    end = words.index("--") if "--" in words else len(words)
+    takes_some = any(not action.option_strings for action in parser._actions)
+    for word in words[:end]:
+        if _is_option(word) or not takes_some:
+            raise unknown_argument(word, parser._option_string_actions, parser.prog)
+    return words[:end] + words[end + 1 :]
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-" and not _NUMBER.match(word)
+
+
+def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            yield parameter.name, hints[parameter.name]
+
+
+def _word_option(option: Option) -> Option:
+    """Resolve an option's type and ``Annotated`` for values that are plain words."""
+    hint, extras = _without_annotation(_without_none(option.hint)[0])
+    many = get_origin(hint) in _LISTS
+    if many:
+        hint, inner = _without_annotation(get_args(hint)[0])
+        extras += inner
+    words = [extra for extra in reversed(extras) if isinstance(extra, str)]
+    texts = [extra.text for extra in extras if isinstance(extra, Help)]
+    return dataclasses.replace(
+        option,
+        help=option.help or "".join(texts),
+        hint=next((extra for extra in extras if isinstance(extra, type)), hint),
+        spelling=next((word for word in words if word.startswith("--")), option.spelling),
+        metavar=next((word for word in words if not word.startswith("--")), ""),
+        many=many,
+        flag=hint is bool,
+    )
+
+
+def _without_annotation(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _without_none(hint: Any) -> list[Any]:
+    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    return [part for part in parts if part is not type(None)]
+
+
+def _metavar(option: Option) -> str:
+    if option.metavar:
+        return option.metavar
+    parts = _without_none(option.hint)
+    if all(get_origin(part) is Literal for part in parts):
+        return "{" + ",".join(dict.fromkeys(map(str, literals(option.hint)))) + "}"
+    known: dict[Any, str] = {int: "N", float: "X", bool: "{true,false}"}
+    return known.get(parts[0] if len(parts) == 1 else None, option.name.rpartition(".")[2].upper())
+
+
+def _direct_literals(hint: Any) -> list[Any]:
+    return [value for part in get_args(hint) if get_origin(part) is Literal for value in get_args(part)]
+
+
+def _action(parser: jsonargparse.ArgumentParser, name: str) -> argparse.Action:
+    return next(action for action in parser._actions if action.dest == name)
+
+
+def _shown(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else str(action.metavar)

@@ -1,1 +1,0 @@
-"""The drawn birds of the synthetic dataset."""

@@ -1,0 +1,57 @@
+"""The run folder: its files, and writing them so that a kill cannot corrupt them. Imports no torch.
+
+::
+
+    RUN/
+      config.yaml               every option of the run, as `crossx fit --config` reads it
+      model.json                ModelSpec: how to rebuild the network and prepare its input
+      model.safetensors         weights of the selected checkpoint
+      run.json                  provenance: versions, git state, seed, dataset, how the checkpoint was selected
+      metrics.csv metrics.json  training history
+      checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
+      checkpoints/SHA256SUMS    checksums of the newest two
+      test.json ...             written by `crossx test`
+"""
+
+from crossx.runs.environment import PACKAGES, environment
+from crossx.runs.files import (
+    atomic_path,
+    check_output_file,
+    check_writable,
+    parse_json,
+    read_config,
+    read_history,
+    read_json,
+    read_results,
+    storage_error,
+    write_json,
+    write_text,
+)
+from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, open_run
+from crossx.runs.locks import is_lock, locked_folder
+from crossx.runs.spec import SCHEMA, ModelSpec, Preprocessing
+
+__all__ = [
+    "EXPORTED",
+    "PACKAGES",
+    "PREDICTS_ALONE",
+    "SCHEMA",
+    "ModelSpec",
+    "Preprocessing",
+    "Run",
+    "atomic_path",
+    "check_output_file",
+    "check_writable",
+    "environment",
+    "is_lock",
+    "locked_folder",
+    "open_run",
+    "parse_json",
+    "read_config",
+    "read_history",
+    "read_json",
+    "read_results",
+    "storage_error",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,202 @@
+"""Write files atomically, read JSON and YAML of a run, and report storage errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import CrossXError, UsageError, first_line
+
+MAX_TEXT = 64 << 20
+"""Largest JSON or YAML file of a run that is read, in bytes."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary file in the same folder that replaces ``path`` if the block ends without an error.
+
+    The data is flushed to disk first, so a kill or power cut leaves either the old file or the new one.
+
+    Raises:
+        CrossXError: If the disk is full or the folder not writable; the old file is untouched.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        # only now: a library may have replaced the file by its own, with other permissions
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and check that it can be written to, before hours of work rather than after.
+
+    Raises:
+        CrossXError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def check_output_file(path: Path) -> None:
+    """Check that a file can be written.
+
+    Raises:
+        UsageError: If it is a folder.
+        CrossXError: If its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the name of a file.")
+    check_writable(path.parent)
+
+
+def storage_error(path: Path, error: OSError) -> CrossXError:
+    """Turn an ``OSError`` while writing ``path`` into one line that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CrossXError(
+            f"{path}: no space left on the disk. What was written before is intact: free some room."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CrossXError(f"{path}: no permission to write there. Choose another --output.")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return CrossXError(f"{path}: there is a file where a folder is needed. Choose another --output.")
+    return CrossXError(f"{path}: cannot be written ({error.strerror or error}).")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given; NaN and infinity are refused."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CrossXError: If the file is missing, unreadable or holds something else.
+    """
+    return parse_json(_read_text(path, "JSON"), path)
+
+
+def parse_json(text: str, source: Path) -> dict[str, Any]:
+    """Read a JSON object from text; ``source`` is named in errors.
+
+    Raises:
+        CrossXError: If the text is something else.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError as error:
+        raise CrossXError(f"{source}: not a JSON object: its values are nested too deeply.") from error
+    # among them numbers with thousands of digits
+    except ValueError as error:
+        raise CrossXError(f"{source}: not valid JSON ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{source}: not a JSON object.")
+    return values
+
+
+def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the results that ``crossx test`` wrote.
+
+    Args:
+        path: ``SPLIT.json`` of a run.
+        needed: Required keys; ``a.b`` is a key within ``a``.
+
+    Raises:
+        CrossXError: If the file is missing, lacks a required key, or holds something else.
+    """
+    from crossx.schema import ResultsFile, check_file, require
+
+    results = read_json(path)
+    check_file(ResultsFile, results, path)
+    require(results, needed, path)
+    return results
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read a training history, ``metrics.json``: one row per epoch.
+
+    Raises:
+        CrossXError: If the file is missing or holds something else.
+    """
+    from crossx.schema import HistoryFile, check_file
+
+    values = read_json(path)
+    check_file(HistoryFile, values, path)
+    rows: list[dict[str, Any]] = values["epochs"]
+    return rows
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a training configuration, ``config.yaml``.
+
+    Raises:
+        CrossXError: If the file is missing, unreadable or not a YAML mapping.
+    """
+    # slow to import
+    from crossx.yaml import load_yaml
+
+    try:
+        values = load_yaml(_read_text(path, "YAML"), str(path))
+    except UsageError as error:
+        raise CrossXError(str(error)) from error
+    if not isinstance(values, dict):
+        raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
+    return values
+
+
+def _read_text(path: Path, language: str) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT:
+            raise CrossXError(f"{path}: larger than the {MAX_TEXT >> 20} MiB that such a file may have.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CrossXError(f"{path}: not valid {language} ({first_line(error)}).") from error
+    except FileNotFoundError as error:
+        raise CrossXError(f"{path}: no such file.") from error
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,148 @@
+"""The paths of a run folder, and finding a run from what the user gives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import CrossXError, UsageError
+from crossx.hub import HubModel, download_model
+from crossx.runs.files import read_json, read_results
+from crossx.runs.spec import ModelSpec
+
+EXPORTED = (".onnx", ".xml", ".pt2")
+"""File extensions that `crossx export` writes."""
+PREDICTS_ALONE = "an exported file is for `crossx predict` and `crossx serve` alone: give the run instead."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the paths in it.
+
+    Attributes:
+        path: The folder.
+        hub: Name of a model downloaded from the Hub; its folder is in the Hub's cache and must not be written to.
+    """
+
+    path: Path
+    hub: str = ""
+
+    @property
+    def config(self) -> Path:  # noqa: D102
+        return self.path / "config.yaml"
+
+    @property
+    def spec(self) -> Path:  # noqa: D102
+        return self.path / "model.json"
+
+    @property
+    def weights(self) -> Path:  # noqa: D102
+        return self.path / "model.safetensors"
+
+    @property
+    def info(self) -> Path:  # noqa: D102
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:  # noqa: D102
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:  # noqa: D102
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last(self) -> Path:  # noqa: D102
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:  # noqa: D102
+        return self.checkpoints / "previous.ckpt"
+
+    @property
+    def checksums(self) -> Path:  # noqa: D102
+        return self.checkpoints / "SHA256SUMS"
+
+    def read_spec(self) -> ModelSpec:
+        """Read ``model.json``."""
+        return ModelSpec.from_json(read_json(self.spec), self.spec)
+
+    def read_info(self) -> dict[str, Any]:
+        """Read ``run.json``; empty if there is none."""
+        if not self.info.is_file():
+            return {}
+        from crossx.schema import RunFile, check_file
+
+        values = read_json(self.info)
+        check_file(RunFile, values, self.info)
+        return values
+
+    def read_results(self, weights: Path, split: str = "test") -> dict[str, Any]:
+        """Read the results of ``crossx test`` on ``split``; empty if it did not test these weights."""
+        path = self.path / f"{split}.json"
+        if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
+            return {}
+        results = read_results(path)
+        return results if results.get("weights") == os.path.relpath(weights, self.path) else {}
+
+    def results_folder(self, output: str | Path | None = None) -> Path:
+        """Return the folder for results: ``output``, by default the run folder.
+
+        Raises:
+            UsageError: If ``output`` is missing for a model on the Hub.
+        """
+        if output is None and self.hub:
+            words = self.hub.replace("@", " --revision ")
+            raise UsageError(
+                f"{self.hub}: a model on the Hub has no folder for results. Get it with `hf download {words} "
+                "--local-dir DIR`, and name DIR."
+            )
+        return Path(output) if output is not None else self.path
+
+
+def open_run(path: str | Path) -> tuple[Run, Path]:
+    """Find a run by its folder, a checkpoint file in it, or its name on the Hugging Face Hub.
+
+    Args:
+        path: A folder of ``crossx fit`` or ``crossx share``, a checkpoint file in one, or, if there is no such path,
+            ``user/name``, ``user/name@revision`` or ``hf-hub:user/name`` as text.
+
+    Returns:
+        The run and the weights to load: the given file, else ``model.safetensors``, else ``best.ckpt``, else
+        ``last.ckpt`` (of a run that was stopped).
+
+    Raises:
+        UsageError: If it is a file of ``crossx export``.
+        CrossXError: If there is no such path, no ``model.json`` or no weights.
+    """
+    given = Path(path)
+    if not given.exists():
+        model = HubModel.parse(path) if isinstance(path, str) else None
+        if model is not None:
+            run = Run(download_model(model), hub=str(model))
+            return run, run.weights
+        raise CrossXError(f"{given}: no such run folder or checkpoint file.")
+    if given.is_file():
+        if given.suffix.lower() in EXPORTED:
+            raise UsageError(f"{given}: {PREDICTS_ALONE}")
+        for folder in (given.parent, given.parent.parent):
+            if (folder / "model.json").is_file():
+                return Run(folder), given
+        raise CrossXError(
+            f"{given}: there is no model.json beside it or one folder up; a checkpoint is read within its run folder, "
+            "and a file of `crossx export` by `crossx predict` and `crossx serve` alone."
+        )
+    run = Run(given)
+    if not run.spec.is_file():
+        raise CrossXError(
+            f"{given}: not a run folder (no model.json). `crossx fit --output {given}` makes one."
+        )
+    for weights in (run.weights, run.best, run.last):
+        if weights.is_file():
+            return run, weights
+    raise CrossXError(
+        f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
+        "train it first with `crossx fit`."
+    )

@@ -1,0 +1,67 @@
+"""Keep two processes from working in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from crossx.errors import CrossXError
+from crossx.runs.files import check_writable, storage_error
+
+LOCK = ".lock"
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a path is the lock file of its folder."""
+    return path.name == LOCK
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, work: str) -> Iterator[None]:
+    """Make a folder and lock it for this process until the block ends.
+
+    The operating system holds the lock on ``folder/.lock`` and frees it when the process ends, also after a crash. On
+    a file system without locks the block runs unlocked.
+
+    Args:
+        folder: The folder.
+        work: What this process does, as in "another process is WORK".
+
+    Raises:
+        CrossXError: If another process holds the lock, or the folder cannot be written to.
+    """
+    # slow to import, and most commands need no lock
+    from filelock import FileLock, Timeout
+
+    check_writable(folder)
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            # filelock's substitute for file systems without locks would outlive a crash
+            stack.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+            started = datetime.now().isoformat(" ", "minutes")
+            path.write_text(f"process {os.getpid()} on {platform.node()}, since {started}", encoding="utf-8")
+        except Timeout as error:
+            raise CrossXError(
+                f"{folder}: another process is {work}{_holder(path)}. Wait for it, or choose another --output."
+            ) from error
+        except PermissionError as error:
+            raise storage_error(path, error) from error
+        except OSError:
+            # some network file systems have no locks
+            pass
+        # runs before the lock is freed: filelock never takes a deleted file for the lock
+        stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _holder(path: Path) -> str:
+    """Return `` (process 7 on HOST, since TIME)``, empty where the holder has not written it yet."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        if text := file.readline(200).strip():
+            return f" ({text})"
+    return ""

@@ -1,0 +1,99 @@
+"""What ``model.json`` holds: how to rebuild a trained network and how to prepare its input."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import CrossXError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a stored image is turned into the network's input in evaluation.
+
+    Attributes:
+        image_size: Side of the square crop, in pixels.
+        resize_size: Size before the crop: a number resizes to a square of that side, ignoring the aspect ratio as in
+            the released code; None resizes the shorter side to image_size / 0.875.
+        interpolation: ``bilinear`` or ``bicubic``.
+        mean: Per-channel mean, of images scaled to [0, 1].
+        std: Per-channel standard deviation of the same.
+        crop_bottom: Rows to crop from the bottom first (20 removes FGVC-Aircraft's banner).
+        pipeline: ``fast`` or ``strict``, see ``DataConfig``.
+    """
+
+    image_size: int
+    resize_size: int | None
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_bottom: int = 0
+    pipeline: str = "fast"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to rebuild a trained network and prepare its input.
+
+    Attributes:
+        method: The method's registered name.
+        options: The method's own options.
+        backbone: The timm model's name.
+        backbone_args: Further arguments for timm.
+        classes: Class names in label order.
+        preprocessing: How images are prepared in evaluation.
+        dataset: Name of the dataset of the labels.
+        levels: Hierarchy of the classes, see ``DatasetIndex.levels``.
+        temperature: T > 0 of temperature scaling: probabilities are softmax(logits / T). 1 if none was fitted.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    backbone: str
+    backbone_args: Mapping[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    dataset: str
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    temperature: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dictionary for ``from_json``."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: Path) -> ModelSpec:
+        """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
+
+        Raises:
+            CrossXError: If a value is missing, of the wrong type or out of bounds (see ``crossx.schema``), or the
+                schema is of another version.
+        """
+        if values.get("schema") != SCHEMA:
+            raise CrossXError(
+                f"{source}: schema {reprlib.repr(values.get('schema'))}, this version of crossx reads {SCHEMA}: "
+                "upgrade crossx."
+            )
+        # pydantic is slow to import, and `--help` does not need it
+        from crossx.schema import check_model
+
+        check_model(values, source)
+        prep = dict(values["preprocessing"])
+        prep["mean"], prep["std"] = tuple(prep["mean"]), tuple(prep["std"])
+        return cls(
+            method=values["method"],
+            options=values["options"],
+            backbone=values["backbone"],
+            backbone_args=values["backbone_args"],
+            classes=tuple(values["classes"]),
+            preprocessing=Preprocessing(**prep),
+            dataset=values["dataset"],
+            levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
+            temperature=float(values.get("temperature", 1.0)),
+        )

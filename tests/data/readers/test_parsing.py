@@ -1,0 +1,218 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.io import savemat
+
+from crossx.data.readers.parsing import (
+    Row,
+    archive_root,
+    as_list,
+    distinct_names,
+    keyed,
+    load_mat,
+    mat_rows,
+    read_rows,
+    require_folder,
+)
+from layouts import mat_cells, write_lines
+from refusals import refusal
+
+# Any text that a list can hold: no line breaks, no blanks at the ends, no surrogates (not UTF-8).
+NAMES = st.text(
+    st.characters(exclude_characters="\n\r\0\ufeff", exclude_categories=("Cs",)), min_size=1, max_size=30
+).filter(lambda text: text.strip(" \t\r") == text)
+WORDS = NAMES.filter(lambda text: " " not in text and "\t" not in text)
+BLANKS = st.text(" \t", min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lists") / "list.txt"
+
+
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=8), blank=BLANKS, end=st.sampled_from(["\n", "\r\n", " \n"])
+)
+def test_names_with_blanks_unicode_and_slashes_are_read_whole(
+    file: Path, names: list[str], blank: str, end: str
+) -> None:
+    file.write_bytes("".join(f"{i}{blank}{name}{end}" for i, name in enumerate(names)).encode())
+    assert [row.fields for row in read_rows(file, ("id", "name"), text=True)] == [
+        (str(i), name) for i, name in enumerate(names)
+    ]
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=8))
+def test_a_single_text_column_is_the_whole_line(file: Path, names: list[str]) -> None:
+    file.write_bytes("\n".join(names).encode())
+    assert [row.fields for row in read_rows(file, ("name",), text=True)] == [(name,) for name in names]
+
+
+@given(table=st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=8), blank=BLANKS)
+def test_columns_and_line_numbers(file: Path, table: list[tuple[str, ...]], blank: str) -> None:
+    file.write_bytes("\n\n".join(blank.join(line) for line in table).encode())
+    rows = read_rows(file, ("a", "b", "c"))
+    assert [row.fields for row in rows] == table
+    assert [row.number for row in rows] == list(range(1, 2 * len(table), 2))
+
+
+@given(line=st.lists(WORDS, min_size=1, max_size=6).filter(lambda words: len(words) != 3))
+def test_a_wrong_number_of_columns_names_the_line(file: Path, line: list[str]) -> None:
+    file.write_bytes(("1 2 3\n" + " ".join(line)).encode())
+    message = refusal(read_rows, file, ("a", "b", "c"))
+    assert message.startswith(f"{file}, line 2: expected a, b, c, found ")
+
+
+@given(text=NAMES)
+def test_integers_are_plain_digits_or_refused(text: str) -> None:
+    row = Row(Path("list.txt"), 7, (text,))
+    if all(character in "0123456789" for character in text):
+        assert row.integer(0, "the id") == int(text)
+    else:
+        assert "list.txt, line 7: the id must be a whole number" in refusal(row.integer, 0, "the id")
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.0", "1_0", "１", "²", "one"])
+def test_what_is_no_whole_number(text: str) -> None:
+    assert "must be a whole number" in refusal(Row(Path("f"), 1, (text,)).integer, 0, "the id")
+
+
+@given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2))
+def test_numbers_are_read_exactly(values: list[float]) -> None:
+    row = Row(Path("f"), 1, ("id", *map(repr, values)))
+    assert row.numbers(1, 3, "x, y") == tuple(values)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "x", ""])
+def test_what_is_no_number(text: str) -> None:
+    assert "f, line 3: x, y must be numbers" in refusal(Row(Path("f"), 3, ("0", text)).numbers, 0, 2, "x, y")
+
+
+def test_flags() -> None:
+    assert Row(Path("f"), 1, ("1",)).flag(0, "visible") is True
+    assert Row(Path("f"), 1, ("0",)).flag(0, "visible") is False
+    assert "visible must be 0 or 1, not '2'" in refusal(Row(Path("f"), 1, ("2",)).flag, 0, "visible")
+
+
+@given(
+    left=st.integers(1, 500), top=st.integers(1, 500), width=st.integers(1, 300), height=st.integers(1, 300)
+)
+def test_corners_cover_the_pixels_from_first_to_last(left: int, top: int, width: int, height: int) -> None:
+    columns = range(left, left + width)
+    rows = range(top, top + height)
+    row = Row(Path("f"), 1, tuple(str(value) for value in (columns[0], rows[0], columns[-1], rows[-1])))
+    assert row.corners(0) == (left - 1, top - 1, len(columns), len(rows))
+
+
+def test_corners_the_wrong_way_round() -> None:
+    assert "ends before it begins" in refusal(Row(Path("f"), 1, ("5", "1", "4", "9")).corners, 0)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.jpg", "a/../../x.jpg"])
+def test_files_stay_in_their_folder(name: str) -> None:
+    assert "leads out of images" in refusal(Row(Path("f"), 1, (name,)).file_in, Path("images"), 0)
+
+
+def test_file_in_a_folder() -> None:
+    assert Row(Path("f"), 1, ("a b/ü",)).file_in(Path("images"), 0, ".jpg") == Path("images/a b/ü.jpg")
+
+
+def test_a_list_that_is_missing_empty_or_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    assert f"{path} is missing" in refusal(read_rows, path, ("id",))
+    path.write_text("\n \n")
+    assert f"{path} is empty" in refusal(read_rows, path, ("id",))
+    path.write_bytes(b"1 a\n2 \xff\n")
+    assert f"{path}, line 2: not UTF-8 text" in refusal(read_rows, path, ("id", "name"))
+
+
+def test_an_unreadable_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "list.txt"
+    write_lines(path, ["1 a"])
+
+    def deny(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    # Made by hand because the tests may run as root, who may read everything.
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    assert f"{path} cannot be read (Permission denied)" in refusal(read_rows, path, ("id", "name"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbf1 a\n")
+    assert read_rows(path, ("id", "name"))[0].fields == ("1", "a")
+
+
+def test_keys_listed_twice_name_both_lines() -> None:
+    rows = [Row(Path("f"), number, (key, "x")) for number, key in enumerate("aba", start=1)]
+    assert "f, line 3: 'a' was already listed in f, line 1" in refusal(keyed, rows)
+    assert list(keyed(rows[:2])) == ["a", "b"]
+
+
+@given(names=st.lists(st.sampled_from(["wren", "wren (1)", "wren (2)", "wren (1) (1)", "jay"]), max_size=6))
+def test_distinct_names_are_distinct_and_leave_unique_ones(names: list[str]) -> None:
+    result = distinct_names(names, range(len(names)))
+    assert len(set(result)) == len(names)
+    assert all(new.startswith(old) for old, new in zip(names, result, strict=True))
+    if len(set(names)) == len(names):
+        assert list(result) == names
+
+
+def test_archive_root(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(archive_root, tmp_path / "none", "marker.txt", "inner")
+    packed = tmp_path / "archive.tgz"
+    packed.touch()
+    assert "is a file: unpack it" in refusal(archive_root, packed, "marker.txt", "inner")
+    assert archive_root(tmp_path, "marker.txt", "inner") == tmp_path
+    (tmp_path / "inner").mkdir()
+    assert archive_root(tmp_path, "marker.txt", "inner") == tmp_path / "inner"
+    (tmp_path / "marker.txt").touch()
+    assert archive_root(tmp_path, "marker.txt", "inner") == tmp_path
+
+
+def test_require_folder(tmp_path: Path) -> None:
+    assert require_folder(tmp_path) == tmp_path
+    assert "images/ is missing" in refusal(require_folder, tmp_path / "images")
+
+
+@given(
+    names=st.lists(
+        st.text(st.characters(codec="latin-1", exclude_categories=("Cc",)), min_size=1), min_size=1
+    )
+)
+def test_cells_survive_a_mat_file(file: Path, names: list[str]) -> None:
+    path = file.with_suffix(".mat")
+    savemat(path, {"names": mat_cells(names), "ids": np.arange(len(names), dtype=np.float64)[:, None]})
+    rows = mat_rows(path, dict(zip(("name", "id"), load_mat(path, "names", "ids"), strict=True)))
+    assert [row.fields for row in rows] == [(name, str(i)) for i, name in enumerate(names)]
+
+
+def test_broken_mat_files(tmp_path: Path) -> None:
+    path = tmp_path / "list.mat"
+    assert "is missing" in refusal(load_mat, path, "names")
+    path.write_bytes(b"<html>404 Not Found</html>" * 20)
+    assert f"{path} cannot be read as a .mat file" in refusal(load_mat, path, "names")
+    savemat(path, {"other": 1})
+    assert f"{path} has no variable 'names'" in refusal(load_mat, path, "names")
+    savemat(path, {"names": mat_cells(["a" * 50, "b"])})
+    path.write_bytes(path.read_bytes()[:150])
+    assert f"{path} cannot be read as a .mat file" in refusal(load_mat, path, "names")
+
+
+def test_mat_columns_that_do_not_fit() -> None:
+    path = Path("list.mat")
+    assert "list.mat: 2 file, 1 label" in refusal(mat_rows, path, {"file": ["a", "b"], "label": [1]})
+    assert "list.mat lists nothing" in refusal(mat_rows, path, {"file": [], "label": np.array([])})
+    broken = {"file": ["a", np.array([])], "label": [1, 2]}
+    assert "list.mat, entry 2: 'file' holds no value" in refusal(mat_rows, path, broken)
+
+
+def test_as_list_puts_back_a_list_of_one() -> None:
+    assert as_list("one") == ["one"]
+    assert as_list({"fname": "x"}) == [{"fname": "x"}]
+    assert as_list(3) == [3]
+    assert as_list(np.array([1, 2])) == [1, 2]
