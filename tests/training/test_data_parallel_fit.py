@@ -102,6 +102,7 @@ def assert_same_as_alone(method: str, run: Run, make_config: Callable[..., Confi
     assert run.read_info()["calibration"]["n"] == 3
 
 
+@pytest.mark.slow
 def test_runs_on_two_ranks(make_config, few, tmp_path):
     configs = {
         "crossx": make_config("crossx", **alike("crossx", 2)),

@@ -67,6 +67,7 @@ def share_by_pixels(run, record, part, stage, excitation):
     return (inside.sum() / pixels.sum()).item(), inside.numel() / 640**2
 
 
+@pytest.mark.slow
 def test_measures_of_drawn_birds(tmp_path, birds):
     run = write_run(tmp_path / "run", "synthetic", birds, **DRAWN)
     results = measure_run(run.path)
