@@ -1,4 +1,4 @@
-"""Classify images with an ONNX file of `crossx export`, with onnxruntime and Pillow alone.
+"""Classify images with an ONNX file of `crossx export`, with only onnxruntime and Pillow.
 
 pip install onnxruntime pillow
 python onnx_without_crossx.py model.onnx bird.jpg more.png
@@ -29,7 +29,7 @@ def prepare(image, to):
 
 
 def main(model, paths):
-    """Print path, most probable class and its probability, a line an image."""
+    """Print path, most probable class and its probability, one line per image."""
     session = onnxruntime.InferenceSession(model, providers=onnxruntime.get_available_providers())
     about = json.loads(session.get_modelmeta().custom_metadata_map["crossx"])
     for path in paths:

@@ -121,7 +121,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match="not a run folder"):
         open_run(tmp_path)
     (tmp_path / "stray.ckpt").touch()
-    with pytest.raises(CrossXError, match=r"no model\.json beside it"):
+    with pytest.raises(CrossXError, match=r"no model\.json next to it"):
         open_run(tmp_path / "stray.ckpt")
     make_run(tmp_path / "run")
     with pytest.raises(CrossXError, match="has no weights yet"):

@@ -45,6 +45,37 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         assert message.endswith(".")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "&x [*x]",
+        "a: 1\nb: &x {c: [*x]}",
+        "a: 1\nb: &x\n  <<: *x",
+        "a: 1\nb: &x {<<: [{<<: *x}]}",
+        "a: 1\n? &x [*x]\n: 1",
+    ],
+)
+def test_a_value_that_contains_itself_is_refused(text: str) -> None:
+    line = text.count("\n", 0, text.index("&x")) + 1
+    # a block begins on the line after its anchor
+    with pytest.raises(UsageError, match=rf"file\.yaml: line ({line}|{line + 1}) is not valid YAML"):
+        load_yaml(text, "file.yaml")
+
+
+def test_a_value_may_be_given_several_times() -> None:
+    assert load_yaml("a: &a [1, 2]\nb: [*a, *a]", "file.yaml") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_nested_aliases_cost_no_more_than_their_text() -> None:
+    """A thousand million values by name; visiting each would not end."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"{name}: &{name} [{', '.join(['*' + last] * 9)}]"
+        for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    assert len(load_yaml("\n".join(lines), "file.yaml")["i"]) == 9
+
+
 def test_an_empty_text_is_nothing() -> None:
     assert load_yaml("", "file.yaml") is None
     with pytest.raises(UsageError, match=r"file\.yaml: line 2 gives 'a' again\."):

@@ -9,7 +9,7 @@ import io
 import re
 from typing import Any
 
-from ruamel.yaml import YAML, Node, ScalarNode
+from ruamel.yaml import YAML, CollectionNode, Node, ScalarNode
 from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
@@ -62,13 +62,18 @@ def _yaml() -> YAML:
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """Return what YAML text holds; ``source`` is named in errors.
+    """Return the content of YAML text; ``source`` is named in errors.
 
     Raises:
-        UsageError: If it is not valid YAML or gives a key twice, naming the line.
+        UsageError: If it is not valid YAML, gives a key twice, or has a value that contains itself, naming the line.
     """
+    yaml = _yaml()
     try:
-        return _yaml().load(text)
+        root = yaml.compose(text)
+        if root is None:
+            return None
+        _refuse_cycles(root, source, {})
+        return yaml.constructor.construct_document(root)
     except RecursionError as error:
         raise UsageError(f"{source}: not valid YAML (nested too deeply).") from error
     except DuplicateKeyError as error:
@@ -80,6 +85,20 @@ def load_yaml(text: str, source: str) -> Any:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UsageError(f"{source}: line {line} is not valid YAML ({first_line(error)}).") from error
+
+
+def _refuse_cycles(node: Node, source: str, state: dict[int, str]) -> None:
+    """Check that no node contains itself; ``state`` maps the id of each visited node to ``open`` or ``done``."""
+    if state.get(id(node)) == "open":
+        line = node.start_mark.line + 1
+        raise UsageError(f"{source}: line {line} is not valid YAML (a value that contains itself).")
+    if id(node) in state or not isinstance(node, CollectionNode):
+        return
+    state[id(node)] = "open"
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_cycles(part, source, state)
+    state[id(node)] = "done"
 
 
 def compose_yaml(text: str) -> Any:

@@ -73,7 +73,7 @@ def test_without_trust_it_is_refused_in_one_line(
 
 
 TRUST = "loading a .pt2 file can run any code"
-ALONE = "an exported file is for `crossx predict` and `crossx serve` alone"
+ALONE = "only `crossx predict` and `crossx serve` take an exported file"
 FIT = (
     "fit --data.dataset folder --data.root labelled --data.image_size 64 --output out --model.method plain "
     "--model.backbone test_resnet --model.pretrained false --trainer.max_epochs 1"

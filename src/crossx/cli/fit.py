@@ -62,12 +62,13 @@ def _free_folder(asked: FitArguments) -> Path:
 
 def _print_start(asked: FitArguments) -> None:
     config = asked.config
+    images = _count_images(config)
     for note in asked.notes:
         print(f"note: {note}")
     start = "pretrained" if config.model.pretrained else "random weights"
     print(f"method    {config.model.method}")
     print(f"backbone  {config.model.backbone} ({config.model.backbone_weights or start})")
-    print(f"dataset   {config.data.dataset}: {_count_images(config)}")
+    print(f"dataset   {config.data.dataset}: {images}")
     print(f"run       {config.output}", flush=True)
 
 

@@ -86,7 +86,7 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         own = self._own()
         draws = _count_repeats(self.epoch, self._order())
-        dealt = [draws[turn * self.unit + place] for turn in own for place in range(self.unit)]
+        dealt = [draws[turn * self.unit + offset] for turn in own for offset in range(self.unit)]
         return iter(dealt[self.first_batch * self.batch_size :])
 
     def _ranks(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, first_few
 
 SHOWN = 3
 
@@ -49,5 +49,4 @@ def check_classes(trained: Sequence[str], found: Sequence[str], dataset: str) ->
 
 
 def _list(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(map(repr, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")
+    return first_few([repr(name) for name in names], SHOWN)

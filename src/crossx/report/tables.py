@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crossx.errors import first_few
 from crossx.runs import write_text
 
 MAX_LISTED = 12
@@ -107,8 +108,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        more = len(value) - MAX_LISTED
-        return ", ".join(map(cell, value[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
+        return first_few([cell(item) for item in value], MAX_LISTED)
     return str(value)
 
 

@@ -14,7 +14,7 @@ from crossx.runs.spec import ModelSpec
 
 EXPORTED = (".onnx", ".xml", ".pt2")
 """File extensions that `crossx export` writes."""
-PREDICTS_ALONE = "an exported file is for `crossx predict` and `crossx serve` alone: give the run instead."
+PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             if (folder / "model.json").is_file():
                 return Run(folder), given
         raise CrossXError(
-            f"{given}: there is no model.json beside it or one folder up; a checkpoint is read within its run folder, "
-            "and a file of `crossx export` by `crossx predict` and `crossx serve` alone."
+            f"{given}: no model.json next to it or one folder up. A checkpoint must be in its run folder; only "
+            "`crossx predict` and `crossx serve` take a file of `crossx export`."
         )
     run = Run(given)
     if not run.spec.is_file():

@@ -171,7 +171,7 @@ class Loop:
             method.prepare(self._all_batches())
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
-            print(f"fitting the heads on the features of {views} views of {images:,} images", file=sys.stderr)
+            print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
         if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
             log.warning(
                 "optim.fit_heads: method %r has no linear heads to fit; its heads start at random.",

@@ -239,7 +239,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(CrossXError, match="a file stands where"):
+    with pytest.raises(CrossXError, match="there is a file where"):
         read_synthetic(tmp_path / "file", **SMALL)
     with pytest.raises(CrossXError, match=r"cannot be drawn there \(Not a directory\)"):
         read_synthetic(tmp_path / "file" / "set", **SMALL)

@@ -82,7 +82,7 @@ def read_synthetic(
     root = Path(root)
     if root.exists() and not root.is_dir():
         raise CrossXError(
-            f"{root}: a file stands where the synthetic dataset's folder is needed: choose another --data.root."
+            f"{root}: there is a file where the synthetic dataset's folder is needed. Choose another --data.root."
         )
     if not root.exists() or not any(root.iterdir()):
         number = num_classes * images_per_class
