@@ -87,6 +87,6 @@ def test_what_needs_the_network_refuses_an_exported_file(
     assert main([str(file) if word == "FILE" else word for word in words.split()]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "give the run" in line
+    assert "Give the run" in line
     assert not Path("shared").exists()
     assert not Path("features.parquet").exists()

@@ -187,7 +187,7 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         ),
         (2, "predict run own --precision fp8", "unknown precision 'fp8'. Did you mean 'fp32'?"),
         (1, "calibrate run --split train", "run: was trained on its train images"),
-        (2, "calibrate run/checkpoints/last.ckpt", "give the run folder"),
+        (2, "calibrate run/checkpoints/last.ckpt", "Give the run folder"),
         (2, "fit --resume run", "run: this run is finished"),
         (2, "fit --resume no_run", "no_run: no run to resume"),
         (1, "import-released own --dataset cub --output new", "own"),

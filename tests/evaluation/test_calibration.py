@@ -115,7 +115,7 @@ def test_probabilities_change_and_labels_stay(run):
 
 
 def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
-    with pytest.raises(UsageError, match="give the run folder"):
+    with pytest.raises(UsageError, match="Give the run folder"):
         calibrate_run(run.weights)
     with pytest.raises(CrossXError, match="was trained on its train images"):
         calibrate_run(run.path, split="train")

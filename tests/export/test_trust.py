@@ -95,7 +95,7 @@ FIT = (
         ("share evil.pt2 --output out", ALONE),
         ("test evil.pt2", ALONE),
         ("report evil.pt2", ALONE),
-        ("calibrate evil.pt2", "give the run folder"),
+        ("calibrate evil.pt2", "Give the run folder"),
         ("compare evil.pt2 run", ALONE),
         ("import-released evil.pt2 --dataset cub --output out", "not a weights file"),
         ("fit --resume evil.pt2", "no run to resume"),

@@ -98,7 +98,7 @@ def calibrate_run(
         CrossXError: As ``Subject.open``, or if the network was trained on these images.
     """
     if Path(path).is_file():
-        raise UsageError(f"{path}: only a run's selected weights have a temperature: give the run folder.")
+        raise UsageError(f"{path}: only a run's selected weights have a temperature. Give the run folder.")
     subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
     if subject.seen_in_training:
