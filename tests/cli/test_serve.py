@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from crossx.cli import serve
 from crossx.cli.main import main
 from crossx.errors import CrossXError
+from layouts import write_run
 
 
 @pytest.fixture
@@ -78,3 +80,20 @@ def test_a_run_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], tmp
     pytest.importorskip("fastapi", reason="needs crossx[serve]")
     assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_the_models_name_and_version_can_be_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = pytest.importorskip("crossx.serve.server", reason="needs crossx[serve]")
+    apps: list[Any] = []
+    monkeypatch.setattr(server, "run", lambda app, *_, **__: apps.append(app))
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    words = ["serve", str(write_run(tmp_path / "model")), "--port", "0", "--device", "cpu"]
+    assert main([*words, "--model_name", "birds", "--model_version", "2026-03"]) == 0
+    (app,) = apps
+    identity = app.state.service.identity
+    app.state.service.close()
+    assert (identity.name, identity.version, len(identity.checksum)) == ("birds", "2026-03", 64)
+    assert main([*words, "--model_version", ""]) == 2
+    assert "model_version must be 1 to 100 printable characters, not ''" in capsys.readouterr().err

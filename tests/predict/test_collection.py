@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import signal
@@ -115,6 +116,10 @@ def test_the_manifest_says_what_the_predictions_are_of(run, photos, tmp_path):
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert (manifest["run"], manifest["source"]) == (str(run), str(photos))
     assert (manifest["images"], manifest["shards"], manifest["shard_size"], manifest["top"]) == (20, 5, 4, 1)
+    assert manifest["files"] == {
+        name: hashlib.sha256((run / name).read_bytes()).hexdigest()
+        for name in ("model.json", "model.safetensors")
+    }
 
 
 def test_another_call_is_refused(run, photos, tmp_path):

@@ -1,6 +1,7 @@
 """The HTTP application, called without a network; a real process is tested in test_server.py."""
 
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2 as httpx
 import numpy as np
@@ -24,13 +26,19 @@ pytest.importorskip("fastapi", reason="needs crossx[serve]")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from crossx.data.images import printable
 from crossx.errors import UsageError
 from crossx.explain.figures import LUMA, overlay
 from crossx.export.export import export_run
+from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor
+from crossx.runs import write_json
 from crossx.serve.app import create_app
 from crossx.serve.limits import Limits
+from crossx.serve.monitoring import MAX_CLASS_SERIES, Metrics
 
 NOT_AN_IMAGE = b"no image at all"
 PATIENCE = 600
@@ -39,7 +47,14 @@ PATIENCE = 600
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return Predictor.load(write_run(tmp_path_factory.mktemp("run")), device="cpu")
+    run = write_run(tmp_path_factory.mktemp("run") / "served")
+    write_json(run / "run.json", {"id": "7c0ffee"})
+    return Predictor.load(run, device="cpu")
+
+
+def checksum_of(predictor: Predictor) -> str:
+    assert predictor.origin is not None
+    return hashlib.sha256(predictor.origin[1].read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +109,8 @@ def test_files_and_base64_are_predicted_as_the_predictor_does(
     by_json = client.post("/predict", json={"images": encoded(*images), "top": 2})
     assert by_file.status_code == by_json.status_code == 200
     assert by_file.json()["model"] == {
-        "method": "crossx", "backbone": predictor.spec.backbone, "dataset": "folder",
+        "name": "served", "version": "7c0ffee", "checksum": checksum_of(predictor), "method": "crossx",
+        "backbone": predictor.spec.backbone, "dataset": "folder",
     }  # fmt: skip
     for response, names in ((by_file, [path.name for path in images]), (by_json, [None] * 5)):
         answers = response.json()["predictions"]
@@ -267,6 +283,52 @@ def test_requests_are_logged_with_their_id(
     }  # fmt: skip
 
 
+def test_every_response_names_the_model(
+    app: FastAPI,
+    client: TestClient,
+    predictor: Predictor,
+    images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(app.state.service._predictor, "classify", lambda *_: 1 / 0)
+        failed = client.post("/predict", files=files(images[0]))
+    responses = [
+        client.post("/predict", files=files(images[0])), client.post("/explain", files=files(images[0])),
+        *map(client.get, ("/model", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json", "/page/page.js")),
+        client.get("/nothing"), client.get("/predict"), client.request("BREW", "/"),
+        client.post("/predict", content=b"{"), client.post("/predict", files=files(NOT_AN_IMAGE)),
+        client.post("/predict", content=b"?" * 1_000_001, headers={"Content-Type": "application/json"}), failed,
+    ]  # fmt: skip
+    assert {200, 404, 405, 413, 415, 422, 500} == {response.status_code for response in responses}
+    expected = {
+        "x-model-name": "served", "x-model-version": "7c0ffee", "x-model-checksum": checksum_of(predictor),
+    }  # fmt: skip
+    for response in responses:
+        assert response.headers.items() >= expected.items()
+    name = f'crossx_model_info{{checksum="{checksum_of(predictor)}",name="served",version="7c0ffee"}}'
+    assert samples(client)[name] == 1
+
+
+def test_refused_requests_name_the_model_too(predictor: Predictor) -> None:
+    identity = Identity("Bläßhuhn 100%\n", "v1 (rc/2)", None)
+    app = create_app(predictor, api_keys=["k"], cors=["https://birds.example"], identity=identity)
+    with TestClient(app) as client:
+        app.state.service.draining = True
+        origin = {"Origin": "https://birds.example", "Access-Control-Request-Method": "POST"}
+        responses = [
+            client.post("/predict"), client.options("/predict", headers=origin), client.get("/readyz"),
+            client.post("/predict", headers={"X-API-Key": "k"} | origin),
+        ]  # fmt: skip
+        assert [response.status_code for response in responses] == [401, 200, 503, 503]
+        for response in responses:
+            assert unquote(response.headers["x-model-name"]) == identity.name
+            assert response.headers["x-model-name"].isascii()
+            assert response.headers["x-model-version"] == "v1%20(rc/2)"
+            assert "x-model-checksum" not in response.headers
+        assert "X-Model-Checksum" in responses[-1].headers["access-control-expose-headers"]
+
+
 def test_a_failure_of_the_network_is_500_and_passes(
     app: FastAPI, client: TestClient, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,10 +339,17 @@ def test_a_failure_of_the_network_is_500_and_passes(
     assert client.post("/predict", files=files(images[0])).status_code == 200
 
 
+def samples(client: TestClient) -> dict[str, float]:
+    """Return the value of every series."""
+    lines = client.get("/metrics").text.splitlines()
+    return {
+        name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in "#")
+    }
+
+
 def test_metrics(client: TestClient, images: list[Path]) -> None:
     def value(line: str) -> float:
-        found = re.search(rf"^{re.escape(line)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        return samples(client).get(line, 0.0)
 
     requests = 'crossx_requests_total{method="POST",route="/predict",status="200"}'
     unknown = 'crossx_requests_total{method="any",route="other",status="404"}'
@@ -292,12 +361,62 @@ def test_metrics(client: TestClient, images: list[Path]) -> None:
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 2, 1]
     assert value("crossx_queue_images") == 0
     assert value("crossx_batch_images_count") > 0
+    assert (value("crossx_queue_limit_images"), value("crossx_ready")) == (128, 1)
 
 
-def test_invented_paths_and_methods_add_no_series(client: TestClient) -> None:
+def test_predictions_are_counted_by_class_and_confidence(client: TestClient, images: list[Path]) -> None:
+    before = samples(client)
+    answers = client.post("/predict", files=files(*images, NOT_AN_IMAGE)).json()["predictions"][:-1]
+    grown = {name: value - before[name] for name, value in samples(client).items()}
+    by_class = {name: grown[f'crossx_predictions_total{{label="{name}"}}'] for name in FOLDERS}
+    assert by_class == {name: sum(answer["label"] == name for answer in answers) for name in FOLDERS}
+    sure = [answer["probability"] for answer in answers]
+    assert grown["crossx_confidence_count"] == len(images)
+    assert grown["crossx_confidence_sum"] == pytest.approx(sum(sure))
+    for bound in (0.3, 0.5, 0.95, 1.0):
+        below = grown[f'crossx_confidence_bucket{{le="{bound}"}}']
+        assert below == sum(value <= bound for value in sure)
+
+
+@pytest.mark.parametrize("number", [MAX_CLASS_SERIES, MAX_CLASS_SERIES + 1, 10_000])
+def test_the_series_of_the_classes_are_bounded(number: int) -> None:
+    classes = [f"{n:05d}" + "x" * 1000 for n in range(number)]
+    metrics = Metrics(Identity("x", "1", None), classes, 1, lambda: 0, lambda: True)
+
+    def series() -> dict[str, float]:
+        lines = generate_latest(metrics.registry).decode().splitlines()
+        counters = (line for line in lines if line.startswith("crossx_predictions_total"))
+        return {label: float(value) for label, value in (line.rsplit(" ", 1) for line in counters)}
+
+    known = series()
+    assert len(known) == min(number, MAX_CLASS_SERIES + 1)
+    assert max(map(len, known)) < 150
+    for name in classes:
+        metrics.observe_prediction(name, 0.5)
+    assert series().keys() == known.keys()
+    assert sum(series().values()) == number
+    assert series().get('crossx_predictions_total{label="other"}', 0) == number - min(
+        number, MAX_CLASS_SERIES
+    )
+
+
+def test_class_names_are_escaped_in_labels() -> None:
+    hostile = ['a"} 1\n# HELP evil', "\\", "tab\there", "\u2028", "Bläßhuhn", "", 'x{le="1"}', "other"]
+    metrics = Metrics(Identity("x", "1", None), hostile, 1, lambda: 0, lambda: True)
+    for name in hostile:
+        metrics.observe_prediction(name, 1.0)
+    (family,) = [
+        family
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        if family.name == "crossx_predictions"
+    ]
+    counted = {s.labels["label"]: s.value for s in family.samples if s.name.endswith("_total")}
+    assert counted == {printable(name): 1 for name in hostile}
+
+
+def test_odd_requests_add_no_series(client: TestClient, images: list[Path]) -> None:
     def series() -> set[str]:
-        lines = client.get("/metrics").text.splitlines()
-        return {line.rsplit(" ", 1)[0] for line in lines if line.startswith("crossx_request")}
+        return set(samples(client))
 
     def invent(names: Iterable[str]) -> None:
         for name in names:
@@ -306,12 +425,17 @@ def test_invented_paths_and_methods_add_no_series(client: TestClient) -> None:
             client.get(f"/predict/{name}?x={name}")
             client.request(name, "/predict")
             client.request(name, f"/{name}")
-            client.get("/healthz", headers={"X-Request-ID": name, "Host": name})
+            client.get("/healthz", headers={"X-Request-ID": name, "Host": name, "User-Agent": name})
+            client.get("/healthz", headers={"X-Forwarded-For": name, "X-Forwarded-Proto": name})
+            client.post(f"/predict?top={name}", files=files(NOT_AN_IMAGE))
+            client.post("/predict", content=name, headers={"Content-Type": name})
+            client.post("/predict", files={"images": (name, NOT_AN_IMAGE)})
+            client.post(f"/explain?maps=class&target={name}", files=files(images[0]))
 
     invent(["FIRST"])
     before = series()
     assert 'crossx_requests_total{method="other",route="/predict",status="405"}' in before
-    invent(f"X{number}" for number in range(100))
+    invent([*(f"X{number}" for number in range(40)), "X" * 5000, "%00", "GET "])
     assert series() == before
 
 
@@ -415,6 +539,8 @@ def test_the_model_is_described(client: TestClient, predictor: Predictor) -> Non
     content = client.get("/model").json()
     assert content["classes"] == list(predictor.classes)
     assert content["explains"] is True
+    assert content["temperature"] == predictor.spec.temperature
+    assert (content["model"]["version"], content["model"]["checksum"]) == ("7c0ffee", checksum_of(predictor))
     assert (content["max_images"], content["max_upload_mb"], content["max_pixels"]) == (32, 1, 5000)
 
 
@@ -466,7 +592,11 @@ def test_an_exported_file_is_served_without_explanations(
     assert predictor.origin is not None
     file = export_run(predictor.origin[0].path, tmp_path / "x.safetensors", images=images[0].parent).files[0]
     with TestClient(create_app(Predictor.load(file))) as client:
-        assert client.get("/model").json()["explains"] is False
+        described = client.get("/model").json()
+        assert described["explains"] is False
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert described["model"]["name"] == "x.safetensors"
+        assert (described["model"]["version"], described["model"]["checksum"]) == (checksum[:12], checksum)
         assert client.post("/predict", files=files(images[0])).status_code == 200
         for query in ("", "?format=json", "?maps=class&target=wren"):
             response = client.post(f"/explain{query}", files=files(images[0]))

@@ -36,6 +36,8 @@ def serve(
     *,
     host: Annotated[str, "HOST"] = "127.0.0.1",
     port: Natural = 8000,
+    model_name: Annotated[str, "NAME"] | None = None,
+    model_version: Annotated[str, "VERSION"] | None = None,
     inference: Inference,
     access: Access,
     limits: Limits,
@@ -49,11 +51,14 @@ def serve(
     Args:
         host: Address to listen on; by default only this machine can connect.
         port: Port to listen on; 0 takes any free one.
+        model_name: Name in answers and metrics (default: of the run folder, the model on the Hub or the file).
+        model_version: Version in answers and metrics (default: the run's id, or the commit on the Hub).
 
     Examples:
         crossx serve runs/mine
         crossx serve runs/mine --host 0.0.0.0 --port 80 --api_key_file keys.txt
         crossx serve mine.onnx --flip
+        crossx serve runs/mine --model_name birds --model_version 2026-03
         curl -F images=@bird.jpg http://127.0.0.1:8000/predict
         curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png
     """
@@ -65,11 +70,13 @@ def serve(
     except ModuleNotFoundError as error:
         raise UsageError(f"crossx serve needs {error.name}: pip install 'crossx[serve]'.") from error
 
+    from crossx.predict.identity import identify
     from crossx.predict.predictor import Predictor
 
     with listen(host, port) as listening:
         predictor = Predictor.load(run, **vars(inference))
-        app = create_app(predictor, limits, api_keys=keys, cors=access.cors)
+        identity = identify(predictor, model_name, model_version)
+        app = create_app(predictor, limits, api_keys=keys, cors=access.cors, identity=identity)
         app.state.service.warm_up()
         address, port = listening.getsockname()[:2]
         print(f"crossx serve: http://{f'[{address}]' if ':' in address else address}:{port}", flush=True)

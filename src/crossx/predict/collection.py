@@ -24,6 +24,7 @@ from typing import Any
 from crossx.errors import Stopped, UsageError, unknown
 from crossx.predict.cluster import predict_shards
 from crossx.predict.exported import exported_files, is_exported, require_trust
+from crossx.predict.identity import file_checksum
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Shard, count_failed, find_collection, predict_shard
 from crossx.runs import atomic_path, locked_folder, open_run, read_json, storage_error, write_json
@@ -113,13 +114,15 @@ def predict_collection(
     folder = Path(output)
     _require_outside(folder, Path(source))
     collection = find_collection(source, shard_size)
+    checksums = _checksums(run)
     manifest = {
         "crossx": metadata.version("crossx"),
         "run": os.path.abspath(run),
         "source": str(collection.source),
         "images": collection.size,
         "shards": len(collection.shards),
-        "weights": _fingerprint(run),
+        "files": checksums,
+        "weights": hashlib.sha256(b"".join(map(bytes.fromhex, checksums.values()))).hexdigest(),
         "collection": collection.fingerprint,
         "shard_size": shard_size,
         "top": top,
@@ -192,18 +195,14 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.parquet"
 
 
-def _fingerprint(run: str | Path) -> str:
-    """Return the SHA-256 of the network's description and weights."""
+def _checksums(run: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of the files with the network's description and weights, by name."""
     if is_exported(run):
         files = exported_files(Path(run))
     else:
         found, weights = open_run(run)
         files = [found.spec, weights]
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return {path.name: file_checksum(path) for path in files}
 
 
 def _require_outside(output: Path, source: Path) -> None:

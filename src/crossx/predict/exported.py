@@ -82,6 +82,7 @@ class ExportedModel:
 
     Attributes:
         spec: ``model.json`` of the exported run.
+        source: The file.
     """
 
     device = torch.device("cpu")
@@ -91,7 +92,7 @@ class ExportedModel:
     def __init__(self, description: Mapping[str, Any], compute: Compute, source: Path) -> None:
         self.description = dict(description)
         self.spec = ModelSpec.from_json(description, source)
-        self._compute, self._source = compute, source
+        self._compute, self.source = compute, source
 
     @classmethod
     def load(
@@ -161,12 +162,12 @@ class ExportedModel:
             logits, probabilities = self._compute(images)
         except Exception as error:  # each runtime has its own errors for a wrong input
             raise CrossXError(
-                f"{self._source}: cannot classify images of the size in its description ({first_line(error)})."
+                f"{self.source}: cannot classify images of the size in its description ({first_line(error)})."
             ) from error
         expected = (len(images), len(self.classes))
         if logits.shape != expected or probabilities.shape != expected:
             raise CrossXError(
-                f"{self._source}: returns {tuple(logits.shape)}, but describes {len(self.classes)} classes: "
+                f"{self.source}: returns {tuple(logits.shape)}, but describes {len(self.classes)} classes: "
                 "the file is damaged."
             )
         return logits, probabilities
@@ -187,7 +188,7 @@ class ExportedModel:
         raise self._predicts_only()
 
     def _predicts_only(self) -> UsageError:
-        return UsageError(f"{self._source}: {PREDICTS_ALONE}")
+        return UsageError(f"{self.source}: {PREDICTS_ALONE}")
 
 
 def is_exported(path: str | Path) -> bool:

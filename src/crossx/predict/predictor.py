@@ -19,7 +19,8 @@ from crossx.evaluation.network import Network, TorchNetwork
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
-from crossx.predict.exported import ExportedModel, is_exported
+from crossx.predict.exported import ExportedModel, exported_files, is_exported
+from crossx.predict.identity import WeightsFile
 from crossx.predict.inputs import ImageInput, OneImage, expand
 from crossx.predict.prefetch import prefetch_batches
 from crossx.predict.results import ExplainedImage, Features, Prediction
@@ -43,6 +44,9 @@ class Predictor:
         crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
         origin: The run and the weights file that the network was loaded from, if any.
 
+    Attributes:
+        weights: The file that ``load`` read the weights from; None for a network of ``from_method``.
+
     Raises:
         UsageError: If the crops are not possible.
     """
@@ -57,6 +61,7 @@ class Predictor:
         origin: tuple[Run, Path] | None = None,
     ) -> None:
         self.network, self.spec, self.origin = network, spec, origin
+        self.weights: WeightsFile | None = None
         self._views = Views(spec.preprocessing, flip=flip, crops=crops)
 
     @classmethod
@@ -87,15 +92,22 @@ class Predictor:
             CrossXError: If there is no such run or model, or its weights do not fit.
         """
         if is_exported(path):
+            file = exported_files(Path(path))[-1]
+            weights = WeightsFile(file) if file.is_file() else None
             model = ExportedModel.load(path, device, precision, trust=trust)
-            return cls(model, model.spec, flip=flip, crops=crops)
+            predictor = cls(model, model.spec, flip=flip, crops=crops)
+            predictor.weights = weights
+            return predictor
         # before the weights are read
         chosen = select_device(device)
         origin = open_run(path)
+        weights = WeightsFile(origin[1])
         method, spec = load_method(origin[1])
-        return cls.from_method(
+        predictor = cls.from_method(
             method, spec, chosen, precision=precision, flip=flip, crops=crops, origin=origin
         )
+        predictor.weights = weights
+        return predictor
 
     @classmethod
     def from_method(

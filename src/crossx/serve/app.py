@@ -25,9 +25,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from crossx.data.images import printable
+from crossx.predict.identity import Identity, identify
 from crossx.predict.predictor import Predictor
 from crossx.serve.limits import Limits
-from crossx.serve.monitoring import CLIENT_CLOSED_REQUEST, RequestMonitor, problem
+from crossx.serve.monitoring import (
+    CLIENT_CLOSED_REQUEST,
+    MODEL_HEADERS,
+    RequestMonitor,
+    model_headers,
+    problem,
+)
 from crossx.serve.schemas import (
     ExplainResponse,
     Health,
@@ -70,6 +77,7 @@ def create_app(
     *,
     api_keys: Sequence[str] = (),
     cors: Sequence[str] = (),
+    identity: Identity | None = None,
 ) -> FastAPI:
     """Create the HTTP application of a trained network.
 
@@ -79,11 +87,12 @@ def create_app(
         api_keys: If any are given, ``/predict``, ``/explain`` and ``/model`` require one of them in the header
             ``X-API-Key``.
         cors: Origins whose pages may call the service from a browser; ``*`` for all.
+        identity: Name, version and checksum of the network, by default those of ``identify``.
 
     Returns:
         The application; ``app.state.service`` is its ``Service``. Its lifespan ends when all requests are answered.
     """
-    service = Service(predictor, limits or Limits())
+    service = Service(predictor, limits or Limits(), identity or identify(predictor))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -103,9 +112,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=cors, allow_methods=["GET", "POST"],
             allow_headers=["Content-Type", API_KEY_HEADER, "X-Request-ID"],
-            expose_headers=["Retry-After", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID", *MODEL_HEADERS],
         )  # fmt: skip
-    app.add_middleware(RequestMonitor, metrics=service.metrics)
+    app.add_middleware(RequestMonitor, metrics=service.metrics, headers=model_headers(service.identity))
     app.add_middleware(CorrelationIdMiddleware, validator=lambda given: bool(_REQUEST_ID.fullmatch(given)))
     return app
 
@@ -144,7 +153,8 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
     async def model() -> ServiceInfo:
         limits = service.limits
         return ServiceInfo(
-            model=service.model, classes=list(service.classes), explains=service.explains,
+            model=service.model, classes=list(service.classes), temperature=service.temperature,
+            explains=service.explains,
             max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
         )  # fmt: skip
 

@@ -1,28 +1,41 @@
 """Access log, metrics and error responses.
 
 Metrics use prometheus_client directly, since prometheus-fastapi-instrumentator labels requests with the method as it
-was sent, so that each invented method would add a series.
+was sent, so that each invented method would add a series. Every label has a closed set of values, known at the start.
 """
 
 from __future__ import annotations
 
 import logging
+import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from urllib.parse import quote
 
 from asgi_correlation_id import correlation_id
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crossx.data.images import printable
+from crossx.predict.identity import Identity
 from crossx.serve.schemas import Problem
 
 log = logging.getLogger("crossx.serve")
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status, in logs and metrics, for a client that disconnected before the response."""
+MODEL_HEADERS = {"X-Model-Name": "name", "X-Model-Version": "version", "X-Model-Checksum": "checksum"}
+"""Header -> attribute of ``Identity``."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+MAX_CLASS_SERIES = 1000
+"""Classes with a counter of their own, in label order; predictions of all further ones are counted together."""
+MAX_CLASS_NAME = 100
+"""Characters of a class name in a label."""
+OTHER = "other"
+CONFIDENCES = (*(tenths / 10 for tenths in range(1, 10)), 0.95, 0.99, 1.0)
 _UNLOGGED = ("/healthz", "/readyz", "/metrics")
 
 
@@ -30,10 +43,21 @@ class Metrics:
     """The service's Prometheus metrics, in their own registry.
 
     Args:
+        identity: The network.
+        classes: Its class names in label order.
+        capacity: Limit of the queue.
         queued: Returns the number of images accepted and not answered.
+        ready: Returns whether requests are accepted.
     """
 
-    def __init__(self, queued: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        classes: Sequence[str],
+        capacity: int,
+        queued: Callable[[], float],
+        ready: Callable[[], bool],
+    ) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         labels = ["route", "method", "status"]
@@ -49,6 +73,32 @@ class Metrics:
         self.batch_seconds = Histogram("crossx_batch_seconds", "Seconds per batch", registry=registry)
         queue = Gauge("crossx_queue_images", "Images accepted and not answered", registry=registry)
         queue.set_function(queued)
+        limit = Gauge("crossx_queue_limit_images", "Most images accepted and not answered", registry=registry)
+        limit.set(capacity)
+        Gauge("crossx_ready", "Whether requests are accepted", registry=registry).set_function(ready)
+        model = Info("crossx_model", "The served network", registry=registry)
+        model.info({"name": identity.name, "version": identity.version, "checksum": identity.checksum or ""})
+        Info("crossx_build", "The software", registry=registry).info({"version": version("crossx")})
+        self.confidence = Histogram(
+            "crossx_confidence", "Probability of the predicted class", buckets=CONFIDENCES, registry=registry
+        )
+        predictions = Counter("crossx_predictions", "Images by predicted class", ["label"], registry=registry)
+        self._by_class = {
+            name: predictions.labels(printable(name)[:MAX_CLASS_NAME] if number < MAX_CLASS_SERIES else OTHER)
+            for number, name in enumerate(classes)
+        }
+        for outcome in ("predicted", "unreadable"):
+            self.images.labels(outcome)
+
+    def observe_prediction(self, label: str, probability: float) -> None:
+        """Record the predicted class of an image."""
+        self.images.labels("predicted").inc()
+        self._by_class[label].inc()
+        self.confidence.observe(probability)
+
+    def observe_unreadable(self) -> None:
+        """Record an image that cannot be read."""
+        self.images.labels("unreadable").inc()
 
     def observe_batch(self, size: int, seconds: float) -> None:
         """Record a batch that ran through the network."""
@@ -64,16 +114,23 @@ class Metrics:
             status: Status of the response.
             seconds: Duration.
         """
-        label = "any" if route is None else method if method in METHODS else "other"
-        self.requests.labels(route or "other", label, status).inc()
-        self.seconds.labels(route or "other").observe(seconds)
+        label = "any" if route is None else method if method in METHODS else OTHER
+        self.requests.labels(route or OTHER, label, status).inc()
+        self.seconds.labels(route or OTHER).observe(seconds)
 
 
 class RequestMonitor:
-    """Middleware that logs and counts requests and answers unhandled exceptions with status 500."""
+    """Middleware that logs and counts requests and answers unhandled exceptions with status 500.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Args:
+        app: The application.
+        metrics: Where to count.
+        headers: Headers of every response.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, headers: Mapping[str, str]) -> None:
         self._app, self._metrics = app, metrics
+        self._headers = {"X-Content-Type-Options": "nosniff", **headers}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -85,7 +142,7 @@ class RequestMonitor:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+                MutableHeaders(scope=message).update(self._headers)
             await send(message)
 
         try:
@@ -111,6 +168,13 @@ class RequestMonitor:
             "seconds": round(seconds, 4),
         }
         log.log(logging.DEBUG if route in _UNLOGGED else logging.INFO, "request", extra=fields)
+
+
+def model_headers(identity: Identity) -> dict[str, str]:
+    """Return the headers that name the network; what is not printable ASCII is percent-encoded."""
+    values = {name: getattr(identity, field) for name, field in MODEL_HEADERS.items()}
+    plain = string.punctuation.replace("%", "")
+    return {name: quote(value, safe=plain) for name, value in values.items() if value is not None}
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 class ModelInfo(BaseModel):
     """The served network."""
 
+    name: str = Field(examples=["mine"], description="Name of the run, the model on the Hub or the file.")
+    version: str = Field(
+        examples=["d43f4625648d40a69d9a9c047a4cdf0c"], description="Id of the run, or commit."
+    )
+    checksum: str | None = Field(description="SHA-256 of the weights file.")
     method: str = Field(examples=["crossx"])
     backbone: str = Field(examples=["mobilenetv2_035"])
     dataset: str = Field(examples=["cub"])
@@ -18,6 +23,7 @@ class ServiceInfo(BaseModel):
 
     model: ModelInfo
     classes: list[str] = Field(description="Class names in label order.")
+    temperature: float = Field(description="Probabilities are softmax(logits / temperature).")
     explains: bool = Field(description="Whether /explain works; an exported network only predicts.")
     max_images: int = Field(description="Images per request.")
     max_upload_mb: int = Field(description="Megabytes (10^6 bytes) of a request's body.")

@@ -23,6 +23,7 @@ from crossx.errors import UsageError
 from crossx.explain.figures import FigureRow, caption, draw, layer
 from crossx.explain.maps import Explanation, Kind
 from crossx.explain.plotting import save_png
+from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor, class_number
 from crossx.predict.results import ExplainedImage
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
@@ -52,14 +53,21 @@ class Service:
     Args:
         predictor: The network; from now on only the service's own thread may use it.
         limits: Limits of the service.
+        identity: The network's name, version and checksum.
 
     Attributes:
         draining: Whether new requests are refused because the service is stopping.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits) -> None:
-        self.limits = limits
-        self.metrics = Metrics(lambda: self._batcher.accepted)
+    def __init__(self, predictor: Predictor, limits: Limits, identity: Identity) -> None:
+        self.limits, self.identity = limits, identity
+        self.metrics = Metrics(
+            identity,
+            predictor.classes,
+            limits.queue,
+            queued=lambda: self._batcher.accepted,
+            ready=lambda: self.ready,
+        )
         self.draining = False
         self._predictor = predictor
         self._bodies = BodyReader(limits)
@@ -77,7 +85,14 @@ class Service:
     def model(self) -> ModelInfo:
         """Summary of the network."""
         spec = self._predictor.spec
-        return ModelInfo(method=spec.method, backbone=spec.backbone, dataset=spec.dataset)
+        return ModelInfo(
+            **vars(self.identity), method=spec.method, backbone=spec.backbone, dataset=spec.dataset
+        )
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the probabilities."""
+        return self._predictor.spec.temperature
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -128,7 +143,10 @@ class Service:
             )
         predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
         for prediction in predictions:
-            self.metrics.images.labels("unreadable" if prediction.error else "predicted").inc()
+            if prediction.label is None or prediction.probability is None:
+                self.metrics.observe_unreadable()
+            else:
+                self.metrics.observe_prediction(prediction.label, prediction.probability)
         return PredictResponse(model=self.model, predictions=predictions)
 
     async def explain_png(self, request: Request, maps: Kind, target: str | None) -> bytes:
