@@ -12,7 +12,8 @@ RUN pip install "torch>=2.9" "torchvision>=0.24" --index-url https://download.py
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-# hadolint ignore=DL3013  what is installed has its version in pyproject.toml
+# what is installed has its version in pyproject.toml
+# hadolint ignore=DL3013
 RUN pip install ".[serve]" && python -m compileall -q /opt/crossx/lib
 
 FROM python:${PYTHON}-slim

@@ -11,6 +11,7 @@ from typing import Any
 from crossx.errors import CrossXError
 
 SCHEMA = 1
+"""Version of ``model.json``; docs/upgrade.md says what it promises."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,17 @@ class ModelSpec:
 
         Raises:
             CrossXError: If a value is missing, of the wrong type or out of bounds (see ``crossx.schema``), or the
-                schema is of another version.
+                schema is newer.
         """
-        if values.get("schema") != SCHEMA:
+        schema = values.get("schema")
+        # neither True nor 1.0
+        if type(schema) is not int or schema < 1:
             raise CrossXError(
-                f"{source}: schema {reprlib.repr(values.get('schema'))}, this version of crossx reads {SCHEMA}: "
-                "upgrade crossx."
+                f"{source}: not a model description of crossx (schema: should be {SCHEMA}, not {reprlib.repr(schema)})."
+            )
+        if schema > SCHEMA:
+            raise CrossXError(
+                f"{source}: schema {reprlib.repr(schema)}, this version of crossx reads {SCHEMA}: upgrade crossx."
             )
         # pydantic is slow to import, and `--help` does not need it
         from crossx.schema import check_model
