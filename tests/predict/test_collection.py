@@ -122,6 +122,17 @@ def test_the_manifest_says_what_the_predictions_are_of(run, photos, tmp_path):
     }
 
 
+def test_a_folder_of_an_earlier_version_is_continued(run, photos, tmp_path):
+    predict(run, photos, tmp_path)
+    path = tmp_path / MANIFEST
+    old = json.loads(path.read_text())
+    for key in ("files", "flip", "crops"):
+        del old[key]
+    path.write_text(json.dumps({**old, "crossx": "0.1.0"}))
+    (tmp_path / "part-000001.parquet").unlink()
+    assert predict(run, photos, tmp_path).predicted == 4
+
+
 def test_another_call_is_refused(run, photos, tmp_path):
     predict(run, photos, tmp_path / "out")
     before = parts(tmp_path / "out")

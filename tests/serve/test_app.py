@@ -364,6 +364,16 @@ def test_metrics(client: TestClient, images: list[Path]) -> None:
     assert (value("crossx_queue_limit_images"), value("crossx_ready")) == (128, 1)
 
 
+def test_series_that_alerts_need_are_there_from_the_start(predictor: Predictor) -> None:
+    with TestClient(create_app(predictor)) as client:
+        found = samples(client)
+    assert found['crossx_images_total{outcome="unreadable"}'] == 0
+    assert {found[f'crossx_predictions_total{{label="{name}"}}'] for name in FOLDERS} == {0}
+    for route in ("/predict", "/explain"):
+        for status in (200, 429, 500, 503, 504):
+            assert found[f'crossx_requests_total{{method="POST",route="{route}",status="{status}"}}'] == 0
+
+
 def test_predictions_are_counted_by_class_and_confidence(client: TestClient, images: list[Path]) -> None:
     before = samples(client)
     answers = client.post("/predict", files=files(*images, NOT_AN_IMAGE)).json()["predictions"][:-1]

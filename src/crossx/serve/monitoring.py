@@ -87,8 +87,12 @@ class Metrics:
             name: predictions.labels(printable(name)[:MAX_CLASS_NAME] if number < MAX_CLASS_SERIES else OTHER)
             for number, name in enumerate(classes)
         }
+        # a rate needs the zero before the first failure
         for outcome in ("predicted", "unreadable"):
             self.images.labels(outcome)
+        for route in ("/predict", "/explain"):
+            for status in (200, 429, 500, 503, 504):
+                self.requests.labels(route, "POST", status)
 
     def observe_prediction(self, label: str, probability: float) -> None:
         """Record the predicted class of an image."""
