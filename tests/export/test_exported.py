@@ -229,7 +229,7 @@ def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: E
     for found, expected in zip(exported.predict(photos, top=3), own.predict(photos, top=3), strict=True):
         assert found.path == expected.path
         assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
-    assert "an exported file is for `crossx predict`" in refusal(lambda: exported.method)
+    assert "take an exported file. Give the run instead." in refusal(lambda: exported.method)
     assert "runs only on the CPU" in refusal(Predictor.load, file, device="cuda")
 
 
