@@ -152,7 +152,13 @@ def test_wrong_file_is_refused_with_its_name(text: str, message: str, tmp_path: 
 
 def test_resume_takes_the_root_of_the_data_alone() -> None:
     asked = parse_fit(["--resume", "runs/a", "--data.root", "elsewhere"])
-    assert (asked.resume, asked.config.data.root) == ("runs/a", "elsewhere")
+    assert (asked.resume, asked.config.data.root, asked.restart) == ("runs/a", "elsewhere", False)
+
+
+def test_restart_goes_with_resume() -> None:
+    assert parse_fit(["--resume", "runs/a", "--restart"]).restart
+    with pytest.raises(UsageError, match="name it with --resume RUN"):
+        parse_fit(["--restart", "--output", "runs/a"])
 
 
 def test_print_config_prints_a_recipe_of_the_configuration(

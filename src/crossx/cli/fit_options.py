@@ -30,7 +30,8 @@ crossx fit --config finetune --data.dataset folder --data.root my_images --outpu
 crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011 --data.batch_size 16
 crossx fit --config plain_cub_resnet50 --help          # the options of another method, with its values
 crossx fit --config finetune --print_config > my.yaml  # a recipe of your own
-crossx fit --resume runs/mine"""
+crossx fit --resume runs/mine
+crossx fit --resume runs/mine --restart                # start over, with the same options"""
 FIRST = (
     "model.method",
     "model.backbone",
@@ -55,6 +56,7 @@ class FitArguments:
         config: The full configuration; ``config.output`` is None where the command did not give one.
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
+        restart: Whether to start that run over.
         notes: Values of the recipe that were changed without being asked for, for the user to read.
         print_config: Whether to print the configuration instead of training.
     """
@@ -62,6 +64,7 @@ class FitArguments:
     config: Config
     recipe: str | None = None
     resume: str | None = None
+    restart: bool = False
     notes: tuple[str, ...] = ()
     print_config: bool = False
 
@@ -76,6 +79,8 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     first = _first_pass(words)
     if first.resume:
         return _resume(first.resume, first.root, words)
+    if "--restart" in words:
+        raise UsageError("--restart starts a run over: name it with --resume RUN.")
     recipe = load_recipe(first.config) if first.config else None
     method = first.method or _method(recipe)
     parser = _method_parser(method)
@@ -124,9 +129,11 @@ def _options(method: str) -> Iterator[Option]:
     text = str | None
     config = "A packaged recipe (`crossx recipes`) or a YAML file; options override its values."
     resume = "Continue this run where it stopped, with its own options; only --data.root may be given."
+    restart = "With --resume: delete what the run has learned, and start over with its options."
     output = "Run folder to create; by default the first free runs/NAME-DATASET-N."
     yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
     yield Option("resume", text, None, resume, "--resume", "RUN")
+    yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -154,11 +161,11 @@ def _first_pass(words: Sequence[str]) -> argparse.Namespace:
 def _resume(run: str, root: str | None, words: Sequence[str]) -> FitArguments:
     for word in words:
         name = word.split("=", 1)[0]
-        if name.startswith("--") and name not in ("--resume", "--data.root"):
+        if name.startswith("--") and name not in ("--resume", "--data.root", "--restart"):
             raise UsageError(
                 f"--resume continues a run with its own options (only --data.root may be given): leave out {name}."
             )
-    return FitArguments(Config(data=DataConfig(root=root)), resume=run)
+    return FitArguments(Config(data=DataConfig(root=root)), resume=run, restart="--restart" in words)
 
 
 def _method(recipe: Recipe | None) -> str:

@@ -34,7 +34,7 @@ from crossx.training.config import Config, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
-from crossx.training.loggers import build_loggers, log_all
+from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.progress import Bar
 from crossx.training.task import Task
@@ -57,6 +57,7 @@ class Loop:
         run_id: Id of the run, by which loggers continue a resumed run.
         monitor: The metric to maximise (ties: the later epoch); None keeps no ``best.ckpt``.
         checkpoint: The result of ``read_newest`` to resume from.
+        files: Text of files of the run by name, kept in its checkpoints.
 
     Attributes:
         epoch: Completed epochs.
@@ -78,7 +79,9 @@ class Loop:
         run_id: str,
         monitor: str | None,
         checkpoint: Mapping[str, Any] | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
+        self.files = dict(files or {})
         self.method, self.data, self.config = method, data, config
         self.run_folder, self.monitor = run, monitor
         self.options = config.trainer
@@ -116,9 +119,9 @@ class Loop:
                     self._train_epoch()
                     self._end_epoch(self._validate())
         except BaseException:
-            self._finalize("failed")
+            finalize_all(self.loggers, "failed")
             raise
-        self._finalize("success")
+        finalize_all(self.loggers, "success")
 
     def _set_up(self) -> None:
         """Start the processes, move everything to its device, and load the checkpoint."""
@@ -347,6 +350,7 @@ class Loop:
             "history": self.history.state_dict(),
             "best": self.best,
             "generators": generators,
+            "files": self.files,
         }
         write_checkpoint(self.run_folder, state, best=best)
 
@@ -400,10 +404,6 @@ class Loop:
         started.clear()
         for process in processes:
             process.kill()
-
-    def _finalize(self, status: str) -> None:
-        for logger in self.loggers:
-            logger.finalize(status)
 
 
 def build_fabric(options: TrainerConfig) -> Fabric:
