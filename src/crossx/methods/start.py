@@ -107,7 +107,7 @@ class Transfer:
         taken: Names of the parameters that are taken as a whole.
 
     Raises:
-        UsageError: If the backbones differ.
+        UsageError: If the backbones differ in their name or in most of their tensors.
     """
 
     def __init__(self, start: Start, method: Method, spec: ModelSpec) -> None:
@@ -126,6 +126,13 @@ class Transfer:
                 reason = f"of method {start.spec.method} there"
             if reason and not key.endswith("num_batches_tracked"):
                 self.new.append(f"{key} {tuple(value.shape)}: {reason}")
+        trunk = [key for key, value in own.items() if key.startswith(TRUNK) and value.ndim]
+        fitting = sum(key in self._parts for key in trunk)
+        if 2 * fitting < len(trunk):
+            raise UsageError(
+                f"init {start.name}: only {fitting} of the backbone's {len(trunk)} tensors fit: its backbone_args are "
+                f"{dict(start.spec.backbone_args)}, and this run's are {dict(spec.backbone_args)}."
+            )
         known = set(names.values())
         self.left = [
             f"{name} {tuple(value.shape)}" for name, value in start.state.items() if name not in known

@@ -161,7 +161,7 @@ def _train(
     """Train from the first step, or resume from a checkpoint the run whose ``run.json`` was ``before``."""
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
-    start = Start.read(config.init) if config.init and checkpoint is None else None
+    start = Start.read(config.init) if config.init is not None and checkpoint is None else None
     transfer = None
     index = read_configured(config.data)
     seed_everything(config.seed, verbose=False)

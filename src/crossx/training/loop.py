@@ -390,7 +390,10 @@ class Loop:
         # from the schedule of the present length, not from the checkpoint's: both are functions of the step
         state = self.scheduler.state_dict() | {"last_epoch": position - 1, "_step_count": position}
         self.scheduler.load_state_dict(state)
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # after one step, torch misses the step that was before the checkpoint
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         now = max(group["lr"] for group in optimizer.param_groups)
         if now != before and self.fabric.is_global_zero:
             log.warning(
