@@ -265,6 +265,25 @@ class CalibrationFile(BaseModel):
     temperature: Annotated[float, Field(gt=0)] | None = None
 
 
+class InitFile(BaseModel):
+    """``init`` of ``run.json``: the weights that a run started from."""
+
+    model_config = ConfigDict(**_STRICT)
+
+    run: Annotated[str, Field(max_length=4096)]
+    hub: Text | None = None
+    id: Text | None = None
+    weights: Text
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    method: Text
+    backbone: Text
+    dataset: Text
+    num_classes: Count
+    pretrained: Annotated[str, Field(max_length=4096)] | None = None
+    taken: Count
+    new: list[str] = []
+
+
 class RunFile(BaseModel):
     """``run.json``: provenance. Older runs lack some keys."""
 
@@ -276,10 +295,12 @@ class RunFile(BaseModel):
     backbone: Text | None = None
     pretrained: bool | None = None
     backbone_weights: Annotated[str, Field(max_length=4096)] | None = None
+    init: InitFile | None = None
     dataset: Text | None = None
     data_root: Annotated[str, Field(max_length=4096)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     selection: SelectionFile | None = None
+    extended_after: list[Count] | None = None
     images: dict[Text, Count] | None = None
     skipped: list[str] | None = None
     data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]

@@ -122,6 +122,20 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ("--data.image_size 8", "data.image_size must be at least 32, not 8"),
         ("--optim.lr -1", "optim.lr must be above 0"),
         ("--resume r --seed 3", "leave out --seed"),
+        (
+            "--resume r --trainer.max_epochs 3 --optim.lr=3",
+            "--trainer.max_time may be given): leave out --optim.lr.",
+        ),
+        ("--resume r --init q", "leave out --init"),
+        ("--resume r --trainer.max_epochs many", "--trainer.max_epochs takes a whole number, not 'many'"),
+        ("--resume r --trainer.max_epochs 0", "trainer.max_epochs must be at least 1, not 0"),
+        ("--resume r --trainer.max_time soon", "trainer.max_time takes DD:HH:MM:SS"),
+        ("--resume r more", "unexpected argument 'more'"),
+        ("--init", "--init: expected one argument"),
+        (
+            "--init r --model.backbone_weights w",
+            "init and model.backbone_weights both say what the backbone starts",
+        ),
     ],
 )
 def test_wrong_option_is_refused_in_one_line(words: str, message: str) -> None:
@@ -153,12 +167,36 @@ def test_wrong_file_is_refused_with_its_name(text: str, message: str, tmp_path: 
 def test_resume_takes_the_root_of_the_data_alone() -> None:
     asked = parse_fit(["--resume", "runs/a", "--data.root", "elsewhere"])
     assert (asked.resume, asked.config.data.root, asked.restart) == ("runs/a", "elsewhere", False)
+    assert asked.limits == {}
 
 
 def test_restart_goes_with_resume() -> None:
     assert parse_fit(["--resume", "runs/a", "--restart"]).restart
     with pytest.raises(UsageError, match="name it with --resume RUN"):
         parse_fit(["--restart", "--output", "runs/a"])
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        (["--trainer.max_epochs", "7"], {"max_epochs": 7}),
+        (["--trainer.max_epochs=7", "--trainer.max_steps", "-1"], {"max_epochs": 7, "max_steps": -1}),
+        (["--trainer.max_time", "00:02:00:00"], {"max_time": "00:02:00:00"}),
+        (["--trainer.max_time", "{hours: 2}"], {"max_time": {"hours": 2}}),
+    ],
+)
+def test_resume_takes_another_length(words: list[str], limits: dict[str, object]) -> None:
+    assert parse_fit(["--resume", "runs/a", *words]).limits == limits
+
+
+def test_init_is_an_option_of_the_command_of_recipes_and_of_python(tmp_path: Path) -> None:
+    assert parse_fit(["--config", "finetune", "--init", "runs/a"]).config.init == "runs/a"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: finetune\ninit: runs/a\n")
+    assert parse_fit(["--config", str(recipe)]).config.init == "runs/a"
+    assert parse_fit(["--config", str(recipe), "--init", "me/birds@v2"]).config.init == "me/birds@v2"
+    assert Config.from_recipe(recipe).init == Config.from_recipe("finetune", init="runs/a").init == "runs/a"
+    assert parse_fit([]).config.init is None
 
 
 def test_print_config_prints_a_recipe_of_the_configuration(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,24 @@ def test_fit_chooses_the_first_free_folder_and_says_what_comes_next(
     )
     assert main(words) == 0
     assert folders == [Path("runs/tiny-synthetic-2")]
+
+
+def test_fit_starts_from_a_run_and_trains_it_for_longer(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = "runs/quickstart-1/plain"
+    words = ["fit", "--config", f"{first}/config.yaml", "--init", first, "--trainer.max_epochs", "1"]
+    assert main([*words, "--output", "runs/next"]) == 0
+    shown = capfd.readouterr()
+    assert f"(from {first})\n" in shown.out
+    assert re.search(rf"init .*{first}: (\d+) of \1 tensors are taken", shown.err)
+    assert main(["fit", "--resume", "runs/next", "--trainer.max_epochs", "2"]) == 0
+    assert "epoch" in capfd.readouterr().out
+    history = json.loads(Path("runs/next/metrics.json").read_text())["epochs"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    info = Run(Path("runs/next")).read_info()
+    assert info["init"]["run"] == str(place / first)
+    assert info["extended_after"] == [1]
 
 
 @pytest.mark.parametrize(("variable", "value"), [("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "2")])

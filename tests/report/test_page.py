@@ -208,6 +208,16 @@ def test_what_the_reader_must_know_is_said():
     assert "These images were trained on" in text
 
 
+def test_the_start_and_the_lengths_of_a_run_are_part_of_its_origin():
+    init = {"run": "/runs/a", "weights": "model.safetensors", "sha256": "0" * 64, "method": "plain"}
+    init |= {"num_classes": 7, "dataset": "cub"}
+    text = Page(make_page(info={**make_tested().info, "init": init, "extended_after": [5, 20]})).text()
+    # names may be broken after slashes and hyphens
+    text = text.replace(" ", "")
+    assert "/runs/a(plain,7classesofcub),model.safetensors,SHA-2560000" in text
+    assert "trainedforlongerafterepochs5,20" in text
+
+
 def test_the_page_shows_the_calibrated_probabilities_and_the_error_without():
     raw = make_tested()
     calibration = {"n": 240, "split": "val"}

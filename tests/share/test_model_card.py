@@ -220,6 +220,39 @@ def test_the_base_model_is_named_where_the_hub_has_it(
     assert ModelCard(write_card(card_data(method, info=info))).data.to_dict().get("base_model") == expected
 
 
+@pytest.mark.parametrize(
+    ("hub", "pretrained", "expected", "base"),
+    [
+        (
+            "me/birds@v2",
+            None,
+            "from the model `me/birds@v2` on the Hub: method `plain`, 7 classes of `cub`",
+            "me/birds",
+        ),
+        (None, "resnet18.a1_in1k", "started from timm's pretrained weights `resnet18.a1_in1k`.", None),
+        (None, "local-dir:/home/me/w", "from another network of the author: method `plain`", None),
+    ],
+)
+def test_the_network_that_a_run_started_from_is_named_without_paths(
+    method: Any, hub: str | None, pretrained: str | None, expected: str, base: str | None
+) -> None:
+    init = {
+        "run": hub or "/home/me/runs/a",
+        "hub": hub,
+        "sha256": "0" * 64,
+        "method": "plain",
+        "dataset": "cub",
+    }
+    init |= {"num_classes": 7, "pretrained": pretrained}
+    card = ModelCard(write_card(card_data(method, info={**INFO, "pretrained": False, "init": init})))
+    training = section(card.text, "Training data")
+    assert expected in training
+    assert "0" * 64 in training
+    assert "/home/me" not in card.content
+    assert "from scratch" not in training
+    assert card.data.to_dict().get("base_model") == base
+
+
 def test_commands_name_the_repository_and_figures_are_shown(method: Any) -> None:
     figures = [CardFigure("accuracy.png", "Accuracy of each class")]
     text = write_card(measured(method), repository="me/birds", figures=figures)

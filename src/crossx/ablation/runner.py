@@ -382,4 +382,6 @@ def _flatten(config: Config) -> dict[str, Any]:
     completed = replace(config, model=model, data=replace(config.data, sampling=sampling))
     values = load_yaml(completed.to_yaml(), "the configuration")
     flat = {f"{section}.{key}": value for section in SECTIONS for key, value in values[section].items()}
+    # a run's own configuration has the absolute path
+    flat["init"] = config.init and str(Path(config.init).absolute())
     return {key: value for key, value in flat.items() if key not in _NEUTRAL}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ import timm
 from timm.layers import SEModule, convert_sync_batchnorm
 from timm.models import efficientnet, mobilenetv3, res2net, resnet, senet, sknet
 from timm.models._efficientnet_blocks import InvertedResidual
-from torch import nn
+from torch import Tensor, nn
 
 ATTENTION_SLOTS: dict[type[nn.Module], str] = {
     resnet.BasicBlock: "se",
@@ -50,6 +52,35 @@ def expand_stage(trunk: nn.Module, stage: str) -> int | None:
     blocks.append(nn.Sequential(block.conv_pw, block.bn1))
     block.conv_pw = block.bn1 = nn.Identity()
     return channels
+
+
+def original_name(trunk: nn.Module, name: str) -> str:
+    """Return timm's name of a tensor of a trunk: without the moves of ``expand_stage`` and of OSME's attention slot."""
+    moved = re.fullmatch(r"(.+)\.(\d+)\.\d+\.([01])\.(\w+)", name)
+    if moved and isinstance(trunk, efficientnet.EfficientNet | mobilenetv3.MobileNetV3):
+        stage, number, layer, kind = moved.groups()
+        name = f"{stage}.{int(number) + 1}.0.{('conv_pw', 'bn1')[int(layer)]}.{kind}"
+    return re.sub(r"\.own\.", ".", name)
+
+
+def resized(trunk: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Resample position embeddings to a trunk built for another image size, as timm does for pretrained weights.
+
+    Tensors that timm cannot resample keep their shape.
+    """
+    own = trunk.state_dict()
+    adapt = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or all(own[key].shape == value.shape for key, value in state.items() if key in own):
+        return dict(state)
+    try:
+        adapted = adapt(dict(state), trunk)
+    except Exception:  # written for pretrained weights, of which it may assume anything
+        return dict(state)
+    return {
+        key: value if own[key].shape == value.shape else adapted.get(key, value)
+        for key, value in state.items()
+        if key in own
+    }
 
 
 def residual_steps(trunk: nn.Module, ends: Sequence[str]) -> tuple[list[str], list[str]] | None:

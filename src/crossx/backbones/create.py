@@ -64,6 +64,11 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     source, _, identifier = name.partition(":")
     if source == "local-dir" and identifier:
         path = Path(identifier) / "config.json"
+        if path.with_name("model.json").is_file():
+            raise UsageError(
+                f"backbone {name!r}: {identifier} is a model of crossx: give it as --init, and its backbone as "
+                "--model.backbone."
+            )
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             architecture = config["architecture"]

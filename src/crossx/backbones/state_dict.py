@@ -34,7 +34,10 @@ def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
     matching = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     if not matching:
         found = ", ".join(list(state)[:3])
-        raise CrossXError(f"{path}: none of its {len(state)} keys ({found}, ...) belongs to this backbone.")
+        hint = " To start from a run of crossx, give it as --init." if "backbone.trunk." in found else ""
+        raise CrossXError(
+            f"{path}: none of its {len(state)} keys ({found}, ...) belongs to this backbone.{hint}"
+        )
     trunk.load_state_dict(matching, strict=False)
     problems = [
         f"missing: {key}" for key in own if key not in state and not key.endswith("num_batches_tracked")
@@ -59,7 +62,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CrossXError: If there is no such file or it is not a plain state dict.
     """
     if not path.is_file():
-        raise CrossXError(f"{path}: no such weights file.")
+        hint = " It is a model of crossx: give it as --init." if (path / "model.json").is_file() else ""
+        raise CrossXError(f"{path}: no such weights file.{hint}")
     _check_archive(path)
     try:
         state: Any = (

@@ -10,7 +10,14 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from crossx.backbones.blocks import ATTENTION_SLOTS, expand_stage, previous_index, residual_steps
+from crossx.backbones.blocks import (
+    ATTENTION_SLOTS,
+    expand_stage,
+    original_name,
+    previous_index,
+    residual_steps,
+    resized,
+)
 from crossx.errors import UsageError, check_choice, first_line
 from crossx.layers import OSME, ResidualOSME, evaluation_mode, recompute
 
@@ -189,6 +196,14 @@ class Backbone(nn.Module):
         """Return the trunk's own parameters, without those of attached OSME gates."""
         new = {id(p) for module in self.modules() if isinstance(module, OSME) for p in module.parameters()}
         return [parameter for parameter in self.trunk.parameters() if id(parameter) not in new]
+
+    def timm_names(self) -> dict[str, str]:
+        """Return key of the trunk's state dict -> timm's name, the same whatever gates and heads were attached."""
+        return {key: original_name(self.trunk, key) for key in self.trunk.state_dict()}
+
+    def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state dict of the trunk with position embeddings resampled to this trunk's image size."""
+        return resized(self.trunk, state)
 
     def layer_groups(self) -> list[list[nn.Parameter]]:
         """Return ``pretrained_parameters`` grouped by depth, shallow to deep, as for timm's layer decay."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from crossx.cli.options import RunPath, Split
 from crossx.errors import CrossXError, UsageError
 from crossx.report.published import PublishedResult, read_published
-from crossx.runs import open_run, read_results, write_json
+from crossx.runs import Run, open_run, read_results, write_json
 
 COMPARED = range(3, 8)
 """The paper's tables of methods; Table 2 is an ablation of Cross-X."""
@@ -67,7 +67,9 @@ def _read(folder: Path, split: str) -> dict[str, Any]:
         raise CrossXError(
             f"{folder}: not tested on {split} yet: run `crossx test {folder} --split {split}` first."
         )
-    return read_results(results, NEEDED)
+    found = read_results(results, NEEDED)
+    Run(folder).require_current(found, split)
+    return found
 
 
 def _published(datasets: set[str]) -> list[PublishedResult]:

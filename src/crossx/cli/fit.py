@@ -31,7 +31,9 @@ def run(words: Sequence[str]) -> int:
     from crossx.training import fit as training
 
     if asked.resume:
-        done = training.resume(asked.resume, root=asked.config.data.root, restart=asked.restart)
+        done = training.resume(
+            asked.resume, root=asked.config.data.root, restart=asked.restart, **asked.limits
+        )
     else:
         config = asked.config
         config.output = config.output or str(_free_folder(asked))
@@ -66,6 +68,7 @@ def _print_start(asked: FitArguments) -> None:
     for note in asked.notes:
         print(f"note: {note}")
     start = "pretrained" if config.model.pretrained else "random weights"
+    start = f"from {config.init}" if config.init else start
     print(f"method    {config.model.method}")
     print(f"backbone  {config.model.backbone} ({config.model.backbone_weights or start})")
     print(f"dataset   {config.data.dataset}: {images}")

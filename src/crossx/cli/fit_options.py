@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jsonargparse
@@ -30,8 +30,12 @@ crossx fit --config finetune --data.dataset folder --data.root my_images --outpu
 crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011 --data.batch_size 16
 crossx fit --config plain_cub_resnet50 --help          # the options of another method, with its values
 crossx fit --config finetune --print_config > my.yaml  # a recipe of your own
+crossx fit --config runs/mine/config.yaml --init runs/mine --data.root others --output runs/others
 crossx fit --resume runs/mine
-crossx fit --resume runs/mine --restart                # start over, with the same options"""
+crossx fit --resume runs/mine --restart                # start over, with the same options
+crossx fit --resume runs/mine --trainer.max_epochs 40  # train a finished run for longer"""
+RESUMABLE = ("resume", "restart", "data.root", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+"""The options that may be given with --resume."""
 FIRST = (
     "model.method",
     "model.backbone",
@@ -57,6 +61,7 @@ class FitArguments:
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
         restart: Whether to start that run over.
+        limits: The options of ``trainer`` that were given with ``resume``.
         notes: Values of the recipe that were changed without being asked for, for the user to read.
         print_config: Whether to print the configuration instead of training.
     """
@@ -65,6 +70,7 @@ class FitArguments:
     recipe: str | None = None
     resume: str | None = None
     restart: bool = False
+    limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     print_config: bool = False
 
@@ -78,7 +84,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     """
     first = _first_pass(words)
     if first.resume:
-        return _resume(first.resume, first.root, words)
+        return _resume(words)
     if "--restart" in words:
         raise UsageError("--restart starts a run over: name it with --resume RUN.")
     recipe = load_recipe(first.config) if first.config else None
@@ -89,7 +95,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
         values = parser.parse_args(list(words)).as_dict()
     except argparse.ArgumentError as error:
         raise _explain(str(error), parser, method) from error
-    given = {key: values[key] for key in ("seed", "output", *SECTIONS)}
+    given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
     if recipe:
         notes += _scale_resize(recipe, given["data"], words)
     return FitArguments(
@@ -128,12 +134,16 @@ def _method_parser(method: str) -> jsonargparse.ArgumentParser:
 def _options(method: str) -> Iterator[Option]:
     text = str | None
     config = "A packaged recipe (`crossx recipes`) or a YAML file; options override its values."
-    resume = "Continue this run where it stopped, with its own options; only --data.root may be given."
+    resume = (
+        "Continue this run where it stopped, or train it for longer, with its own options; of the others only "
+        f"{', '.join(f'--{name}' for name in RESUMABLE[1:])} may be given."
+    )
     restart = "With --resume: delete what the run has learned, and start over with its options."
     output = "Run folder to create; by default the first free runs/NAME-DATASET-N."
     yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
+    yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -158,14 +168,29 @@ def _first_pass(words: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"{message}; see `{PROG} --help`.") from error
 
 
-def _resume(run: str, root: str | None, words: Sequence[str]) -> FitArguments:
+def _resume(words: Sequence[str]) -> FitArguments:
+    allowed = [f"--{name}" for name in RESUMABLE]
     for word in words:
         name = word.split("=", 1)[0]
-        if name.startswith("--") and name not in ("--resume", "--data.root", "--restart"):
+        if name.startswith("--") and name not in allowed:
             raise UsageError(
-                f"--resume continues a run with its own options (only --data.root may be given): leave out {name}."
+                f"--resume continues a run with its own options (only {', '.join(allowed[1:])} may be given): "
+                f"leave out {name}."
             )
-    return FitArguments(Config(data=DataConfig(root=root)), resume=run, restart="--restart" in words)
+    parser = new_parser(PROG, "", "")
+    options = [option for option in _options(ModelConfig().method) if option.name in RESUMABLE]
+    add_options(parser, [dataclasses.replace(option, default=None) for option in options])
+    try:
+        values = vars(parser.parse_args(list(words)).as_flat())
+    except argparse.ArgumentError as error:
+        raise _explain(str(error), parser, ModelConfig().method) from error
+    limits = {
+        name.removeprefix("trainer."): value
+        for name, value in values.items()
+        if name.startswith("trainer.") and value is not None
+    }
+    config = Config(data=DataConfig(root=values["data.root"]), trainer=TrainerConfig(**limits))
+    return FitArguments(config, resume=values["resume"], restart=bool(values["restart"]), limits=limits)
 
 
 def _method(recipe: Recipe | None) -> str:

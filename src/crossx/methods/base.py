@@ -74,6 +74,9 @@ class Method(nn.Module, ABC):
     options: Mapping[str, Any] = {}
     """Every option with its value, defaults included; set by ``create_method``."""
 
+    taken: frozenset[str] | None = None
+    """Names of the parameters taken from another network (``crossx.methods.start``); None without one."""
+
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         if num_classes < 1:
@@ -181,7 +184,12 @@ class Method(nn.Module, ABC):
         self.backbone.check_image_size(size)
 
     def new_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that start from scratch, as opposed to the pretrained ones of the trunk."""
+        """Return the parameters that start from scratch.
+
+        The others are those taken from another network, or, without one, the pretrained ones of the trunk.
+        """
+        if self.taken is not None:
+            return [parameter for name, parameter in self.named_parameters() if name not in self.taken]
         pretrained = {id(parameter) for parameter in self.backbone.pretrained_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in pretrained]
 

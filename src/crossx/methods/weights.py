@@ -99,15 +99,38 @@ def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
     Raises:
         CrossXError: If the network cannot be built or the weights do not match it.
     """
-    state = _read_weights(weights)
-    _check_fit(_outline(spec, source), state, weights)
+    state = read_checked(spec, source, weights)[1]
     method = build_method(spec)
     method.load_state_dict(state)
     return method.eval()
 
 
-def _outline(spec: ModelSpec, source: Path) -> Method:
-    """Build the network on the meta device, where tensors take no memory."""
+def read_checked(spec: ModelSpec, source: Path, weights: Path) -> tuple[Method, dict[str, Tensor]]:
+    """Read the weights of the network that ``spec`` describes, and check that they match.
+
+    Args:
+        spec: The description.
+        source: The file that contains ``spec``, for error messages.
+        weights: The weights, see ``load_weights``.
+
+    Returns:
+        The network on the meta device, and its state dict.
+
+    Raises:
+        CrossXError: If the network cannot be built or the weights do not match it.
+    """
+    state = _read_weights(weights)
+    outlined = outline(spec, source)
+    _check_fit(outlined, state, weights)
+    return outlined, state
+
+
+def outline(spec: ModelSpec, source: Path) -> Method:
+    """Build the network that ``spec`` describes on the meta device, where tensors take no memory.
+
+    Raises:
+        CrossXError: If it cannot be built.
+    """
     try:
         with torch.device("meta"):
             method = build_method(spec)

@@ -121,6 +121,8 @@ def _provenance(run: RunResults) -> dict[str, str]:
         "backbone": results["backbone"],
         "pretrained": results.get("pretrained"),
         "backbone weights": results.get("backbone_weights"),
+        "started from": _started_from(info.get("init")),
+        "trained for longer after epochs": info.get("extended_after"),
         "weights": results["weights"],
         "selection of the weights": _in_words(results.get("selection")),
         "seed": results.get("seed"),
@@ -137,6 +139,13 @@ def _provenance(run: RunResults) -> dict[str, str]:
                 dirty = ", with uncommitted changes" if git["dirty"] else ""
                 facts[f"{when} at commit"] = f"{git['commit']}{dirty}"
     return {name: cell(value) for name, value in facts.items() if value is not None}
+
+
+def _started_from(init: Mapping[str, Any] | None) -> str | None:
+    if not init:
+        return None
+    text = f"{init['run']} ({init['method']}, {init['num_classes']} classes of {init['dataset']})"
+    return f"{text}, {init['weights']}, SHA-256 {init['sha256']}"
 
 
 def _in_words(values: Mapping[str, Any] | None) -> str | None:

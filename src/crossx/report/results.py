@@ -63,11 +63,13 @@ class RunResults:
             raise CrossXError(
                 f"{run.path}: was tested with other classes than those of model.json: test it again with `crossx test`."
             )
+        results = read_results(run.path / f"{split}.json", NEEDED)
+        run.require_current(results, split)
         history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
         return cls(
             spec=spec,
             info=run.read_info(),
-            results=read_results(run.path / f"{split}.json", NEEDED),
+            results=results,
             config=run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else "",
             history=read_history(history) if history.is_file() else [],
             parts=read_json(parts) if parts.is_file() else {},

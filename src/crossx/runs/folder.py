@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,26 @@ class Run:
         if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
             return {}
         results = read_results(path)
-        return results if results.get("weights") == os.path.relpath(weights, self.path) else {}
+        measured = results.get("weights") == os.path.relpath(weights, self.path)
+        return results if measured and not self.is_outdated(results) else {}
+
+    def is_outdated(self, results: Mapping[str, Any]) -> bool:
+        """Say whether results are those of the model that the run had before it was trained for longer."""
+        if results.get("weights") != self.weights.name or not self.read_info().get("extended_after"):
+            return False
+        return bool(results.get("selection") != self.read_info().get("selection"))
+
+    def require_current(self, results: Mapping[str, Any], split: str) -> None:
+        """Check that results are not ``is_outdated``.
+
+        Raises:
+            CrossXError: If they are.
+        """
+        if self.is_outdated(results):
+            raise CrossXError(
+                f"{self.path}: {split}.json was measured before the run was trained for longer: test it again with "
+                f"`crossx test {self.path} --split {split}`."
+            )
 
     def results_folder(self, output: str | Path | None = None) -> Path:
         """Return the folder for results: ``output``, by default the run folder.

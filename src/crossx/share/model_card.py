@@ -195,6 +195,8 @@ def _eval_results(card: CardData) -> list[EvalResult]:
 def _base_model(info: Mapping[str, Any]) -> str | None:
     """Return the Hub's name of the pretrained weights, if they have one."""
     backbone = str(info.get("backbone") or "")
+    if hub := (info.get("init") or {}).get("hub"):
+        return str(hub).partition("@")[0]
     if not info.get("pretrained") or info.get("backbone_weights"):
         return None
     if backbone.startswith("hf-hub:"):

@@ -358,6 +358,8 @@ class Config:
         data: The images.
         optim: Optimiser, schedule and regularisation.
         trainer: Devices, length, logging and checkpoints.
+        init: Start from the weights of this run (its folder or a checkpoint in it) or shared model (its folder or
+            USER/NAME on the Hub) instead of `model.pretrained`: every layer that fits is taken.
         seed: Seed of the initialisation, the order of images and everything random in training.
         output: The run folder to create; by default `runs/METHOD-DATASET-BACKBONE-sSEED`.
     """
@@ -366,6 +368,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    init: str | None = None
     seed: int = 0
     output: str | None = None
 
@@ -382,6 +385,10 @@ class Config:
         """
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be in [0, 2**32), not {self.seed}.")
+        if self.init is not None and self.model.backbone_weights is not None:
+            raise UsageError(
+                "init and model.backbone_weights both say what the backbone starts from: leave one of them out."
+            )
 
     def run_path(self) -> Path:
         """Return the run folder: ``output``, or the default name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,12 +26,23 @@ from crossx.distributed import is_leader
 from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
+from crossx.methods.start import Start, Transfer
 from crossx.methods.weights import build_method, describe
 from crossx.recipes import SECTIONS
-from crossx.runs import SCHEMA, Run, environment, is_lock, locked_folder, read_config, write_json, write_text
+from crossx.runs import (
+    SCHEMA,
+    ModelSpec,
+    Run,
+    environment,
+    is_lock,
+    locked_folder,
+    read_config,
+    write_json,
+    write_text,
+)
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import make_newest, read_newest, read_resumable, restore_best
-from crossx.training.config import Config
+from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loop import Loop, quiet_lightning
 
@@ -39,6 +51,8 @@ LEFTOVERS = (".*.tmp", ".tmp??????")
 """Temporary files of this package and of safetensors, which a kill leaves."""
 KEPT = ("schema", "status", "method", "backbone", "dataset", "seed", "images", "skipped", "environment")
 """What a checkpoint holds of run.json, in case that is lost."""
+SPLITTING = ("dataset", "val_fraction", "test_fraction", "split_seed", "train_on")
+"""Options of ``data`` that decide which images are held out."""
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +84,31 @@ def fit(config: Config) -> Run:
         raise
 
 
-def resume(path: str | Path, *, root: str | Path | None = None, restart: bool = False) -> Run:
-    """Continue a stopped run from its newest intact checkpoint.
+def resume(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    restart: bool = False,
+    max_epochs: int | None = None,
+    max_steps: int | None = None,
+    max_time: str | dict[str, int] | None = None,
+) -> Run:
+    """Continue a stopped run from its newest intact checkpoint, or train a finished one for longer.
 
     On a CPU the result is bit for bit that of an uninterrupted run. A run that was stopped before its first checkpoint
-    starts over with the same seed.
+    starts over with the same seed. With another length, a schedule that depends on it (``cosine``, ``one_cycle``)
+    continues as in a run of that length; with the others the result is still that of an uninterrupted run.
 
     Args:
         path: The run folder, which may have been moved, or a checkpoint in it to go back to.
         root: The data's folder, if it has moved.
         restart: Delete what the run has learned so far, and start over with the same options.
+        max_epochs: See ``TrainerConfig``; by default as before. A finished run needs more than it has trained.
+        max_steps: Likewise.
+        max_time: Likewise; the time before counts.
 
     Raises:
-        UsageError: If there is no run, it is finished, or another version of crossx started it.
+        UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
         CrossXError: As ``fit``, if the images or classes have changed, or if no checkpoint is intact.
     """
     run, chosen = _find_run(Path(path))
@@ -90,9 +116,11 @@ def resume(path: str | Path, *, root: str | Path | None = None, restart: bool = 
         raise UsageError(
             f"--restart starts over, without a checkpoint: `crossx fit --resume {run.path} --restart`."
         )
+    asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
+    limits = {option: value for option, value in asked.items() if value is not None}
     with _interruptible(run), _locked(run.path):
         _require_no_folders(run)
-        if not restart:
+        if not restart and not limits:
             _require_unfinished(run)
         saved = None if restart else _read_saved(run, chosen)
         config = _read_or_restore(run.config, lambda: _read_whole_config(run), saved)
@@ -102,12 +130,55 @@ def resume(path: str | Path, *, root: str | Path | None = None, restart: bool = 
         before: dict[str, Any] = {}
         if not restart:
             before = _read_or_restore(run.info, lambda: _read_existing_info(run), saved, before)
+        if limits:
+            config = replace(config, trainer=replace(config.trainer, **limits))
+        if limits and not restart:
+            before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and _has_progress(run, before):
             raise CrossXError(
                 f"{run.path}: has been trained, but no checkpoint is left. `crossx fit --resume {run.path} --restart` "
                 "starts over."
             )
         return _train(config, run, before, saved, chosen)
+
+
+def _with_length(
+    run: Run,
+    trainer: TrainerConfig,
+    before: dict[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Check that a run can be trained for another length; return its ``run.json`` with the length so far.
+
+    Raises:
+        UsageError: If it cannot, naming the option that leaves nothing to train.
+    """
+    finished = before.get("status") == "finished"
+    if checkpoint is None:
+        if finished:
+            raise UsageError(
+                f"{run.path}: its checkpoints are gone, so it cannot be trained for longer. Start a new run from it "
+                f"with --init {run.path}."
+            )
+        return before
+    epochs, step = checkpoint["epoch"], checkpoint["step"]
+    seconds = checkpoint["history"]["seconds"]
+    begun = epochs + (checkpoint["batch"] > 0)
+    for option, so_far, limit in (
+        ("max_epochs", begun, trainer.max_epochs),
+        ("max_steps", step, trainer.max_steps if trainer.max_steps >= 0 else math.inf),
+        ("max_time", seconds, trainer.seconds),
+    ):
+        # an unfinished run may be given the length that it has, for which the same command may be repeated
+        if limit < so_far or (finished and limit == so_far):
+            shown, unit = (f"{so_far:.0f}", " seconds") if option == "max_time" else (f"{so_far}", "")
+            raise UsageError(
+                f"{run.path}: has trained {epochs} epochs ({step} steps), and trainer.{option} "
+                f"{getattr(trainer, option)} leaves nothing to train: give more than {shown}{unit}."
+            )
+    if not finished:
+        return before
+    return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
 
 
 def _train(
@@ -128,10 +199,17 @@ def _train(
     """
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
+    start = Start.read(config.init) if config.init is not None and checkpoint is None else None
+    transfer = None
     index = read_configured(config.data)
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
         method = _create_method(config, index)
+        if start is not None:
+            # what the weights were trained with
+            method.backbone.data_config |= {
+                name: getattr(start.spec.preprocessing, name) for name in ("mean", "std", "interpolation")
+            }
         preprocessing = preprocessing_for(config.data, method.backbone.data_config)
         spec = describe(
             method,
@@ -140,16 +218,20 @@ def _train(
             dataset=index.name,
             levels=dict(index.levels),
         )
+        if start is not None:
+            transfer = _take(start, method, spec, config)
     else:
         spec = _read_or_restore(run.spec, run.read_spec, checkpoint)
         check_classes(spec.classes, index.classes, index.name)
         method, preprocessing = build_method(spec), spec.preprocessing
+        if (taken := checkpoint.get("taken")) is not None:
+            method.taken = frozenset(taken)
     check_model(spec.to_json(), "the run could not be loaded afterwards")
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     data = DataModule(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
-    info = _describe(config, data)
+    info = _describe(config, data, transfer)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
     monitor = choose_monitor(config, data)
@@ -160,7 +242,15 @@ def _train(
             run.info.name: json.dumps({name: info[name] for name in KEPT}),
         }
         loop = Loop(
-            method, data, config, run, run_id=info["id"], monitor=monitor, checkpoint=checkpoint, files=files
+            method,
+            data,
+            config,
+            run,
+            run_id=info["id"],
+            monitor=monitor,
+            checkpoint=checkpoint,
+            transfer=transfer,
+            files=files,
         )
         if is_leader():
             _remove_leftovers(run)
@@ -197,7 +287,7 @@ def _create_method(config: Config, index: DatasetIndex) -> Method:
         model.method,
         backbone=model.backbone,
         num_classes=len(index.classes),
-        pretrained=model.pretrained,
+        pretrained=model.pretrained and config.init is None,
         backbone_weights=model.backbone_weights,
         backbone_args=model.backbone_args,
         image_size=config.data.image_size,
@@ -207,15 +297,38 @@ def _create_method(config: Config, index: DatasetIndex) -> Method:
     return method
 
 
-def _describe(config: Config, data: DataModule) -> dict[str, Any]:
+def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Transfer:
+    """Copy what fits from another network, and say what does not."""
+    transfer = Transfer(start, method, spec)
+    transfer.copy(method)
+    method.taken = transfer.taken
+    if is_leader():
+        log.info("init %s", transfer.describe())
+    before = start.info.get("data") or {}
+    same = config.data.root and start.info.get("data_root") == config.data.root
+    now = asdict(config.data)
+    if (
+        is_leader()
+        and same
+        and any(before.get(option) != now[option] for option in SPLITTING if option in before)
+    ):
+        log.warning(
+            "init %s: was trained on images of %s split in another way: it may have seen images that are held out now.",
+            start.name, config.data.root,
+        )  # fmt: skip
+    return transfer
+
+
+def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "id": uuid.uuid4().hex,
         "status": "running",
         "method": config.model.method,
         "backbone": config.model.backbone,
-        "pretrained": config.model.pretrained,
+        "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
+        "init": transfer.record() if transfer else None,
         "dataset": data.index.name,
         "data_root": config.data.root,
         "seed": config.seed,
@@ -240,9 +353,14 @@ def _continue_description(run: Run, info: Mapping[str, Any], before: Mapping[str
 def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
     """Keep ``status`` and ``selection`` in run.json up to date, and turn interruptions into one-line errors."""
 
+    weights = loop.run_folder.weights
+    model_before = _modified_at(weights)
+
     def record(status: str) -> None:
         if is_leader():
-            selection = describe_selection(loop)
+            # until a run that is trained for longer has its new model, the selection is that of the present one
+            keeps = status != "finished" and model_before and model_before == _modified_at(weights)
+            selection = info["selection"] if keeps else describe_selection(loop)
             write_json(loop.run_folder.info, {**info, "status": status, "selection": selection})
 
     record("running")
@@ -269,6 +387,10 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
             with suppress(CrossXError):  # on a full disk this fails too, and must not hide the first error
                 record(ended)
             loop.stop_processes()
+
+
+def _modified_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 @contextmanager
@@ -351,7 +473,10 @@ def _require_unfinished(run: Run) -> None:
                 "%s: the model is damaged or missing. It is made again from the checkpoints.", run.path
             )
         return
-    raise UsageError(f"{run.path}: this run is finished. Train a new one with another --output.")
+    raise UsageError(
+        f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
+        f"from it with --init {run.path}."
+    )
 
 
 def _read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
@@ -429,9 +554,11 @@ def _clear(run: Run) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, weights = config.data.root, config.model.backbone_weights
+    root, weights, init = config.data.root, config.model.backbone_weights, config.init
     return replace(
         config,
+        # what does not exist may be a name on the Hub
+        init=str(Path(init).absolute()) if init and Path(init).exists() else init,
         data=replace(config.data, root=str(Path(root).absolute()) if root else None),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )

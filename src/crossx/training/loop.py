@@ -28,6 +28,7 @@ from crossx.data.datamodule import DataModule
 from crossx.data.sampler import derive_seed
 from crossx.errors import CrossXError, UsageError
 from crossx.methods.base import Method
+from crossx.methods.start import Transfer
 from crossx.runs import Run
 from crossx.training.checkpoints import FORMAT, write_checkpoint
 from crossx.training.config import Config, TrainerConfig
@@ -58,6 +59,7 @@ class Loop:
         monitor: The metric to maximise (ties: the later epoch); None keeps no ``best.ckpt``.
         checkpoint: The result of ``read_newest`` to resume from.
         files: Text of files of the run by name, kept in its checkpoints.
+        transfer: What the method took from another network, if it starts from one.
 
     Attributes:
         epoch: Completed epochs.
@@ -80,6 +82,7 @@ class Loop:
         monitor: str | None,
         checkpoint: Mapping[str, Any] | None = None,
         files: Mapping[str, str] | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         self.files = dict(files or {})
         self.method, self.data, self.config = method, data, config
@@ -87,6 +90,7 @@ class Loop:
         self.options = config.trainer
         self.time_limit = config.trainer.seconds
         self.checkpoint = checkpoint
+        self.transfer = transfer
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
         self.fabric = build_fabric(self.options)
@@ -154,24 +158,39 @@ class Loop:
             "val", options.overfit_batches or options.limit_val_batches, self.eval_loader
         )
         steps = -(-self.batches // options.accumulate_grad_batches)
+        position = 0
+        if saved is not None:
+            # an epoch that max_steps or max_time cut short counts as a whole one
+            position = saved["epoch"] * steps + -(-saved["batch"] // options.accumulate_grad_batches)
+        skipped = position - (saved["step"] if saved else 0)
         total = steps * options.max_epochs
         optimizer = build_optimizer(self.method, optim)
         self.scheduler = build_scheduler(
             optimizer,
             optim,
             steps_per_epoch=steps,
-            total_steps=min(total, options.max_steps) if options.max_steps >= 0 else total,
+            total_steps=min(total, options.max_steps + skipped) if options.max_steps >= 0 else total,
         )
         if saved is not None:
-            self._load(saved, optimizer)
+            self._load(saved, optimizer, position)
         self.optimizer = fabric.strategy.setup_optimizer(optimizer)
         self.history.start_clock()
+        if self.transfer is not None:
+            # from now on the run can be resumed without the other one
+            self.transfer = None
+            self._save()
 
     def _prepare(self) -> None:
         # each rank reads all images, so nothing has to be gathered
-        method, views = self.method, self.optim.fit_heads
+        method, views, transfer = self.method, self.optim.fit_heads, self.transfer
+        if transfer is not None and transfer.is_complete:
+            if views:
+                log.warning("optim.fit_heads has no effect: the heads are those of %s.", transfer.start.name)
+            return
         if type(method).prepare is not Method.prepare:
             method.prepare(self._all_batches())
+            if transfer is not None:
+                transfer.copy(method)
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
@@ -349,12 +368,13 @@ class Loop:
             "scaler": self.fabric.strategy.precision.state_dict(),
             "history": self.history.state_dict(),
             "best": self.best,
+            "taken": None if self.method.taken is None else sorted(self.method.taken),
             "generators": generators,
             "files": self.files,
         }
         write_checkpoint(self.run_folder, state, best=best)
 
-    def _load(self, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def _load(self, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, position: int) -> None:
         self.epoch, self.batch, self.step, self.best = (
             saved[key] for key in ("epoch", "batch", "step", "best")
         )
@@ -363,9 +383,27 @@ class Loop:
             self.average.module.load_state_dict(saved["state_dict"])
             self.average.n_averaged.fill_(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        if position:
+            self._continue_schedule(optimizer, position)
         self.fabric.strategy.precision.load_state_dict(saved["scaler"])
         self.history.load_state_dict(saved["history"])
+
+    def _continue_schedule(self, optimizer: torch.optim.Optimizer, position: int) -> None:
+        """Set the learning rates of a step. They differ from those of the checkpoint if the length has changed."""
+        before = max(group["lr"] for group in optimizer.param_groups)
+        # from the schedule of the present length, not from the checkpoint's: both are functions of the step
+        state = self.scheduler.state_dict() | {"last_epoch": position - 1, "_step_count": position}
+        self.scheduler.load_state_dict(state)
+        with warnings.catch_warnings():
+            # after one step, torch misses the step that was before the checkpoint
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+        now = max(group["lr"] for group in optimizer.param_groups)
+        if now != before and self.fabric.is_global_zero:
+            log.warning(
+                "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
+                self.optim.schedule, self.options.max_epochs, before, now,
+            )  # fmt: skip
 
     def _seed(self) -> None:
         """Seed every generator at the first step of an epoch from (seed, epoch, rank).

@@ -24,7 +24,7 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
         The batch norm layers of the pretrained backbone to be kept in evaluation mode.
     """
     if config.freeze_backbone:
-        for parameter in method.backbone.pretrained_parameters():
+        for parameter in pretrained_parameters(method):
             parameter.requires_grad_(False)
     if not (config.freeze_backbone or config.freeze_batch_norm):
         return []
@@ -34,9 +34,15 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
     return norms
 
 
+def pretrained_parameters(method: Method) -> list[nn.Parameter]:
+    """Return the trunk's own parameters that do not start from scratch."""
+    new = {id(parameter) for parameter in method.new_parameters()}
+    return [parameter for parameter in method.backbone.pretrained_parameters() if id(parameter) not in new]
+
+
 def pretrained_norms(method: Method) -> list[nn.Module]:
     """Return the batch norm layers of the pretrained backbone."""
-    pretrained = {id(parameter) for parameter in method.backbone.pretrained_parameters()}
+    pretrained = {id(parameter) for parameter in pretrained_parameters(method)}
     return [
         module
         for module in method.backbone.modules()
@@ -49,7 +55,9 @@ def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]
     """Group the trainable parameters by learning rate and weight decay.
 
     New layers train at ``lr * new_layers_lr_factor``, the i-th of the backbone's n layer groups (from the input) at
-    ``lr * layer_decay ** (n - i)``. Norm scales and biases are not decayed unless ``decay_norm_and_bias``.
+    ``lr * layer_decay ** (n - i)``. Gates, heads and other layers that were taken from another network are not new:
+    they train at ``lr``, or at the rate of new layers if that is lower. Norm scales and biases are not decayed unless
+    ``decay_norm_and_bias``.
 
     Raises:
         UsageError: If nothing is left to train.
@@ -146,4 +154,10 @@ def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
         for depth, group in enumerate(layers)
         for parameter in group
     }
-    return factors | {id(parameter): config.new_layers_lr_factor for parameter in method.new_parameters()}
+    new = {id(parameter) for parameter in method.new_parameters()}
+    for parameter in method.parameters():
+        if id(parameter) in new:
+            factors[id(parameter)] = config.new_layers_lr_factor
+        elif method.taken is not None and id(parameter) not in factors:
+            factors[id(parameter)] = min(1.0, config.new_layers_lr_factor)
+    return factors

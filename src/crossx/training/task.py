@@ -14,7 +14,7 @@ from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method
 from crossx.training.config import OptimConfig
-from crossx.training.optim import freeze, pretrained_norms
+from crossx.training.optim import freeze, pretrained_norms, pretrained_parameters
 
 
 class Task(nn.Module):
@@ -39,7 +39,7 @@ class Task(nn.Module):
         self.method.criterion = _criterion(config, class_counts)
         self.mix = build_mix(method, config)
         self.frozen_norms = self.norms_in_evaluation = freeze(method, config)
-        self.frozen_at_first = [p for p in method.backbone.pretrained_parameters() if p.requires_grad]
+        self.frozen_at_first = [p for p in pretrained_parameters(method) if p.requires_grad]
         self.frozen = False
         if config.recompute_activations:
             method.backbone.recompute_activations()
