@@ -8,7 +8,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/crossx
 ENV PATH=/opt/crossx/bin:$PATH
 # PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the same without them.
-RUN pip install "torch>=2.9" "torchvision>=0.24" --index-url https://download.pytorch.org/whl/cpu
+RUN pip install "torch>=2.10" "torchvision>=0.25" --index-url https://download.pytorch.org/whl/cpu
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY src src

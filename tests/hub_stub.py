@@ -88,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
         match words:
             case ["api", "models", user, name, "revision", revision]:
                 if found := self._find(f"{user}/{name}", revision):
-                    self._answer({"id": f"{user}/{name}", "sha": found[0]})
+                    siblings = [{"rfilename": path} for path in found[1]]
+                    self._answer({"id": f"{user}/{name}", "sha": found[0], "siblings": siblings})
             case ["api", "models", user, name, "tree", revision]:
                 if found := self._find(f"{user}/{name}", revision):
                     tree = [

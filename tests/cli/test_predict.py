@@ -127,6 +127,7 @@ def test_a_file_says_how_many_and_how_fast(run: str, place: Path, capsys: pytest
 
 
 def test_features_are_written_in_place_of_predictions(run: str, place: Path) -> None:
+    pytest.importorskip("pyarrow", "26", reason="older Arrow cannot read null in a list of fixed size")
     (place / "photos" / "bad.jpg").touch()
     assert main(["predict", run, "photos", "--features", "f.parquet", "--device", "cpu"]) == 1
     table = pq.read_table("f.parquet")

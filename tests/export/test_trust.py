@@ -157,3 +157,38 @@ def test_the_help_says_what_trust_means(capsys: pytest.CaptureFixture[str]) -> N
             "can run any code on this machine when it is loaded: only for files that you made yourself"
             in text
         )
+
+
+def _write_onnx(path: Path, weights: str) -> None:
+    """Write a network of one sum whose weights are in another file."""
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=1)
+    for key, value in {"location": weights, "length": "16"}.items():
+        tensor.external_data.add(key=key, value=value)
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [tensor]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = tmp_path / "model" / "evil.onnx"
+    model.parent.mkdir()
+    for path in (tmp_path / "secret.bin", model.parent / "own.bin"):
+        path.write_bytes(bytes(16))
+    (model.parent / "link.bin").symlink_to(tmp_path / "secret.bin")
+    for weights in ("../secret.bin", "../model/../secret.bin", str(tmp_path / "secret.bin"), "link.bin"):
+        _write_onnx(model, weights)
+        assert "cannot be read as an exported network" in refusal(ExportedModel.load, model)
+    _write_onnx(model, "own.bin")
+    assert "was not exported by crossx" in refusal(ExportedModel.load, model)
+
+
+def test_openvino_reads_nothing_but_its_own_format(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "own.bin").write_bytes(bytes(16))
+    _write_onnx(tmp_path / "evil.xml", "own.bin")
+    assert "it is not XML" in refusal(ExportedModel.load, tmp_path / "evil.xml")
