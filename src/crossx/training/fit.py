@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import uuid
@@ -18,6 +19,7 @@ from lightning.fabric import seed_everything
 from crossx.data.catalog import read_configured
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
+from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
@@ -31,6 +33,8 @@ from crossx.training.checkpoints import read_newest
 from crossx.training.config import Config
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loop import Loop, quiet_lightning
+
+log = logging.getLogger(__name__)
 
 
 def fit(config: Config) -> Run:
@@ -91,6 +95,8 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
     index = read_configured(config.data)
+    for note in index.notes if is_leader() else ():
+        log.warning("%s.", note)
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
         method = _create_method(config, index)
@@ -108,6 +114,11 @@ def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) ->
         method, preprocessing = build_method(spec), spec.preprocessing
     check_model(spec.to_json(), "the run could not be loaded afterwards")
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
+    if options.sampling == "balanced" and config.optim.class_weights == "balanced" and is_leader():
+        log.warning(
+            "data.sampling balanced and optim.class_weights balanced both favour rare classes, which then count twice: "
+            "leave out one of them."
+        )
     data = DataModule(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
@@ -171,7 +182,7 @@ def _describe(config: Config, data: DataModule) -> dict[str, Any]:
         "seed": config.seed,
         "selection": None,
         "images": {split: len(data.index.split(split)) for split in SPLITS},
-        "skipped": [f"{path}: {reason}" for path, reason in data.skipped],
+        "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
         "data": asdict(config.data),
         "environment": environment(),
     }
