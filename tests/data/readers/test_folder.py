@@ -97,6 +97,14 @@ def test_a_class_with_the_name_of_a_split(tmp_path: Path, name: str) -> None:
     assert index.notes == (f"{name!r} read as a class, not as a split, next to 'bus', 'car'",)
 
 
+def test_splits_with_unknown_names_are_noted(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.jpg" for split in ("treino", "teste") for c in ("red", "blue")))
+    assert read_folder(tmp_path).notes == (
+        "'teste', 'treino' all hold the folders 'blue', 'red': if those are the classes, rename the outer ones to "
+        "train, val and test",
+    )
+
+
 def test_classes_with_other_words_of_splits(tmp_path: Path) -> None:
     touch(tmp_path, "test tube/1.jpg", "train station/1.jpg", "eval board/1.jpg")
     index = read_folder(tmp_path)

@@ -56,6 +56,7 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     classes = _classes(root, files, splits.get("train", root))
     if not splits:
         _require_no_splits_inside(root)
+        found.notes.extend(_same_inside_note(root))
     labels = {name: label for label, name in enumerate(classes)}
     records = [
         Record(path=path, label=labels[name], split=split)
@@ -194,6 +195,19 @@ def _require_no_splits_inside(root: Path) -> None:
                 f"{printable(folder)}: holds the split folders {inside}. Put the class folders into the split folders: "
                 "train/CLASS, test/CLASS."
             )
+
+
+def _same_inside_note(root: Path) -> list[str]:
+    """Return a note if all folders hold folders of the same names, as splits with unknown names do."""
+    folders = _subfolders(root)
+    inside = {tuple(inner.name for inner in _subfolders(folder)) for folder in folders}
+    if len(inside) != 1 or len(names := inside.pop()) < 2 or _holds_images(*folders):
+        return []
+    listed = first_few([repr(printable(name)) for name in names], _SHOWN)
+    return [
+        f"{_named(folders)} all hold the folders {listed}: if those are the classes, rename the outer ones to "
+        "train, val and test"
+    ]
 
 
 def _holds_images(*folders: Path) -> bool:

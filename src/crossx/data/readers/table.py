@@ -312,7 +312,9 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
                 for index, name in enumerate(schema.names)
                 if index not in (*columns.values(), image) and _may_be_split(schema.types[index])
             }
-    except pa.ArrowException as error:
+    except (CrossXError, OSError):
+        raise
+    except Exception as error:  # on damaged files pyarrow raises whatever its decoders raise
         raise CrossXError(f"{path}: is not a Parquet file that can be read ({first_line(error)}).") from error
     names = _class_labels(schema, columns)
     if names and pa.types.is_integer(kinds["label"]):
@@ -506,7 +508,8 @@ def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
         raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
     if len(first) == 1:
         raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in first):
+    # Python refuses to convert thousands of digits
+    if all(re.fullmatch(r"-?[0-9]{1,1000}", label) for label in first):
         return sorted(first, key=lambda label: (int(label), label))
     return sorted(first)
 
