@@ -206,6 +206,10 @@ def test_separators_encodings_and_line_ends(
     assert rows(tmp_path, text, "birds.txt", encoding) == READ
 
 
+def test_a_stray_nul_is_not_utf16(tmp_path: Path) -> None:
+    assert [path for path, _, _ in rows(tmp_path, "path,label\na.jpg,x\nb.jpg,y\0\n")] == ["a.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize("name", ["birds.tsv", "birds.txt", "BIRDS.CSV", "birds.tab"])
 def test_names_of_text_tables(tmp_path: Path, name: str) -> None:
     assert rows(tmp_path, PLAIN.replace(",", "\t"), name) == READ

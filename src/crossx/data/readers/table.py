@@ -208,7 +208,7 @@ def _decoded(path: Path) -> str:
     encoding = "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
-    elif b"\0" in content[:100]:
+    elif b"\0" in content[:2] and len(content) > 1:
         encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
     try:
         return content.decode(encoding)
