@@ -47,6 +47,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layouts.write_cub(base / "half_images")
     shutil.rmtree(base / "half_images/images/002.Laysan_Albatross")
     (base / "no_column.csv").write_text("path,species\na.jpg,robin\n")
+    (base / "windows.csv").write_text("path,label\nC:\\birds\\1.jpg,robin\na.jpg,wren\n")
+    shutil.copytree(base / "own", base / "unclear/train")
+    shutil.copytree(base / "own", base / "unclear/holdout")
     (base / "no_run").mkdir()
     (base / "folder.parquet").mkdir()
     (base / "file").touch()
@@ -112,6 +115,17 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             ["--data.dataset", "table", "--data.root", "no_column.csv"],
             "no_column.csv: there is no column 'label'",
         ),
+        (
+            1,
+            ["--data.dataset", "folder", "--data.root", "unclear"],
+            "unclear: 'holdout' may be a validation or a test split",
+        ),
+        (
+            1,
+            ["--data.dataset", "table", "--data.root", "windows.csv"],
+            "line 2: 'C:.*' is on a Windows drive",
+        ),
+        (2, ["--data.dataset", "table", "--data.root", "birds.xlsx"], "birds.xlsx: is a spreadsheet"),
         (2, ["--data.dataset", "foldr"], "unknown dataset 'foldr'. Did you mean 'folder'?"),
         (2, [*OWN, "--model.method", "crossy"], "unknown method 'crossy'. Did you mean 'crossx'?"),
         (

@@ -5,7 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import layouts
 from crossx.data.check import Report, check_dataset
@@ -196,6 +198,19 @@ def test_any_file_name_can_be_printed(birds: Path) -> None:
     (item,) = items(check_dataset("folder", birds), "unreadable")
     assert item.isprintable()
     assert "two\\nlines" in item
+
+
+def test_notes_of_the_reader_and_images_that_use_few_of_16_bits(birds: Path) -> None:
+    for number, largest in enumerate((4095, 4000, 900)):
+        values = np.random.default_rng(number).integers(0, largest + 1, (20, 30)).astype(np.uint16)
+        values[0, 0] = largest
+        Image.fromarray(values).save(birds / "train" / "wren" / f"deep{number}.png")
+    (birds / "train" / "wren" / "Thumbs.db").touch()
+    report = check_dataset("folder", birds)
+    assert kinds(report) == ([], ["reader", "scaled"])
+    skipped, scaled = (finding.message for finding in report.notes)
+    assert skipped == "skipped 1 hidden or system file or folder: 'train/wren/Thumbs.db'"
+    assert scaled.startswith("3 images store fewer bits in 16 per channel (1 of 10 bits, 2 of 12 bits)")
 
 
 def test_progress_counts_every_image(birds: Path) -> None:

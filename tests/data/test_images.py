@@ -15,9 +15,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from crossx.data.images import MAX_PIXELS, ImageError, find_images, image_problem, read_image, read_size
+import orientations
+from crossx.data.cache import PixelCache
+from crossx.data.images import (
+    MAX_PIXELS,
+    ImageError,
+    find_images,
+    image_problem,
+    inspect_image,
+    read_image,
+    read_picture,
+    read_size,
+)
 from crossx.errors import CrossXError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -39,15 +50,15 @@ def pixels(data: str | Path | bytes) -> np.ndarray:
     return read_image(data).permute(1, 2, 0).numpy()
 
 
-def png(width: int, height: int, rows: bytes = b"", depth: int = 8) -> bytes:
-    """Write an RGB PNG by hand, for what Pillow does not write."""
+def png(width: int, height: int, rows: bytes = b"", depth: int = 8, colour: int = 2) -> bytes:
+    """Write a PNG, by default RGB, by hand, for what Pillow does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
             struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -132,6 +143,34 @@ def test_exif_rotation_is_applied_once(orientation: int, file_format: str) -> No
     assert pixels(data).shape[0] == (32 if orientation >= 5 else 24)
 
 
+@pytest.mark.parametrize("source", orientations.SOURCES)
+def test_every_decoder_turns_every_source_alike(tmp_path: Path, source: str) -> None:
+    if source.startswith("AVIF") and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    stored = None
+    for orientation, turn in orientations.TURNS.items():
+        data = orientations.SOURCES[source](orientation)
+        if stored is None:
+            stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        upright = np.ascontiguousarray(turn(stored))
+        path = tmp_path / f"{orientation}.jpg"
+        path.write_bytes(data)
+        opened, loaded = Image.open(path), Image.open(path)
+        loaded.load()
+        cache = PixelCache({path: read_size(path)})
+        for decoded in (
+            read_image(data),
+            read_image(path),
+            read_image(path, pillow=True),
+            cache.read(path, read_image),
+            cache.read(path, lambda _: torch.zeros(3, 1, 1)),  # never called: the sizes agree
+            read_picture(opened),
+            read_picture(loaded),
+        ):
+            np.testing.assert_array_equal(decoded.permute(1, 2, 0), upright)
+        assert read_size(data) == read_size(path, pillow=True) == upright.shape[:2]
+
+
 def test_broken_exif_is_no_reason_to_refuse() -> None:
     data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x07" * 9)
     assert pixels(data).shape == (24, 32, 3)
@@ -178,6 +217,78 @@ def test_transparent_palette_entry_is_white(file_format: str) -> None:
     result = pixels(encoded(image, file_format, transparency=0))
     assert result[2, 1].tolist() == [0, 255, 0]
     assert result[0, 0].tolist() == [255, 255, 255]
+
+
+def tiff16(values: np.ndarray, order: str, deflated: bool = False) -> bytes:
+    """Write a TIFF of 16 bits per channel (H, W, 3 or 4) by hand, which Pillow does not."""
+    height, width, channels = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if deflated else data
+    data += b"\0" * (len(data) % 2)
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    tags = [(256, width), (257, height), (258, None), (259, 8 if deflated else 1), (262, 2), (273, 8)]
+    tags += [(277, channels), (278, height), (279, len(data)), *([(338, 2)] if channels == 4 else [])]
+    directory = struct.pack(f"{order}H", len(tags))
+    for tag, value in tags:
+        count, value = (channels, 8 + len(data)) if value is None else (1, value)
+        kind = 4 if tag in (256, 257, 273, 278, 279) else 3
+        wide = kind == 4 or count > 1
+        directory += struct.pack(f"{order}HHI", tag, kind, count)
+        directory += struct.pack(f"{order}{'I' if wide else 'HH'}", *([value] if wide else [value, 0]))
+    start = b"II" if order == "<" else b"MM"
+    header = start + struct.pack(f"{order}HI", 42, 8 + len(data) + len(bits))
+    return header + data + bits + directory + struct.pack(f"{order}I", 0)
+
+
+DEEP = {
+    "grey PNG": lambda v: encoded(Image.fromarray(v[..., 0]), "PNG"),
+    "grey TIFF": lambda v: encoded(Image.fromarray(v[..., 0]), "TIFF"),
+    "grey PGM": lambda v: encoded(Image.fromarray(v[..., 0]), "PPM"),
+    "grey PNG with alpha": lambda v: png(
+        30, 20, rows16(np.dstack([v[..., 0], np.full_like(v[..., 0], 65535)])), depth=16, colour=4
+    ),
+    "RGB PNG": lambda v: png(30, 20, rows16(v), depth=16),
+    "RGB PNG with alpha": lambda v: png(
+        30, 20, rows16(np.dstack([v, np.full_like(v[..., 0], 65535)])), depth=16, colour=6
+    ),
+    "RGB TIFF": lambda v: tiff16(v, "<"),
+    "RGB TIFF, big-endian": lambda v: tiff16(v, ">"),
+    "RGB TIFF, compressed": lambda v: tiff16(v, "<", deflated=True),
+    "RGB TIFF, big-endian and compressed": lambda v: tiff16(v, ">", deflated=True),
+    "RGBA TIFF": lambda v: tiff16(np.dstack([v, np.full_like(v[..., 0], 65535)]), "<"),
+}
+
+
+def rows16(values: np.ndarray) -> bytes:
+    return b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_of_16_bits_those_in_use_are_kept(kind: str, bits: int) -> None:
+    values = np.random.default_rng(bits).integers(0, 1 << bits, (20, 30, 3)).astype(np.uint16)
+    values[0, 0] = (1 << bits) - 1
+    data = DEEP[kind](values)
+    kept = (values >> (bits - 8)).astype(np.uint8)
+    expected = np.repeat(kept[..., :1], 3, axis=2) if "grey" in kind else kept
+    np.testing.assert_array_equal(pixels(data), expected)
+    np.testing.assert_array_equal(read_image(data, pillow=True).permute(1, 2, 0), expected)
+    assert inspect_image(data) == (None, None if bits == 16 else bits)
+
+
+def test_a_black_image_of_16_bits_stays_black() -> None:
+    assert pixels(encoded(Image.fromarray(np.zeros((4, 5), np.uint16)), "PNG")).max() == 0
+
+
+def test_pictures_of_32_bits_without_a_range_are_refused() -> None:
+    for values in (
+        np.ones((4, 5), np.float32),
+        np.full((4, 5), -1, np.int32),
+        np.full((4, 5), 70000, np.int32),
+    ):
+        with pytest.raises(ImageError, match="without a fixed range"):
+            read_picture(Image.fromarray(values))
+    assert read_picture(Image.fromarray(np.full((4, 5), 4000, np.int32))).unique().tolist() == [250]
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])

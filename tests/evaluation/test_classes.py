@@ -30,3 +30,11 @@ def test_differences_are_explained_on_one_line(found, message):
         check_classes(TRAINED, found, "birds")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("dataset 'birds' ")
+
+
+def test_names_are_compared_as_text_and_shown_apart() -> None:
+    check_classes(["cafe\u0301", "wren"], ["caf\u00e9 ", "wren"], "birds")
+    with pytest.raises(CrossXError) as caught:
+        check_classes(["cat", "wren"], ["c\u0430t", "wren"], "birds")
+    assert "('c\\u0430t')" in str(caught.value)
+    assert "('cat')" in str(caught.value)

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 import crossx
+import orientations
 from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.network import DTYPES
 from crossx.methods.base import create_method
 from crossx.methods.weights import describe, save_weights
-from crossx.predict.predictor import Prediction, Predictor
+from crossx.predict.predictor import Prediction, Predictor, class_number
 from crossx.predict.prefetch import MAX_WORKERS
 from crossx.runs import Preprocessing, Run, write_json
 from layouts import write_image
@@ -49,6 +50,21 @@ def images(tmp_path):
 def probabilities(predictor, path):
     image = eval_transform(PREPROCESSING)(read_image(path))
     return predictor.method(Normalize(PREPROCESSING)(image[None])).softmax(1)[0].numpy()
+
+
+def test_every_source_of_an_orientation_is_prepared_alike(predictor, tmp_path):
+    for source, stored in orientations.SOURCES.items():
+        path = tmp_path / "bird.jpg"
+        path.write_bytes(stored(6))
+        with Image.open(path) as picture:
+            prepared = [predictor.prepare(item) for item in (path, path.read_bytes(), picture)]
+        upright = eval_transform(PREPROCESSING)(read_image(path, pillow=True))
+        assert all(torch.equal(image, upright) for image in prepared), source
+
+
+def test_class_names_are_found_by_their_text():
+    assert class_number("cafe\u0301 ", ("auk", "caf\u00e9")) == 1
+    assert class_number("caf\u00e9", ("cafe\u0301", "auk")) == 0
 
 
 def test_load_takes_run_and_checkpoint(run):

@@ -208,6 +208,18 @@ def test_same_seed_gives_the_same_weights(make_config):
     assert_same(load_file(first.weights), load_file(second.weights))
 
 
+def test_what_was_assumed_of_the_images_is_said_before_training(make_config, images, tmp_path, caplog):
+    root = tmp_path / "own"
+    root.mkdir()
+    for folder in images.iterdir():
+        (root / folder.name).symlink_to(folder)
+    (root / "Thumbs.db").touch()
+    options = {"data": {"root": str(root), "sampling": "balanced"}, "optim": {"class_weights": "balanced"}}
+    fit(make_config(**options, trainer={"max_epochs": 1}))
+    assert "skipped 1 hidden or system file or folder: 'Thumbs.db'." in caplog.text
+    assert "both favour rare classes" in caplog.text
+
+
 def test_last_epoch_is_kept_where_asked_or_nothing_is_held_out(make_config, caplog):
     asked = fit(make_config("a", optim={"selection": "last"}))
     no_val = fit(make_config("b", data={"train_on": "trainval"}))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.options import BatchSize, Device, ModelPath
 from crossx.cli.parser import Folder, Fraction, Name
+from crossx.data.images import printable
+from crossx.data.names import class_name
 from crossx.errors import UsageError
 from crossx.runs import atomic_path, check_writable, open_run
 
@@ -118,11 +120,11 @@ def _write(
     failed = 0
     for path, name, result in zip(paths, names, explained, strict=True):
         if result.pixels is None or result.explanation is None:
-            print(f"crossx explain: {path}: {str(result.error).rstrip('.')}.", file=sys.stderr)
+            print(f"crossx explain: {printable(path)}: {str(result.error).rstrip('.')}.", file=sys.stderr)
             failed += 1
             continue
-        label = path.parent.name if path.parent.name in classes else None
-        text = caption(result.explanation, classes, name=path.name, label=label)
+        label = folder if (folder := class_name(path.parent.name)) in classes else None
+        text = caption(result.explanation, classes, name=printable(path.name), label=label)
         row = FigureRow(result.pixels, result.explanation, text)
         _draw([row], output / f"{name}.png", drawing)
         if drawing.save_maps:

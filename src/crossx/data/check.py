@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_dataset
-from crossx.data.images import find_images, image_problem, is_image_name, printable
+from crossx.data.images import find_images, inspect_image, is_image_name, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 
 Progress = Callable[[int, int], None]
@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         kind: ``missing``, ``unreadable``, ``mislabelled``, ``leaked``, ``untrained`` (problems) or ``duplicate``,
-            ``unlisted``, ``untested``, ``counts`` (notes).
+            ``unlisted``, ``untested``, ``counts``, ``reader``, ``scaled`` (notes).
         message: What was found, in one line.
         items: The files or classes concerned, one line each.
     """
@@ -56,8 +56,9 @@ class Report:
         splits: Split to its counts, without empty splits.
         problems: What to fix before training: missing and unreadable images, the same image in two splits or under
             two labels, labels that contradict an archive's folders, classes without training images.
-        notes: What is good to know: duplicates within one class and split, image files that are not listed, classes
-            without test images, counts that differ from Table 1 of the paper.
+        notes: What is good to know: what the reader assumed or skipped, 16-bit images of which few bits are used,
+            duplicates within one class and split, image files that are not listed, classes without test images, counts
+            that differ from Table 1 of the paper.
     """
 
     dataset: str
@@ -111,10 +112,12 @@ def check_dataset(
     info = dataset_info(name)
     index = read_dataset(name, root, **options)
     place = dataset_root(name, root, {key: value for key, value in options.items() if value is not None})
-    broken, digests = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
+    broken, digests, bits = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
     mislabelled, leaked, duplicates = _identical(index, digests)
     problems = [*_missing_and_unreadable(broken), *mislabelled, *leaked, *_without_images(index, "train")]
     notes = [
+        *(Finding("reader", note) for note in index.notes),
+        *([Finding("scaled", note)] if (note := scaled_note(bits)) else []),
         *_counts(info, index, options.get("level")),
         *duplicates,
         *_unlisted(index, place),
@@ -130,30 +133,34 @@ def check_dataset(
     return Report(name, str(place), len(index.classes), counts, tuple(problems), tuple(notes))
 
 
-def _decode(paths: Sequence[Path], progress: Progress | None) -> tuple[dict[Path, str], dict[Path, bytes]]:
-    """Return the problem of each broken image, and the digest of every other image."""
+def _decode(
+    paths: Sequence[Path], progress: Progress | None
+) -> tuple[dict[Path, str], dict[Path, bytes], list[int | None]]:
+    """Return the problem of each broken image, the digest of every other image, and the bits in use of 16."""
+    bits: list[int | None] = []
     broken: dict[Path, str] = {}
     digests: dict[Path, bytes] = {}
     # Pillow and hashlib release the interpreter lock
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for number, (path, (problem, digest)) in enumerate(
+        for number, (path, (problem, digest, used)) in enumerate(
             zip(paths, pool.map(_inspect, paths), strict=True), start=1
         ):
+            bits.append(used)
             if problem is None:
                 digests[path] = digest
             else:
                 broken[path] = problem
             if progress is not None:
                 progress(number, len(paths))
-    return broken, digests
+    return broken, digests, bits
 
 
-def _inspect(path: Path) -> tuple[str | None, bytes]:
-    problem = image_problem(path)
+def _inspect(path: Path) -> tuple[str | None, bytes, int | None]:
+    problem, bits = inspect_image(path)
     if problem is not None:
-        return problem, b""
+        return problem, b"", None
     with path.open("rb") as file:
-        return None, hashlib.file_digest(file, "sha256").digest()
+        return None, hashlib.file_digest(file, "sha256").digest(), bits
 
 
 def _missing_and_unreadable(broken: Mapping[Path, str]) -> Iterable[Finding]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from crossx.data.cache import PixelCache, open_cache
 from crossx.data.config import DataConfig
 from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
-from crossx.data.images import image_problem
+from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
@@ -85,10 +85,14 @@ class DataModule:
         paths = [record.path for record in records]
         # Pillow releases the interpreter lock: threads are as fast as processes and start at once
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
-            problems = list(zip(paths, pool.map(image_problem, paths), strict=True))
-        bad = [(path, problem) for path, problem in problems if problem is not None]
+            found = list(pool.map(inspect_image, paths))
+        bad = [
+            (path, problem) for path, (problem, _) in zip(paths, found, strict=True) if problem is not None
+        ]
+        if (note := scaled_note(bits for _, bits in found)) and is_leader():
+            log.warning("%s.", note)
         if bad and self.config.bad_images == "stop":
-            listed = first_few([f"{path}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
+            listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
             raise CrossXError(
                 f"{len(bad)} of {len(paths)} images cannot be read: {listed}. Replace them, or leave them out with "
                 "--data.bad_images skip."

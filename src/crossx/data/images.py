@@ -10,8 +10,11 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,6 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from crossx.data.leftovers import is_leftover
 from crossx.errors import CrossXError
 
 if TYPE_CHECKING:
@@ -51,6 +55,12 @@ _ORIENTATIONS = {
 }
 """Inverse of each EXIF orientation (tag 0x0112; https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf)."""
 
+_BITS_PER_SAMPLE = 258  # TIFF tag
+
+_NO_RANGE = (
+    "its pixels are signed or have 32 bits, without a fixed range: save it with 8 or 16 bits per channel"
+)
+
 _SIDEWAYS = tuple(_ORIENTATIONS[orientation] for orientation in (5, 6, 7, 8))
 
 ImageSource: TypeAlias = str | Path | bytes
@@ -72,9 +82,12 @@ class ImageError(CrossXError):
 def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool = False) -> Tensor:
     """Read an image as a viewer shows it.
 
-    EXIF rotation is applied; grey, palette, CMYK and other modes become RGB; transparency is composited on white; of
-    16 bits per channel the upper 8 are kept; of several frames or pages the first is read. The format follows from the
-    content, not the name. ICC colour profiles are not applied.
+    The orientation in EXIF or XMP is applied; grey, palette, CMYK and other modes become RGB; transparency is
+    composited on white; of several frames or pages the first is read. The format follows from the content, not the
+    name. ICC colour profiles are not applied.
+
+    Of 16 bits per channel the upper 8 of those in use are kept: values are taken as of 8, 10, 12, 14 or 16 bits, the
+    fewest that hold the image's largest value, since 12-bit cameras and scanners store 0 to 4095 in files of 16 bits.
 
     Args:
         source: The file or its bytes.
@@ -96,8 +109,22 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
         )
         if pixels is None:
             with _opened(source) as image:
-                image.load()
-                pixels = np.array(_upright(_to_rgb(image), _orientation(image)))
+                pixels = np.array(_upright(_decoded(image, source)[0], _orientation(image)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def read_picture(image: Image.Image) -> Tensor:
+    """Convert an image opened or made with Pillow as ``read_image`` converts a file: uint8 RGB (3, H, W).
+
+    Of 16 bits per channel of colour images Pillow gives the upper 8 only.
+
+    Raises:
+        ImageError: If it cannot be decoded.
+    """
+    import torch
+
+    with _explained(b"image"):
+        pixels = np.array(_upright(_decoded(image)[0], _orientation(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
@@ -112,11 +139,18 @@ def read_size(source: ImageSource, *, min_side: int | None = None, pillow: bool 
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not pillow
         scale = _scale(*image.size, min_side) if plain else 1
         width, height = (side // scale for side in image.size)
-        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+        # Pillow knows a TIFF's tag before it decodes, but not its XMP
+        known = ExifTags.Base.Orientation in getattr(image, "tag_v2", ())
+        return (width, height) if not known and _turn(image) in _SIDEWAYS else (height, width)
 
 
 def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
-    """Return why an image cannot be read, None if it can. Imports no torch.
+    """Return why an image cannot be read, None if it can, see ``inspect_image``."""
+    return inspect_image(source, full=full)[0]
+
+
+def inspect_image(source: ImageSource, *, full: bool = False) -> tuple[str | None, int | None]:
+    """Return why an image cannot be read (None if it can), and how many of 16 bits it uses. Imports no torch.
 
     Every byte is decoded, so that truncated files are found. By default a JPEG's inverse transform is computed at an
     eighth of the size, which is 3 to 5 times as fast.
@@ -124,24 +158,46 @@ def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
     Args:
         source: The file or its bytes.
         full: Compute every pixel, as ``read_image`` does.
+
+    Returns:
+        The problem; and 8, 10, 12 or 14 for an image of 16 bits per channel that ``read_image`` scales up, else None.
     """
+    bits = None
     try:
         with _explained(source):
             if _jpeg_pixels(source, lambda *_: 1 if full else 8) is None:
                 with _opened(source) as image:
                     if not full:
                         image.draft(None, (1, 1))
-                    image.load()
-                    _to_rgb(image)
+                    bits = _decoded(image, source)[1]
     except ImageError as error:
-        return error.reason
-    return None
+        return error.reason, None
+    return None, bits if bits != 16 else None
 
 
-def find_images(folder: Path) -> list[Path]:
+def scaled_note(bits: Iterable[int | None]) -> str | None:
+    """Return the note on images that use few of their 16 bits, from what ``inspect_image`` returned; None if none."""
+    counts = Counter(number for number in bits if number is not None)
+    if not counts:
+        return None
+    each = ", ".join(f"{count:,} of {number} bits" for number, count in sorted(counts.items()))
+    total = counts.total()
+    images = "1 image stores" if total == 1 else f"{total:,} images store"
+    return (
+        f"{images} fewer bits in 16 per channel ({each}), a small part of the range: brightened to the whole range, "
+        "each by its own bits"
+    )
+
+
+def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     """Return every image file in a folder and its subfolders, links followed, sorted by relative path.
 
-    The file name decides (``IMAGE_SUFFIXES``); hidden files and folders (leading dot) are skipped.
+    The file name decides (``IMAGE_SUFFIXES``). What is hidden or what archives, cameras, editors and network drives
+    leave behind (``leftovers.is_leftover``) is skipped, folders with everything in them.
+
+    Args:
+        folder: Where to search.
+        skipped: If given, the files and folders that were skipped as hidden or left behind are appended.
 
     Raises:
         CrossXError: If a folder cannot be listed.
@@ -154,14 +210,18 @@ def find_images(folder: Path) -> list[Path]:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if skipped is not None:
+            skipped.extend(
+                Path(directory, name) for name in sorted([*subfolders, *names]) if is_leftover(name)
+            )
+        subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
         found.extend(Path(directory, name) for name in names if is_image_name(name))
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a file of this name counts as an image."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_leftover(name)
 
 
 def printable(text: str | Path) -> str:
@@ -226,7 +286,7 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
         )
     except ValueError:
         return None
-    if data.rfind(b"Exif\0\0") < 0:  # twice as fast as find
+    if data.rfind(b"Exif\0\0") < 0 and data.rfind(b"tiff:Orientation") < 0:  # twice as fast as find
         return pixels
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         turn = _orientation(image)
@@ -300,12 +360,20 @@ def _unidentified(source: ImageSource) -> str:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    if image.format == "TIFF":
-        return None  # Pillow rotates these itself
+    """Return the turn that makes a decoded image upright."""
+    return None if image.format == "TIFF" else _turn(image)  # Pillow turns these itself
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # a broken EXIF block does not make the pixels unreadable
         return None
+    if orientation is None:
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        # Pillow finds the other forms
+        found = re.search(rb"tiff:Orientation\s*=\s*'([1-8])'", xmp.encode() if isinstance(xmp, str) else xmp)
+        orientation = int(found[1]) if found else None
     return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
@@ -313,16 +381,71 @@ def _upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _decoded(image: Image.Image, source: ImageSource | None = None) -> tuple[Image.Image, int | None]:
+    """Decode an opened image to RGB, and return how many bits of 16 per channel it uses; None if it has fewer.
+
+    Args:
+        image: The image.
+        source: Where it comes from, if the lower bits of 16 may be read, too.
+    """
+    raw = _raw_mode(image)
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM", None)):
+        # convert() would clip at 255
+        values = np.asarray(image).astype(np.int32)
+        if values.size == 0 or not 0 <= values.min() <= values.max() <= 0xFFFF:
+            raise ValueError(_NO_RANGE)
+        bits = _used_bits(values, image)
+        return _to_rgb(Image.fromarray((values >> (bits - 8)).astype(np.uint8))), bits
+    if image.mode in ("RGB", "RGBA") and ";16" in raw:
+        upper = np.array(image)
+        bits = _used_bits(upper[..., :3].astype(np.int32) << 8, image)
+        if bits < 16 and source is not None:
+            lower = _lower_bytes(source, raw)
+            values = (upper[..., :3].astype(np.int32) << 8) + lower
+            bits = _used_bits(values, image)
+            upper[..., :3] = values >> (bits - 8)
+            return _to_rgb(Image.fromarray(upper, image.mode)), bits
+        return _to_rgb(image), 16
+    return _to_rgb(image), None
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the pixels lie in the file, in Pillow's words: ``RGB;16B``; empty once they are decoded."""
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3]
+        return str(arguments if isinstance(arguments, str) else (arguments or ("",))[0])
+    return ""
+
+
+def _lower_bytes(source: ImageSource, raw: str) -> NDArray[np.int32]:
+    """Decode the lower bytes of 16 bits per channel, (H, W, 3): Pillow reads the upper ones only.
+
+    With the other byte order it takes the lower ones for the upper; of grey with alpha, four plain bytes per pixel.
+    """
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    swapped = "RGBA" if raw.startswith("LA") else raw[:-1] + other[raw[-1]]
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+        image.tile = [
+            tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *(tile.args or ())[1:]))
+            for tile in image.tile
+        ]
+        pixels = np.asarray(image).astype(np.int32)
+    return pixels[..., [1, 1, 1]] if raw.startswith("LA") else pixels[..., :3]
+
+
+def _used_bits(values: NDArray[np.int32], image: Image.Image) -> int:
+    """Return the fewest of 8, 10, 12, 14 and 16 bits that hold all values; TIFF may give a number of bits itself."""
+    declared = max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,)))
+    least = declared if 8 < declared < 16 else 8
+    return next(bits for bits in (8, 10, 12, 14, 16) if bits >= least and int(values.max()) < 1 << bits)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"{image.mode} pixels of 32 bits have no fixed range: save it with 8 or 16 bits per channel"
-        )
+        raise ValueError(_NO_RANGE)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -47,12 +47,14 @@ class DatasetIndex:
         records: Every labelled image of every split.
         levels: Level name (``order``, ``family``, ...) to the K names of the classes' groups on that level; empty
             for a dataset without a hierarchy.
+        notes: What the reader assumed or skipped, each a sentence without a full stop.
     """
 
     name: str
     classes: tuple[str, ...]
     records: tuple[Record, ...]
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from crossx.data.names import class_name, quoted
 from crossx.errors import CrossXError
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, difference_interval
 from crossx.evaluation.predictions import Predictions, predictions_path
@@ -98,15 +99,17 @@ def paired_correct(
             f"{names[0]} ({len(paths_a)} images) and {names[1]} ({len(paths_b)}) were not tested on the same images "
             f"of {split}.{example} Test both with the same data: `crossx test RUN --data.root DIR`."
         )
-    labels_a, labels_b = a.labels[order_a], b.labels[order_b]
+    classes_a, classes_b = (np.array([class_name(str(name)) for name in each.classes]) for each in (a, b))
+    labels_a, labels_b = classes_a[a.targets][order_a], classes_b[b.targets][order_b]
     differing = np.flatnonzero(labels_a != labels_b)
     if len(differing):
         first = differing[0]
+        shown = quoted([str(labels_a[first]), str(labels_b[first])])
         raise CrossXError(
-            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({labels_a[first]!s}, "
-            f"{labels_b[first]!s}): only runs with the same labels can be compared."
+            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({', '.join(shown)}"
+            f"): only runs with the same labels can be compared."
         )
-    if set(a.classes) != set(b.classes):
+    if set(classes_a) != set(classes_b):
         raise CrossXError(
             f"{names[0]} and {names[1]} have different classes ({len(a.classes)} and {len(b.classes)}): only runs with "
             "the same classes can be compared."

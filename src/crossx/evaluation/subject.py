@@ -13,6 +13,7 @@ import torch
 from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
+from crossx.data.images import printable
 from crossx.data.index import SPLITS
 from crossx.errors import CrossXError, first_line, unknown
 from crossx.evaluation.classes import check_classes
@@ -150,7 +151,7 @@ class Subject:
             "seed": info.get("seed"),
             "seen_in_training": self.seen_in_training,
             "calibration": info.get("calibration"),
-            "skipped": [f"{image}: {reason}" for image, reason in self.data.skipped],
+            "skipped": [f"{printable(image)}: {reason}" for image, reason in self.data.skipped],
             "environment": environment(),
         }
 

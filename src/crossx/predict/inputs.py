@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,16 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crossx.data.images import IMAGE_SUFFIXES, find_images, read_image
-from crossx.data.readers.table import SUFFIXES, read_paths
+from crossx.data.images import ImageError, find_images, is_image_name, read_picture
+from crossx.data.readers.table import is_table, read_paths
 from crossx.errors import CrossXError
 
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
 """An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
 ImageInput: TypeAlias = str | OneImage
 """One image, or several by a path: a folder, a pattern, or a table, see ``expand_paths``."""
-
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -61,14 +58,10 @@ def decode(item: Image.Image | Tensor) -> Tensor:
                 f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."
             )
         return item
-    # via the bytes of a file, so that one function handles rotation, transparency and modes
-    buffer = io.BytesIO()
     try:
-        picture = item if item.mode in _PNG_MODES else item.convert("RGB")
-        picture.save(buffer, "PNG", compress_level=0, exif=item.getexif())
-    except Exception as error:  # an image opened from a broken file makes Pillow's plugins raise anything
-        raise CrossXError(f"the image cannot be decoded ({error}).") from error
-    return read_image(buffer.getvalue())
+        return read_picture(item)
+    except ImageError as error:
+        raise CrossXError(f"the image {error.reason}.") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -82,12 +75,12 @@ def _files(path: Path) -> list[Path]:
         if not files:
             raise CrossXError(f"{path}: there is no image in this folder or below it.")
         return files
-    return read_paths(path) if path.suffix.lower() in SUFFIXES else [path]
+    return read_paths(path) if is_table(path) else [path]
 
 
 def _matches(pattern: Path) -> list[Path]:
     files = sorted(Path(name) for name in glob.iglob(str(pattern), recursive=True))
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir()]
+    images = [file for file in files if is_image_name(file.name) and not file.is_dir()]
     if not images:
         raise CrossXError(f"{pattern}: no such file, and as a pattern it matches no image.")
     return images

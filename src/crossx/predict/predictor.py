@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from crossx.data.images import ImageError
+from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
 from crossx.errors import CrossXError, UsageError, nearest
 from crossx.evaluation.device import select_device
@@ -356,12 +357,15 @@ class Predictor:
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
-    """Return the label of a class; ``UsageError`` with the nearest name if it is unknown."""
-    if name not in classes:
+    """Return the label of a class by its text (``names.class_name``); ``UsageError`` with the nearest if unknown."""
+    if name in classes:
+        return classes.index(name)
+    known = [class_name(known) for known in classes]
+    if class_name(name) not in known:
         raise UsageError(
             f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."
         )
-    return classes.index(name)
+    return known.index(class_name(name))
 
 
 def _require_finite(answer: Tensor) -> Tensor:

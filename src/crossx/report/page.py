@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from crossx.data.images import printable
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.methods.base import Method, list_methods, method_class
@@ -97,7 +98,7 @@ def _curve_titles(method: str) -> Mapping[str, str]:
 
 def _breakable(name: str) -> Markup:
     """Escape a name or path and allow line breaks after its underscores and slashes."""
-    return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(name))))
+    return Markup(re.sub(r"([_/\\-])", r"\1<wbr>", str(escape(printable(name)))))
 
 
 def _history(run: RunResults) -> Table:

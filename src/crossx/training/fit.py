@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from crossx.data.catalog import read_configured
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
+from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
@@ -202,6 +203,8 @@ def _train(
     start = Start.read(config.init) if config.init is not None and checkpoint is None else None
     transfer = None
     index = read_configured(config.data)
+    for note in index.notes if is_leader() else ():
+        log.warning("%s.", note)
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
         method = _create_method(config, index)
@@ -228,6 +231,11 @@ def _train(
             method.taken = frozenset(taken)
     check_model(spec.to_json(), "the run could not be loaded afterwards")
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
+    if options.sampling == "balanced" and config.optim.class_weights == "balanced" and is_leader():
+        log.warning(
+            "data.sampling balanced and optim.class_weights balanced both favour rare classes, which then count twice: "
+            "leave out one of them."
+        )
     data = DataModule(index, preprocessing, options, config.seed)
     data.check_images()
     data.open_caches()
@@ -238,7 +246,8 @@ def _train(
     with quiet_lightning():
         files = {
             run.config.name: replace(config, output=None).to_yaml(),
-            run.spec.name: json.dumps(spec.to_json()),
+            # a finished run that is trained for longer gets a new temperature
+            run.spec.name: json.dumps(replace(spec, temperature=1.0).to_json()),
             run.info.name: json.dumps({name: info[name] for name in KEPT}),
         }
         loop = Loop(
@@ -334,7 +343,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "seed": config.seed,
         "selection": None,
         "images": {split: len(data.index.split(split)) for split in SPLITS},
-        "skipped": [f"{path}: {reason}" for path, reason in data.skipped],
+        "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
         "data": asdict(config.data),
         "environment": environment(),
     }

@@ -53,6 +53,139 @@ def test_names_of_the_validation_folder(tmp_path: Path, name: str) -> None:
     assert index.with_validation(0.5) is index
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training", "testing"),
+        ("Training_Set", "Test_Set"),
+        ("trn", "tst"),
+        ("TRAIN", "Test"),
+        ("train2017", "test2017"),
+        ("train-images", "test-images"),
+        ("trainset", "testset"),
+        ("birds_train", "birds_test"),
+        ("tr", "te"),
+    ],
+)
+def test_other_usual_names_of_split_folders(tmp_path: Path, train: str, test: str) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.jpg" for split in (train, test) for c in "ab"))
+    index = read_folder(tmp_path)
+    assert index.classes == ("a", "b")
+    for split, folder in (("train", train), ("test", test)):
+        assert {record.path.parent.parent.name for record in index.split(split)} == {folder}
+
+
+def test_renamed_split_folders_are_noted(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.jpg" for split in ("training", "dev", "test") for c in "ab"))
+    assert read_folder(tmp_path).notes == (
+        "split folders with other names: read 'training' as train, 'dev' as val",
+    )
+
+
+def test_folders_without_images_next_to_split_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg", "annotations/a.xml", "labels/a.txt")
+    index = read_folder(tmp_path)
+    assert len(index.records) == 3
+    assert index.notes == ("no images in 'annotations', 'labels', next to the split folders: not read",)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "dev", "valid", "eval", "holdout"])
+def test_a_class_with_the_name_of_a_split(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, f"{name}/1.jpg", "car/1.jpg", "bus/1.jpg")
+    index = read_folder(tmp_path)
+    assert index.classes == tuple(sorted(("bus", "car", name)))
+    assert index.notes == (f"{name!r} read as a class, not as a split, next to 'bus', 'car'",)
+
+
+def test_splits_with_unknown_names_are_noted(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.jpg" for split in ("treino", "teste") for c in ("red", "blue")))
+    assert read_folder(tmp_path).notes == (
+        "'teste', 'treino' all hold the folders 'blue', 'red': if those are the classes, rename the outer ones to "
+        "train, val and test",
+    )
+
+
+def test_classes_with_other_words_of_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "test tube/1.jpg", "train station/1.jpg", "eval board/1.jpg")
+    index = read_folder(tmp_path)
+    assert index.classes == ("eval board", "test tube", "train station")
+    assert index.notes == ()
+
+
+def test_leftovers_of_other_programs_are_counted_and_nothing_else(tmp_path: Path) -> None:
+    root = touch(tmp_path / "clean", *(f"{c}/{i}.jpg" for c in "ab" for i in range(4)))
+    clean = read_folder(root)
+    assert clean.notes == ()
+    touch(
+        root,
+        *("__MACOSX/a/._0.jpg", "@eaDir/0.jpg/thumb.jpg", "$RECYCLE.BIN/x.jpg", ".Trash-1000/files/y.jpg"),
+        *(
+            "a/._0.jpg",
+            "a/Thumbs.db",
+            "a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg",
+            "b/.ipynb_checkpoints/0-checkpoint.jpg",
+        ),
+        *("b/0.jpg~", "b/1.jpg.crdownload", "desktop.ini", "b/1.xmp"),
+    )
+    for name in ("System Volume Information", "lost+found", "#recycle"):
+        (root / name).mkdir()
+    index = read_folder(root)
+    assert index == clean
+    (note,) = index.notes
+    assert note.startswith("skipped 15 hidden or system files and folders: '#recycle', ")
+    split = touch(tmp_path / "split", *(f"{s}/{c}/1.jpg" for s in ("train", "test") for c in "ab"))
+    touch(split, "__MACOSX/train/a/._1.jpg", "train/@eaDir/1.jpg", "train/a/._1.jpg", "test/Thumbs.db")
+    index = read_folder(split)
+    assert index.classes == ("a", "b")
+    assert len(index.records) == 4
+    assert index.notes[0].startswith("skipped 4 hidden or system files and folders")
+
+
+def test_images_without_a_class_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "test/2.jpg")
+    assert read_folder(tmp_path).notes == ("2 images in no class folder are not read",)
+
+
+def test_one_class_per_text_of_a_name(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "caf\u00e9/1.jpg",
+        "cafe\u0301/2.jpg",
+        "red/1.jpg",
+        "red /2.jpg",
+        "red\u00a0/3.jpg",
+        "b/1.jpg",
+    )
+    index = read_folder(tmp_path, test_fraction=0)
+    assert index.classes == ("b", "caf\u00e9", "red")
+    assert Counter(record.label for record in index.records) == {0: 1, 1: 2, 2: 3}
+    (note,) = index.notes
+    assert note.isascii() or "\u00e9" in note
+    assert "'cafe\\u0301', 'caf\\xe9'" in note
+
+
+def test_names_that_only_look_the_same_are_kept_apart_with_a_note(tmp_path: Path) -> None:
+    touch(tmp_path, "Red/1.jpg", "red/1.jpg", "1/1.jpg", "01/1.jpg", "a/1.jpg")
+    index = read_folder(tmp_path)
+    assert index.classes == ("01", "1", "Red", "a", "red")
+    (note,) = index.notes
+    assert "'01' and '1'" in note
+    assert "'Red' and 'red'" in note
+
+
+def test_a_class_that_differs_in_case_only_from_one_of_another_split(tmp_path: Path) -> None:
+    touch(tmp_path, "train/Red/1.jpg", "train/b/1.jpg", "test/red/1.jpg")
+    with pytest.raises(CrossXError, match="'Red' and 'red' look the same"):
+        read_folder(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    touch(tmp_path, os.fsdecode(b"caf\xe9/1\xff.jpg"), "b/1.jpg")
+    index = read_folder(tmp_path, test_fraction=0)
+    assert index.classes == ("b", "caf\\xe9")
+    assert index.records[1].path.is_file()
+
+
 def test_train_alone_has_no_test_split(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/b/1.jpg")
     assert {record.split for record in read_folder(tmp_path).records} == {"train"}
@@ -144,6 +277,16 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
         (["train/a/1.jpg", "train/b/1.jpg", "extra/1.jpg"], "'extra' is next to the split folder 'train'"),
         (["val/a/1.jpg", "test/b/1.jpg"], "no folder 'train' next to 'test', 'val'"),
         (["birds/a/1.jpg", "birds/b/1.jpg"], "only one class folder, 'birds'"),
+        (
+            ["train/a/1.jpg", "train/b/1.jpg", "holdout/a/1.jpg"],
+            "'holdout' may be a validation or a test split",
+        ),
+        (["training/a/1.jpg", "query/a/1.jpg"], "'query' is next to the split folder 'training'"),
+        (["train/1.jpg", "test/1.jpg", "plane/1.jpg"], "'plane' is next to the split folder"),
+        (["train/1.jpg", "tst/1.jpg"], "train: holds no class folders. The images in it"),
+        (["fold1/a/1.jpg", "fold2/a/1.jpg"], "'fold1', 'fold2' seem to be parts of the data"),
+        (["a/train/1.jpg", "a/test/1.jpg", "b/train/1.jpg"], "a: holds the split folders 'test', 'train'"),
+        (["train_1/a/1.jpg", "train_2/a/1.jpg"], "both 'train_1' and 'train_2' name the train split"),
     ],
 )
 def test_wrong_layouts_are_one_clear_line(tmp_path: Path, files: list[str], message: str) -> None:

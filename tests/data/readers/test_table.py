@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import tempfile
+import unicodedata
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layouts
-from crossx.data.readers.table import read_table
+from crossx.data.readers.table import read_paths, read_table
 from crossx.errors import CrossXError, UsageError
 
 
@@ -94,7 +97,7 @@ def test_dictionary_encoded_parquet(tmp_path: Path) -> None:
 
 
 names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(
-    lambda text: text == text.strip()
+    lambda text: text == text.strip() == text.strip("\u200b\u200c\u200d\u2060\ufeff")
 )
 
 
@@ -102,7 +105,7 @@ names = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).fi
     st.dictionaries(names.filter(lambda text: "/" not in text and text not in (".", "..")), names, min_size=2)
 )
 def test_any_names_survive_both_formats(labels: dict[str, str]) -> None:
-    if len(set(labels.values())) < 2:
+    if len({unicodedata.normalize("NFC", label) for label in labels.values()}) < 2:
         labels = {path: str(number) + label for number, (path, label) in enumerate(labels.items())}
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "birds.csv")
@@ -111,8 +114,9 @@ def test_any_names_survive_both_formats(labels: dict[str, str]) -> None:
             writer.writerow(["path", "label"])
             writer.writerows(labels.items())
         other = parquet(Path(folder), path=list(labels), label=list(labels.values()))
+        written = {path: unicodedata.normalize("NFC", label) for path, label in labels.items()}
         for index in (read_table(table, test_fraction=0), read_table(other, test_fraction=0)):
-            assert {r.path.name: index.classes[r.label] for r in index.records} == labels
+            assert {r.path.name: index.classes[r.label] for r in index.records} == written
 
 
 @pytest.mark.parametrize(
@@ -175,3 +179,220 @@ def test_no_table_there(tmp_path: Path) -> None:
     write(tmp_path, "path,label\n")
     with pytest.raises(UsageError, match=r"is a folder.*Did you mean '.*birds\.csv'"):
         read_table(tmp_path)
+
+
+def rows(
+    folder: Path, text: str, name: str = "birds.csv", encoding: str = "utf-8"
+) -> list[tuple[str, str, str]]:
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    index = read_table(path, test_fraction=0)
+    return [(record.path.name, index.classes[record.label], record.split) for record in index.records]
+
+
+PLAIN = "path,label,split\na.jpg,Grünfink,train\nb.jpg,wren,train\nc.jpg,wren,test\n"
+READ = [("a.jpg", "Grünfink", "train"), ("b.jpg", "wren", "train"), ("c.jpg", "wren", "test")]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_separators_encodings_and_line_ends(
+    tmp_path: Path, separator: str, encoding: str, ending: str
+) -> None:
+    text = PLAIN.replace(",", separator).replace("\n", ending)
+    assert rows(tmp_path, text, encoding=encoding) == READ
+    text = f"sep={separator}{ending}{text}"
+    assert rows(tmp_path, text, "birds.txt", encoding) == READ
+
+
+def test_a_stray_nul_is_not_utf16(tmp_path: Path) -> None:
+    assert [path for path, _, _ in rows(tmp_path, "path,label\na.jpg,x\nb.jpg,y\0\n")] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["birds.tsv", "birds.txt", "BIRDS.CSV", "birds.tab"])
+def test_names_of_text_tables(tmp_path: Path, name: str) -> None:
+    assert rows(tmp_path, PLAIN.replace(",", "\t"), name) == READ
+
+
+def test_compressed_text(tmp_path: Path) -> None:
+    path = tmp_path / "birds.csv.gz"
+    path.write_bytes(gzip.compress(PLAIN.encode()))
+    assert len(read_table(path).records) == 3
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CrossXError, match="not a complete gzip file"):
+        read_table(path)
+
+
+def test_what_spreadsheets_add(tmp_path: Path) -> None:
+    text = '"Path";"Label";"Split";"Weight";\na.jpg;Grünfink;train;1,5;\n'
+    text += "b.jpg;wren;train;;\nc.jpg;wren;test;2,0;\n;;;;\n"
+    assert rows(tmp_path, text) == READ
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "birds.jsonl"
+    path.write_text(
+        '{"label": 10, "path": "a.jpg", "x": [1]}\n\n{"path": "b.jpg", "label": 9.0}\r\n', "utf-8"
+    )
+    assert read_table(path).classes == ("9", "10")
+    for text, message in (
+        ("[1]\n", "line 1: is not a JSON object"),
+        ('{"path": "a"\n', "line 1: is not valid JSON"),
+        (
+            '{"path": "a", "label": ["x", "y"]}\n',
+            "line 1: column 'label' holds lists: a label is text or a whole number",
+        ),
+        ('{"path": "a", "label": {"x": 1}}\n', "column 'label' holds objects"),
+        ('{"path": "a", "label": "x"}\n{"path": "b"}\n', "line 2: label empty"),
+        ("\n", "no column 'path'"),
+    ):
+        path.write_text(text, "utf-8")
+        with pytest.raises(CrossXError) as caught:
+            read_table(path)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"PK\x03\x04", "is a spreadsheet"),
+        (b"\xd0\xcf\x11\xe0", "is a spreadsheet"),
+        (b"PAR1", "is a Parquet file"),
+    ],
+)
+def test_other_files_with_the_name_of_a_table(tmp_path: Path, start: bytes, message: str) -> None:
+    path = tmp_path / "birds.csv"
+    path.write_bytes(start + b"\0\xff" * 20)
+    with pytest.raises(CrossXError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize("name", ["birds.xlsx", "birds.XLS", "birds.ods"])
+def test_spreadsheets_are_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="Save it as CSV UTF-8"):
+        read_table(tmp_path / name)
+
+
+def test_backslashes_and_other_unicode_forms_name_the_files_that_are_there(tmp_path: Path) -> None:
+    for name in ("d/red/1.jpg", "d/blue/1.jpg", "back\\slash.jpg", "cafe\u0301.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    text = "path,label\nd\\red\\1.jpg,red\n.\\d\\blue\\1.jpg,blue\nback\\slash.jpg,red\n"
+    text += "caf\u00e9.jpg,red\nno\\file.jpg,red\n"
+    index = read_table(write(tmp_path, text), test_fraction=0)
+    assert [record.path.is_file() for record in index.records] == [True] * 4 + [False]
+    assert index.records[0].path == tmp_path / "d" / "red" / "1.jpg"
+    with pytest.raises(CrossXError, match=r"line 3: 'd/red/1.jpg' is already in line 2"):
+        read_table(write(tmp_path, "path,label\nd\\red\\1.jpg,red\nd/red/1.jpg,red\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("C:\\data\\1.jpg", "is on a Windows drive"),
+        ("D:/data/1.jpg", "is on a Windows drive"),
+        ("\\\\server\\share\\1.jpg", "is on a Windows drive"),
+        ("https://example.org/1.jpg", "is a URL"),
+        ("s3://bucket/1.jpg", "is a URL"),
+    ],
+)
+def test_paths_of_other_machines(tmp_path: Path, name: str, message: str) -> None:
+    path = write(tmp_path, f"path,label\n{name},red\na.jpg,blue\n")
+    for read in (read_table, read_paths):
+        with pytest.raises(CrossXError, match=message) as caught:
+            read(path)
+        assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        (pa.array([b"wren", b"Gr\xc3\xbcnfink"]), ("Grünfink", "wren")),
+        (pa.array(["b", "a"], pa.large_string()), ("a", "b")),
+        (pa.array([True, False]), ("False", "True")),
+        (pa.array([1.0, 10.0], pa.float32()), ("1", "10")),
+        (pa.array([Decimal("2"), Decimal("10")]), ("2", "10")),
+        (pa.array([2, 10], pa.uint8()).dictionary_encode(), ("2", "10")),
+        (pa.array(["cafe\u0301 ", "b"]), ("b", "caf\u00e9")),
+    ],
+)
+def test_types_that_are_labels(tmp_path: Path, values: pa.Array, classes: tuple[str, ...]) -> None:
+    assert read_table(parquet(tmp_path, path=["a", "b"], label=values)).classes == classes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (pa.array([["wren"], ["finch"]]), "column 'label' holds list<"),
+        (pa.array([{"name": "wren"}, {"name": "finch"}]), "column 'label' holds struct<"),
+        (pa.array([0, 1], pa.date32()), "column 'label' holds date32"),
+        (pa.array([0, 1], pa.timestamp("ns")), "column 'label' holds timestamp"),
+        (pa.array([0, 1], pa.duration("s")), "column 'label' holds duration"),
+        (pa.array([0.5, 1.0]), "row 1: column 'label' holds numbers with a fraction, such as 0.5"),
+        (pa.array([Decimal("1.5"), Decimal("2.0")]), "column 'label' holds numbers with a fraction"),
+        (pa.array([float("inf"), 1.0]), "column 'label' holds numbers with a fraction"),
+        (pa.array([b"caf\xe9", b"b"]), "column 'label' holds bytes that are not UTF-8"),
+        (pa.nulls(2), "row 1: label empty"),
+    ],
+)
+def test_types_that_are_no_labels(tmp_path: Path, values: pa.Array, message: str) -> None:
+    path = parquet(tmp_path, path=["a", "b"], label=values)
+    with pytest.raises(CrossXError) as caught:
+        read_table(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+SPLIT_COLUMNS = {
+    "subset": ["train", "test"], "set": ["1", "2"], "Set": ["a", "b"], "fold": ["0", "1"], "phase": ["x", "y"],
+    "is_valid": ["True", "False"], "is_train": ["1", "0"], "isTest": ["0", "1"], "train": ["1", "0"],
+    "partition": ["0", "2"], "usage": ["Public", "Private"], "data_split": ["a", "b"], "datasplit": ["a", "b"],
+    "group": ["Training", "val"], "purpose": ["trn", "tst"], "train_test_split": ["0", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", SPLIT_COLUMNS)
+def test_a_split_under_another_name_is_noted(tmp_path: Path, column: str) -> None:
+    first, second = SPLIT_COLUMNS[column]
+    text = f"path,label,{column}\na,x,{first}\nb,y,{second}\nc,x,{first}\nd,y,{first}\n"
+    tables = [write(tmp_path, text)]
+    tables.append(
+        parquet(tmp_path, path=list("abcd"), label=list("xyxy"), **{column: [first, second, first, first]})
+    )
+    lines = tmp_path / "birds.jsonl"
+    lines.write_text(
+        "".join(f'{{"path": "{p}", "label": "{x}", "{column}": "{first}"}}\n' for p, x in ("ax", "by"))
+    )
+    for table in (*tables, lines):
+        (note,) = read_table(table).notes
+        assert note.startswith(f"the column {column!r} seems to be a split and is not read")
+    assert read_table(write(tmp_path, f"path,label,split,{column}\na,x,train,1\nb,y,train,1\n")).notes == ()
+
+
+@pytest.mark.parametrize(
+    "column", ["id", "weight", "photographer", "test_tube", "settings", "dataset_url", "mode_of_life"]
+)
+def test_other_columns_are_not_taken_for_a_split(tmp_path: Path, column: str) -> None:
+    assert read_table(write(tmp_path, f"path,label,{column}\na,x,1\nb,y,some text\n")).notes == ()
+
+
+def test_values_of_the_split_column(tmp_path: Path) -> None:
+    text = "path,label,split\na,x,Training\nb,y,train_set\nc,x,dev\nd,y,TST\n"
+    assert [split for _, _, split in rows(tmp_path, text)] == ["train", "train", "val", "test"]
+    with pytest.raises(CrossXError, match="line 4: split 'holdout' may be val or test"):
+        rows(tmp_path, "path,label,split\na,x,train\nb,y,train\nc,x,holdout\n")
+
+
+def test_rows_of_system_files_are_skipped(tmp_path: Path) -> None:
+    index = read_table(write(tmp_path, "path,label\na,x\n__MACOSX/._a,x\nb,y\n._b,y\n"))
+    assert [record.path.name for record in index.records] == ["a", "b"]
+    assert index.notes == ("skipped 2 rows of system files: '__MACOSX/._a', '._b'",)
+
+
+def test_labels_that_look_the_same_or_like_several(tmp_path: Path) -> None:
+    index = read_table(write(tmp_path, "path,label\na,1\nb,1.0\nc,daisy|white\nd,caf\u00e9\ne,cafe\u0301\n"))
+    assert index.classes == ("1", "1.0", "caf\u00e9", "daisy|white")
+    alike, several = index.notes
+    assert "'1' and '1.0'" in alike
+    assert "'daisy|white'" in several

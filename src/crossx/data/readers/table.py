@@ -1,31 +1,81 @@
-"""The user's own images, listed in a CSV or Parquet table."""
+"""The user's own images, listed in a table: CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import DatasetIndex, Record, hold_out_test
-from crossx.data.readers.folder import SPLIT_NAMES
+from crossx.data.leftovers import is_system_path
+from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name
+from crossx.data.readers.embedded import image_column, unpack
 from crossx.errors import CrossXError, UsageError, first_few, first_line, nearest
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 COLUMNS = ("path", "label")
-SUFFIXES = (".csv", ".parquet")
+SUFFIXES = (".csv", ".parquet", ".tsv", ".jsonl", ".ndjson")
+"""Names of files that are tables wherever a path is given; text tables may also end in ``.gz``."""
+_TEXT_SUFFIXES = (*SUFFIXES, ".txt", ".tab")
+_SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+_SPLIT_WORDS = {
+    "split",
+    "set",
+    "subset",
+    "fold",
+    "phase",
+    "usage",
+    "partition",
+    "mode",
+    "stage",
+    "dataset",
+    "kfold",
+}
+_SPLIT_MARKS = {
+    "is",
+    "in",
+    "for",
+    "use",
+    "name",
+    "data",
+    "type",
+    "id",
+    "no",
+    "val",
+    "test",
+    "train",
+    *_SPLIT_WORDS,
+}
+_ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]+://")
+_SAMPLE = 1000
 _SHOWN = 5
 
 
 def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -> DatasetIndex:
     """Read a table with the columns ``path``, ``label`` and, optionally, ``split``; others are ignored.
 
-    Paths are absolute or relative to the table's folder. Labels are text or whole numbers; classes are in numeric order
-    if all labels are whole numbers, else in sorted order. ``split`` is train, val (or valid, validation) or test;
-    without the column, ``test_fraction`` of each class is held out for testing. CSV is UTF-8, comma-separated, with
-    the column names in the first line.
+    Paths are absolute or relative to the table's folder; backslashes separate folders where that names a file. Instead
+    of ``path``, a Parquet file may hold encoded images in a column ``image``, ``bytes`` or ``img`` (bytes, or structs
+    with a field ``bytes`` as in Hugging Face datasets), which are unpacked into the cache. Labels are text, whole
+    numbers or booleans, with the names of Hugging Face's ``ClassLabel``; see ``names.class_name``. Classes are in
+    numeric order if all labels are whole numbers, else in sorted order. ``split`` is train, val or test, or another
+    usual name (``names.split_name``); without the column, ``test_fraction`` of each class is held out for testing.
+
+    CSV is UTF-8 or UTF-16, with the column names in the first line, separated by commas, semicolons, tabs or vertical
+    bars. JSON lines hold one object per line. Both may be compressed by gzip.
 
     Args:
         path: The table.
@@ -33,24 +83,38 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
         split_seed: Seed of that choice.
 
     Raises:
-        CrossXError: If the table is missing or unreadable, a column is missing, or rows are wrong: empty fields,
-            unknown splits, an image listed twice, a class without training images. Rows are named by number.
-        UsageError: If it is neither CSV nor Parquet, or ``test_fraction`` is out of range.
+        CrossXError: If the table is missing or unreadable, a column is missing or of another type, or rows are wrong:
+            empty fields, unknown splits, an image listed twice, a class without training images. Rows are named by
+            number.
+        UsageError: If it is no table, or ``test_fraction`` is out of range.
     """
-    has_split = False
+    table = _read(path, COLUMNS)
+    has_split = "split" in table.columns
+    problems: list[str] = []
     rows: list[_Row] = []
-    for place, fields in _fields(path, COLUMNS):
-        has_split = "split" in fields
-        split = _text(fields["split"]).lower() if has_split else "train"
-        rows.append(_Row(place, _text(fields["path"]), _text(fields["label"]), split))
-    _check(path, rows)
+    skipped: list[str] = []
+    for place, fields in table.rows:
+        name = (
+            fields["path"] if isinstance(fields["path"], Path) else _text(path, place, "path", fields["path"])
+        )
+        if isinstance(name, str) and is_system_path(name):
+            skipped.append(repr(name))
+            continue
+        label = class_name(_text(path, place, "label", fields["label"]))
+        split = _text(path, place, "split", fields["split"]) if has_split else "train"
+        file = _resolved(path.parent, name, place, problems) if name else None
+        rows.append(_Row(place, file, str(name), label, split, split_name(split)))
+    _check(path, rows, problems)
     classes = _classes(path, rows)
     labels = {name: label for label, name in enumerate(classes)}
-    folder = path.parent
-    records = [Record(folder / row.path, labels[row.label], SPLIT_NAMES[row.split]) for row in rows]
+    records = [Record(row.file, labels[row.label], row.named[0]) for row in rows if row.file and row.named[0]]
     if not has_split:
+        folder = records[0].path.parent if table.embedded else path.parent
         records = hold_out_test(records, classes, folder, test_fraction, split_seed)
-    return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records))
+    notes = [*table.notes, *lookalike_note(classes), *several_labels_note(classes)]
+    if skipped:
+        notes.append(f"skipped {len(skipped):,} rows of system files: {first_few(skipped, _SHOWN)}")
+    return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records), notes=tuple(notes))
 
 
 def read_paths(path: Path) -> list[Path]:
@@ -58,86 +122,247 @@ def read_paths(path: Path) -> list[Path]:
 
     Raises:
         CrossXError: If the table is missing or unreadable, lacks the column, has no rows, or a field is empty.
-        UsageError: If it is neither CSV nor Parquet.
+        UsageError: If it is no table.
     """
-    files = []
-    for place, fields in _fields(path, ("path",)):
-        name = _text(fields["path"])
+    files, problems = [], list[str]()
+    for place, fields in _read(path, ("path",)).rows:
+        name = (
+            fields["path"] if isinstance(fields["path"], Path) else _text(path, place, "path", fields["path"])
+        )
         if not name:
             raise CrossXError(f"{path}: {place}: path empty. Fix the table.")
-        files.append(path.parent / name)
+        files.append(_resolved(path.parent, name, place, problems))
+    if problems:
+        raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
     return files
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a file's name is that of a table."""
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower() in SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     place: str
+    file: Path | None
     path: str
     label: str
     split: str
+    named: tuple[str | None, tuple[str, ...]]
 
 
-def _fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row's place, as an editor or viewer calls it, and the fields of the columns in use."""
-    suffix = path.suffix.lower()
+@dataclass
+class _Table:
+    """The columns in use, their rows (place, as an editor or viewer calls it, and fields), and notes."""
+
+    columns: Sequence[str]
+    rows: Iterable[tuple[str, Mapping[str, Any]]]
+    embedded: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def _read(path: Path, required: Sequence[str]) -> _Table:
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path}: is a folder. --data.root takes the table itself.{_tables_in(path)}")
-    if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: a table is a {' or '.join(SUFFIXES)} file. Save it as one of these.")
+    if suffix in _SPREADSHEETS:
+        raise UsageError(
+            f"{path}: is a spreadsheet; a table is a .csv or .parquet file. Save it as CSV UTF-8 in your program."
+        )
+    if suffix not in _TEXT_SUFFIXES:
+        raise UsageError(
+            f"{path}: a table is a .csv or .parquet file (also .tsv, .txt or .jsonl). Save it as one of these."
+        )
     if not path.exists():
         raise CrossXError(f"{path}: no such file. --data.root takes the table of path, label and split.")
-    empty = True
     try:
-        for row in _csv_fields(path, required) if suffix == ".csv" else _parquet_fields(path, required):
-            empty = False
-            yield row
+        if suffix == ".parquet":
+            table = _parquet(path, required)
+        else:
+            table = (_json_lines if suffix in (".jsonl", ".ndjson") else _csv)(path, _decoded(path), required)
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    if empty:
+    if not table.rows:
         raise CrossXError(f"{path}: the table has no rows.")
+    return table
 
 
-def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+def _decoded(path: Path) -> str:
+    """Return a text file's content: UTF-8, or UTF-16 with or without a byte order mark; also compressed by gzip."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
         try:
-            header = next(reader, [])
-            columns = _columns(path, header, required)
-            for fields in reader:
-                if not fields:
-                    continue
-                place = f"line {reader.line_num}"
-                if len(fields) != len(header):
-                    raise CrossXError(
-                        f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
-                        "A comma inside a field needs quotes around the field."
-                    )
-                yield place, {name: fields[index] for name, index in columns.items()}
-        except UnicodeDecodeError as error:
-            raise CrossXError(f"{path}: is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-        except csv.Error as error:
-            raise CrossXError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from error
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error) as error:
+            raise CrossXError(f"{path}: is not a complete gzip file ({error}).") from error
+    for start, kind in (
+        (b"PK\x03\x04", "a spreadsheet (or another ZIP archive)"),
+        (b"\xd0\xcf\x11\xe0", "a spreadsheet"),
+        (b"PAR1", "a Parquet file"),
+    ):
+        if content.startswith(start):
+            ending = "Rename it to .parquet" if kind.endswith("Parquet file") else "Save it as CSV UTF-8"
+            raise CrossXError(f"{path}: is {kind}, not text. {ending}.")
+    encoding = "utf-8-sig"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in content[:2] and len(content) > 1:
+        encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + len(re.findall(rb"\r\n?|\n", content[: error.start]))
+        raise CrossXError(
+            f"{path}: line {line}: is not UTF-8 text ({error.reason}). Save it as UTF-8, in Excel as CSV UTF-8."
+        ) from error
 
 
-def _parquet_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
+    given = re.match(r'"?sep=([^\r\n])"?(\r\n?|\n)', text, re.IGNORECASE)
+    body = text[given.end() :] if given else text
+    separator = given[1] if given else _separator(body, required)
+    reader = csv.reader(io.StringIO(body, newline=""), strict=True, delimiter=separator)
+    rows: list[tuple[str, list[str]]] = []
+    try:
+        header = next(reader, [])
+        columns = _columns(path, header, required)
+        for fields in reader:
+            if not any(value.strip() for value in fields[len(header) :]):
+                fields = fields[: len(header)]  # spreadsheets write separators of empty columns
+            if not any(value.strip() for value in fields):
+                continue
+            place = f"line {reader.line_num + bool(given)}"
+            if len(fields) != len(header):
+                raise CrossXError(
+                    f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
+                    f"A {_SEPARATORS.get(separator, repr(separator))} inside a field needs quotes around the field."
+                )
+            rows.append((place, fields))
+    except csv.Error as error:
+        raise CrossXError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from error
+    others = {
+        name: [fields[index] for _, fields in rows[:_SAMPLE]]
+        for index, name in enumerate(header)
+        if index not in columns.values()
+    }
+    used = [(place, {name: fields[index] for name, index in columns.items()}) for place, fields in rows]
+    return _Table(list(columns), used, notes=_split_notes(columns, others))
+
+
+def _separator(text: str, required: Sequence[str]) -> str:
+    """Return the separator with which the header has the required columns, else the one that splits it most."""
+    first = re.match(r"[^\r\n]*", text)
+    line = first[0] if first else ""
+    parts = {mark: [name.strip(' "').lower() for name in line.split(mark)] for mark in _SEPARATORS}
+    fitting = [mark for mark, names in parts.items() if all(name in names for name in required)]
+    if fitting and len(required) > 1:
+        return fitting[0]
+    return max(fitting or _SEPARATORS, key=lambda mark: len(parts[mark]))
+
+
+def _json_lines(path: Path, text: str, required: Sequence[str]) -> _Table:
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CrossXError(f"{path}: line {number}: is not valid JSON ({first_line(error)}).") from error
+        if not isinstance(values, dict):
+            raise CrossXError(f"{path}: line {number}: is not a JSON object, one per line.")
+        rows.append((f"line {number}", values))
+    header = list(dict.fromkeys(name for _, values in rows for name in values))
+    columns = _columns(path, header, required)
+    others = {
+        name: [values.get(name) for _, values in rows[:_SAMPLE]]
+        for index, name in enumerate(header)
+        if index not in columns.values()
+    }
+    used = [
+        (place, {name: values.get(header[index]) for name, index in columns.items()})
+        for place, values in rows
+    ]
+    return _Table(list(columns), used, notes=_split_notes(columns, others))
+
+
+def _parquet(path: Path, required: Sequence[str]) -> _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = _columns(path, names, required)
-            table = file.read(columns=[names[index] for index in columns.values()])
-    except pa.ArrowException as error:
+            schema = file.schema_arrow
+            image = image_column(schema) if "label" in required else None
+            needed = [name for name in required if name != "path" or image is None]
+            columns = _columns(path, schema.names, needed)
+            kinds = {name: schema.types[index] for name, index in columns.items()}
+            for name, kind in kinds.items():
+                _require_text(path, name, kind)
+            table = file.read(columns=[schema.names[index] for index in columns.values()])
+            values = {name: table.column(schema.names[index]).to_pylist() for name, index in columns.items()}
+            if image is not None:
+                values["path"] = unpack(path, file, schema.names[image])
+            others = {
+                name: next(file.iter_batches(_SAMPLE, columns=[name]), pa.record_batch({name: []}))
+                .column(0)
+                .to_pylist()
+                for index, name in enumerate(schema.names)
+                if index not in (*columns.values(), image) and _may_be_split(schema.types[index])
+            }
+    except (CrossXError, OSError):
+        raise
+    except Exception as error:  # on damaged files pyarrow raises whatever its decoders raise
         raise CrossXError(f"{path}: is not a Parquet file that can be read ({first_line(error)}).") from error
-    values = {name: table.column(names[index]).to_pylist() for name, index in columns.items()}
-    for number, fields in enumerate(zip(*values.values(), strict=True), start=1):
-        yield f"row {number}", dict(zip(values, fields, strict=True))
+    names = _class_labels(schema, columns)
+    if names and pa.types.is_integer(kinds["label"]):
+        values["label"] = [
+            names[value] if value is not None and 0 <= value < len(names) else None
+            for value in values["label"]
+        ]
+    used = [
+        (f"row {number}", dict(zip(values, fields, strict=True)))
+        for number, fields in enumerate(zip(*values.values(), strict=True), start=1)
+    ]
+    notes = _split_notes(columns, others)
+    return _Table(list(columns), used, embedded=image is not None, notes=notes)
 
 
-def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> dict[str, int]:
+def _class_labels(schema: pa.Schema, columns: Mapping[str, int]) -> list[str] | None:
+    """Return the class names that Hugging Face's datasets store next to the numbers of a ``ClassLabel``."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[schema.names[columns["label"]]]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _require_text(path: Path, name: str, kind: pa.DataType) -> None:
+    import pyarrow as pa
+
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_nested(value) or pa.types.is_temporal(value) or pa.types.is_interval(value):
+        raise CrossXError(f"{path}: column {name!r} holds {kind}: {_WANTED[name]}.")
+
+
+def _may_be_split(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(
+        pa.types.is_string(value)
+        or pa.types.is_large_string(value)
+        or pa.types.is_boolean(value)
+        or pa.types.is_integer(value)
+    )
+
+
+def _columns(path: Path, header: Sequence[Any], required: Sequence[str]) -> dict[str, int]:
     """Return column -> position; case and surrounding blanks are ignored."""
-    names = [name.strip().lower() for name in header]
+    names = [str(name).strip().lower() for name in header]
     found = ", ".join(repr(name) for name in header)
     for name in required:
         if name not in names:
@@ -151,26 +376,120 @@ def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> dict
     return {name: names.index(name) for name in columns}
 
 
-def _text(value: Any) -> str:
-    """Write a field as text, a whole number without ``.0`` (pandas stores it as a float next to empty fields)."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+def _split_notes(columns: Mapping[str, int], others: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return a note on columns that seem to be the split, if there is no column ``split``."""
+    if "split" in columns or "label" not in columns:
+        return []
+    found = [name for name, values in others.items() if _is_split(str(name), values)]
+    if not found:
+        return []
+    listed = first_few([repr(name) for name in found], _SHOWN)
+    return [
+        f"the column {listed} seems to be a split and is not read, since it is not called 'split': a random test split "
+        "is drawn. To use it, rename it and write train, val or test in it"
+        if len(found) == 1
+        else f"the columns {listed} seem to be splits and are not read, since none is called 'split': a random test "
+        "split is drawn. To use one, rename it and write train, val or test in it"
+    ]
 
 
-def _check(path: Path, rows: Sequence[_Row]) -> None:
-    problems: list[str] = []
+def _is_split(name: str, values: Sequence[Any]) -> bool:
+    """Return whether a column's name or values are those of a split."""
+    different = {str(value).strip() for value in values if value is not None} - {""}
+    if different and all(split_name(value)[0] and not split_name(value)[1] for value in different):
+        return True
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    words = re.findall(r"[^\W\d_]+", spaced.casefold())
+    splits = [word for word in words if split_name(word)[0]]
+    known = splits or any(word in _SPLIT_WORDS or word.removesuffix("split") != word for word in words)
+    few = len(different) <= 20
+    return bool(
+        words and known and few and all(w in _SPLIT_MARKS or split_name(w)[0] or "split" in w for w in words)
+    )
+
+
+_WANTED = {
+    "path": "a path is text",
+    "label": "a label is text or a whole number, one per image",
+    "split": "a split is text",
+}
+
+
+def _text(path: Path, place: str, column: str, value: Any) -> str:
+    """Write a field as text, a whole number without ``.0`` (pandas stores it as a float next to empty fields).
+
+    Raises:
+        CrossXError: If it is something else than text, a whole number or a boolean.
+    """
+    kind = type(value).__name__
+    match value:
+        case None:
+            return ""
+        case str():
+            return value.strip()
+        case bool() | int():
+            return str(value)
+        case float() | Decimal():
+            if value != value:
+                return ""
+            if value == value // 1:
+                return str(int(value))
+            kind = f"numbers with a fraction, such as {value}"
+        case bytes():
+            try:
+                return value.decode("utf-8").strip()
+            except UnicodeDecodeError:
+                kind = "bytes that are not UTF-8 text"
+        case list() | tuple():
+            kind = "lists"
+        case dict():
+            kind = "objects with fields"
+    raise CrossXError(f"{path}: {place}: column {column!r} holds {kind}: {_WANTED[column]}.")
+
+
+def _resolved(folder: Path, name: str | Path, place: str, problems: list[str]) -> Path:
+    """Return a row's file: as written, with backslashes as separators, or in another Unicode form.
+
+    Args:
+        folder: The table's folder.
+        name: The path in the table.
+        place: The row, for problems.
+        problems: A line is added for a URL or a path of a Windows drive.
+    """
+    file = folder / name
+    if (
+        isinstance(name, Path)
+        or (name.isascii() and "\\" not in name and ":" not in name)
+        or os.path.exists(file)
+    ):
+        return file
+    for text in (name, name.replace("\\", "/")):
+        for form in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
+            if os.path.exists(folder / form):
+                return folder / form
+    if _ELSEWHERE.match(name):
+        what = (
+            "a URL: download the images"
+            if "://" in name
+            else "on a Windows drive: write paths below the table"
+        )
+        problems.append(f"{place}: {name!r} is {what}")
+    return file
+
+
+def _check(path: Path, rows: Sequence[_Row], problems: list[str]) -> None:
     seen: dict[str, _Row] = {}
     for row in rows:
         empty = [name for name in (*COLUMNS, "split") if not getattr(row, name)]
         if empty:
             problems.append(f"{row.place}: {' and '.join(empty)} empty")
             continue
-        if row.split not in SPLIT_NAMES:
-            problems.append(f"{row.place}: split {row.split!r} is not one of {', '.join(SPLIT_NAMES)}")
-        first = seen.setdefault(os.path.normpath(row.path), row)
+        split, rest = row.named
+        if split is None or rest:
+            problems.append(f"{row.place}: split {row.split!r} is not one of train, val, test")
+        elif split == "unclear":
+            problems.append(f"{row.place}: split {row.split!r} may be val or test: write one of these")
+        first = seen.setdefault(os.path.normpath(str(row.file)), row)
         if first is not row:
             other = f" with the label {first.label!r}, here {row.label!r}" if first.label != row.label else ""
             problems.append(f"{row.place}: {row.path!r} is already in {first.place}{other}")
@@ -183,17 +502,18 @@ def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
     first: dict[str, _Row] = {}
     for row in rows:
         first.setdefault(row.label, row)
-    trained = {row.label for row in rows if SPLIT_NAMES[row.split] == "train"}
+    trained = {row.label for row in rows if row.named[0] == "train"}
     unseen = [f"{label!r} ({row.place}, {row.split})" for label, row in first.items() if label not in trained]
     if unseen:
         raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
     if len(first) == 1:
         raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in first):
+    # Python refuses to convert thousands of digits
+    if all(re.fullmatch(r"-?[0-9]{1,1000}", label) for label in first):
         return sorted(first, key=lambda label: (int(label), label))
     return sorted(first)
 
 
 def _tables_in(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    names = sorted(path.name for path in folder.iterdir() if is_table(path))
     return f" Did you mean {str(folder / names[0])!r}?" if names else ""
