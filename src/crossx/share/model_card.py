@@ -74,7 +74,12 @@ class CardData:
             try:
                 with table.open(newline="", encoding="utf-8") as file:
                     classes = [
-                        ClassRow(name, int(n), float(accuracy), confused or None)
+                        ClassRow(
+                            unescape_formula(name),
+                            int(n),
+                            float(accuracy),
+                            unescape_formula(confused) or None,
+                        )
                         for name, n, accuracy, confused in list(csv.reader(file))[1:]
                         if int(n)
                     ]

@@ -1,0 +1,43 @@
+"""Texts of strangers in CSV files, which spreadsheets open."""
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossx.runs.spreadsheet import escape_formula, escaped_rows, unescape_formula
+
+DANGEROUS = (
+    "=1+1", '=HYPERLINK("http://evil.example", "click")', "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1+1", "\r=1",
+    "\n=1", " =1+1", "＝1+1", "＋1+cmd", "－2", "＠SUM", "-", "=", "-5 birds", "+1 (a, b)",
+)  # fmt: skip
+HARMLESS = (
+    "wren", "a=b", "'quoted'", "", "072.Bohemian_Waxwing", "-5", "+2.56 (+1.41, -3.76)", "-1e-05", '"=1"',
+    "+3 ± 0.5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DANGEROUS)
+def test_formulas_become_text(text: str) -> None:
+    assert escape_formula(text) == f"'{text}"
+    assert escape_formula(f"'{text}") == f"''{text}"
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_other_text_and_numbers_stay(text: str) -> None:
+    assert escape_formula(text) == unescape_formula(text) == text
+
+
+@given(st.text(alphabet="'=+-@\t\r\n ＝a1.(),\"", max_size=8) | st.text(max_size=20))
+def test_every_text_comes_back_and_no_two_become_one(text: str) -> None:
+    assert unescape_formula(escape_formula(text)) == text
+    assert escape_formula(text) in (text, f"'{text}")
+
+
+def test_only_texts_of_a_row_change(tmp_path: Path) -> None:
+    file = io.StringIO()
+    csv.writer(file).writerows(escaped_rows([("=x", -1, -0.5, None, "y")]))
+    assert file.getvalue() == "'=x,-1,-0.5,,y\r\n"
