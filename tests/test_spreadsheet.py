@@ -8,6 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crossx.data.readers.table import read_paths
+from crossx.evaluation.tables import write_table
+from crossx.predict import outputs
+from crossx.predict.results import Prediction
+from crossx.report.tables import Table
 from crossx.runs.spreadsheet import escape_formula, escaped_rows, unescape_formula
 
 DANGEROUS = (
@@ -41,3 +46,22 @@ def test_only_texts_of_a_row_change(tmp_path: Path) -> None:
     file = io.StringIO()
     csv.writer(file).writerows(escaped_rows([("=x", -1, -0.5, None, "y")]))
     assert file.getvalue() == "'=x,-1,-0.5,,y\r\n"
+
+
+def test_every_csv_file_is_safe_and_read_back(tmp_path: Path) -> None:
+    """The writers of predictions, of an evaluation and of reports; the reader of tables."""
+    names = ("=1+1", "-2+3", "@SUM", "wren")
+    predictions = [Prediction(Path(name), name, 0.5, top=((name, 0.5),)) for name in names]
+    outputs.write_csv(tmp_path / "predictions.csv", predictions)
+    printed = io.StringIO(newline="")
+    outputs.print_csv(printed, predictions)
+    write_table(tmp_path / "classes.csv", ("class", *names), [(name, -1) for name in names])
+    (tmp_path / "report.csv").write_text(Table(("run", *names), [[name, "+1.00"] for name in names]).to_csv())
+    (tmp_path / "printed.csv").write_text(printed.getvalue())
+    assert (tmp_path / "predictions.csv").read_text() == printed.getvalue()
+    for file in tmp_path.glob("*.csv"):
+        with file.open(newline="") as lines:
+            cells = [cell for row in csv.reader(lines) for cell in row]
+        assert set(names[:3]).isdisjoint(cells)
+        assert {f"'{name}" for name in names[:3]} <= set(cells)
+    assert read_paths(tmp_path / "predictions.csv") == [tmp_path / name for name in names]

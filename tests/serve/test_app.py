@@ -256,7 +256,7 @@ def test_formats_for_strangers_are_chosen(
     assert refused["error"].startswith("is a TIFF image, which is not accepted: send JPEG or PNG")
     with TestClient(create_app(predictor, Limits(formats=("TIFF",)))) as allowing:
         assert allowing.post("/predict", files=files(picture.getvalue())).status_code == 200
-    with pytest.raises(UsageError, match="unknown format 'TIF'. Did you mean 'TIFF'"):
+    with pytest.raises(UsageError, match="unknown format 'TIF'"):
         Limits(formats=("TIF",))
 
 
@@ -321,8 +321,8 @@ JSON = {"content-type": "application/json"}
         ({"data": {"images": "x"}, "files": [("other", ("x", b""))]}, 422, "`images` must be files"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "multipart"),
-        *(({"content": PART, "headers": {"content-type": f"multipart/form-data; {rest}".encode("latin-1")}}, 400, detail)
-          for rest, detail in [
+        *(({"content": PART, "headers": {"content-type": f"multipart/form-data; {rest}".encode("latin-1")}},
+           400, detail) for rest, detail in [
               ("boundary=y; charset=undefined", "charset of multipart/form-data must be utf-8"),
               ("boundary=y; charset=hex", "charset"), ("boundary=y; charset=idna", "charset"),
               ("boundary=y; charset=utf-16", "charset"), ("boundary=y; charset=\0", "charset"),
@@ -330,7 +330,8 @@ JSON = {"content-type": "application/json"}
               ("boundary=\xe9", "multipart"), ("charset=utf-8", "Missing boundary"),
           ]),
         ({"content": PART.replace(b'name="images"; ', b""), "headers": FORM}, 400, '"name" must be provided'),
-        *(({"content": PART.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1), "headers": FORM}, 400, "multipart")
+        *(({"content": PART.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1), "headers": FORM},
+           400, "multipart")
           for more in (b"X: " + 9000 * b"a" + b"\r\n", 20 * b"X: a\r\n", b"no colon\r\n", b": x\r\n", b"\0\r\n")),
         ({"content": PART, "headers": FORM | {"content-encoding": "gzip"}}, 415, "must not be compressed"),
         ({"content": b"", "headers": {"content-type": "image/jpeg"}}, 422, "there is no image"),

@@ -33,12 +33,15 @@ class Gate:
     def __init__(self, pool: FairPool, *, heavy: bool = False) -> None:
         self.pool, self.heavy = pool, heavy
         self.order: list[str] = []
-        self.opened, self.began, self.done = threading.Event(), threading.Event(), threading.Event()
-        pool.submit(self._hold, ("gate", 0), heavy=heavy)
-        assert self.began.wait(PATIENCE)
+        self.opened, self.done = threading.Event(), threading.Event()
+        threads = 1 if heavy else 2  # one client has one of two
+        began = threading.Barrier(threads + 1)
+        for number in range(threads):
+            pool.submit(partial(self._hold, began), (f"gate {number}", 0), heavy=heavy)
+        began.wait(PATIENCE)
 
-    def _hold(self) -> None:
-        self.began.set()
+    def _hold(self, began: threading.Barrier) -> None:
+        began.wait(PATIENCE)
         assert self.opened.wait(PATIENCE)
 
     def add(self, name: str, client: str, request: int) -> None:
@@ -67,6 +70,16 @@ def test_requests_of_a_client_take_turns() -> None:
         gate.add(name, "client", request)
     # the last call may come before them: it is of a client that has spent nothing
     assert gate.finish()[:6] == list("abcaba")[: len(gate.order)]
+
+
+def test_one_client_leaves_a_thread_to_others() -> None:
+    pool, gate, other = FairPool(2, "test"), threading.Event(), threading.Event()
+    for number in range(10):
+        pool.submit(lambda: gate.wait(PATIENCE) or None, ("many", number))
+    pool.submit(other.set, ("other", 0))
+    assert other.wait(PATIENCE)
+    gate.set()
+    pool.close(wait=True)
 
 
 def test_light_calls_pass_heavy_ones() -> None:

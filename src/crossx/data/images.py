@@ -43,7 +43,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 photographs; these are not tried."""
 
 HEADER_READS, IMAGE_READS = 10_000, 250_000
-HEADER_SECONDS, SECONDS_PER_PIXEL = 1.0, 2e-7
+HEADER_SECONDS, SECONDS_PER_PIXEL = 0.3, 2e-7
 """Limits on Pillow's parsers for an image in memory: reads, and seconds of CPU for the header and for each pixel. A
 million empty chunks or fill bytes, or thousands of compressed profiles, would take up to 40 s. A photograph has at most
 a few thousand pieces, and needs at most a quarter of the seconds."""

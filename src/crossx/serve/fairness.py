@@ -90,10 +90,11 @@ class FairPool:
     least time since it began to compete with others; within a client, requests take turns. A client with many long
     calls thereby delays another one's by at most a call.
 
-    Heavy calls have threads of their own, half as many, so that a light one need not wait for any of them.
+    One client has at most ``workers`` threads for light calls; one more is for others. Heavy calls have threads of
+    their own, half as many, so that a light one need not wait for any of them.
 
     Args:
-        workers: Threads for light calls.
+        workers: Threads of one client for light calls.
         name: Prefix of the threads' names.
     """
 
@@ -101,9 +102,10 @@ class FairPool:
         self._changed = threading.Condition()
         self._lanes: dict[bool, dict[Hashable, _Client]] = {False: {}, True: {}}
         self._closed = False
+        self._workers = workers
         self._threads = [
             threading.Thread(target=self._work, args=(heavy,), name=f"{name}-{number}", daemon=True)
-            for heavy, size in ((False, workers), (True, max(1, workers // 2)))
+            for heavy, size in ((False, workers + 1), (True, max(1, workers // 2)))
             for number in range(size)
         ]
         for thread in self._threads:
@@ -145,7 +147,9 @@ class FairPool:
         with self._changed:
             while not self._closed:
                 waiting = [
-                    (client.running, client.spent, key) for key, client in lane.items() if client.requests
+                    (client.running, client.spent, key)
+                    for key, client in lane.items()
+                    if client.requests and client.running < self._workers
                 ]
                 if waiting:
                     key = min(waiting, key=lambda one: one[:2])[2]

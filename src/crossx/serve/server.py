@@ -167,7 +167,7 @@ class _BoundedConnection(h11.Connection):
             if size > MAX_HEAD or len(event.headers) > MAX_HEADERS:
                 self._refuse(*_TOO_LARGE)
         elif isinstance(event, h11.Data):
-            self._chunks += event.chunk_start
+            self._chunks += event.chunk_end  # unlike chunk_start also set if its header came before
             if self._chunks > MAX_CHUNKS:
                 self._refuse(400, f"the body has more than {MAX_CHUNKS} chunks.")
         elif isinstance(event, h11.EndOfMessage) and len(event.headers) > MAX_HEADERS:

@@ -24,6 +24,7 @@ from crossx.methods.base import Method, published_name
 from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
+from crossx.runs.spreadsheet import unescape_formula
 from crossx.schema import require
 from crossx.yaml import dump_yaml
 

@@ -13,6 +13,7 @@ from typing import Any
 from crossx.data.index import DatasetIndex, Record, hold_out_test
 from crossx.data.readers.folder import SPLIT_NAMES
 from crossx.errors import CrossXError, UsageError, first_few, first_line, nearest
+from crossx.runs.spreadsheet import unescape_formula
 
 COLUMNS = ("path", "label")
 SUFFIXES = (".csv", ".parquet")
@@ -112,7 +113,8 @@ def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
                         f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
                         "A comma inside a field needs quotes around the field."
                     )
-                yield place, {name: fields[index] for name, index in columns.items()}
+                # a table may be one of predictions
+                yield place, {name: unescape_formula(fields[index]) for name, index in columns.items()}
         except UnicodeDecodeError as error:
             raise CrossXError(f"{path}: is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
         except csv.Error as error:
