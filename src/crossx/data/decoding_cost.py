@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from crossx.data.images import FORMATS, ImageError, read_header
 
 PASSES = {
-    "JPEG": 4, "PNG": 9, "WEBP": 16, "GIF": 4, "BMP": 2, "TIFF": 9, "AVIF": 18, "JPEG2000": 110, "PPM": 2,
+    "JPEG": 4, "PNG": 9, "WEBP": 16, "GIF": 4, "BMP": 2, "TIFF": 9, "AVIF": 18, "JPEG2000": 120, "PPM": 2,
 }  # fmt: skip
-"""Seconds per pixel of noise in each format, as multiples of those of a JPEG's scan (5 ns), which are added in a JPEG.
-Measured by ``benchmarks/serving_attacks.py --costs``."""
+"""What a pixel of noise takes in each format at most, in units of a scan of a progressive JPEG (5 ns); in a JPEG the
+scans are added. Measured by ``benchmarks/serving_attacks.py --costs``."""
 
 MAX_SEGMENTS = 5_000
 """Segments of a JPEG; colour profiles and metadata have at most some hundreds."""
