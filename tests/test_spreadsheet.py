@@ -65,3 +65,5 @@ def test_every_csv_file_is_safe_and_read_back(tmp_path: Path) -> None:
         assert set(names[:3]).isdisjoint(cells)
         assert {f"'{name}" for name in names[:3]} <= set(cells)
     assert read_paths(tmp_path / "predictions.csv") == [tmp_path / name for name in names]
+    (tmp_path / "own.csv").write_text("path,label\n'=1+1,x\n")
+    assert read_paths(tmp_path / "own.csv") == [tmp_path / "'=1+1"]

@@ -104,6 +104,8 @@ def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
         try:
             header = next(reader, [])
             columns = _columns(path, header, required)
+            # a table of predictions, see predict/outputs.py
+            read = unescape_formula if {"probability", "error"} <= {*header} else str
             for fields in reader:
                 if not fields:
                     continue
@@ -113,8 +115,7 @@ def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
                         f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
                         "A comma inside a field needs quotes around the field."
                     )
-                # a table may be one of predictions
-                yield place, {name: unescape_formula(fields[index]) for name, index in columns.items()}
+                yield place, {name: read(fields[index]) for name, index in columns.items()}
         except UnicodeDecodeError as error:
             raise CrossXError(f"{path}: is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
         except csv.Error as error:
