@@ -362,7 +362,8 @@ def _post(
 ) -> bytes:
     size = len(body) if length is None else length
     head = (
-        f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n"
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -389,7 +390,7 @@ ATTACKS: dict[str, Attack] = {
     "endless head": lambda _: ([b"GET / HTTP/1.1\r\n" + b"X-A: " + 100_000 * b"a"], 0, 10),
     "malformed multipart": lambda _: ([_post(b"--z nonsense")], 0, 10),
     "malformed json": lambda _: ([_post(b'{"images": [', "application/json")], 0, 10),
-    "wrong type": lambda sample: ([_post(sample.content, "image/jpeg")], 0, 10),
+    "wrong type": lambda sample: ([_post(sample.content, "text/plain")], 0, 10),
     "no image": lambda _: ([_post(_file(b"no image"))], 0, 10),
     "truncated image": lambda sample: ([_post(_file(sample.content[: len(sample.content) // 2]))], 0, 10),
     "bomb": lambda _: ([_post(_file(_BOMB))], 0, 10),

@@ -29,7 +29,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from crossx.data.images import printable
+from crossx.data.images import ImageError, printable
 from crossx.errors import UsageError
 from crossx.explain.figures import LUMA, overlay
 from crossx.export.export import export_run
@@ -39,6 +39,7 @@ from crossx.runs import write_json
 from crossx.serve.app import create_app
 from crossx.serve.limits import Limits
 from crossx.serve.monitoring import MAX_CLASS_SERIES, Metrics
+from crossx.serve.uploads import from_base64, network_of
 
 NOT_AN_IMAGE = b"no image at all"
 PATIENCE = 600
@@ -153,6 +154,50 @@ def test_only_images_that_cannot_be_read_are_422_with_the_errors(client: TestCli
     assert response.json()["predictions"][0]["error"] == "is not base64"
 
 
+@pytest.mark.parametrize("kind", ["image/jpeg", "Image/PNG; q=1", "image/*", "application/octet-stream"])
+def test_a_body_may_be_the_image_itself(client: TestClient, images: list[Path], kind: str) -> None:
+    (expected,) = client.post("/predict", files=files(images[0])).json()["predictions"]
+    body, headers = images[0].read_bytes(), {"content-type": kind}
+    (answer,) = client.post("/predict", content=body, headers=headers).json()["predictions"]
+    assert answer == expected | {"name": None}
+    assert client.post("/explain", content=body, headers=headers).status_code == 200
+
+
+def wrapped(text: str, end: str) -> str:
+    return end.join(text[at : at + 76] for at in range(0, len(text), 76))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: f"data:image/jpeg;base64,{text}",
+        lambda text: f" DATA:;name=a;Base64 , {text}\n",
+        lambda text: f"data:image/jpeg;base64,{text.replace('+', '%2B').replace('=', '%3d')}",
+        lambda text: wrapped(text, "\r\n"),
+        lambda text: wrapped(text, " ") + "\n",
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.rstrip("="),
+        lambda text: wrapped(text.replace("+", "-").replace("/", "_").rstrip("="), "\n"),
+    ],
+)  # fmt: skip
+def test_base64_is_read_in_all_its_forms(form: Any) -> None:
+    for content in (b"\xff\xd8\xff\xfb\xef\xbe" + bytes(range(256)), b"\xfb", b"ab", b"abc"):
+        assert from_base64(form(base64.b64encode(content).decode())) == content
+
+
+@pytest.mark.parametrize(
+    "text", ["%%%", "a", "abcde", "ab=c", "äöü=", "data:image/jpeg;base64,%%", "=ab", "\0abc"]
+)
+def test_what_is_not_base64_is_told(text: str) -> None:
+    with pytest.raises(ImageError, match="is not base64"):
+        from_base64(text)
+
+
+def test_a_data_url_without_base64_is_told() -> None:
+    with pytest.raises(ImageError, match="without ;base64"):
+        from_base64("data:image/svg+xml,%3Csvg%3E")
+
+
 def test_requests_at_the_same_time_get_their_own_answers(
     client: TestClient, predictor: Predictor, images: list[Path]
 ) -> None:
@@ -197,6 +242,70 @@ def test_a_jpeg_of_very_many_scans_is_refused(client: TestClient, images: list[P
     assert response.json()["predictions"][0]["error"] == "is a JPEG of more than 100 scans"
 
 
+def test_images_that_take_too_long_are_refused(predictor: Predictor, images: list[Path]) -> None:
+    picture = io.BytesIO()
+    Image.open(images[0]).resize((64, 64)).save(picture, "JPEG", progressive=True)
+    content = picture.getvalue()
+    last = content.rindex(b"\xff\xda")
+    scans = content[:-2] + 30 * content[last:-2] + content[-2:]
+    app = create_app(predictor, Limits(max_pixels=64 * 64, timeout=PATIENCE))
+    with TestClient(app) as client:
+        assert client.post("/predict", files=files(content)).status_code == 200
+        answer = client.post("/predict", files=files(scans)).json()["predictions"][0]
+        assert answer["error"] == (
+            "takes too long to decode (64 x 64 pixels in 40 scans of a JPEG): make it smaller"
+        )
+        assert "take too long to decode together" in problem(
+            client.post("/predict", files=files(*[content] * 3)), 413
+        )
+        assert "(64 x 64 pixels in 40 scans" in problem(client.post("/explain", files=files(scans)), 422)
+        assert client.post("/predict", files=files(scans, images[0])).status_code == 200
+
+
+def test_formats_for_strangers_are_chosen(
+    client: TestClient, predictor: Predictor, images: list[Path]
+) -> None:
+    picture = io.BytesIO()
+    Image.open(images[0]).save(picture, "TIFF")
+    (refused,) = client.post("/predict", files=files(picture.getvalue())).json()["predictions"]
+    assert refused["error"].startswith("is a TIFF image, which is not accepted: send JPEG or PNG")
+    with TestClient(create_app(predictor, Limits(formats=("TIFF",)))) as allowing:
+        assert allowing.post("/predict", files=files(picture.getvalue())).status_code == 200
+    with pytest.raises(UsageError, match="unknown format 'TIF'"):
+        Limits(formats=("TIF",))
+
+
+def test_one_client_leaves_room_for_others(
+    predictor: Predictor, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(predictor, Limits(queue=40, timeout=PATIENCE))
+    began, gate = held(app, monkeypatch)
+    with TestClient(app, client=("10.0.0.1", 1)) as greedy:
+        other = TestClient(app, client=("10.0.0.2", 1))
+        answers: list[int] = []
+
+        def ask(client: TestClient) -> None:
+            answers.append(client.post("/predict", files=files(*[images[0]] * 20)).status_code)
+
+        threads = [threading.Thread(target=ask, args=(greedy,))]
+        threads[0].start()
+        assert began.wait(PATIENCE)
+        assert "queue is full" in problem(greedy.post("/predict", files=files(*[images[0]] * 20)), 429)
+        threads.append(threading.Thread(target=ask, args=(other,)))
+        threads[1].start()
+        gate.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert answers == [200, 200]
+
+
+def test_a_network_of_ipv6_is_one_client() -> None:
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2") != network_of("2001:db8:0:1::1")
+    assert network_of("10.0.0.1") != network_of("10.0.0.2")
+    assert network_of("fe80::1%eth0") == "fe80::"
+    assert network_of("testclient") == "testclient"
+
+
 def test_names_are_shown_without_folders_on_one_line(client: TestClient, images: list[Path]) -> None:
     content = images[0].read_bytes()
     for given, shown in (
@@ -206,6 +315,11 @@ def test_names_are_shown_without_folders_on_one_line(client: TestClient, images:
     ):
         response = client.post("/predict", files=[("images", (given, content))])
         assert response.json()["predictions"][0]["name"] == shown
+
+
+PART = b'--y\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\nx\r\n--y--\r\n'
+FORM = {"content-type": "multipart/form-data; boundary=y"}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +336,27 @@ def test_names_are_shown_without_folders_on_one_line(client: TestClient, images:
         ({"data": {"images": "x"}, "files": [("other", ("x", b""))]}, 422, "`images` must be files"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "Missing boundary"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "multipart"),
-        ({"content": b"x", "headers": {"content-type": "image/jpeg"}}, 415, "multipart/form-data or"),
+        *(({"content": PART, "headers": {"content-type": f"multipart/form-data; {rest}".encode("latin-1")}},
+           400, detail) for rest, detail in [
+              ("boundary=y; charset=undefined", "charset of multipart/form-data must be utf-8"),
+              ("boundary=y; charset=hex", "charset"), ("boundary=y; charset=idna", "charset"),
+              ("boundary=y; charset=utf-16", "charset"), ("boundary=y; charset=\0", "charset"),
+              (f"boundary={'y' * 300}", "multipart"), ("boundary=", "multipart"), ("boundary", "multipart"),
+              ("boundary=\xe9", "multipart"), ("charset=utf-8", "Missing boundary"),
+          ]),
+        ({"content": PART.replace(b'name="images"; ', b""), "headers": FORM}, 400, '"name" must be provided'),
+        *(({"content": PART.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1), "headers": FORM},
+           400, "multipart")
+          for more in (b"X: " + 9000 * b"a" + b"\r\n", 20 * b"X: a\r\n", b"no colon\r\n", b": x\r\n", b"\0\r\n")),
+        ({"content": PART, "headers": FORM | {"content-encoding": "gzip"}}, 415, "must not be compressed"),
+        ({"content": b"", "headers": {"content-type": "image/jpeg"}}, 422, "there is no image"),
+        ({"content": b'{"images": ' + 9999 * b"[", "headers": JSON}, 400, "JSON"),
+        ({"content": b'{"images": ["x"], "top": NaN}', "headers": JSON}, 422, "top: "),
+        ({"content": b'{"images": ["x"], "top": 1e999}', "headers": JSON}, 422, "top: "),
+        ({"content": b'{"images": ["x"], "top": ' + 5000 * b"9" + b"}", "headers": JSON}, 400, "JSON"),
+        ({"content": b'{"images": ["\\ud800"]}', "headers": JSON}, 400, "JSON"),
+        ({"content": b"\xff\xfe{}", "headers": JSON}, 400, "JSON"),
+        ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "multipart/form-data or"),
         ({"content": b"x"}, 415, "multipart/form-data or application/json"),
         ({"content": bytes(1_000_001), "headers": {"content-type": "application/json"}}, 413, "than 1 MB"),
         ({"files": [("images", ("x", bytes(1_000_000)))]}, 413, "larger than 1 MB"),
@@ -249,7 +383,7 @@ def test_a_body_without_a_length_is_bounded_too(client: TestClient, app: FastAPI
         "/predict", content=endless(), headers={"content-type": "multipart/form-data; boundary=y"}
     )
     assert "larger than 1 MB" in problem(response, 413)
-    assert app.state.service._bodies._held == 0
+    assert app.state.service._bodies._bytes.held == 0
 
 
 def test_unknown_paths_and_methods(client: TestClient) -> None:
@@ -541,7 +675,7 @@ def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
     described = client.get("/openapi.json").json()
     assert set(described["paths"]) == {"/predict", "/explain", "/model", "/healthz", "/readyz", "/metrics"}
     assert set(described["paths"]["/predict"]["post"]["requestBody"]["content"]) == {
-        "multipart/form-data", "application/json",
+        "multipart/form-data", "application/json", "image/*", "application/octet-stream",
     }  # fmt: skip
 
 

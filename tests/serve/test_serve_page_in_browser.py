@@ -557,3 +557,13 @@ def test_motion_is_only_where_it_is_welcome(
         page.locator("#file").set_input_files(image)
         expect(page.get_by_role("status")).to_contain_text("busy")
         assert page.evaluate(animation) == name
+
+
+def test_the_documentation_works_under_its_policy(served: Served, browser: Any) -> None:
+    page = browser.new_page()
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    page.goto(f"{served.url}docs", timeout=MILLISECONDS)
+    expect(page.get_by_text("/predict").first).to_be_visible(timeout=MILLISECONDS)
+    assert told == []
+    page.close()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import h11
 import httpx2 as httpx
 import pytest
 from packaging.requirements import Requirement
@@ -27,7 +28,7 @@ from slow import slow_except
 
 pytest.importorskip("fastapi", reason="needs crossx[serve]")
 
-from crossx.serve.server import listen
+from crossx.serve.server import MAX_CHUNKS, MAX_HEAD, MAX_HEADERS, _BoundedConnection, listen
 
 TIMEOUT = 15
 """Seconds that the service gives a client; a prediction on a busy machine takes less."""
@@ -180,6 +181,126 @@ def test_a_stopped_service_finishes_what_it_accepted(
     assert len({line["request_id"] for line in told}) == 3
 
 
+def head(*lines: bytes) -> bytes:
+    return b"\r\n".join([b"POST /predict HTTP/1.1", b"Host: localhost", *lines, b"", b""])
+
+
+CHUNKED = head(b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (head(b"X: " + bytes(MAX_HEAD - 200).replace(b"\0", b"a")), None),
+        (head(*[b"X: a"] * (MAX_HEADERS - 1)), None),
+        (head(b"X: " + MAX_HEAD * b"a"), 431),
+        (head(*[b"X: a"] * MAX_HEADERS), 431),
+        (head(*[b"X-%d: %s" % (number, 200 * b"a") for number in range(90)]), 431),
+        (head(b"X: a", *[b" " + 200 * b"a"] * 90), 431),  # one header over many lines
+        (head(b"X: " + MAX_HEAD * b"a")[:-2], 431),  # incomplete
+        (b"GET /" + 9000 * b"a" + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (head(b"Transfer-Encoding: gzip, chunked"), 501),
+        (head(b"Content-Length: 1", b"Content-Length: 2"), 400),
+        (head(b"Content-Length: -1"), 400),
+        (CHUNKED + 1000 * b"1\r\na\r\n" + b"0\r\nX: a\r\n\r\n", None),
+        (CHUNKED + (MAX_CHUNKS + 1) * b"1\r\na\r\n", 400),
+        (CHUNKED + b"1;" + 2 * MAX_HEAD * b"a", 400),  # an extension
+        (CHUNKED + b"0\r\n" + (MAX_HEADERS + 1) * b"X: a\r\n" + b"\r\n", 400),
+        (CHUNKED + b"0\r\nX: " + 2 * MAX_HEAD * b"a", 400),
+        (CHUNKED + b"g\r\n", 400),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [10**9, 1000])
+def test_what_is_too_large_is_refused_in_one_piece_and_in_many(
+    content: bytes, status: int | None, size: int
+) -> None:
+    connection, refused = _BoundedConnection(), None
+    try:
+        for start in range(0, len(content), size):
+            connection.receive_data(content[start : start + size])
+            while connection.next_event() not in (h11.NEED_DATA, h11.PAUSED):
+                pass
+    except h11.RemoteProtocolError:
+        refused = connection.refusal[0]
+    assert refused == status
+
+
+def test_refusals_reach_the_client_in_the_form_of_other_errors(service: Service, bird: bytes) -> None:
+    for content, status in ((head(b"X: " + 300_000 * b"a"), 431), (CHUNKED + b"g\r\n", 400)):
+        with service.connect() as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(content)
+            answer, _, body = everything(connection).partition(b"\r\n\r\n")
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+            assert set(json.loads(body)) == {"detail", "request_id"}
+    with service.connect() as upgrade:
+        upgrade.sendall(
+            b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+        )
+        assert everything(upgrade).startswith(b"HTTP/1.1 200")
+    with service.connect() as pipelined:
+        one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        pipelined.sendall(20 * one + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert everything(pipelined).count(b'{"status":"ok"}') == 21
+    with service.connect() as old:
+        old.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert everything(old).startswith(b"HTTP/1.1 200")
+    assert predict(service, bird).status_code == 200
+
+
+@pytest.mark.slow
+def test_one_client_cannot_have_all_connections(service: Service, bird: bytes) -> None:
+    """An idle client at another address of loopback; the limits follow from the files that a process may open."""
+    idle = [
+        socket.create_connection(("127.0.0.1", service.port), source_address=("127.0.0.9", 0))
+        for _ in range(900)
+    ]
+    try:
+        wait_until(lambda: bool(select.select(idle, [], [], 0)[0]))
+        assert predict(service, bird).status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+    assert predict(service, bird).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at once", "loading", "address"])
+def test_sigterm_ends_it_cleanly_at_any_time(run: Path, tmp_path: Path, when: str) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "crossx", "serve", str(run), "--port", "0", "--device", "cpu"]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        if when == "address":
+            assert "http://" in process.stdout.readline()
+        elif when == "loading":
+            maps = Path(f"/proc/{process.pid}/maps")
+            wait_until(lambda: "libtorch" in maps.read_text())
+        else:
+            status = Path(f"/proc/{process.pid}/status")
+            wait_until(lambda: bool(_signals(status) & 1 << signal.SIGTERM - 1))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[-1]["message"].startswith(
+        "Finished server process" if when == "address" else "stopped by SIGTERM before"
+    )
+
+
+def _signals(status: Path) -> int:
+    """Return the signals that a process handles."""
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+    return int(line.split()[1], 16)
+
+
 def test_a_malformed_head_is_400(service: Service, bird: bytes) -> None:
     for head in (b"\x16\x03\x01\x02\0\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"X" * 200_000):
         with service.connect() as connection:
@@ -191,19 +312,17 @@ def test_a_malformed_head_is_400(service: Service, bird: bytes) -> None:
 
 def test_slow_clients_are_408_and_others_are_served(service: Service, bird: bytes) -> None:
     """A head, a second head and a body that do not end, and a client that says nothing."""
-    with service.connect() as head, service.connect() as second, service.connect() as body:
-        head.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
-        second.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    with service.connect() as first, service.connect() as second, service.connect() as body:
+        first.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\n")
+        second.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert second.recv(65536).startswith(b"HTTP/1.1 200")
         second.sendall(b"GET /hea")
-        body.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"
-        )
+        body.sendall(head(b"Content-Type: application/json", b"Content-Length: 999") + b"{")
         with service.connect() as silent:
             assert predict(service, bird).status_code == 200
-            answered, _, _ = select.select([head, body, silent], [], [], 0)
+            answered, _, _ = select.select([first, body, silent], [], [], 0)
             assert answered == []  # nobody was cut off at once
-            assert everything(head).startswith(b"HTTP/1.1 408")
+            assert everything(first).startswith(b"HTTP/1.1 408")
             assert b"408 Request Timeout" in everything(second)
             answer = everything(body)
             assert answer.startswith(b"HTTP/1.1 408")
@@ -215,7 +334,7 @@ def test_an_aborted_upload_disturbs_nobody(service: Service, bird: bytes) -> Non
     for _ in range(20):
         with service.connect() as aborted:
             aborted.sendall(
-                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=y\r\n"
+                b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=y\r\n"
                 b"Content-Length: 9999\r\n\r\n--y\r\n"
             )
     assert predict(service, bird).status_code == 200
@@ -223,12 +342,9 @@ def test_an_aborted_upload_disturbs_nobody(service: Service, bird: bytes) -> Non
 
 
 def test_an_upload_after_the_answer_ends(service: Service) -> None:
-    head = (
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )
     with service.connect() as endless, contextlib.suppress(ConnectionError):
         deadline = time.monotonic() + PATIENCE
-        endless.sendall(head)
+        endless.sendall(head(b"Content-Type: text/plain", b"Transfer-Encoding: chunked"))
         while time.monotonic() < deadline:
             endless.sendall(b"5\r\nhello\r\n")
             time.sleep(0.05)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +28,14 @@ class Access:
         api_key_file: File with one key per line (default: the variable CROSSX_API_KEY).
         cors: Origins whose web pages may call the service, such as https://example.org (default: none).
         trusted_proxies: Proxies whose X-Forwarded-* headers are trusted, separated by commas.
+        allowed_hosts: Names by which clients call the service, such as birds.example (default: those of loopback,
+            and any with another --host).
     """
 
     api_key_file: File | None = None
     cors: Sequence[Annotated[str, "ORIGIN"]] = ()
     trusted_proxies: Annotated[str, "ADDRESSES"] = "127.0.0.1"
+    allowed_hosts: Sequence[Annotated[str, "NAME"]] = ()
 
 
 def serve(
@@ -62,9 +69,24 @@ def serve(
         curl -F images=@bird.jpg http://127.0.0.1:8000/predict
         curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png
     """
+    with _stoppable():
+        _serve(run, host, port, model_name, model_version, inference, access, limits)
+
+
+def _serve(
+    run: str,
+    host: str,
+    port: int,
+    model_name: str | None,
+    model_version: str | None,
+    inference: Inference,
+    access: Access,
+    limits: Limits,
+) -> None:
     keys = _api_keys(access.api_key_file)
     try:
         from crossx.serve.app import create_app
+        from crossx.serve.browsers import allowed_hosts
         from crossx.serve.server import listen, log_as_json
         from crossx.serve.server import run as run_server
     except ModuleNotFoundError as error:
@@ -76,12 +98,44 @@ def serve(
     with listen(host, port) as listening:
         predictor = Predictor.load(run, **vars(inference))
         identity = identify(predictor, model_name, model_version)
-        app = create_app(predictor, limits, api_keys=keys, cors=access.cors, identity=identity)
-        app.state.service.warm_up()
-        address, port = listening.getsockname()[:2]
-        print(f"crossx serve: http://{f'[{address}]' if ':' in address else address}:{port}", flush=True)
         log_as_json()
-        run_server(app, listening, trusted_proxies=access.trusted_proxies)
+        address, port = listening.getsockname()[:2]
+        app = create_app(
+            predictor, limits, api_keys=keys, cors=access.cors,
+            allowed_hosts=allowed_hosts(access.allowed_hosts, host, address), identity=identity,
+        )  # fmt: skip
+        app.state.service.warm_up()
+        url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+        run_server(
+            app,
+            listening,
+            trusted_proxies=access.trusted_proxies,
+            ready=lambda: print(f"crossx serve: {url}", flush=True),
+        )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the process with code 0 and one line at a SIGTERM that comes before the server handles it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        # an exception could be caught by what is being imported, and nothing has to be cleaned up
+        line = {
+            "level": "INFO",
+            "logger": "crossx.serve",
+            "message": "stopped by SIGTERM before it was ready",
+        }
+        os.write(2, (json.dumps(line) + "\n").encode())
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _api_keys(file: str | None) -> list[str]:

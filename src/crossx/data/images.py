@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,8 +42,15 @@ IMAGE_SUFFIXES = frozenset(
 """File names that count as images, in either case. HEIC is included so that it is reported as unreadable and not
 silently ignored."""
 
-# Pillow also opens EPS, by running another program, and formats without photographs; these are not tried
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the formats that are read. It also opens EPS, by running another program, and formats without
+photographs; these are not tried."""
+
+HEADER_READS, IMAGE_READS = 10_000, 250_000
+HEADER_SECONDS, SECONDS_PER_PIXEL = 0.3, 2e-7
+"""Limits on Pillow's parsers for an image in memory: reads, and seconds of CPU for the header and for each pixel. A
+million empty chunks or fill bytes, or thousands of compressed profiles, would take up to 40 s. A photograph has at most
+a few thousand pieces, and needs at most a quarter of the seconds."""
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,7 +142,7 @@ def read_size(source: ImageSource, *, min_side: int | None = None, pillow: bool 
     Raises:
         ImageError: If the header cannot be read.
     """
-    with _explained(source), _opened(source) as image:
+    with _explained(source), _opened(source, header=True) as image:
         # MPO: several JPEGs in one file, written by phones
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not pillow
         scale = _scale(*image.size, min_side) if plain else 1
@@ -142,6 +150,24 @@ def read_size(source: ImageSource, *, min_side: int | None = None, pillow: bool 
         # Pillow knows a TIFF's tag before it decodes, but not its XMP
         known = ExifTags.Base.Orientation in getattr(image, "tag_v2", ())
         return (width, height) if not known and _turn(image) in _SIDEWAYS else (height, width)
+
+
+def read_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[str, int, int]:
+    """Return the format (of ``FORMATS``), height and width, not rotated, of an image in memory, from its header.
+
+    Raises:
+        ImageError: If the image has another format than ``formats``, or its header cannot be read.
+    """
+    with _explained(data):
+        other = next((name for name in FORMATS if name not in formats and _begins_as(name, data)), None)
+        if other is not None:
+            raise _image_error(
+                data, f"is a {other} image, which is not accepted: send {' or '.join(formats)}"
+            )
+        with _opened(data, formats, header=True) as image:
+            width, height = image.size
+            # MPO: several JPEGs in one file, written by phones
+            return "JPEG" if image.format == "MPO" else str(image.format), height, width
 
 
 def image_problem(source: ImageSource, *, full: bool = False) -> str | None:
@@ -234,9 +260,29 @@ def _raise_listing_error(error: OSError) -> None:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _available(formats: tuple[str, ...]) -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def _begins_as(name: str, data: bytes) -> bool:
+    accept = Image.OPEN[name][1] if name in _available(FORMATS) else None
+    return accept is not None and accept(data[:16]) is True
+
+
+class _BoundedFile(io.BytesIO):
+    """An image in memory that stops a parser after too many reads or too many seconds."""
+
+    def __init__(self, data: bytes, reads: int) -> None:
+        super().__init__(data)
+        self._left = reads
+        self.end = time.thread_time() + HEADER_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0 or (self._left % 16 == 0 and time.thread_time() > self.end):
+            raise _image_error(b"", "consists of too many pieces")
+        return super().read(size)
 
 
 @contextmanager
@@ -254,10 +300,17 @@ def _explained(source: ImageSource) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Open the image with Pillow, without decoding it."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+def _opened(
+    source: ImageSource, formats: tuple[str, ...] = FORMATS, *, header: bool = False
+) -> Iterator[Image.Image]:
+    """Open the image with Pillow, without decoding it; with ``header`` nothing else is read."""
+    file = (
+        _BoundedFile(source, HEADER_READS if header else IMAGE_READS) if isinstance(source, bytes) else source
+    )
+    with Image.open(file, formats=_available(formats)) as image:
         width, height = image.size
+        if isinstance(file, _BoundedFile):
+            file.end += SECONDS_PER_PIXEL * width * height
         if width * height > MAX_PIXELS:
             raise _image_error(
                 source, f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are read"
@@ -288,7 +341,7 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
         return None
     if data.rfind(b"Exif\0\0") < 0 and data.rfind(b"tiff:Orientation") < 0:  # twice as fast as find
         return pixels
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+    with _opened(data, ("JPEG",), header=True) as image:
         turn = _orientation(image)
     return pixels if turn is None else np.array(_upright(Image.fromarray(pixels), turn))
 
@@ -425,7 +478,7 @@ def _lower_bytes(source: ImageSource, raw: str) -> NDArray[np.int32]:
     """
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     swapped = "RGBA" if raw.startswith("LA") else raw[:-1] + other[raw[-1]]
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
         image.tile = [
             tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *(tile.args or ())[1:]))
             for tile in image.tile

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from crossx.evaluation.metrics import ConfusedPair, class_table, confused_pairs
 from crossx.runs import atomic_path
+from crossx.runs.spreadsheet import escaped_rows
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file atomically, as UTF-8; None becomes an empty field. Rows may come from a generator.
+
+    Texts that a spreadsheet would take for formulas get an apostrophe, see ``crossx.runs.spreadsheet``.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -24,8 +27,8 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows(escaped_rows([header]))
+        writer.writerows(escaped_rows(rows))
 
 
 def write_class_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:

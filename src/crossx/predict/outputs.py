@@ -17,6 +17,7 @@ from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
 from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
+from crossx.runs.spreadsheet import escaped_rows
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
 """Columns of a table of predictions; ``rank`` only with more than one class per image."""
@@ -55,7 +56,8 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], top: int = 
 def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
     """Write a CSV file: columns ``path, label, probability, error``.
 
-    With ``top`` above 1 there is one row per rank and a column ``rank``, from 1, empty for an error.
+    With ``top`` above 1 there is one row per rank and a column ``rank``, from 1, empty for an error. Paths and labels
+    that a spreadsheet would take for formulas get an apostrophe, see ``crossx.runs.spreadsheet``.
     """
     write_table(path, _columns(top), _rows(predictions, top))
 
@@ -64,7 +66,7 @@ def print_csv(file: TextIO, predictions: Iterable[Prediction], top: int = 1) -> 
     """Write the lines of ``write_csv`` to an open file."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(_columns(top))
-    writer.writerows(_rows(predictions, top))
+    writer.writerows(escaped_rows(_rows(predictions, top)))
 
 
 def write_json_lines(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
@@ -138,7 +140,8 @@ def _schema(top: int) -> pa.Schema:
 def _rows(predictions: Iterable[Prediction], top: int) -> Iterator[Sequence[object]]:
     width = len(_columns(top))
     for prediction in predictions:
-        for row in table_rows(prediction.path, prediction, top):
+        name = None if prediction.path is None else str(prediction.path)
+        for row in table_rows(name, prediction, top):
             yield row[:width]
 
 

@@ -290,6 +290,10 @@ class Predictor:
         """
         return self._views.prepare(item)
 
+    def read(self, item: OneImage) -> Tensor:
+        """Decode one image to uint8 RGB (3, H, W), which other methods take as an image; thread-safe."""
+        return self._views.read(item)
+
     @torch.inference_mode()
     def classify(
         self, images: Sequence[Tensor] | Tensor, top: int = 1

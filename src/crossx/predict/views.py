@@ -42,8 +42,11 @@ class Views:
 
     def prepare(self, item: OneImage) -> Tensor:
         """Decode, resize and crop an image; see ``Predictor.prepare``."""
-        decoded = self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
-        return self._transform(decoded)
+        return self._transform(self.read(item))
+
+    def read(self, item: OneImage) -> Tensor:
+        """Decode an image; ``prepare`` takes the result, too."""
+        return self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
 
     def split(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
         """Yield the views of a batch of prepared images, each uint8 (B, 3, S, S)."""

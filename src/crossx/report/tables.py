@@ -13,6 +13,7 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from crossx.errors import first_few
 from crossx.runs import write_text
+from crossx.runs.spreadsheet import escaped_rows
 
 MAX_LISTED = 12
 """Items of a list that ``cell`` shows."""
@@ -43,9 +44,9 @@ class Table:
         return self._format("pipe", header, rows)
 
     def to_csv(self) -> str:
-        """Return comma-separated values."""
+        """Return comma-separated values; formulas of spreadsheets get an apostrophe."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+        csv.writer(text, lineterminator="\n").writerows(escaped_rows([self.columns, *self.rows]))
         return text.getvalue()
 
     def to_latex(self) -> str:

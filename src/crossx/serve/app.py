@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response, S
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.security import APIKeyHeader
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
@@ -22,11 +23,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse
 from starlette.types import Scope
 
 from crossx.data.images import printable
 from crossx.predict.identity import Identity, identify
 from crossx.predict.predictor import Predictor
+from crossx.serve.browsers import ANY, BrowserGuard, SecureHeaders, page_policy
 from crossx.serve.limits import Limits
 from crossx.serve.monitoring import (
     CLIENT_CLOSED_REQUEST,
@@ -52,18 +55,20 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
 API_KEY_HEADER = "X-API-Key"
+_DOCS = "/static-offline-docs"
+"""Where fastapi_offline serves the files of Swagger UI."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The body is malformed."},
+    400: {"description": "The body or the header Host is malformed."},
     401: {"description": "The API key is missing or wrong."},
+    403: {"description": "A page of another site sent the request."},
     408: {"description": "The body was not received in time."},
     413: {"description": "The body is too large, or has too many images."},
-    415: {"description": "The body is neither multipart/form-data nor application/json."},
+    415: {"description": "The body is neither multipart/form-data nor application/json nor an image."},
     422: {"description": "A value is invalid, or no image can be read."},
     429: {"description": "The queue is full; try again after the seconds in the header Retry-After."},
     503: {"description": "The service is stopping."},
@@ -77,6 +82,7 @@ def create_app(
     *,
     api_keys: Sequence[str] = (),
     cors: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (ANY,),
     identity: Identity | None = None,
 ) -> FastAPI:
     """Create the HTTP application of a trained network.
@@ -87,6 +93,7 @@ def create_app(
         api_keys: If any are given, ``/predict``, ``/explain`` and ``/model`` require one of them in the header
             ``X-API-Key``.
         cors: Origins whose pages may call the service from a browser; ``*`` for all.
+        allowed_hosts: Names by which clients may call the service, besides those of loopback; ``*`` for all.
         identity: Name, version and checksum of the network, by default those of ``identify``.
 
     Returns:
@@ -100,7 +107,7 @@ def create_app(
         await run_in_threadpool(service.close)
 
     app = FastAPIOffline(
-        title="crossx", version=version("crossx"), redoc_url=None, lifespan=lifespan,
+        title="crossx", version=version("crossx"), docs_url=None, redoc_url=None, lifespan=lifespan,
         description="Fine-grained image classification, and where the network looks.",
     )  # fmt: skip
     app.state.service = service
@@ -114,7 +121,9 @@ def create_app(
             allow_headers=["Content-Type", API_KEY_HEADER, "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID", *MODEL_HEADERS],
         )  # fmt: skip
+    app.add_middleware(BrowserGuard, hosts=allowed_hosts, origins=cors)
     app.add_middleware(RequestMonitor, metrics=service.metrics, headers=model_headers(service.identity))
+    app.add_middleware(SecureHeaders)
     app.add_middleware(CorrelationIdMiddleware, validator=lambda given: bool(_REQUEST_ID.fullmatch(given)))
     return app
 
@@ -124,7 +133,18 @@ def _add_page(app: FastAPI) -> None:
     # mounted at "/" it would match every path, and a wrong method would be 404 instead of 405
     app.mount("/page", files, name="page")
 
-    @app.get("/", include_in_schema=False)
+    documentation = get_swagger_ui_html(
+        openapi_url="/openapi.json", title="crossx",
+        swagger_js_url=f"{_DOCS}/swagger-ui-bundle.js", swagger_css_url=f"{_DOCS}/swagger-ui.css",
+        swagger_favicon_url="/page/icon.svg",
+    ).body  # fmt: skip
+    policy = page_policy(bytes(documentation).decode())
+
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(documentation, headers={"Content-Security-Policy": policy})
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
 
@@ -196,6 +216,7 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get(
         "/healthz",
         tags=["health"],
@@ -205,6 +226,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         return _json(Health(status="ok"), 200) if service.alive else _json(Health(status="dead"), 503)
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get(
         "/readyz",
         tags=["health"],
@@ -254,12 +276,15 @@ def _guards(api_keys: Sequence[str]) -> list[Any]:
 
 def _body(*, many: bool) -> dict[str, Any]:
     """Describe a body for OpenAPI; ``BodyReader`` reads it instead of FastAPI."""
-    files = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    binary = {"type": "string", "format": "binary"}
+    files: dict[str, Any] = {"type": "array", "minItems": 1, "items": binary}
     files |= {} if many else {"maxItems": 1}
     form = {"type": "object", "required": ["images"], "properties": {"images": files}}
     content = {
         "multipart/form-data": {"schema": form},
         "application/json": {"schema": PredictRequest.model_json_schema()},
+        "image/*": {"schema": binary},
+        "application/octet-stream": {"schema": binary},
     }
     return {"requestBody": {"required": True, "content": content}}
 

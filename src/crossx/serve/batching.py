@@ -1,7 +1,7 @@
 """Dynamic batching: items of concurrent requests run in batches on a single thread.
 
-Each item is first prepared by itself in a pool of threads; items that are ready at about the same time then run
-together in the one thread that may use the network. Independent of images, networks and HTTP.
+Each item is first prepared by itself in a pool of threads that clients share fairly; items that are ready at about the
+same time then run together in the one thread that may use the network. Independent of images, networks and HTTP.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
+
+from crossx.serve.fairness import ALONE, FairPool, Flow
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,11 +60,14 @@ class Batcher:
     before its batch starts is left out. An exception in ``prepare`` goes to the item's future, one in ``run`` to all
     futures of the batch.
 
+    Attributes:
+        pool: The threads that prepare, for other short work of requests.
+
     Args:
         max_batch: Items per batch.
         max_wait: Seconds that a prepared item waits for others.
         capacity: Items accepted and not answered.
-        workers: Threads that prepare.
+        workers: Threads that prepare, see ``FairPool``.
         observe: Called with the size and the seconds of each batch, by the thread that runs them.
     """
 
@@ -81,7 +87,7 @@ class Batcher:
         self._accepted = self._preparing = 0
         self._closed = False
         self._pace = 0.0
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+        self.pool = FairPool(workers, "prepare")
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
@@ -101,7 +107,12 @@ class Batcher:
         return self._thread.is_alive()
 
     def submit(
-        self, prepares: Sequence[Callable[[], T]], run: Callable[[list[T]], Sequence[R]]
+        self,
+        prepares: Sequence[Callable[[], T]],
+        run: Callable[[list[T]], Sequence[R]],
+        flow: Flow = ALONE,
+        *,
+        heavy: Sequence[bool] = (),
     ) -> list[Future[R]]:
         """Accept all items or none.
 
@@ -109,6 +120,8 @@ class Batcher:
             prepares: One function per item, called in a thread.
             run: Maps prepared items to their results, in order. Items with an equal ``run`` may share a batch,
                 whoever submitted them.
+            flow: Client and request, which share the threads that prepare with others.
+            heavy: Per item, whether preparing it takes long; by default none does.
 
         Returns:
             One future per item.
@@ -125,10 +138,10 @@ class Batcher:
             self._accepted += len(prepares)
             self._preparing += len(prepares)
         jobs = [_Job(prepare, run) for prepare in prepares]
-        for job in jobs:
+        for job, slow in zip(jobs, heavy or [False] * len(jobs), strict=True):
             job.future.add_done_callback(job.forget)
             job.future.add_done_callback(self._leave)
-            self._pool.submit(self._prepare, job)
+            self.pool.submit(partial(self._prepare, job), flow, heavy=slow)
         return [job.future for job in jobs]
 
     def retry_after(self) -> int:
@@ -141,7 +154,7 @@ class Batcher:
             self._closed = True
             self._changed.notify_all()
             finished = self._changed.wait_for(lambda: not self._accepted, timeout)
-        self._pool.shutdown(wait=finished, cancel_futures=True)
+        self.pool.close(wait=finished)
         if finished:
             self._thread.join()
         return finished

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor, class_number
 from crossx.predict.results import ExplainedImage
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
-from crossx.serve.limits import Limits
+from crossx.serve.fairness import Capacity, Flow, ShareError
+from crossx.serve.limits import Limits, share
 from crossx.serve.monitoring import Metrics
 from crossx.serve.schemas import (
     ExplainResponse,
@@ -37,7 +39,7 @@ from crossx.serve.schemas import (
     PredictResponse,
     Ranked,
 )
-from crossx.serve.uploads import BodyReader, Upload
+from crossx.serve.uploads import BodyReader, CheckedUpload, Upload, client_of
 
 T = TypeVar("T")
 
@@ -71,7 +73,9 @@ class Service:
         self.draining = False
         self._predictor = predictor
         self._bodies = BodyReader(limits)
-        self._explaining = 0
+        self._images = Capacity(limits.queue, share(limits.queue, limits.max_images))
+        self._work = Capacity(None, 2 * limits.max_request_work)
+        self._explanations = Capacity(limits.max_explanations, share(limits.max_explanations))
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._batcher = Batcher(
             max_batch=limits.max_batch,
@@ -138,9 +142,7 @@ class Service:
         async with self._bodies.form(request, self.limits.max_images) as form:
             uploads, top = form.uploads, form.top or top
             request.state.images = len(uploads)
-            results = await self._through_network(
-                request, [partial(self._prepare, upload, top) for upload in uploads], self._classify
-            )
+            results = await self._run(request, uploads, partial(self._prepare, top=top), self._classify)
         predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
         for prediction in predictions:
             if prediction.label is None or prediction.probability is None:
@@ -198,36 +200,92 @@ class Service:
                 class_number(target, self.classes)
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
-        self._admit(full=self._batcher.full or self._explaining >= self.limits.max_explanations)
-        self._explaining += 1
-        try:
+        self._admit(full=self._batcher.full)
+        with self._hold(self._explanations, request, 1):
             async with self._bodies.form(request, 1) as form:
                 request.state.images = 1
                 (upload,) = form.uploads
-                (explained,) = await self._through_network(
+                (explained,) = await self._run(
                     request,
-                    [partial(upload.content, self.limits.max_pixels)],
-                    partial(self._explain_bytes, maps=maps, target=target),
+                    form.uploads,
+                    lambda checked: self._predictor.read(checked.data),
+                    partial(self._explain_decoded, maps=maps, target=target),
                 )
                 pixels, explanation = _explained(explained)
                 drawn = self._drawing.submit(render, upload, pixels, explanation)
                 return await self._wait(request, asyncio.wrap_future(drawn))
-        finally:
-            self._explaining -= 1
+
+    async def _run(
+        self,
+        request: Request,
+        uploads: Sequence[Upload],
+        prepare: Callable[[CheckedUpload], Any],
+        run: Callable[[list[Any]], Sequence[T]],
+    ) -> list[T | BaseException]:
+        """Check images, then decode and run them; the result of an image that cannot be read is its error."""
+        flow: Flow = (client_of(request), object())
+        with self._hold(self._images, request, len(uploads)):
+            checked = await self._wait(request, self._check(uploads, flow))
+            good = [one for one in checked if isinstance(one, CheckedUpload)]
+            work = sum(one.work for one in good)
+            if len(good) > 1 and work > self.limits.max_request_work:
+                raise HTTPException(
+                    413, "the images of this request take too long to decode together: send fewer at a time."
+                )
+            with self._hold(self._work, request, work):
+                results = await self._through_network(
+                    request,
+                    [partial(prepare, one) for one in good],
+                    run,
+                    flow,
+                    [one.work > self.limits.light_work for one in good],
+                )
+        answers = iter(results)
+        return [next(answers) if isinstance(one, CheckedUpload) else one for one in checked]
+
+    def _check(
+        self, uploads: Sequence[Upload], flow: Flow
+    ) -> asyncio.Future[list[CheckedUpload | BaseException]]:
+        futures: list[Future[CheckedUpload]] = [Future() for _ in uploads]
+
+        def check(upload: Upload, future: Future[CheckedUpload]) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(upload.check(self.limits))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        for upload, future in zip(uploads, futures, strict=True):
+            self._batcher.pool.submit(partial(check, upload, future), flow)
+        return _gathered(futures)
 
     async def _through_network(
         self,
         request: Request,
         prepares: Sequence[Callable[[], Any]],
         run: Callable[[list[Any]], Sequence[T]],
+        flow: Flow,
+        heavy: Sequence[bool],
     ) -> list[T | BaseException]:
         try:
-            futures = self._batcher.submit(prepares, run)
+            futures = self._batcher.submit(prepares, run, flow, heavy=heavy)
         except QueueFullError as error:
             raise _busy(error.retry_after) from error
         except ClosedError as error:
             raise _stopping() from error
         return await self._wait(request, _gathered(futures))
+
+    @contextmanager
+    def _hold(self, capacity: Capacity, request: Request, amount: int) -> Iterator[None]:
+        client = client_of(request)
+        try:
+            capacity.take(client, amount)
+        except ShareError:
+            raise _busy(self._batcher.retry_after()) from None
+        try:
+            yield
+        finally:
+            capacity.give(client, amount)
 
     async def _wait(self, request: Request, work: asyncio.Future[T]) -> T:
         """Wait for work in threads; cancel it on a timeout or when the client disconnects."""
@@ -245,15 +303,17 @@ class Service:
             disconnected.cancel()
             work.cancel()
 
-    def _prepare(self, upload: Upload, top: int) -> tuple[Tensor, int]:
-        return self._predictor.prepare(upload.content(self.limits.max_pixels)), top
+    def _prepare(self, upload: CheckedUpload, top: int) -> tuple[Tensor, int]:
+        return self._predictor.prepare(upload.data), top
 
     def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Ranking]:
         images, tops = zip(*batch, strict=True)
         ranked = self._predictor.classify(images, max(tops))
         return [best[:top] for best, top in zip(ranked, tops, strict=True)]
 
-    def _explain_bytes(self, images: list[bytes], *, maps: Kind, target: str | None) -> list[ExplainedImage]:
+    def _explain_decoded(
+        self, images: list[Tensor], *, maps: Kind, target: str | None
+    ) -> list[ExplainedImage]:
         explained = list(self._predictor.iter_explain(images, maps=maps, target=target))
         if explained[0].error is not None:
             raise ImageError(explained[0].error)
@@ -305,7 +365,22 @@ def _explained(result: ExplainedImage | BaseException) -> tuple[NDArray[np.uint8
 
 
 def _gathered(futures: Iterable[Future[T]]) -> asyncio.Future[list[T | BaseException]]:
-    return asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    """Wait for results or exceptions; unlike ``asyncio.gather``, nothing is logged if it is cancelled."""
+    wrapped = [asyncio.wrap_future(future) for future in futures]
+
+    async def gather() -> list[T | BaseException]:
+        if wrapped:
+            await asyncio.wait(wrapped)
+        return [future.exception() or future.result() for future in wrapped]
+
+    def finish(_: object) -> None:
+        for future in wrapped:
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # retrieved, or asyncio logs it
+
+    task = asyncio.ensure_future(gather())
+    task.add_done_callback(finish)
+    return task
 
 
 async def _disconnected(request: Request) -> None:

@@ -24,6 +24,7 @@ from crossx.methods.base import Method, published_name
 from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
+from crossx.runs.spreadsheet import unescape_formula
 from crossx.schema import require
 from crossx.yaml import dump_yaml
 
@@ -74,7 +75,12 @@ class CardData:
             try:
                 with table.open(newline="", encoding="utf-8") as file:
                     classes = [
-                        ClassRow(name, int(n), float(accuracy), confused or None)
+                        ClassRow(
+                            unescape_formula(name),
+                            int(n),
+                            float(accuracy),
+                            unescape_formula(confused) or None,
+                        )
                         for name, n, accuracy, confused in list(csv.reader(file))[1:]
                         if int(n)
                     ]

@@ -21,6 +21,7 @@ from crossx.data.leftovers import is_system_path
 from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name
 from crossx.data.readers.embedded import image_column, unpack
 from crossx.errors import CrossXError, UsageError, first_few, first_line, nearest
+from crossx.runs.spreadsheet import unescape_formula
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -247,7 +248,9 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
         for index, name in enumerate(header)
         if index not in columns.values()
     }
-    used = [(place, {name: fields[index] for name, index in columns.items()}) for place, fields in rows]
+    # a table of predictions, see predict/outputs.py
+    read = unescape_formula if {"probability", "error"} <= {*header} else str
+    used = [(place, {name: read(fields[index]) for name, index in columns.items()}) for place, fields in rows]
     return _Table(list(columns), used, notes=_split_notes(columns, others))
 
 
