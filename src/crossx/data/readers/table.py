@@ -120,7 +120,6 @@ def _csv_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict
 
 
 def _parquet_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -128,9 +127,11 @@ def _parquet_fields(path: Path, required: Sequence[str]) -> Iterator[tuple[str, 
             names = file.schema_arrow.names
             columns = _columns(path, names, required)
             table = file.read(columns=[names[index] for index in columns.values()])
-    except pa.ArrowException as error:
+            values = {name: table.column(names[index]).to_pylist() for name, index in columns.items()}
+    except (CrossXError, OSError):
+        raise
+    except Exception as error:  # on damaged files pyarrow raises whatever its decoders raise
         raise CrossXError(f"{path}: is not a Parquet file that can be read ({first_line(error)}).") from error
-    values = {name: table.column(names[index]).to_pylist() for name, index in columns.items()}
     for number, fields in enumerate(zip(*values.values(), strict=True), start=1):
         yield f"row {number}", dict(zip(values, fields, strict=True))
 
@@ -189,7 +190,8 @@ def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
         raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
     if len(first) == 1:
         raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in first):
+    # Python refuses to convert thousands of digits
+    if all(re.fullmatch(r"-?[0-9]{1,1000}", label) for label in first):
         return sorted(first, key=lambda label: (int(label), label))
     return sorted(first)
 
