@@ -5,7 +5,7 @@ PYTHON ?= python
 PEERS ?=
 PEER_ROOTS = $(foreach peer,$(PEERS),--peer-root $(peer))
 
-.PHONY: bench test lint
+.PHONY: bench fuzz test lint
 
 bench:
 	$(PYTHON) benchmarks/startup.py
@@ -21,6 +21,12 @@ bench:
 	$(PYTHON) benchmarks/roofline.py
 	$(PYTHON) benchmarks/methods.py
 	$(if $(RUN),$(PYTHON) benchmarks/serving.py $(RUN))
+
+# Mutated files for every parser, for hours if you like: make fuzz SECONDS=3600 PARSERS="csv cars"
+SECONDS ?= 60
+PARSERS ?=
+fuzz:
+	$(PYTHON) fuzz/fuzzing.py --seconds $(SECONDS) $(PARSERS)
 
 test:
 	pytest

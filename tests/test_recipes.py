@@ -230,8 +230,8 @@ def test_later_base_wins(tmp_path: Path) -> None:
         ("a: 1\n---\nb: 2", "line 2 is not valid YAML"),
         ("%YAML 3.0\n---\na: 1", "line 1 is not valid YAML"),
         ("[" * 5000, "not valid YAML (nested too deeply)"),
-        ("!!omap [a: 1]", "line 1 is not a mapping"),
-        ("!!set {a}", "line 1 is not a mapping"),
+        ("!!omap [a: 1]", "line 1 is not valid YAML (could not determine"),
+        ("!!set {a}", "line 1 is not valid YAML (could not determine"),
         ("base: 3", "base must be the name of a recipe"),
         ("base: {a: 1}", "base must be the name of a recipe"),
         (

@@ -1,3 +1,6 @@
+import itertools
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,13 +10,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crossx.errors import UsageError
-from crossx.yaml import dump_yaml, load_yaml
+from crossx.yaml import dump_yaml, load_yaml, read_yaml
+from refusals import refusal
 
 ambiguous = st.from_regex(r"[-+0-9:.,eExob_yesnoff~=<!&*?|>'\"#%@` ]{1,6}", fullmatch=True)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | ambiguous
+# no path and no name has a NUL, which YAML refuses
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts | ambiguous
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
 
@@ -66,17 +72,100 @@ def test_a_value_may_be_given_several_times() -> None:
     assert load_yaml("a: &a [1, 2]\nb: [*a, *a]", "file.yaml") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
 
 
-def test_nested_aliases_cost_no_more_than_their_text() -> None:
-    """A thousand million values by name; visiting each would not end."""
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [
-        f"{name}: &{name} [{', '.join(['*' + last] * 9)}]"
-        for last, name in zip("abcdefgh", "bcdefghi", strict=True)
-    ]
-    assert len(load_yaml("\n".join(lines), "file.yaml")["i"]) == 9
+def test_aliases_that_repeat_a_thousand_million_values_are_refused() -> None:
+    """Printing, copying or checking them would not end."""
+    names = "abcdefghijklmnopqrs"
+    for nested in ("[*{0}, *{0}, *{0}]", "{{x: *{0}, y: *{0}}}", "{{<<: [*{0}, *{0}]}}"):
+        lines = ["a: &a {k: v}"]
+        lines += [f"{new}: &{new} {nested.format(old)}" for old, new in itertools.pairwise(names)]
+        with pytest.raises(UsageError, match=r"file\.yaml: line \d+ is not valid YAML \(its aliases repeat"):
+            load_yaml("\n".join(lines), "file.yaml")
 
 
 def test_an_empty_text_is_nothing() -> None:
     assert load_yaml("", "file.yaml") is None
     with pytest.raises(UsageError, match=r"file\.yaml: line 2 gives 'a' again\."):
         load_yaml("a: 1\na: 2", "file.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!int x",
+        "a: !!float x",
+        "a: !!bool x",
+        "a: !!int [1]",
+        "a: !!map x",
+        "a: !!seq x",
+        "a: !!binary x",
+        "a: !!binary aGk=",
+        "a: !!set {x}",
+        "a: !!omap [b: 1]",
+        "a: !!pairs [b: 1]",
+        "a: !own x",
+        "a: !!python/object/apply:os.system [x]",
+        "? [a]\n: 1",
+        "? {a: 1}\n: 1",
+        "{[]: 1}",
+        "<<: x",
+        "<<: [x]",
+        "<<: 1",
+        "a: *b",
+        "a\x00: 1",
+        "a: \x1b",
+        "a: \ud800",
+        'a: "\\0"',
+        'a: "\\uD800"',
+        'a: "\\UFFFFFFFF"',
+        "a: 1\n---\nb: 2",
+        "%YAML 9.9\n---\na: 1",
+        "%TAG ! x\n%TAG ! x\n---\na: 1",
+        "a: 0x" + "f" * 5000,
+        "a: " + "1" * 5000,
+        "[" * 5000,
+        "[" * 60 + "]" * 60,
+        "a: " + "- " * 5000,
+        "a: {" * 60 + "}" * 60,
+        "&a [*a]",
+        "a: 1\n" * 2,
+        "? " * 3000,
+        "\t- a",
+        "a: 'x",
+        'a: "x',
+        "a: |9x\n b",
+        "a: !!timestamp x",
+        "a: !!timestamp [x]",
+        "a: 2001-99-99",
+        "a: 1:99:99x\n b: c: d",
+    ],
+    ids=lambda text: ascii(text[:24]),
+)
+def test_other_types_and_damage_are_one_line(text: str) -> None:
+    message = refusal(load_yaml, text, "file.yaml")
+    assert message.startswith("file.yaml: ")
+    assert len(message) < 300
+
+
+def test_files_that_are_no_text_or_have_no_end_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.yaml").write_bytes(b"\xef\xbb\xbfa: 1\r\n")
+    assert read_yaml(tmp_path / "text.yaml") == "a: 1\n"
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "utf16.yaml").write_bytes("a: 1".encode("utf-16"))
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    for name, problem in {
+        "missing": "no such file",
+        "folder": "is a folder, not a file",
+        "pipe": "is a pipe or device, not a file",
+        "device": "is a pipe or device, not a file",
+        "loop": "cannot be read (Too many levels of symbolic links)",
+        "utf16": "not UTF-8 text (byte 1)",
+        "huge": "larger than the 1 MiB that such a file may have",
+        "n" * 300: "cannot be read (File name too long)",
+        "nul\0": "cannot be read (embedded null byte)",
+    }.items():
+        path = tmp_path / f"{name}.yaml"
+        assert refusal(read_yaml, path) == str(UsageError(f"{path}: {problem}."))

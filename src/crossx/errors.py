@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import FrameType
 
+MAX_MESSAGE = 4000
+"""Characters of an error message; a longer one quotes the content of a file."""
+# what ends a line, and what a terminal obeys
+_CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
 
 class CrossXError(Exception):
-    """A failure that is not a bug. The message is one line; the command exits with 1."""
+    """A failure that is not a bug. Its text is one line, whatever it quotes; the command exits with 1."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(CrossXError):
@@ -33,9 +42,18 @@ class LostWorker(CrossXError):  # noqa: N818
     """A process that loads images was killed."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def one_line(message: str) -> str:
+    """Join the lines of a message, escape control characters, and shorten a very long one in the middle."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 4 :]}"
+    joined = " ".join(line for line in map(str.strip, re.split("[\\r\\n]+", message)) if line)
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], joined)
+
+
+def nearest(name: object, choices: Iterable[object]) -> str:
     """Return `` Did you mean 'x'?`` for the choice closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    # comparing long texts takes minutes
+    close = difflib.get_close_matches(str(name)[:200], list(map(str, choices)), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -53,8 +71,8 @@ def check_choice(kind: str, value: object, choices: Collection[str]) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without a full stop, to quote it in another message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    line = one_line(str(error).strip().partition("\n")[0])
+    return line.rstrip(".") or type(error).__name__
 
 
 def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from crossx.errors import UsageError, nearest, unknown
 from crossx.recipes import SECTIONS
 from crossx.training.config import Config
-from crossx.yaml import load_yaml
+from crossx.yaml import load_yaml, read_yaml
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
 """The changes of a variant: section -> option -> value."""
@@ -81,11 +81,7 @@ def load_suite(name: str | Path) -> Suite:
     elif path.suffix not in (".yaml", ".yml"):
         raise unknown("suite", str(name), [*list_suites(), "a YAML file"])
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8 text"
-            raise UsageError(f"{path}: cannot be read ({reason}).") from error
+        text = read_yaml(path)
     return _build(path.stem, str(name), load_yaml(text, str(name)))
 
 

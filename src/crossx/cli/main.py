@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.memory import keep_freed_memory
-from crossx.errors import CrossXError, UsageError, lost_worker, sigterm_interrupts, unknown
+from crossx.errors import CrossXError, UsageError, lost_worker, one_line, sigterm_interrupts, unknown
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
@@ -152,7 +152,7 @@ def _show_log() -> None:
 def _fail(command: str, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"{command}: error: {message}", file=sys.stderr)
+    print(f"{command}: error: {one_line(message)}", file=sys.stderr)
     return code
 
 
@@ -167,5 +167,4 @@ def _defect(error: Exception) -> str:
         return "out of GPU memory: lower --data.batch_size."
     with tempfile.NamedTemporaryFile("w", prefix="crossx-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
-    reason = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}: {reason} (a defect of crossx; report it with {log.name})."
+    return f"unexpected {type(error).__name__}: {one_line(str(error))} (a defect of crossx; report it with {log.name})."

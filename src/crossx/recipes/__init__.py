@@ -11,6 +11,7 @@ The model that a recipe trains has a timm-style name, ``architecture.tag``, whic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from crossx.errors import CrossXError, UsageError, nearest
-from crossx.yaml import compose_yaml, dump_yaml, load_yaml
+from crossx.errors import UsageError, nearest
+from crossx.yaml import compose_yaml, dump_yaml, load_yaml, read_yaml
 
 SECTIONS = ("model", "data", "optim", "trainer")
 RELEASED = "_released"
@@ -175,19 +176,13 @@ def _load(name: str) -> Recipe:
     if name in _packaged():
         return _load_packaged(name)
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+    # unlike Path.is_file, false for names that no file can have
+    if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
         if name in model_names():
             return _load_packaged(model_names()[name])
         hint = nearest(name, [*list_recipes(), *model_names()])
         raise UsageError(f"unknown recipe {name!r}.{hint} `crossx recipes` lists them; a file ends in .yaml.")
-    try:
-        return _parse(name, path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; `crossx recipes` lists the packaged recipes.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start + 1}).") from error
-    except OSError as error:
-        raise CrossXError(f"{path}: cannot be read ({error.strerror}).") from error
+    return _parse(name, read_yaml(path, "; `crossx recipes` lists the packaged recipes"))
 
 
 def _parse(name: str, text: str) -> Recipe:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from crossx.errors import CrossXError, UsageError, first_line
+from crossx.errors import CrossXError, UsageError
+from crossx.text import read_text
 
 MAX_TEXT = 64 << 20
-"""Largest JSON or YAML file of a run that is read, in bytes."""
+"""Largest JSON file of a run that is read, in bytes."""
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CrossXError: If the file is missing, unreadable or holds something else.
     """
-    return parse_json(_read_text(path, "JSON"), path)
+    return parse_json(read_text(path, MAX_TEXT), path)
 
 
 def parse_json(text: str, source: Path) -> dict[str, Any]:
@@ -162,28 +163,15 @@ def read_config(path: Path) -> dict[str, Any]:
         CrossXError: If the file is missing, unreadable or not a YAML mapping.
     """
     # slow to import
-    from crossx.yaml import load_yaml
+    from crossx.yaml import load_yaml, read_yaml
 
     try:
-        values = load_yaml(_read_text(path, "YAML"), str(path))
+        values = load_yaml(read_yaml(path), str(path))
     except UsageError as error:
         raise CrossXError(str(error)) from error
     if not isinstance(values, dict):
         raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
     return values
-
-
-def _read_text(path: Path, language: str) -> str:
-    try:
-        if path.stat().st_size > MAX_TEXT:
-            raise CrossXError(f"{path}: larger than the {MAX_TEXT >> 20} MiB that such a file may have.")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CrossXError(f"{path}: not valid {language} ({first_line(error)}).") from error
-    except FileNotFoundError as error:
-        raise CrossXError(f"{path}: no such file.") from error
-    except OSError as error:
-        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -73,6 +74,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Rebuild from ``to_dict``'s dictionary. Keys that are not fields are options of the method."""
+        for name in ("method", "backbone"):
+            if not isinstance(values.get(name, ""), str):
+                raise UsageError(f"model.{name} must be text, not {reprlib.repr(values[name])}.")
+        for name in ("backbone_args", "options"):
+            _mapping(f"model.{name}", values.get(name) or {})
         own = {item.name for item in fields(cls)} - {"options"}
         options = {**(values.get("options") or {})}
         options.update({key: value for key, value in values.items() if key not in own | {"options"}})
@@ -463,7 +469,7 @@ def _check(option: str, value: float, allowed: str, good: bool) -> None:
 
 def _mapping(section: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UsageError(f"{section} must be a mapping of options, not {value!r}.")
+        raise UsageError(f"{section} must be a mapping of options, not {reprlib.repr(value)}.")
     return value
 
 

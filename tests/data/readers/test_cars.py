@@ -11,6 +11,8 @@ from crossx.data.readers.cars import read_cars
 from layouts import CARS, CARS_BOX, mat_cells, mat_structs, write_cars
 from refusals import refusal
 
+pytestmark = pytest.mark.usefixtures("forked_mat")
+
 LAYOUTS = ("joint", "devkit")
 
 

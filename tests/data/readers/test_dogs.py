@@ -7,6 +7,8 @@ from crossx.data.readers.dogs import read_dogs
 from layouts import DOGS, write_dogs, write_dogs_list
 from refusals import refusal
 
+pytestmark = pytest.mark.usefixtures("forked_mat")
+
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     index = read_dogs(write_dogs(tmp_path))

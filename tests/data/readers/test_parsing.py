@@ -1,4 +1,7 @@
+import struct
+import zlib
 from pathlib import Path
+from subprocess import run
 
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
+from crossx.data.readers import mat
 from crossx.data.readers.parsing import (
     Row,
     archive_root,
@@ -216,3 +220,90 @@ def test_as_list_puts_back_a_list_of_one() -> None:
     assert as_list({"fname": "x"}) == [{"fname": "x"}]
     assert as_list(3) == [3]
     assert as_list(np.array([1, 2])) == [1, 2]
+
+
+def test_mat_values_are_plain(file: Path) -> None:
+    values = {
+        "text": "a",
+        "number": 2.5,
+        "numbers": np.array([[1, 2], [3, 4]]),
+        "cells": mat_cells(["a", 1]),
+        "struct": {"x": 1, "y": "b"},
+        "complex": 1j,
+        "flag": True,
+    }
+    savemat(file, values)
+    assert load_mat(file, *values) == ("a", 2.5, [[1, 2], [3, 4]], ["a", 1], {"x": 1, "y": "b"}, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "its reader stopped with SIGSEGV"),
+        ("os.kill(os.getpid(), 60)", "its reader stopped with signal 60"),
+        ("bytearray(1 << 40)", "its reader gave no answer"),
+        ("limit(); os.kill(os.getpid(), signal.SIGXCPU)", "it takes more than 60 s"),
+        ("time.sleep(100)", "it takes more than 60 s"),
+        ("print('{')", "its reader gave no answer"),
+        ("print('[' * 100000)", "its reader gave no answer"),
+    ],
+)
+def test_a_reader_that_dies_or_hangs_is_one_line(
+    body: str, reason: str, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file.write_bytes(b"x")
+    script = tmp_path / "child.py"
+    script.write_text(f"import os, signal, time\ndef limit(): pass\n{body}\n")
+    monkeypatch.setattr(mat, "__file__", str(script))
+    if "sleep" in body:
+        monkeypatch.setattr(
+            mat.subprocess, "run", lambda command, **options: run(command, **{**options, "timeout": 0.5})
+        )
+    assert f"{file} cannot be read as a .mat file ({reason})" in refusal(load_mat, file, "x")
+
+
+def test_a_small_mat_file_that_unpacks_to_gigabytes_is_one_line(file: Path) -> None:
+    matrix = b"".join(
+        struct.pack("<II", kind, len(data)) + data.ljust(8, b"\0")
+        for kind, data in (
+            (6, struct.pack("<II", 6, 0)),
+            (5, struct.pack("<ii", 1, 3 << 28)),
+            (1, b"x"),
+        )
+    )
+    size = 8 * (3 << 28)
+    packer = zlib.compressobj(1)
+    head = (
+        struct.pack("<II", 14, len(matrix) + 8 + size & 0xFFFFFFFF)
+        + matrix
+        + struct.pack("<II", 9, size & 0xFFFFFFFF)
+    )
+    packed = (
+        packer.compress(head) + b"".join(packer.compress(bytes(1 << 20)) for _ in range(64)) + packer.flush()
+    )
+    start = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H2s", 0x0100, b"IM")
+    file.write_bytes(start + struct.pack("<II", 15, len(packed)) + packed)
+    assert f"{file} cannot be read as a .mat file (" in refusal(load_mat, file, "x")
+
+
+@pytest.mark.parametrize("text", ["1" * 1001, "9" * 5000])
+def test_numbers_of_thousands_of_digits_are_refused(text: str) -> None:
+    row = Row(Path("list.txt"), 7, (text,))
+    assert len(refusal(row.integer, 0, "the id")) < 250
+    assert len(refusal(row.numbers, 0, 1, "x")) < 250
+
+
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e999"])
+def test_numbers_without_end_are_refused(text: str) -> None:
+    assert "x must be numbers" in refusal(Row(Path("f"), 1, (text,)).numbers, 0, 1, "x")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "ö" * 200])
+def test_names_that_no_file_has_are_refused(name: str) -> None:
+    message = refusal(Row(Path("f"), 1, (name,)).file_in, Path("images"), 0)
+    assert "cannot be the name of a file" in message
+
+
+def test_a_box_without_end_is_refused() -> None:
+    row = Row(Path("f"), 1, ("-1e308", "0", "1e308", "1"))
+    assert "the box is too large" in refusal(row.corners, 0)

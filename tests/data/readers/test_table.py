@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 import tempfile
 import unicodedata
 from decimal import Decimal
@@ -396,3 +397,25 @@ def test_labels_that_look_the_same_or_like_several(tmp_path: Path) -> None:
     alike, several = index.notes
     assert "'1' and '1.0'" in alike
     assert "'daisy|white'" in several
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array([2**62, 1], pa.timestamp("us")),
+        pa.array([2**30, 1], pa.int32()).cast(pa.date32()),
+        pa.array([b"\xff\xfe", b"a"]).view(pa.utf8()),
+    ],
+    ids=["a time beyond year 9999", "a date beyond year 9999", "text that is not UTF-8"],
+)
+def test_values_that_python_cannot_hold_are_one_line(tmp_path: Path, labels: pa.Array) -> None:
+    path = parquet(tmp_path, path=["a", "b"], label=labels)
+    with pytest.raises(CrossXError, match=re.escape(f"{path}: ")) as caught:
+        read_table(path, test_fraction=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_thousands_of_digits_are_text(tmp_path: Path) -> None:
+    longest = "1" * 5000
+    path = write(tmp_path, f"path,label\na,{longest}\nb,2\nc,10\n")
+    assert read_table(path, test_fraction=0).classes == ("10", longest, "2")

@@ -10,7 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from crossx.data.index import Box
+from crossx.data.readers.mat import UnreadableMatError, read_mat
 from crossx.errors import CrossXError
+
+MAX_DIGITS = 1000
+"""Most digits of a whole number; Python refuses to convert 4,301."""
+MAX_FILE = 1 << 30
+"""Largest text list that is read, in bytes."""
 
 _BLANKS = re.compile(r"[ \t]+")
 
@@ -42,15 +48,15 @@ class Row(NamedTuple):
     def integer(self, column: int, what: str) -> int:
         """Return a column as an integer of at least 0; ``what`` names it in the error."""
         text = self.fields[column]
-        if not (text.isascii() and text.isdigit()):
-            raise self.error(f"{what} must be a whole number, not {text!r}")
+        if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
+            raise self.error(f"{what} must be a whole number, not {_shown(text)}")
         return int(text)
 
     def flag(self, column: int, what: str) -> bool:
         """Return a column that must be 0 or 1 as a bool."""
         text = self.fields[column]
         if text not in ("0", "1"):
-            raise self.error(f"{what} must be 0 or 1, not {text!r}")
+            raise self.error(f"{what} must be 0 or 1, not {_shown(text)}")
         return text == "1"
 
     def numbers(self, start: int, stop: int, what: str) -> tuple[float, ...]:
@@ -60,12 +66,14 @@ class Row(NamedTuple):
         except ValueError:
             values = (math.nan,)
         if not all(math.isfinite(value) for value in values):
-            raise self.error(f"{what} must be numbers, not {' '.join(self.fields[start:stop])!r}")
+            raise self.error(f"{what} must be numbers, not {_shown(' '.join(self.fields[start:stop]))}")
         return values
 
     def corners(self, start: int) -> Box:
         """Return the box given by four columns: xmin, ymin, xmax, ymax, counted from 1 and inclusive (MATLAB)."""
         left, top, right, bottom = self.numbers(start, start + 4, "box corners")
+        if not (math.isfinite(right - left) and math.isfinite(bottom - top)):
+            raise self.error("the box is too large")
         if right < left or bottom < top:
             raise self.error("the box ends before it begins (columns are xmin, ymin, xmax, ymax)")
         return (left - 1, top - 1, right - left + 1, bottom - top + 1)
@@ -74,8 +82,14 @@ class Row(NamedTuple):
         """Return the file named by a column plus ``suffix``; it must be inside ``folder``."""
         name = PurePosixPath(self.fields[column] + suffix)
         if name.is_absolute() or ".." in name.parts:
-            raise self.error(f"{str(name)!r} leads out of {folder}")
+            raise self.error(f"{_shown(str(name))} leads out of {folder}")
+        if "\0" in str(name) or any(len(part.encode(errors="replace")) > 255 for part in name.parts):
+            raise self.error(f"{_shown(str(name))} cannot be the name of a file")
         return folder / name
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def archive_root(root: Path, marker: str, *inner: str) -> Path:
@@ -122,7 +136,11 @@ def read_rows(path: Path, columns: Sequence[str], *, text: bool = False) -> list
         CrossXError: If the file is missing, unreadable, empty or not UTF-8, or a line has the wrong number of columns.
     """
     try:
-        content = require_file(path).read_bytes()
+        if require_file(path).stat().st_size > MAX_FILE:
+            raise CrossXError(
+                f"{path} is larger than {MAX_FILE >> 30} GiB: it is not the archive's own file."
+            )
+        content = path.read_bytes()
     except OSError as error:
         raise CrossXError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     try:
@@ -140,7 +158,7 @@ def read_rows(path: Path, columns: Sequence[str], *, text: bool = False) -> list
         fields = (stripped,) if len(columns) == 1 else tuple(_BLANKS.split(stripped, most_splits))
         row = Row(path, number, fields)
         if len(fields) != len(columns):
-            raise row.error(f"expected {', '.join(columns)}, found {stripped[:80]!r}")
+            raise row.error(f"expected {', '.join(columns)}, found {_shown(stripped)}")
         rows.append(row)
     if not rows:
         raise CrossXError(f"{path} is empty: unpack the archive again.")
@@ -148,20 +166,18 @@ def read_rows(path: Path, columns: Sequence[str], *, text: bool = False) -> list
 
 
 def load_mat(path: Path, *variables: str) -> tuple[Any, ...]:
-    """Read variables of a MATLAB file, structs as dicts and cell arrays as arrays of objects.
+    """Read variables of a MATLAB file in a child process: structs as dicts, arrays and cell arrays as lists.
 
     Raises:
-        CrossXError: If the file is missing, is not a .mat file or lacks a variable.
+        CrossXError: If the file is missing, is not a .mat file, lacks a variable, or takes too much memory or time.
     """
-    from scipy.io import loadmat  # slow to import, and most datasets have no .mat file
-
     require_file(path)
     try:
-        content = loadmat(path, simplify_cells=True)
-    except Exception as error:  # on broken bytes scipy raises whatever its decoders raise
-        raise CrossXError(
-            f"{path} cannot be read as a .mat file ({type(error).__name__}): download it again."
-        ) from error
+        content = read_mat(path, variables)
+    except UnreadableMatError as error:
+        raise CrossXError(f"{path} cannot be read as a .mat file ({error}): download it again.") from error
+    except OSError as error:
+        raise CrossXError(f"{path} cannot be read ({error.strerror or error}).") from error
     for variable in variables:
         if variable not in content:
             raise CrossXError(f"{path} has no variable {variable!r}: it is not the archive's own file.")
@@ -201,6 +217,8 @@ def mat_rows(path: Path, columns: Mapping[str, Any]) -> list[Row]:
 
 def _as_text(value: Any) -> str:
     """Write text or a number as text, whole numbers without a decimal point, anything else as an empty string."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, str):
         return value
     if not hasattr(value, "__float__") or getattr(value, "size", 1) != 1:

@@ -1,0 +1,596 @@
+"""Feed mutated files to every parser of crossx, in child processes, and keep the inputs that break one.
+
+    make fuzz SECONDS=600
+
+A parser may return or raise ``CrossXError`` with one line. Anything else (another exception, a signal, an input that
+takes more than ``LIMIT`` seconds) is a failure: the input is written to fuzz/failures/PARSER/FILE/, and the exit code
+is 1. Inputs that failed once are in fuzz/corpus/, and tests/test_fuzz.py reads them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import mmap
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import layouts  # noqa: E402
+from crossx.data.readers import mat  # noqa: E402
+from crossx.errors import CrossXError  # noqa: E402
+
+LIMIT = 60
+"""Seconds that one input may take."""
+BATCH = 5
+"""Seconds of inputs per child process."""
+MEMORY = 6 << 30
+"""Address space of a child beyond that of its parent, in bytes."""
+
+Read = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser.
+
+    Attributes:
+        write: Writes a valid layout into an empty folder.
+        files: The files that are mutated, relative to it.
+        read: Reads the layout in a folder.
+        tokens: What is inserted into the files.
+        tail: Whether most mutations hit the end of a file, where its index is.
+    """
+
+    write: Callable[[Path], object]
+    files: tuple[str, ...]
+    read: Read
+    tokens: tuple[bytes, ...] = ()
+    tail: bool = False
+
+
+NUMBERS = tuple(
+    text.encode()
+    for text in (
+        "-1", "0", "1e400", "-1e400", "nan", "inf", ".inf", ".nan", "1e-400", "4294967296", "9223372036854775808", "0x" + "f" * 40,
+        "1" * 400, "9" * 4301, "1_000", "0o17", "1.5", "-0", "99999999999",
+    )
+)  # fmt: skip
+TEXT = (
+    *NUMBERS, b"\0", b"\r", b"\n", b"\r\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\x90\xa6", b"\x1b[31m", b"\xe2\x80\xa8",
+    b"\x85", b"../", b"../../../../etc/passwd", b"/etc/passwd", b"//", b"x" * 5000, b" ", b"\t", b"'", b'"', b"\\", b"%s", b"{0}",
+)  # fmt: skip
+YAML = (
+    *TEXT, b"!!int ", b"!!float ", b"!!bool ", b"!!timestamp ", b"!!binary ", b"!!set ", b"!!omap ", b"!!str ", b"!!null ", b"!!map ", b"!!seq ",
+    b"!own ", b"!!python/object/apply:os.system ", b"&a ", b"*a", b"<<: ", b"<<: *a", b"[", b"]", b"{", b"}", b"- ", b"? ", b": ", b"# ", b"---\n",
+    b"...\n", b"%YAML 1.1\n", b"%TAG ! x\n", b"|", b">", b"null", b"~", b"true", b"yes", b"2001-12-14", b"2001-99-99", b"[" * 300, b"{" * 300,
+    b"- " * 300, b"1:2:3", b'"\\x00"', b'"\\ud800"', b'"\\UFFFFFFFF"', b"base: ", b"base: finetune\n", b"seed: ", b"model: ", b"data: ", b"optim: ",
+    b"trainer: ", b"backbone_args: ", b"variants: ", b"tune: ", b"options: ",
+)  # fmt: skip
+JSON = (
+    *TEXT, b"{}", b"[]", b"null", b"true", b"NaN", b"Infinity", b"{" * 2000, b"[" * 2000, b'{"a":' * 2000, b'"\\u0000"', b'"\\ud800"', b"-", b",", b":",
+    b'"schema": 2', b'"../x"', b'{"a": 1, "a": 2}',
+)  # fmt: skip
+CSV = (*TEXT, b"path", b"label", b"split", b"train", b"test", b"val", b",", b";", b'""', b"sep=;\n", b'"\n')
+PARQUET = (
+    b"PAR1",
+    b"PARE",
+    b"\xff" * 4,
+    b"\xff" * 8,
+    b"\x7f" * 5,
+    b"\x80" * 9,
+    b"\0" * 4,
+    struct.pack("<i", -1),
+    struct.pack("<q", 2**62),
+)
+MAT = (
+    b"\xff" * 4,
+    b"\x7f" * 4,
+    b"\0" * 4,
+    *(struct.pack("<I", value) for value in (0, 1, 2, 5, 6, 9, 14, 15, 17, 2**31, 2**32 - 1, 65536)),
+)
+ARCHIVE = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\xff" * 4, b"\xff" * 8, b"\0" * 4, b"__metadata__", b"F32", b"F64", b"I64", b"BOOL", b"data_offsets", *NUMBERS[:12])  # fmt: skip
+
+
+def recipe(path: Path) -> object:
+    from crossx.recipes import load_recipe
+    from crossx.training.config import Config
+
+    loaded = load_recipe(path / "recipe.yaml")
+    loaded.to_yaml()
+    return Config.from_dict(loaded.to_dict())
+
+
+def fit(path: Path) -> object:
+    from crossx.cli.fit_options import parse_fit
+
+    return parse_fit(["--config", str(path / "recipe.yaml"), "--print_config"]).config.to_yaml()
+
+
+def words(path: Path) -> object:
+    from crossx.cli.fit_options import parse_fit
+
+    value = (path / "value").read_bytes().replace(b"\0", b"").decode(errors="surrogateescape")
+    name, _, value = value.partition("=")
+    return parse_fit([f"--{name}={value}", "--print_config"]).config.to_yaml()
+
+
+def config(path: Path) -> object:
+    from crossx.training.config import Config
+
+    return Config.from_yaml(path / "config.yaml").to_yaml()
+
+
+def suite(path: Path) -> object:
+    from crossx.ablation.suite import load_suite
+    from crossx.training.config import Config
+
+    return load_suite(path / "suite.yaml").configure(Config())
+
+
+def table(name: str) -> Read:
+    def read(path: Path) -> object:
+        from crossx.data.readers.table import read_paths, read_table
+
+        read_paths(path / name)
+        return read_table(path / name)
+
+    return read
+
+
+def archive(name: str) -> Read:
+    def read(path: Path) -> object:
+        from crossx.data.catalog import read_dataset
+
+        return read_dataset(name, str(path))
+
+    return read
+
+
+def run_files(path: Path) -> object:
+    from crossx.report.results import NEEDED
+    from crossx.runs import Run, read_history, read_results
+
+    run = Run(path)
+    run.read_spec()
+    run.read_info()
+    read_history(path / "metrics.json")
+    return read_results(path / "test.json", NEEDED)
+
+
+def weights(path: Path) -> object:
+    from crossx.backbones import read_state_dict
+
+    for name in ("model.safetensors", "weights.pt"):
+        read_state_dict(path / name)
+    return None
+
+
+def network(path: Path) -> object:
+    from crossx.methods.weights import load_method
+
+    return load_method(path)
+
+
+def checkpoint(path: Path) -> object:
+    from crossx.training.checkpoints import read_checkpoint
+
+    return read_checkpoint(path / "last.ckpt")
+
+
+def predictions(path: Path) -> object:
+    from crossx.evaluation.predictions import Predictions
+
+    return Predictions.load(path / "test_predictions.npz", path, "test")
+
+
+def write_yaml(name: str, text: str) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_text(text)
+
+
+def write_recipe(path: Path) -> None:
+    from crossx.recipes import load_recipe
+
+    recipe = load_recipe("finetune").to_yaml()
+    (path / "recipe.yaml").write_text(f"base: plain_cub_resnet50\n{recipe}")
+
+
+def write_config(path: Path) -> None:
+    from crossx.training.config import Config
+
+    (path / "config.yaml").write_text(Config.from_recipe("crossx_cub_resnet50").to_yaml())
+
+
+def write_run_files(path: Path) -> None:
+    layouts.write_run(path)
+    (path / "run.json").write_text(
+        json.dumps(
+            {
+                "id": "a",
+                "status": "finished",
+                "method": "crossx",
+                "pretrained": False,
+                "seed": 0,
+                "images": {"train": 3},
+                "skipped": [],
+                "data": {"dataset": "folder", "root": "x", "seed": 1},
+                "selection": {"how": "best", "epoch": 1, "value": 0.5},
+                "environment": {
+                    "python": "3.12",
+                    "versions": {"torch": "2"},
+                    "git": {"commit": "a", "dirty": False},
+                },
+            }
+        )
+    )
+    (path / "metrics.json").write_text(
+        json.dumps({"epochs": [{"epoch": 1, "train_loss": 0.5, "val_top1": 0.25}]})
+    )
+    (path / "test.json").write_text(
+        json.dumps(
+            {
+                "method": "crossx",
+                "backbone": "test_resnet",
+                "dataset": "folder",
+                "preprocessing": {"image_size": 64},
+                "n": 3,
+                "num_classes": 3,
+                "top1": 0.5,
+                "top5": 1.0,
+                "class_mean": 0.5,
+                "ece": 0.1,
+                "heads": {"a": 0.5},
+                "levels": {},
+                "intervals": {
+                    "top1": [0.1, 0.9],
+                    "class_mean": [0.1, 0.9],
+                    "confidence": 0.95,
+                    "resamples": 10,
+                },
+                "confused_pairs": [{"target": "a", "prediction": "b", "n": 1, "fraction": 0.5}],
+                "temperature": 1.5,
+            }
+        )
+    )
+
+
+def write_weights(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    state = {"a.weight": torch.ones(3, 2), "b": torch.zeros(1, dtype=torch.int64)}
+    save_file(state, path / "model.safetensors")
+    torch.save({"state_dict": state}, path / "weights.pt")
+
+
+def write_checkpoint(path: Path) -> None:
+    import torch
+
+    state = {"format": 2, "state_dict": {"a": torch.ones(2)}, "epoch": 3, "rng": [1, 2.5, "x", None, (True,)]}
+    torch.save(state, path / "last.ckpt")
+
+
+def write_predictions(path: Path) -> None:
+    import numpy as np
+
+    arrays = {"logits": np.zeros((3, 2), np.float32), "targets": np.array([0, 1, 1]), "paths": np.array(["a", "b", "c"]), "classes": np.array(["x", "y"])}  # fmt: skip
+    np.savez(path / "test_predictions.npz", **arrays)
+
+
+CUB = (
+    "classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/parts.txt", "parts/part_locs.txt",
+)  # fmt: skip
+AIRCRAFT = ("variants.txt", "families.txt", "images_box.txt", "images_variant_train.txt", "images_family_test.txt", "images_manufacturer_val.txt")  # fmt: skip
+SUITE = "title: x\nvariants:\n  plain: {model: {method: plain}}\n  crossx: {model: {method: crossx, num_parts: 2}}\ntune:\n- {optim: {lr: 0.1}}\n"  # fmt: skip
+VALUE = "model.backbone_args={channels: [4, 8], drop_rate: 0.5}"
+TARGETS = {
+    "recipe": Target(write_recipe, ("recipe.yaml",), recipe, YAML),
+    "config": Target(write_config, ("config.yaml",), config, YAML),
+    "suite": Target(write_yaml("suite.yaml", SUITE), ("suite.yaml",), suite, YAML),
+    "fit": Target(write_recipe, ("recipe.yaml",), fit, YAML),
+    "words": Target(write_yaml("value", VALUE), ("value",), words, (*YAML, b"optim.milestones=", b"data.root=", b"trainer.max_time=", b"model.taps=")),
+    "csv": Target(lambda path: layouts.write_table(path, 2, 4), ("table.csv",), table("table.csv"), CSV),
+    "parquet": Target(
+        lambda path: layouts.write_table(path, 2, 4, suffix=".parquet"), ("table.parquet",), table("table.parquet"), PARQUET, tail=True
+    ),
+    "cub": Target(lambda path: layouts.write_cub(path, 2, 2), CUB, archive("cub"), TEXT),
+    "nabirds": Target(lambda path: layouts.write_nabirds(path, 4, 2), (*CUB, "hierarchy.txt"), archive("nabirds"), TEXT),
+    "aircraft": Target(
+        lambda path: layouts.write_aircraft(path, 2, 3),
+        tuple(f"fgvc-aircraft-2013b/data/{name}" for name in AIRCRAFT), archive("aircraft"), TEXT,
+    ),
+    "cars": Target(lambda path: layouts.write_cars(path, 2, 2, layout="joint"), ("cars_annos.mat",), archive("cars"), MAT),
+    "dogs": Target(lambda path: layouts.write_dogs(path, 2, 2), ("train_list.mat", "test_list.mat"), archive("dogs"), MAT),
+    "run": Target(write_run_files, ("model.json", "run.json", "metrics.json", "test.json"), run_files, JSON),
+    "network": Target(write_run_files, ("model.json",), network, JSON),
+    "weights": Target(write_weights, ("model.safetensors", "weights.pt"), weights, ARCHIVE),
+    "checkpoint": Target(write_checkpoint, ("last.ckpt",), checkpoint, ARCHIVE),
+    "predictions": Target(write_predictions, ("test_predictions.npz",), predictions, ARCHIVE),
+}  # fmt: skip
+
+
+def mutate(data: bytes, seeds: list[bytes], target: Target, generator: random.Random) -> bytes:
+    """Return a mutant of a file: a few changes of bytes, tokens, numbers, lines and ends."""
+    result = bytearray(data)
+    for _ in range(generator.choice((1, 1, 1, 2, 3, 5))):
+        size = len(result)
+        start = (
+            generator.randrange(max(0, size - 1024), size)
+            if target.tail and size and generator.random() < 0.7
+            else generator.randrange(size + 1)
+        )
+        match generator.randrange(9):
+            case 0 if size:
+                place = min(start, size - 1)
+                result[place] ^= 1 << generator.randrange(8)
+            case 1 if size:
+                place = min(start, size - 1)
+                result[place] = generator.choice((0, 1, 0x7F, 0x80, 0xFF, generator.randrange(256)))
+            case 2:
+                del result[start : start + generator.choice((1, 1, 2, 4, 8, 64, size))]
+            case 3 | 4 if target.tokens:
+                token = generator.choice(target.tokens)
+                over = len(token) if generator.random() < 0.3 else 0
+                result[start : start + over] = token
+            case 5:
+                numbers = list(re.finditer(rb"\d+(\.\d+)?", result[: 1 << 16]))
+                if numbers:
+                    found = generator.choice(numbers)
+                    result[found.start() : found.end()] = generator.choice(NUMBERS)
+            case 6:
+                lines = bytes(result).split(b"\n")
+                if len(lines) > 1:
+                    a, b = generator.randrange(len(lines)), generator.randrange(len(lines))
+                    lines[a] = generator.choice(
+                        (lines[b], b"", lines[a] + lines[b], lines[a] + b"\n" + lines[b])
+                    )
+                    result = bytearray(b"\n".join(lines))
+            case 7:
+                other = generator.choice(seeds)
+                a, length = generator.randrange(len(other) + 1), generator.choice((4, 16, 64, 256))
+                result[start : start + generator.choice((0, length))] = other[a : a + length]
+            case 8 if size:
+                length = generator.choice((1, 4, 16))
+                result[start:start] = result[start : start + length] * generator.choice((1, 2, 50))
+    return bytes(result[: 1 << 20])
+
+
+class Forks:
+    """Stands in for ``mat.run_child``: the same code in forks of one process, as a new Python is slow to start."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(HERE / "mat_forks.py")]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, path: Path, variables: tuple[str, ...]) -> tuple[int, bytes]:
+        assert self.server.stdin
+        assert self.server.stdout
+        self.server.stdin.write(json.dumps([str(path), variables]).encode() + b"\n")
+        self.server.stdin.flush()
+        code, size = json.loads(self.server.stdout.readline())
+        return code, self.server.stdout.read(size)
+
+    def close(self) -> None:
+        """Stop the process."""
+        assert self.server.stdin
+        assert self.server.stdout
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
+
+def problem_of(read: Read, folder: Path) -> str:
+    """Return what is wrong with a parser's result: the exception, or an empty string."""
+    try:
+        read(folder)
+    except CrossXError as error:
+        lines = str(error).splitlines()
+        return (
+            ""
+            if len(lines) == 1 and len(lines[0]) < 5000
+            else f"a message of {len(lines)} lines: {lines[:2]}"
+        )
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in where if "/crossx/" in frame.filename] or where
+        return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}: {str(error)[:300]}"
+    return ""
+
+
+@dataclass
+class Figures:
+    """What was run of one target."""
+
+    inputs: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def corpus(root: Path = HERE / "corpus") -> Iterator[tuple[str, str, Path]]:
+    """Yield parser, mutated file and path of each input that failed once."""
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        parser, name, _ = path.relative_to(root).parts
+        yield parser, name.replace("+", "/"), path
+
+
+def place(root: Path, parser: str, name: str, content: bytes) -> Path:
+    """Return where an input of a parser is kept."""
+    return root / parser / name.replace("/", "+") / hashlib.sha256(content).hexdigest()[:12]
+
+
+class Fuzzer:
+    """One target in a folder of its own."""
+
+    def __init__(self, name: str, folder: Path, failures: Path) -> None:
+        self.name, self.target, self.folder, self.failed = name, TARGETS[name], folder, failures
+        folder.mkdir(parents=True)
+        self.target.write(folder)
+        self.originals = {file: (folder / file).read_bytes() for file in self.target.files}
+        self.figures = Figures()
+        self.batch = 0
+        kept = [(file, path.read_bytes()) for parser, file, path in corpus() if parser == name]
+        self.seeds = [*self.originals.items(), *kept]
+        # inputs so far, and the index of the file that is mutated
+        self.shared = mmap.mmap(-1, 16)
+        problem = problem_of(self.target.read, folder)
+        if problem:
+            raise SystemExit(f"{name}: the seed itself fails: {problem}")
+
+    def run(self, seconds: float) -> None:
+        """Run one child for some seconds, and record what it did."""
+        self.batch += 1
+        self.shared[:] = bytes(16)
+        started = time.monotonic()
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            with open(writing, "w") as pipe:
+                code = 1
+                try:
+                    self._child(pipe, seconds)
+                    code = 0
+                except BaseException:
+                    pipe.write(json.dumps(["", traceback.format_exc()]) + "\n")
+                finally:
+                    pipe.flush()
+                    os._exit(code)
+        os.close(writing)
+        with open(reading) as pipe:
+            for line in pipe:
+                self.figures.failures.append(": ".join(json.loads(line)))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        inputs, index = struct.unpack("qq", self.shared[:])
+        if status < 0:
+            file = self.target.files[index]
+            kept = self._keep(file, (self.folder / file).read_bytes())
+            self.figures.failures.append(f"{kept}: {signal.Signals(-status).name}")
+        for file, content in self.originals.items():
+            (self.folder / file).write_bytes(content)
+        self.figures.inputs += inputs
+        self.figures.seconds += time.monotonic() - started
+
+    def _child(self, pipe: io.TextIOBase, seconds: float) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        silent = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(silent, stream)
+        generator = random.Random(f"{self.name} {self.batch}")
+        known: set[str] = set()
+        end = time.monotonic() + seconds
+        count = 0
+        last = None
+        while time.monotonic() < end:
+            file, seed = generator.choice(self.seeds)
+            others = [content for name, content in self.seeds if name == file]
+            content = mutate(seed, others, self.target, generator)
+            if last not in (None, file):
+                (self.folder / last).write_bytes(self.originals[last])
+            self.shared[8:] = struct.pack("q", self.target.files.index(file))
+            (self.folder / file).write_bytes(content)
+            signal.alarm(LIMIT)
+            problem = problem_of(self.target.read, self.folder)
+            signal.alarm(0)
+            last, count = file, count + 1
+            self.shared[:8] = struct.pack("q", count)
+            kind = problem.partition(": ")[0]
+            if problem and kind not in known:
+                known.add(kind)
+                pipe.write(json.dumps([str(self._keep(file, content)), problem]) + "\n")
+                # a signal would lose what is buffered
+                pipe.flush()
+
+    def _keep(self, file: str, content: bytes) -> Path:
+        path = place(self.failed, self.name, file, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+
+def main() -> int:
+    """Fuzz, print the inputs per parser, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parsers", nargs="*", metavar="PARSER", help=f"of {', '.join(TARGETS)}; by default all"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="time for all parsers together")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="do not stop at the first failure of a parser"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--failures", type=Path, default=HERE / "failures", help="folder for inputs that fail"
+    )
+    options = parser.parse_args()
+    for name in options.parsers:
+        if name not in TARGETS:
+            parser.error(f"unknown parser {name!r}: choose from {', '.join(TARGETS)}")
+    warnings.simplefilter("ignore")
+    forks = Forks()
+    mat.run_child = forks
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as base:
+        fuzzers = {
+            name: Fuzzer(name, Path(base) / name, options.failures) for name in options.parsers or TARGETS
+        }
+        share = max(0.2, min(BATCH, options.seconds / len(fuzzers)))
+        end = time.monotonic() + options.seconds
+        while time.monotonic() < end:
+            for fuzzer in fuzzers.values():
+                if not fuzzer.figures.failures or options.keep_going:
+                    fuzzer.run(share)
+            if all(fuzzer.figures.failures for fuzzer in fuzzers.values()) and not options.keep_going:
+                break
+    for name, fuzzer in fuzzers.items():
+        figures = fuzzer.figures
+        print(
+            f"{name:12} {figures.inputs:>9,} inputs in {figures.seconds:7.1f} s, {len(figures.failures)} failures"
+        )
+        for failure in figures.failures:
+            print(f"  {failure[:400]}")
+    forks.close()
+    total = sum(fuzzer.figures.inputs for fuzzer in fuzzers.values())
+    failed = sum(len(fuzzer.figures.failures) for fuzzer in fuzzers.values())
+    print(f"{total:,} inputs, {failed} failures")
+    if options.json:
+        values = {
+            "command": " ".join(["python", "fuzz/fuzzing.py", *sys.argv[1:]]),
+            "inputs": total,
+            "failures": failed,
+            "parsers": {
+                name: {
+                    "inputs": fuzzer.figures.inputs,
+                    "seconds": round(fuzzer.figures.seconds, 1),
+                    "failures": len(fuzzer.figures.failures),
+                }
+                for name, fuzzer in fuzzers.items()
+            },
+        }
+        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
