@@ -24,6 +24,7 @@ from crossx.runs.files import (
     read_json,
     read_results,
     storage_error,
+    user_path,
     write_json,
     write_text,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "read_json",
     "read_results",
     "storage_error",
+    "user_path",
     "write_json",
     "write_text",
 ]

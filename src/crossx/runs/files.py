@@ -45,6 +45,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def user_path(path: str | Path) -> Path:
+    """Return a path with the user's home in place of a leading ``~/`` or ``~NAME/``, unless there is such a path."""
+    text = os.fspath(path)
+    return Path(os.path.expanduser(text) if "/" in text and not os.path.lexists(text) else text)
+
+
 def check_writable(folder: Path) -> None:
     """Make a folder and check that it can be written to, before hours of work rather than after.
 

@@ -30,6 +30,7 @@ from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_newest
 from crossx.training.config import Config
 from crossx.training.finish import choose_monitor, describe_selection, finish
+from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop, quiet_lightning
 
 
@@ -87,6 +88,7 @@ def resume(path: str | Path, *, root: str | Path | None = None) -> Run:
 
 def _train(config: Config, run: Run, before: Mapping[str, Any] | None = None) -> Run:
     """Train from the first step, or resume the run whose ``run.json`` was ``before``."""
+    check_loggers(config.trainer.loggers)
     checkpoint = None if before is None else read_newest(run)
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.fabric.loggers.logger import Logger
 
 from crossx.errors import UsageError
 from crossx.runs import Run
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """Check that the packages of the loggers are installed, before anything is read or downloaded.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    for name in names:
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise UsageError(f"logger {name!r} is not installed: `pip install 'crossx[{name}]'`.")
 
 
 def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:
