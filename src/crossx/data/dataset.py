@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,42 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
             error.__traceback__ = None
             if isinstance(error, CrossXError):
                 raise type(error)(_last_line(error)) from None
+            if limit := _limit_reached(error):
+                raise CrossXError(
+                    f"{limit.format(self.num_workers)}, or load the images without processes: --data.num_workers 0."
+                ) from None
             raise
+
+
+_LIMITS = {
+    (
+        "Too many open files",
+        "items of ancdata",
+    ): "too many open files for --data.num_workers {}: raise the limit (ulimit -n 65536)",
+    (
+        "Bus error",
+        "shared memory",
+        "/torch_",
+        "/dev/shm",
+        "Function not implemented",
+    ): "too little shared memory (/dev/shm) for --data.num_workers {}: give more (docker run --shm-size 2g)",
+    (
+        "Resource temporarily unavailable",
+        "Cannot allocate memory",
+    ): "the processes of --data.num_workers {} cannot be started: give fewer",
+}
+"""Words in the errors of torch and of the operating system -> the limit that was reached, and what to do."""
+
+
+def _limit_reached(error: Exception) -> str | None:
+    """Return the limit of the machine that processes that load images have reached, None for another error."""
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.ENOSYS):
+        # a semaphore is a file there
+        text = "/dev/shm"
+    return next((limit for words, limit in _LIMITS.items() if any(word in text for word in words)), None)
 
 
 def _last_line(error: CrossXError) -> str:
