@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import importlib
 import io
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from crossx.caches import prepare_caches
 from crossx.cli.memory import keep_freed_memory
-from crossx.errors import CrossXError, UsageError, nearest, unknown
+from crossx.errors import CrossXError, UsageError, first_line, nearest, unknown
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
@@ -197,6 +198,8 @@ def _fail(command: str, message: str, code: int, debug: bool) -> int:
 
 def _os_error(error: OSError) -> str:
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}no space left on the disk, or in the folder of temporary files: free some room."
     return f"{where}{error.strerror or error}."
 
 
@@ -204,6 +207,8 @@ def _defect(error: Exception) -> str:
     """Describe an unexpected error, and keep its traceback in a file."""
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower --data.batch_size."
+    if "No space left on device" in str(error):
+        return f"no space left on the disk ({first_line(error)}): free some room."
     reason = " ".join(str(error).split())
     try:
         with tempfile.NamedTemporaryFile(

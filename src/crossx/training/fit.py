@@ -25,7 +25,7 @@ from crossx.errors import CrossXError, Stopped, UsageError
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
 from crossx.methods.weights import build_method, describe
-from crossx.runs import SCHEMA, Run, environment, is_lock, locked_folder, write_json, write_text
+from crossx.runs import SCHEMA, Run, environment, is_lock, is_utf8, locked_folder, write_json, write_text
 from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import read_newest
 from crossx.training.config import Config
@@ -44,12 +44,17 @@ def fit(config: Config) -> Run:
         The run. ``model.safetensors`` holds the weights of the selected epoch.
 
     Raises:
-        UsageError: If an option cannot work or the folder is not empty.
+        UsageError: If an option cannot work, the folder is not empty, or a path is not UTF-8.
         CrossXError: If data, network, disk or GPU memory fail, the loss is not finite, or another process trains in
             the folder.
         Stopped: On Ctrl-C or SIGTERM.
     """
     run = Run(config.run_path())
+    for option, path in (("output", run.path), ("data.root", Path(config.data.root or "").absolute())):
+        if not is_utf8(path):
+            raise UsageError(
+                f"{str(path)!r}: the path is not valid UTF-8. Rename it, or give a link as --{option}."
+            )
     try:
         with _locked(run.path):
             if is_leader():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +17,9 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -> DatasetIndex:
     """Read ``ROOT/CLASS/image.jpg``, or ``ROOT/train/CLASS/image.jpg`` and the same for ``val`` and ``test``.
 
-    Classes are the folder names, in sorted order. Nested folders are searched and links followed; hidden files and
-    files without an image suffix (``images.IMAGE_SUFFIXES``) are skipped. Without split folders, ``test_fraction`` of
-    each class is held out for testing.
+    Classes are the folder names, in sorted order, with escapes for bytes that are not UTF-8. Nested folders are
+    searched and links followed; hidden files and files without an image suffix (``images.IMAGE_SUFFIXES``) are skipped.
+    Without split folders, ``test_fraction`` of each class is held out for testing.
 
     Args:
         root: The folder of the class folders or of the split folders.
@@ -80,7 +81,11 @@ def _holds_images(*folders: Path) -> bool:
 
 
 def _images_by_class(folder: Path) -> dict[str, list[Path]]:
-    return {child.name: find_images(child) for child in _subfolders(folder)}
+    # a class name is text, also where the folder's name is not valid UTF-8
+    names = {
+        child: os.fsencode(child.name).decode("utf-8", "backslashreplace") for child in _subfolders(folder)
+    }
+    return {name: find_images(child) for child, name in names.items()}
 
 
 def _subfolders(folder: Path) -> list[Path]:
