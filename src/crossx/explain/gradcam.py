@@ -52,9 +52,8 @@ def grad_cam(method: Method, images: Tensor, classes: Tensor) -> dict[str, Tenso
             )
         finally:
             hook.remove()
-        maps[stage] = values.detach().view(
-            len(images), -1, *values.shape[-2:]
-        )  # (B*P, 1, h, w) -> (B, P, h, w)
+        # (B*P, 1, h, w) -> (B, P, h, w)
+        maps[stage] = values.detach().view(len(images), -1, *values.shape[-2:])
     if not maps:
         raise _no_maps(method)
     return maps

@@ -32,9 +32,8 @@ class FilterBank(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the responses (B, K, k, h, w) for maps (B, C, h, w)."""
-        responses: Tensor = self.norm(self.conv(maps)).unflatten(
-            1, self.groups
-        )  # (B, K*k, ...) -> (B, K, k, ...)
+        responses: Tensor = self.norm(self.conv(maps))
+        responses = responses.unflatten(1, self.groups)  # (B, K*k, h, w) -> (B, K, k, h, w)
         return responses
 
     @torch.no_grad()

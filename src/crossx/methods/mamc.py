@@ -83,9 +83,8 @@ class MAMC(Method):
 
     def part_features(self, images: Tensor) -> Tensor:
         """Return the part features f_p, (B, P, D), for images (B, 3, H, W)."""
-        features: Tensor = self.embed(
-            self._attention_features(images).flatten(2)
-        )  # (B, P, C, h, w) -> (B, P, C*h*w)
+        attended = self._attention_features(images).flatten(2)  # (B, P, C, h, w) -> (B, P, C*h*w)
+        features: Tensor = self.embed(attended)
         return features
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
@@ -114,9 +113,8 @@ class MAMC(Method):
         """
         features = self._attention_features(images)
         weights = self.classifier.weight[classes]
-        weights = weights.unflatten(
-            1, (-1, self.embed.bias.shape[1])
-        )  # (B, P*D) -> (B, P, D); for sum (B, 1, D)
+        # (B, P*D) -> (B, P, D); for sum (B, D) -> (B, 1, D)
+        weights = weights.unflatten(1, (-1, self.embed.bias.shape[1]))
         weights = weights.expand(-1, self.num_parts, -1)  # -> (B, P, D)
         weights = torch.einsum("bpd,pdf->bpf", weights, self.embed.weight)  # -> (B, P, C*h*w)
         maps = (weights.view_as(features) * features).sum(2)  # (B, P, C, h, w) -> (B, P, h, w)

@@ -9,31 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import LATEX_ESCAPE_RULES, tabulate
+
 from crossx.errors import first_few
 from crossx.runs import write_text
 
 MAX_LISTED = 12
 """Items of a list that ``cell`` shows."""
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "−": "$-$",
-        "–": "--",
-        "…": r"\ldots{}",
-        "Δ": r"$\Delta$",
-    }
-)
+_LATEX = str.maketrans({"±": r"$\pm$", "−": "$-$", "–": "--", "…": r"\ldots{}", "Δ": r"$\Delta$"})
+"""What tabulate leaves as it is and LaTeX fonts may lack."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +39,8 @@ class Table:
 
     def to_markdown(self) -> str:
         """Return a GitHub-flavoured Markdown table whose columns are aligned in the source too."""
-        cells = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
-        widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [_line(row, widths) for row in cells]
-        ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines.insert(1, f"| {' | '.join(ruler)} |")
-        return "\n".join(lines) + "\n"
+        header, *rows = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
+        return self._format("pipe", header, rows)
 
     def to_csv(self) -> str:
         """Return comma-separated values."""
@@ -69,23 +50,19 @@ class Table:
 
     def to_latex(self) -> str:
         """Return a ``table`` environment with booktabs rules (``\\usepackage{booktabs}``)."""
-        head, *body = [
-            " & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.columns, *self.rows)
-        ]
+        caption = "".join(LATEX_ESCAPE_RULES.get(character, character) for character in self.caption)
         lines = [
             r"\begin{table}",
             r"\centering",
-            *([rf"\caption{{{self.caption.translate(_LATEX)}}}"] if self.caption else []),
-            rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            *([rf"\caption{{{caption}}}"] if caption else []),
+            self._format("latex_booktabs", self.columns, self.rows) + r"\end{table}",
         ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines).translate(_LATEX) + "\n"
+
+    def _format(self, style: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        alignment = ["left", *["right"] * (len(header) - 1)]
+        text = tabulate(rows, header, tablefmt=style, colalign=alignment, disable_numparse=True)
+        return text + "\n"
 
     def write(self, stem: Path) -> None:
         """Write ``STEM.md``, ``STEM.csv`` and ``STEM.tex``.
@@ -131,8 +108,3 @@ def _scaled(value: float | None, interval: Sequence[float] | None, form: str) ->
 
 def _markdown(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = zip(cells, widths, strict=True)
-    return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"

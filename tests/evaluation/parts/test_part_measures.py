@@ -77,9 +77,9 @@ def test_a_map_that_is_one_in_a_part_alone():
     share, chance = shares(mass(maps), parts.coverage(8, 8))
     assert share[0, 0].tolist() == [0, 0, 1, 0]
     assert chance[0].tolist() == [0.25] * 4
-    hit, of_places = shares(peaks(maps), parts.contain(8, 8))
+    hit, of_positions = shares(peaks(maps), parts.contain(8, 8))
     assert hit[0, 0].tolist() == [0, 0, 1, 0]
-    assert of_places[0].tolist() == [0.25] * 4
+    assert of_positions[0].tolist() == [0.25] * 4
     assert found_parts(maps, parts).tolist() == [[2]]
 
 
@@ -131,7 +131,7 @@ def test_shares_and_pointing_against_loops():
     maps[0, 0, 2, 3] = maps[0, 0, 4, 4] = 9.0  # two largest
     coverage, contained = parts.coverage(5, 7), parts.contain(5, 7)
     share, chance = shares(mass(maps), coverage)
-    hit, of_places = shares(peaks(maps), contained)
+    hit, of_positions = shares(peaks(maps), contained)
     for b, p, k in itertools.product(range(3), range(3), range(4)):
         values, covered, inside = maps[b, p].tolist(), coverage[b, k].tolist(), contained[b, k].tolist()
         places = list(itertools.product(range(5), range(7)))
@@ -143,7 +143,7 @@ def test_shares_and_pointing_against_loops():
         most = max(values[i][j] for i, j in places)
         largest = [(i, j) for i, j in places if values[i][j] == most]
         assert hit[b, p, k] == pytest.approx(sum(inside[i][j] for i, j in largest) / len(largest))
-        assert of_places[b, k] == pytest.approx(sum(inside[i][j] for i, j in places) / 35)
+        assert of_positions[b, k] == pytest.approx(sum(inside[i][j] for i, j in places) / 35)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -332,7 +332,7 @@ def test_summary_is_json_and_leaves_out_what_one_excitation_has_not(excitations)
     maps = random_maps(0, images=5, excitations=excitations)
     parts = random_regions(1, images=5)
     has_object = torch.tensor([True] * 5)
-    summary = summarize_parts(measured(maps, parts), list("abcd"), parts.visible, has_object, places=35)
+    summary = summarize_parts(measured(maps, parts), list("abcd"), parts.visible, has_object, positions=35)
     json.dumps(summary, allow_nan=False)
     assert len(summary["excitations"]) == excitations
     assert (summary["consistency"] is None) == (summary["diversity"] is None) == (excitations == 1)
@@ -346,5 +346,5 @@ def test_summary_is_json_and_leaves_out_what_one_excitation_has_not(excitations)
     hits = shares(peaks(maps), parts.contain(5, 7).any(1, keepdim=True))[0][parts.visible.any(1), 0, 0]
     assert first["any_part"]["value"] == pytest.approx(float(hits.mean()))
     assert 0 < first["any_part"]["chance"] < 1
-    nothing = summarize_parts(measured(maps, parts), list("abcd"), parts.visible, ~has_object, places=35)
+    nothing = summarize_parts(measured(maps, parts), list("abcd"), parts.visible, ~has_object, positions=35)
     assert nothing["excitations"][0]["object"] is None

@@ -82,9 +82,8 @@ def found_parts(maps: Tensor, parts: CropRegions) -> Tensor:
     point = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1)  # (B, P, 2)
     distance = torch.cdist(point, parts.centres.to(point))  # (B, P, K)
     contained = parts.contain(height, width).flatten(2)  # (B, K, hw)
-    hit = contained.gather(2, peak[:, None].expand(-1, contained.shape[1], -1)).transpose(
-        1, 2
-    )  # -> (B, P, K)
+    hit = contained.gather(2, peak[:, None].expand(-1, contained.shape[1], -1))  # (B, K, hw) -> (B, K, P)
+    hit = hit.transpose(1, 2)  # (B, K, P) -> (B, P, K)
     # distances within the crop are below 2
     ranked = (distance + 2 * ~hit).masked_fill(~parts.visible[:, None], torch.inf)
     return ranked.argmin(2).masked_fill(~parts.visible.any(1)[:, None], -1)
@@ -114,16 +113,16 @@ def focus_overlap(maps: Tensor, share: float = TOP_SHARE) -> Tensor:
     return _mean_over_pairs(common / (2 * size - common))
 
 
-def focus_size(places: int, share: float = TOP_SHARE) -> int:
+def focus_size(positions: int, share: float = TOP_SHARE) -> int:
     """Return the number of positions in the focus of a map."""
-    return max(1, round(share * places))
+    return max(1, round(share * positions))
 
 
-def chance_overlap(places: int, share: float = TOP_SHARE) -> float:
+def chance_overlap(positions: int, share: float = TOP_SHARE) -> float:
     """Return the expected ``focus_overlap`` of random positions, whose intersection is hypergeometric."""
-    size = focus_size(places, share)
+    size = focus_size(positions, share)
     common = np.arange(size + 1)
-    return float(hypergeom(places, size, size).pmf(common) @ (common / (2 * size - common)))
+    return float(hypergeom(positions, size, size).pmf(common) @ (common / (2 * size - common)))
 
 
 def correlation(maps: Tensor, others: Tensor) -> Tensor:
@@ -283,7 +282,7 @@ def consistency(found: Tensor, num_parts: int, bootstrap: Bootstrap, seed: int =
 
 
 def summarize_parts(
-    measures: Mapping[str, Tensor], names: Sequence[str], visible: Tensor, has_object: Tensor, places: int
+    measures: Mapping[str, Tensor], names: Sequence[str], visible: Tensor, has_object: Tensor, positions: int
 ) -> dict[str, Any]:
     """Return the measures of one stage as a dictionary for JSON.
 
@@ -292,7 +291,7 @@ def summarize_parts(
         names: The K parts.
         visible: bool (N, K), which parts are visible; each at least once.
         has_object: bool (N,), which images have an object box.
-        places: Number of spatial positions of a map.
+        positions: Number of spatial positions of a map.
 
     Returns:
         ``excitations``, a list over p: ``share`` and ``pointing`` (part -> value and chance, over the images that show
@@ -331,11 +330,11 @@ def summarize_parts(
     ]
     several = len(excitations) > 1
     return {
-        "places": places,
+        "places": positions,
         "excitations": excitations,
         "consistency": consistency(found, len(names), bootstrap) if several else None,
         "diversity": {
-            "overlap": {**bootstrap.mean(arrays["overlap"]), "chance": chance_overlap(places)},
+            "overlap": {**bootstrap.mean(arrays["overlap"]), "chance": chance_overlap(positions)},
             "correlation": bootstrap.mean(arrays["correlation"]),
         }
         if several

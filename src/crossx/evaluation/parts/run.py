@@ -56,7 +56,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
             stage: {
                 "size": size,
                 **summarize_parts(
-                    measures, names, parts.visible, objects.visible[:, 0], places=size[0] * size[1]
+                    measures, names, parts.visible, objects.visible[:, 0], positions=size[0] * size[1]
                 ),
             }
             for stage, (size, measures) in stages.items()
