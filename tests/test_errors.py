@@ -21,6 +21,7 @@ COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC",
         ("train", ["fit", "explain"], " Did you mean 'fit'?"),
         ("train", ["train", "explain"], " Did you mean 'explain'?"),
         ("valid", ["train", "val", "test"], " Did you mean 'val'?"),
+        ("gpu", ["auto", "cpu", "cuda"], " Did you mean 'cuda'?"),
         ("xyz", ["fit"], ""),
         ("fit", [], ""),
         (

@@ -258,3 +258,16 @@ def test_a_leading_home_is_expanded_unless_there_is_such_a_path(
     assert user_path("~") == Path("~")
     (tmp_path / "~" / "images").mkdir(parents=True)
     assert user_path("~/images") == Path("~/images")
+
+
+def test_a_library_with_an_error_of_its_own_for_a_full_disk(tmp_path: Path) -> None:
+    def write(message: str) -> None:
+        with atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise ValueError(message)
+
+    message = refusal(write, "I/O error: No space left on device (os error 28)")
+    assert message.startswith(f"{tmp_path}/a.bin: no space left on the disk.")
+    with pytest.raises(ValueError, match="other"):
+        write("other")
+    assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ SYNONYMS: Mapping[str, str] = {
     "baseline vanilla": "plain",
     "tb": "tensorboard",
     "adam": "adamw",
+    "gpu": "cuda",
     "pt torchscript torch pytorch": "torch-export",
     "imagefolder image_folder images": "folder",
     "csv": "table",

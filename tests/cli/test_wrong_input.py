@@ -150,6 +150,11 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (2, [*OWN, *VIT], "image_size 64 does not work with backbone 'vit_tiny_patch16_224'"),
         (1, [*OWN, "--model.backbone_weights", "run/model.safetensors"], "keys .* belongs to this backbone"),
         (1, [*OWN, "--optim.lr", "1e30"], "the loss is not finite at step .*Lower --optim.lr"),
+        (
+            2,
+            [*OWN, "--output", "caf\udce9"],
+            "'caf\\udce9': the path is not valid UTF-8. Rename it, give a link as",
+        ),
         (1, [*OWN, "--output", "file/run"], "file/run: there is a file where a folder is needed"),
     ],
 )

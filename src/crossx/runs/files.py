@@ -40,6 +40,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise storage_error(path, error) from error
+    except Exception as error:
+        # safetensors has errors of its own
+        if "No space left on device" not in str(error):
+            raise
+        raise storage_error(path, OSError(errno.ENOSPC, "")) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

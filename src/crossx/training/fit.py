@@ -53,7 +53,8 @@ def fit(config: Config) -> Run:
     for option, path in (("output", run.path), ("data.root", Path(config.data.root or "").absolute())):
         if not is_utf8(path):
             raise UsageError(
-                f"{str(path)!r}: the path is not valid UTF-8. Rename it, or give a link as --{option}."
+                f"{str(path)!r}: the path is not valid UTF-8. Rename it, give a link as --{option}, or set "
+                "LC_ALL=C.UTF-8 if the locale is not UTF-8."
             )
     try:
         with _locked(run.path):
