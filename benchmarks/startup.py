@@ -65,7 +65,12 @@ def first_step(folder: Path) -> dict[str, float]:
     config = Config(
         model=ModelConfig(method="plain", backbone="resnet10t", pretrained=False),
         data=DataConfig(
-            root=str(folder / "images"), num_classes=4, images_per_class=16, image_size=64, batch_size=8
+            dataset="synthetic",
+            root=str(folder / "images"),
+            num_classes=4,
+            images_per_class=16,
+            image_size=64,
+            batch_size=8,
         ),
         trainer={"max_epochs": 1, "accelerator": "cpu"},
         output=str(folder / "run"),

@@ -1,4 +1,8 @@
 import json
+import logging
+import socket
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -6,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import hub_stub
 from crossx.backbones import Backbone, create_backbone, load_trunk_weights
 from crossx.errors import CrossXError, UsageError
 
@@ -165,7 +170,34 @@ def test_names_that_cannot_work(name: str, args: dict[str, object], message: str
         create_backbone(name, args=args)
 
 
+@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "legacy_seresnet18.in1k", "hf-hub:me/birds"])
+def test_without_a_network_the_error_comes_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"waited {seconds} seconds")
+
+    def unreachable(address: tuple[str, int], timeout: float) -> None:
+        assert timeout <= 300
+        raise OSError("Name or service not known")
+
+    hub_stub.use(monkeypatch, "http://no-such-host.invalid", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    caplog.set_level(logging.INFO, "crossx")
+    with pytest.raises(
+        CrossXError, match=r"loaded.*\(Name or service not known\)\. Check .* network"
+    ) as raised:
+        create_backbone(name, pretrained=True)
+    assert "\n" not in str(raised.value)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("downloading ")
+
+
 def test_no_network_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the connection is there, the download fails
+    monkeypatch.setattr(socket, "create_connection", lambda *_: nullcontext())
     create = timm.create_model
 
     def offline(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:

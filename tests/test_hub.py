@@ -1,10 +1,14 @@
+import logging
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import hub_stub
-from crossx.hub import TAKEN, HubModel, download_model, upload_model
+from crossx.hub import TAKEN, HubModel, announce, download_model, upload_model
 from crossx.runs import Run, open_run
 from hub_stub import Hub
 from refusals import refusal
@@ -62,6 +66,60 @@ def test_a_model_is_downloaded_once(hub: Hub) -> None:
     hub.requests.clear()
     assert download_model(HubModel("me/birds")) == folder
     assert hub.requests == ["GET /api/models/me/birds/revision/main"]
+
+
+def test_a_download_is_announced_and_one_from_the_cache_is_not(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "crossx")
+    download_model(HubModel("me/birds"))
+    assert caplog.messages == [f"downloading me/birds from {huggingface_hub.constants.ENDPOINT}"]
+    download_model(HubModel("me/birds"))
+    assert len(caplog.messages) == 1
+
+
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the Hub's client would wait for a retry."""
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"waited {seconds} seconds")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:{}", "http://no-such-host.invalid", "https://127.0.0.1:{}/a/mirror"]
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(
+    address: str, cached: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        if cached:
+            folder = download_model(HubModel("me/birds"))
+        hub_stub.use(
+            monkeypatch, address.format(port), str(tmp_path / "cache" if not cached else folder.parents[2])
+        )
+        no_retries(monkeypatch)
+        if cached:
+            assert download_model(HubModel("me/birds")) == folder
+        else:
+            message = refusal(download_model, HubModel("me/birds"))
+            assert message.startswith(
+                "me/birds: no such run folder or checkpoint file, and the Hugging Face Hub does"
+            )
+            assert message.endswith("Check the name and the network.")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_proxy_is_asked_in_place_of_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        announce("me/birds", "http://no-such-host.invalid")
+        proxy.accept()[0].close()
 
 
 def test_a_revision_is_another_model(hub: Hub) -> None:

@@ -23,6 +23,7 @@ from crossx.runs import (
     locked_folder,
     open_run,
     read_json,
+    user_path,
     write_json,
     write_text,
 )
@@ -239,3 +240,35 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "there is a file where a folder is needed" in refusal(enter, tmp_path / "file")
     assert "cannot be written" in refusal(enter, Path("/proc/folder"))
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "a.json", {name: [name, {"path": (name,)}], "n": 1})
+    assert read_json(tmp_path / "a.json") == {"caf\\xe9": ["caf\\xe9", {"path": ["caf\\xe9"]}], "n": 1}
+    write_text(tmp_path / "a.html", f"{name}\u00e9")
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == "caf\\xe9\u00e9"
+
+
+def test_a_leading_home_is_expanded_unless_there_is_such_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    assert user_path("~/images") == Path("/home/me/images")
+    assert user_path("~") == Path("~")
+    (tmp_path / "~" / "images").mkdir(parents=True)
+    assert user_path("~/images") == Path("~/images")
+
+
+def test_a_library_with_an_error_of_its_own_for_a_full_disk(tmp_path: Path) -> None:
+    def write(message: str) -> None:
+        with atomic_path(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise ValueError(message)
+
+    message = refusal(write, "I/O error: No space left on device (os error 28)")
+    assert message.startswith(f"{tmp_path}/a.bin: no space left on the disk.")
+    with pytest.raises(ValueError, match="other"):
+        write("other")
+    assert not list(tmp_path.iterdir())

@@ -5,13 +5,21 @@ Only safetensors and JSON are downloaded, so a model of unknown origin cannot ru
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from crossx.errors import CrossXError, UsageError, first_line
+
+log = logging.getLogger(__name__)
 
 LIBRARY = "crossx"
 CONFIG, SPEC, WEIGHTS = "config.json", "model.json", "model.safetensors"
@@ -59,6 +67,66 @@ class HubModel:
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 
+@contextmanager
+def download(repository: str, files: tuple[str, ...], revision: str | None = None) -> Iterator[None]:
+    """Announce a download, and let the block find out at once if the Hub cannot be reached.
+
+    Without a connection the Hub's own client would try again for a minute without a word. The block then finds what is
+    in the cache, if one of the files is there.
+
+    Args:
+        repository: ``user/name``.
+        files: Names of a file that the block needs; one of them is enough.
+        revision: Branch, tag or commit.
+
+    Raises:
+        OSError: If the Hub cannot be reached and none of the files is in the cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = any(
+        isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files
+    )
+    offline = bool(constants.HF_HUB_OFFLINE)
+    try:
+        if not cached and not offline:
+            announce(repository, constants.ENDPOINT)
+        elif not offline:
+            _connect(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
+    except OSError:
+        if not cached:
+            raise
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def announce(name: str, address: str) -> None:
+    """Say that a download begins, and check that a connection to the server can be made.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    from huggingface_hub import constants
+
+    log.info(f"downloading {name} from {address}")
+    _connect(address, constants.HF_HUB_ETAG_TIMEOUT)
+
+
+def _connect(url: str, timeout: float) -> None:
+    """Connect to a server, or to the proxy on the way to it."""
+    address = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(address.hostname or ""):
+        address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or {"https": 443, "http": 80}.get(address.scheme, 1080)
+    with socket.create_connection((address.hostname or "", port), timeout):
+        pass
+
+
 def download_model(model: HubModel) -> Path:
     """Download a model into the Hub's cache, if it is not there yet, and return its folder.
 
@@ -76,14 +144,15 @@ def download_model(model: HubModel) -> Path:
             super().__init__(*args, **{**options, "leave": False, "disable": None})  # type: ignore[no-untyped-call]
 
     try:
-        folder = snapshot_download(
-            model.repository,
-            revision=model.revision,
-            allow_patterns=list(TAKEN),
-            library_name=LIBRARY,
-            library_version=metadata.version(LIBRARY),
-            tqdm_class=Bar,
-        )
+        with download(model.repository, (WEIGHTS,), model.revision):
+            folder = snapshot_download(
+                model.repository,
+                revision=model.revision,
+                allow_patterns=list(TAKEN),
+                library_name=LIBRARY,
+                library_version=metadata.version(LIBRARY),
+                tqdm_class=Bar,
+            )
     except Exception as error:
         reason = _why_not_downloaded(model, error)
         place = "" if model.explicit else "no such run folder or checkpoint file, and "

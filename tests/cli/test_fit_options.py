@@ -1,15 +1,22 @@
 import re
 from pathlib import Path
 
+import jsonargparse
 import pytest
 
-from crossx.cli.fit_options import parse_fit
+from crossx.cli.fit_options import fit_parser, parse_fit
 from crossx.cli.main import main
+from crossx.cli.parser import unknown_argument
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
 from crossx.recipes import SECTIONS, list_recipes, load_recipe
 from crossx.training.config import Config, OptimConfig, TrainerConfig
+
+
+@pytest.fixture(scope="module")
+def parser() -> jsonargparse.ArgumentParser:
+    return fit_parser([])
 
 
 def test_without_arguments_every_default_is_that_of_the_dataclasses() -> None:
@@ -143,6 +150,179 @@ def test_wrong_option_is_refused_in_one_line(words: str, message: str) -> None:
         parse_fit(words.split())
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "suggested"),
+    [
+        ("--epochs 3", "--trainer.max_epochs"),
+        ("-e 3", "--trainer.max_epochs"),
+        ("--max-epochs=3", "--trainer.max_epochs"),
+        ("--trainer.epochs 3", "--trainer.max_epochs"),
+        ("epochs=3", "--trainer.max_epochs 3"),
+        ("--lr 0.1", "--optim.lr"),
+        ("--learning-rate 0.1", "--optim.lr"),
+        ("--optim.learning_rate 0.1", "--optim.lr"),
+        ("--wd 0.1", "--optim.weight_decay"),
+        ("--weight-decay 0.1", "--optim.weight_decay"),
+        ("--batch-size 8", "--data.batch_size"),
+        ("-b 8", "--data.batch_size"),
+        ("--model resnet50", "--model.backbone"),
+        ("--arch resnet50", "--model.backbone"),
+        ("--data images", "--data.root"),
+        ("--data-dir images", "--data.root"),
+        ("--workers 2", "--data.num_workers"),
+        ("-j 2", "--data.num_workers"),
+        ("--device cpu", "--trainer.accelerator"),
+        ("--gpus 2", "--trainer.devices"),
+        ("--trainer.gpus 2", "--trainer.devices"),
+        ("--img-size 224", "--data.image_size"),
+        ("--imgsz 224", "--data.image_size"),
+        ("--amp", "--trainer.precision"),
+        ("--fp16", "--trainer.precision"),
+        ("--out runs/a", "--output"),
+        ("--name a", "--output"),
+        ("--dropout 0.1", "--model.backbone_args.drop_rate"),
+        ("--mixup 1", "--optim.mixup"),
+    ],
+)
+def test_options_of_other_tools_suggest_ours(
+    words: str, suggested: str, parser: jsonargparse.ArgumentParser
+) -> None:
+    assert f"Did you mean {suggested!r}?" in str(unknown_argument(words.split()[0], parser))
+
+
+def test_a_path_without_an_option_suggests_the_option(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.touch()
+    for path, option in ((recipe, "--config"), (tmp_path, "--data.root")):
+        with pytest.raises(UsageError, match=f"unexpected argument '{path}'. Did you mean '{option} {path}'"):
+            parse_fit([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("--patience", "there is no early stopping"), ("--num-classes", "the classes are those of the images")],
+)
+def test_options_that_do_not_exist_here_say_what_to_do_instead(option: str, instead: str) -> None:
+    with pytest.raises(UsageError, match=f"^unknown option '{option}': {instead}"):
+        parse_fit([option, "3"])
+
+
+WORDS = [
+    "#try1",
+    "null",
+    "~",
+    "&a",
+    "*a",
+    "!x",
+    "yes",
+    "off",
+    "1e3",
+    "007",
+    "1_000",
+    "2024-01-01",
+    "{a}",
+    "[a]",
+]
+WORDS += [
+    "- a",
+    "%a",
+    "@a",
+    "`a",
+    "a: b",
+    " a ",
+    '"a"',
+    "'a'",
+    "a\nb",
+    "-",
+    "=a",
+    "${a}",
+    "\\n",
+    "|",
+    ">",
+    "? a",
+]
+
+
+def test_words_are_taken_literally_where_a_text_is_expected(tmp_path: Path) -> None:
+    options = [
+        "output",
+        "data.root",
+        "data.dataset",
+        "data.level",
+        "model.backbone",
+        "model.backbone_weights",
+    ]
+    for start in range(0, len(WORDS), len(options)):
+        given = dict(zip(options, WORDS[start:], strict=False))
+        config = parse_fit([part for option, word in given.items() for part in (f"--{option}", word)]).config
+        saved = tmp_path / "config.yaml"
+        saved.write_text(config.to_yaml())
+        # also when they come back from the file of the run
+        for read in (config, parse_fit(["--config", str(saved)]).config, Config.from_yaml(saved)):
+            values = read.to_dict()
+            flat = {
+                **values,
+                **{f"{key}.{name}": values[key][name] for key in SECTIONS for name in values[key]},
+            }
+            assert {option: flat[option] for option in given} == given
+
+
+@pytest.mark.parametrize("option", ["--output", "--data.dataset", "--model.backbone", "--config"])
+def test_an_empty_text_is_refused(option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option}: the value is empty"):
+        parse_fit([option, ""])
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("output: 007", "output"),
+        ("output: yes", "output"),
+        ("output: 2024-01-01", "output"),
+        ("output: [a]", "output"),
+        ("data: {root: 1e3}", "data.root"),
+        ("data: {dataset: null}", "data.dataset"),
+        ("data: {interpolation: no}", "data.interpolation"),
+        ("model: {backbone: .5}", "model.backbone"),
+    ],
+)
+def test_a_file_gives_text_where_text_is_expected(text: str, option: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    for read in (lambda: parse_fit(["--config", str(path)]), lambda: Config.from_recipe(path)):
+        with pytest.raises(UsageError, match=rf"(--)?{option} takes text, not .*: put it in quotes\.$"):
+            read()
+
+
+def test_a_command_without_images_asks_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["fit"],
+        ["fit", "--model.method", "plain"],
+        ["ablate", "--suite", "heads", "--output", "out"],
+    ):
+        assert main(words) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1
+        assert "--data.root" in shown
+        assert "`crossx quickstart`" in shown
+    assert not Path("out").exists()
+
+
+def test_one_logger_needs_no_list() -> None:
+    assert parse_fit(["--trainer.logger", "csv"]).config.trainer.loggers == ["csv"]
+    assert parse_fit(["--trainer.logger", "[csv, wandb]"]).config.trainer.loggers == ["csv", "wandb"]
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("recipe", ["finetune", "crossx_cub_resnet50"])
+def test_python_and_the_command_line_change_a_recipe_alike(recipe: str, method: str) -> None:
+    words = ["--config", recipe, "--model.method", method, "--data.image_size", "224"]
+    config = Config.from_recipe(recipe, model={"method": method}, data={"image_size": 224})
+    typed = parse_fit(words).config
+    assert {**method_options(method), **config.model.options} == typed.model.options
+    assert config.data == typed.data
 
 
 @pytest.mark.parametrize(

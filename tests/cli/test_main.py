@@ -1,4 +1,6 @@
+import errno
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -150,6 +152,88 @@ def test_closed_pipe_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def write_to(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, target: io.RawIOBase | None = None
+) -> tuple[io.BytesIO, io.BytesIO]:
+    """Let stdout (``target``, if given) and stderr have an encoding; return what they hold."""
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BufferedWriter(target) if target else out, encoding)
+    )
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding))
+    return out, err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_the_encoding_lacks_is_escaped(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"caf\xe9") + "\u0142\u732b"
+    out, err = write_to(monkeypatch, encoding)
+    recipe = tmp_path / "ł.yaml"
+    recipe.write_text("description: 猫 ł é\n", encoding="utf-8")
+    assert main(["recipes", str(recipe)]) == 0
+    assert main(["recipes", name]) == 2
+    shown = out.getvalue().decode(encoding), err.getvalue().decode(encoding)
+    escaped = "猫" if encoding == "utf-8" else "\\u732b"
+    assert f"{escaped} " in shown[0]
+    assert "caf\\udce9" in shown[1]
+    assert "猫" in shown[1] if encoding == "utf-8" else "\\u732b" in shown[1]
+
+
+class Full(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, err = write_to(monkeypatch, "utf-8", Full())
+    assert main(["recipes", "finetune"]) == 1
+    sys.stderr.flush()
+    line = err.getvalue().decode()
+    assert line.startswith("crossx recipes: error: standard output: no space left on the disk")
+    assert line.count("\n") == 1
+
+
+def test_closed_streams_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["recipes", "finetune"]) == 0
+    assert main(["recipes", "finetun"]) == 2
+    assert sys.stdin.read() == ""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"COLUMNS": "0"},
+        {"COLUMNS": "1"},
+        {"COLUMNS": "20"},
+        {"COLUMNS": "x"},
+        {"TERM": "dumb"},
+        {"NO_COLOR": "1"},
+    ],
+)
+def test_lists_are_printed_at_any_width(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for words in (["recipes"], ["datasets", "list"], ["predict", "--help"]):
+        assert main(words) == 0
+    shown, errors = capsys.readouterr()
+    assert "\x1b" not in shown
+    assert not errors
+    # every character is there, whatever is broken over lines
+    assert "crossx_cub_resnet50_released" in "".join(shown.split()), environment
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -183,6 +267,59 @@ def test_wrong_command_is_one_line_and_2(
     shown = capsys.readouterr().err
     assert shown.startswith(line)
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "suggested"),
+    [
+        ("train", "fit"),
+        ("Fine-Tune", "fit"),
+        ("evaluate", "test"),
+        ("val", "test"),
+        ("inference", "predict"),
+        ("classify", "predict"),
+        ("deploy", "serve"),
+        ("convert", "export"),
+        ("push", "share"),
+        ("resume", "fit --resume"),
+        ("gradcam", "explain"),
+        ("FIT", "fit"),
+        ("list", "recipes"),
+    ],
+)
+def test_verbs_of_other_tools_suggest_ours(
+    word: str, suggested: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"crossx: error: unknown verb {word!r}. Did you mean {suggested!r}? Choose from: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("predict --weights run a.jpg", "RUN is given without an option: `crossx predict RUN IMAGES`."),
+        ("predict run --source photos", "IMAGES is given without an option: `crossx predict RUN IMAGES`."),
+        ("predict run a.jpg --batch-size 4", "Did you mean '--data.batch_size'?"),
+        ("predict run a.jpg --topk 4", "Did you mean '--top'?"),
+        ("predict run a.jpg --half", "Did you mean '--precision'?"),
+        ("predict run a.jpg -o out.csv", "Did you mean '--output'?"),
+        ("test --model run", "RUN is given without an option: `crossx test RUN`."),
+        ("test run --data x", "Did you mean '--data.root'?"),
+        ("explain run --input photos", "IMAGE_OR_FOLDER is given without an option: "),
+        ("export run -o a.onnx", "Did you mean '--output'?"),
+        ("serve run -p 80", "Did you mean '--port'?"),
+        ("share run --repo me/birds", "Did you mean '--hub'?"),
+    ],
+)
+def test_options_of_other_tools_suggest_ours(
+    words: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert hint in shown
 
 
 def test_recipe_is_printed_resolved(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,14 @@ def test_a_list_on_stdin_a_pattern_and_a_table_are_the_files_they_name(
     assert [row["error"] for row in rows] == ["", "", "", "", "no such file", ""]
 
 
+def test_an_empty_list_on_stdin_is_an_error(
+    run: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines_on_stdin(monkeypatch, b"\n")
+    assert main(["predict", run, "photos", "-", "--device", "cpu"]) == 1
+    assert capsys.readouterr() == ("", "crossx predict: error: standard input: no file is listed there.\n")
+
+
 def test_a_file_says_how_many_and_how_fast(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", run, "photos", "--output", "deep/out.JSONL", "--device", "cpu"]) == 0
     first, second = capsys.readouterr().out.splitlines()

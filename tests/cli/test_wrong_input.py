@@ -185,6 +185,11 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (1, [*OWN, "--model.backbone_weights", "run"], "It is a model of crossx: give it as --init"),
         (2, [*OWN, "--model.backbone", "local-dir:run"], "run is a model of crossx: give it as --init"),
         (1, [*OWN, "--optim.lr", "1e30"], "the loss is not finite at step .*Lower --optim.lr"),
+        (
+            2,
+            [*OWN, "--output", "caf\udce9"],
+            "'caf\\udce9': the path is not valid UTF-8. Rename it, give a link as",
+        ),
         (1, [*OWN, "--output", "file/run"], "file/run: there is a file where a folder is needed"),
     ],
 )

@@ -1,9 +1,11 @@
+import errno
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from crossx.data.dataset import ImageDataset, ImageLoader
 from crossx.data.images import ImageError, read_image
@@ -136,3 +138,60 @@ def test_workers_end_with_the_error(records):
     with pytest.raises(CrossXError):
         list(ImageLoader(ImageDataset(records, fail), 2, num_workers=2))
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+SHARED = "too little shared memory (/dev/shm) for --data.num_workers 2: give more (docker run --shm-size 2g), or load"
+FILES = "too many open files for --data.num_workers 2: raise the limit (ulimit -n 65536), or load the images without"
+PROCESSES = "the processes of --data.num_workers 2 cannot be started: give fewer, or load the images without processes"
+TRACEBACK = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError(TRACEBACK + "unable to write to file </torch_9_1>: No space left on device (28)"),
+            SHARED,
+        ),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: No space left (28)"),
+            SHARED,
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that ..."),
+            SHARED,
+        ),
+        (RuntimeError("unable to mmap 99 bytes from file </torch_9_1>: Cannot allocate memory (12)"), SHARED),
+        (OSError(errno.ENOSPC, "No space left on device"), SHARED),
+        (OSError(errno.ENOSYS, "Function not implemented"), SHARED),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), SHARED),
+        (PermissionError(errno.EACCES, "Permission denied"), SHARED),
+        (OSError(errno.EMFILE, "Too many open files"), FILES),
+        (RuntimeError("unable to open shared memory object </torch_9_1>: Too many open files (24)"), FILES),
+        (RuntimeError("received 0 items of ancdata"), FILES),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), PROCESSES),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), PROCESSES),
+    ],
+)
+def test_a_limit_of_the_machine_is_one_line(dataset, monkeypatch, error, message):
+    def start(loader):
+        raise error
+
+    monkeypatch.setattr(DataLoader, "__iter__", start)
+    with pytest.raises(CrossXError) as raised:
+        list(ImageLoader(dataset, num_workers=2))
+    assert str(raised.value).startswith(message)
+    assert str(raised.value).endswith(" without processes: --data.num_workers 0.")
+    assert raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), ValueError("shared memory"), OSError(5, "I/O error")]
+)
+def test_other_errors_of_workers_are_left_alone(dataset, monkeypatch, error):
+    def start(loader):
+        raise error
+
+    monkeypatch.setattr(DataLoader, "__iter__", start)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        list(ImageLoader(dataset, num_workers=2))

@@ -1,13 +1,17 @@
 """Exported files against the network that they were made of. ONNX, OpenVINO and NNCF are in ``crossx[export]``."""
 
+import errno
 import functools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeAlias
 
 import pytest
@@ -16,12 +20,13 @@ from torch import Tensor
 
 import layouts
 from crossx.data.images import find_images
+from crossx.export import export as export_module
 from crossx.export.export import ExportReport, export_run
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported
 from crossx.predict.predictor import Predictor
-from crossx.runs import EXPORTED, ModelSpec, Preprocessing, Run, write_json
+from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, Preprocessing, Run, write_json
 from refusals import refusal
 from slow import slow_except
 
@@ -53,6 +58,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return layouts.write_folder(tmp_path_factory.mktemp("photos"), classes=3, images_per_class=8)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough images for int8: 33 in the test split."""
+    return layouts.write_folder(tmp_path_factory.mktemp("many"), classes=3, images_per_class=55)
 
 
 Exports: TypeAlias = Callable[..., ExportReport]
@@ -140,15 +151,17 @@ def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
 
 
 @pytest.mark.parametrize("format_", slow_except(["onnx", "openvino"], "onnx"))
-def test_int8_tells_its_accuracy(format_: str, run: Path, photos: Path, tmp_path: Path) -> None:
+def test_int8_tells_its_accuracy(format_: str, run: Path, many: Path, tmp_path: Path) -> None:
     require(format_, "int8")
-    output = tmp_path / f"network{SUFFIXES[format_]}"
+    photos, output = many, tmp_path / f"network{SUFFIXES[format_]}"
     report = export_run(
-        run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, calibration_images=4
+        run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, calibration_images=40
     )
     accuracy = report.accuracy
     assert accuracy is not None
-    assert (accuracy.split, accuracy.images, accuracy.calibration_images) == ("test", 6, 3)
+    assert (accuracy.split, accuracy.images, accuracy.calibration_images) == ("test", 33, 40)
+    assert accuracy.lost.low <= accuracy.before - accuracy.after <= accuracy.lost.high
+    assert accuracy.agreement.low < accuracy.same_class / accuracy.images <= accuracy.agreement.high
     method, spec = load_method(run)
     predictor = Predictor.from_method(method, spec, "cpu")
     model = ExportedModel.load(output)
@@ -158,6 +171,60 @@ def test_int8_tells_its_accuracy(format_: str, run: Path, photos: Path, tmp_path
     found = model.classify(images)
     assert 0 < (found - expected).abs().max() < 0.1
     torch.testing.assert_close(found, (model.logits(images) / TEMPERATURE).softmax(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            "dataset 'folder' has 18 images to calibrate int8 on and 6 to measure its accuracy, and 32 of each",
+        ),
+        ({"calibration_images": 31}, "--calibration must be at least 32, not 31"),
+        ({"accuracy_images": 2}, "--accuracy must be at least 32, not 2"),
+    ],
+)
+def test_few_images_are_refused_for_int8(
+    options: dict[str, int], message: str, run: Path, photos: Path, tmp_path: Path
+) -> None:
+    require("onnx")
+    output = tmp_path / "x.onnx"
+    assert message in refusal(
+        export_run, run, output, precision="int8", root=photos, dataset="folder", **options
+    )
+    assert not list(tmp_path.iterdir())
+
+
+class OpenVINOError(RuntimeError):
+    """An exporter's own error without a reason."""
+
+
+@pytest.mark.parametrize("format_", SUFFIXES)
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), False),
+        (OpenVINOError("cannot write"), True),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    format_: str, error: Exception, full: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(format_)
+
+    def save(graph: object, description: str, precision: str, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    if full:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    kind = replace(export_module._FORMATS[format_], build=lambda *_: None, save=save)
+    monkeypatch.setitem(export_module._FORMATS, format_, kind)
+    output = tmp_path / f"x{SUFFIXES[format_]}"
+    message = refusal(export_run, run, output, images=None)
+    assert message.startswith(f"{output}: no space left on the disk.")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_images_random_pixels_are_compared(run: Path, tmp_path: Path) -> None:
@@ -229,7 +296,7 @@ def test_the_predictor_takes_an_exported_file(run: Path, photos: Path, export: E
     for found, expected in zip(exported.predict(photos, top=3), own.predict(photos, top=3), strict=True):
         assert found.path == expected.path
         assert dict(found.top) == pytest.approx(dict(expected.top), rel=1e-4)
-    assert "take an exported file. Give the run instead." in refusal(lambda: exported.method)
+    assert PREDICTS_ALONE in refusal(lambda: exported.method)
     assert "runs only on the CPU" in refusal(Predictor.load, file, device="cuda")
 
 

@@ -97,7 +97,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str):
 
 def test_run_path_names_what_the_run_is():
     config = Config(model=ModelConfig(method="plain", backbone="local-dir:/data/mobilenet/"), seed=4)
-    assert config.run_path() == Path("runs/plain-synthetic-mobilenet-s4")
+    assert config.run_path() == Path("runs/plain-folder-mobilenet-s4")
     assert Config(output="out").run_path() == Path("out")
 
 

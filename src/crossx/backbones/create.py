@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_model_config_from_hf
+from timm.models import get_pretrained_cfg, load_model_config_from_hf
+from torch.hub import get_dir
 
 from crossx.backbones.state_dict import load_trunk_weights
 from crossx.backbones.trunk import Backbone
 from crossx.errors import CrossXError, UsageError, first_line, nearest
+from crossx.hub import announce, download
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files of timm's models on the Hub, of which one is needed."""
 
 
 def create_backbone(
@@ -39,16 +45,16 @@ def create_backbone(
     """
     architecture, own_args = _resolve(name)
     merged = {**own_args, **(args or {})}
+    downloads = pretrained and weights is None
     try:
-        trunk = timm.create_model(
-            name, pretrained=pretrained and weights is None, num_classes=0, **dict(args or {})
-        )
+        with _downloading(name, architecture) if downloads else nullcontext():
+            trunk = timm.create_model(name, pretrained=downloads, num_classes=0, **dict(args or {}))
     except TypeError as error:
         raise UsageError(
             f"backbone {name!r} does not take backbone_args {dict(args or {})}: {error}."
         ) from error
     except Exception as error:
-        if not pretrained or weights is not None:
+        if not downloads:
             raise UsageError(f"backbone {name!r} cannot be built: {first_line(error)}.") from error
         raise CrossXError(
             f"backbone {name!r}: its pretrained weights cannot be loaded ({first_line(error)}). Check the network, "
@@ -81,7 +87,9 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             raise UsageError(f"backbone {name!r}: {path} is not a timm config ({error}).") from error
     elif source == "hf-hub" and identifier:
         try:
-            pretrained_cfg, architecture, model_args = load_model_config_from_hf(identifier)
+            repository, _, revision = identifier.partition("@")
+            with download(repository, ("config.json",), revision or None):
+                pretrained_cfg, architecture, model_args = load_model_config_from_hf(identifier)
             own_args = _own_arguments(pretrained_cfg, model_args)
         except Exception as error:
             raise CrossXError(
@@ -103,6 +111,22 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             f"timm has for {base}: {', '.join(tagged) or 'none'}."
         )
     return architecture, dict(own_args or {})
+
+
+@contextmanager
+def _downloading(name: str, architecture: str) -> Iterator[None]:
+    """Announce the download of the pretrained weights of a name, and fail at once without a connection."""
+    source, _, identifier = name.partition(":")
+    cfg = get_pretrained_cfg(architecture) if source != "local-dir" else None
+    hub_name, file = (cfg.hf_hub_id, cfg.hf_hub_filename) if cfg else (None, None)
+    if source == "hf-hub" or hub_name:
+        repository, _, revision = (identifier if source == "hf-hub" else str(hub_name)).partition("@")
+        with download(repository, (file,) if file else _WEIGHTS, revision or None):
+            yield
+        return
+    if cfg and cfg.url and not Path(get_dir(), "checkpoints", cfg.url.rpartition("/")[2]).exists():
+        announce(name, cfg.url)
+    yield
 
 
 def _own_arguments(pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None) -> dict[str, Any]:

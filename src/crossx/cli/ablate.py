@@ -53,10 +53,11 @@ def ablate(
     from crossx.ablation.runner import Trial, check_trials, plan, plan_tuning, run_trials
     from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
     from crossx.ablation.tuning import build_tuning_table, choose_alternatives, describe_tuning
-    from crossx.cli.fit_options import parse_fit
+    from crossx.cli.fit_options import parse_fit, require_data
 
     check_reference(variants, against)
     base = parse_fit(fit_options).config
+    require_data(base)
     folder = Path(output)
     search = plan_tuning(variants, base, seeds[0], folder)
     trials = plan(variants, base, seeds, folder)

@@ -31,8 +31,8 @@ class Quantization:
     """With --precision int8, which needs the run's data.
 
     Attributes:
-        calibration: Validation images to take the ranges of the activations from (default: 300).
-        accuracy: Images of the test split to measure the accuracy on (default: all).
+        calibration: Validation images to take the ranges of the activations from, at least 32 (default: 300).
+        accuracy: Images of the test split to measure the accuracy on, at least 32 (default: all).
     """
 
     calibration: Positive | None = None
@@ -108,8 +108,16 @@ def _print_report(report: ExportReport) -> None:
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
     if accuracy := report.accuracy:
+        low, high = accuracy.lost
         print(
             f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
-            f"{accuracy.after:.2%} after (tolerance {report.tolerance:.2%}), same class on {accuracy.same_class}; "
-            f"calibrated on {accuracy.calibration_images} others"
+            f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, 95% "
+            f"interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
+            f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
+            f"{accuracy.calibration_images} others"
         )
+        if high > report.tolerance:
+            print(
+                "note: by the interval the loss may exceed the tolerance; more test images would narrow it.",
+                file=sys.stderr,
+            )

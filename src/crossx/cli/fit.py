@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit
+from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_data
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
@@ -26,6 +26,8 @@ def run(words: Sequence[str]) -> int:
     if asked.print_config:
         print(asked.config.to_yaml(), end="")
         return 0
+    if not asked.resume:
+        require_data(asked.config)
 
     from crossx.distributed import is_leader
     from crossx.training import fit as training

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -22,7 +24,16 @@ from crossx.cli.parser import (
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, nearest
 from crossx.recipes import SECTIONS, Recipe, list_recipes, load_recipe
-from crossx.training.config import LEFT_OUT, Config, ModelConfig, OptimConfig, TrainerConfig
+from crossx.training.config import (
+    LEFT_OUT,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainerConfig,
+    adapt_to_method,
+    recipe_method,
+    scale_resize,
+)
 
 PROG = "crossx fit"
 EXAMPLES = """\
@@ -50,6 +61,18 @@ FIRST = (
     "trainer.precision",
 )
 """The options that most commands give; the help shows them before the sections."""
+
+
+INSTEAD = {
+    "patience early_stopping early_stop": "there is no early stopping: --trainer.max_epochs sets the length, and "
+    "--optim.selection best keeps the best epoch's weights",
+    "num_classes classes nc num_labels": "the classes are those of the images",
+    "no_pretrained scratch from_scratch": "give --model.pretrained false",
+    "local_rank rank world_size nproc_per_node": "--trainer.devices and --trainer.num_nodes start the processes",
+    "no_cuda no_gpu use_cpu": "give --trainer.accelerator cpu",
+    "save_best_only save_top_k": "best and last checkpoint are always written",
+}
+"""Options of other tools, with underscores, that are none here, and what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +111,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     if "--restart" in words:
         raise UsageError("--restart starts a run over: name it with --resume RUN.")
     recipe = load_recipe(first.config) if first.config else None
-    method = first.method or _method(recipe)
+    method = first.method or (recipe_method(recipe) if recipe else ModelConfig().method)
     parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     try:
@@ -96,8 +119,8 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     except argparse.ArgumentError as error:
         raise _explain(str(error), parser, method) from error
     given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
-    if recipe:
-        notes += _scale_resize(recipe, given["data"], words)
+    if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
+        notes += scale_resize(recipe, given["data"])
     return FitArguments(
         Config.from_dict(given),
         recipe=first.config,
@@ -109,7 +132,8 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
 def fit_parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
     """Return the parser for the method that the words choose."""
     first = _first_pass(words)
-    return _method_parser(first.method or _method(load_recipe(first.config) if first.config else None))
+    recipe = load_recipe(first.config) if first.config else Recipe("")
+    return _method_parser(first.method or recipe_method(recipe))
 
 
 def _method_parser(method: str) -> jsonargparse.ArgumentParser:
@@ -193,22 +217,16 @@ def _resume(words: Sequence[str]) -> FitArguments:
     return FitArguments(config, resume=values["resume"], restart=bool(values["restart"]), limits=limits)
 
 
-def _method(recipe: Recipe | None) -> str:
-    default = ModelConfig().method
-    return str(recipe.get("model", "method", default=default)) if recipe else default
-
-
 def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> list[str]:
     """Make the recipe's values the parser's defaults; note the options that another method does not have."""
     known = {action.dest for action in parser._actions}
-    dropped = []
+    options = [option.name.removeprefix("model.") for option in method_options.method_options(method)]
+    recipe, notes = adapt_to_method(recipe, method, options)
     values = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
     for key, setting in recipe.settings.items():
         name = ".".join(key)
         if name in known:
             values[name] = setting.value
-        elif key[0] == "model" and method != _method(recipe):
-            dropped.append(name)
         elif len(key) == 1 and (hint := nearest(name, SECTIONS)):
             raise UsageError(f"{recipe.name}: unknown section {name!r}.{hint}")
         else:
@@ -219,22 +237,20 @@ def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> 
         parser.set_defaults({**vars(values.as_flat()), "model.method": method})
     except argparse.ArgumentError as error:
         raise UsageError(f"{recipe.name}: {explain(str(error), parser)}") from error
-    return [f"method {method} has no {', '.join(dropped)}: left out of {recipe.name}."] if dropped else []
+    return notes
 
 
-def _scale_resize(recipe: Recipe, data: dict[str, Any], words: Sequence[str]) -> list[str]:
-    """Keep a recipe's ratio of resized image to crop if the command line changes only the crop.
+def require_data(config: Config) -> None:
+    """Check that the command names images to train on.
 
-    A crop of 160 pixels out of the recipe's 600 would show the network a tenth of each image.
+    Raises:
+        UsageError: If it does not.
     """
-    crop, resized = recipe.get("data", "image_size"), recipe.get("data", "resize_size")
-    asked = any(word.split("=", 1)[0] == "--data.resize_size" for word in words)
-    if not (crop and resized) or asked or data["image_size"] == crop:
-        return []
-    data["resize_size"] = round(resized * data["image_size"] / crop)
-    return [
-        f"data.resize_size is {data['resize_size']}, in the proportion of {recipe.name} ({resized} to {crop})."
-    ]
+    if config.data.root is None and config.data.dataset == DataConfig().dataset:
+        raise UsageError(
+            "which images? Give --data.root DIR with one folder per class, or --data.dataset NAME for another dataset "
+            "(`crossx datasets list`); `crossx quickstart` draws images and trains on them."
+        )
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:
@@ -245,6 +261,9 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser, method: str) -> 
 def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:
     name = argument.split("=", 1)[0].removeprefix("--")
     section, _, option = name.partition(".")
+    for words, instead in INSTEAD.items():
+        if name.lstrip("-").replace("-", "_").lower() in words.split():
+            return UsageError(f"unknown option {argument.split('=', 1)[0]!r}: {instead}.")
     if section == "trainer" and option in LEFT_OUT:
         return UsageError(f"--{name} cannot be given: {LEFT_OUT[option]}.")
     owners = [
@@ -255,4 +274,8 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
     if section == "model" and owners:
         have = "has" if len(owners) == 1 else "have"
         return UsageError(f"method {method!r} has no option {option!r}; {', '.join(owners)} {have} it.")
-    return unknown_argument(argument, parser._option_string_actions, f"{PROG} --model.method {method}")
+    option = "--config" if Path(argument).suffix in (".yaml", ".yml") else "--data.root"
+    if not argument.startswith("-") and os.path.exists(argument):
+        return UsageError(f"unexpected argument {argument!r}. Did you mean '{option} {argument}'?")
+    parser.prog = f"{PROG} --model.method {method}"
+    return unknown_argument(argument, parser)

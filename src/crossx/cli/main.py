@@ -6,7 +6,10 @@ Imports only the standard library, so that ``crossx --help`` is fast; a verb's m
 from __future__ import annotations
 
 import ast
+import contextlib
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -15,8 +18,18 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from crossx.caches import prepare_caches
 from crossx.cli.memory import keep_freed_memory
-from crossx.errors import CrossXError, UsageError, lost_worker, one_line, sigterm_interrupts, unknown
+from crossx.errors import (
+    CrossXError,
+    UsageError,
+    first_line,
+    lost_worker,
+    nearest,
+    one_line,
+    sigterm_interrupts,
+    unknown,
+)
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
@@ -62,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("CROSSX_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
+    _open_streams()
     _set_environment()
     _show_log()
     if "_ARGCOMPLETE" in os.environ:
@@ -71,13 +85,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"crossx {words[0]}" if words and words[0] in VERBS else "crossx"
     try:
         with sigterm_interrupts():
-            code = _dispatch(words)
+            code = _run(command, words, debug)
             sys.stdout.flush()
+            sys.stderr.flush()
         return code
     except BrokenPipeError:
-        # Python flushes stdout once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_streams()
         return BROKEN_PIPE
+    except OSError as error:
+        # such as a full disk behind `> FILE`
+        _abandon_streams()
+        with contextlib.suppress(OSError):
+            _fail(command, f"standard output: {_os_error(error)}", CrossXError.exit_code, debug)
+        return CrossXError.exit_code
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    try:
+        return _dispatch(words)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt as interrupt:
         how = "SIGTERM" if interrupt.args else "Ctrl-C"
         return _fail(command, f"stopped by {how}.", INTERRUPTED, debug)
@@ -97,19 +124,20 @@ def _dispatch(words: list[str]) -> int:
         width = max(map(len, VERBS))
         print(USAGE.format(verbs="\n".join(f"  {name:<{width}}  {_summary(name)}" for name in VERBS)), end="")
         return 0
-    if verb == "--version":
+    if verb in ("--version", "-V", "version"):
         from crossx import __version__
 
         print(f"crossx {__version__}")
         return 0
     if verb not in VERBS:
         if verb.startswith("-"):
-            from crossx.cli.parser import unknown_argument
-
-            raise unknown_argument(verb, ("--help", "--version", "--debug"), "crossx")
+            hint = nearest(verb, ("--help", "--version", "--debug"))
+            raise UsageError(f"unknown option {verb!r}.{hint} `crossx --help` lists the options.")
         raise unknown("verb", verb, VERBS)
     name = verb.replace("-", "_")
     module = importlib.import_module(f"crossx.cli.{name}")
+    if not {"-h", "--help"} & {*rest} and (note := prepare_caches()):
+        print(f"crossx {verb}: {note}", file=sys.stderr)
     keep_freed_memory()
     try:
         if hasattr(module, "run"):
@@ -131,6 +159,29 @@ def _summary(verb: str) -> str:
     function = functions.get(verb.replace("-", "_"), functions.get("run"))
     assert function is not None
     return str(ast.get_docstring(function)).partition("\n")[0].removesuffix(".")
+
+
+def _open_streams() -> None:
+    """Escape what the encoding of stdout and stderr does not have, and replace a closed stream."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # takes the number of the closed stream, which the next opened file would get otherwise
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _abandon_streams() -> None:
+    """Write what is left to nowhere, as Python flushes both streams once more at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _set_environment() -> None:
@@ -157,7 +208,9 @@ def _fail(command: str, message: str, code: int, debug: bool) -> int:
 
 
 def _os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}no space left on the disk, or in the folder of temporary files: free some room."
     return f"{where}{error.strerror or error}."
 
 
@@ -165,6 +218,16 @@ def _defect(error: Exception) -> str:
     """Describe an unexpected error, and keep its traceback in a file."""
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower --data.batch_size."
-    with tempfile.NamedTemporaryFile("w", prefix="crossx-", suffix=".log", delete=False) as log:
-        traceback.print_exception(error, file=log)
-    return f"unexpected {type(error).__name__}: {one_line(str(error))} (a defect of crossx; report it with {log.name})."
+    if "No space left on device" in str(error):
+        return f"no space left on the disk ({first_line(error)}): free some room."
+    reason = one_line(str(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="crossx-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exception(error, file=log)
+    except OSError:
+        return (
+            f"unexpected {type(error).__name__}: {reason} (a defect of crossx; --debug shows the traceback)."
+        )
+    return f"unexpected {type(error).__name__}: {reason} (a defect of crossx; report it with {log.name})."

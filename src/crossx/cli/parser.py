@@ -23,6 +23,26 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from crossx.errors import UsageError, nearest
 
 
+def text(value: object) -> str:
+    """Take a word of the command line as it is, whatever YAML would make of it.
+
+    Raises:
+        ValueError: If it is empty, or a file gives something else than text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"Got value: {value}")
+    if not value:
+        raise _EmptyError(_EMPTY)
+    return value
+
+
+_EMPTY = "the value is empty: give one, or leave it out"
+
+
+class _EmptyError(argparse.ArgumentTypeError, ValueError):
+    """What argparse quotes from the command line, and jsonargparse from a file."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Help:
     """Help text in ``Annotated``, for parameters that several verbs share."""
@@ -46,12 +66,33 @@ IN_WORDS = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    text: "text",
     type(None): "null",
     NonNegativeInt: "a whole number of at least 0",
     PositiveInt: "a whole number of at least 1",
     NonNegativeFloat: "a number of at least 0",
     ClosedUnitInterval: "a number from 0 to 1",
 }
+_IMAGES = {
+    "source",
+    "input",
+    "inputs",
+    "image",
+    "images",
+    "img",
+    "i",
+    "data",
+    "folder",
+    "file",
+    "files",
+    "path",
+}
+_POSITIONAL = {
+    "RUN": {"run", "model", "weights", "checkpoint", "ckpt", "model_path", "resume", "m", "w"},
+    "IMAGES": _IMAGES,
+    "IMAGE_OR_FOLDER": _IMAGES,
+}
+"""Words of other tools for arguments that are given without an option here."""
 _NUMBER = re.compile(r"-(\d+|\d*\.\d+)$")
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, Sequence)
@@ -174,7 +215,8 @@ def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) 
         if option.flag:
             settings["action"] = "store_true"
         else:
-            settings |= {"type": option.hint, "metavar": _metavar(option)}
+            takes_text = _without_none(option.hint) == [str]
+            settings |= {"type": text if takes_text else option.hint, "metavar": _metavar(option)}
         if option.many:
             settings["nargs"] = "+"
         elif not (required or option.spelling):
@@ -260,7 +302,7 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
     """Turn an error message of jsonargparse into one line."""
     _, unrecognized, rest = message.partition("unrecognized arguments: ")
     if unrecognized:
-        return unknown_argument(rest.split()[0], parser._option_string_actions, parser.prog)
+        return unknown_argument(rest.split()[0], parser)
     _, required, names = message.partition("arguments are required: ")
     if required:
         shown = [_shown(_action(parser, name)) for name in names.split(", ")]
@@ -269,11 +311,15 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
         )
     if match := re.match(r'Parser key "([\w.]+)"', message):
         action = _action(parser, match[1])
+        if _EMPTY in message:
+            return UsageError(f"{_shown(action)}: {_EMPTY}.")
         given = re.search(
             r"(?:Given value|Got value|base 10|to float): (.*)|: (\S+) does not conform", message
         )
         value = (given[1] or given[2]).strip("'") if given else "this"
         hint = getattr(action, "_typehint", action.type)
+        if hint is text:
+            return UsageError(f"{_shown(action)} takes text, not {value}: put it in quotes.")
         hint_names = [str(item) for item in literals(hint)]
         return UsageError(
             f"{_shown(action)} takes {describe(hint)}, not {value!r}.{nearest(value, hint_names)}"
@@ -281,13 +327,23 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
     return UsageError(f"{' '.join(message.removeprefix('argument ').split())}; see `{parser.prog} --help`.")
 
 
-def unknown_argument(argument: str, options: Iterable[str], prog: str) -> UsageError:
-    """Build the error for an argument that the command ``prog`` does not take, with the nearest of its options."""
+def unknown_argument(argument: str, parser: jsonargparse.ArgumentParser) -> UsageError:
+    """Build the error for an argument that the parser does not take, with the nearest of its options."""
+    options, prog = parser._option_string_actions, parser.prog
+    positionals = [str(action.metavar) for action in parser._actions if not action.option_strings]
     name, known = argument.split("=", 1)[0], [option for option in options if option[-1] != "+"]
-    if not name.startswith("-"):
-        return UsageError(f"unexpected argument {argument!r}; see `{prog} --help`.")
-    same_end = [option for option in known if option.split(".")[-1] == name.lstrip("-").split(".")[-1]]
+    word = name.lstrip("-").replace("-", "_").lower()
+    same_end = [option for option in known if option.split(".")[-1].lstrip("-") == word.split(".")[-1]]
     hint = f" Did you mean {same_end[0]!r}?" if len(same_end) == 1 else nearest(name, known)
+    if not name.startswith("-"):
+        # the form of other tools: epochs=10
+        if "=" in argument and hint:
+            hint = hint.replace("'?", f" {argument.partition('=')[2]}'?")
+            return UsageError(f"unexpected argument {argument!r}.{hint} `{prog} --help` lists the options.")
+        return UsageError(f"unexpected argument {argument!r}; see `{prog} --help`.")
+    for place, words in _POSITIONAL.items():
+        if word in words and place in positionals:
+            hint = f" {place} is given without an option: `{prog} {' '.join(positionals)}`."
     return UsageError(f"unknown option {name!r}.{hint} `{prog} --help` lists the options.")
 
 
@@ -319,7 +375,7 @@ def _positional(words: list[str], parser: jsonargparse.ArgumentParser) -> list[s
     takes_some = any(not action.option_strings for action in parser._actions)
     for word in words[:end]:
         if _is_option(word) or not takes_some:
-            raise unknown_argument(word, parser._option_string_actions, parser.prog)
+            raise unknown_argument(word, parser)
     return words[:end] + words[end + 1 :]
 
 

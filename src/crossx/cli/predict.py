@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -65,8 +66,8 @@ def predict(
 
     Args:
         images: Image files, folders searched for images, patterns such as 'photos/**/*.jpg', tables (.csv, .parquet)
-            with a column `path`, or - for a list of files on stdin, one per line; for --output DIR one folder or
-            Parquet file.
+            with a column `path`, lists (.txt), or - for a list of files on stdin, one per line or as of `find
+            -print0`; for --output DIR one folder or Parquet file.
         output: File to write, ending in .csv, .jsonl or .parquet, or folder of Parquet files (default: print CSV).
         features: Write the feature vector of each image, of length 1, instead of predictions.
         top: Classes per image.
@@ -114,10 +115,19 @@ def predict(
         )
     count = Count()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a file name that is not valid UTF-8 is printed as its bytes
-        sys.stdout.reconfigure(errors="surrogateescape")
+        codecs.register_error("crossx", _escape)
+        sys.stdout.reconfigure(errors="crossx")
     outputs.print_csv(sys.stdout, count.through(predictions), top)
     return _conclude(count.failed, count.images)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Print a file name that is not valid UTF-8 as its bytes, and other characters that stdout lacks as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _is_folder(output: str) -> bool:
@@ -173,13 +183,12 @@ def _predict_collection(
 
 def _list_files(images: Sequence[str]) -> list[Path]:
     """Return the image files of the command line, with those that stdin lists in place of ``-``."""
-    from crossx.predict.inputs import expand_paths
+    from crossx.predict.inputs import expand_paths, read_list
 
     files: list[Path] = []
     for word in images:
         if word == "-":
-            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-            files.extend(Path(line) for line in lines if line)
+            files.extend(read_list(sys.stdin.buffer.read(), "standard input"))
         else:
             files.extend(expand_paths([word]))
     return files

@@ -5,6 +5,8 @@ from __future__ import annotations
 from crossx.cli.parser import Name
 from crossx.recipes import load_recipe, model_names
 
+MIN_WIDTH = 80
+
 
 def recipes(name: Name | None = None) -> None:
     """List the packaged training recipes with the models they train, or print one.
@@ -33,7 +35,10 @@ def _print_table() -> None:
     table.add_column("what it trains", overflow="fold")
     for model, name in model_names().items():
         table.add_row(name, f"{load_recipe(name).description}\n[dim]{model}[/dim]")
-    Console().print(table)
+    console = Console()
+    # a narrow window breaks the lines, but a name must not lose its end
+    console.width = max(MIN_WIDTH, console.width)
+    console.print(table)
     print(
         "\n`crossx recipes NAME` prints a recipe, `crossx fit --config NAME` trains it. Below each is the\n"
         "name of its model, as timm names models; --config takes that too."

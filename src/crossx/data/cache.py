@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from crossx.caches import cache_folder
 from crossx.data.transforms import Transform
 from crossx.errors import UsageError
 
@@ -139,7 +140,7 @@ def _key(sizes: Mapping[Path, tuple[int, int]], transform: Transform) -> str:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossx" / "decoded"
+    return cache_folder() / "crossx" / "decoded"
 
 
 def _free_memory() -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crossx.caches import cache_folder
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError, nearest, unknown
+from crossx.runs import user_path
 from crossx.yaml import load_yaml
 
 SHARED_OPTIONS = frozenset({"test_fraction", "split_seed"})
@@ -126,9 +127,12 @@ def dataset_root(name: str, root: str | Path | None, options: Mapping[str, Any])
         UsageError: If no root is given and the dataset is not ``synthetic``.
     """
     if root is not None:
-        return Path(root).expanduser()
+        return user_path(root)
     if name != "synthetic":
         raise UsageError(f"dataset {name!r} needs --data.root: {dataset_info(name).download}.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     # One folder per set: the reader refuses a folder that was drawn with other options.
-    return cache / "crossx" / "-".join(["synthetic", *(f"{key}={options[key]}" for key in sorted(options))])
+    return (
+        cache_folder()
+        / "crossx"
+        / "-".join(["synthetic", *(f"{key}={options[key]}" for key in sorted(options))])
+    )

@@ -76,7 +76,7 @@ class DataConfig:
             or `skip` and report them.
     """
 
-    dataset: str = "synthetic"
+    dataset: str = "folder"
     root: str | None = None
     level: str | None = None
     num_classes: int | None = None

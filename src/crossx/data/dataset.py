@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -105,15 +106,50 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
             error.__traceback__ = None
             if isinstance(error, CrossXError):
                 raise type(error)(_last_line(error)) from None
+            if limit := _limit_reached(error):
+                raise CrossXError(
+                    f"{limit.format(self.num_workers)}, or load the images without processes: --data.num_workers 0."
+                ) from None
             if (lost := lost_worker(error)) is not None:
                 raise lost from None
             raise
 
 
+_LIMITS = {
+    (
+        "Too many open files",
+        "items of ancdata",
+    ): "too many open files for --data.num_workers {}: raise the limit (ulimit -n 65536)",
+    (
+        "Bus error",
+        "shared memory",
+        "/torch_",
+        "/dev/shm",
+        "Function not implemented",
+    ): "too little shared memory (/dev/shm) for --data.num_workers {}: give more (docker run --shm-size 2g)",
+    (
+        "Resource temporarily unavailable",
+        "Cannot allocate memory",
+    ): "the processes of --data.num_workers {} cannot be started: give fewer",
+}
+"""Words in the errors of torch and of the operating system -> the limit that was reached, and what to do."""
+
+
+def _limit_reached(error: Exception) -> str | None:
+    """Return the limit of the machine that processes that load images have reached, None for another error."""
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.ENOSYS):
+        # a semaphore is a file there
+        text = "/dev/shm"
+    return next((limit for words, limit in _LIMITS.items() if any(word in text for word in words)), None)
+
+
 def _last_line(error: CrossXError) -> str:
     # a formatted traceback ends with "package.module.Class: message", and our messages are one line
     name = f"{type(error).__module__}.{type(error).__qualname__}: "
-    return str(error).rstrip("\n").rsplit("\n", 1)[-1].removeprefix(name)
+    return str(error.args[0]).rstrip("\n").rsplit("\n", 1)[-1].removeprefix(name)
 
 
 @contextmanager

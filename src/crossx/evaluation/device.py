@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crossx.errors import UsageError
+from crossx.errors import UsageError, nearest
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:
@@ -21,7 +21,8 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}. Choose from: auto, cpu, cuda, cuda:N.") from None
+        hint = nearest(str(name), ("auto", "cpu", "cuda"))
+        raise UsageError(f"unknown device {name!r}.{hint} Choose from: auto, cpu, cuda, cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device {str(device)!r}: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu, or check "

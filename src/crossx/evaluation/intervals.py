@@ -98,6 +98,18 @@ def mean_interval(
     return percentile_interval(drawn @ kinds / len(values), confidence)
 
 
+def share_interval(count: int, total: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Return the exact interval (Clopper and Pearson, 1934) of a share; it has a width even at 0 and 1.
+
+    Args:
+        count: Number of images with a property.
+        total: Number of images, above 0.
+        confidence: Probability that the interval is to cover.
+    """
+    found = stats.binomtest(count, total).proportion_ci(confidence)
+    return Interval(float(found.low), float(found.high))
+
+
 def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval | None:
     """Return Student's t interval of the mean of normally distributed numbers, such as accuracies over seeds.
 

@@ -6,8 +6,11 @@ Each file is loaded and compared with the network in eager float32 before it get
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
+import io
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +29,7 @@ from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.subject import open_data
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.export.verify import (
+    MIN_QUANTIZED,
     Accuracy,
     Comparison,
     QuantizationData,
@@ -38,7 +42,7 @@ from crossx.export.verify import (
 from crossx.methods.weights import load_method
 from crossx.predict.exported import EXTRA_FILE, KEY, OUTPUTS, SUFFIXES, ExportedModel, describe_export
 from crossx.predict.inference import Inference
-from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run
+from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run, storage_error
 
 if TYPE_CHECKING:
     import onnx
@@ -48,6 +52,8 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-2}
 int8 the loss of top-1 accuracy."""
 
 CALIBRATION_IMAGES = 300
+NEARLY_FULL = 1 << 20
+"""Bytes that are left on a disk that is taken for full."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,9 @@ def export_run(
         root: Folder of the dataset; by default that of the training.
         dataset: Name of the dataset; by default the run's.
         tolerance: Accepted difference, by default that of ``TOLERANCES``.
-        calibration_images: For int8, number of images to calibrate on; by default ``CALIBRATION_IMAGES``.
-        accuracy_images: For int8, number of images to measure accuracy on; by default the whole test split.
+        calibration_images: For int8, number of images to calibrate on, at least ``MIN_QUANTIZED``; by default
+            ``CALIBRATION_IMAGES``.
+        accuracy_images: For int8, number of images to measure accuracy on, likewise; by default the whole test split.
 
     Raises:
         UsageError: If the options do not fit together, or a package is missing.
@@ -127,6 +134,11 @@ def export_run(
     _check_precision(name, kind, precision)
     if precision != "int8" and (calibration_images is not None or accuracy_images is not None):
         raise UsageError("--calibration and --accuracy require --precision int8.")
+    for option, number in (("calibration", calibration_images), ("accuracy", accuracy_images)):
+        if number is not None and number < MIN_QUANTIZED:
+            raise UsageError(
+                f"--{option} must be at least {MIN_QUANTIZED}, not {number}: fewer images say too little."
+            )
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
@@ -143,7 +155,7 @@ def export_run(
     description = describe_export(spec, name, precision, _opset(graph))
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
-        kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+        _save(kind, graph, description, precision, file, output)
         model = ExportedModel.load(file, trust=True)  # written just now
         comparison = compare(model, reference, compared, source)
         accuracy = (
@@ -153,7 +165,7 @@ def export_run(
         _require(output, comparison, accuracy, allowed)
         if accuracy is not None:
             description["accuracy"] = asdict(accuracy)
-            kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+            _save(kind, graph, description, precision, file, output)
         # .bin before .xml, which needs it
         parts = sorted(Path(folder).iterdir())
         for part in parts:
@@ -198,6 +210,8 @@ def _build_graph(
         warnings.simplefilter("ignore")
         try:
             graph = kind.build(network, example)
+        except OSError as error:
+            raise storage_error(Path(tempfile.gettempdir()), error) from error
         except Exception as error:  # exporters raise many types for unsupported networks
             raise CrossXError(
                 f"method {spec.method!r} on {spec.backbone!r} cannot be exported to {name} ({first_line(error)})."
@@ -207,6 +221,20 @@ def _build_graph(
             paths = [record.path for record in quantized.calibration]
             graph = kind.quantize(graph, list(prepared_batches(paths, spec.preprocessing)))
     return graph
+
+
+def _save(
+    kind: Format, graph: Any, description: Mapping[str, Any], precision: str, file: Path, output: Path
+) -> None:
+    """Write the graph to ``file``, which becomes ``output``."""
+    try:
+        kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+    except OSError as error:
+        raise storage_error(output, error) from error
+    except Exception as error:  # OpenVINO's and others' own errors; they do not always tell the reason
+        if shutil.disk_usage(file.parent).free > NEARLY_FULL and "No space left" not in str(error):
+            raise
+        raise storage_error(output, OSError(errno.ENOSPC, "")) from error
 
 
 def _several(images: Tensor) -> Tensor:
@@ -249,7 +277,10 @@ def _build_torch_export(network: nn.Module, images: Tensor) -> torch.export.Expo
 def _save_torch_export(
     graph: torch.export.ExportedProgram, description: str, precision: str, file: Path
 ) -> None:
-    torch.export.save(graph, file, extra_files={EXTRA_FILE: description})
+    # not to the file: on a full disk torch ends the process
+    content = io.BytesIO()
+    torch.export.save(graph, content, extra_files={EXTRA_FILE: description})
+    file.write_bytes(content.getbuffer())
 
 
 def _keep_network(network: nn.Module, images: Tensor) -> nn.Module:
@@ -304,12 +335,13 @@ def _opset(graph: Any) -> int | None:
 def _require(output: Path, comparison: Comparison, accuracy: Accuracy | None, allowed: float) -> None:
     """Raise ``CrossXError`` if the difference exceeds the tolerance or is NaN."""
     if accuracy is not None:
-        lost = accuracy.before - accuracy.after
+        lost, (low, high) = accuracy.before - accuracy.after, accuracy.lost
         if not lost <= allowed:
             raise CrossXError(
-                f"{output}: not written, int8 loses {lost:.2%} of top-1 accuracy on {accuracy.images} images "
-                f"({accuracy.before:.2%} before, {accuracy.after:.2%} after), more than the tolerance, {allowed:.2%}. "
-                "Try more --calibration images or --precision fp16, or allow it with --tolerance."
+                f"{output}: not written, int8 loses {lost:.2%} of top-1 accuracy ({low:.2%} to {high:.2%}, 95% "
+                f"interval) on {accuracy.images} images ({accuracy.before:.2%} before, {accuracy.after:.2%} after), "
+                f"more than the tolerance, {allowed:.2%}. Try more --calibration images or --precision fp16, or allow "
+                "it with --tolerance."
             )
     elif not comparison.difference <= allowed:
         raise CrossXError(

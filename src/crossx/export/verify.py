@@ -15,6 +15,7 @@ from crossx.data.images import find_images, image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError
+from crossx.evaluation.intervals import Interval, difference_interval, share_interval
 from crossx.evaluation.network import Network
 from crossx.evaluation.progress import track
 from crossx.predict.prefetch import prefetch_batches
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 BATCH = 16
 COMPARED_IMAGES = 16
+MIN_QUANTIZED = 32
+"""Least number of images to calibrate int8 on, and to measure its accuracy on."""
 RANDOM_PIXELS = "random pixels"
 
 
@@ -53,7 +56,9 @@ class Accuracy:
         images: Number of images.
         before: Accuracy in eager float32.
         after: Accuracy of the exported file.
+        lost: Interval of the accuracy lost, paired bootstrap over the images, see ``difference_interval``.
         same_class: Images with the same predicted class.
+        agreement: Interval of the share of such images, see ``share_interval``.
         calibration_images: Number of calibration images, which are different ones.
     """
 
@@ -61,7 +66,9 @@ class Accuracy:
     images: int
     before: float
     after: float
+    lost: Interval
     same_class: int
+    agreement: Interval
     calibration_images: int
 
 
@@ -129,7 +136,8 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
 def quantization_data(data: DataModule, calibration: int, measured: int | None) -> QuantizationData:
     """Choose images for int8: calibration on validation images, accuracy on the test split.
 
-    Without validation images, training images are used; without a test split, half of the validation images.
+    With fewer than ``MIN_QUANTIZED`` validation images, training images are added; without a test split, half of the
+    validation images are measured.
 
     Args:
         data: The dataset.
@@ -139,21 +147,21 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
     Raises:
         CrossXError: If images cannot be read (and the run does not skip them), or there are too few.
     """
-    tested = data.index.split("test")
-    source = "val" if data.index.split("val") else "train"
-    data.check_images([source, "test"])
-    candidates, tested = data.index.split(source), data.index.split("test")
+    sources = ["val"] if len(data.index.split("val")) >= MIN_QUANTIZED else ["val", "train"]
+    data.check_images([*sources, "test"])
+    candidates = [record for source in sources for record in data.index.split(source)]
+    tested = list(data.index.split("test"))
     if not tested:
         candidates, tested = candidates[::2], candidates[1::2]
-    if not candidates or not tested:
+    chosen = spread(candidates, calibration)
+    measurable = tested if measured is None else spread(tested, measured)
+    if min(len(chosen), len(measurable)) < MIN_QUANTIZED:
         raise CrossXError(
-            f"dataset {data.index.name!r} has too few images to calibrate int8 and measure its accuracy."
+            f"dataset {data.index.name!r} has {len(chosen)} images to calibrate int8 on and {len(measurable)} to "
+            f"measure its accuracy, and {MIN_QUANTIZED} of each are needed. Give a larger one with --data.root, or use "
+            "--precision fp16."
         )
-    return QuantizationData(
-        tuple(spread(candidates, calibration)),
-        tuple(tested if measured is None else spread(tested, measured)),
-        tested[0].split,
-    )
+    return QuantizationData(tuple(chosen), tuple(measurable), measurable[0].split)
 
 
 def measure_accuracy(
@@ -168,12 +176,16 @@ def measure_accuracy(
         references.append(reference.logits(batch).argmax(1))
     found, expected = torch.cat(answers), torch.cat(references)
     targets = torch.tensor([record.label for record in records])
+    right_before, right_after = (expected == targets).numpy(), (found == targets).numpy()
+    same = int((found == expected).sum())
     return Accuracy(
         split=images.split,
         images=len(records),
-        before=float((expected == targets).float().mean()),
-        after=float((found == targets).float().mean()),
-        same_class=int((found == expected).sum()),
+        before=float(right_before.mean()),
+        after=float(right_after.mean()),
+        lost=difference_interval(right_before, right_after),
+        same_class=same,
+        agreement=share_interval(same, len(records)),
         calibration_images=len(images.calibration),
     )
 

@@ -1,39 +1,80 @@
-"""Image inputs: files, folders, patterns, tables of paths, bytes, Pillow images and tensors."""
+"""Image inputs: files, folders, patterns, tables and lists of paths, bytes, Pillow images and tensors."""
 
 from __future__ import annotations
 
+import codecs
 import glob
+import itertools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from crossx.data.images import ImageError, find_images, is_image_name, read_picture
+from crossx.data.images import IMAGE_SUFFIXES, ImageError, find_images, is_image_name, read_picture
 from crossx.data.readers.table import is_table, read_paths
 from crossx.errors import CrossXError
+from crossx.runs import user_path
 
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
 """An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
 ImageInput: TypeAlias = str | OneImage
 """One image, or several by a path: a folder, a pattern, or a table, see ``expand_paths``."""
 
+LISTS = (".txt", ".lst", ".list")
+"""Suffixes of lists of files."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?=/)")
+
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """Expand paths to image files.
 
-    A folder gives every image below it, sorted; a pattern (``*``, ``?``, ``[...]``, and ``**`` for any depth) the image
-    files that it matches, sorted; a ``.csv`` or ``.parquet`` table the files in its column ``path``, relative to the
-    table's folder, whether or not they exist. An existing path is never a pattern.
+    A folder gives every image below it, sorted; a pattern (``*``, ``?``, ``[...]``, ``{a,b}``, and ``**`` for any
+    depth) the image files that it matches, sorted (lower-case endings match both cases); a ``.csv`` or ``.parquet``
+    table the files in its column ``path``, and a ``.txt`` list those of ``read_list``, relative to the folder of the
+    table or list, whether or not they exist. What exists, also as part of a pattern, is never a pattern.
+    ``file://`` and a leading ``~/`` are understood.
 
     Raises:
-        CrossXError: If a path does not exist, a folder holds no image, a pattern matches none, or a table cannot be
-            read.
+        CrossXError: If a path does not exist or is a URL, a folder holds no image, a pattern matches none, or a table
+            or list cannot be read or is empty.
     """
-    return [file for path in paths for file in _files(Path(path))]
+    return [file for path in paths for file in _files(path)]
+
+
+def read_list(content: bytes, source: str, folder: Path | None = None) -> list[Path]:
+    """Read a list of files, one per line or separated by NUL bytes (``find -print0``).
+
+    It may be UTF-8, or UTF-16, with or without byte order mark; other bytes are kept as they are. Blank lines and lines
+    that begin with ``#`` are skipped, and quotes around a line are removed, unless a file has that name.
+
+    Args:
+        content: The list.
+        source: Its name in errors.
+        folder: Folder that the entries are relative to; by default the working folder.
+
+    Raises:
+        CrossXError: If nothing is listed, or a URL.
+    """
+    text = _decode_list(content)
+    lines = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]
+    files = []
+    for number, line in enumerate(lines, start=1):
+        bare = line.strip()
+        quoted = re.fullmatch(r"(['\"])(.+)\1", bare)
+        names = [line, bare, quoted[2]] if quoted else [line, bare]
+        found = [(folder or Path()) / _local(name, f"{source}: line {number}: ") for name in names if bare]
+        path = next(filter(os.path.lexists, found), found[-1] if found else None)
+        if path is not None and (os.path.lexists(path) or not bare.startswith("#")):
+            files.append(path)
+    if not files:
+        raise CrossXError(f"{source}: no file is listed there.")
+    return files
 
 
 def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
@@ -42,7 +83,7 @@ def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
         images = [images]
     items: list[OneImage] = []
     for image in images:
-        items.extend(_files(Path(image)) if isinstance(image, str | Path) else [image])
+        items.extend(_files(image) if isinstance(image, str | Path) else [image])
     return items
 
 
@@ -64,10 +105,11 @@ def decode(item: Image.Image | Tensor) -> Tensor:
         raise CrossXError(f"the image {error.reason}.") from error
 
 
-def _files(path: Path) -> list[Path]:
+def _files(given: str | Path) -> list[Path]:
+    path = _local(given)
     # unlike Path.exists, false for names that are too long and for folders without permission
     if not os.path.exists(path):
-        if glob.has_magic(str(path)):
+        if glob.has_magic(str(path)) or "{" in str(path):
             return _matches(path)
         raise CrossXError(f"{path}: no such file or folder.")
     if path.is_dir():
@@ -75,12 +117,65 @@ def _files(path: Path) -> list[Path]:
         if not files:
             raise CrossXError(f"{path}: there is no image in this folder or below it.")
         return files
+    if path.suffix.lower() in LISTS:
+        return read_list(path.read_bytes(), str(path), path.parent)
     return read_paths(path) if is_table(path) else [path]
 
 
+def _local(given: str | Path, where: str = "") -> Path:
+    """Return the path of a file on this machine."""
+    text = str(given)
+    if not text:
+        raise CrossXError(f"{where}an empty name is no file.")
+    if (_URL.match(text) or re.match(r"https?:/", text)) and not os.path.lexists(text):
+        if text.lower().startswith("file:"):
+            return Path(os.fsdecode(unquote_to_bytes(urlsplit(text).path)))
+        raise CrossXError(
+            f"{where}{text}: files are read, not addresses: download it first (curl -O), then give the file."
+        )
+    return user_path(given)
+
+
+def _decode_list(content: bytes) -> str:
+    """Return the text of a list; bytes that are not UTF-8 are kept as surrogates, as in names of files."""
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if content.startswith(mark):
+            return content.decode(encoding, "replace")
+    # ASCII in UTF-16 without a mark: every second byte is 0
+    for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if len(content) > 2 and len(content) % 2 == 0 and not any(content[first::2]):
+            return content.decode(encoding, "replace")
+    return os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+
+
 def _matches(pattern: Path) -> list[Path]:
-    files = sorted(Path(name) for name in glob.iglob(str(pattern), recursive=True))
+    names = {name for each in _patterns(pattern) for name in glob.iglob(each, recursive=True)}
+    files = sorted(Path(name) for name in names)
     images = [file for file in files if is_image_name(file.name) and not file.is_dir()]
     if not images:
         raise CrossXError(f"{pattern}: no such file, and as a pattern it matches no image.")
     return images
+
+
+def _patterns(pattern: Path) -> Iterator[str]:
+    """Yield patterns for ``glob``: folders that exist are literal, and lower-case endings match both cases."""
+    folder, parts = Path(), list(pattern.parts)
+    while len(parts) > 1 and os.path.lexists(folder / parts[0]):
+        folder /= parts.pop(0)
+    alternatives = [_alternatives(part) for part in parts]
+    for chosen in itertools.product(*alternatives):
+        *folders, name = chosen
+        stem, dot, ending = name.rpartition(".")
+        if f"{dot}{ending}" in IMAGE_SUFFIXES:
+            ending = "".join(f"[{letter}{letter.upper()}]" for letter in ending)
+        prefix = "" if folder == Path() else glob.escape(str(folder))
+        yield os.path.join(prefix, *folders, f"{stem}{dot}{ending}")
+
+
+def _alternatives(part: str) -> list[str]:
+    """Return what a part of a pattern may mean: a choice in braces, and brackets as they are."""
+    braces = re.fullmatch(r"(.*?)\{([^{}]*,[^{}]*)\}(.*)", part)
+    if braces:
+        start, choices, end = braces.groups()
+        return [other for choice in choices.split(",") for other in _alternatives(f"{start}{choice}{end}")]
+    return [part, part.replace("[", "[[]")] if "[" in part else [part]

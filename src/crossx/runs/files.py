@@ -41,9 +41,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise storage_error(path, error) from error
+    except Exception as error:
+        # safetensors has errors of its own
+        if "No space left on device" not in str(error):
+            raise
+        raise storage_error(path, OSError(errno.ENOSPC, "")) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def is_utf8(text: object) -> bool:
+    """Whether a text, or a path, is valid UTF-8; the name of a file can be any bytes."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with the user's home in place of a leading ``~/`` or ``~NAME/``, unless there is such a path."""
+    text = os.fspath(path)
+    return Path(os.path.expanduser(text) if "/" in text and not os.path.lexists(text) else text)
 
 
 def check_writable(folder: Path) -> None:
@@ -87,14 +107,17 @@ def storage_error(path: Path, error: OSError) -> CrossXError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, as UTF-8; file names in it that are not valid UTF-8 are escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text if is_utf8(text) else _escaped(text), encoding="utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file atomically, indented, keys in the order given; NaN and infinity are refused."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    if not is_utf8(text):
+        text = json.dumps(_escaped(values), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,6 +195,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CrossXError(f"{path}: not a configuration (a mapping with model, data, optim, trainer).")
     return values
+
+
+def _escaped(value: Any) -> Any:
+    """Write the bytes of file names that are not valid UTF-8 as escapes."""
+    if isinstance(value, str):
+        return os.fsencode(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

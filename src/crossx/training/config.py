@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, nearest
-from crossx.recipes import load_recipe
+from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.yaml import dump_yaml
 
@@ -43,6 +45,8 @@ LEFT_OUT = {
 """Arguments of Lightning's Trainer that do not exist here, and what to do instead."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,6 +84,7 @@ class ModelConfig:
         for name in ("backbone_args", "options"):
             _mapping(f"model.{name}", values.get(name) or {})
         own = {item.name for item in fields(cls)} - {"options"}
+        values = _with_texts(cls, values, "model.")
         options = {**(values.get("options") or {})}
         options.update({key: value for key, value in values.items() if key not in own | {"options"}})
         return cls(**{key: value for key, value in values.items() if key in own}, options=options)
@@ -248,7 +253,7 @@ class TrainerConfig:
         checkpoint_every_n_steps: Also write a checkpoint every n optimiser steps, not only after each epoch.
         checkpoint_every_n_minutes: Also write a checkpoint when the last one is n minutes old.
         log_every_n_steps: Batches between two log entries; on a GPU also between two checks that the loss is finite.
-        logger: List of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        logger: One or a list of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
         accelerator: `cpu`, `gpu`, ...; `auto` uses a GPU if there is one.
         devices: Number of devices, a list of their indices, or `auto` for all of them.
@@ -275,7 +280,7 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_n_minutes: float | None = None
     log_every_n_steps: int = 50
-    logger: list[Logger] | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
+    logger: list[Logger] | Logger | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
     enable_progress_bar: bool = True
     accelerator: Accelerator = "auto"
     devices: list[int] | str | int = "auto"
@@ -437,14 +442,25 @@ class Config:
         Args:
             name: See ``crossx.recipes.load_recipe``.
             **overrides: Top-level options, or sections (``model``, ``data``, ``optim``, ``trainer``) whose options
-                replace the recipe's.
+                replace the recipe's. As on the command line, options that only the recipe's method has are left out
+                for another method, and ``resize_size`` keeps its proportion to ``image_size``; the log says so.
 
         Raises:
             UsageError: If there is no such recipe, or as ``from_dict``.
         """
-        values = load_recipe(name).to_dict()
+        recipe, notes = load_recipe(name), list[str]()
+        model, data = (overrides.get(section) or {} for section in ("model", "data"))
+        if model.get("method", method := recipe_method(recipe)) != method:
+            from crossx.methods import method_options
+
+            recipe, notes = adapt_to_method(recipe, model["method"], method_options(model["method"]))
+        values = recipe.to_dict()
         for key, value in overrides.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
+        if "image_size" in data and "resize_size" not in data:
+            notes += scale_resize(recipe, values["data"])
+        for note in notes:
+            log.info(note)
         return cls.from_dict(values)
 
     def to_yaml(self) -> str:
@@ -460,6 +476,59 @@ class Config:
             UsageError: As ``from_dict``.
         """
         return cls.from_dict(read_config(Path(path)))
+
+
+def recipe_method(recipe: Recipe) -> str:
+    """Return the method that a recipe trains."""
+    return str(recipe.get("model", "method", default=ModelConfig().method))
+
+
+def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tuple[Recipe, list[str]]:
+    """Leave out of a recipe the options of its own method that another method does not have.
+
+    Args:
+        recipe: A recipe.
+        method: The method to train instead.
+        options: The options of that method.
+
+    Returns:
+        The recipe, and a note of what was left out.
+    """
+    known = {item.name for item in fields(ModelConfig)} | {*options}
+    lacking = [key for key in recipe.settings if key[0] == "model" and len(key) > 1 and key[1] not in known]
+    if not lacking or method == recipe_method(recipe):
+        return recipe, []
+    kept = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
+    names = ", ".join(".".join(key) for key in lacking)
+    note = f"method {method} has no {names}: left out of {recipe.name}."
+    return replace(recipe, settings=kept), [note]
+
+
+def scale_resize(recipe: Recipe, data: dict[str, Any]) -> list[str]:
+    """Keep a recipe's ratio of resized image to crop in ``data``, where only the crop was changed; return a note.
+
+    A crop of 160 pixels out of the recipe's 600 would show the network a tenth of each image.
+    """
+    crop, resized = recipe.get("data", "image_size"), recipe.get("data", "resize_size")
+    if not (crop and resized) or data["image_size"] == crop:
+        return []
+    data["resize_size"] = round(resized * data["image_size"] / crop)
+    return [
+        f"data.resize_size is {data['resize_size']}, in the proportion of {recipe.name} ({resized} to {crop})."
+    ]
+
+
+def _with_texts(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """Check that YAML gives text where text is expected (``007`` and ``yes`` are none); return paths as text."""
+    checked = dict(values)
+    for name, hint in get_type_hints(cls).items():
+        if name in values and hint in (str, str | None):
+            value = values[name]
+            if isinstance(value, os.PathLike):
+                checked[name] = os.fspath(value)
+            elif not (isinstance(value, str) or (value is None and hint is not str)):
+                raise UsageError(f"{prefix}{name} takes text, not {value}: put it in quotes.")
+    return checked
 
 
 def _check(option: str, value: float, allowed: str, good: bool) -> None:
@@ -488,6 +557,6 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
                 f"unknown option {prefix}{key}.{nearest(str(key), known)} Known options: {', '.join(known)}."
             )
     try:
-        return cls(**values)
+        return cls(**_with_texts(cls, values, prefix))
     except TypeError as error:
         raise UsageError(f"{prefix or 'configuration'}: an option has the wrong type ({error}).") from error

@@ -36,6 +36,7 @@ from crossx.runs import (
     Run,
     environment,
     is_lock,
+    is_utf8,
     locked_folder,
     read_config,
     write_json,
@@ -45,6 +46,7 @@ from crossx.schema import check_backbone_args, check_model
 from crossx.training.checkpoints import make_newest, read_newest, read_resumable, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
+from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop, quiet_lightning
 
 T = TypeVar("T")
@@ -68,12 +70,18 @@ def fit(config: Config) -> Run:
         The run. ``model.safetensors`` holds the weights of the selected epoch.
 
     Raises:
-        UsageError: If an option cannot work or the folder is not empty.
+        UsageError: If an option cannot work, the folder is not empty, or a path is not UTF-8.
         CrossXError: If data, network, disk or GPU memory fail, the loss is not finite, or another process trains in
             the folder.
         Stopped: On Ctrl-C or SIGTERM.
     """
     run = Run(config.run_path())
+    for option, path in (("output", run.path), ("data.root", Path(config.data.root or "").absolute())):
+        if not is_utf8(path):
+            raise UsageError(
+                f"{str(path)!r}: the path is not valid UTF-8. Rename it, give a link as --{option}, or set "
+                "LC_ALL=C.UTF-8 if the locale is not UTF-8."
+            )
     try:
         with _interruptible(run), _locked(run.path):
             if is_leader():
@@ -198,6 +206,7 @@ def _train(
         checkpoint: The checkpoint to continue from.
         chosen: Its file, if the user named one.
     """
+    check_loggers(config.trainer.loggers)
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
     start = Start.read(config.init) if config.init is not None and checkpoint is None else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,17 @@ from crossx.errors import UsageError
 from crossx.runs import Run
 
 log = logging.getLogger(__name__)
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """Check that the packages of the loggers are installed, before anything is read or downloaded.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    for name in names:
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise UsageError(f"logger {name!r} is not installed: `pip install 'crossx[{name}]'`.")
 
 
 def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:

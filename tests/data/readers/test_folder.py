@@ -304,3 +304,11 @@ def test_root_missing_or_a_file(tmp_path: Path) -> None:
         read_folder(tmp_path / "missing")
     with pytest.raises(CrossXError, match="is a file"):
         read_folder(touch(tmp_path, "archive.zip") / "archive.zip")
+
+
+def test_a_class_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"caf\xc3\xa9", b"tea"):
+        touch(tmp_path, *(f"{os.fsdecode(name)}/{number}.jpg" for number in range(5)))
+    index = read_folder(tmp_path)
+    assert index.classes == ("caf\\xe9", "caf\u00e9", "tea")
+    assert all(record.path.exists() for record in index.records)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
+from crossx.caches import cache_folder
 from crossx.runs import read_json, storage_error, write_json
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
     """
     status = path.stat()
     key = repr((1, str(path.absolute()), status.st_size, status.st_mtime_ns, column))
-    folder = cache_folder() / hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    folder = cache_folder() / "crossx" / "embedded" / hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
     if not folder.is_dir():
         log.info("Unpacking the images of %s into %s", path, folder)
         try:
@@ -86,11 +87,6 @@ def _write(table: pq.ParquetFile, column: str, folder: Path) -> Iterator[str | N
                 (folder / target).write_bytes(data)
                 yield f"+{target}"
             row += 1
-
-
-def cache_folder() -> Path:
-    """Return the folder of unpacked images."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossx" / "embedded"
 
 
 def _is_image(kind: pa.DataType) -> bool:
