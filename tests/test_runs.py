@@ -223,7 +223,7 @@ def enter(folder: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_does_not_stop_the_work(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -232,6 +232,7 @@ def test_a_file_system_without_locks_does_not_stop_the_work(
     with locked_folder(tmp_path, "waiting here"):
         enter(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    assert f"{tmp_path}: cannot be locked here" in caplog.text
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:

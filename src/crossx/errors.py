@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+import os
+import signal
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import FrameType
 
 
 class CrossXError(Exception):
@@ -22,6 +27,10 @@ class Stopped(CrossXError):  # noqa: N818  not an error
     """The work was stopped by a signal (Ctrl-C, SIGTERM) and can be continued."""
 
     exit_code = 130
+
+
+class LostWorker(CrossXError):  # noqa: N818
+    """A process that loads images was killed."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -53,3 +62,42 @@ def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:
     more = len(items) - most
     end = f"{separator.replace(', ', ' ')}and {more} more" if more > 0 else ""
     return separator.join(items[:most]) + end
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` on SIGTERM, as on Ctrl-C; Python handles signals in the main thread only."""
+    process = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt("SIGTERM")
+        # a forked process, which is to end without a traceback
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def lost_worker(error: BaseException) -> LostWorker | None:
+    """Describe torch's error after a process that loads images was killed; None for any other error."""
+    if isinstance(error, LostWorker):
+        return error
+    text = str(error)
+    if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker")):
+        return None
+    if "shared memory" in text:
+        return LostWorker(
+            "a process that loads images ran out of shared memory: enlarge /dev/shm, or load with --data.num_workers 0."
+        )
+    return LostWorker(
+        "a process that loads images was killed, perhaps for lack of memory: lower --data.num_workers or "
+        "--data.batch_size."
+    )

@@ -167,6 +167,7 @@ def test_wrong_file_is_refused_with_its_name(text: str, message: str, tmp_path: 
 def test_resume_takes_the_root_of_the_data_alone() -> None:
     asked = parse_fit(["--resume", "runs/a", "--data.root", "elsewhere"])
     assert (asked.resume, asked.config.data.root, asked.limits) == ("runs/a", "elsewhere", {})
+    assert not asked.restart
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,12 @@ def test_init_is_an_option_of_the_command_of_recipes_and_of_python(tmp_path: Pat
     assert parse_fit(["--config", str(recipe), "--init", "me/birds@v2"]).config.init == "me/birds@v2"
     assert Config.from_recipe(recipe).init == Config.from_recipe("finetune", init="runs/a").init == "runs/a"
     assert parse_fit([]).config.init is None
+
+
+def test_restart_goes_with_resume() -> None:
+    assert parse_fit(["--resume", "runs/a", "--restart"]).restart
+    with pytest.raises(UsageError, match="name it with --resume RUN"):
+        parse_fit(["--restart", "--output", "runs/a"])
 
 
 def test_print_config_prints_a_recipe_of_the_configuration(

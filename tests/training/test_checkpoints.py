@@ -1,8 +1,10 @@
 import errno
 import hashlib
+import itertools
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 
 import pytest
@@ -12,6 +14,7 @@ from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run
 from crossx.training import checkpoints
 from crossx.training.checkpoints import FORMAT, read_checkpoint, read_newest, write_checkpoint
+from refusals import refusal
 
 
 def checkpoint(value, size=4):
@@ -50,9 +53,10 @@ def test_two_generations_and_the_best_are_kept_with_checksums(run):
     checked = subprocess.run(
         ["sha256sum", "--check", run.checksums.name], cwd=run.checkpoints, capture_output=True, text=True
     )
-    assert checked.stdout.splitlines() == ["last.ckpt: OK", "previous.ckpt: OK"]
+    assert checked.stdout.splitlines() == ["last.ckpt: OK", "previous.ckpt: OK", "best.ckpt: OK"]
     write(run, 4, best=True)
     assert [read_checkpoint(path)["epoch"] for path in (run.last, run.previous, run.best)] == [4, 3, 4]
+    assert len({path.stat().st_ino for path in (run.last, run.previous, run.best)}) == 3
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut off", "missing"])
@@ -75,6 +79,57 @@ def test_a_damaged_newest_gives_way_to_the_one_before(run, caplog, damage):
     assert [read_checkpoint(path)["epoch"] for path in (run.last, run.previous)] == [2, 1]
     for path in (run.last, run.previous):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in run.checksums.read_text()
+
+
+def spoil(path, damage):
+    content = bytearray(path.read_bytes())
+    match damage:
+        case "empty":
+            content = b""
+        case "half":
+            content = content[: len(content) // 2]
+        case "garbage":
+            content = bytes(range(256)) * 20
+        case "a bit":
+            # within a tensor, where torch itself does not notice, or a checksum
+            content[content.index(b"\x40") if path.suffix else 10] ^= 1
+    path.write_bytes(content)
+    if damage == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "garbage", "a bit", "missing"])
+def test_any_damage_leaves_the_newest_intact_one(tmp_path, damage):
+    """Every set of damaged files; without one that is intact it is an error, never a start from scratch."""
+    whole = Run(tmp_path / "whole")
+    for value in (2, 3, 4):
+        write(whole, value, best=value == 2)
+    names = ("last.ckpt", "previous.ckpt", "best.ckpt", "SHA256SUMS")
+    for size in range(1, 5):
+        for damaged in itertools.combinations(names, size):
+            run = Run(tmp_path / "-".join(damaged))
+            shutil.copytree(whole.path, run.path)
+            for name in damaged:
+                spoil(run.checkpoints / name, damage)
+            intact = [epoch for name, epoch in zip(names, (4, 3, 2), strict=False) if name not in damaged]
+            if not intact and damage == "missing":
+                assert read_newest(run) is None
+            elif not intact:
+                assert "--restart` starts over" in refusal(read_newest, run)
+            elif damage == "a bit" and "SHA256SUMS" in damaged and "last.ckpt" not in damaged:
+                # either may be the damaged one
+                assert read_newest(run)["epoch"] == max(intact[1:], default=4)
+            else:
+                assert read_newest(run)["epoch"] == max(intact), damaged
+            if intact:
+                assert read_newest(run)["epoch"] in intact
+                write(run, 5)
+                checked = {
+                    line.split()[1]: line.split()[0] for line in run.checksums.read_text().splitlines()
+                }
+                for name in ("last.ckpt", "previous.ckpt"):
+                    content = (run.checkpoints / name).read_bytes()
+                    assert checked[name] == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("best", [False, True])

@@ -190,33 +190,47 @@ def record_batches(monkeypatch):
     return seen
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_config, monkeypatch, caplog):
+def test_damaged_checkpoints_give_way_to_the_newest_intact_one(make_config, monkeypatch, caplog):
     whole = fit(make_config("whole", **RANDOM))
     interrupt(monkeypatch, 11, crash)
-    config = make_config("killed", **RANDOM)
+    config = make_config("stopped", **RANDOM)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(config)
-    run = Run(config.run_path())
-    content = run.last.read_bytes()
-    assert read_checkpoint(run.last)["step"] == 8
-    run.last.unlink()
-    run.last.write_bytes(content[:-100])
-    assert_same_run(resume(run.path), whole)
-    assert "last.ckpt: damaged" in caplog.text
-    assert "continues from the previous checkpoint" in caplog.text
+    stopped = Run(config.run_path())
+    # the second epoch is the best: best.ckpt is a copy of last.ckpt, and previous.ckpt is of the first
+    assert [read_checkpoint(path)["step"] for path in (stopped.last, stopped.best, stopped.previous)] == [
+        8,
+        8,
+        4,
+    ]
+    for damaged, used in ((["last"], "best"), (["last", "best"], "previous")):
+        run = Run(Path(shutil.copytree(stopped.path, stopped.path.with_name(used))))
+        for name in damaged:
+            path = run.checkpoints / f"{name}.ckpt"
+            path.write_bytes(path.read_bytes()[:-100])
+        assert_same_run(resume(run.path), whole)
+        assert f"{run.last}: damaged" in caplog.text
+        assert f"The run continues from the {used} checkpoint, {run.checkpoints / used}.ckpt." in caplog.text
 
 
-def test_killed_between_best_and_last(make_config, monkeypatch):
-    """The older last.ckpt remains: the epoch is trained again, to the same weights."""
+@pytest.mark.parametrize("nth", [1, 2])
+def test_killed_between_last_and_best(make_config, monkeypatch, nth):
+    """The older best.ckpt remains, or none: it is copied from last.ckpt."""
     whole = fit(make_config("whole", **RANDOM))
     config = make_config("killed", **RANDOM)
+    copy, seen = checkpoints._copy, []
+
+    def killed(source, target):
+        seen.append(target)
+        return crash() if len(seen) == nth else copy(source, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_link", lambda source, target: crash())
+        patch.setattr(checkpoints, "_copy", killed)
         with pytest.raises(RuntimeError, match="power cut"):
             fit(config)
     run = Run(config.run_path())
-    assert run.best.exists()
-    assert not run.last.exists()
+    assert run.last.exists()
+    assert run.best.exists() == (nth == 2)
     assert_same_run(resume(run.path), whole)
 
 
@@ -487,14 +501,17 @@ def test_data_that_moved_are_found_by_what_comes_after(make_config, monkeypatch,
     assert evaluate_run(run.path)["n"] == 6
 
 
-def test_a_damaged_checkpoint_leaves_the_status(make_config, monkeypatch):
+def test_no_intact_checkpoint_leaves_the_status(make_config, monkeypatch):
     interrupt(monkeypatch, 6, crash)
     config = make_config()
     with pytest.raises(RuntimeError, match="power cut"):
         fit(config)
     run = Run(config.run_path())
-    run.last.write_bytes(b"half")
-    with pytest.raises(CrossXError, match=r"last\.ckpt"):
+    for path in (run.last, run.best):
+        path.write_bytes(b"half")
+    with pytest.raises(
+        CrossXError, match=r"last\.ckpt: damaged.* `crossx fit --resume .*run --restart` starts over"
+    ):
         resume(run.path)
     assert run.read_info()["status"] == "failed"
 

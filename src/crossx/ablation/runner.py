@@ -21,15 +21,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from crossx.ablation.suite import Suite
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, sigterm_interrupts
 from crossx.recipes import SECTIONS
 from crossx.runs import Run, write_text
 from crossx.schema import check_backbone_args
@@ -245,7 +244,7 @@ def run_trials(
     """
     failed = {}
     processes = _Processes(jobs, test)
-    with _sigterm_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
+    with sigterm_interrupts(), ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(processes.run, trial): trial for trial in trials}
         try:
             for future in as_completed(waiting):
@@ -319,18 +318,6 @@ class _Processes:
             self._running.discard(process)
         if code != 0:
             raise CrossXError(_reason(trial.log, code))
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def divide_machine(

@@ -31,7 +31,9 @@ def run(words: Sequence[str]) -> int:
     from crossx.training import fit as training
 
     if asked.resume:
-        done = training.resume(asked.resume, root=asked.config.data.root, **asked.limits)
+        done = training.resume(
+            asked.resume, root=asked.config.data.root, restart=asked.restart, **asked.limits
+        )
     else:
         config = asked.config
         config.output = config.output or str(_free_folder(asked))

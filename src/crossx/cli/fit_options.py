@@ -32,8 +32,9 @@ crossx fit --config plain_cub_resnet50 --help          # the options of another 
 crossx fit --config finetune --print_config > my.yaml  # a recipe of your own
 crossx fit --config runs/mine/config.yaml --init runs/mine --data.root others --output runs/others
 crossx fit --resume runs/mine
-crossx fit --resume runs/mine --trainer.max_epochs 40  # train a finished run for longer"""
-RESUMABLE = ("resume", "data.root", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+crossx fit --resume runs/mine --trainer.max_epochs 40  # train a finished run for longer
+crossx fit --resume runs/mine --restart                # start over, with the same options"""
+RESUMABLE = ("resume", "restart", "data.root", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 """The options that may be given with --resume."""
 FIRST = (
     "model.method",
@@ -60,6 +61,7 @@ class FitArguments:
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
         limits: The options of ``trainer`` that were given with ``resume``.
+        restart: Whether to start that run over.
         notes: Values of the recipe that were changed without being asked for, for the user to read.
         print_config: Whether to print the configuration instead of training.
     """
@@ -68,6 +70,7 @@ class FitArguments:
     recipe: str | None = None
     resume: str | None = None
     limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    restart: bool = False
     notes: tuple[str, ...] = ()
     print_config: bool = False
 
@@ -82,6 +85,8 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     first = _first_pass(words)
     if first.resume:
         return _resume(words)
+    if "--restart" in words:
+        raise UsageError("--restart starts a run over: name it with --resume RUN.")
     recipe = load_recipe(first.config) if first.config else None
     method = first.method or _method(recipe)
     parser = _method_parser(method)
@@ -133,9 +138,11 @@ def _options(method: str) -> Iterator[Option]:
         "Continue this run where it stopped, or train it for longer, with its own options; of the others only "
         f"{', '.join(f'--{name}' for name in RESUMABLE[1:])} may be given."
     )
+    restart = "With --resume: delete what the run has learned, and start over with its options."
     output = "Run folder to create; by default the first free runs/NAME-DATASET-N."
     yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
     yield Option("resume", text, None, resume, "--resume", "RUN")
+    yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
@@ -172,7 +179,9 @@ def _resume(words: Sequence[str]) -> FitArguments:
             )
     parser = new_parser(PROG, "", "")
     options = [option for option in _options(ModelConfig().method) if option.name in RESUMABLE]
-    add_options(parser, [dataclasses.replace(option, default=None) for option in options])
+    add_options(
+        parser, [option if option.flag else dataclasses.replace(option, default=None) for option in options]
+    )
     try:
         values = vars(parser.parse_args(list(words)).as_flat())
     except argparse.ArgumentError as error:
@@ -183,7 +192,7 @@ def _resume(words: Sequence[str]) -> FitArguments:
         if name.startswith("trainer.") and value is not None
     }
     config = Config(data=DataConfig(root=values["data.root"]), trainer=TrainerConfig(**limits))
-    return FitArguments(config, resume=values["resume"], limits=limits)
+    return FitArguments(config, resume=values["resume"], restart=values["restart"], limits=limits)
 
 
 def _method(recipe: Recipe | None) -> str:

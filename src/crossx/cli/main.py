@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.memory import keep_freed_memory
-from crossx.errors import CrossXError, UsageError, unknown
+from crossx.errors import CrossXError, UsageError, lost_worker, sigterm_interrupts, unknown
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``crossx``; by default the process's own arguments.
 
     Returns:
-        0, 1 for a failure, 2 for a wrong command, 130 after Ctrl-C, 141 if the reader of a pipe has ended.
+        0, 1 for a failure, 2 for a wrong command, 130 after Ctrl-C or SIGTERM, 141 if the reader of a pipe has ended.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("CROSSX_DEBUG", "0") not in ("", "0") or "--debug" in words
@@ -70,21 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete(VERBS)
     command = f"crossx {words[0]}" if words and words[0] in VERBS else "crossx"
     try:
-        code = _dispatch(words)
-        sys.stdout.flush()
+        with sigterm_interrupts():
+            code = _dispatch(words)
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        return _fail(command, "stopped by Ctrl-C.", INTERRUPTED, debug)
+    except KeyboardInterrupt as interrupt:
+        how = "SIGTERM" if interrupt.args else "Ctrl-C"
+        return _fail(command, f"stopped by {how}.", INTERRUPTED, debug)
     except CrossXError as error:
         return _fail(command, str(error), error.exit_code, debug)
     except OSError as error:
         return _fail(command, _os_error(error), CrossXError.exit_code, debug)
     except Exception as error:
-        return _fail(command, _defect(error), CrossXError.exit_code, debug)
+        return _fail(command, str(lost_worker(error) or _defect(error)), CrossXError.exit_code, debug)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -118,7 +120,7 @@ def _dispatch(words: list[str]) -> int:
     except SystemExit as leaving:
         # after --help
         if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from leaving
+            raise leaving.__context__ from leaving
         return leaving.code if isinstance(leaving.code, int) else 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossx.data.cache import PixelCache, open_cache
 from crossx.data.config import DataConfig
-from crossx.data.dataset import ImageDataset, ImageLoader, collate
+from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
 from crossx.data.images import image_problem
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
@@ -199,6 +199,7 @@ class DataModule:
             sampler=sampler,
             collate_fn=collate,
             num_workers=workers,
+            worker_init_fn=quiet_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # each iteration draws a seed for its workers, which must not advance the generator of dropout

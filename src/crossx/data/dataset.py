@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from crossx.data.images import read_image
 from crossx.data.index import Record
 from crossx.data.sampler import Draw, derive_seed
 from crossx.data.transforms import Step, batch_images
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, lost_worker
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -68,6 +71,22 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return batch_images(images), torch.tensor(labels)
 
 
+def quiet_worker(worker: int) -> None:
+    """Leave Ctrl-C to the training process, which ends its workers: a ``worker_init_fn``.
+
+    A terminal sends Ctrl-C to both. The worker's thread that hands out its tensors would print a traceback when the
+    other end of a connection is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            report(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 class ImageLoader(DataLoader[tuple[Tensor, int]]):
     """A ``DataLoader`` that starts lazily and whose errors are the same with and without workers.
 
@@ -86,6 +105,8 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
             error.__traceback__ = None
             if isinstance(error, CrossXError):
                 raise type(error)(_last_line(error)) from None
+            if (lost := lost_worker(error)) is not None:
+                raise lost from None
             raise
 
 

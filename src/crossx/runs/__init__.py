@@ -9,7 +9,7 @@
       run.json                  provenance: versions, git state, seed, dataset, how the checkpoint was selected
       metrics.csv metrics.json  training history
       checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
-      checkpoints/SHA256SUMS    checksums of the newest two
+      checkpoints/SHA256SUMS    checksums of the three
       test.json ...             written by `crossx test`
 """
 

@@ -53,7 +53,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        # with the name of a leftover, where a file system gives temporary files one
+        with tempfile.TemporaryFile(prefix=".", suffix=".tmp", dir=folder):
             pass
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, first_line
 from crossx.runs.files import check_writable, storage_error
 
 LOCK = ".lock"
+
+log = logging.getLogger(__name__)
 
 
 def is_lock(path: Path) -> bool:
@@ -25,7 +28,7 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
     """Make a folder and lock it for this process until the block ends.
 
     The operating system holds the lock on ``folder/.lock`` and frees it when the process ends, also after a crash. On
-    a file system without locks the block runs unlocked.
+    a file system without locks the block runs unlocked, with a warning.
 
     Args:
         folder: The folder.
@@ -51,9 +54,11 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
             ) from error
         except PermissionError as error:
             raise storage_error(path, error) from error
-        except OSError:
+        except OSError as error:
             # some network file systems have no locks
-            pass
+            log.warning(
+                "%s: cannot be locked here (%s): start no second process in it.", folder, first_line(error)
+            )
         # runs before the lock is freed: filelock never takes a deleted file for the lock
         stack.callback(path.unlink, missing_ok=True)
         yield

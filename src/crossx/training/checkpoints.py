@@ -1,7 +1,8 @@
-"""Checkpoints that survive kills and full disks, and hold no pickled objects.
+"""Checkpoints that survive kills, damage and full disks, and hold no pickled objects.
 
-``last.ckpt`` is the newest checkpoint, ``previous.ckpt`` the one before, ``best.ckpt`` that of the best epoch.
-``SHA256SUMS`` has the checksums of the newest two, in the format of ``sha256sum --check``.
+``last.ckpt`` is the newest checkpoint, ``previous.ckpt`` the one before, ``best.ckpt`` that of the best epoch. They are
+separate files, so that one damage destroys one of them. ``SHA256SUMS`` has their checksums, in the format of
+``sha256sum --check``. Where it is lost, the CRC-32 checksums that ``torch.save`` puts into each file take its place.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,52 +33,132 @@ log = logging.getLogger(__name__)
 def write_checkpoint(run: Run, state: dict[str, Any], *, best: bool) -> None:
     """Write the newest checkpoint and keep the previous one.
 
-    A kill at any moment leaves an intact newest checkpoint. If it is also the best, ``best.ckpt`` is written first: a
-    resumed run then trains the same epoch again and writes the same file.
+    A kill at any moment leaves an intact newest checkpoint, whose checksum is listed.
 
     Args:
         run: The run.
         state: Plain values and tensors.
-        best: Whether it is the best so far.
+        best: Whether it is the best so far; ``best.ckpt`` is then a copy.
 
     Raises:
         CrossXError: If the disk is full or the folder not writable; older files stay intact.
     """
-    target = run.best if best else run.last
-    with atomic_path(target) as temporary:
+    listed = _read_checksums(run)
+    with atomic_path(run.last) as temporary:
         _save(state, temporary)
-        with temporary.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        if not best:
-            _keep_previous(run, checksum)
+        checksum = _checksum(temporary)
+        names = {**listed, run.last.name: checksum}
+        if run.last.is_file():
+            names.pop(run.previous.name, None)
+            if run.last.name in listed:
+                names[run.previous.name] = listed[run.last.name]
+            # before the files are moved, so that both are listed at any moment
+            _write_checksums(run, names)
+            _link(run.last, run.previous)
     if best:
-        _keep_previous(run, checksum)
-        _link(run.best, run.last)
+        names[run.best.name] = checksum
+    if names != _read_checksums(run):
+        _write_checksums(run, names)
+    if best:
+        _copy(run.last, run.best)
 
 
 def read_newest(run: Run) -> dict[str, Any] | None:
-    """Read the newest intact checkpoint of a run onto the CPU; None if none was written.
+    """Read the newest intact checkpoint of a run onto the CPU; None if there is no checkpoint at all.
+
+    If the newest is damaged or lost, the first rank replaces it by the newest intact one, and says so.
 
     Raises:
         CrossXError: If none is intact.
         UsageError: If it was written by crossx 0.1.
     """
-    if not run.last.is_file() and not run.previous.is_file():
+    if not any(path.is_file() for path in (run.last, run.previous, run.best)):
         return None
-    try:
-        return _read_checked(run, run.last)
-    except UsageError:
-        raise
-    except CrossXError as error:
-        if not run.previous.is_file():
+    listed = _read_checksums(run)
+    for known in (listed.values(), None) if listed else (None,):
+        try:
+            path, checkpoint, problem = _read_intact(run, known)
+            break
+        except UsageError:
             raise
-        log.warning("%s The run continues from the previous checkpoint, %s.", error, run.previous)
-        checkpoint = _read_checked(run, run.previous)
-        if is_leader():
-            checksum = _read_checksums(run).get(run.previous.name, "")
-            _link(run.previous, run.last)
-            _write_checksums(run, {run.last.name: checksum})
-        return checkpoint
+        except CrossXError as error:
+            reason = error
+    else:
+        raise CrossXError(
+            f"{reason} No other checkpoint is intact: `crossx fit --resume {run.path} --restart` starts over."
+        ) from reason
+    if is_leader():
+        if known is None:
+            log.warning("%s: damaged or missing, but %s is intact by its own checksums.", run.checksums, path)
+        if problem is not None:
+            which = "previous" if path == run.previous else "best"
+            log.warning("%s The run continues from the %s checkpoint, %s.", problem, which, path)
+            make_newest(run, path)
+        _list_intact(run)
+    return checkpoint
+
+
+def make_newest(run: Run, path: Path) -> None:
+    """Replace ``last.ckpt`` by a copy of an intact checkpoint, from which the run continues."""
+    if path != run.last:
+        _write_checksums(run, {**_read_checksums(run), run.last.name: _checksum(path)})
+        _copy(path, run.last)
+
+
+def restore_best(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Make sure that ``best.ckpt`` is the best epoch of a checkpoint, which is now ``last.ckpt``.
+
+    If it is damaged or lost, it is copied from the other files. If none has that epoch, ``checkpoint`` forgets it, and
+    the log says so.
+    """
+    best = checkpoint["best"]
+    if not best:
+        return
+    listed = _read_checksums(run)
+    for path in (run.best, run.last, run.previous):
+        with suppress(CrossXError):
+            found = checkpoint if path == run.last else read_resumable(path, listed.values())
+            if (found["epoch"], found["batch"]) == (best["epoch"], 0):
+                if path != run.best:
+                    _write_checksums(run, {**listed, run.best.name: _checksum(path)})
+                    _copy(path, run.best)
+                return
+    log.warning(
+        "%s: damaged or missing, and with it the weights of epoch %d (%.2f%%), the best so far. The best of the epochs "
+        "that follow becomes the model; `crossx fit --resume %s --restart` starts over.",
+        run.best, best["epoch"], 100 * best["value"], run.path,
+    )  # fmt: skip
+    checkpoint["best"] = {}
+
+
+def read_resumable(path: Path, listed: Collection[str] | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, after checking that it is intact.
+
+    Args:
+        path: The checkpoint.
+        listed: SHA-256 checksums of which it must have one; without them its own CRC-32 checksums are verified.
+
+    Raises:
+        CrossXError: If it is missing or damaged.
+        UsageError: If it may not be read, or another version of crossx wrote it.
+    """
+    if path.exists() and not path.is_file():
+        raise CrossXError(f"{path}: not a file.")
+    try:
+        intact = is_intact(path) if listed is None else _checksum(path) in listed
+    except PermissionError as error:
+        raise UsageError(f"{path}: no permission to read it.") from error
+    except OSError as error:
+        raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if not intact:
+        raise _damaged(path)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("format") != FORMAT:
+        raise UsageError(
+            f"{path}: written by another version of crossx, and cannot be resumed. Train again with another --output; "
+            "`crossx test` and `crossx predict` still read it."
+        )
+    return checkpoint
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -94,19 +178,43 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _read_checked(run: Run, path: Path) -> dict[str, Any]:
-    checksums = _read_checksums(run)
-    if checksums and path.is_file():
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in checksums.values():
-                raise _damaged(path)
-    checkpoint = read_checkpoint(path)
-    if checkpoint.get("format") != FORMAT:
-        raise UsageError(
-            f"{path}: written by another version of crossx, and cannot be resumed. Train again with another --output; "
-            "`crossx test` and `crossx predict` still read it."
-        )
-    return checkpoint
+def is_intact(path: Path) -> bool:
+    """Whether the tensors and values of a checkpoint have the CRC-32 checksums that ``torch.save`` put into it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # zipfile raises many kinds of errors for damaged files
+        return False
+
+
+def _read_intact(run: Run, listed: Collection[str] | None) -> tuple[Path, dict[str, Any], CrossXError | None]:
+    """Return the newest intact checkpoint, and why it is not ``last.ckpt``."""
+    try:
+        return run.last, read_resumable(run.last, listed), None
+    except UsageError:
+        raise
+    except CrossXError as error:
+        older = []
+        for path in (run.previous, run.best):
+            with suppress(CrossXError):
+                older.append((path, read_resumable(path, listed)))
+        if not older:
+            raise
+        path, checkpoint = max(older, key=lambda item: (item[1]["epoch"], item[1].get("batch", 0)))
+        return path, checkpoint, error
+
+
+def _list_intact(run: Run) -> None:
+    """List the checksums of the intact files under their names; a kill may have left those of files to come."""
+    listed, names = _read_checksums(run), {}
+    for path in (run.last, run.previous, run.best):
+        with suppress(OSError):
+            if (checksum := _checksum(path)) in listed.values() or is_intact(path):
+                names[path.name] = checksum
+    if names != listed:
+        _write_checksums(run, names)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
@@ -120,26 +228,24 @@ def _save(state: dict[str, Any], path: Path) -> None:
             raise
 
 
-def _keep_previous(run: Run, checksum: str) -> None:
-    """Move ``last.ckpt`` to ``previous.ckpt``, and record the checksum of the new one."""
-    names = {run.last.name: checksum}
-    if run.last.is_file():
-        names[run.previous.name] = _read_checksums(run).get(run.last.name, "")
-    _write_checksums(run, names)
-    if run.last.is_file():
-        _link(run.last, run.previous)
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_checksums(run: Run, checksums: Mapping[str, str]) -> None:
-    write_text(run.checksums, "".join(f"{value}  {name}\n" for name, value in checksums.items() if value))
+    names = (path.name for path in (run.last, run.previous, run.best) if checksums.get(path.name))
+    write_text(run.checksums, "".join(f"{checksums[name]}  {name}\n" for name in names))
 
 
 def _read_checksums(run: Run) -> dict[str, str]:
+    """Return the listed checksums by name, without damaged lines."""
     try:
-        lines = run.checksums.read_text(encoding="utf-8").splitlines()
+        lines = run.checksums.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
-    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+    found = (re.fullmatch(r"([0-9a-f]{64})  (\w+\.ckpt)", line) for line in lines)
+    return {match[2]: match[1] for match in found if match}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -149,14 +255,17 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        with atomic_path(target) as copy:
-            shutil.copyfile(source, copy)
+        _copy(source, target)
     else:
         temporary.replace(target)
+        # still there if both were already one file, which a kill between this and the next step leaves
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _damaged(path: Path) -> CrossXError:
-    return CrossXError(
-        f"{path}: damaged, or not a checkpoint of crossx. `crossx test` and `crossx predict` also read best.ckpt "
-        "in the same folder."
-    )
+    return CrossXError(f"{path}: damaged, or not a checkpoint of crossx.")

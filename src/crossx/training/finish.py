@@ -7,11 +7,11 @@ from typing import Any
 
 from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
-from crossx.errors import UsageError
+from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import describe_calibration, write_temperature
 from crossx.evaluation.run import evaluate
 from crossx.methods.weights import load_weights, save_weights
-from crossx.training.checkpoints import read_checkpoint
+from crossx.training.checkpoints import is_intact, read_checkpoint
 from crossx.training.config import Config
 from crossx.training.loop import Loop
 
@@ -68,7 +68,12 @@ def finish(loop: Loop, info: dict[str, Any]) -> None:
         return
     loop.history.write()
     _warn_if_average_lags(loop)
-    load_weights(loop.method, loop.run_folder.best if loop.best else loop.run_folder.last)
+    selected = loop.run_folder.best if loop.best else loop.run_folder.last
+    if not is_intact(selected):
+        raise CrossXError(
+            f"{selected}: damaged. `crossx fit --resume {loop.run_folder.path}` takes another copy, if there is one."
+        )
+    load_weights(loop.method, selected)
     save_weights(loop.method, loop.run_folder.weights)
     info["calibration"] = _calibrate(loop)
 

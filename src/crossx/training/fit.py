@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import signal
-import threading
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import seed_everything
+from safetensors import SafetensorError, safe_open
 
 from crossx.data.catalog import read_configured
 from crossx.data.config import Sampling
@@ -23,18 +23,45 @@ from crossx.data.datamodule import DataModule
 from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, Stopped, UsageError
+from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
 from crossx.methods.start import Start, Transfer
 from crossx.methods.weights import build_method, describe
-from crossx.runs import SCHEMA, ModelSpec, Run, environment, is_lock, locked_folder, write_json, write_text
+from crossx.recipes import SECTIONS
+from crossx.runs import (
+    SCHEMA,
+    ModelSpec,
+    Run,
+    environment,
+    is_lock,
+    locked_folder,
+    read_config,
+    write_json,
+    write_text,
+)
 from crossx.schema import check_backbone_args, check_model
-from crossx.training.checkpoints import read_newest
+from crossx.training.checkpoints import make_newest, read_newest, read_resumable, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loop import Loop, quiet_lightning
 
+T = TypeVar("T")
+LEFTOVERS = (".*.tmp", ".tmp??????")
+"""Temporary files of this package and of safetensors, which a kill leaves."""
+KEPT = (
+    "schema",
+    "status",
+    "method",
+    "backbone",
+    "dataset",
+    "init",
+    "seed",
+    "images",
+    "skipped",
+    "environment",
+)
+"""What a checkpoint holds of run.json, in case that is lost."""
 SPLITTING = ("dataset", "val_fraction", "test_fraction", "split_seed", "train_on")
 """Options of ``data`` that decide which images are held out."""
 
@@ -58,7 +85,7 @@ def fit(config: Config) -> Run:
     """
     run = Run(config.run_path())
     try:
-        with _locked(run.path):
+        with _interruptible(run), _locked(run.path):
             if is_leader():
                 _require_empty(run.path)
             return _train(_with_absolute_paths(config), run)
@@ -72,45 +99,57 @@ def resume(
     path: str | Path,
     *,
     root: str | Path | None = None,
+    restart: bool = False,
     max_epochs: int | None = None,
     max_steps: int | None = None,
     max_time: str | dict[str, int] | None = None,
 ) -> Run:
-    """Continue a stopped run from its newest checkpoint, or train a finished one for longer.
+    """Continue a stopped run from its newest intact checkpoint, or train a finished one for longer.
 
-    On a CPU the result is bit for bit that of an uninterrupted run. A run without a checkpoint starts over with the
-    same seed. With another length, a schedule that depends on it (``cosine``, ``one_cycle``) continues as in a run of
-    that length; with the others the result is still that of an uninterrupted run.
+    On a CPU the result is bit for bit that of an uninterrupted run. A run that was stopped before its first checkpoint
+    starts over with the same seed. With another length, a schedule that depends on it (``cosine``, ``one_cycle``)
+    continues as in a run of that length; with the others the result is still that of an uninterrupted run.
 
     Args:
-        path: The run folder, or a checkpoint in it; the folder may have been moved.
+        path: The run folder, which may have been moved, or a checkpoint in it to go back to.
         root: The data's folder, if it has moved.
+        restart: Delete what the run has learned so far, and start over with the same options.
         max_epochs: See ``TrainerConfig``; by default as before. A finished run needs more than it has trained.
         max_steps: Likewise.
         max_time: Likewise; the time before counts.
 
     Raises:
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
-        CrossXError: As ``fit``, or if the images or classes have changed.
+        CrossXError: As ``fit``, if the images or classes have changed, or if no checkpoint is intact.
     """
-    run = _find_run(Path(path))
-    with _locked(run.path):
-        config = replace(Config.from_yaml(run.config), output=str(run.path))
+    run, chosen = _find_run(Path(path))
+    if restart and chosen:
+        raise UsageError(
+            f"--restart starts over, without a checkpoint: `crossx fit --resume {run.path} --restart`."
+        )
+    asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
+    limits = {option: value for option, value in asked.items() if value is not None}
+    with _interruptible(run), _locked(run.path):
+        _require_no_folders(run)
+        if not restart and not limits:
+            _require_unfinished(run)
+        saved = None if restart else _read_saved(run, chosen)
+        config = _read_or_restore(run.config, lambda: _read_whole_config(run), saved)
+        config = replace(config, output=str(run.path))
         if root is not None:
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
-        before: Mapping[str, Any] = run.read_info()
-        asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
-        limits = {option: value for option, value in asked.items() if value is not None}
-        if before.get("status") == "finished" and not limits:
-            raise UsageError(
-                f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new "
-                f"run from it with --init {run.path}."
-            )
-        saved = read_newest(run)
+        before: Mapping[str, Any] = {}
+        if not restart:
+            before = _read_or_restore(run.info, lambda: _read_existing_info(run), saved, {})
         if limits:
             config = replace(config, trainer=replace(config.trainer, **limits))
-            before = _with_length(run, config.trainer, before, saved)
-        return _train(config, run, before, saved)
+            before = before if restart else _with_length(run, config.trainer, before, saved)
+        if saved is None and not restart and _has_progress(run, before):
+            raise CrossXError(
+                f"{run.path}: has been trained, but no checkpoint is left. `crossx fit --resume {run.path} --restart` "
+                "starts over."
+            )
+        return _train(config, run, before, saved, chosen)
 
 
 def _with_length(
@@ -157,8 +196,17 @@ def _train(
     run: Run,
     before: Mapping[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
+    chosen: Path | None = None,
 ) -> Run:
-    """Train from the first step, or resume from a checkpoint the run whose ``run.json`` was ``before``."""
+    """Train from the first step, or from a checkpoint.
+
+    Args:
+        config: The options.
+        run: The run folder.
+        before: ``run.json`` of a resumed run.
+        checkpoint: The checkpoint to continue from.
+        chosen: Its file, if the user named one.
+    """
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
     start = Start.read(config.init) if config.init is not None and checkpoint is None else None
@@ -183,7 +231,7 @@ def _train(
         if start is not None:
             transfer = _take(start, method, spec, config)
     else:
-        spec = run.read_spec()
+        spec = _read_or_restore(run.spec, run.read_spec, checkpoint)
         check_classes(spec.classes, index.classes, index.name)
         method, preprocessing = build_method(spec), spec.preprocessing
         if (taken := checkpoint.get("taken")) is not None:
@@ -198,6 +246,12 @@ def _train(
         info = _continue_description(run, info, before)
     monitor = choose_monitor(config, data)
     with quiet_lightning():
+        files = {
+            run.config.name: replace(config, output=None).to_yaml(),
+            # the temperature is fitted at the end, also of a run that is trained for longer
+            run.spec.name: json.dumps(replace(spec, temperature=1.0).to_json()),
+            run.info.name: json.dumps({name: info[name] for name in KEPT}),
+        }
         loop = Loop(
             method,
             data,
@@ -207,9 +261,15 @@ def _train(
             monitor=monitor,
             checkpoint=checkpoint,
             transfer=transfer,
+            files=files,
         )
         if is_leader():
             _remove_leftovers(run)
+            if checkpoint is None:
+                _clear(run)
+            else:
+                make_newest(run, chosen or run.last)
+                restore_best(run, checkpoint)
             write_text(run.config, config.to_yaml())
             write_json(run.spec, spec.to_json())
         with _recording_status(loop, info):
@@ -297,7 +357,7 @@ def _continue_description(run: Run, info: Mapping[str, Any], before: Mapping[str
             f"{run.path}: trained on {before['images']} images, but there are {info['images']} now. Resume a run on "
             "the same data."
         )
-    return {**before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
+    return {**info, **before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
 
 
 @contextmanager
@@ -317,8 +377,7 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
     record("running")
     ended = "failed"
     try:
-        with _sigterm_interrupts():
-            yield
+        yield
         ended = "finished"
         record(ended)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -346,20 +405,22 @@ def _modified_at(path: Path) -> int | None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C; Python handles signals in the main thread only."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _interruptible(run: Run) -> Iterator[None]:
+    """Turn signals outside of the steps, SIGTERM included, and the end of a loading process into one line."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with sigterm_interrupts():
+            yield
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped during set-up. {_how_to_continue(run)}") from error
+    except (RuntimeError, LostWorker) as error:
+        # here, since torch raises it at any moment, and once for each process
+        if (lost := lost_worker(error)) is None:
+            raise
+        raise CrossXError(f"{lost} {_how_to_continue(run)}") from error
+
+
+def _how_to_continue(run: Run) -> str:
+    return f"Continue with `crossx fit --resume {run.path}`." if run.config.is_file() else "Run it again."
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:
@@ -372,17 +433,134 @@ def _require_empty(path: Path) -> None:
         raise UsageError(
             f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
         )
-    if any(not is_lock(file) for file in path.iterdir()):
+    if any(not (is_lock(file) or _is_leftover(file)) for file in path.iterdir()):
         raise UsageError(f"{path} is not empty. Choose another --output.")
 
 
-def _find_run(path: Path) -> Run:
-    for folder in (path, path.parent, path.parent.parent) if path.is_file() else (path,):
-        if Run(folder).config.is_file():
-            return Run(folder)
+def _find_run(path: Path) -> tuple[Run, Path | None]:
+    """Return the run, and the checkpoint if ``path`` is one."""
+    if not path.is_dir():
+        for folder in (path.parent, path.parent.parent):
+            run = Run(folder)
+            if not (run.config.is_file() or run.checkpoints.is_dir()):
+                continue
+            if path.suffix == ".ckpt" and path.is_file():
+                return run, path
+            if path.suffix == ".ckpt" or path.is_file():
+                what = "not a checkpoint" if path.is_file() else "no such checkpoint"
+                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
+    run = Run(path)
+    if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
+        return run, None
     raise UsageError(
         f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
     )
+
+
+def _require_no_folders(run: Run) -> None:
+    files = (run.config, run.spec, run.info, run.weights, run.last, run.previous, run.best, run.checksums)
+    for path in (*files, *_histories(run)):
+        if path.is_dir():
+            raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise CrossXError(f"{run.checkpoints}: a file where the run has a folder. Move it away.")
+
+
+def _require_unfinished(run: Run) -> None:
+    """Refuse a finished run, unless its model is damaged: it is made again from the last checkpoint."""
+    try:
+        finished = run.read_info().get("status") == "finished"
+    except CrossXError:
+        return
+    if not finished:
+        return
+    try:
+        run.read_spec()
+        with safe_open(run.weights, "pt"):
+            pass
+    except (CrossXError, OSError, SafetensorError):
+        if is_leader():
+            log.warning(
+                "%s: the model is damaged or missing. It is made again from the checkpoints.", run.path
+            )
+        return
+    raise UsageError(
+        f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run from "
+        f"it with --init {run.path}."
+    )
+
+
+def _read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
+    if chosen is None:
+        return read_newest(run)
+    try:
+        checkpoint = read_resumable(chosen)
+    except UsageError:
+        raise
+    except CrossXError as error:
+        raise CrossXError(f"{error} `crossx fit --resume {run.path}` takes the newest intact one.") from error
+    if is_leader():
+        log.info(
+            "the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"]
+        )
+    return checkpoint
+
+
+def _read_or_restore(
+    path: Path, read: Callable[[], T], saved: Mapping[str, Any] | None, default: T | None = None
+) -> T:
+    """Read a file of the run; if it is damaged or lost, write it again from the checkpoint, or take the default."""
+    try:
+        return read()
+    except UsageError:
+        raise
+    except CrossXError as error:
+        text = (saved or {}).get("files", {}).get(path.name)
+        if text is None and default is not None:
+            return default
+        if text is None:
+            raise CrossXError(
+                f"{error} Put back a copy of the file, or train a new run with another --output."
+            ) from error
+        if is_leader():
+            log.warning("%s It is restored from the checkpoint.", error)
+            write_text(path, text)
+        return read()
+
+
+def _read_whole_config(run: Run) -> Config:
+    values = read_config(run.config)
+    # those that every version writes; output comes last
+    if missing := [name for name in (*SECTIONS, "seed", "output") if name not in values]:
+        raise CrossXError(f"{run.config}: cut off, or not of a run (no {', '.join(missing)}).")
+    return Config.from_dict(values)
+
+
+def _read_existing_info(run: Run) -> dict[str, Any]:
+    if not run.info.is_file():
+        raise CrossXError(f"{run.info}: no such file.")
+    return run.read_info()
+
+
+def _has_progress(run: Run, info: Mapping[str, Any]) -> bool:
+    """Whether a run without an intact checkpoint has had one."""
+    written = [path for path in (run.weights, *_histories(run)) if path.exists()]
+    if run.checkpoints.is_dir():
+        written += [path for path in run.checkpoints.iterdir() if not _is_leftover(path)]
+    return bool(written) or (info.get("selection") or {}).get("epoch") is not None
+
+
+def _histories(run: Run) -> tuple[Path, ...]:
+    return run.path / "metrics.json", run.path / "metrics.csv"
+
+
+def _clear(run: Run) -> None:
+    """Delete what an earlier training in this folder has written, its TensorBoard events included."""
+    for path in (run.checkpoints, run.weights, *_histories(run), run.path / "tensorboard"):
+        if path.exists():
+            # at once, so that a kill leaves no folder with some of its files
+            path.rename(path.with_name(f".{path.name}.old.tmp"))
+            _remove_leftovers(run)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -397,8 +575,15 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
+def _is_leftover(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in LEFTOVERS)
+
+
 def _remove_leftovers(run: Run) -> None:
     """Remove the temporary files of a process that was killed while writing."""
     for folder in (run.path, run.checkpoints):
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in filter(_is_leftover, folder.iterdir() if folder.is_dir() else ()):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.loggers.logger import Logger
 
 from crossx.errors import UsageError
 from crossx.runs import Run
+
+log = logging.getLogger(__name__)
 
 
 def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:
@@ -29,6 +35,7 @@ def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) ->
             if name == "tensorboard":
                 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
+                _silence_writers()
                 # the resumed run writes the events after the checkpoint again
                 purge: dict[str, Any] = {"purge_step": steps_before + 1} if steps_before else {}
                 loggers.append(TensorBoardLogger(run.path, "tensorboard", "", **purge))
@@ -54,6 +61,44 @@ def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) ->
 
 
 def log_all(loggers: list[Logger], values: Mapping[str, float], step: int) -> None:
-    """Log values with every logger."""
-    for logger in loggers:
-        logger.log_metrics(dict(values), step)
+    """Log values with every logger. One that cannot write leaves the list, with a line in the log."""
+    for logger in tuple(loggers):
+        with _leaving_on_errors(loggers, logger):
+            logger.log_metrics(dict(values), step)
+
+
+def finalize_all(loggers: list[Logger], status: str) -> None:
+    """Write what is left, and close the loggers."""
+    for logger in tuple(loggers):
+        with _leaving_on_errors(loggers, logger):
+            logger.finalize(status)
+
+
+@contextmanager
+def _leaving_on_errors(loggers: list[Logger], logger: Logger) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # Lightning wraps errors of TensorBoard
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        loggers.remove(logger)
+        name = type(logger).__name__.removesuffix("Logger").lower()
+        log.warning(
+            "%s: its files cannot be written (%s). The training continues without it; metrics.csv is complete.",
+            name, cause.strerror or cause,
+        )  # fmt: skip
+
+
+@functools.cache
+def _silence_writers() -> None:
+    """Leave disk errors of TensorBoard's writing threads to ``log_all``, which meets them too, without a traceback."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        of_tensorboard = type(args.thread).__module__.startswith("tensorboard")
+        if not (of_tensorboard and isinstance(args.exc_value, OSError)):
+            report(args)
+
+    threading.excepthook = hook

@@ -35,7 +35,7 @@ from crossx.training.config import Config, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
-from crossx.training.loggers import build_loggers, log_all
+from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.progress import Bar
 from crossx.training.task import Task
@@ -59,6 +59,7 @@ class Loop:
         monitor: The metric to maximise (ties: the later epoch); None keeps no ``best.ckpt``.
         checkpoint: The result of ``read_newest`` to resume from.
         transfer: What the method took from another network, if it starts from one.
+        files: Text of files of the run by name, kept in its checkpoints.
 
     Attributes:
         epoch: Completed epochs.
@@ -81,7 +82,9 @@ class Loop:
         monitor: str | None,
         checkpoint: Mapping[str, Any] | None = None,
         transfer: Transfer | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
+        self.files = dict(files or {})
         self.method, self.data, self.config = method, data, config
         self.run_folder, self.monitor = run, monitor
         self.options = config.trainer
@@ -120,9 +123,9 @@ class Loop:
                     self._train_epoch()
                     self._end_epoch(self._validate())
         except BaseException:
-            self._finalize("failed")
+            finalize_all(self.loggers, "failed")
             raise
-        self._finalize("success")
+        finalize_all(self.loggers, "success")
 
     def _set_up(self) -> None:
         """Start the processes, move everything to its device, and load the checkpoint."""
@@ -367,6 +370,7 @@ class Loop:
             "best": self.best,
             "taken": None if self.method.taken is None else sorted(self.method.taken),
             "generators": generators,
+            "files": self.files,
         }
         write_checkpoint(self.run_folder, state, best=best)
 
@@ -438,10 +442,6 @@ class Loop:
         started.clear()
         for process in processes:
             process.kill()
-
-    def _finalize(self, status: str) -> None:
-        for logger in self.loggers:
-            logger.finalize(status)
 
 
 def build_fabric(options: TrainerConfig) -> Fabric:
