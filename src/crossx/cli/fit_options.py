@@ -203,7 +203,9 @@ def _resume(words: Sequence[str]) -> FitArguments:
             )
     parser = new_parser(PROG, "", "")
     options = [option for option in _options(ModelConfig().method) if option.name in RESUMABLE]
-    add_options(parser, [dataclasses.replace(option, default=None) for option in options])
+    add_options(
+        parser, [option if option.flag else dataclasses.replace(option, default=None) for option in options]
+    )
     try:
         values = vars(parser.parse_args(list(words)).as_flat())
     except argparse.ArgumentError as error:

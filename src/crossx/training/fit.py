@@ -52,7 +52,18 @@ from crossx.training.loop import Loop, quiet_lightning
 T = TypeVar("T")
 LEFTOVERS = (".*.tmp", ".tmp??????")
 """Temporary files of this package and of safetensors, which a kill leaves."""
-KEPT = ("schema", "status", "method", "backbone", "dataset", "seed", "images", "skipped", "environment")
+KEPT = (
+    "schema",
+    "status",
+    "method",
+    "backbone",
+    "dataset",
+    "init",
+    "seed",
+    "images",
+    "skipped",
+    "environment",
+)
 """What a checkpoint holds of run.json, in case that is lost."""
 SPLITTING = ("dataset", "val_fraction", "test_fraction", "split_seed", "train_on")
 """Options of ``data`` that decide which images are held out."""
