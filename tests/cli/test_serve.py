@@ -96,5 +96,5 @@ def test_the_models_name_and_version_can_be_given(
     identity = app.state.service.identity
     app.state.service.close()
     assert (identity.name, identity.version, len(identity.checksum)) == ("birds", "2026-03", 64)
-    assert main([*words, "--model_version", ""]) == 2
-    assert "model_version must be 1 to 100 printable characters, not ''" in capsys.readouterr().err
+    assert main([*words, "--model_version", "2026\t03"]) == 2
+    assert "model_version must be 1 to 100 printable characters" in capsys.readouterr().err

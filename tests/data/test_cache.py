@@ -153,7 +153,7 @@ def test_too_little_room_is_told_with_sizes(paths, monkeypatch, cache_home):
 
 def test_a_folder_that_cannot_be_made_is_told(paths, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "file")
     with pytest.raises(UsageError, match=r"cannot hold them \(Not a directory\): .*XDG_CACHE_HOME"):
         open_cache("disk", "train", paths, TRANSFORM)
 

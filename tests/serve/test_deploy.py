@@ -153,7 +153,7 @@ def test_a_pod_has_time_to_answer_what_it_accepted(
     waits: list[int] = []
 
     class Stopped:
-        def __init__(self, config: Any, _: object) -> None:
+        def __init__(self, config: Any, *_: object) -> None:
             waits.append(config.timeout_graceful_shutdown)
 
         def run(self, **_: object) -> None:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.options import BatchSize, Device, ModelPath
 from crossx.cli.parser import Folder, Fraction, Name
-from crossx.data.images import printable
-from crossx.data.names import class_name
 from crossx.errors import UsageError
 from crossx.runs import atomic_path, check_writable, open_run
 
@@ -111,6 +109,8 @@ def _write(
     drawing: Drawing,
 ) -> int:
     """Write pictures, maps and contact sheets as the results come; return how many images have none."""
+    from crossx.data.images import printable
+    from crossx.data.names import class_name
     from crossx.explain.figures import FigureRow, caption
 
     number_of_sheets = -(-len(paths) // SHEET_ROWS)

@@ -78,9 +78,6 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Rebuild from ``to_dict``'s dictionary. Keys that are not fields are options of the method."""
-        for name in ("method", "backbone"):
-            if not isinstance(values.get(name, ""), str):
-                raise UsageError(f"model.{name} must be text, not {reprlib.repr(values[name])}.")
         for name in ("backbone_args", "options"):
             _mapping(f"model.{name}", values.get(name) or {})
         own = {item.name for item in fields(cls)} - {"options"}
@@ -527,7 +524,7 @@ def _with_texts(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[st
             if isinstance(value, os.PathLike):
                 checked[name] = os.fspath(value)
             elif not (isinstance(value, str) or (value is None and hint is not str)):
-                raise UsageError(f"{prefix}{name} takes text, not {value}: put it in quotes.")
+                raise UsageError(f"{prefix}{name} takes text, not {reprlib.repr(value)}: put it in quotes.")
     return checked
 
 
