@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from crossx.data.images import FORMATS
 from crossx.errors import UsageError, check_choice
 
 MEGABYTE = 1_000_000
@@ -42,8 +41,11 @@ class Limits:
     def __post_init__(self) -> None:
         if not self.formats:
             raise UsageError("formats must name at least one format.")
-        for name in self.formats:
-            check_choice("format", name, FORMATS)
+        if self.formats != Limits.formats:
+            from crossx.data.images import FORMATS  # slow to import, and `--help` does not need it
+
+            for name in self.formats:
+                check_choice("format", name, FORMATS)
         for name, value in vars(self).items():
             if isinstance(value, int) and value < (least := 0 if name == "max_wait_ms" else 1):
                 raise UsageError(f"{name} must be at least {least}, not {value}.")

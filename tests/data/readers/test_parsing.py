@@ -5,7 +5,7 @@ from subprocess import run
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 
@@ -188,7 +188,7 @@ def test_require_folder(tmp_path: Path) -> None:
         st.text(st.characters(codec="latin-1", exclude_categories=("Cc",)), min_size=1), min_size=1
     )
 )
-@pytest.mark.usefixtures("forked_mat")
+@settings(deadline=None, max_examples=15)  # each starts a process
 def test_cells_survive_a_mat_file(file: Path, names: list[str]) -> None:
     path = file.with_suffix(".mat")
     savemat(path, {"names": mat_cells(names), "ids": np.arange(len(names), dtype=np.float64)[:, None]})

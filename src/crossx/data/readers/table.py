@@ -468,7 +468,7 @@ def _resolved(folder: Path, name: str | Path, place: str, problems: list[str]) -
         return file
     for text in (name, name.replace("\\", "/")):
         for form in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
-            if os.path.exists(folder / form):
+            if os.path.isfile(folder / form):
                 return folder / form
     if _ELSEWHERE.match(name):
         what = (
