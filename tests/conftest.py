@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import contextlib
 import os
 
 import pytest
@@ -13,6 +14,12 @@ for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "RAY_worker_regis
     os.environ.setdefault(name, "300")
 settings.register_profile("crossx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crossx")
+
+# Tests are offline. OpenVINO's telemetry would also fork from a thread, and another fork at that moment hangs forever.
+with contextlib.suppress(ModuleNotFoundError):
+    from openvino_telemetry.backend.backend_ga4 import GA4Backend
+
+    GA4Backend.send = lambda *_: None
 
 LONG = ("training/test_data_parallel_fit.py", "serve/test_server.py", "training/", "export/", "methods/")
 """Files that take longest: begun first, none of them is left to one process at the end."""
