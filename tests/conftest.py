@@ -1,7 +1,8 @@
 """Settings for all tests."""
 
-import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,11 +16,8 @@ for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "RAY_worker_regis
 settings.register_profile("crossx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crossx")
 
-# Tests are offline. OpenVINO's telemetry would also fork from a thread, and another fork at that moment hangs forever.
-with contextlib.suppress(ModuleNotFoundError):
-    from openvino_telemetry.backend.backend_ga4 import GA4Backend
-
-    GA4Backend.send = lambda *_: None
+# Tests are offline, and some import OpenVINO themselves; see ``without_telemetry``.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 LONG = ("training/test_data_parallel_fit.py", "serve/test_server.py", "training/", "export/", "methods/")
 """Files that take longest: begun first, none of them is left to one process at the end."""
@@ -34,3 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((index for index, start in enumerate(LONG) if path.startswith(start)), len(LONG))
 
     items.sort(key=turn)
+
+
+@pytest.fixture(scope="module")
+def forked_mat() -> Iterator[None]:
+    """Read .mat files in forks of one process: a process per file would take half a minute."""
+    import fuzzing
+    from crossx.data.readers import mat
+
+    forks = fuzzing.Forks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mat, "run_child", forks)
+        yield
+    forks.close()

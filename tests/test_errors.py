@@ -4,7 +4,7 @@ import pytest
 
 from crossx.cli.main import VERBS
 from crossx.cli.parser import build
-from crossx.errors import SYNONYMS, nearest
+from crossx.suggestions import SYNONYMS, nearest
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 

@@ -2,24 +2,16 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import fuzzing
-from crossx.data.readers import mat
 
 CORPUS = list(fuzzing.corpus())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forked() -> Iterator[None]:
-    forks = fuzzing.Forks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mat, "run_child", forks)
-        yield
-    forks.close()
+pytestmark = pytest.mark.usefixtures("forked_mat")
 
 
 @pytest.mark.parametrize("parser", sorted({parser for parser, _, _ in CORPUS}))

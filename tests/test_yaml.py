@@ -169,3 +169,13 @@ def test_files_that_are_no_text_or_have_no_end_are_one_line(tmp_path: Path) -> N
     }.items():
         path = tmp_path / f"{name}.yaml"
         assert refusal(read_yaml, path) == str(UsageError(f"{path}: {problem}."))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 50_000, "a: [" + "[" * 3000 + "]" * 3001])
+def test_many_open_brackets_are_refused_before_they_are_parsed(text: str) -> None:
+    with pytest.raises(UsageError, match=r"f\.yaml: not valid YAML \(nested too deeply\)"):
+        load_yaml(text, "f.yaml")
+
+
+def test_brackets_in_texts_are_texts() -> None:
+    assert load_yaml("a: '[[{{'  # [[[\nb: [1, [2]]\n", "f.yaml") == {"a": "[[{{", "b": [1, [2]]}

@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from crossx.errors import CrossXError, UsageError, nearest
+from crossx.errors import CrossXError, UsageError
+from crossx.suggestions import nearest
 
 MAX_IMAGE_SIZE = 4096
 """Side of a network's input, in pixels."""

@@ -1,4 +1,4 @@
-"""Read text files of unknown origin. Imports only the standard library."""
+"""Read files of unknown origin, bounded. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def read_text(path: Path, most: int, hint: str = "") -> str:
         CrossXError: If it is missing, too large, unreadable, not UTF-8, or no regular file: a pipe or device may have
             no end.
     """
+    content = read_bytes(path, most, hint)
+    try:
+        # as in a file that is opened as text
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise CrossXError(f"{path}: not UTF-8 text (byte {error.start + 1}).") from error
+
+
+def read_bytes(path: Path, most: int, hint: str = "") -> bytes:
+    """Read a file whole; arguments and errors as in ``read_text``, of any content."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             what = "a folder" if path.is_dir() else "a pipe or device"
@@ -32,8 +42,4 @@ def read_text(path: Path, most: int, hint: str = "") -> str:
         raise CrossXError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if len(content) > most:
         raise CrossXError(f"{path}: larger than the {most >> 20} MiB that such a file may have.")
-    try:
-        # as in a file that is opened as text
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise CrossXError(f"{path}: not UTF-8 text (byte {error.start + 1}).") from error
+    return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import reprlib
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MAX_TEXT = 1 << 20
 MAX_VALUES = 100_000
 """Most values of a document, where an alias counts as all the values that it repeats."""
 MAX_DEPTH = 50
+MAX_OPEN = 500
+"""Most open brackets and braces, in texts and comments too: parsing takes the square of their number."""
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {
     _PREFIX + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge")
@@ -125,6 +128,8 @@ def load_yaml(text: str, source: str) -> Any:
         UsageError: If it is not valid YAML, gives a key twice, has a value that contains itself, other types, or more
             or deeper values than a configuration has, naming the line.
     """
+    if _most_open(text) > MAX_OPEN:
+        raise UsageError(f"{source}: not valid YAML (nested too deeply).")
     yaml = _yaml()
     try:
         root = yaml.compose(text)
@@ -156,6 +161,11 @@ def load_yaml(text: str, source: str) -> Any:
         AssertionError,
     ) as error:
         raise UsageError(f"{source}: not valid YAML ({first_line(error)}).") from error
+
+
+def _most_open(text: str) -> int:
+    brackets = re.findall(r"[\[\]{}]", text)
+    return max(accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0))
 
 
 def _check_size(node: Node, source: str, seen: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from crossx.export import export as export_module
 from crossx.export.export import ExportReport, export_run
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
-from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported
+from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported, without_telemetry
 from crossx.predict.predictor import Predictor
 from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, Preprocessing, Run, write_json
 from refusals import refusal
@@ -328,3 +328,15 @@ def test_the_example_needs_no_crossx(run: Path, photos: Path, export: Exports) -
 def test_the_page_shows_the_example() -> None:
     page = EXAMPLE.parents[1] / "docs" / "export.md"
     assert EXAMPLE.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")
+
+
+def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "openvino_telemetry")
+    without_telemetry()
+    assert sys.modules["openvino_telemetry"] is None
+    pytest.importorskip("openvino")
+    assert "openvino.tools.ovc.telemetry_stub" in sys.modules
+    # a program that has imported it has its own reasons
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", json)
+    without_telemetry()
+    assert sys.modules["openvino_telemetry"] is json

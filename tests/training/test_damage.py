@@ -16,6 +16,7 @@ from crossx.data.datamodule import DataModule
 from crossx.errors import UsageError
 from crossx.runs import Run, write_json
 from crossx.training import fit as training
+from crossx.training import recovery
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import fit, resume
@@ -96,7 +97,7 @@ def test_every_file_but_the_checkpoints_is_restored_or_not_needed(stopped, resum
             config, _, before, checkpoint, _ = begun[-1]
             assert (config, checkpoint["step"]) == (options, 8), (name, kind)
             assert [before[key] for key in kept] == [info[key] for key in kept], (name, kind)
-            assert training._read_or_restore(run.spec, run.read_spec, checkpoint) == spec
+            assert recovery.read_or_restore(run.spec, run.read_spec, checkpoint) == spec
             restored = not name.startswith("metrics")
             assert (f"{run.path / name}: " in caplog.text) == restored, (name, kind)
             assert (run.path / name).exists() == (restored or kind != "missing")
@@ -136,7 +137,7 @@ def test_what_cannot_be_continued_is_refused_until_it_is_restarted(stopped, resu
 
 def test_a_run_that_never_began_starts_over(stopped, resumed):
     shutil.rmtree(stopped.checkpoints)
-    for path in training._histories(stopped):
+    for path in recovery._histories(stopped):
         path.unlink()
     write_json(stopped.info, {**json.loads(stopped.info.read_text()), "selection": None})
     assert resumed(stopped.path) is None

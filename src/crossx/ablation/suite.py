@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from crossx.errors import UsageError, nearest, unknown
+from crossx.errors import UsageError, unknown
 from crossx.recipes import SECTIONS
+from crossx.suggestions import nearest
 from crossx.training.config import Config
 from crossx.yaml import load_yaml, read_yaml
 

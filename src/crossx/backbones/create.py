@@ -14,8 +14,9 @@ from torch.hub import get_dir
 
 from crossx.backbones.state_dict import load_trunk_weights
 from crossx.backbones.trunk import Backbone
-from crossx.errors import CrossXError, UsageError, first_line, nearest
+from crossx.errors import CrossXError, UsageError, first_line
 from crossx.hub import announce, download
+from crossx.suggestions import nearest
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of timm's models on the Hub, of which one is needed."""

@@ -13,7 +13,8 @@ import jsonargparse
 
 from crossx.cli.parser import Name, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
+from crossx.suggestions import nearest
 
 ACTIONS = ("list", "check")
 

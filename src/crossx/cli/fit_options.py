@@ -22,8 +22,9 @@ from crossx.cli.parser import (
     unknown_argument,
 )
 from crossx.data.config import DataConfig
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
 from crossx.recipes import SECTIONS, Recipe, list_recipes, load_recipe
+from crossx.suggestions import nearest
 from crossx.training.config import (
     LEFT_OUT,
     Config,

@@ -25,11 +25,11 @@ from crossx.errors import (
     UsageError,
     first_line,
     lost_worker,
-    nearest,
     one_line,
     sigterm_interrupts,
     unknown,
 )
+from crossx.suggestions import nearest
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",

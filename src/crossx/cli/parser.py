@@ -20,7 +20,8 @@ import docstring_parser
 import jsonargparse
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
+from crossx.suggestions import nearest
 
 
 def text(value: object) -> str:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from crossx.caches import cache_folder
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
-from crossx.errors import UsageError, nearest, unknown
+from crossx.errors import UsageError, unknown
 from crossx.runs import user_path
+from crossx.suggestions import nearest
 from crossx.yaml import load_yaml
 
 SHARED_OPTIONS = frozenset({"test_fraction", "split_seed"})

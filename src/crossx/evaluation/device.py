@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
+from crossx.suggestions import nearest
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
 from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
 from crossx.explain.plotting import DPI, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, save_png
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec
+from crossx.suggestions import nearest
 
 COLORMAP = "inferno"
 """Perceptually uniform, readable with every common colour vision deficiency, and lighter means more in grey print too

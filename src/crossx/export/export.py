@@ -40,7 +40,15 @@ from crossx.export.verify import (
     quantization_data,
 )
 from crossx.methods.weights import load_method
-from crossx.predict.exported import EXTRA_FILE, KEY, OUTPUTS, SUFFIXES, ExportedModel, describe_export
+from crossx.predict.exported import (
+    EXTRA_FILE,
+    KEY,
+    OUTPUTS,
+    SUFFIXES,
+    ExportedModel,
+    describe_export,
+    without_telemetry,
+)
 from crossx.predict.inference import Inference
 from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run, storage_error
 
@@ -253,6 +261,7 @@ def _save_onnx(graph: onnx.ModelProto, description: str, precision: str, file: P
 
 
 def _build_openvino(network: nn.Module, images: Tensor) -> Any:
+    without_telemetry()
     import onnx
     import openvino
 

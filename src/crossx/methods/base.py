@@ -14,8 +14,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
-from crossx.errors import UsageError, first_line, nearest, unknown
+from crossx.errors import UsageError, first_line, unknown
 from crossx.losses import ClassificationLoss
+from crossx.suggestions import nearest
 
 
 class Objective(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,15 @@ EXTRA_FILE = f"{KEY}.json"
 """The same for files of torch.export."""
 
 OUTPUTS = ("logits", "probabilities")
+
+
+def without_telemetry() -> None:
+    """Keep OpenVINO and NNCF, which are imported next, from sending usage data over the network.
+
+    They do so unless a file in the home forbids it, and from a process that they fork, which can hang. Without the
+    package for it they go on. If the program has imported that itself, nothing changes.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | None) -> dict[str, Any]:
@@ -234,6 +244,7 @@ def _read_onnx(file: Path) -> tuple[str, Compute]:
 
 
 def _read_openvino(file: Path) -> tuple[str, Compute]:
+    without_telemetry()
     import openvino
 
     with file.open("rb") as opened:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError, nearest
+from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
 from crossx.explain.maps import Explanation, Kind
@@ -27,6 +27,7 @@ from crossx.predict.prefetch import prefetch_batches
 from crossx.predict.results import ExplainedImage, Features, Prediction
 from crossx.predict.views import Views
 from crossx.runs import ModelSpec, Run, open_run
+from crossx.suggestions import nearest
 
 T = TypeVar("T")
 

@@ -20,7 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from crossx.errors import UsageError, nearest
+from crossx.errors import UsageError
+from crossx.suggestions import nearest
 from crossx.yaml import compose_yaml, dump_yaml, load_yaml, read_yaml
 
 SECTIONS = ("model", "data", "optim", "trainer")

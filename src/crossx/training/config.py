@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
-from crossx.errors import UsageError, check_choice, nearest
+from crossx.errors import UsageError, check_choice
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
+from crossx.suggestions import nearest
 from crossx.yaml import dump_yaml
 
 Optimizer = Literal["sgd", "adamw"]

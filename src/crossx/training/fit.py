@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric import seed_everything
-from safetensors import SafetensorError, safe_open
 
 from crossx.data.catalog import read_configured
 from crossx.data.config import Sampling
@@ -29,7 +27,6 @@ from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
 from crossx.methods.start import Start, Transfer
 from crossx.methods.weights import build_method, describe
-from crossx.recipes import SECTIONS
 from crossx.runs import (
     SCHEMA,
     ModelSpec,
@@ -38,20 +35,29 @@ from crossx.runs import (
     is_lock,
     is_utf8,
     locked_folder,
-    read_config,
     write_json,
     write_text,
 )
 from crossx.schema import check_backbone_args, check_model
-from crossx.training.checkpoints import make_newest, read_newest, read_resumable, restore_best
+from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop, quiet_lightning
+from crossx.training.recovery import (
+    clear,
+    find_run,
+    has_progress,
+    is_leftover,
+    read_existing_info,
+    read_or_restore,
+    read_saved,
+    read_whole_config,
+    remove_leftovers,
+    require_files,
+    require_unfinished,
+)
 
-T = TypeVar("T")
-LEFTOVERS = (".*.tmp", ".tmp??????")
-"""Temporary files of this package and of safetensors, which a kill leaves."""
 KEPT = (
     "schema",
     "status",
@@ -131,7 +137,7 @@ def resume(
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
         CrossXError: As ``fit``, if the images or classes have changed, or if no checkpoint is intact.
     """
-    run, chosen = _find_run(Path(path))
+    run, chosen = find_run(Path(path))
     if restart and chosen:
         raise UsageError(
             f"--restart starts over, without a checkpoint: `crossx fit --resume {run.path} --restart`."
@@ -139,22 +145,22 @@ def resume(
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
     with _interruptible(run), _locked(run.path):
-        _require_no_folders(run)
+        require_files(run)
         if not restart and not limits:
-            _require_unfinished(run)
-        saved = None if restart else _read_saved(run, chosen)
-        config = _read_or_restore(run.config, lambda: _read_whole_config(run), saved)
+            require_unfinished(run)
+        saved = None if restart else read_saved(run, chosen)
+        config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
         config = replace(config, output=str(run.path))
         if root is not None:
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
         if not restart:
-            before = _read_or_restore(run.info, lambda: _read_existing_info(run), saved, before)
+            before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
         if limits:
             config = replace(config, trainer=replace(config.trainer, **limits))
         if limits and not restart:
             before = _with_length(run, config.trainer, before, saved)
-        if saved is None and not restart and _has_progress(run, before):
+        if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
                 f"{run.path}: has been trained, but no checkpoint is left. `crossx fit --resume {run.path} --restart` "
                 "starts over."
@@ -244,7 +250,7 @@ def _train(
         if start is not None:
             transfer = _take(start, method, spec, config)
     else:
-        spec = _read_or_restore(run.spec, run.read_spec, checkpoint)
+        spec = read_or_restore(run.spec, run.read_spec, checkpoint)
         check_classes(spec.classes, index.classes, index.name)
         method, preprocessing = build_method(spec), spec.preprocessing
         if (taken := checkpoint.get("taken")) is not None:
@@ -282,9 +288,9 @@ def _train(
             files=files,
         )
         if is_leader():
-            _remove_leftovers(run)
+            remove_leftovers(run)
             if checkpoint is None:
-                _clear(run)
+                clear(run)
             else:
                 make_newest(run, chosen or run.last)
                 restore_best(run, checkpoint)
@@ -451,134 +457,8 @@ def _require_empty(path: Path) -> None:
         raise UsageError(
             f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
         )
-    if any(not (is_lock(file) or _is_leftover(file)) for file in path.iterdir()):
+    if any(not (is_lock(file) or is_leftover(file)) for file in path.iterdir()):
         raise UsageError(f"{path} is not empty. Choose another --output.")
-
-
-def _find_run(path: Path) -> tuple[Run, Path | None]:
-    """Return the run, and the checkpoint if ``path`` is one."""
-    if not path.is_dir():
-        for folder in (path.parent, path.parent.parent):
-            run = Run(folder)
-            if not (run.config.is_file() or run.checkpoints.is_dir()):
-                continue
-            if path.suffix == ".ckpt" and path.is_file():
-                return run, path
-            if path.suffix == ".ckpt" or path.is_file():
-                what = "not a checkpoint" if path.is_file() else "no such checkpoint"
-                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
-    run = Run(path)
-    if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
-        return run, None
-    raise UsageError(
-        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
-    )
-
-
-def _require_no_folders(run: Run) -> None:
-    files = (run.config, run.spec, run.info, run.weights, run.last, run.previous, run.best, run.checksums)
-    for path in (*files, *_histories(run)):
-        if path.is_dir():
-            raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
-    if run.checkpoints.exists() and not run.checkpoints.is_dir():
-        raise CrossXError(f"{run.checkpoints}: a file where the run has a folder. Move it away.")
-
-
-def _require_unfinished(run: Run) -> None:
-    """Refuse a finished run, unless its model is damaged: it is made again from the last checkpoint."""
-    try:
-        finished = run.read_info().get("status") == "finished"
-    except CrossXError:
-        return
-    if not finished:
-        return
-    try:
-        run.read_spec()
-        with safe_open(run.weights, "pt"):
-            pass
-    except (CrossXError, OSError, SafetensorError):
-        if is_leader():
-            log.warning(
-                "%s: the model is damaged or missing. It is made again from the checkpoints.", run.path
-            )
-        return
-    raise UsageError(
-        f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
-        f"from it with --init {run.path}."
-    )
-
-
-def _read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
-    if chosen is None:
-        return read_newest(run)
-    try:
-        checkpoint = read_resumable(chosen)
-    except UsageError:
-        raise
-    except CrossXError as error:
-        raise CrossXError(f"{error} `crossx fit --resume {run.path}` takes the newest intact one.") from error
-    if is_leader():
-        log.info(
-            "the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"]
-        )
-    return checkpoint
-
-
-def _read_or_restore(
-    path: Path, read: Callable[[], T], saved: Mapping[str, Any] | None, default: T | None = None
-) -> T:
-    """Read a file of the run; if it is damaged or lost, write it again from the checkpoint, or take the default."""
-    try:
-        return read()
-    except UsageError:
-        raise
-    except CrossXError as error:
-        text = (saved or {}).get("files", {}).get(path.name)
-        if text is None and default is not None:
-            return default
-        if text is None:
-            raise CrossXError(
-                f"{error} Put back a copy of the file, or train a new run with another --output."
-            ) from error
-        if is_leader():
-            log.warning("%s It is restored from the checkpoint.", error)
-            write_text(path, text)
-        return read()
-
-
-def _read_whole_config(run: Run) -> Config:
-    values = read_config(run.config)
-    # those that every version writes; output comes last
-    if missing := [name for name in (*SECTIONS, "seed", "output") if name not in values]:
-        raise CrossXError(f"{run.config}: cut off, or not of a run (no {', '.join(missing)}).")
-    return Config.from_dict(values)
-
-
-def _read_existing_info(run: Run) -> dict[str, Any]:
-    if not run.info.is_file():
-        raise CrossXError(f"{run.info}: no such file.")
-    return run.read_info()
-
-
-def _has_progress(run: Run, info: Mapping[str, Any]) -> bool:
-    """Whether a run without an intact checkpoint has had one."""
-    written = [path for path in (run.weights, *_histories(run)) if path.exists()]
-    if run.checkpoints.is_dir():
-        written += [path for path in run.checkpoints.iterdir() if not _is_leftover(path)]
-    return bool(written) or (info.get("selection") or {}).get("epoch") is not None
-
-
-def _histories(run: Run) -> tuple[Path, ...]:
-    return run.path / "metrics.json", run.path / "metrics.csv"
-
-
-def _clear(run: Run) -> None:
-    """Delete what an earlier training in this folder has written, its TensorBoard events included."""
-    for path in (run.checkpoints, run.weights, *_histories(run), run.path / "tensorboard"):
-        if path.exists():
-            # at once, so that a kill leaves no folder with some of its files
-            path.rename(path.with_name(f".{path.name}.old.tmp"))
-            _remove_leftovers(run)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -591,17 +471,3 @@ def _with_absolute_paths(config: Config) -> Config:
         data=replace(config.data, root=str(Path(root).absolute()) if root else None),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )
-
-
-def _is_leftover(path: Path) -> bool:
-    return any(path.match(pattern) for pattern in LEFTOVERS)
-
-
-def _remove_leftovers(run: Run) -> None:
-    """Remove the temporary files of a process that was killed while writing."""
-    for folder in (run.path, run.checkpoints):
-        for leftover in filter(_is_leftover, folder.iterdir() if folder.is_dir() else ()):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)

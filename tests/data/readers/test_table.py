@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import re
 import tempfile
 import unicodedata
@@ -419,3 +420,18 @@ def test_labels_of_thousands_of_digits_are_text(tmp_path: Path) -> None:
     longest = "1" * 5000
     path = write(tmp_path, f"path,label\na,{longest}\nb,2\nc,10\n")
     assert read_table(path, test_fraction=0).classes == ("10", longest, "2")
+
+
+@pytest.mark.parametrize("name", ["birds.csv", "birds.parquet", "birds.jsonl"])
+def test_a_pipe_is_no_table(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CrossXError, match="is a pipe or device, not a file"):
+        read_table(tmp_path / name)
+
+
+def test_a_compressed_table_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "birds.csv.gz"
+    path.write_bytes(gzip.compress(b"path,label\n" + b"a" * 5000))
+    monkeypatch.setattr("crossx.data.readers.table.MAX_FILE", 1000)
+    with pytest.raises(CrossXError, match="becomes larger than"):
+        read_table(path)

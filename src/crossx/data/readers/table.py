@@ -20,8 +20,11 @@ from crossx.data.index import DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_system_path
 from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name
 from crossx.data.readers.embedded import image_column, unpack
-from crossx.errors import CrossXError, UsageError, first_few, first_line, nearest
+from crossx.data.readers.parsing import MAX_FILE
+from crossx.errors import CrossXError, UsageError, first_few, first_line
 from crossx.runs.spreadsheet import unescape_formula
+from crossx.suggestions import nearest
+from crossx.text import read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,31 +36,10 @@ _TEXT_SUFFIXES = (*SUFFIXES, ".txt", ".tab")
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 _SPLIT_WORDS = {
-    "split",
-    "set",
-    "subset",
-    "fold",
-    "phase",
-    "usage",
-    "partition",
-    "mode",
-    "stage",
-    "dataset",
-    "kfold",
+    *["split", "set", "subset", "fold", "phase", "usage", "partition", "mode", "stage", "dataset", "kfold"]
 }
 _SPLIT_MARKS = {
-    "is",
-    "in",
-    "for",
-    "use",
-    "name",
-    "data",
-    "type",
-    "id",
-    "no",
-    "val",
-    "test",
-    "train",
+    *["is", "in", "for", "use", "name", "data", "type", "id", "no", "val", "test", "train"],
     *_SPLIT_WORDS,
 }
 _ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]+://")
@@ -178,6 +160,8 @@ def _read(path: Path, required: Sequence[str]) -> _Table:
         )
     if not path.exists():
         raise CrossXError(f"{path}: no such file. --data.root takes the table of path, label and split.")
+    if not path.is_file():
+        raise CrossXError(f"{path}: is a pipe or device, not a file.")
     try:
         if suffix == ".parquet":
             table = _parquet(path, required)
@@ -192,12 +176,15 @@ def _read(path: Path, required: Sequence[str]) -> _Table:
 
 def _decoded(path: Path) -> str:
     """Return a text file's content: UTF-8, or UTF-16 with or without a byte order mark; also compressed by gzip."""
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_FILE)
     if content.startswith(b"\x1f\x8b"):
         try:
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_FILE + 1)
         except (EOFError, zlib.error) as error:
             raise CrossXError(f"{path}: is not a complete gzip file ({error}).") from error
+        if len(content) > MAX_FILE:
+            raise CrossXError(f"{path}: becomes larger than {MAX_FILE >> 30} GiB when it is unpacked.")
     for start, kind in (
         (b"PK\x03\x04", "a spreadsheet (or another ZIP archive)"),
         (b"\xd0\xcf\x11\xe0", "a spreadsheet"),

@@ -1,0 +1,173 @@
+"""Find a run to resume; read its files, also after damage; delete what a training that starts over has left."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+
+from crossx.distributed import is_leader
+from crossx.errors import CrossXError, UsageError
+from crossx.recipes import SECTIONS
+from crossx.runs import Run, read_config, write_text
+from crossx.training.checkpoints import read_newest, read_resumable
+from crossx.training.config import Config
+
+T = TypeVar("T")
+LEFTOVERS = (".*.tmp", ".tmp??????")
+"""Temporary files of this package and of safetensors, which a kill leaves."""
+
+log = logging.getLogger(__name__)
+
+
+def find_run(path: Path) -> tuple[Run, Path | None]:
+    """Return the run of a folder or a checkpoint, and the checkpoint if ``path`` is one.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    if not path.is_dir():
+        for folder in (path.parent, path.parent.parent):
+            run = Run(folder)
+            if not (run.config.is_file() or run.checkpoints.is_dir()):
+                continue
+            if path.suffix == ".ckpt" and path.is_file():
+                return run, path
+            if path.suffix == ".ckpt" or path.is_file():
+                what = "not a checkpoint" if path.is_file() else "no such checkpoint"
+                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
+    run = Run(path)
+    if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
+        return run, None
+    raise UsageError(
+        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
+    )
+
+
+def require_files(run: Run) -> None:
+    """Refuse a run with folders in the place of its files, or the other way round."""
+    files = (run.config, run.spec, run.info, run.weights, run.last, run.previous, run.best, run.checksums)
+    for path in (*files, *_histories(run)):
+        if path.is_dir():
+            raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise CrossXError(f"{run.checkpoints}: a file where the run has a folder. Move it away.")
+
+
+def require_unfinished(run: Run) -> None:
+    """Refuse a finished run, unless its model is damaged: it is made again from the last checkpoint."""
+    try:
+        finished = run.read_info().get("status") == "finished"
+    except CrossXError:
+        return
+    if not finished:
+        return
+    try:
+        run.read_spec()
+        with safe_open(run.weights, "pt"):
+            pass
+    except (CrossXError, OSError, SafetensorError):
+        if is_leader():
+            log.warning(
+                "%s: the model is damaged or missing. It is made again from the checkpoints.", run.path
+            )
+        return
+    raise UsageError(
+        f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
+        f"from it with --init {run.path}."
+    )
+
+
+def read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
+    """Read the chosen checkpoint, by default the newest intact one; None if the run has none."""
+    if chosen is None:
+        return read_newest(run)
+    try:
+        checkpoint = read_resumable(chosen)
+    except UsageError:
+        raise
+    except CrossXError as error:
+        raise CrossXError(f"{error} `crossx fit --resume {run.path}` takes the newest intact one.") from error
+    if is_leader():
+        log.info(
+            "the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"]
+        )
+    return checkpoint
+
+
+def read_or_restore(
+    path: Path, read: Callable[[], T], saved: Mapping[str, Any] | None, default: T | None = None
+) -> T:
+    """Read a file of the run; if it is damaged or lost, write it again from the checkpoint, or take the default."""
+    try:
+        return read()
+    except UsageError:
+        raise
+    except CrossXError as error:
+        text = (saved or {}).get("files", {}).get(path.name)
+        if text is None and default is not None:
+            return default
+        if text is None:
+            raise CrossXError(
+                f"{error} Put back a copy of the file, or train a new run with another --output."
+            ) from error
+        if is_leader():
+            log.warning("%s It is restored from the checkpoint.", error)
+            write_text(path, text)
+        return read()
+
+
+def read_whole_config(run: Run) -> Config:
+    """Read ``config.yaml``, and find out if its end was lost."""
+    values = read_config(run.config)
+    # those that every version writes; output comes last
+    if missing := [name for name in (*SECTIONS, "seed", "output") if name not in values]:
+        raise CrossXError(f"{run.config}: cut off, or not of a run (no {', '.join(missing)}).")
+    return Config.from_dict(values)
+
+
+def read_existing_info(run: Run) -> dict[str, Any]:
+    """Read ``run.json``, which must exist."""
+    if not run.info.is_file():
+        raise CrossXError(f"{run.info}: no such file.")
+    return run.read_info()
+
+
+def has_progress(run: Run, info: Mapping[str, Any]) -> bool:
+    """Whether a run without an intact checkpoint has had one."""
+    written = [path for path in (run.weights, *_histories(run)) if path.exists()]
+    if run.checkpoints.is_dir():
+        written += [path for path in run.checkpoints.iterdir() if not is_leftover(path)]
+    return bool(written) or (info.get("selection") or {}).get("epoch") is not None
+
+
+def clear(run: Run) -> None:
+    """Delete what an earlier training in this folder has written, its TensorBoard events included."""
+    for path in (run.checkpoints, run.weights, *_histories(run), run.path / "tensorboard"):
+        if path.exists():
+            # at once, so that a kill leaves no folder with some of its files
+            path.rename(path.with_name(f".{path.name}.old.tmp"))
+            remove_leftovers(run)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is a temporary one."""
+    return any(path.match(pattern) for pattern in LEFTOVERS)
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove the temporary files of a process that was killed while writing."""
+    for folder in (run.path, run.checkpoints):
+        for leftover in filter(is_leftover, folder.iterdir() if folder.is_dir() else ()):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _histories(run: Run) -> tuple[Path, ...]:
+    return run.path / "metrics.json", run.path / "metrics.csv"
