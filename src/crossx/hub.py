@@ -69,10 +69,10 @@ class HubModel:
 
 @contextmanager
 def download(repository: str, files: tuple[str, ...], revision: str | None = None) -> Iterator[None]:
-    """Announce a download, and let the block find out at once if the Hub cannot be reached.
+    """Log that a download begins, and fail at once if the Hub cannot be reached.
 
-    Without a connection the Hub's own client would try again for a minute without a word. The block then finds what is
-    in the cache, if one of the files is there.
+    The Hub's own client would silently retry for a minute. If one of the files is in the cache, the block runs offline
+    instead.
 
     Args:
         repository: ``user/name``.
@@ -104,7 +104,7 @@ def download(repository: str, files: tuple[str, ...], revision: str | None = Non
 
 
 def announce(name: str, address: str) -> None:
-    """Say that a download begins, and check that a connection to the server can be made.
+    """Log that a download begins, and check that the server can be reached.
 
     Raises:
         OSError: If it cannot.

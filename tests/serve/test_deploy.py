@@ -40,8 +40,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def manifests() -> dict[str, dict[str, Any]]:
-    paths = [*KUBERNETES.glob("*.yaml"), MONITORING / "service-monitor.yaml"]
-    found = [read(path) for path in paths if path.name != "kustomization.yaml"]
+    found = [read(path) for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml"]
     kinds = {manifest["kind"]: manifest for manifest in found}
     assert len(kinds) == len(found)
     return kinds
@@ -95,7 +94,7 @@ def test_each_manifest_is_applied_or_named_as_optional() -> None:
     listed = read(KUBERNETES / "kustomization.yaml")["resources"]
     optional = re.findall(r"^  # - (\S+)", text, re.MULTILINE)
     here = {path.name for path in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
-    assert {*listed, *optional} == here | {"../monitoring/service-monitor.yaml"}
+    assert {*listed, *optional} == here
     assert all((KUBERNETES / name).is_file() for name in [*listed, *optional])
 
 

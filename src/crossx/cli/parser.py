@@ -41,7 +41,7 @@ _EMPTY = "the value is empty: give one, or leave it out"
 
 
 class _EmptyError(argparse.ArgumentTypeError, ValueError):
-    """What argparse quotes from the command line, and jsonargparse from a file."""
+    """An empty value. argparse shows the message of the first base, jsonargparse that of the second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,6 @@ IN_WORDS = {
     float: "a number",
     bool: "true or false",
     str: "text",
-    text: "text",
     type(None): "null",
     NonNegativeInt: "a whole number of at least 0",
     PositiveInt: "a whole number of at least 1",

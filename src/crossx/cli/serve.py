@@ -38,6 +38,31 @@ class Access:
     allowed_hosts: Sequence[Annotated[str, "NAME"]] = ()
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the process with code 0 and one line at a SIGTERM that comes before the server handles it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        # an exception could be caught by what is being imported, and nothing has to be cleaned up
+        line = {
+            "level": "INFO",
+            "logger": "crossx.serve",
+            "message": "stopped by SIGTERM before it was ready",
+        }
+        os.write(2, (json.dumps(line) + "\n").encode())
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_stoppable()
 def serve(
     run: PredictorPath,
     *,
@@ -69,20 +94,6 @@ def serve(
         curl -F images=@bird.jpg http://127.0.0.1:8000/predict
         curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png
     """
-    with _stoppable():
-        _serve(run, host, port, model_name, model_version, inference, access, limits)
-
-
-def _serve(
-    run: str,
-    host: str,
-    port: int,
-    model_name: str | None,
-    model_version: str | None,
-    inference: Inference,
-    access: Access,
-    limits: Limits,
-) -> None:
     keys = _api_keys(access.api_key_file)
     try:
         from crossx.serve.app import create_app
@@ -112,30 +123,6 @@ def _serve(
             trusted_proxies=access.trusted_proxies,
             ready=lambda: print(f"crossx serve: {url}", flush=True),
         )
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """End the process with code 0 and one line at a SIGTERM that comes before the server handles it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        # an exception could be caught by what is being imported, and nothing has to be cleaned up
-        line = {
-            "level": "INFO",
-            "logger": "crossx.serve",
-            "message": "stopped by SIGTERM before it was ready",
-        }
-        os.write(2, (json.dumps(line) + "\n").encode())
-        os._exit(0)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _api_keys(file: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from crossx.runs import user_path
 OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
 """An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
 ImageInput: TypeAlias = str | OneImage
-"""One image, or several by a path: a folder, a pattern, or a table, see ``expand_paths``."""
+"""One image, or several by a path: a folder, a pattern, a table or a list, see ``expand_paths``."""
 
 LISTS = (".txt", ".lst", ".list")
 """Suffixes of lists of files."""
@@ -138,9 +138,8 @@ def _local(given: str | Path, where: str = "") -> Path:
 
 def _decode_list(content: bytes) -> str:
     """Return the text of a list; bytes that are not UTF-8 are kept as surrogates, as in names of files."""
-    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
-        if content.startswith(mark):
-            return content.decode(encoding, "replace")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
     # ASCII in UTF-16 without a mark: every second byte is 0
     for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if len(content) > 2 and len(content) % 2 == 0 and not any(content[first::2]):

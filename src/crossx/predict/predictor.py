@@ -163,8 +163,8 @@ class Predictor:
         An image that cannot be read has a prediction with ``error`` set.
 
         Args:
-            images: One or several image files, folders (every image below them, sorted), bytes of image files,
-                Pillow images or uint8 RGB tensors (3, H, W).
+            images: One or several paths (files, folders, patterns, tables, lists; see ``expand_paths``), bytes of image
+                files, Pillow images or uint8 RGB tensors (3, H, W).
             top: Classes per image.
             batch_size: Images per batch.
 
@@ -172,7 +172,7 @@ class Predictor:
             One prediction per image, in order.
 
         Raises:
-            CrossXError: If a path does not exist, or a folder holds no image.
+            CrossXError: As ``expand_paths``.
         """
         return list(self.iter_predict(images, top, batch_size))
 

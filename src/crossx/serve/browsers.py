@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from crossx.serve.monitoring import problem
+from crossx.serve.monitoring import PROBES, problem
 
 HEADERS = {
     # responses to programs are no pages
@@ -23,9 +23,6 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 """Headers of every response, unless it has its own."""
-
-PROBES = ("/healthz", "/readyz", "/metrics")
-"""Paths that answer under any host name: a cluster probes and scrapes by address. They tell nothing that is secret."""
 
 ANY = "*"
 _INLINE_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)

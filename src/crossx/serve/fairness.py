@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 Flow = tuple[Hashable, Hashable]
@@ -55,15 +54,6 @@ class Capacity:
         self._held[client] -= amount
         if not self._held[client]:
             del self._held[client]
-
-    @contextmanager
-    def holding(self, client: Hashable, amount: int) -> Iterator[None]:
-        """Hold an amount during the block; errors as ``take``."""
-        self.take(client, amount)
-        try:
-            yield
-        finally:
-            self.give(client, amount)
 
 
 @dataclass(eq=False)

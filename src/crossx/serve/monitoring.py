@@ -36,7 +36,8 @@ MAX_CLASS_NAME = 100
 """Characters of a class name in a label."""
 OTHER = "other"
 CONFIDENCES = (*(tenths / 10 for tenths in range(1, 10)), 0.95, 0.99, 1.0)
-_UNLOGGED = ("/healthz", "/readyz", "/metrics")
+PROBES = ("/healthz", "/readyz", "/metrics")
+"""Paths that are not logged and answer under any host name: a cluster probes and scrapes by address."""
 
 
 class Metrics:
@@ -133,8 +134,7 @@ class RequestMonitor:
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, headers: Mapping[str, str]) -> None:
-        self._app, self._metrics = app, metrics
-        self._headers = {"X-Content-Type-Options": "nosniff", **headers}
+        self._app, self._metrics, self._headers = app, metrics, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -171,11 +171,11 @@ class RequestMonitor:
             "images": scope.get("state", {}).get("images"),
             "seconds": round(seconds, 4),
         }
-        log.log(logging.DEBUG if route in _UNLOGGED else logging.INFO, "request", extra=fields)
+        log.log(logging.DEBUG if route in PROBES else logging.INFO, "request", extra=fields)
 
 
 def model_headers(identity: Identity) -> dict[str, str]:
-    """Return the headers that name the network; what is not printable ASCII is percent-encoded."""
+    """Return the headers that name the network; spaces, ``%`` and all but printable ASCII are percent-encoded."""
     values = {name: getattr(identity, field) for name, field in MODEL_HEADERS.items()}
     plain = string.punctuation.replace("%", "")
     return {name: quote(value, safe=plain) for name, value in values.items() if value is not None}

@@ -230,7 +230,6 @@ class _BoundedProtocol(H11Protocol):
         self._timer.cancel()
         if self._counted is not None:
             self.open_connections.give(self._counted, 1)
-            self._counted = None
         super().connection_lost(exc)
 
     def shutdown(self) -> None:

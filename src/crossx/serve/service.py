@@ -138,7 +138,7 @@ class Service:
             HTTPException: See ``BodyReader.form``; 429 if the queue is full, 503 while stopping, 504 on a timeout.
             ClientDisconnect: If the client disconnects.
         """
-        self._admit(full=self._batcher.full)
+        self._admit()
         async with self._bodies.form(request, self.limits.max_images) as form:
             uploads, top = form.uploads, form.top or top
             request.state.images = len(uploads)
@@ -177,11 +177,11 @@ class Service:
         self._drawing.shutdown(wait=finished, cancel_futures=True)
         return finished
 
-    def _admit(self, *, full: bool) -> None:
+    def _admit(self) -> None:
         """Refuse a request before its body is read."""
         if self.draining:
             raise _stopping()
-        if full:
+        if self._batcher.full:
             raise _busy(self._batcher.retry_after())
 
     async def _explain(
@@ -200,7 +200,7 @@ class Service:
                 class_number(target, self.classes)
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
-        self._admit(full=self._batcher.full)
+        self._admit()
         with self._hold(self._explanations, request, 1):
             async with self._bodies.form(request, 1) as form:
                 request.state.images = 1
@@ -213,7 +213,7 @@ class Service:
                 )
                 pixels, explanation = _explained(explained)
                 drawn = self._drawing.submit(render, upload, pixels, explanation)
-                return await self._wait(request, asyncio.wrap_future(drawn))
+                return await self._wait(request, asyncio.wrap_future(drawn), self._deadline())
 
     async def _run(
         self,
@@ -225,7 +225,8 @@ class Service:
         """Check images, then decode and run them; the result of an image that cannot be read is its error."""
         flow: Flow = (client_of(request), object())
         with self._hold(self._images, request, len(uploads)):
-            checked = await self._wait(request, self._check(uploads, flow))
+            deadline = self._deadline()
+            checked = await self._wait(request, self._check(uploads, flow), deadline)
             good = [one for one in checked if isinstance(one, CheckedUpload)]
             work = sum(one.work for one in good)
             if len(good) > 1 and work > self.limits.max_request_work:
@@ -239,6 +240,7 @@ class Service:
                     run,
                     flow,
                     [one.work > self.limits.light_work for one in good],
+                    deadline,
                 )
         answers = iter(results)
         return [next(answers) if isinstance(one, CheckedUpload) else one for one in checked]
@@ -266,6 +268,7 @@ class Service:
         run: Callable[[list[Any]], Sequence[T]],
         flow: Flow,
         heavy: Sequence[bool],
+        deadline: float,
     ) -> list[T | BaseException]:
         try:
             futures = self._batcher.submit(prepares, run, flow, heavy=heavy)
@@ -273,7 +276,7 @@ class Service:
             raise _busy(error.retry_after) from error
         except ClosedError as error:
             raise _stopping() from error
-        return await self._wait(request, _gathered(futures))
+        return await self._wait(request, _gathered(futures), deadline)
 
     @contextmanager
     def _hold(self, capacity: Capacity, request: Request, amount: int) -> Iterator[None]:
@@ -287,13 +290,15 @@ class Service:
         finally:
             capacity.give(client, amount)
 
-    async def _wait(self, request: Request, work: asyncio.Future[T]) -> T:
-        """Wait for work in threads; cancel it on a timeout or when the client disconnects."""
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self.limits.timeout
+
+    async def _wait(self, request: Request, work: asyncio.Future[T], deadline: float) -> T:
+        """Wait for work in threads; cancel it at the deadline or when the client disconnects."""
+        left = deadline - asyncio.get_running_loop().time()
         disconnected = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait(
-                (work, disconnected), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait((work, disconnected), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             if disconnected.done():

@@ -181,7 +181,9 @@ def network_of(host: str) -> str:
         address = ip_address(host.partition("%")[0])
     except ValueError:
         return host
-    return str(IPv6Address(int(address) >> 64 << 64)) if address.version == 6 else str(address)
+    if address.version == 4:
+        return str(address)
+    return str(address.ipv4_mapped or IPv6Address(int(address) >> 64 << 64))
 
 
 @dataclass
