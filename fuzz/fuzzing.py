@@ -1,4 +1,4 @@
-"""Feed mutated files to every parser of crossx, in child processes, and keep the inputs that break one.
+"""Feed mutated files to the parsers of crossx, in child processes, and keep the inputs that break one.
 
     make fuzz SECONDS=600
 
@@ -201,7 +201,7 @@ def predictions(path: Path) -> object:
     return Predictions.load(path / "test_predictions.npz", path, "test")
 
 
-def write_yaml(name: str, text: str) -> Callable[[Path], object]:
+def write_text(name: str, text: str) -> Callable[[Path], object]:
     return lambda path: (path / name).write_text(text)
 
 
@@ -303,9 +303,9 @@ VALUE = "model.backbone_args={channels: [4, 8], drop_rate: 0.5}"
 TARGETS = {
     "recipe": Target(write_recipe, ("recipe.yaml",), recipe, YAML),
     "config": Target(write_config, ("config.yaml",), config, YAML),
-    "suite": Target(write_yaml("suite.yaml", SUITE), ("suite.yaml",), suite, YAML),
+    "suite": Target(write_text("suite.yaml", SUITE), ("suite.yaml",), suite, YAML),
     "fit": Target(write_recipe, ("recipe.yaml",), fit, YAML),
-    "words": Target(write_yaml("value", VALUE), ("value",), words, (*YAML, b"optim.milestones=", b"data.root=", b"trainer.max_time=", b"model.taps=")),
+    "words": Target(write_text("value", VALUE), ("value",), words, (*YAML, b"optim.milestones=", b"data.root=", b"trainer.max_time=", b"model.taps=")),
     "csv": Target(lambda path: layouts.write_table(path, 2, 4), ("table.csv",), table("table.csv"), CSV),
     "parquet": Target(
         lambda path: layouts.write_table(path, 2, 4, suffix=".parquet"), ("table.parquet",), table("table.parquet"), PARQUET, tail=True

@@ -68,3 +68,15 @@ def test_numbers() -> None:
     assert points(-0.0026) == "-0.26"
     assert points(0.0256, [0.0141, 0.0376]) == "+2.56 (+1.41, +3.76)"
     assert (percent(None), points(None)) == ("–", "–")
+
+
+def test_a_table_without_rows_keeps_its_columns() -> None:
+    table = Table(("run", "top-1"), [])
+    assert r"\begin{tabular}{lr}" in table.to_latex()
+    assert "top-1" in table.to_markdown()
+
+
+def test_no_cell_is_taken_for_a_rule() -> None:
+    table = Table(("name", "n"), [("\x01", "1"), ("a", "2")])
+    lines = table.to_markdown().splitlines()
+    assert ["---" in line for line in lines] == [False, True, False, False]

@@ -123,7 +123,7 @@ _LIMITS = {
     (
         "Bus error",
         "shared memory",
-        "/torch_",
+        "</torch_",
         "/dev/shm",
         "Function not implemented",
     ): "too little shared memory (/dev/shm) for --data.num_workers {}: give more (docker run --shm-size 2g)",

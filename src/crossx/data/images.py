@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from crossx.data.leftovers import is_leftover
 from crossx.errors import CrossXError
@@ -293,9 +293,8 @@ def _explained(source: ImageSource) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except (
-        Exception
-    ) as error:  # on a broken file Pillow's plugins raise anything, even struct.error or IndexError
+    # on a broken file Pillow's plugins raise anything, even struct.error or IndexError
+    except Exception as error:
         raise _image_error(source, _reason(source, error)) from error
 
 
@@ -478,7 +477,8 @@ def _lower_bytes(source: ImageSource, raw: str) -> NDArray[np.int32]:
     """
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     swapped = "RGBA" if raw.startswith("LA") else raw[:-1] + other[raw[-1]]
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+    with _opened(source) as image:
+        assert isinstance(image, ImageFile.ImageFile)
         image.tile = [
             tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *(tile.args or ())[1:]))
             for tile in image.tile

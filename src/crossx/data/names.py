@@ -127,14 +127,19 @@ def several_labels_note(names: Sequence[str]) -> list[str]:
     return [f"{len(several)} {what} one class, since an image has one label: {first_few(several, _SHOWN)}"]
 
 
+def words_of(name: str) -> list[str]:
+    """Return the words of a name without case, numbers and separators: ``val, images`` of ``val_Images2``."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    return [word.casefold() for word in re.findall(r"[^\W\d_]+", spaced)]
+
+
 def split_name(name: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the split that a folder or value is named after, and the name's other words.
 
     Case, numbers, separators and words such as ``set``, ``data`` and ``images`` make no difference: ``Training_Set``,
     ``test2017``, ``valImages``. The split is ``train``, ``val``, ``test``, ``unclear`` (``eval``, ``holdout``) or None.
     """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
-    words = [word.casefold() for word in re.findall(r"[^\W\d_]+", spaced)]
+    words = words_of(name)
     for whole in ("".join(words), "".join(word for word in words if word not in _FILLERS)):
         if whole in _COMPOUNDS:
             return _COMPOUNDS[whole], ()

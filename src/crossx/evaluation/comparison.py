@@ -106,8 +106,8 @@ def paired_correct(
         first = differing[0]
         shown = quoted([str(labels_a[first]), str(labels_b[first])])
         raise CrossXError(
-            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({', '.join(shown)}"
-            f"): only runs with the same labels can be compared."
+            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({', '.join(shown)}): only runs with the "
+            "same labels can be compared."
         )
     if set(classes_a) != set(classes_b):
         raise CrossXError(

@@ -120,8 +120,11 @@ class Transfer:
         rows = _rows_per_class(spec)
         state = self._adapted_state(method)
         names = original_names(method)
+        whole: set[str] = set()
         for key, value in own.items():
             reason = self._take(key, value, state.get(names[key]), rows[key], spec)
+            if not reason:
+                whole.add(key)
             if reason == MISSING and names[key] in start.state:
                 reason = f"of method {start.spec.method} there"
             if reason and not key.endswith("num_batches_tracked"):
@@ -137,14 +140,7 @@ class Transfer:
         self.left = [
             f"{name} {tuple(value.shape)}" for name, value in start.state.items() if name not in known
         ]
-        partly = {
-            key
-            for key, part in self._parts.items()
-            if part.indices and len(self._labels[0]) < len(spec.classes)
-        }
-        self.taken = frozenset(
-            name for name, _ in method.named_parameters() if name in self._parts and name not in partly
-        )
+        self.taken = frozenset(name for name, _ in method.named_parameters() if name in whole)
         self.total = len(own)
         self.count = len(self._parts)
 

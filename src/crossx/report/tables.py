@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import LATEX_ESCAPE_RULES, tabulate
+from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
 
 from crossx.errors import first_few
 from crossx.runs import write_text
@@ -51,17 +51,24 @@ class Table:
 
     def to_latex(self) -> str:
         """Return a ``table`` environment with booktabs rules (``\\usepackage{booktabs}``)."""
+        body = self._format("latex_booktabs", self.columns, self.rows)
+        if not self.rows:  # tabulate then drops the alignment
+            body = body.replace(
+                r"\begin{tabular}{}", rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}"
+            )
         caption = "".join(LATEX_ESCAPE_RULES.get(character, character) for character in self.caption)
         lines = [
             r"\begin{table}",
             r"\centering",
             *([rf"\caption{{{caption}}}"] if caption else []),
-            self._format("latex_booktabs", self.columns, self.rows) + r"\end{table}",
+            body + r"\end{table}",
         ]
         return "\n".join(lines).translate(_LATEX) + "\n"
 
     def _format(self, style: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         alignment = ["left", *["right"] * (len(header) - 1)]
+        # tabulate takes such a cell for a rule
+        rows = [[cell.replace(SEPARATING_LINE, "\\x01") for cell in row] for row in rows]
         text = tabulate(rows, header, tablefmt=style, colalign=alignment, disable_numparse=True)
         return text + "\n"
 

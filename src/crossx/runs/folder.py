@@ -90,10 +90,11 @@ class Run:
         return results if measured and not self.is_outdated(results) else {}
 
     def is_outdated(self, results: Mapping[str, Any]) -> bool:
-        """Say whether results are those of the model that the run had before it was trained for longer."""
-        if results.get("weights") != self.weights.name or not self.read_info().get("extended_after"):
+        """Return whether results are those of the model that the run had before it was trained for longer."""
+        if results.get("weights") != self.weights.name:
             return False
-        return bool(results.get("selection") != self.read_info().get("selection"))
+        info = self.read_info()
+        return bool(info.get("extended_after")) and results.get("selection") != info.get("selection")
 
     def require_current(self, results: Mapping[str, Any], split: str) -> None:
         """Check that results are not ``is_outdated``.

@@ -435,3 +435,28 @@ def test_a_compressed_table_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("crossx.data.readers.table.MAX_FILE", 1000)
     with pytest.raises(CrossXError, match="becomes larger than"):
         read_table(path)
+
+
+def test_whole_numbers_of_many_digits_are_labels(tmp_path: Path) -> None:
+    longest = Decimal(10**37)
+    path = parquet(tmp_path, path=["a", "b"], label=pa.array([longest, Decimal(2)], pa.decimal128(38, 0)))
+    assert read_table(path, test_fraction=0).classes == ("2", str(10**37))
+
+
+def test_a_path_of_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "birds.jsonl"
+    path.write_text('{"path": "\\ud800a.jpg", "label": "x"}\n{"path": "b.jpg", "label": "y"}\n')
+    for read in (read_table, read_paths):
+        with pytest.raises(CrossXError, match="line 1: column 'path' holds text that is not valid Unicode"):
+            read(path)
+
+
+def test_lines_are_counted_from_the_separators_line(tmp_path: Path) -> None:
+    text = 'sep=;\npath;label\n"a"b;x\n'
+    with pytest.raises(CrossXError, match="line 3: not valid CSV"):
+        read_table(write(tmp_path, text))
+
+
+def test_a_table_of_nothing_but_system_files(tmp_path: Path) -> None:
+    with pytest.raises(CrossXError, match="all 2 rows name system files"):
+        read_table(write(tmp_path, "path,label\n__MACOSX/._a,x\n._b,y\n"))

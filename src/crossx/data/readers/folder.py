@@ -211,7 +211,7 @@ def _same_inside_note(root: Path) -> list[str]:
 
 
 def _holds_images(*folders: Path) -> bool:
-    return any(is_image_name(path.name) for folder in folders for path in folder.iterdir())
+    return any(is_image_name(path.name) for folder in folders for path in _children(folder))
 
 
 def _images_by_class(folder: Path, found: _Found) -> dict[str, list[Path]]:
@@ -224,13 +224,20 @@ def _images_by_class(folder: Path, found: _Found) -> dict[str, list[Path]]:
             )
         found.spellings[name].add(child.name)
         by_class.setdefault(name, []).extend(find_images(child, found.skipped))
-    found.loose += sum(is_image_name(path.name) for path in folder.iterdir())
+    found.loose += sum(is_image_name(path.name) for path in _children(folder))
     return by_class
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise CrossXError(f"{printable(folder)}: the folder cannot be listed ({error.strerror}).") from error
 
 
 def _subfolders(folder: Path, found: _Found | None = None) -> list[Path]:
     try:
-        children = sorted(folder.iterdir())
+        children = _children(folder)
         if found is not None:
             found.skipped.extend(path for path in children if is_leftover(path.name))
         return [path for path in children if not is_leftover(path.name) and path.is_dir()]

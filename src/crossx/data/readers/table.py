@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_system_path
-from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name
+from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name, words_of
 from crossx.data.readers.embedded import image_column, unpack
 from crossx.data.readers.parsing import MAX_FILE
 from crossx.errors import CrossXError, UsageError, first_few, first_line
+from crossx.runs import is_utf8
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.suggestions import nearest
 from crossx.text import read_bytes
@@ -39,7 +41,7 @@ _SPLIT_WORDS = {
     *["split", "set", "subset", "fold", "phase", "usage", "partition", "mode", "stage", "dataset", "kfold"]
 }
 _SPLIT_MARKS = {
-    *["is", "in", "for", "use", "name", "data", "type", "id", "no", "val", "test", "train"],
+    *["is", "in", "for", "use", "name", "data", "type", "id", "no"],
     *_SPLIT_WORDS,
 }
 _ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]+://")
@@ -87,6 +89,8 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
         split = _text(path, place, "split", fields["split"]) if has_split else "train"
         file = _resolved(path.parent, name, place, problems) if name else None
         rows.append(_Row(place, file, str(name), label, split, split_name(split)))
+    if not rows:
+        raise CrossXError(f"{path}: all {len(skipped):,} rows name system files. Fix the table.")
     _check(path, rows, problems)
     classes = _classes(path, rows)
     labels = {name: label for label, name in enumerate(classes)}
@@ -109,9 +113,7 @@ def read_paths(path: Path) -> list[Path]:
     """
     files, problems = [], list[str]()
     for place, fields in _read(path, ("path",)).rows:
-        name = (
-            fields["path"] if isinstance(fields["path"], Path) else _text(path, place, "path", fields["path"])
-        )
+        name = _text(path, place, "path", fields["path"])
         if not name:
             raise CrossXError(f"{path}: {place}: path empty. Fix the table.")
         files.append(_resolved(path.parent, name, place, problems))
@@ -229,7 +231,8 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
                 )
             rows.append((place, fields))
     except csv.Error as error:
-        raise CrossXError(f"{path}: line {reader.line_num}: not valid CSV ({error}).") from error
+        place = f"line {reader.line_num + bool(given)}"
+        raise CrossXError(f"{path}: {place}: not valid CSV ({error}).") from error
     others = {
         name: [fields[index] for _, fields in rows[:_SAMPLE]]
         for index, name in enumerate(header)
@@ -388,8 +391,7 @@ def _is_split(name: str, values: Sequence[Any]) -> bool:
     different = {str(value).strip() for value in values if value is not None} - {""}
     if different and all(split_name(value)[0] and not split_name(value)[1] for value in different):
         return True
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    words = re.findall(r"[^\W\d_]+", spaced.casefold())
+    words = words_of(name)
     splits = [word for word in words if split_name(word)[0]]
     known = splits or any(word in _SPLIT_WORDS or word.removesuffix("split") != word for word in words)
     few = len(different) <= 20
@@ -415,6 +417,8 @@ def _text(path: Path, place: str, column: str, value: Any) -> str:
     match value:
         case None:
             return ""
+        case str() if column == "path" and not is_utf8(value):
+            kind = "text that is not valid Unicode"
         case str():
             return value.strip()
         case bool() | int():
@@ -422,7 +426,7 @@ def _text(path: Path, place: str, column: str, value: Any) -> str:
         case float() | Decimal():
             if value != value:
                 return ""
-            if value == value // 1:
+            if math.isfinite(value) and value == int(value):
                 return str(int(value))
             kind = f"numbers with a fraction, such as {value}"
         case bytes():
