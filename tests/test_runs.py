@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,3 +273,22 @@ def test_a_library_with_an_error_of_its_own_for_a_full_disk(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="other"):
         write("other")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_freed_although_a_signal_handler_raises_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, raised = filelock.FileLock._release, []
+
+    def interrupted(self: filelock.FileLock) -> None:
+        if not raised:
+            raised.append(1)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        release(self)
+
+    monkeypatch.setattr(filelock.FileLock, "_release", interrupted)
+    with locked_folder(tmp_path, "training in it"):
+        pass
+    assert raised
+    with locked_folder(tmp_path, "training in it"):
+        pass

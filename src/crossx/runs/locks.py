@@ -9,9 +9,13 @@ import platform
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crossx.errors import CrossXError, first_line
 from crossx.runs.files import check_writable, storage_error
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK = ".lock"
 
@@ -45,7 +49,9 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             # filelock's substitute for file systems without locks would outlive a crash
-            stack.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+            lock = FileLock(path, blocking=False, fallback_to_soft=False)
+            lock.acquire()
+            stack.callback(_free, lock, path)
             started = datetime.now().isoformat(" ", "minutes")
             path.write_text(f"process {os.getpid()} on {platform.node()}, since {started}", encoding="utf-8")
         except Timeout as error:
@@ -56,12 +62,24 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
             raise storage_error(path, error) from error
         except OSError as error:
             # some network file systems have no locks
+            stack.callback(path.unlink, missing_ok=True)
             log.warning(
                 "%s: cannot be locked here (%s): start no second process in it.", folder, first_line(error)
             )
-        # runs before the lock is freed: filelock never takes a deleted file for the lock
-        stack.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _free(lock: FileLock, path: Path) -> None:
+    for last in (False, True):
+        try:
+            # first the file: filelock never takes a deleted one for the lock
+            path.unlink(missing_ok=True)
+            lock.release(force=True)
+            return
+        # by torch's signal handler, which raises once per lost worker, wherever the program is
+        except RuntimeError:
+            if last:
+                raise
 
 
 def _holder(path: Path) -> str:
