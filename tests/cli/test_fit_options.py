@@ -407,3 +407,9 @@ def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> 
     assert "excitation modules (section 4.2 uses 2). (default: 3)" in shown
     assert "default: legacy_seresnet50.in1k" in shown
     assert "30% of training" in shown
+
+
+@pytest.mark.parametrize("option", ["model.backbone_args", "optim.milestones", "optim.lr", "data.image_size"])
+def test_an_empty_value_is_one_line(option: str) -> None:
+    with pytest.raises(UsageError, match=rf"--{option} takes .*, not ''"):
+        parse_fit([f"--{option}", ""])

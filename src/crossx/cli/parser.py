@@ -316,7 +316,7 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
         given = re.search(
             r"(?:Given value|Got value|base 10|to float): (.*)|: (\S+) does not conform", message
         )
-        value = (given[1] or given[2]).strip("'") if given else "this"
+        value = (given[1] or given[2] or "").strip("'") if given else "this"
         hint = getattr(action, "_typehint", action.type)
         if hint is text:
             return UsageError(f"{_shown(action)} takes text, not {value}: put it in quotes.")
