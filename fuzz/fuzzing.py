@@ -10,6 +10,9 @@ is 1. Inputs that failed once are in fuzz/corpus/, and tests/test_fuzz.py reads 
 from __future__ import annotations
 
 import argparse
+import base64
+import functools
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +21,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,9 +30,11 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 # the threads of OpenMP do not survive a fork, and torch would wait for them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -109,6 +115,20 @@ MAT = (
     b"\0" * 4,
     *(struct.pack("<I", value) for value in (0, 1, 2, 5, 6, 9, 14, 15, 17, 2**31, 2**32 - 1, 65536)),
 )
+BIG = tuple(struct.pack(">I", value) for value in (0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1))
+IMAGE = (
+    *MAT, *BIG, b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdb", b"\xff\xdd\0\4", b"\xff\xe1",
+    b"Exif\0\0II*\0", b"Exif\0\0MM\0*", b"http://ns.adobe.com/xap/1.0/\0", b"tiff:Orientation='6'", b"tiff:Orientation='99'", b"ICC_PROFILE\0",
+    b"Adobe", b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ALPH",
+    b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"ftypavif", b"ispe", b"\xffO\xffQ", b"jP  ", b"P3\n", b"P5\n", b"P6\n", b"65535", b"# x\n",
+)  # fmt: skip
+HTTP = (
+    *JSON, b"\r\n\r\n", b"--x", b"--x--", b"--x\r\n", b"Content-Disposition: form-data; name=\"images\"; filename=\"a.jpg\"", b'name="images"', b'filename="',
+    b"filename*=utf-8''%ff", b"; charset=undefined", b"; charset=utf-7", b"; boundary=", b"boundary=x", b"boundary=" + b"y" * 300, b'; boundary="', b"multipart/form-data",
+    b"application/json", b"image/jpeg", b"application/octet-stream", b"Content-Encoding: gzip\n", b"Content-Type: ", b"Origin: http://x\n", b"Expect: 100-continue\n",
+    b"X-Request-ID: \xff\n", b"Accept: */*\n", b"data:image/jpeg;base64,", b"data:,", b"%00", b"%ff", b"%2e%2e/", b"top=", b"&top=1", b"maps=class", b"&target=wren",
+    b"format=json", b"/explain", b"/model", b"/docs", b"/page/", b"/metrics", b"GET ", b"HEAD ", b"OPTIONS ", b"Content-Transfer-Encoding: base64\r\n",
+)  # fmt: skip
 ARCHIVE = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\xff" * 4, b"\xff" * 8, b"\0" * 4, b"__metadata__", b"F32", b"F64", b"I64", b"BOOL", b"data_offsets", *NUMBERS[:12])  # fmt: skip
 
 
@@ -148,14 +168,123 @@ def suite(path: Path) -> object:
     return load_suite(path / "suite.yaml").configure(Config())
 
 
+def all_of(*reads: Callable[[], object]) -> None:
+    """Call all, although some refuse."""
+    refusals = []
+    for read in reads:
+        try:
+            read()
+        except CrossXError as error:
+            refusals.append(error)
+    raise_longest(refusals)
+
+
+def raise_longest(refusals: Sequence[CrossXError]) -> None:
+    """Raise the refusal that has most lines, if there is one."""
+    if refusals:
+        raise max(refusals, key=lambda error: (len(str(error).splitlines()), len(str(error))))
+
+
+def separate(read: Callable[[Path], object]) -> Read:
+    """Read files that have nothing to do with each other: those that were read before are not read again."""
+
+    @functools.lru_cache(100)
+    def refusal(path: Path, content: bytes) -> CrossXError | None:
+        try:
+            read(path)
+        except CrossXError as error:
+            return error
+        return None
+
+    def read_all(folder: Path) -> None:
+        found = [refusal(path, path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()]
+        raise_longest([error for error in found if error])
+
+    return read_all
+
+
 def table(name: str) -> Read:
-    def read(path: Path) -> object:
-        from crossx.data.readers.table import read_paths, read_table
+    return lambda path: read_tables(path / name)
 
-        read_paths(path / name)
-        return read_table(path / name)
 
-    return read
+def read_tables(path: Path) -> None:
+    from crossx.data.readers.table import read_paths, read_table
+
+    all_of(lambda: read_paths(path), lambda: read_table(path))
+
+
+def listed(path: Path) -> object:
+    from crossx.predict.inputs import expand_paths
+
+    return expand_paths([path])
+
+
+def pictured(path: Path) -> None:
+    from crossx.data.images import FORMATS, inspect_image, read_image, read_size
+    from crossx.predict.predictor import Predictor
+    from crossx.serve.limits import Limits
+    from crossx.serve.uploads import Upload
+
+    predictor = tiny_predictor(path.parent / "run", os.getpid())
+    assert isinstance(predictor, Predictor)
+    content = path.read_bytes()
+    all_of(
+        # the check of fit, in both ways, and what it reads in training
+        lambda: inspect_image(path),
+        lambda: inspect_image(path, full=True),
+        lambda: read_size(path, min_side=16),
+        lambda: read_image(path, min_side=16),
+        # predict
+        lambda: predictor.prepare(path),
+        # the service, with all formats allowed
+        lambda: predictor.prepare(Upload("x", content).check(Limits(formats=FORMATS)).data),
+    )
+
+
+@functools.lru_cache(1)
+def tiny_predictor(run: Path, process: int) -> object:
+    from crossx.predict.predictor import Predictor
+
+    return Predictor.load(run, device="cpu")
+
+
+def collection(path: Path) -> None:
+    from crossx.predict.shards import find_collection
+
+    for shard in find_collection(path, 2).shards:
+        list(shard.read())
+
+
+def outputs(path: Path) -> None:
+    from crossx.predict.shards import count_failed
+
+    all_of(lambda: read_tables(path), lambda: listed(path))
+    if path.suffix == ".parquet":
+        count_failed(path)
+
+
+def embedded(path: Path) -> None:
+    cache = path.parent / "cache"
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)):
+        try:
+            all_of(lambda: read_tables(path), lambda: collection(path))
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def class_table(path: Path) -> object:
+    from crossx.runs import Run
+    from crossx.share.model_card import CardData
+
+    results = {"split": "test", "n": 3, "top1": 0.5, "class_mean": 0.5, "dataset": "folder"}
+    nothing: Any = None
+    return CardData.read(nothing, nothing, Run(path), results)
+
+
+def asked(path: Path) -> None:
+    from service import ask
+
+    ask(path.parent / "run", path.read_bytes())
 
 
 def archive(name: str) -> Read:
@@ -297,6 +426,142 @@ def write_predictions(path: Path) -> None:
     np.savez(path / "test_predictions.npz", **arrays)
 
 
+def write_jsonl(path: Path) -> None:
+    table = layouts.write_table(path, 2, 4)
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    rows = [dict(zip(lines[0], fields, strict=True)) for fields in lines[1:]]
+    (path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_gzip(path: Path) -> None:
+    write_jsonl(path)
+    for name in ("table.csv", "table.jsonl"):
+        (path / f"{name}.gz").write_bytes(gzip.compress((path / name).read_bytes(), mtime=0))
+
+
+LISTS = ("list.txt", "utf16.lst", "zeros.list")
+
+
+def write_lists(path: Path) -> None:
+    layouts.write_table(path, 2, 4)
+    names = [f"images/{label}_{number:03d}.jpg" for label in range(2) for number in range(4)]
+    (path / "list.txt").write_text("# birds\n'" + names[0] + "'\nfile:///x.jpg\n" + "\n".join(names))
+    (path / "utf16.lst").write_text("\r\n".join(names), encoding="utf-16")
+    (path / "zeros.list").write_text("\0".join(names))
+
+
+PICTURES = (
+    "plain.jpg", "progressive.jpg", "cmyk.jpg", "grey.png", "palette.png", "deep.png", "a.webp", "a.gif", "a.bmp", "lzw.tif", "deep.tif", "a.jp2",
+    "a.ppm", "deep.pgm", "a.avif",
+)  # fmt: skip
+
+
+def write_pictures(path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    layouts.write_run(path.parent / "run")
+    values = np.random.default_rng(0).integers(0, 256, (24, 32, 4), np.uint8)
+    colours, deep = Image.fromarray(values[..., :3]), Image.fromarray(values[..., 0].astype(np.uint16) * 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><a tiff:Orientation='3'/></x:xmpmeta>"
+    for name, image, options in (
+        ("plain.jpg", colours, {"xmp": xmp}),
+        ("progressive.jpg", colours, {"progressive": True, "exif": exif}),
+        ("cmyk.jpg", colours.convert("CMYK"), {}),
+        ("grey.png", colours.convert("LA"), {"exif": exif}),
+        ("palette.png", colours.quantize(16), {"transparency": 3}),
+        ("deep.png", deep, {}),
+        ("a.webp", Image.fromarray(values), {"exif": exif}),
+        ("a.gif", colours.quantize(8), {"save_all": True, "append_images": [colours.quantize(4)]}),
+        ("a.bmp", colours, {}),
+        ("lzw.tif", colours, {"compression": "tiff_lzw", "exif": exif}),
+        ("deep.tif", deep, {"compression": "tiff_adobe_deflate"}),
+        ("a.jp2", colours, {}),
+        ("a.ppm", colours, {}),
+        ("deep.pgm", deep, {}),
+        ("a.avif", colours, {"exif": exif}),
+    ):
+        image.save(path / name, **options)
+
+
+REQUESTS = ("files", "json", "raw", "explain", "maps")
+
+
+def write_requests(path: Path) -> None:
+    layouts.write_run(path.parent / "run")
+    layouts.write_image(path.parent / "image.jpg", 0, 0, (24, 20))
+    image = (path.parent / "image.jpg").read_bytes()
+    encoded = base64.b64encode(image)
+
+    def form(name: str) -> bytes:
+        return (
+            b'--x\r\nContent-Disposition: form-data; name="images"; filename="%s"\r\nContent-Type: image/jpeg\r\n\r\n%s\r\n'
+            % (name.encode(), image)
+        )
+
+    head = b"POST /predict?top=2\nContent-Type: "
+    forms = (
+        form("a.jpg")
+        + form("b/\u00e9.jpg")
+        + b'--x\r\nContent-Disposition: form-data; name="top"\r\n\r\n1\r\n--x--\r\n'
+    )
+    several = b'{"images": ["%s", "data:image/jpeg;base64,%s"], "top": 3}' % (encoded, encoded)
+    for name, request in {
+        "files": head + b"multipart/form-data; boundary=x\n\n" + forms,
+        "json": head + b"application/json\n\n" + several,
+        "raw": head + b"image/jpeg\n\n" + image,
+        "explain": b"POST /explain?maps=class&target=wren&format=json\nContent-Type: image/jpeg\n\n" + image,
+        "maps": b"POST /explain\nContent-Type: application/json\nX-Request-ID: a1\n\n" + several.replace(b', "data', b'], "x": ["data'),
+    }.items():  # fmt: skip
+        (path / name).write_bytes(request)
+
+
+OUTPUTS = ("top.csv", "one.csv", "top.jsonl", "one.jsonl", "top.parquet", "one.parquet")
+
+
+def write_outputs(path: Path) -> None:
+    from crossx.predict.outputs import write_predictions
+    from crossx.predict.results import Prediction
+
+    best = (("=wren", 0.75), ("robin, \u00e9", 0.25))
+    rows = [Prediction(path / f"{n}.jpg", *best[0], top=best) for n in range(4)]
+    rows[1] = Prediction(path / "-x.jpg", error="is empty (0 bytes)")
+    for name in OUTPUTS:
+        write_predictions(path / name, rows, 2 if name.startswith("top") else 1)
+
+
+def write_class_table(path: Path) -> None:
+    from crossx.evaluation.tables import write_table
+
+    write_run_files(path)
+    (path / "test").mkdir()
+    rows = [["wren", 2, 0.5, "=robin"], ["robin, red", 1, 1.0, ""], ["'x", 0, "", ""]]
+    write_table(path / "test/per_class.csv", ["class", "n", "accuracy", "most_confused_with"], rows)
+
+
+EMBEDDED = ("bytes.parquet", "struct.parquet")
+
+
+def write_embedded(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    layouts.write_image(path.parent / "image.jpg", 0, 0, (24, 20))
+    image = (path.parent / "image.jpg").read_bytes()
+    labels = ["wren", "robin"] * 3
+    structs = [{"bytes": image + bytes([n]), "path": f"{n}.jpg"} for n in range(6)]
+    features = {"info": {"features": {"label": {"names": ["wren", "robin"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": structs, "label": [0, 1] * 3}).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
+    pq.write_table(table, path / "struct.parquet", compression="zstd", row_group_size=2)
+    pq.write_table(
+        pa.table({"bytes": [image] * 6, "label": labels, "id": list("abcdef")}), path / "bytes.parquet"
+    )
+
+
 CUB = (
     "classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/parts.txt", "parts/part_locs.txt",
 )  # fmt: skip
@@ -326,6 +591,17 @@ TARGETS = {
     "weights": Target(write_weights, ("model.safetensors", "weights.pt"), weights, ARCHIVE),
     "checkpoint": Target(write_checkpoint, ("last.ckpt",), checkpoint, ARCHIVE),
     "predictions": Target(write_predictions, ("test_predictions.npz",), predictions, ARCHIVE),
+    "jsonl": Target(write_jsonl, ("table.jsonl",), table("table.jsonl"), JSON),
+    "gzip": Target(
+        write_gzip, ("table.csv.gz", "table.jsonl.gz"),
+        lambda path: all_of(lambda: read_tables(path / "table.csv.gz"), lambda: read_tables(path / "table.jsonl.gz")), PARQUET,
+    ),
+    "lists": Target(write_lists, LISTS, lambda path: all_of(*(functools.partial(listed, path / name) for name in LISTS)), TEXT),
+    "embedded": Target(write_embedded, EMBEDDED, separate(embedded), PARQUET, tail=True),
+    "outputs": Target(write_outputs, OUTPUTS, separate(outputs), (*CSV, *JSON, *PARQUET)),
+    "classes": Target(write_class_table, ("test/per_class.csv",), class_table, CSV),
+    "images": Target(write_pictures, PICTURES, separate(pictured), IMAGE),
+    "requests": Target(write_requests, REQUESTS, separate(asked), HTTP),
 }  # fmt: skip
 
 
@@ -531,6 +807,28 @@ class Fuzzer:
         return path
 
 
+def add_run(path: Path, fuzzers: Mapping[str, Fuzzer]) -> None:
+    """Add the figures of this run to those in a file: runs of other times and commits stay next to it."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    head = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=HERE, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    parsers = {
+        name: {
+            "inputs": fuzzer.figures.inputs,
+            "seconds": round(fuzzer.figures.seconds, 1),
+            "failures": len(fuzzer.figures.failures),
+        }
+        for name, fuzzer in fuzzers.items()
+    }
+    command = " ".join(["python", "fuzz/fuzzing.py", *sys.argv[1:]])
+    runs.append({"command": command, "commit": head.stdout.strip() or None, "parsers": parsers})
+    figures = [one for run in runs for one in run["parsers"].values()]
+    totals = {kind: sum(one[kind] for one in figures) for kind in ("inputs", "failures")}
+    path.write_text(json.dumps({**totals, "runs": runs}, indent=2) + "\n")
+
+
 def main() -> int:
     """Fuzz, print the inputs per parser, and return the exit code."""
     parser = argparse.ArgumentParser(
@@ -543,7 +841,7 @@ def main() -> int:
     parser.add_argument(
         "--keep-going", action="store_true", help="do not stop at the first failure of a parser"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also add the figures to this file")
     parser.add_argument(
         "--failures", type=Path, default=HERE / "failures", help="folder for inputs that fail"
     )
@@ -578,20 +876,7 @@ def main() -> int:
     failed = sum(len(fuzzer.figures.failures) for fuzzer in fuzzers.values())
     print(f"{total:,} inputs, {failed} failures")
     if options.json:
-        values = {
-            "command": " ".join(["python", "fuzz/fuzzing.py", *sys.argv[1:]]),
-            "inputs": total,
-            "failures": failed,
-            "parsers": {
-                name: {
-                    "inputs": fuzzer.figures.inputs,
-                    "seconds": round(fuzzer.figures.seconds, 1),
-                    "failures": len(fuzzer.figures.failures),
-                }
-                for name, fuzzer in fuzzers.items()
-            },
-        }
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
+        add_run(options.json, fuzzers)
     return 1 if failed else 0
 
 

@@ -129,7 +129,10 @@ def _local(given: str | Path, where: str = "") -> Path:
         raise CrossXError(f"{where}an empty name is no file.")
     if (_URL.match(text) or re.match(r"https?:/", text)) and not os.path.lexists(text):
         if text.lower().startswith("file:"):
-            return Path(os.fsdecode(unquote_to_bytes(urlsplit(text).path)))
+            try:
+                return Path(os.fsdecode(unquote_to_bytes(os.fsencode(urlsplit(text).path))))
+            except ValueError as error:
+                raise CrossXError(f"{where}{text!r}: is no address of a file ({error}).") from error
         raise CrossXError(
             f"{where}{text}: files are read, not addresses: download it first (curl -O), then give the file."
         )

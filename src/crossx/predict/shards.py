@@ -16,14 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crossx.data.images import find_images
+from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.predict.outputs import TABLE_COLUMNS, TableRow, table_rows, to_table, utf8
+from crossx.predict.outputs import TableRow, table_rows, to_table, utf8
 from crossx.predict.predictor import Predictor
 
 MAX_SHARDS_PER_GROUP = 16
 """Shards per row group above which it is split, although each of its shards then reads past the rows before it."""
 
 _READ_ROWS = 64
+_ALWAYS_IMAGE = 16 << 20
+"""Bytes that an image may have in a Parquet file of any size."""
 
 
 class Entry(NamedTuple):
@@ -98,26 +101,29 @@ class RowShard:
             for entry in self._entries():
                 yield entry
                 row += 1
-        except (pa.ArrowException, OSError) as error:
+        # on damaged files pyarrow raises whatever its decoders raise
+        except Exception as error:
             for lost in range(row, self.stop):
                 problem = f"the row cannot be read from the Parquet file ({first_line(error)})"
                 yield Entry(f"{self.name}:{lost}", b"", problem)
 
     def _entries(self) -> Iterator[Entry]:
         with pq.ParquetFile(self.file) as table:
-            sizes = _row_groups(table)
+            sizes = read_footer(self.file).rows
             ends = list(accumulate(sizes))
             first, last = bisect_right(ends, self.start), bisect_left(ends, self.stop)
             row = ends[first] - sizes[first]
             columns = [self.image] if self.label is None else [self.image, self.label]
-            for batch in table.iter_batches(_READ_ROWS, range(first, last + 1), columns):
-                begin, end = max(self.start - row, 0), min(self.stop - row, batch.num_rows)
-                if begin < end:
-                    rows = batch.slice(begin, end - begin).to_pylist()
-                    yield from (
-                        self._entry(number, values) for number, values in enumerate(rows, row + begin)
-                    )
-                row += batch.num_rows
+            for group in range(first, last + 1):
+                rows_at_a_time = require_bounded(self.file, columns, [group]).rows(_READ_ROWS)
+                for batch in table.iter_batches(rows_at_a_time, [group], columns):
+                    begin, end = max(self.start - row, 0), min(self.stop - row, batch.num_rows)
+                    if begin < end:
+                        rows = batch.slice(begin, end - begin).to_pylist()
+                        yield from (
+                            self._entry(number, values) for number, values in enumerate(rows, row + begin)
+                        )
+                    row += batch.num_rows
 
     def _entry(self, row: int, values: dict[str, Any]) -> Entry:
         image = values[self.image]
@@ -126,7 +132,12 @@ class RowShard:
             image, inner = image["bytes"], image.get("path")
         name = inner if self.label is None else values[self.label]
         name = f"{self.name}:{row}" if name in (None, "") else str(name)
-        return Entry(name, b"", "the row holds no image") if image is None else Entry(name, image)
+        if image is None:
+            return Entry(name, b"", "the row holds no image")
+        # several are in memory, and a dictionary repeats a value at no cost
+        if len(image) > max(_ALWAYS_IMAGE, self.file.stat().st_size):
+            return Entry(name, b"", "the row's image is larger than the Parquet file")
+        return Entry(name, image)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.start} to {self.name}:{self.stop - 1}"
@@ -212,13 +223,12 @@ def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int)
 
 
 def count_failed(part: Path) -> int:
-    """Count the images without a prediction in a file of ``predict_shard``, from its footer."""
+    """Count the images without a prediction in a file of ``predict_shard``."""
     try:
-        group = pq.read_metadata(part).row_group(0)
-    except (pa.ArrowException, OSError) as error:
+        errors = pq.read_table(part, columns=["error"])["error"]
+    except Exception as error:
         raise CrossXError(f"{part}: damaged ({first_line(error)}): delete it, and predict again.") from error
-    errors = group.column(TABLE_COLUMNS.index("error")).statistics
-    return int(group.num_rows - errors.null_count)
+    return len(errors) - errors.null_count
 
 
 def _file_shards(root: Path, names: Sequence[str], size: int) -> Iterator[FileShard]:
@@ -245,13 +255,15 @@ def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
         with pq.ParquetFile(file) as table:
             image, label = _columns(file, table.schema_arrow)
             if image is None:
-                names = table.read(columns=["path"])["path"].to_pylist()
+                names = read_columns(file, table, {"path": "path"})["path"]
                 if not all(names):
                     row = next(row for row, value in enumerate(names) if not value)
                     raise CrossXError(f"{file}: row {row}: path empty. Fix the table.")
                 return _joined([name, *names]), list(_file_shards(file.parent, names, size))
-            ranges = list(_ranges(_row_groups(table), size))
-    except (pa.ArrowException, OSError) as error:
+            ranges = list(_ranges(read_footer(file).rows, size))
+    except CrossXError:
+        raise
+    except Exception as error:  # on damaged files pyarrow raises whatever its decoders raise
         raise CrossXError(f"{file}: is not a Parquet file that can be read ({first_line(error)}).") from error
     rows = ranges[-1][1] if ranges else 0
     content = _joined([name, str(file.stat().st_size), str(rows)])
@@ -283,10 +295,6 @@ def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _row_groups(table: pq.ParquetFile) -> list[int]:
-    return [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
 
 
 def _ranges(row_groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

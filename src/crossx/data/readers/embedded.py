@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from crossx.caches import cache_folder
+from crossx.data.readers.parquet_bounds import require_bounded
 from crossx.runs import read_json, storage_error, write_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
         column: The column of encoded images.
 
     Raises:
-        CrossXError: If the cache cannot be written or its list of files is damaged.
+        CrossXError: If the cache cannot be written or its list of files is damaged, or the images take more space than
+            the file's size explains, see ``parquet_bounds``.
     """
     status = path.stat()
     key = repr((1, str(path.absolute()), status.st_size, status.st_mtime_ns, column))
@@ -55,7 +57,7 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
             with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
                 part = Path(temporary) / folder.name
                 part.mkdir()
-                names = list(_write(table, column, part))
+                names = list(_write(path, table, column, part))
                 write_json(part / _LIST, {"files": names})
                 if not folder.is_dir():  # else another process was faster
                     part.rename(folder)
@@ -69,15 +71,18 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
     ]
 
 
-def _write(table: pq.ParquetFile, column: str, folder: Path) -> Iterator[str | None]:
+def _write(path: Path, table: pq.ParquetFile, column: str, folder: Path) -> Iterator[str | None]:
     """Write the images and yield, per row, ``+`` and the name in ``folder``, ``-`` and the name elsewhere, or None."""
-    row = 0
-    for batch in table.iter_batches(_ROWS, columns=[column]):
+    bounds = require_bounded(path, [column])
+    row = size = 0
+    for batch in table.iter_batches(bounds.rows(_ROWS), columns=[column]):
         for value in batch.column(0).to_pylist():
             data, name = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
             if data is None:
                 yield f"-{name}" if name else None
             else:
+                size += len(data)
+                bounds.check(size)
                 plain = PurePosixPath(PureWindowsPath(name or "").name).name
                 target = (
                     f"{row:07d}_{plain}"

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from crossx.data.index import DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_system_path
 from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name, words_of
 from crossx.data.readers.embedded import image_column, unpack
+from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.parsing import MAX_FILE
 from crossx.errors import CrossXError, UsageError, first_few, first_line
 from crossx.runs import is_utf8
@@ -30,6 +32,7 @@ from crossx.text import read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 COLUMNS = ("path", "label")
 SUFFIXES = (".csv", ".parquet", ".tsv", ".jsonl", ".ndjson")
@@ -294,17 +297,20 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
             kinds = {name: schema.types[index] for name, index in columns.items()}
             for name, kind in kinds.items():
                 _require_text(path, name, kind)
-            table = file.read(columns=[schema.names[index] for index in columns.values()])
-            values = {name: table.column(schema.names[index]).to_pylist() for name, index in columns.items()}
+            values = read_columns(path, file, {name: schema.names[index] for name, index in columns.items()})
             if image is not None:
                 values["path"] = unpack(path, file, schema.names[image])
             others = {
-                name: next(file.iter_batches(_SAMPLE, columns=[name]), pa.record_batch({name: []}))
-                .column(0)
-                .to_pylist()
+                name: _first_values(path, file, name)
                 for index, name in enumerate(schema.names)
-                if index not in (*columns.values(), image) and _may_be_split(schema.types[index])
+                if "label" in columns
+                and index not in (*columns.values(), image)
+                and _may_be_split(schema.types[index])
             }
+        if len({len(column) for column in values.values()}) > 1:
+            raise CrossXError(
+                f"{path}: is not a Parquet file that can be read (its columns differ in length)."
+            )
     except (CrossXError, OSError):
         raise
     except Exception as error:  # on damaged files pyarrow raises whatever its decoders raise
@@ -321,6 +327,14 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
     ]
     notes = _split_notes(columns, others)
     return _Table(list(columns), used, embedded=image is not None, notes=notes)
+
+
+def _first_values(path: Path, file: pq.ParquetFile, name: str) -> list[Any]:
+    starts = accumulate(read_footer(path).rows, initial=0)
+    groups = [number for number, start in enumerate(starts) if start < _SAMPLE][: file.num_row_groups]
+    rows = require_bounded(path, [name], groups).rows(_SAMPLE)
+    batches = file.iter_batches(rows, groups, [name])
+    return [value for batch in islice(batches, _SAMPLE // rows) for value in batch.column(0).to_pylist()]
 
 
 def _class_labels(schema: pa.Schema, columns: Mapping[str, int]) -> list[str] | None:
