@@ -228,7 +228,7 @@ def count_failed(part: Path) -> int:
         errors = pq.read_table(part, columns=["error"])["error"]
     except Exception as error:
         raise CrossXError(f"{part}: damaged ({first_line(error)}): delete it, and predict again.") from error
-    return len(errors) - errors.null_count
+    return len(errors) - int(errors.null_count)
 
 
 def _file_shards(root: Path, names: Sequence[str], size: int) -> Iterator[FileShard]:

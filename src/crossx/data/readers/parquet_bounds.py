@@ -263,10 +263,10 @@ def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
             value &= (1 << 64) - 1 if kind == _I64 else (1 << 32) - 1  # as Thrift's readers do
             return value >> 1 ^ -(value & 1), at
         case 7:
-            value, end = data[at : at + 8], at + 8
+            content, end = data[at : at + 8], at + 8
         case 8:
             size, at = _varint(data, at)
-            value, end = data[at : at + size], at + size
+            content, end = data[at : at + size], at + size
         case 9 | 10:
             size, kind = data[at] >> 4, data[at] & 15
             at += 1
@@ -292,7 +292,7 @@ def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
             raise ValueError(f"no type {kind}")
     if end > len(data):
         raise IndexError
-    return value, end
+    return content, end
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
