@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,12 @@ class Run:
                 "--local-dir DIR`, and name DIR."
             )
         return Path(output) if output is not None else self.path
+
+
+def free_folder(name: str) -> Path:
+    """Return the first of ``runs/NAME-1``, ``runs/NAME-2``, ... that does not exist."""
+    folders = (Path("runs", f"{name}-{number}") for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 def open_run(path: str | Path) -> tuple[Run, Path]:
