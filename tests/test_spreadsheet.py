@@ -13,7 +13,7 @@ from crossx.evaluation.tables import write_table
 from crossx.predict import outputs
 from crossx.predict.results import Prediction
 from crossx.report.tables import Table
-from crossx.runs.spreadsheet import escape_formula, escaped_rows, unescape_formula
+from crossx.runs.spreadsheet import escape_formula, unescape_formula, write_rows
 
 DANGEROUS = (
     "=1+1", '=HYPERLINK("http://evil.example", "click")', "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1+1", "\r=1",
@@ -44,8 +44,8 @@ def test_every_text_comes_back_and_no_two_become_one(text: str) -> None:
 
 def test_only_texts_of_a_row_change(tmp_path: Path) -> None:
     file = io.StringIO()
-    csv.writer(file).writerows(escaped_rows([("=x", -1, -0.5, None, "y")]))
-    assert file.getvalue() == "'=x,-1,-0.5,,y\r\n"
+    write_rows(file, [("=x", -1, -0.5, None, "y")])
+    assert file.getvalue() == "'=x,-1,-0.5,,y\n"
 
 
 def test_every_csv_file_is_safe_and_read_back(tmp_path: Path) -> None:

@@ -32,11 +32,24 @@ MAX_SHOWN = 80
 """Characters of a key to quote in an error."""
 
 Text = Annotated[str, Field(max_length=1000)]
+LongText = Annotated[str, Field(max_length=4096)]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Temperature = Annotated[float, Field(ge=1e-12, le=1e12)]
 
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+class StrictModel(BaseModel):
+    """Base of all schemas: converts no types, and refuses numbers that are not finite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ExactModel(StrictModel):
+    """Base of schemas that refuse unknown keys."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def _row(kind: Any, most: int, least: int = 0) -> Any:
@@ -56,22 +69,14 @@ def _either(kind: Any, words: str) -> Any:
     return Annotated[kind, WrapValidator(validate)]
 
 
-_SCALAR = (
-    bool
-    | Annotated[int, Field(ge=-(2**31), le=2**31)]
-    | Number
-    | Annotated[str, Field(max_length=4096)]
-    | None
-)
+_SCALAR = bool | Annotated[int, Field(ge=-(2**31), le=2**31)] | Number | LongText | None
 _OPTION = _either(
     _SCALAR | _row(_SCALAR, 64), "a number, true, false, null, a short text or a short list of them"
 )
 
 
-class PreprocessingFile(BaseModel):
+class PreprocessingFile(ExactModel):
     """``preprocessing`` of ``model.json``, see ``crossx.runs.Preprocessing``."""
-
-    model_config = ConfigDict(**_STRICT, extra="forbid")
 
     image_size: Annotated[int, Field(ge=1, le=MAX_IMAGE_SIZE)]
     resize_size: Annotated[int, Field(ge=1, le=2 * MAX_IMAGE_SIZE)] | None
@@ -88,10 +93,8 @@ class PreprocessingFile(BaseModel):
         return self
 
 
-class ModelFile(BaseModel):
+class ModelFile(StrictModel):
     """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` is checked separately."""
-
-    model_config = ConfigDict(**_STRICT, extra="ignore")
 
     method: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$")]
     options: Annotated[dict[Annotated[str, Field(max_length=100)], _OPTION], Field(max_length=100)]  # type: ignore[valid-type]
@@ -101,7 +104,7 @@ class ModelFile(BaseModel):
     preprocessing: PreprocessingFile
     dataset: Annotated[str, Field(max_length=200, pattern=r"^[^:/\\]*$")]
     levels: Annotated[dict[Text, _row(Text, MAX_CLASSES)], Field(max_length=16)] = {}  # type: ignore[valid-type]
-    temperature: Annotated[float, Field(ge=1e-12, le=1e12)] = 1.0
+    temperature: Temperature = 1.0
 
     @model_validator(mode="after")
     def _one_group_per_class(self) -> ModelFile:
@@ -184,7 +187,7 @@ None of them opens a path, downloads, or is run as code."""
 
 BackboneArguments: type[BaseModel] = create_model(  # type: ignore[call-overload]
     "BackboneArguments",
-    __config__=ConfigDict(**_STRICT, extra="forbid"),
+    __base__=ExactModel,
     block_args=(dict[Literal["attn_layer"], _NAME] | None, None),  # type: ignore[valid-type]
     **{name: (kind, None) for name, kind in ARCHITECTURE_ARGUMENTS.items()},
 )
@@ -223,19 +226,15 @@ def check_backbone_args(args: Mapping[str, Any]) -> None:
         ) from error
 
 
-class GitFile(BaseModel):
+class GitFile(StrictModel):
     """Git state of the working folder, in ``run.json`` and results."""
-
-    model_config = ConfigDict(**_STRICT)
 
     commit: Text
     dirty: bool
 
 
-class EnvironmentFile(BaseModel):
+class EnvironmentFile(StrictModel):
     """Software that a run was made with."""
-
-    model_config = ConfigDict(**_STRICT)
 
     python: Text | None = None
     platform: Text | None = None
@@ -243,10 +242,8 @@ class EnvironmentFile(BaseModel):
     git: GitFile | None = None
 
 
-class SelectionFile(BaseModel):
+class SelectionFile(StrictModel):
     """How the epoch of the weights was selected."""
-
-    model_config = ConfigDict(**_STRICT)
 
     how: Text | None = None
     split: Text | None = None
@@ -255,10 +252,8 @@ class SelectionFile(BaseModel):
     value: Number | None = None
 
 
-class CalibrationFile(BaseModel):
+class CalibrationFile(StrictModel):
     """Data that the temperature was fitted on."""
-
-    model_config = ConfigDict(**_STRICT)
 
     n: Count | None = None
     split: Text | None = None
@@ -266,12 +261,10 @@ class CalibrationFile(BaseModel):
     temperature: Annotated[float, Field(gt=0)] | None = None
 
 
-class InitFile(BaseModel):
+class InitFile(StrictModel):
     """``init`` of ``run.json``: the weights that a run started from."""
 
-    model_config = ConfigDict(**_STRICT)
-
-    run: Annotated[str, Field(max_length=4096)]
+    run: LongText
     hub: Text | None = None
     id: Text | None = None
     weights: Text
@@ -280,40 +273,41 @@ class InitFile(BaseModel):
     backbone: Text
     dataset: Text
     num_classes: Count
-    pretrained: Annotated[str, Field(max_length=4096)] | None = None
+    pretrained: LongText | None = None
     taken: Count
     new: list[str] = []
 
 
-class RunFile(BaseModel):
-    """``run.json``: provenance. Older runs lack some keys."""
+class ProvenanceFile(StrictModel):
+    """What ``run.json`` and results have in common."""
 
-    model_config = ConfigDict(**_STRICT)
-
-    id: Text | None = None
-    status: Text | None = None
     method: Text | None = None
     backbone: Text | None = None
     pretrained: bool | None = None
-    backbone_weights: Annotated[str, Field(max_length=4096)] | None = None
-    init: InitFile | None = None
+    backbone_weights: LongText | None = None
     dataset: Text | None = None
-    data_root: Annotated[str, Field(max_length=4096)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    data_root: LongText | None = None
+    seed: Seed | None = None
     selection: SelectionFile | None = None
-    extended_after: list[Count] | None = None
-    images: dict[Text, Count] | None = None
     skipped: list[str] | None = None
-    data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
     environment: EnvironmentFile | None = None
     calibration: CalibrationFile | None = None
+
+
+class RunFile(ProvenanceFile):
+    """``run.json``: provenance. Older runs lack some keys."""
+
+    id: Text | None = None
+    status: Text | None = None
+    init: InitFile | None = None
+    extended_after: list[Count] | None = None
+    images: dict[Text, Count] | None = None
+    data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
     class_names: Text | None = None
 
 
-class IntervalsFile(BaseModel):
+class IntervalsFile(StrictModel):
     """Confidence intervals of results."""
-
-    model_config = ConfigDict(**_STRICT)
 
     top1: _row(Number, 2, 2) = None  # type: ignore[valid-type]
     class_mean: _row(Number, 2, 2) = None  # type: ignore[valid-type]
@@ -321,10 +315,8 @@ class IntervalsFile(BaseModel):
     resamples: Count = 0
 
 
-class PairFile(BaseModel):
+class PairFile(StrictModel):
     """A confusion."""
-
-    model_config = ConfigDict(**_STRICT)
 
     target: Text
     prediction: Text
@@ -332,18 +324,14 @@ class PairFile(BaseModel):
     fraction: Share
 
 
-class SizeFile(BaseModel):
+class SizeFile(StrictModel):
     """The part of ``preprocessing`` in results that is read."""
-
-    model_config = ConfigDict(**_STRICT)
 
     image_size: Count | None = None
 
 
-class ResultsFile(BaseModel):
+class ResultsFile(ProvenanceFile):
     """``SPLIT.json``, the results of ``crossx test``. Each verb checks the keys that it needs with ``require``."""
-
-    model_config = ConfigDict(**_STRICT)
 
     top1: Share | None = None
     top5: Share | None = None
@@ -354,26 +342,15 @@ class ResultsFile(BaseModel):
     num_classes: Count | None = None
     heads: dict[Text, Share] | None = None
     levels: dict[Text, Share] | None = None
-    temperature: Annotated[float, Field(ge=1e-12, le=1e12)] | None = None
+    temperature: Temperature | None = None
     confused_pairs: list[PairFile] | None = None
     intervals: IntervalsFile | None = None
-    method: Text | None = None
-    backbone: Text | None = None
     options: dict[str, Any] | None = None
-    pretrained: bool | None = None
-    backbone_weights: Annotated[str, Field(max_length=4096)] | None = None
-    weights: Annotated[str, Field(max_length=4096)] | None = None
-    selection: SelectionFile | None = None
-    dataset: Text | None = None
-    data_root: Annotated[str, Field(max_length=4096)] | None = None
+    weights: LongText | None = None
     split: Text | None = None
     run_status: Text | None = None
     seen_in_training: bool | None = None
     preprocessing: SizeFile | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    calibration: CalibrationFile | None = None
-    skipped: list[str] | None = None
-    environment: EnvironmentFile | None = None
 
 
 def _counted(row: dict[str, float]) -> dict[str, float]:
@@ -382,10 +359,8 @@ def _counted(row: dict[str, float]) -> dict[str, float]:
     return row
 
 
-class HistoryFile(BaseModel):
+class HistoryFile(StrictModel):
     """``metrics.json``: one row of numbers per epoch."""
-
-    model_config = ConfigDict(**_STRICT)
 
     epochs: list[Annotated[dict[Text, Number], AfterValidator(_counted)]]
 

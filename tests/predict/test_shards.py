@@ -85,6 +85,22 @@ def test_encoded_images_of_every_column(tmp_path, column, name):
     assert [entry.problem for entry in found] == [None, None, None, "the row holds no image"]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_every_type_of_bytes_is_an_image(tmp_path, kind):
+    file = table(
+        tmp_path / "data.parquet", {"image": pa.array([b"1", None], kind), "path": ["a.jpg", "b.jpg"]}
+    )
+    first, second = entries(find_collection(file, 2))
+    assert first == Entry("a.jpg", b"1")
+    assert second.problem == "the row holds no image"
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_every_type_of_text_is_a_path(tmp_path, kind):
+    file = table(tmp_path / "data.parquet", {"path": pa.array(["a.jpg"], kind)})
+    assert entries(find_collection(file, 1)) == [Entry("a.jpg", tmp_path / "a.jpg")]
+
+
 def test_a_folder_without_images_is_searched_for_tables(tmp_path):
     table(tmp_path / "b.parquet", {"bytes": [b"1", b"2"]})
     table(tmp_path / "a" / "c.PARQUET", {"bytes": [b"3"]})

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from crossx.cli.options import RunPath, Split
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import UsageError
 from crossx.report.published import PublishedResult, read_published
-from crossx.runs import Run, open_run, read_results, write_json
+from crossx.runs import open_run, write_json
 
 COMPARED = range(3, 8)
 """The paper's tables of methods; Table 2 is an ablation of Cross-X."""
@@ -41,10 +41,12 @@ def compare(
         crossx compare runs/plain runs/crossx
         crossx compare runs/crossx --paper --output tables/cub
     """
-    folders = [open_run(path)[0].path for path in runs]
-    rows = [{"run": path, **_read(folder, split)} for path, folder in zip(runs, folders, strict=True)]
+    found = [open_run(path)[0] for path in runs]
+    rows = [
+        {"run": path, **run.require_results(split, NEEDED)} for path, run in zip(runs, found, strict=True)
+    ]
     published = _published({results["dataset"] for results in rows}) if paper else []
-    _compare_with_first(rows, folders, split)
+    _compare_with_first(rows, [run.path for run in found], split)
 
     from crossx.report.comparison import tabulate_runs
 
@@ -59,17 +61,6 @@ def compare(
         values = {"runs": rows, "published": [vars(result) for result in published], "notes": notes}
         write_json(stem.with_name(f"{stem.name}.json"), values)
         print(f"written: {stem}.md, .csv, .tex, .json")
-
-
-def _read(folder: Path, split: str) -> dict[str, Any]:
-    results = folder / f"{split}.json"
-    if not results.is_file():
-        raise CrossXError(
-            f"{folder}: not tested on {split} yet: run `crossx test {folder} --split {split}` first."
-        )
-    found = read_results(results, NEEDED)
-    Run(folder).require_current(found, split)
-    return found
 
 
 def _published(datasets: set[str]) -> list[PublishedResult]:

@@ -11,10 +11,9 @@ from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
-from crossx.runs import Run, open_run
+from crossx.runs import Run, free_folder, open_run
 from crossx.training.config import Config
 
-RUNS = Path("runs")
 LAUNCHED = "CROSSX_RUN"
 """Environment variable with the run's folder, for the processes that Lightning starts for further GPUs."""
 parser = fit_parser
@@ -38,7 +37,7 @@ def run(words: Sequence[str]) -> int:
         )
     else:
         config = asked.config
-        config.output = config.output or str(_free_folder(asked))
+        config.output = config.output or str(_choose_folder(asked))
         if is_leader():
             _print_start(asked)
         done = training.fit(config)
@@ -47,8 +46,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _free_folder(asked: FitArguments) -> Path:
-    """Return the first free ``runs/NAME-DATASET-N``."""
+def _choose_folder(asked: FitArguments) -> Path:
     from crossx.distributed import is_leader
 
     if not is_leader() and LAUNCHED in os.environ:
@@ -57,9 +55,7 @@ def _free_folder(asked: FitArguments) -> Path:
         raise UsageError("several processes were started for one run: give --output, so that they share it.")
     config = asked.config
     name = Path(asked.recipe).stem if asked.recipe else config.model.method
-    number = 1
-    while (folder := RUNS / f"{name}-{config.data.dataset}-{number}").exists():
-        number += 1
+    folder = free_folder(f"{name}-{config.data.dataset}")
     os.environ[LAUNCHED] = str(folder)
     return folder
 

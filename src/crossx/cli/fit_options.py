@@ -62,8 +62,6 @@ FIRST = (
     "trainer.precision",
 )
 """The options that most commands give; the help shows them before the sections."""
-
-
 INSTEAD = {
     "patience early_stopping early_stop": "there is no early stopping: --trainer.max_epochs sets the length, and "
     "--optim.selection best keeps the best epoch's weights",
@@ -115,10 +113,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     method = first.method or (recipe_method(recipe) if recipe else ModelConfig().method)
     parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
-    try:
-        values = parser.parse_args(list(words)).as_dict()
-    except argparse.ArgumentError as error:
-        raise _explain(str(error), parser, method) from error
+    values = _parse(parser, words, method).as_dict()
     given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
@@ -184,7 +179,7 @@ def _options(method: str) -> Iterator[Option]:
 
 def _first_pass(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", "resume", "model.method", "data.root"):
+    for name in ("config", "resume", "model.method"):
         parser.add_argument(f"--{name}", dest=name.rpartition(".")[2])
     try:
         return parser.parse_known_args(list(words))[0]
@@ -202,15 +197,12 @@ def _resume(words: Sequence[str]) -> FitArguments:
                 f"--resume continues a run with its own options (only {', '.join(allowed[1:])} may be given): "
                 f"leave out {name}."
             )
-    parser = new_parser(PROG, "", "")
-    options = [option for option in _options(ModelConfig().method) if option.name in RESUMABLE]
+    parser, method = new_parser(PROG, "", ""), ModelConfig().method
+    options = [option for option in _options(method) if option.name in RESUMABLE]
     add_options(
         parser, [option if option.flag else dataclasses.replace(option, default=None) for option in options]
     )
-    try:
-        values = vars(parser.parse_args(list(words)).as_flat())
-    except argparse.ArgumentError as error:
-        raise _explain(str(error), parser, ModelConfig().method) from error
+    values = vars(_parse(parser, words, method).as_flat())
     limits = {
         name.removeprefix("trainer."): value
         for name, value in values.items()
@@ -256,9 +248,14 @@ def require_data(config: Config) -> None:
         )
 
 
-def _explain(message: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:
-    _, unrecognized, rest = message.partition("unrecognized arguments: ")
-    return _unknown_option(rest.split()[0], parser, method) if unrecognized else explain(message, parser)
+def _parse(parser: jsonargparse.ArgumentParser, words: Sequence[str], method: str) -> jsonargparse.Namespace:
+    try:
+        return parser.parse_args(list(words))
+    except argparse.ArgumentError as error:
+        _, unrecognized, rest = str(error).partition("unrecognized arguments: ")
+        if unrecognized:
+            raise _unknown_option(rest.split()[0], parser, method) from error
+        raise explain(str(error), parser) from error
 
 
 def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: str) -> UsageError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from crossx.cli.parser import Folder, Natural
 from crossx.errors import UsageError
-from crossx.runs import storage_error
+from crossx.runs import Run, free_folder, storage_error
 
 RECIPE = "quickstart"
 METHODS = ("plain", "crossx")
@@ -39,7 +39,7 @@ def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
         crossx quickstart
         crossx quickstart --output runs/first --seed 1
     """
-    folder = Path(output) if output else _free_folder()
+    folder = Path(output) if output else free_folder("quickstart")
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty: choose another --output.")
     try:
@@ -67,34 +67,29 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
     return Trained(folder, test_run(folder))
 
 
-def draw_predictions(run_folder: Path, target: Path, split: str = "test") -> None:
+def draw_predictions(run_folder: Path, target: Path) -> None:
     """Draw one tested image per class with its prediction, as PNG."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from crossx.data.images import read_image
-    from crossx.evaluation.predictions import Predictions, predictions_path
     from crossx.explain.plotting import save_png
-    from crossx.runs import Run, read_json
+    from crossx.report.results import RunResults
 
-    tested = Predictions.load(predictions_path(run_folder, split), run_folder, split)
-    results = read_json(Run(run_folder).path / f"{split}.json")
-    root, temperature = Path(results["data_root"]), results["temperature"]
-    chosen = [int(np.flatnonzero(tested.targets == label)[0]) for label in np.unique(tested.targets)]
+    tested = RunResults.read(Run(run_folder), "test")
+    root = Path(tested.results["data_root"])
+    labels, chosen = np.unique(tested.targets, return_index=True)
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(2.6 * COLUMNS, 3.2 * rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"One new image of each class: {tested.correct.mean():.0%} of all {len(tested.targets)} are right"
     )
-    for axes, index in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, chosen, strict=False):
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, label, index in zip(grid, labels, chosen, strict=False):
         axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
-        scaled = tested.logits[index] / temperature
-        probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
-        guess, right = int(probabilities.argmax()), bool(tested.correct[index])
-        prediction = f"{tested.classes[guess]} ({probabilities[guess]:.0%})"
-        text = prediction if right else f"{prediction}\nit is: {tested.labels[index]}"
+        right = bool(tested.correct[index])
+        prediction = f"{tested.classes[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
+        text = prediction if right else f"{prediction}\nit is: {tested.classes[label]}"
         wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
@@ -113,10 +108,3 @@ def _print_outcome(trained: dict[str, Trained], picture: Path, seconds: float) -
     print(f"picture  {picture}")
     print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")
     print(f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3")
-
-
-def _free_folder() -> Path:
-    number = 1
-    while (folder := Path("runs") / f"quickstart-{number}").exists():
-        number += 1
-    return folder

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 
 from crossx.evaluation.metrics import ConfusedPair, class_table, confused_pairs
 from crossx.runs import atomic_path
-from crossx.runs.spreadsheet import escaped_rows
+from crossx.runs.spreadsheet import write_rows
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -26,9 +26,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows(escaped_rows([header]))
-        writer.writerows(escaped_rows(rows))
+        write_rows(file, chain([header], rows))
 
 
 def write_class_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -17,7 +16,7 @@ from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
 from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
-from crossx.runs.spreadsheet import escaped_rows
+from crossx.runs.spreadsheet import write_rows
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
 """Columns of a table of predictions; ``rank`` only with more than one class per image."""
@@ -64,9 +63,7 @@ def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> No
 
 def print_csv(file: TextIO, predictions: Iterable[Prediction], top: int = 1) -> None:
     """Write the lines of ``write_csv`` to an open file."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_columns(top))
-    writer.writerows(escaped_rows(_rows(predictions, top)))
+    write_rows(file, chain([_columns(top)], _rows(predictions, top)))
 
 
 def write_json_lines(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:

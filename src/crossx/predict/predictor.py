@@ -194,8 +194,7 @@ class Predictor:
 
         ``images`` is consumed only a few batches ahead.
         """
-        for item, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
-            path = item if isinstance(item, Path) else None
+        for path, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
             if isinstance(answer, str):
                 yield Prediction(path, error=answer)
             else:
@@ -205,8 +204,7 @@ class Predictor:
         self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
     ) -> Iterator[Features]:
         """Yield the features of images, see ``features``; arguments and errors as in ``iter_predict``."""
-        for item, answer in self._stream(expand(images), batch_size, self.features):
-            path = item if isinstance(item, Path) else None
+        for path, answer in self._stream(expand(images), batch_size, self.features):
             if isinstance(answer, str):
                 yield Features(path, error=answer)
             else:
@@ -243,8 +241,7 @@ class Predictor:
             explanations = self.network.maps(centres, maps, number, self._probabilities(joined))
             return zip(centres, explanations, strict=True)
 
-        for item, answer in self._stream(expand(images), batch_size, explain):
-            path = item if isinstance(item, Path) else None
+        for path, answer in self._stream(expand(images), batch_size, explain):
             if isinstance(answer, str):
                 yield ExplainedImage(path, error=answer)
             else:
@@ -271,13 +268,14 @@ class Predictor:
         images: Iterable[OneImage],
         batch_size: int,
         compute: Callable[[Sequence[Tensor]], Iterable[T]],
-    ) -> Iterator[tuple[OneImage, T | str]]:
-        """Yield each image with its result of ``compute``, or why it cannot be read."""
+    ) -> Iterator[tuple[Path | None, T | str]]:
+        """Yield each image's file, if it has one, with its result of ``compute``, or why it cannot be read."""
         for items, prepared in prefetch_batches(images, self._try_prepare, batch_size):
             readable = [image for image in prepared if isinstance(image, Tensor)]
             answers = iter(compute(readable)) if readable else iter(())
             for item, image in zip(items, prepared, strict=True):
-                yield item, image if isinstance(image, str) else next(answers)
+                path = item if isinstance(item, Path) else None
+                yield path, image if isinstance(image, str) else next(answers)
 
     def prepare(self, item: OneImage) -> Tensor:
         """Decode one image and prepare it as in evaluation; thread-safe.

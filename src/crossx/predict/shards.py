@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crossx.data.images import find_images
+from crossx.data.readers.embedded import is_encoded_image
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.predict.outputs import TableRow, table_rows, to_table, utf8
@@ -273,7 +274,9 @@ def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
 def _columns(file: Path, schema: pa.Schema) -> tuple[str | None, str | None]:
     """Return the columns of encoded images and of names; (None, ``path``) for a table of image files."""
     kinds = dict(zip(schema.names, schema.types, strict=True))
-    image = next((name for name in ("bytes", "image") if name in kinds and _is_image(kinds[name])), None)
+    image = next(
+        (name for name in ("bytes", "image") if name in kinds and is_encoded_image(kinds[name])), None
+    )
     if image is not None:
         return image, next((name for name in ("path", "id") if name in kinds), None)
     if "path" in kinds and _is_text(kinds["path"]):
@@ -288,13 +291,9 @@ def _columns(file: Path, schema: pa.Schema) -> tuple[str | None, str | None]:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return any(
+        check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
 
 
 def _ranges(row_groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from scipy.special import softmax
 from crossx.errors import CrossXError
 from crossx.evaluation.metrics import ClassRow, class_table, confusion_matrix
 from crossx.evaluation.predictions import Predictions, predictions_path
-from crossx.runs import ModelSpec, Run, read_history, read_json, read_results
+from crossx.runs import ModelSpec, Run, read_history, read_json
 
 NEEDED = (
     *("method", "backbone", "dataset", "weights", "split", "n", "num_classes", "options"),
@@ -63,8 +63,7 @@ class RunResults:
             raise CrossXError(
                 f"{run.path}: was tested with other classes than those of model.json: test it again with `crossx test`."
             )
-        results = read_results(run.path / f"{split}.json", NEEDED)
-        run.require_current(results, split)
+        results = run.require_results(split, NEEDED)
         history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
         return cls(
             spec=spec,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
 
 from crossx.errors import first_few
 from crossx.runs import write_text
-from crossx.runs.spreadsheet import escaped_rows
+from crossx.runs.spreadsheet import write_rows
 
 MAX_LISTED = 12
 """Items of a list that ``cell`` shows."""
@@ -46,7 +45,7 @@ class Table:
     def to_csv(self) -> str:
         """Return comma-separated values; formulas of spreadsheets get an apostrophe."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(escaped_rows([self.columns, *self.rows]))
+        write_rows(text, [self.columns, *self.rows])
         return text.getvalue()
 
     def to_latex(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ EXPORTED = (".onnx", ".xml", ".pt2")
 PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
 
 
+class _File:
+    """The path of a file or folder in a run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the paths in it.
@@ -30,41 +41,15 @@ class Run:
     path: Path
     hub: str = ""
 
-    @property
-    def config(self) -> Path:  # noqa: D102
-        return self.path / "config.yaml"
-
-    @property
-    def spec(self) -> Path:  # noqa: D102
-        return self.path / "model.json"
-
-    @property
-    def weights(self) -> Path:  # noqa: D102
-        return self.path / "model.safetensors"
-
-    @property
-    def info(self) -> Path:  # noqa: D102
-        return self.path / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:  # noqa: D102
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:  # noqa: D102
-        return self.checkpoints / "best.ckpt"
-
-    @property
-    def last(self) -> Path:  # noqa: D102
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def previous(self) -> Path:  # noqa: D102
-        return self.checkpoints / "previous.ckpt"
-
-    @property
-    def checksums(self) -> Path:  # noqa: D102
-        return self.checkpoints / "SHA256SUMS"
+    config = _File("config.yaml")
+    spec = _File("model.json")
+    weights = _File("model.safetensors")
+    info = _File("run.json")
+    checkpoints = _File("checkpoints")
+    best = _File("checkpoints/best.ckpt")
+    last = _File("checkpoints/last.ckpt")
+    previous = _File("checkpoints/previous.ckpt")
+    checksums = _File("checkpoints/SHA256SUMS")
 
     def read_spec(self) -> ModelSpec:
         """Read ``model.json``."""
@@ -96,17 +81,27 @@ class Run:
         info = self.read_info()
         return bool(info.get("extended_after")) and results.get("selection") != info.get("selection")
 
-    def require_current(self, results: Mapping[str, Any], split: str) -> None:
-        """Check that results are not ``is_outdated``.
+    def require_results(self, split: str, needed: Sequence[str]) -> dict[str, Any]:
+        """Read the results of ``crossx test`` on ``split``, which must be those of the present model.
+
+        Args:
+            split: ``test``, ``val`` or ``train``.
+            needed: Required keys, see ``read_results`` of ``crossx.runs``.
 
         Raises:
-            CrossXError: If they are.
+            CrossXError: If the run was not tested on ``split``, or before it was trained for longer, or the results are
+                damaged.
         """
+        path, again = self.path / f"{split}.json", f"`crossx test {self.path} --split {split}`"
+        if not path.is_file():
+            raise CrossXError(f"{self.path}: not tested on {split} yet: run {again} first.")
+        results = read_results(path, needed)
         if self.is_outdated(results):
             raise CrossXError(
                 f"{self.path}: {split}.json was measured before the run was trained for longer: test it again with "
-                f"`crossx test {self.path} --split {split}`."
+                f"{again}."
             )
+        return results
 
     def results_folder(self, output: str | Path | None = None) -> Path:
         """Return the folder for results: ``output``, by default the run folder.
@@ -121,6 +116,12 @@ class Run:
                 "--local-dir DIR`, and name DIR."
             )
         return Path(output) if output is not None else self.path
+
+
+def free_folder(name: str) -> Path:
+    """Return the first of ``runs/NAME-1``, ``runs/NAME-2``, ... that does not exist."""
+    folders = (Path("runs", f"{name}-{number}") for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 def open_run(path: str | Path) -> tuple[Run, Path]:

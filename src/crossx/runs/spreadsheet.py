@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 _FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r\n])")
 _NUMBER = re.compile(
@@ -12,10 +14,11 @@ _NUMBER = re.compile(
 )
 
 
-def escaped_rows(rows: Iterable[Sequence[object]]) -> Iterator[list[object]]:
-    """Yield rows with ``escape_formula`` applied to their texts."""
-    for row in rows:
-        yield [escape_formula(cell) if isinstance(cell, str) else cell for cell in row]
+def write_rows(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
+    """Write lines of CSV with ``escape_formula`` applied to their texts; None becomes an empty field."""
+    csv.writer(file, lineterminator="\n").writerows(
+        [escape_formula(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    )
 
 
 def escape_formula(text: str) -> str:

@@ -171,12 +171,7 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
         summary="Describe the network and the limits of a request",
     )
     async def model() -> ServiceInfo:
-        limits = service.limits
-        return ServiceInfo(
-            model=service.model, classes=list(service.classes), temperature=service.temperature,
-            explains=service.explains,
-            max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
-        )  # fmt: skip
+        return service.info
 
     @app.post(
         "/predict", dependencies=guards, tags=["network"], summary="Classify images",

@@ -38,6 +38,7 @@ from crossx.serve.schemas import (
     Overlay,
     PredictResponse,
     Ranked,
+    ServiceInfo,
 )
 from crossx.serve.uploads import BodyReader, CheckedUpload, Upload, client_of
 
@@ -72,6 +73,10 @@ class Service:
         )
         self.draining = False
         self._predictor = predictor
+        spec = predictor.spec
+        self._model = ModelInfo(
+            **vars(identity), method=spec.method, backbone=spec.backbone, dataset=spec.dataset
+        )
         self._bodies = BodyReader(limits)
         self._images = Capacity(limits.queue, share(limits.queue, limits.max_images))
         self._work = Capacity(None, 2 * limits.max_request_work)
@@ -86,27 +91,14 @@ class Service:
         )
 
     @property
-    def model(self) -> ModelInfo:
-        """Summary of the network."""
-        spec = self._predictor.spec
-        return ModelInfo(
-            **vars(self.identity), method=spec.method, backbone=spec.backbone, dataset=spec.dataset
-        )
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the probabilities."""
-        return self._predictor.spec.temperature
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in label order."""
-        return self._predictor.classes
-
-    @property
-    def explains(self) -> bool:
-        """Whether the network gives explanations."""
-        return self._predictor.explains
+    def info(self) -> ServiceInfo:
+        """The network, and the limits of a request."""
+        spec, limits = self._predictor.spec, self.limits
+        return ServiceInfo(
+            model=self._model, classes=list(spec.classes), temperature=spec.temperature,
+            explains=self._predictor.explains,
+            max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
+        )  # fmt: skip
 
     @property
     def alive(self) -> bool:
@@ -149,7 +141,7 @@ class Service:
                 self.metrics.observe_unreadable()
             else:
                 self.metrics.observe_prediction(prediction.label, prediction.probability)
-        return PredictResponse(model=self.model, predictions=predictions)
+        return PredictResponse(model=self._model, predictions=predictions)
 
     async def explain_png(self, request: Request, maps: Kind, target: str | None) -> bytes:
         """Draw where the network looks in the image of a request.
@@ -191,13 +183,13 @@ class Service:
         target: str | None,
         render: Callable[[Upload, NDArray[np.uint8], Explanation], T],
     ) -> T:
-        if not self.explains:
+        if not self._predictor.explains:
             raise HTTPException(501, "an exported network only predicts: serve the run instead.")
         try:
             if target is not None and maps == "activation":
                 raise UsageError("`target` requires maps=class.")
             if target is not None:
-                class_number(target, self.classes)
+                class_number(target, self._predictor.classes)
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
         self._admit()
@@ -234,14 +226,18 @@ class Service:
                     413, "the images of this request take too long to decode together: send fewer at a time."
                 )
             with self._hold(self._work, request, work):
-                results = await self._through_network(
-                    request,
-                    [partial(prepare, one) for one in good],
-                    run,
-                    flow,
-                    [one.work > self.limits.light_work for one in good],
-                    deadline,
-                )
+                try:
+                    futures = self._batcher.submit(
+                        [partial(prepare, one) for one in good],
+                        run,
+                        flow,
+                        heavy=[one.work > self.limits.light_work for one in good],
+                    )
+                except QueueFullError as error:
+                    raise _busy(error.retry_after) from error
+                except ClosedError as error:
+                    raise _stopping() from error
+                results = await self._wait(request, _gathered(futures), deadline)
         answers = iter(results)
         return [next(answers) if isinstance(one, CheckedUpload) else one for one in checked]
 
@@ -260,23 +256,6 @@ class Service:
         for upload, future in zip(uploads, futures, strict=True):
             self._batcher.pool.submit(partial(check, upload, future), flow)
         return _gathered(futures)
-
-    async def _through_network(
-        self,
-        request: Request,
-        prepares: Sequence[Callable[[], Any]],
-        run: Callable[[list[Any]], Sequence[T]],
-        flow: Flow,
-        heavy: Sequence[bool],
-        deadline: float,
-    ) -> list[T | BaseException]:
-        try:
-            futures = self._batcher.submit(prepares, run, flow, heavy=heavy)
-        except QueueFullError as error:
-            raise _busy(error.retry_after) from error
-        except ClosedError as error:
-            raise _stopping() from error
-        return await self._wait(request, _gathered(futures), deadline)
 
     @contextmanager
     def _hold(self, capacity: Capacity, request: Request, amount: int) -> Iterator[None]:
@@ -325,18 +304,18 @@ class Service:
         return explained
 
     def _figure(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> bytes:
-        text = caption(explanation, self.classes, name=upload.name or "")
+        text = caption(explanation, self._predictor.classes, name=upload.name or "")
         picture = io.BytesIO()
         save_png(draw([FigureRow(pixels, explanation, text)]), picture)
         return picture.getvalue()
 
     def _layers(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> ExplainResponse:
         order = np.argsort(-explanation.probabilities, kind="stable")[:EXPLAINED_TOP]
-        best = tuple((self.classes[i], float(explanation.probabilities[i])) for i in order)
+        best = tuple((self._predictor.classes[i], float(explanation.probabilities[i])) for i in order)
         height, width = pixels.shape[:2]
         return ExplainResponse(
             prediction=_answer(upload.name, best),
-            target=self.classes[explanation.target],
+            target=self._predictor.classes[explanation.target],
             size=height,
             image=_png(pixels),
             overlays=[

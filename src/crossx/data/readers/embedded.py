@@ -27,10 +27,21 @@ _LIST = "files.json"
 
 
 def image_column(schema: pa.Schema) -> int | None:
-    """Return the position of the column of encoded images: bytes, or structs with a field ``bytes``."""
+    """Return the position of the column of encoded images."""
     names = [name.strip().lower() for name in schema.names]
     found = (names.index(name) for name in COLUMNS if name in names)
-    return next((index for index in found if _is_image(schema.types[index])), None)
+    return next((index for index in found if is_encoded_image(schema.types[index])), None)
+
+
+def is_encoded_image(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold encoded images: bytes, or structs with a field ``bytes``."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and is_encoded_image(kind.field("bytes").type)
+    return any(
+        check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )
 
 
 def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
@@ -92,16 +103,6 @@ def _write(path: Path, table: pq.ParquetFile, column: str, folder: Path) -> Iter
                 (folder / target).write_bytes(data)
                 yield f"+{target}"
             row += 1
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
-    return any(
-        check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    )
 
 
 def _suffix(data: bytes) -> str:
