@@ -82,7 +82,7 @@ class Report:
         """Format the report for a terminal: every file of a problem, the first ten of a note."""
         lines = [f"{self.dataset} in {self.root}: {counted(self.classes, 'class')}"]
         lines += [
-            f"  {split:<5}  {count.images:>7,} images of {count.classes:,} classes"
+            f"  {split:<5}  {count.images:>7,} image{'s' * (count.images != 1)} of {counted(count.classes, 'class')}"
             for split, count in self.splits.items()
         ]
         for finding in self.problems:

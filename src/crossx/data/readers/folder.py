@@ -19,7 +19,7 @@ from crossx.data.names import (
     short_split_name,
     split_name,
 )
-from crossx.errors import CrossXError, first_few
+from crossx.errors import CrossXError, counted, first_few
 
 _FOLD = re.compile(r"(k?fold|split|cv|partition)[\s._-]*[0-9]+", re.IGNORECASE)
 _SHOWN = 5
@@ -94,10 +94,9 @@ class _Found:
         notes = list(self.notes)
         if self.skipped:
             notes.append(skipped_note(self.skipped, self.root))
-        if self.loose == 1:
-            notes.append("1 image in no class folder is not read")
-        elif self.loose:
-            notes.append(f"{self.loose:,} images in no class folder are not read")
+        if self.loose:
+            verb = "is" if self.loose == 1 else "are"
+            notes.append(f"{counted(self.loose, 'image')} in no class folder {verb} not read")
         merged = [
             f"{', '.join(map(ascii, sorted(spellings)))} (class {name!r})"
             for name, spellings in self.spellings.items()
