@@ -76,6 +76,12 @@ def first_few(items: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join(items[:most]) + end
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 image``, ``2,400 images``, ``2 classes``."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` on SIGTERM, as on Ctrl-C; Python handles signals in the main thread only."""

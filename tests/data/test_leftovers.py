@@ -53,6 +53,13 @@ LEFT_BEHIND = (
         "1.jpg.part",
         "1.jpg.crdownload",
         "~$birds.xlsx",
+        "thumbnails",
+        "_thumbs",
+        "wandb",
+        "lightning_logs",
+        "1.sync-conflict-20230101-101010-ABCDEFG.jpg",
+        "1 (Ann's conflicted copy 2023-01-01).jpg",
+        "1_conflict-20230101-101010.jpg",
     ),
 )
 
@@ -78,6 +85,8 @@ def test_left_behind(name: str) -> None:
         "git",
         "_hidden",
         "part",
+        "conflict",
+        "1_conflict.jpg",
     ],
 )
 def test_names_of_classes_and_images(name: str) -> None:

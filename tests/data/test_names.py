@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossx.data.names import class_name, lookalikes, quoted, several_labels_note, split_name
+from crossx.data.names import (
+    class_name,
+    lookalikes,
+    missing_label_note,
+    quoted,
+    several_labels_note,
+    split_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,7 +21,7 @@ from crossx.data.names import class_name, lookalikes, quoted, several_labels_not
     [
         (
             "train",
-            "train Train TRAINING training_set training-data trn train2017 train_01 TrainImages images.train trainval",
+            "Train TRAINING xtrain training_set training-data trn train2017 train_01 TrainImages images.train trainval",
         ),
         ("val", "val valid Validation validation_set dev DEV devset val2017 imgs_val development"),
         ("test", "test testing test_set TestSet tst test-images 1_test test.data"),
@@ -37,6 +44,33 @@ def test_other_words_are_told() -> None:
     assert split_name("birds_train") == ("train", ("birds",))
     assert split_name("test tube") == ("test", ("tube",))
     assert split_name("train_test")[0] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("red", "red (1)"),
+        ("Red", "red - Copy"),
+        ("red", "red - Copy (2)"),
+        ("red", "red copy 2"),
+        ("7", "\u0667"),
+    ],
+)
+def test_copies_and_other_digits_look_the_same(name: str, other: str) -> None:
+    assert lookalikes([name, other, "blue"]) == [tuple(sorted((name, other)))]
+
+
+def test_names_that_do_not_look_the_same() -> None:
+    assert (
+        lookalikes(["BMW (2011)", "BMW (2012)", "copy", "hard copy", "photocopy", "photo", "1e3", "1000"])
+        == []
+    )
+
+
+def test_names_of_missing_labels_are_noted() -> None:
+    assert missing_label_note(["banana", "nanny"]) == []
+    (note,) = missing_label_note(["NaN", "wren", "<NA>"])
+    assert note.startswith("'NaN', '<NA>' read as classes: ")
 
 
 @given(st.text(st.characters(blacklist_categories=("Cs",)), min_size=1))

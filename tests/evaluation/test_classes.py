@@ -18,7 +18,7 @@ def test_equal_names_pass():
             r"run's 4 classes in another order \(class 1 is 'owl', in the run 'jay'\)",
         ),
         (("auk", "tit"), r"has only 2 of the run's 4 classes \(missing: 'jay', 'owl'\)"),
-        ((*TRAINED, "emu"), r"has 1 classes that the run was not trained on \('emu'\)"),
+        ((*TRAINED, "emu"), r"has 1 class that the run was not trained on \('emu'\)"),
         (
             ("cat", "dog"),
             r"2 that the run does not know \('cat', 'dog'\), and not 4 .*'auk', 'jay', 'owl' and 1 more",

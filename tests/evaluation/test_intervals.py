@@ -87,3 +87,20 @@ def test_difference_is_paired():
     assert (interval.low, interval.high) == pytest.approx((mean - half, mean + half), abs=1.5e-3)
     reverse = intervals.difference_interval(b, a)
     assert (reverse.low, reverse.high) == pytest.approx((-interval.high, -interval.low), abs=1.5e-3)
+
+
+def test_matched_interval_has_a_width_without_differences():
+    right = np.ones(95, dtype=bool)
+    assert intervals.matched_interval(right, right).high > 0.02
+    right = np.ones(96, dtype=bool)
+    assert intervals.matched_interval(right, right).high < 0.02
+
+
+@pytest.mark.parametrize(("n", "only_a", "only_b"), [(40, 0.04, 0.01), (60, 0.02, 0.02), (200, 0.05, 0.0)])
+def test_matched_interval_covers_the_difference(n, only_a, only_b):
+    generator = np.random.default_rng(0)
+    covered = []
+    for kinds in generator.choice(3, size=(2000, n), p=[only_a, only_b, 1 - only_a - only_b]):
+        low, high = intervals.matched_interval(kinds != 1, kinds != 0)
+        covered.append(low <= only_a - only_b <= high)
+    assert np.mean(covered) > 0.93

@@ -239,5 +239,5 @@ def test_what_cannot_be_started_from(tmp_path):
         Start.read(str(run.path))
     with torch.no_grad():
         source[0].classifier.bias[1] = torch.nan
-    with pytest.raises(CrossXError, match=r"1 tensors are not finite \(classifier.bias, ...\)"):
+    with pytest.raises(CrossXError, match=r"1 tensor not finite \(classifier.bias, ...\)"):
         Start.read(write(run.path, *source))

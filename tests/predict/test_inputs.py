@@ -157,6 +157,8 @@ LISTED = "a.jpg\nsub/b c.jpg\n"
         b"# images\n\n" + LISTED.encode(),
         b'"a.jpg"\n  sub/b c.jpg  \n',
         b"'a.jpg'\r\n\"sub/b c.jpg\"\r\n",
+        b"a.jpg\rsub/b c.jpg\r",
+        b'.\\a.jpg\r\n"sub\\b c.jpg"\r\n',
     ],
 )
 def test_lists_of_every_form_name_the_same_files(tmp_path, monkeypatch, content):

@@ -243,7 +243,7 @@ def test_a_signal_outside_of_the_steps_is_one_line(make_config, monkeypatch, cap
         ),
         "finish": (
             "crossx.training.finish.save_weights",
-            f"stopped after 1 complete epochs. Continue with `crossx fit --resume {config.run_path()}`.",
+            f"stopped after 1 complete epoch. Continue with `crossx fit --resume {config.run_path()}`.",
         ),
     }[where]
     monkeypatch.setattr(place, lambda *args, **options: os.kill(os.getpid(), number))

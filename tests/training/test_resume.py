@@ -278,7 +278,7 @@ def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tm
     interrupt(monkeypatch, 6, lambda: os.kill(os.getpid(), sent))
     config = make_config("stopped")
     with pytest.raises(
-        Stopped, match=r"after 1 complete epochs\. Continue with `crossx fit --resume .*stopped`"
+        Stopped, match=r"after 1 complete epoch\. Continue with `crossx fit --resume .*stopped`"
     ):
         fit(config)
     assert Run(config.run_path()).read_info()["status"] == "stopped"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossx.cli.options import Device, RunPath, Split, TestedData
+from crossx.errors import counted
 from crossx.runs import Run
 
 
@@ -28,7 +29,7 @@ def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: D
     found = calibrate_run(run, split=split, device=device, **vars(data))
     print(
         f"temperature {found['temperature']:.4g}, "
-        f"fitted on {found['n']} {found['split']} images of {found['dataset']}\n"
+        f"fitted on {counted(found['n'], found['split'] + ' image')} of {found['dataset']}\n"
         f"  negative log-likelihood  {found['nll']:.4f} before, {found['nll_calibrated']:.4f} after\n"
         f"  calibration error        {found['ece']:.2%} before, {found['ece_calibrated']:.2%} after\n"
         f"stored in {Run(Path(run)).spec}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.options import BatchSize, Device, ModelPath
 from crossx.cli.parser import Folder, Fraction, Name
-from crossx.errors import UsageError
+from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def explain(
     tracked = track(explained, "Explaining", total=len(paths))
     failed = _write(tracked, paths, predictor.classes, Path(output), drawing)
     if done := len(paths) - failed:
-        print(f"{done} images: {Path(output) / 'contact.png'}", flush=True)
+        print(f"{counted(done, 'image')}: {Path(output) / 'contact.png'}", flush=True)
     if failed:
-        print(f"crossx explain: {failed} of {len(paths)} images cannot be read.", file=sys.stderr)
+        print(f"crossx explain: {failed} of {counted(len(paths), 'image')} cannot be read.", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -118,6 +118,6 @@ def _print_report(report: ExportReport) -> None:
         )
         if high > report.tolerance:
             print(
-                "note: by the interval the loss may exceed the tolerance; more test images would narrow it.",
+                f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
                 file=sys.stderr,
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from crossx.cli.options import BatchSize, Inference, PredictorPath
 from crossx.cli.parser import Name, Positive
-from crossx.errors import UsageError
+from crossx.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from crossx.predict.results import Features, Prediction
@@ -173,9 +173,9 @@ def _predict_collection(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **vars(inference),
         )
-    print(f"{done.images} images, {done.failed} failed: {output}")
+    print(f"{counted(done.images, 'image')}, {done.failed} failed: {output}")
     if done.predicted:
-        print(f"predicted now: {done.predicted} images, {_pace(done.predicted, done.seconds)}")
+        print(f"predicted now: {counted(done.predicted, 'image')}, {_pace(done.predicted, done.seconds)}")
     else:
         print("all of them were predicted before")
     return _conclude(done.failed, done.images)
@@ -227,7 +227,7 @@ def _write(
                 bar.advance(task)
 
         write(Path(output), shown())
-    print(f"{count.images} images, {count.failed} failed: {output}")
+    print(f"{counted(count.images, 'image')}, {count.failed} failed: {output}")
     print(_pace(count.images, time.perf_counter() - start))
     return _conclude(count.failed, count.images)
 
@@ -242,6 +242,7 @@ def _conclude(failed: int, images: int) -> int:
         return 0
     sys.stdout.flush()
     print(
-        f"crossx predict: {failed} of {images} images cannot be read: see the column error.", file=sys.stderr
+        f"crossx predict: {failed} of {counted(images, 'image')} cannot be read: see the column error.",
+        file=sys.stderr,
     )
     return 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from crossx.cli.options import Device, RunPath, Split, TestedData
-from crossx.errors import UsageError
+from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
 
@@ -55,8 +55,8 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     folder, split = open_run(path)[0].path, results["split"]
     low_high = results["intervals"]
     print(
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: {results['n']} images, "
-        f"{results['num_classes']} classes, weights {results['weights']}"
+        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+        f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}"
     )
     rows = {
         "top-1": _percent(results["top1"], low_high["top1"]),
@@ -86,8 +86,8 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
 
     folder, split = open_run(path)[0].path, results["split"]
     print(
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: {results['n']} images, "
-        f"{len(results['parts'])} parts, weights {results['weights']}"
+        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+        f"{counted(results['n'], 'image')}, {counted(len(results['parts']), 'part')}, weights {results['weights']}"
     )
     stages = results["stages"]
     columns = excitations(stages)

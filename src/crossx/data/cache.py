@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crossx.caches import cache_folder
 from crossx.data.transforms import Transform
-from crossx.errors import UsageError
+from crossx.errors import UsageError, counted
 
 _WORD = 8
 _VERSION = 1
@@ -102,7 +102,8 @@ def open_cache(
     """
     sizes = {path: transform.size(path) for path in paths}
     needed = _WORD * (len(sizes) + sum(_words(*size) for size in sizes.values()))
-    summary = f"data.cache {kind}: {len(sizes):,} decoded {name} images take {_shown(needed)}"
+    images = counted(len(sizes), f"decoded {name} image")
+    summary = f"data.cache {kind}: {images} take{'s' * (len(sizes) == 1)} {_shown(needed)}"
     folder = _folder()
     file = folder / f"{_key(sizes, transform)}.bin" if kind == "disk" else None
     where = "memory" if file is None else str(folder)

@@ -14,6 +14,7 @@ from typing import Any
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_dataset
 from crossx.data.images import find_images, inspect_image, is_image_name, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
+from crossx.errors import counted
 
 Progress = Callable[[int, int], None]
 """Called with the number of images checked so far and the total."""
@@ -79,9 +80,9 @@ class Report:
 
     def summary(self) -> str:
         """Format the report for a terminal: every file of a problem, the first ten of a note."""
-        lines = [f"{self.dataset} in {self.root}: {self.classes:,} classes"]
+        lines = [f"{self.dataset} in {self.root}: {counted(self.classes, 'class')}"]
         lines += [
-            f"  {split:<5}  {count.images:>7,} images of {count.classes:,} classes"
+            f"  {split:<5}  {count.images:>7,} image{'s' * (count.images != 1)} of {counted(count.classes, 'class')}"
             for split, count in self.splits.items()
         ]
         for finding in self.problems:
@@ -90,7 +91,7 @@ class Report:
             lines += [f"note: {finding.message}", *(f"  {item}" for item in finding.items[:_NOTED])]
             if len(finding.items) > _NOTED:
                 lines.append(f"  and {len(finding.items) - _NOTED:,} more")
-        lines.append(_count(len(self.problems), "problem") if self.problems else "no problems")
+        lines.append(counted(len(self.problems), "problem") if self.problems else "no problems")
         return "\n".join(lines)
 
 
@@ -264,9 +265,4 @@ def _counts(info: DatasetInfo, index: DatasetIndex, level: str | None) -> list[F
 
 def _finding(kind: str, items: Sequence[str], noun: str, message: str) -> list[Finding]:
     """Return a finding about ``items``, none if there are no items."""
-    return [Finding(kind, f"{_count(len(items), noun)} {message}", tuple(items))] if items else []
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{plural}"
+    return [Finding(kind, f"{counted(len(items), noun)} {message}", tuple(items))] if items else []

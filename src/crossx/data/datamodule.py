@@ -21,7 +21,7 @@ from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, first_few
+from crossx.errors import CrossXError, counted, first_few
 from crossx.runs import Preprocessing
 
 MAX_WORKERS = 8
@@ -94,8 +94,8 @@ class DataModule:
         if bad and self.config.bad_images == "stop":
             listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
             raise CrossXError(
-                f"{len(bad)} of {len(paths)} images cannot be read: {listed}. Replace them, or leave them out with "
-                "--data.bad_images skip."
+                f"{len(bad):,} of {counted(len(paths), 'image')} cannot be read: {listed}. Replace them, or leave "
+                "them out with --data.bad_images skip."
             )
         self.skipped += bad
         left_out = {path for path, _ in bad}

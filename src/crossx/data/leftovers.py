@@ -10,16 +10,19 @@ _GROUPS = {
         __macosx ._* .ds_store .appledouble .spotlight-v100 .fseventsd .temporaryitems .trashes .trash .trash-*
         desktop?db desktop?df network?trash?folder temporary?items thevolumesettingsfolder thumbs.db ehthumbs*.db
         desktop.ini folder.htt $recycle.bin recycler found.[0-9][0-9][0-9] system?volume?information config.msi
-        $winreagent *:zone.identifier lost+found .directory .thumbnails .thumb""",
+        $winreagent *:zone.identifier lost+found .directory .thumbnails .thumb thumbnails
+        _thumbnails _thumbs""",
     "network drives, synchronisation": """
         @eadir @__thumb .@__thumb @recycle @recently-snapshot @tmp @sharebin @syno* *@synoeastream *@synoresource
         #recycle #snapshot .snapshot .nfs* .smbdelete* .fuse_hidden* .afpdeleted* .sync .stfolder .stversions
-        .syncthing.* .dropbox* .tmp.drive* .~tmp~ onedrivetemp *.icloud""",
+        .syncthing.* .dropbox* .tmp.drive* .~tmp~ onedrivetemp *.icloud
+        *.sync-conflict-[0-9]* *conflicted?copy* *_conflict-[0-9]*""",
     "cameras, photo software": """
         .picasa* picasa.ini .nomedia _vti_cnf _vti_pvt _notes captureone *.lrdata *.cocatalog *.cosessiondb
         *.xmp *.aae *.thm *.pp3 *.dop *.cos *.cop *.lrv *.ctg *.mrk *.on1""",
-    "editors, notebooks, downloads": """
-        .ipynb_checkpoints __pycache__ .git .svn .hg .idea .vscode ~$* .~lock.* *~ #*# *.swp *.swo *.bak *.tmp *.temp
+    "editors, notebooks, trainings, downloads": """
+        .ipynb_checkpoints lightning_logs mlruns wandb venv node_modules __pycache__
+        .git .svn .hg .idea .vscode ~$* .~lock.* *~ #*# *.swp *.swo *.bak *.tmp *.temp
         *.part *.partial *.filepart *.crdownload *.download *.opdownload *.aria2 *.!ut *.!qb *.lnk *.url *.webloc""",
 }
 _SYSTEM = re.compile(

@@ -16,6 +16,9 @@ _LATIN = str.maketrans(
     "асеорхуіјѕһԁԛԝАВЕКМНОРСТХІЈЅҮΑΒΕΖΗΙΚΜΝΟΡΤΥΧοι", "aceopxyijshdqwABEKMHOPCTXIJSYABEZHIKMNOPTYXoi"
 )
 """Cyrillic and Greek letters -> the Latin letters that look the same."""
+_COPY = re.compile(r"(\s*(\([0-9]{1,2}\)|[-_ ]\s*(copy|copie|kopie|copia)(\s*[0-9]{1,2})?))+$")
+"""What a file manager adds to the name of a copy: ``red (1)``, ``red - Copy``."""
+_MISSING = frozenset({"nan", "none", "null", "n/a", "na", "<na>", "nat", "#n/a", "undefined"})
 _SHOWN = 5
 
 _SPLITS: Mapping[str, str] = {
@@ -62,7 +65,12 @@ _FILLERS = frozenset(
 _COMPOUNDS: Mapping[str, str] = {
     compound: split
     for word, split in _SPLITS.items()
-    for compound in (word, *(word + filler for filler in _FILLERS), *(filler + word for filler in _FILLERS))
+    for compound in (
+        word,
+        f"x{word}",
+        *(word + filler for filler in _FILLERS),
+        *(filler + word for filler in _FILLERS),
+    )
 }
 
 
@@ -79,7 +87,7 @@ def lookalikes(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of names that differ, but only in how one text is written.
 
     The differences: case, blanks and underscores, the form of a number (``1``, ``1.0``, ``01``), invisible and
-    full-width characters, and letters of another alphabet.
+    full-width characters, letters of another alphabet, and what marks a copy (``red (1)``, ``red - Copy``).
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
@@ -101,6 +109,22 @@ def lookalike_note(names: Sequence[str]) -> list[str]:
     return [
         f"classes whose names look the same are kept apart: {first_few(groups, _SHOWN, '; ')}. Rename them if they "
         "are one class"
+    ]
+
+
+def class_notes(names: Sequence[str]) -> list[str]:
+    """Return the notes on classes' names that may be mistakes."""
+    return [*lookalike_note(names), *several_labels_note(names), *missing_label_note(names)]
+
+
+def missing_label_note(names: Sequence[str]) -> list[str]:
+    """Return the note on names that programs write for a missing label (``NaN``), none if there are none."""
+    missing = [repr(name) for name in names if name.casefold() in _MISSING]
+    if not missing:
+        return []
+    return [
+        f"{', '.join(missing)} read as {'a class' if len(missing) == 1 else 'classes'}: if it stands for a missing "
+        "label, remove those images"
     ]
 
 
@@ -162,7 +186,9 @@ def _escaped(match: re.Match[str]) -> str:
 def _appearance(name: str) -> str:
     text = unicodedata.normalize("NFKC", name)
     text = "".join(character for character in text if unicodedata.category(character) not in ("Cf", "Cc"))
-    text = " ".join(re.split(r"[\s_-]+", text.translate(_LATIN).casefold().strip()))
+    text = "".join(str(unicodedata.decimal(character, character)) for character in text)
+    text = _COPY.sub("", text.translate(_LATIN).casefold().strip()) or text
+    text = " ".join(re.split(r"[\s_-]+", text))
     if not _NUMBER.fullmatch(text):
         return text
     whole, _, fraction = text.replace(",", ".").partition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crossx.data.names import class_name, quoted
-from crossx.errors import CrossXError, first_few
+from crossx.errors import CrossXError, counted, first_few
 
 SHOWN = 3
 
@@ -40,7 +40,7 @@ def check_classes(trained: Sequence[str], found: Sequence[str], dataset: str) ->
             f"not {len(missing)} that it does ({listed(missing)})"
         )
     elif unknown:
-        problem = f"has {len(unknown)} classes that the run was not trained on ({listed(unknown)})"
+        problem = f"has {counted(len(unknown), 'class')} that the run was not trained on ({listed(unknown)})"
     elif missing or len(trained) != len(found):
         problem = (
             f"has only {len(found)} of the run's {len(trained)} classes (missing: {listed(missing)}), "

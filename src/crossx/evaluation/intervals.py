@@ -110,6 +110,27 @@ def share_interval(count: int, total: int, *, confidence: float = CONFIDENCE) ->
     return Interval(float(found.low), float(found.high))
 
 
+def matched_interval(
+    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Return the adjusted Wald interval of the difference in top-1, a minus b, on the same images.
+
+    Half an image is added to each of the four outcomes. Unlike the bootstrap's interval, this one has a width if the
+    classifiers differ on no image, and covers better on few images (Agresti and Min, Statistics in Medicine 24, 2005).
+
+    Args:
+        correct_a: (N,), whether the first classifier is correct on each image; N > 0.
+        correct_b: (N,), the same for the second classifier.
+        confidence: Probability that the interval is to cover.
+    """
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+    n = len(correct_a) + 2
+    difference = (only_a - only_b) / n
+    error = np.sqrt((only_a + only_b + 1) / n - difference**2) / np.sqrt(n)
+    half = float(stats.norm.ppf((1 + confidence) / 2) * error)
+    return Interval(max(difference - half, -1.0), min(difference + half, 1.0))
+
+
 def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval | None:
     """Return Student's t interval of the mean of normally distributed numbers, such as accuracies over seeds.
 

@@ -15,7 +15,7 @@ from crossx.data.images import find_images, image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError
-from crossx.evaluation.intervals import Interval, difference_interval, share_interval
+from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network
 from crossx.evaluation.progress import track
 from crossx.predict.prefetch import prefetch_batches
@@ -56,7 +56,7 @@ class Accuracy:
         images: Number of images.
         before: Accuracy in eager float32.
         after: Accuracy of the exported file.
-        lost: Interval of the accuracy lost, paired bootstrap over the images, see ``difference_interval``.
+        lost: Interval of the accuracy lost, see ``matched_interval``.
         same_class: Images with the same predicted class.
         agreement: Interval of the share of such images, see ``share_interval``.
         calibration_images: Number of calibration images, which are different ones.
@@ -183,7 +183,7 @@ def measure_accuracy(
         images=len(records),
         before=float(right_before.mean()),
         after=float(right_after.mean()),
-        lost=difference_interval(right_before, right_after),
+        lost=matched_interval(right_before, right_after),
         same_class=same,
         agreement=share_interval(same, len(records)),
         calibration_images=len(images.calibration),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossx.backbones import Backbone
-from crossx.errors import CrossXError, UsageError, first_few
+from crossx.errors import CrossXError, UsageError, counted, first_few
 from crossx.methods.base import Method, method_class
 from crossx.methods.weights import outline, read_checked
 from crossx.runs import EXPORTED, ModelSpec, open_run
@@ -75,7 +75,7 @@ class Start:
             key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
         ]
         if broken:
-            raise CrossXError(f"{weights}: {len(broken)} tensors are not finite ({broken[0]}, ...).")
+            raise CrossXError(f"{weights}: {counted(len(broken), 'tensor')} not finite ({broken[0]}, ...).")
         names = original_names(outlined)
         name = run.hub or str(given.absolute())
         return cls(name, run.hub, weights, spec, run.read_info(), {names[key]: state[key] for key in names})

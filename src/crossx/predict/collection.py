@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from crossx.errors import Stopped, UsageError, unknown
+from crossx.errors import Stopped, UsageError, counted, unknown
 from crossx.predict.cluster import predict_shards
 from crossx.predict.exported import exported_files, is_exported, require_trust
 from crossx.predict.identity import file_checksum
@@ -150,7 +150,7 @@ def predict_collection(
                     progress(done, collection.size)
         except KeyboardInterrupt as signal:
             raise Stopped(
-                f"stopped after {done} of {collection.size} images; run the same command to continue."
+                f"stopped after {done} of {counted(collection.size, 'image')}; run the same command to continue."
             ) from signal
         failed = sum(count_failed(_part(folder, number)) for number in range(len(collection.shards)))
     return Summary(collection.size, failed, left, time.perf_counter() - start)

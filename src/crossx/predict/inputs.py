@@ -38,7 +38,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     depth) the image files that it matches, sorted (lower-case endings match both cases); a ``.csv`` or ``.parquet``
     table the files in its column ``path``, and a ``.txt`` list those of ``read_list``, relative to the folder of the
     table or list, whether or not they exist. What exists, also as part of a pattern, is never a pattern.
-    ``file://`` and a leading ``~/`` are understood.
+    ``file://``, a leading ``~/`` and backslashes between folders are understood.
 
     Raises:
         CrossXError: If a path does not exist or is a URL, a folder holds no image, a pattern matches none, or a table
@@ -62,12 +62,14 @@ def read_list(content: bytes, source: str, folder: Path | None = None) -> list[P
         CrossXError: If nothing is listed, or a URL.
     """
     text = _decode_list(content)
-    lines = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]
+    lines = text.split("\0") if "\0" in text else _lines(text)
     files = []
     for number, line in enumerate(lines, start=1):
         bare = line.strip()
         quoted = re.fullmatch(r"(['\"])(.+)\1", bare)
         names = [line, bare, quoted[2]] if quoted else [line, bare]
+        if "\\" in bare:
+            names.insert(-1, names[-1].replace("\\", "/"))
         found = [(folder or Path()) / _local(name, f"{source}: line {number}: ") for name in names if bare]
         path = next(filter(os.path.lexists, found), found[-1] if found else None)
         if path is not None and (os.path.lexists(path) or not bare.startswith("#")):
@@ -109,6 +111,8 @@ def _files(given: str | Path) -> list[Path]:
     path = _local(given)
     # unlike Path.exists, false for names that are too long and for folders without permission
     if not os.path.exists(path):
+        if "\\" in str(path) and os.path.exists(slashed := Path(str(path).replace("\\", "/"))):
+            return _files(slashed)
         if glob.has_magic(str(path)) or "{" in str(path):
             return _matches(path)
         raise CrossXError(f"{path}: no such file or folder.")
@@ -137,6 +141,13 @@ def _local(given: str | Path, where: str = "") -> Path:
             f"{where}{text}: files are read, not addresses: download it first (curl -O), then give the file."
         )
     return user_path(given)
+
+
+def _lines(text: str) -> list[str]:
+    """Split at line ends, which are only carriage returns in old files of Macs."""
+    if "\n" not in text:
+        return text.split("\r")
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def _decode_list(content: bytes) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError, check_choice, counted
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.suggestions import nearest
@@ -222,7 +222,9 @@ class OptimConfig:
             given = getattr(self, option)
             if given >= epochs:
                 changed[option] = most
-                notes.append(f"optim.{option} {given:g} is shortened to {most:g} of {epochs} epochs.")
+                notes.append(
+                    f"optim.{option} {given:g} is shortened to {most:g} of {counted(epochs, 'epoch')}."
+                )
         first_drop = {"step": self.step_size, "multistep": min(self.milestones, default=0)}.get(self.schedule)
         if first_drop is not None and first_drop >= epochs:
             notes.append(

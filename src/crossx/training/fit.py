@@ -22,7 +22,15 @@ from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
+from crossx.errors import (
+    CrossXError,
+    LostWorker,
+    Stopped,
+    UsageError,
+    counted,
+    lost_worker,
+    sigterm_interrupts,
+)
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method, create_method
 from crossx.methods.start import Start, Transfer
@@ -199,7 +207,7 @@ def _with_length(
         if limit < so_far or (finished and limit == so_far):
             shown, unit = (f"{so_far:.0f}", " seconds") if option == "max_time" else (f"{so_far}", "")
             raise UsageError(
-                f"{run.path}: has trained {epochs} epochs ({step} steps), and trainer.{option} "
+                f"{run.path}: has trained {counted(epochs, 'epoch')} ({counted(step, 'step')}), and trainer.{option} "
                 f"{getattr(trainer, option)} leaves nothing to train: give more than {shown}{unit}."
             )
     if not finished:
@@ -408,7 +416,8 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
         ended = "stopped"
         done = len(loop.history.rows)
         raise Stopped(
-            f"stopped after {done} complete epochs. Continue with `crossx fit --resume {loop.run_folder.path}`."
+            f"stopped after {counted(done, 'complete epoch')}. "
+            f"Continue with `crossx fit --resume {loop.run_folder.path}`."
         ) from error
     except torch.OutOfMemoryError as error:
         data = loop.config.data

@@ -105,6 +105,30 @@ def test_splits_with_unknown_names_are_noted(tmp_path: Path) -> None:
     )
 
 
+def test_splits_with_unknown_names_and_different_classes_are_noted(tmp_path: Path) -> None:
+    touch(tmp_path, "learn/a/1.jpg", "learn/b/1.jpg", "learn/c/1.jpg", "check/a/1.jpg", "check/b/1.jpg")
+    (note,) = read_folder(tmp_path).notes
+    assert note.startswith("'check', 'learn' all hold the folders 'a', 'b'")
+    touch(tmp_path, "x/small/1.jpg", "learn/small/1.jpg", "check/small/1.jpg")
+    assert read_folder(tmp_path).notes == ()
+
+
+def test_a_class_without_images_in_test_is_noted(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{s}/{c}/1.jpg" for s in ("train", "test") for c in "ab"), "test/c/readme.txt")
+    index = read_folder(tmp_path)
+    assert index.classes == ("a", "b")
+    assert index.notes == ("no images in class 'c' of the test split",)
+
+
+def test_runs_next_to_the_classes_are_skipped(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "runs/one/run.json", "runs/one/maps/1.png", "mine/run.json")
+    index = read_folder(tmp_path)
+    assert index.classes == ("a", "b")
+    assert index.notes == ("skipped 2 hidden or system files and folders: 'mine', 'runs'",)
+    touch(tmp_path / "other", "a/1.jpg", "runs/1.jpg")
+    assert read_folder(tmp_path / "other").classes == ("a", "runs")
+
+
 def test_classes_with_other_words_of_splits(tmp_path: Path) -> None:
     touch(tmp_path, "test tube/1.jpg", "train station/1.jpg", "eval board/1.jpg")
     index = read_folder(tmp_path)
@@ -282,6 +306,10 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
             "'holdout' may be a validation or a test split",
         ),
         (["training/a/1.jpg", "query/a/1.jpg"], "'query' is next to the split folder 'training'"),
+        (
+            ["trainA/a/1.jpg", "testA/a/1.jpg", "trainB/a/1.jpg", "testB/a/1.jpg"],
+            "'testB', 'trainB' are next to",
+        ),
         (["train/1.jpg", "test/1.jpg", "plane/1.jpg"], "'plane' is next to the split folder"),
         (["train/1.jpg", "tst/1.jpg"], "train: holds no class folders. The images in it"),
         (["fold1/a/1.jpg", "fold2/a/1.jpg"], "'fold1', 'fold2' seem to be parts of the data"),

@@ -141,6 +141,10 @@ def test_any_names_survive_both_formats(labels: dict[str, str]) -> None:
         ("path,label\na,x\nb,x\n", "only one class, 'x'"),
         ("path,label\na,x,extra\n", "line 2: 3 fields, the header has 2"),
         ('path,label\na,"x\n', "not valid CSV"),
+        ("\n\npath,label\na\n", "line 4: 1 field, the header has 2"),
+        ("a,x\nb,y\n", "Columns found: 'a', 'x'. The first line names the columns: path, label."),
+        ("path label\na x\nb y\n", "the separator of 'path label' is not known: a comma, semicolon, tab or"),
+        ("Path:Label:Split\na:x:train\n", "the separator of 'Path:Label:Split' is not known"),
         ("path,label\n" + "a,\n" * 8, "line 6: label empty; and 3 more"),
     ],
 )
@@ -197,13 +201,14 @@ READ = [("a.jpg", "Grünfink", "train"), ("b.jpg", "wren", "train"), ("c.jpg", "
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_separators_encodings_and_line_ends(
     tmp_path: Path, separator: str, encoding: str, ending: str
 ) -> None:
     text = PLAIN.replace(",", separator).replace("\n", ending)
     assert rows(tmp_path, text, encoding=encoding) == READ
+    assert rows(tmp_path, f"{ending} {ending}{text}\x1a", encoding=encoding) == READ
     text = f"sep={separator}{ending}{text}"
     assert rows(tmp_path, text, "birds.txt", encoding) == READ
 
@@ -297,6 +302,7 @@ def test_backslashes_and_other_unicode_forms_name_the_files_that_are_there(tmp_p
         ("\\\\server\\share\\1.jpg", "is on a Windows drive"),
         ("https://example.org/1.jpg", "is a URL"),
         ("s3://bucket/1.jpg", "is a URL"),
+        ("file:///data/1.jpg", "write the path without file://"),
     ],
 )
 def test_paths_of_other_machines(tmp_path: Path, name: str, message: str) -> None:
@@ -346,11 +352,24 @@ def test_types_that_are_no_labels(tmp_path: Path, values: pa.Array, message: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["pandas.period", "stranger.unit"])
+def test_extension_types_are_no_labels(tmp_path: Path, name: str) -> None:
+    storage = pa.array([18262, 18263])
+    field = pa.field("label", storage.type, metadata={"ARROW:extension:name": name})
+    path = tmp_path / "birds.parquet"
+    pq.write_table(
+        pa.table([pa.array(["a", "b"]), storage], pa.schema([pa.field("path", pa.string()), field])), path
+    )
+    with pytest.raises(CrossXError, match=f"column 'label' holds .*{name}"):
+        read_table(path)
+
+
 SPLIT_COLUMNS = {
     "subset": ["train", "test"], "set": ["1", "2"], "Set": ["a", "b"], "fold": ["0", "1"], "phase": ["x", "y"],
     "is_valid": ["True", "False"], "is_train": ["1", "0"], "isTest": ["0", "1"], "train": ["1", "0"],
     "partition": ["0", "2"], "usage": ["Public", "Private"], "data_split": ["a", "b"], "datasplit": ["a", "b"],
     "group": ["Training", "val"], "purpose": ["trn", "tst"], "train_test_split": ["0", "1"],
+    "cv": ["1", "2"], "part": [b"train", b"test"], "kfold": [0.0, 1.0],
 }  # fmt: skip
 
 
@@ -366,7 +385,7 @@ def test_a_split_under_another_name_is_noted(tmp_path: Path, column: str) -> Non
     lines.write_text(
         "".join(f'{{"path": "{p}", "label": "{x}", "{column}": "{first}"}}\n' for p, x in ("ax", "by"))
     )
-    for table in (*tables, lines):
+    for table in tables[1:] if isinstance(first, bytes) else (*tables, lines):
         (note,) = read_table(table).notes
         assert note.startswith(f"the column {column!r} seems to be a split and is not read")
     assert read_table(write(tmp_path, f"path,label,split,{column}\na,x,train,1\nb,y,train,1\n")).notes == ()

@@ -13,14 +13,13 @@ from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_leftover
 from crossx.data.names import (
     class_name,
-    lookalike_note,
+    class_notes,
     lookalikes,
     quoted,
-    several_labels_note,
     short_split_name,
     split_name,
 )
-from crossx.errors import CrossXError, first_few
+from crossx.errors import CrossXError, counted, first_few
 
 _FOLD = re.compile(r"(k?fold|split|cv|partition)[\s._-]*[0-9]+", re.IGNORECASE)
 _SHOWN = 5
@@ -53,6 +52,10 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     found = _Found(root)
     splits = _split_folders(root, found)
     files = {split: _images_by_class(folder, found) for split, folder in (splits or {"train": root}).items()}
+    for split, by_class in files.items():
+        if split != "train" and (empty := [name for name, paths in by_class.items() if not paths]):
+            found.notes.append(f"no images in {_listed(sorted(empty))} of the {split} split")
+            files[split] = {name: paths for name, paths in by_class.items() if paths}
     classes = _classes(root, files, splits.get("train", root))
     if not splits:
         _require_no_splits_inside(root)
@@ -66,7 +69,7 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     ]
     if not splits:
         records = hold_out_test(records, classes, root, test_fraction, split_seed)
-    notes = (*found.all_notes(), *lookalike_note(classes), *several_labels_note(classes))
+    notes = (*found.all_notes(), *class_notes(classes))
     return DatasetIndex(name="folder", classes=tuple(classes), records=tuple(records), notes=notes)
 
 
@@ -91,10 +94,9 @@ class _Found:
         notes = list(self.notes)
         if self.skipped:
             notes.append(skipped_note(self.skipped, self.root))
-        if self.loose == 1:
-            notes.append("1 image in no class folder is not read")
-        elif self.loose:
-            notes.append(f"{self.loose:,} images in no class folder are not read")
+        if self.loose:
+            verb = "is" if self.loose == 1 else "are"
+            notes.append(f"{counted(self.loose, 'image')} in no class folder {verb} not read")
         merged = [
             f"{', '.join(map(ascii, sorted(spellings)))} (class {name!r})"
             for name, spellings in self.spellings.items()
@@ -137,7 +139,8 @@ def _split_folders(root: Path, found: _Found) -> dict[str, Path]:
             )
     if others:
         raise CrossXError(
-            f"{printable(root)}: {_named(others)} is next to the split folder {printable(chosen[0].name)!r}. "
+            f"{printable(root)}: {_named(others)} {'is' if len(others) == 1 else 'are'} next to the split folder "
+            f"{printable(chosen[0].name)!r}. "
             "Keep either the splits there (train, val, test) or the classes."
         )
     if "unclear" in splits:
@@ -198,12 +201,13 @@ def _require_no_splits_inside(root: Path) -> None:
 
 
 def _same_inside_note(root: Path) -> list[str]:
-    """Return a note if all folders hold folders of the same names, as splits with unknown names do."""
+    """Return a note if all folders hold mostly folders of the same names, as splits with unknown names do."""
     folders = _subfolders(root)
-    inside = {tuple(inner.name for inner in _subfolders(folder)) for folder in folders}
-    if len(inside) != 1 or len(names := inside.pop()) < 2 or _holds_images(*folders):
+    inside = [{inner.name for inner in _subfolders(folder)} for folder in folders]
+    names = set.intersection(*inside) if len(inside) > 1 else set()
+    if len(names) < 2 or 2 * len(names) < max(map(len, inside)) or _holds_images(*folders):
         return []
-    listed = first_few([repr(printable(name)) for name in names], _SHOWN)
+    listed = first_few([repr(printable(name)) for name in sorted(names)], _SHOWN)
     return [
         f"{_named(folders)} all hold the folders {listed}: if those are the classes, rename the outer ones to "
         "train, val and test"
@@ -239,10 +243,19 @@ def _subfolders(folder: Path, found: _Found | None = None) -> list[Path]:
     try:
         children = _children(folder)
         if found is not None:
-            found.skipped.extend(path for path in children if is_leftover(path.name))
-        return [path for path in children if not is_leftover(path.name) and path.is_dir()]
+            found.skipped.extend(path for path in children if _is_skipped(path))
+        return [path for path in children if not _is_skipped(path) and path.is_dir()]
     except OSError as error:
         raise CrossXError(f"{printable(folder)}: the folder cannot be listed ({error.strerror}).") from error
+
+
+def _is_skipped(path: Path) -> bool:
+    """Return whether something left behind, or a folder of training runs: the default is ``runs`` where one works."""
+    return (
+        is_leftover(path.name)
+        or (path / "run.json").is_file()
+        or (path.name == "runs" and any(path.glob("*/run.json")))
+    )
 
 
 def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], where: Path) -> list[str]:

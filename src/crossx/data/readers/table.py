@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_system_path
-from crossx.data.names import class_name, lookalike_note, several_labels_note, split_name, words_of
+from crossx.data.names import class_name, class_notes, split_name, words_of
 from crossx.data.readers.embedded import image_column, unpack
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.parsing import MAX_FILE
-from crossx.errors import CrossXError, UsageError, first_few, first_line
+from crossx.errors import CrossXError, UsageError, counted, first_few, first_line
 from crossx.runs import is_utf8
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.suggestions import nearest
@@ -41,7 +42,20 @@ _TEXT_SUFFIXES = (*SUFFIXES, ".txt", ".tab")
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 _SPLIT_WORDS = {
-    *["split", "set", "subset", "fold", "phase", "usage", "partition", "mode", "stage", "dataset", "kfold"]
+    *[
+        "split",
+        "set",
+        "subset",
+        "fold",
+        "phase",
+        "usage",
+        "partition",
+        "mode",
+        "stage",
+        "dataset",
+        "kfold",
+        "cv",
+    ]
 }
 _SPLIT_MARKS = {
     *["is", "in", "for", "use", "name", "data", "type", "id", "no"],
@@ -62,8 +76,8 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
     numeric order if all labels are whole numbers, else in sorted order. ``split`` is train, val or test, or another
     usual name (``names.split_name``); without the column, ``test_fraction`` of each class is held out for testing.
 
-    CSV is UTF-8 or UTF-16, with the column names in the first line, separated by commas, semicolons, tabs or vertical
-    bars. JSON lines hold one object per line. Both may be compressed by gzip.
+    CSV is UTF-8, UTF-16 or UTF-32, with the column names in the first line, separated by commas, semicolons, tabs or
+    vertical bars. JSON lines hold one object per line. Both may be compressed by gzip.
 
     Args:
         path: The table.
@@ -101,9 +115,9 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
     if not has_split:
         folder = records[0].path.parent if table.embedded else path.parent
         records = hold_out_test(records, classes, folder, test_fraction, split_seed)
-    notes = [*table.notes, *lookalike_note(classes), *several_labels_note(classes)]
+    notes = [*table.notes, *class_notes(classes)]
     if skipped:
-        notes.append(f"skipped {len(skipped):,} rows of system files: {first_few(skipped, _SHOWN)}")
+        notes.append(f"skipped {counted(len(skipped), 'row')} of system files: {first_few(skipped, _SHOWN)}")
     return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records), notes=tuple(notes))
 
 
@@ -180,7 +194,7 @@ def _read(path: Path, required: Sequence[str]) -> _Table:
 
 
 def _decoded(path: Path) -> str:
-    """Return a text file's content: UTF-8, or UTF-16 with or without a byte order mark; also compressed by gzip."""
+    """Return a text file's content: UTF-8, or UTF-16 or UTF-32 with or without a byte order mark; also as gzip."""
     content = read_bytes(path, MAX_FILE)
     if content.startswith(b"\x1f\x8b"):
         try:
@@ -199,12 +213,16 @@ def _decoded(path: Path) -> str:
             ending = "Rename it to .parquet" if kind.endswith("Parquet file") else "Save it as CSV UTF-8"
             raise CrossXError(f"{path}: is {kind}, not text. {ending}.")
     encoding = "utf-8-sig"
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
+    elif content[:4].count(0) == 3:
+        encoding = "utf-32-be" if content[:1] == b"\0" else "utf-32-le"
     elif b"\0" in content[:2] and len(content) > 1:
         encoding = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
     try:
-        return content.decode(encoding)
+        return content.decode(encoding).removesuffix("\x1a")  # the end of a file in DOS
     except UnicodeDecodeError as error:
         line = 1 + len(re.findall(rb"\r\n?|\n", content[: error.start]))
         raise CrossXError(
@@ -215,26 +233,37 @@ def _decoded(path: Path) -> str:
 def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
     given = re.match(r'"?sep=([^\r\n])"?(\r\n?|\n)', text, re.IGNORECASE)
     body = text[given.end() :] if given else text
+    before = int(given is not None)
+    if blank := re.match(r"([^\S\r\n,;\t|]*(\r\n?|\n))+", body):
+        body = body[blank.end() :]
+        before += len(re.findall(r"\r\n?|\n", blank[0]))
     separator = given[1] if given else _separator(body, required)
     reader = csv.reader(io.StringIO(body, newline=""), strict=True, delimiter=separator)
     rows: list[tuple[str, list[str]]] = []
     try:
         header = next(reader, [])
-        columns = _columns(path, header, required)
+        if len(header) == 1 and all(name in header[0].lower() for name in required) and len(required) > 1:
+            *marks, last = _SEPARATORS.values()
+            raise CrossXError(
+                f"{path}: the separator of {header[0]!r} is not known: a {', '.join(marks)} or {last} is."
+            )
+        columns = _columns(
+            path, header, required, f" The first line names the columns: {', '.join(required)}."
+        )
         for fields in reader:
             if not any(value.strip() for value in fields[len(header) :]):
                 fields = fields[: len(header)]  # spreadsheets write separators of empty columns
             if not any(value.strip() for value in fields):
                 continue
-            place = f"line {reader.line_num + bool(given)}"
+            place = f"line {reader.line_num + before}"
             if len(fields) != len(header):
                 raise CrossXError(
-                    f"{path}: {place}: {len(fields)} fields, the header has {len(header)}. "
+                    f"{path}: {place}: {counted(len(fields), 'field')}, the header has {len(header)}. "
                     f"A {_SEPARATORS.get(separator, repr(separator))} inside a field needs quotes around the field."
                 )
             rows.append((place, fields))
     except csv.Error as error:
-        place = f"line {reader.line_num + bool(given)}"
+        place = f"line {reader.line_num + before}"
         raise CrossXError(f"{path}: {place}: not valid CSV ({error}).") from error
     others = {
         name: [fields[index] for _, fields in rows[:_SAMPLE]]
@@ -295,8 +324,8 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
             needed = [name for name in required if name != "path" or image is None]
             columns = _columns(path, schema.names, needed)
             kinds = {name: schema.types[index] for name, index in columns.items()}
-            for name, kind in kinds.items():
-                _require_text(path, name, kind)
+            for name, index in columns.items():
+                _require_text(path, name, schema.field(index))
             values = read_columns(path, file, {name: schema.names[index] for name, index in columns.items()})
             if image is not None:
                 values["path"] = unpack(path, file, schema.names[image])
@@ -305,7 +334,7 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
                 for index, name in enumerate(schema.names)
                 if "label" in columns
                 and index not in (*columns.values(), image)
-                and _may_be_split(schema.types[index])
+                and not pa.types.is_nested(schema.types[index])
             }
         if len({len(column) for column in values.values()}) > 1:
             raise CrossXError(
@@ -347,27 +376,20 @@ def _class_labels(schema: pa.Schema, columns: Mapping[str, int]) -> list[str] | 
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _require_text(path: Path, name: str, kind: pa.DataType) -> None:
+def _require_text(path: Path, name: str, field: pa.Field) -> None:
     import pyarrow as pa
 
+    kind = field.type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_nested(value) or pa.types.is_temporal(value) or pa.types.is_interval(value):
-        raise CrossXError(f"{path}: column {name!r} holds {kind}: {_WANTED[name]}.")
+    # such as pandas' periods, stored as whole numbers
+    extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode("utf-8", "replace")
+    if isinstance(kind, pa.BaseExtensionType):  # one that is known in this process
+        extension = str(kind)
+    if pa.types.is_nested(value) or pa.types.is_temporal(value) or pa.types.is_interval(value) or extension:
+        raise CrossXError(f"{path}: column {name!r} holds {extension or kind}: {_WANTED[name]}.")
 
 
-def _may_be_split(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(
-        pa.types.is_string(value)
-        or pa.types.is_large_string(value)
-        or pa.types.is_boolean(value)
-        or pa.types.is_integer(value)
-    )
-
-
-def _columns(path: Path, header: Sequence[Any], required: Sequence[str]) -> dict[str, int]:
+def _columns(path: Path, header: Sequence[Any], required: Sequence[str], hint: str = "") -> dict[str, int]:
     """Return column -> position; case and surrounding blanks are ignored."""
     names = [str(name).strip().lower() for name in header]
     found = ", ".join(repr(name) for name in header)
@@ -375,6 +397,7 @@ def _columns(path: Path, header: Sequence[Any], required: Sequence[str]) -> dict
         if name not in names:
             raise CrossXError(
                 f"{path}: there is no column {name!r}.{nearest(name, [*header])} Columns found: {found or 'none'}."
+                f"{hint}"
             )
     columns = [name for name in (*required, "split") if name in names]
     for name in columns:
@@ -402,7 +425,11 @@ def _split_notes(columns: Mapping[str, int], others: Mapping[str, Sequence[Any]]
 
 def _is_split(name: str, values: Sequence[Any]) -> bool:
     """Return whether a column's name or values are those of a split."""
-    different = {str(value).strip() for value in values if value is not None} - {""}
+    different = {
+        (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
+        for value in values
+        if value is not None
+    } - {""}
     if different and all(split_name(value)[0] and not split_name(value)[1] for value in different):
         return True
     words = words_of(name)
@@ -476,11 +503,10 @@ def _resolved(folder: Path, name: str | Path, place: str, problems: list[str]) -
             if os.path.isfile(folder / form):
                 return folder / form
     if _ELSEWHERE.match(name):
-        what = (
-            "a URL: download the images"
-            if "://" in name
-            else "on a Windows drive: write paths below the table"
-        )
+        what = "on a Windows drive: write paths below the table"
+        if "://" in name:
+            is_file = name.lower().startswith("file:")
+            what = f"a URL: {'write the path without file://' if is_file else 'download the images'}"
         problems.append(f"{place}: {name!r} is {what}")
     return file
 
