@@ -1,14 +1,19 @@
+import io
 import json
 import logging
 import socket
 import time
 from contextlib import nullcontext
+from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 import hub_stub
 from crossx.backbones import Backbone, create_backbone, load_trunk_weights
@@ -332,3 +337,59 @@ def test_previous_is_taken_at_another_stride(name: str) -> None:
 def test_a_stride_without_a_map_is_refused() -> None:
     with pytest.raises(UsageError, match="has no map of stride 2 before its last one; it has: 4, 8, 16"):
         create_backbone("resnet10t").take_previous(2)
+
+
+def test_alexnet_is_torchvisions_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real download code, up to the request; the file has the convolutions alone, of 244 MB the smallest part."""
+    with torch.device("meta"):
+        torchvision_names = set(torchvision.models.alexnet().state_dict())
+    convolutions = {
+        f"features.{index}.{name}": torch.randn(shape) / 10
+        for index, weight in (
+            (0, (64, 3, 11, 11)), (3, (192, 64, 5, 5)), (6, (384, 192, 3, 3)), (8, (256, 384, 3, 3)),
+            (10, (256, 256, 3, 3)),
+        )
+        for name, shape in (("weight", weight), ("bias", weight[:1]))
+    }  # fmt: skip
+    classifier = {"classifier.6.weight": torch.zeros(1000, 4096), "classifier.6.bias": torch.zeros(1000)}
+    stored = io.BytesIO()
+    torch.save(convolutions | classifier, stored)
+    requested = []
+
+    def urlopen(request: Any, *_: object, **__: object) -> Any:
+        requested.append(request.full_url)
+        answer = io.BytesIO(stored.getvalue())
+        answer.info = lambda: Message()  # type: ignore[attr-defined]
+        return answer
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", lambda *_: nullcontext())
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    backbone = create_backbone("alexnet", pretrained=True).eval()
+    assert requested == ["https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"]
+    own = backbone.trunk.state_dict()
+    assert own.keys() == {name for name in torchvision_names if not name.startswith("classifier.6.")}
+    assert all(torch.equal(own[name], value) for name, value in convolutions.items())
+    assert sum(map(len, backbone.layer_groups())) == len(own)
+
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        maps, features = backbone(images), backbone.features(images)
+        x = images
+        for index, (stride, padding) in {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}.items():
+            weight, bias = convolutions[f"features.{index}.weight"], convolutions[f"features.{index}.bias"]
+            x = F.relu(F.conv2d(x, weight, bias, stride, padding))
+            if index == 10:
+                torch.testing.assert_close(maps["previous"], x)
+            if index in (0, 3, 10):
+                x = F.max_pool2d(x, 3, 2)
+        torch.testing.assert_close(maps["last"], x)
+        fc6 = F.relu(F.linear(x.flatten(1), own["classifier.1.weight"], own["classifier.1.bias"]))
+        fc7 = F.relu(F.linear(fc6, own["classifier.4.weight"], own["classifier.4.bias"]))
+        torch.testing.assert_close(backbone.pool(features, "fc6"), fc6)
+        torch.testing.assert_close(backbone.pool(features), fc7)
+    assert maps["previous"].shape == (1, 256, 13, 13)
+    assert x.shape == (1, backbone.channels["last"], 6, 6)
+    assert backbone.layer_channels("fc6") == backbone.pooled_channels == 4096
+    backbone.drop_head()
+    assert {name.split(".")[0] for name in backbone.trunk.state_dict()} == {"features"}

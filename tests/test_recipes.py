@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -16,6 +17,7 @@ from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError
+from crossx.methods import KernelPooling, create_method
 from crossx.methods.base import published_name
 from crossx.recipes import Recipe, Setting, list_recipes, load_recipe, model_name, model_names
 from crossx.runs import Preprocessing
@@ -173,6 +175,77 @@ def test_a_recipe_trains_on_as_many_images_as_the_paper(
     if config.dataset == "aircraft":
         assert len(trained) == len(index.classes) * (20 + 20)
         assert not data.holds_out
+
+
+ROWS = {
+    "maxent": "nabirds_resnet50 nabirds_densenet161 cub_resnet50 cub_densenet161 cars_resnet50 dogs_resnet50 "
+    "dogs_densenet161 aircraft_resnet50 aircraft_densenet161",
+    "mamc": "cub_resnet50 cub_resnet101 cars_resnet50 dogs_resnet50 dogs_resnet101",
+    "kernel_pooling": "cub_resnet50 cub_vgg16 cars_resnet50 cars_vgg16 aircraft_resnet50 aircraft_vgg16",
+    "dfl": "cub_resnet50 cub_vgg16 cars_resnet50 aircraft_resnet50 aircraft_vgg16",
+    "nts": "cub_resnet50 cars_resnet50 aircraft_resnet50",
+    "probe": "nabirds_alexnet",
+}
+BACKBONES = {
+    "resnet50": "resnet50.tv_in1k",
+    "resnet101": "resnet101.tv_in1k",
+    "densenet161": "densenet161.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
+    "alexnet": "alexnet.tv_in1k",
+}
+
+
+@functools.cache
+def build_outline(method: str, backbone: str, size: int, options: tuple[tuple[str, Any], ...]) -> None:
+    """Build a network without memory for its weights, and check that it takes images of a size."""
+    with torch.device("meta"):
+        network = create_method(
+            method, backbone=backbone, num_classes=100, image_size=size, **load_options(options)
+        )
+        network.check_image_size(size)
+
+
+def load_options(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options}
+
+
+@pytest.mark.parametrize("name", [f"{method}_{row}" for method, rows in ROWS.items() for row in rows.split()])
+def test_a_recipe_of_a_compared_method_is_what_its_name_says_and_can_be_built(name: str) -> None:
+    method, dataset, backbone = re.fullmatch(r"(\w+)_([a-z]+)_([a-z0-9]+)", name).groups()  # type: ignore[union-attr]
+    recipe = load_recipe(name)
+    model = recipe.to_dict()["model"]
+    assert (model.pop("method"), recipe.get("data", "dataset")) == (method, dataset)
+    assert (model.pop("backbone"), model.pop("pretrained")) == (BACKBONES[backbone], True)
+    assert (model.get("stride"), model.get("filter_stride")) == {
+        ("kernel_pooling", "vgg16"): (16, None),
+        ("dfl", "vgg16"): (None, 8),
+    }.get((method, backbone), (None, None))
+    if dataset == "aircraft":
+        assert (recipe.get("data", "level"), recipe.get("data", "train_on")) == ("variant", "trainval")
+        assert recipe.get("optim", "selection") == "last"
+    size = recipe.get("data", "image_size")
+    assert size == (224 if backbone == "alexnet" else 448)
+    build_outline(
+        method,
+        BACKBONES[backbone],
+        size,
+        tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in model.items()),
+    )
+
+
+def test_kernel_pooling_on_vgg_takes_conv5_3() -> None:
+    with torch.device("meta"):
+        model = load_recipe("kernel_pooling_cub_vgg16").to_dict()["model"]
+        method = create_method(
+            "kernel_pooling", backbone=model["backbone"], num_classes=200, stride=model["stride"]
+        )
+        maps = method.activation_maps(torch.zeros(1, 3, 448, 448))
+        assert maps["previous"].shape == (1, 1, 28, 28)
+    assert isinstance(method, KernelPooling)
+    # orders 0, 1 and 2 to 4
+    assert method.classifier.in_features == 1 + 512 + 3 * 4096
+    last = [module for module in method.backbone.trunk.features if isinstance(module, torch.nn.Conv2d)][-1]
+    assert last.weight.requires_grad
 
 
 def test_nts_recipe() -> None:

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from crossx.cli.main import main
+from crossx.data.catalog import dataset_info
 from crossx.evaluation.predictions import Predictions, predictions_path
+from crossx.recipes import Recipe, Setting, list_recipes, load_recipe
+from crossx.report import published
 from crossx.runs import write_json
+from crossx.training.config import Config
 
 CLASSES = 4
 
@@ -95,6 +99,7 @@ def test_the_paper_stands_below_with_table_and_row_and_another_task_is_named(
         ),
         (["one", "--papre"], "Did you mean '--paper'?"),
         ([], "required: RUN"),
+        (["nowhere", "--paper"], "nowhere: no such run folder"),
     ],
 )
 def test_what_cannot_be_compared_is_said(
@@ -104,3 +109,101 @@ def test_what_cannot_be_compared_is_said(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def write_reproduction(
+    folder: Path, *, epochs: int, recipe: str = "crossx_cars_resnet50", **changed: object
+) -> None:
+    """Write a run of a recipe as if it had been tested on all images of the paper's test set."""
+    write_run(folder, [True, True, False, False])
+    config = Config.from_recipe(recipe, trainer={"max_epochs": epochs})
+    (folder / "config.yaml").write_text(config.to_yaml())
+    classes, _, images = dataset_info(config.data.dataset).table1 or (0, 0, 0)
+    results = json.loads((folder / "test.json").read_text())
+    results |= {
+        "method": config.model.method,
+        "options": config.model.options,
+        "dataset": config.data.dataset,
+    }
+    results |= {"backbone": config.model.backbone, "preprocessing": {"image_size": config.data.image_size}}
+    results |= {"num_classes": classes, "n": images, "class_mean": 0.25, **changed}
+    write_json(folder / "test.json", results)
+
+
+def test_all_rows_of_the_paper_are_listed_with_their_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--paper"]) == 0
+    rows = {row["from"]: row for row in table(capsys.readouterr().out)}
+    assert len(rows) == 51
+    assert {row["ours"] for row in rows.values()} == {"not measured"}
+    assert rows["Table 3, row 1"]["recipe"] == "probe_nabirds_alexnet"
+    assert rows["Table 5, row 7"] == {
+        "from": "Table 5, row 7", "dataset": "cars", "method": "Kernel-Pooling", "backbone": "VGGNet",
+        "published": "92.4", "ours": "not measured", "runs": "–", "recipe": "kernel_pooling_cars_vgg16",
+    }  # fmt: skip
+    # every method of ours has the recipes of all its rows
+    ours = {
+        "AlexNet-fc6",
+        "MaxEnt-CNN",
+        "SENet-50",
+        "ResNet-50",
+        "Cross-X",
+        "NTS-Net",
+        "Kernel-Pooling",
+        "MAMC-CNN",
+    }
+    for row in rows.values():
+        if row["method"] in ours | {"DFB-CNN"}:
+            assert row["recipe"] in list_recipes()
+            described = load_recipe(row["recipe"]).description
+            assert f"{float(row['published']):.1f}%" in described
+            assert ("class-mean" in described) == row["from"].startswith("Table 7")
+
+
+def test_runs_of_a_folder_are_found_for_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_reproduction(Path("runs/a"), epochs=30, top1=0.94)
+    write_reproduction(Path("runs/b"), epochs=3, top1=0.92)
+    write_reproduction(Path("runs/c"), epochs=30, top1=0.1, num_classes=4, n=8)  # not the paper's task
+    write_reproduction(Path("runs/d"), epochs=30, top1=0.1, options={})  # another network
+    write_reproduction(Path("runs/e"), epochs=30, top1=0.1, preprocessing={"image_size": 224})
+    write_reproduction(Path("runs/f"), epochs=30, recipe="crossx_aircraft_resnet50", top1=0.1, class_mean=0.5)
+    write_json(Path("runs/g/model.json"), {})  # not tested
+    (Path("runs/g") / "model.safetensors").touch()
+    assert main(["compare", "runs", "--paper", "--output", "all"]) == 0
+    printed = capsys.readouterr().out
+    rows = {row["from"]: row for row in table(printed)}
+    assert len(rows) == 51
+    assert (rows["Table 5, row 13"]["ours"], rows["Table 5, row 13"]["runs"]) == ("93.0", "runs/a, runs/b")
+    assert rows["Table 7, row 9"]["ours"] == "50.0"
+    assert sum(row["ours"] != "not measured" for row in rows.values()) == 2
+    note = "note: runs/b is not trained as crossx_cars_resnet50: trainer.max_epochs 3 instead of 30."
+    assert [line for line in printed.splitlines() if line.startswith("note")] == [note]
+    written = {
+        row["table"] * 100 + row["row"]: row for row in json.loads(Path("all.json").read_text())["published"]
+    }
+    assert written[513]["our_runs"] == ["runs/a", "runs/b"]
+    assert written[513]["ours"] == pytest.approx(0.93)
+    assert len(list(csv.DictReader(Path("all.csv").read_text().splitlines()))) == 51
+
+    # runs that are named: the rows of their dataset below them
+    assert main(["compare", "runs/a", "--paper"]) == 0
+    named = table(capsys.readouterr().out)
+    assert len(named) == 14
+    assert named[-1]["ours"] == "94.0"
+    assert named[-1]["recipe"] == "crossx_cars_resnet50"
+
+
+def test_a_recipe_that_lands_appears(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Recipe("ra_cnn_cub_vgg19", settings={
+        ("model", "method"): Setting("ra_cnn"), ("model", "backbone"): Setting("vgg19.tv_in1k"),
+        ("data", "dataset"): Setting("cub"),
+    })  # fmt: skip
+    monkeypatch.setattr(published, "list_recipes", lambda: [made.name])
+    monkeypatch.setattr(published, "load_recipe", lambda name: made)
+    assert main(["compare", "--paper"]) == 0
+    found = {row["from"]: row["recipe"] for row in table(capsys.readouterr().out) if row["recipe"] != "none"}
+    assert found == {"Table 4, row 2, several crops": "ra_cnn_cub_vgg19"}

@@ -210,3 +210,41 @@ def test_onnx_takes_any_number_of_images(pooling: str, tmp_path: Path) -> None:
         images = torch.randn(count, 3, 64, 64)
         (logits,) = session.run(None, {"images": images.numpy()})
         np.testing.assert_allclose(logits, method(images).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stride", "shape"),
+    [pytest.param("vgg11", 16, (512, 6), marks=pytest.mark.slow), ("resnet10t", 8, (128, 12))],
+)
+def test_another_stride_pools_the_map_before_the_last_one(
+    backbone: str, stride: int, shape: tuple[int, int]
+) -> None:
+    args = {"mlp_ratio": 0.01} if backbone == "vgg11" else {}
+    method = build(backbone, pooling="bilinear", channels=4, stride=stride, backbone_args=args).eval()
+    images = torch.randn(1, 3, 96, 96)
+    trunk = method.backbone.trunk
+    if backbone == "vgg11":  # conv5_2 after its ReLU, the last convolution, as conv5_3 is on VGG-16
+        expected = trunk.features[:-1](images)
+        assert isinstance(trunk.features[-1], nn.MaxPool2d)
+    else:
+        stem = trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(images))))
+        expected = trunk.layer2(trunk.layer1(stem))
+    assert expected.shape[1:3] == shape
+    maps = method.activation_maps(images)["previous"]
+    torch.testing.assert_close(maps, expected.mean(1, keepdim=True))
+    local = method.reduce(expected).flatten(2)[0].T.double()
+    products = sum(torch.outer(x, x) for x in local) / len(local)
+    root = (products.sign() * products.abs().sqrt()).flatten()
+    torch.testing.assert_close(
+        method.embeddings(images)[0].double(), 10 * root / root.norm(), rtol=1e-2, atol=1e-2
+    )
+    method.objective(images, torch.tensor([0])).loss.backward()
+    assert all((value.grad is not None) == value.requires_grad for value in method.parameters())
+    assert any(not value.requires_grad for value in method.parameters()) == (backbone == "resnet10t")
+
+
+def test_the_stride_of_the_last_map_is_the_default() -> None:
+    given, default = build(stride=32, sketch_size=32), build(sketch_size=32)
+    assert given.state_dict().keys() == default.state_dict().keys()
+    with pytest.raises(UsageError, match="has no map of stride 64 before its last one"):
+        build(stride=64)

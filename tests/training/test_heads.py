@@ -8,10 +8,10 @@ from scipy.special import log_softmax, softmax
 from torch.nn import functional as F
 
 from crossx.losses import ClassificationLoss
-from crossx.methods import create_method, list_methods
-from crossx.training import heads
+from crossx.methods import create_method, linear, list_methods
+from crossx.methods.linear import PENALTY, fit_linear
 from crossx.training.fit import fit
-from crossx.training.heads import fit_heads, fit_linear
+from crossx.training.heads import fit_heads
 
 CLASSES = 3
 
@@ -88,7 +88,7 @@ def test_heads_are_the_logistic_regression_on_the_scaled_embeddings(name, option
     # each head's features have the mean square length that is its share of the whole width
     blocks = centred.split([head.in_features for head in method.linear_heads().values()], 1)
     scaled = torch.cat([block / (block.square().mean() * centred.shape[1]).sqrt() for block in blocks], 1)
-    weight, bias = scipy_logistic_regression(scaled.numpy(), targets.numpy(), heads.PENALTY)
+    weight, bias = scipy_logistic_regression(scaled.numpy(), targets.numpy(), PENALTY)
     expected = scaled.numpy() @ weight.T + bias
     assert (logits.argmax(1) == targets).all()
     np.testing.assert_allclose(softmax(logits.numpy(), 1), softmax(expected, 1), atol=1e-3)
@@ -162,7 +162,7 @@ def test_no_more_features_are_kept_than_fit(batches, monkeypatch):
     seen = []
     original = method.embeddings
     monkeypatch.setattr(method, "embeddings", lambda images: seen.append(len(images)) or original(images))
-    monkeypatch.setattr(heads, "MAX_VALUES", 16 * method.classifier.in_features)
+    monkeypatch.setattr(linear, "MAX_VALUES", 16 * method.classifier.in_features)
     assert fit_heads(method, batches)
     assert seen == [8, 8]
 

@@ -64,6 +64,12 @@ def test_left_out_options_take_their_defaults():
         ({"optim": {"nesterov": True, "momentum": 0}}, "nesterov needs"),
         ({"optim": 3}, "optim must be a mapping"),
         ({"trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
+        ({"trainer": {"max_epochs": -1}}, "max_epochs must be at least 0"),
+        ({"model": {"method": "plain"}, "trainer": {"max_epochs": 0}}, "max_epochs must be at least 1"),
+        (
+            {"model": {"method": "probe", "head": "sgd"}, "trainer": {"max_epochs": 0}},
+            "unless the heads are fitted",
+        ),
         ({"optim": {"warmup_steps": -1}}, "warmup_steps must be at least 0"),
         ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
         ({"trainer": {"max_epoch": 3}}, "Did you mean 'max_epochs'"),

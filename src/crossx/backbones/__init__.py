@@ -3,10 +3,11 @@
 from crossx.backbones.blocks import synchronize_batch_norms
 from crossx.backbones.create import create_backbone
 from crossx.backbones.state_dict import load_trunk_weights, read_state_dict
-from crossx.backbones.trunk import Backbone, Placement
+from crossx.backbones.trunk import Backbone, Layer, Placement
 
 __all__ = [
     "Backbone",
+    "Layer",
     "Placement",
     "create_backbone",
     "load_trunk_weights",

@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 import timm
+import torchvision
 from timm.layers import SEModule, convert_sync_batchnorm
-from timm.models import efficientnet, mobilenetv3, res2net, resnet, senet, sknet
+from timm.models import efficientnet, mobilenetv3, res2net, resnet, senet, sknet, vgg
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import AlexNet_Weights
 
 ATTENTION_SLOTS: dict[type[nn.Module], str] = {
     resnet.BasicBlock: "se",
@@ -112,6 +115,27 @@ def synchronize_batch_norms(network: nn.Module) -> None:
             network.set_submodule(name, convert_sync_batchnorm(module))
 
 
+def has_first_hidden(trunk: nn.Module) -> bool:
+    """Return whether a trunk has hidden fully connected layers, the first of which is fc6."""
+    return isinstance(trunk, AlexNet | vgg.VGG)
+
+
+def first_hidden(trunk: Any, features: Tensor) -> Tensor:
+    """Return fc6 after its ReLU, (B, 4096), for the last map (B, C, h, w) of AlexNet or VGG.
+
+    On maps larger than VGG was trained with, timm's fc6 is a convolution, whose results are averaged.
+    """
+    if isinstance(trunk, AlexNet):
+        hidden: Tensor = trunk.classifier[:3](trunk.avgpool(features).flatten(1))  # (B, C, h, w) -> (B, 4096)
+        return hidden
+    layers = trunk.pre_logits
+    height, width = (max(layers.input_kernel_size, side) for side in features.shape[-2:])
+    if (height, width) != features.shape[-2:]:
+        features = F.adaptive_avg_pool2d(features, (height, width))
+    pooled: Tensor = layers.act1(layers.fc1(features)).mean((2, 3))  # (B, 4096, h, w) -> (B, 4096)
+    return pooled
+
+
 default_cfgs = timm.models.generate_default_cfgs(
     {
         "seresnet50_16units.untrained": {
@@ -122,10 +146,96 @@ default_cfgs = timm.models.generate_default_cfgs(
             "std": (0.229, 0.224, 0.225),
             "first_conv": "conv1",
             "classifier": "fc",
-        }
+        },
+        "alexnet.tv_in1k": {
+            "url": AlexNet_Weights.IMAGENET1K_V1.url,
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (6, 6),
+            "crop_pct": 0.875,
+            "interpolation": "bilinear",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "features.0",
+            "classifier": "classifier.6",
+        },
     }
 )
 """timm reads this name from the module when it registers a model."""
+
+
+class AlexNet(torchvision.models.AlexNet):  # type: ignore[misc]
+    """torchvision's AlexNet (Krizhevsky 2014, https://arxiv.org/abs/1404.5997) with the interface of timm's models.
+
+    Args:
+        num_classes: K; 0 removes the classifier.
+        in_chans: 3.
+        drop_rate: Dropout before the hidden layers.
+    """
+
+    def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.5) -> None:
+        if in_chans != 3:
+            raise TypeError(f"AlexNet takes 3 channels, not {in_chans}")
+        super().__init__(max(num_classes, 1), drop_rate)
+        self.num_features = 256
+        self.head_hidden_size = 4096
+        self.reset_classifier(num_classes)
+        # as timm does for VGG: the maps before each pooling, and the last one after it
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": f"features.{index}"}
+            for channels, stride, index in ((64, 4, 1), (192, 8, 4), (256, 16, 11), (256, 32, 12))
+        ]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; 0 classes remove it."""
+        self.num_classes = num_classes
+        width = self.head_hidden_size
+        self.classifier[6] = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        classifier: nn.Module = self.classifier[6]
+        return classifier
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of the layer groups."""
+        return {
+            "stem": r"^features\.0",
+            "blocks": [(r"^features\.(\d+)", None), (r"^classifier\.(\d+)", (100,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refuse, as timm's VGG does."""
+        assert not enable, "gradient checkpointing not supported"
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the last map, (B, 256, h, w), for images (B, 3, H, W)."""
+        features: Tensor = self.features(images)
+        return features
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits, or fc7 (B, 4096) before them, for the last map."""
+        hidden: Tensor = self.classifier[:6](self.avgpool(features).flatten(1))  # (B, 256, h, w) -> (B, 4096)
+        return hidden if pre_logits else self.classifier[6](hidden)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int], norm: bool = False, output_fmt: str = "NCHW"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the last map and those of ``feature_info`` at ``indices``."""
+        wanted = {self.feature_info[index]["module"] for index in indices}
+        maps = []
+        for name, layer in self.features.named_children():
+            x = layer(x)
+            if f"features.{name}" in wanted:
+                maps.append(x)
+        return x, maps
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def alexnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build AlexNet with torchvision's layers and weights, which timm does not have."""
+    model: nn.Module = timm.models.build_model_with_cfg(AlexNet, "alexnet", pretrained, **kwargs)
+    return model
 
 
 @timm.models.register_model  # type: ignore[untyped-decorator]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from crossx.backbones.blocks import (
     ATTENTION_SLOTS,
     expand_stage,
+    first_hidden,
+    has_first_hidden,
     original_name,
     previous_index,
     residual_steps,
@@ -22,6 +24,7 @@ from crossx.errors import UsageError, check_choice, first_line
 from crossx.layers import OSME, ResidualOSME, evaluation_mode, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
+Layer: TypeAlias = Literal["pooled", "fc6"]
 
 
 class Backbone(nn.Module):
@@ -157,6 +160,20 @@ class Backbone(nn.Module):
             if module not in called:
                 self.trunk.set_submodule(name, nn.Identity())
 
+    def freeze_after_previous(self) -> None:
+        """Switch off the gradients of the layers that only ``last`` depends on, for methods that ignore it.
+
+        DDP fails on trainable weights without a gradient.
+        """
+        parameters = list(self.trunk.parameters())
+        size = self._own_size
+        with evaluation_mode(self), torch.inference_mode(False), torch.enable_grad():
+            previous = self.forward(parameters[0].new_zeros(1, 3, size, size))["previous"]
+            gradients = torch.autograd.grad(previous.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
+
     def recompute_activations(self) -> None:
         """Store only the inputs of the blocks in training, and recompute the rest in the backward pass.
 
@@ -181,11 +198,31 @@ class Backbone(nn.Module):
         seen: Tensor = self.stage_maps["last"](features)
         return seen
 
-    def pool(self, features: Tensor) -> Tensor:
-        """Return the input of the model's own classifier, (B, ``pooled_channels``), for the result of ``features``."""
+    def pool(self, features: Tensor, layer: Layer = "pooled") -> Tensor:
+        """Return one feature vector per image, (B, ``layer_channels(layer)``), for the result of ``features``.
+
+        Args:
+            features: In timm's layout.
+            layer: ``pooled``: the input of the model's own classifier; ``fc6``: the first fully connected layer.
+        """
+        if layer == "fc6":
+            return first_hidden(self.trunk, features)
         # timm's layout -> (B, pooled_channels)
         pooled: Tensor = self.trunk.forward_head(features, pre_logits=True)
         return pooled
+
+    def layer_channels(self, layer: Layer) -> int:
+        """Return the number of channels that ``pool`` returns for a layer.
+
+        Raises:
+            UsageError: If the backbone has no such layer.
+        """
+        check_choice("layer", layer, get_args(Layer))
+        if layer == "fc6" and not has_first_hidden(self.trunk):
+            raise UsageError(
+                f"backbone {self.name!r} has no fc6: only AlexNet and VGG have one. Use layer pooled."
+            )
+        return self.pooled_channels
 
     @property
     def pooled_channels(self) -> int:

@@ -218,7 +218,7 @@ def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) 
             takes_text = _without_none(option.hint) == [str]
             settings |= {"type": text if takes_text else option.hint, "metavar": _metavar(option)}
         if option.many:
-            settings["nargs"] = "+"
+            settings["nargs"] = "+" if required or option.spelling else "*"
         elif not (required or option.spelling):
             settings["nargs"] = "?"
         if not (required or option.flag):

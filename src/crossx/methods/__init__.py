@@ -16,6 +16,7 @@ from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
+from crossx.methods.probe import Probe
 
 __all__ = [
     "DFL",
@@ -27,6 +28,7 @@ __all__ = [
     "NTSNet",
     "Objective",
     "Plain",
+    "Probe",
     "create_method",
     "list_methods",
     "method_class",

@@ -176,6 +176,13 @@ class Method(nn.Module, ABC):
                 ordered as in a first epoch. They need not be read to the end.
         """
 
+    def adapt_to(self, state: Mapping[str, Tensor]) -> None:
+        """Give buffers whose size depends on the training images the size that they have in a state dict.
+
+        By default do nothing. Called before ``state`` is compared with the method's own state dict; it may be of
+        unknown origin.
+        """
+
     def check_image_size(self, size: int) -> None:
         """Check that the method accepts images of ``size`` x ``size`` pixels.
 

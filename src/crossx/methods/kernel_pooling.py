@@ -48,7 +48,7 @@ CITATIONS: Mapping[Pooling, str] = {
 
 @register_method("kernel_pooling")
 class KernelPooling(Method):
-    """A linear classifier on pooled products of the last map's features, trained with cross-entropy.
+    """A linear classifier on pooled products of a map's features, trained with cross-entropy.
 
     The pooled products are followed by a signed square root and L2 normalisation.
 
@@ -63,7 +63,9 @@ class KernelPooling(Method):
             the papers.
         gamma: Parameter of the Gaussian kernel that the composition starts from (``kernel`` only). Default: the inverse
             mean inner product of an image's features, estimated on training images before the first step.
-        channels: Reduce the last map to this number of channels by a 1x1 convolution. Default: no reduction.
+        stride: Stride of the pooled map; the deepest map of that stride is used. Default: the last map's. B-CNN uses 16
+            on VGG-16 (conv5_3). Deeper layers of the trunk get no gradient.
+        channels: Reduce the pooled map to this number of channels by a 1x1 convolution. Default: no reduction.
         normalize_features: Whether to L2-normalise the features of each spatial position before multiplying them.
             Default: only for ``kernel``, whose series requires unit vectors.
         feature_norm: Length of the pooled vector after normalisation. The papers use 1 and, in public B-CNN code, a
@@ -80,6 +82,7 @@ class KernelPooling(Method):
         order: int | None = None,
         sketch_size: int | None = None,
         gamma: float | None = None,
+        stride: int | None = None,
         channels: int | None = None,
         normalize_features: bool | None = None,
         feature_norm: float = 10.0,
@@ -93,13 +96,20 @@ class KernelPooling(Method):
         ):
             if value is not None and pooling not in poolings:
                 raise UsageError(f"{option} belongs to pooling {' and '.join(poolings)}, not {pooling}.")
-        width = backbone.channels["last"]
+        self.stage = "last" if stride in (None, backbone.strides["last"]) else "previous"
+        if stride is not None and self.stage == "previous":
+            backbone.take_previous(stride)
+        width = backbone.channels[self.stage]
         if channels is not None and not 1 <= channels <= width:
-            raise UsageError(f"channels must be between 1 and the last map's {width}, not {channels}.")
+            raise UsageError(
+                f"channels must be between 1 and the {self.stage} map's {width}, not {channels}."
+            )
         if not feature_norm > 0:
             raise UsageError(f"feature_norm must be above 0, not {feature_norm}.")
         self.citation = CITATIONS[pooling]
         backbone.drop_head()
+        if self.stage == "previous":
+            backbone.freeze_after_previous()
         self.reduce = nn.Identity() if channels is None else _reduction(width, channels)
         self.normalize_features = pooling == "kernel" if normalize_features is None else normalize_features
         self.feature_norm = feature_norm
@@ -135,8 +145,9 @@ class KernelPooling(Method):
         return Objective.of({"data": self.criterion(logits, targets)}, logits)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return ``last`` -> the channel mean of the last map, (B, 1, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
+        """Return ``last``, or ``previous`` with another stride -> the channel mean of the pooled map, (B, 1, h, w)."""
+        # (B, C, h, w) -> (B, 1, h, w)
+        return {self.stage: self.backbone(images)[self.stage].mean(1, keepdim=True)}
 
     def linear_heads(self) -> dict[str, nn.Linear]:
         """Return ``last`` -> classifier."""
@@ -144,7 +155,7 @@ class KernelPooling(Method):
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the normalised features, (B, D), that the classifier sees."""
-        maps = self.reduce(self.backbone(images)["last"])
+        maps = self.reduce(self.backbone(images)[self.stage])
         # products of up to p features overflow half precision, and bfloat16 has no Fourier transform
         with torch.autocast(maps.device.type, enabled=False):
             pooled: Tensor = self.pool(self._local_features(maps)).flatten(1)  # (B, D) or (B, C, C) -> (B, D)
@@ -157,7 +168,7 @@ class KernelPooling(Method):
         similarities = []
         with evaluation_mode(self), torch.no_grad():
             for images, _ in islice(batches, GAMMA_BATCHES):
-                features = self._local_features(self.reduce(self.backbone(images)["last"]))
+                features = self._local_features(self.reduce(self.backbone(images)[self.stage]))
                 # the mean over all pairs of spatial positions: (B, N, C) -> (B, C) -> (B,)
                 similarities.append(features.mean(1).square().sum(1))
         self.pool.start_from(1 / float(torch.cat(similarities).mean()))

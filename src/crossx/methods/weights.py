@@ -171,6 +171,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(method: Method, state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        method.adapt_to(state)
+    except CrossXError as error:
+        raise CrossXError(f"{path}: {error}") from error
     own = method.state_dict()
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     surplus = [key for key in state if key not in own]

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from crossx.report.published import PublishedResult
 from crossx.report.tables import Table, percent, points
 
+PAPER_CAPTION = "Percent: top-1, in Table 7 the mean over the classes. Ours: mean of the runs."
 CAPTION = "Percent. Δ: difference to the first run on the same images, paired; p: McNemar's exact test."
 
 
-def tabulate_runs(runs: Sequence[Mapping[str, Any]], published: Sequence[PublishedResult] = ()) -> Table:
+@dataclass(frozen=True)
+class Reproduction:
+    """A published row and what this package has for it.
+
+    Attributes:
+        published: The row.
+        recipe: Name of the recipe; empty if there is none.
+        runs: Tested runs of that recipe on the paper's test images.
+        accuracy: Their mean, a fraction; None without one.
+    """
+
+    published: PublishedResult
+    recipe: str = ""
+    runs: tuple[str, ...] = ()
+    accuracy: float | None = None
+
+
+def tabulate_paper(rows: Sequence[Reproduction]) -> Table:
+    """Return a table of published rows, each with its recipe and the accuracy of its runs."""
+    cells = [_published_cells(row) for row in rows]
+    columns = ("from", "dataset", "method", "backbone", "published", "ours", "runs", "recipe")
+    return Table(columns, [[row[name] for name in columns] for row in cells], PAPER_CAPTION)
+
+
+def tabulate_runs(runs: Sequence[Mapping[str, Any]], published: Sequence[Reproduction] = ()) -> Table:
     """Return a table of runs and, below them, of published results; empty columns are omitted.
 
     Args:
@@ -42,16 +68,24 @@ def _run_cells(results: Mapping[str, Any]) -> dict[str, str]:
         "class mean": percent(results["class_mean"]),
         "calibration error": percent(results["ece"]),
         "from": "",
+        "recipe": "",
+        "ours": "",
     }
 
 
-def _published_cells(result: PublishedResult) -> dict[str, str]:
+def _published_cells(row: Reproduction) -> dict[str, str]:
+    result = row.published
     metric = "class mean" if result.metric == "class mean" else "top-1 (95%)"
+    accuracy = f"{100 * result.accuracy:.1f}"
     return {
         "run": "published",
         "method": result.approach,
         "backbone": result.backbone,
         "dataset": result.dataset,
-        metric: f"{100 * result.accuracy:.1f}",
+        metric: accuracy,
+        "published": accuracy,
         "from": result.origin + ("" if result.crops == "single" else ", several crops"),
+        "recipe": row.recipe or "none",
+        "ours": "not measured" if row.accuracy is None else f"{100 * row.accuracy:.1f}",
+        "runs": ", ".join(row.runs) or "–",
     }

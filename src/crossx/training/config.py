@@ -33,6 +33,9 @@ ClipAlgorithm = Literal["norm", "value"]
 
 DEFAULT_LOGGERS: tuple[Logger, ...] = ("tensorboard", "csv")
 
+FITTED = "probe"
+"""The method whose head is fitted before the first step, so that it needs no epoch; not with ``head: sgd``."""
+
 LEFT_OUT = {
     "callbacks": "crossx has its own training loop",
     "plugins": "give trainer.precision for another precision",
@@ -217,7 +220,9 @@ class OptimConfig:
             The options to train with, and a note per option that was changed or has no effect.
         """
         changed: dict[str, Any] = {}
-        notes = []
+        notes: list[str] = []
+        if not epochs:
+            return replace(self, warmup_epochs=0.0, warmup_steps=0), notes
         for option, most in (("warmup_epochs", epochs / 2), ("freeze_backbone_epochs", epochs // 2)):
             given = getattr(self, option)
             if given >= epochs:
@@ -239,7 +244,8 @@ class TrainerConfig:
     """Devices, length, logging and checkpoints.
 
     Attributes:
-        max_epochs: Number of epochs.
+        max_epochs: Number of epochs; 0, for heads that are fitted before the first step (method `probe`,
+            optim.fit_heads), takes no step.
         max_steps: Stop after this many optimiser steps, even within an epoch; -1 is no limit.
         max_time: Stop after this time, even within an epoch: `DD:HH:MM:SS`, or `{hours: 2, minutes: 30}`.
         limit_train_batches: Batches per training epoch: a whole number, or a fraction such as 0.5.
@@ -313,8 +319,9 @@ class TrainerConfig:
         for name in self.loggers:
             check_choice("logger", name, get_args(Logger))
         for option in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"):
-            if not isinstance(value := getattr(self, option), int) or value < 1:
-                raise UsageError(f"trainer.{option} must be at least 1, not {value}.")
+            least = 0 if option == "max_epochs" else 1
+            if not isinstance(value := getattr(self, option), int) or value < least:
+                raise UsageError(f"trainer.{option} must be at least {least}, not {value}.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise UsageError(
                 f"trainer.max_steps must be at least 1, or -1 for no limit, not {self.max_steps}."
@@ -396,6 +403,12 @@ class Config:
         """
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be in [0, 2**32), not {self.seed}.")
+        prepared = self.model.method == FITTED and self.model.options.get("head") != "sgd"
+        if self.trainer.max_epochs == 0 and not (prepared or self.optim.fit_heads):
+            raise UsageError(
+                "trainer.max_epochs must be at least 1, not 0, unless the heads are fitted before the first step "
+                "(method probe, optim.fit_heads)."
+            )
         if self.init is not None and self.model.backbone_weights is not None:
             raise UsageError(
                 "init and model.backbone_weights both say what the backbone starts from: leave one of them out."

@@ -34,7 +34,7 @@ def choose_monitor(config: Config, data: DataModule) -> str | None:
         if not data.index.split("test"):
             raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
         return "test/top1"
-    if config.optim.selection == "last":
+    if config.optim.selection == "last" or not config.trainer.max_epochs:
         return None
     trainer, missing = config.trainer, ""
     if not data.holds_out:

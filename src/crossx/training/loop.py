@@ -122,6 +122,9 @@ class Loop:
                 while self.epoch < options.max_epochs and not (self.step and self._is_over()):
                     self._train_epoch()
                     self._end_epoch(self._validate())
+                if not options.max_epochs:
+                    self._require_finite()
+                    self._save()
         except BaseException:
             finalize_all(self.loggers, "failed")
             raise
@@ -169,7 +172,8 @@ class Loop:
             optimizer,
             optim,
             steps_per_epoch=steps,
-            total_steps=min(total, options.max_steps + skipped) if options.max_steps >= 0 else total,
+            # without an epoch no step follows, but one_cycle needs one
+            total_steps=max(1, min(total, options.max_steps + skipped) if options.max_steps >= 0 else total),
         )
         if saved is not None:
             self._load(saved, optimizer, position)
