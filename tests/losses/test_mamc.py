@@ -9,11 +9,16 @@ from torch import Tensor
 from crossx.losses import MAMCLoss, mamc_loss, mamc_terms
 
 
-def naive_terms(features: Tensor, targets: list[int], normalize: bool, average: str) -> dict[str, Tensor]:
+def naive_terms(
+    features: Tensor, targets: list[int], normalize: bool, average: str, scale: float
+) -> dict[str, Tensor]:
     """The four sets of every anchor, feature by feature."""
     batch, parts, _ = features.shape
     names = [(i, p) for i in range(batch) for p in range(parts)]
-    f = {(i, p): features[i, p] / features[i, p].norm() if normalize else features[i, p] for i, p in names}
+    f = {
+        (i, p): scale * features[i, p] / features[i, p].norm() if normalize else features[i, p]
+        for i, p in names
+    }
     totals = {name: torch.zeros((), dtype=features.dtype) for name in ("sasc", "sadc", "dasc")}
     for i, p in names:
         sets: dict[str, list[Tensor]] = {"sasc": [], "sadc": [], "dasc": [], "dadc": []}
@@ -26,7 +31,8 @@ def naive_terms(features: Tensor, targets: list[int], normalize: bool, average: 
         for name, negatives in (("sasc", rest), ("sadc", sets["dadc"]), ("dasc", sets["dadc"])):
             for positive in sets[name]:
                 inner = sum(torch.exp(f[i, p] @ negative - f[i, p] @ positive) for negative in negatives)
-                totals[name] = totals[name] + torch.log1p(torch.as_tensor(inner))
+                share = len(sets[name]) if average == "positives" else 1
+                totals[name] = totals[name] + torch.log1p(torch.as_tensor(inner)) / share
     divisor = batch / 2 if average == "pairs" else batch * parts
     return {name: total / divisor for name, total in totals.items()}
 
@@ -36,18 +42,19 @@ def naive_terms(features: Tensor, targets: list[int], normalize: bool, average: 
     targets=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     parts=st.integers(1, 3),
     normalize=st.booleans(),
-    average=st.sampled_from(["pairs", "features"]),
+    average=st.sampled_from(["pairs", "features", "positives"]),
+    scale=st.sampled_from([1.0, 4.0]),
     seed=st.integers(0, 100),
 )
 def test_equals_the_four_sets(
-    targets: list[int], parts: int, normalize: bool, average: str, seed: int
+    targets: list[int], parts: int, normalize: bool, average: str, scale: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(len(targets), parts, 5, dtype=torch.float64, generator=generator)
-    expected = naive_terms(features, targets, normalize, average)
-    actual = mamc_terms(features, torch.tensor(targets), normalize, average)  # type: ignore[arg-type]
+    expected = naive_terms(features, targets, normalize, average, scale)
+    actual = mamc_terms(features, torch.tensor(targets), normalize, average, scale)  # type: ignore[arg-type]
     torch.testing.assert_close(actual, expected)
-    total = mamc_loss(features, torch.tensor(targets), normalize, average)  # type: ignore[arg-type]
+    total = mamc_loss(features, torch.tensor(targets), normalize, average, scale)  # type: ignore[arg-type]
     torch.testing.assert_close(total, sum(expected.values()))
 
 
@@ -66,6 +73,26 @@ def test_gradient_equals_finite_differences_in_float64(targets: list[int], norma
     features = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor(targets)
     assert torch.autograd.gradcheck(lambda f: mamc_loss(f, labels, normalize), features)
+
+
+@pytest.mark.parametrize(
+    ("average", "scale", "collapses"),
+    [("features", 1.0, True), ("pairs", 1.0, True), ("features", 4.0, False), ("positives", 1.0, False)],
+)
+def test_whether_the_minimum_is_one_direction_for_all_classes(
+    average: str, scale: float, collapses: bool
+) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(10, 2, 16, requires_grad=True)
+    targets = torch.arange(5).repeat_interleave(2)  # (5,) -> (10,)
+    optimizer = torch.optim.SGD([features], lr=0.5, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        mamc_loss(features, targets, average=average, scale=scale).backward()  # type: ignore[arg-type]
+        optimizer.step()
+    directions = torch.nn.functional.normalize(features.detach()[:, 0], dim=1)
+    cosine = (directions @ directions.T)[targets[:, None] != targets].mean().item()
+    assert cosine > 0.99 if collapses else cosine < 0.6
 
 
 def test_large_products_neither_overflow_nor_vanish() -> None:

@@ -31,6 +31,9 @@ LOSSES = {
     "entropy": lambda logits, targets: entropy_loss(logits),
     "mamc pairs": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1)),
     "mamc features": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1), False, "features"),
+    "mamc positives": lambda *parts: mamc_loss(
+        torch.stack(parts, 1), parts[1].argmax(1), True, "positives", 4.0
+    ),
     "ranking": lambda scores, losses: ranking_loss(scores, losses),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),

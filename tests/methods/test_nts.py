@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torchvision.ops import nms
 
 from crossx.evaluation.run import evaluate
 from crossx.explain import explain_images
+from crossx.layers import crop_boxes
 from crossx.losses import ClassificationLoss
 from crossx.methods import NTSNet, create_method
 from refusals import refusal
@@ -112,6 +114,33 @@ def test_the_best_regions_do_not_hang_on_their_number() -> None:
     batch = images()
     six, two = build(num_crops=6).boxes(batch), build(num_crops=2).boxes(batch)
     assert torch.equal(six[:, :2], two)
+
+
+def test_own_statistics_of_crops_are_those_of_a_trunk_that_sees_crops_only() -> None:
+    method, batch = build(crop_statistics="own", dropout=0.0), images()
+    crops_only = copy.deepcopy(method.backbone).train()
+
+    def crops() -> Tensor:
+        # (B, n, 3, s, s) -> (B*n, 3, s, s)
+        return crop_boxes(batch, method.boxes(batch), 48).flatten(0, 1)
+
+    method.train()
+    crops_only(crops())
+    statistics = {name: value.clone() for name, value in method.backbone.named_buffers()}
+    method.embeddings(batch)
+    own = method.crop_statistics
+    assert own is not None
+    for name, value in crops_only.named_buffers():
+        torch.testing.assert_close(own.get_buffer(name.replace(".", "__")), value, msg=name)
+        assert not torch.equal(method.backbone.get_buffer(name), statistics[name])
+    method.eval()
+    features = crops_only.eval()(crops())["last"].mean((2, 3)).view(2, -1)  # (B*n, C, h, w) -> (B, n*C)
+    torch.testing.assert_close(method.embeddings(batch)[:, : features.shape[1]], features)
+    shared = build()
+    assert shared.crop_statistics is None
+    assert shared.state_dict().keys() == method.state_dict().keys() - {
+        f"crop_statistics.{name}" for name in own.state_dict()
+    }
 
 
 def test_dropout_is_off_in_evaluation() -> None:

@@ -8,6 +8,7 @@ from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, si
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
 from crossx.layers.osme import OSME, ResidualOSME
+from crossx.layers.own_statistics import OwnStatistics
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
@@ -19,6 +20,7 @@ __all__ = [
     "FilterBank",
     "MergedFeatures",
     "Navigator",
+    "OwnStatistics",
     "PartLinear",
     "ResidualOSME",
     "TaylorSeriesKernel",

@@ -11,11 +11,15 @@ from torch.nn import functional as F
 from crossx.distributed import at_least_float32, gather_over_ranks, world_size
 from crossx.errors import check_choice
 
-MAMCAverage: TypeAlias = Literal["pairs", "features"]
+MAMCAverage: TypeAlias = Literal["pairs", "features", "positives"]
 
 
 def mamc_terms(
-    features: Tensor, targets: Tensor, normalize: bool = True, average: MAMCAverage = "pairs"
+    features: Tensor,
+    targets: Tensor,
+    normalize: bool = True,
+    average: MAMCAverage = "pairs",
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return the three N-pair terms of MAMC, scalars: ``sasc``, ``sadc`` and ``dasc``.
 
@@ -37,8 +41,11 @@ def mamc_terms(
     Args:
         features: Part features f_p of a batch, (B, P, D).
         targets: int64 (B,).
-        normalize: Whether to normalise the features to length 1 first.
-        average: Divisor: ``pairs``: N = B / 2, the pairs of the batch, as printed; ``features``: B P, the anchors.
+        normalize: Whether to normalise the features to length ``scale`` first.
+        average: Divisor: ``pairs``: N = B / 2, the pairs of the batch, as printed; ``features``: B P, the anchors;
+            ``positives``: B P, and each anchor's sum by the number of its positives, so that the terms have the same
+            weight in every batch.
+        scale: Length of the normalised features. At length 1 the lowest loss is that of features that are all alike.
 
     Raises:
         UsageError: For an unknown average.
@@ -46,7 +53,7 @@ def mamc_terms(
     check_choice("average", average, get_args(MAMCAverage))
     features = at_least_float32(features)
     if normalize:
-        features = F.normalize(features, dim=2)
+        features = scale * F.normalize(features, dim=2)
     others, first = gather_over_ranks(features)  # (B, P, D) -> (N, P, D), N over all ranks
     labels, _ = gather_over_ranks(targets)
     batch, parts, _ = features.shape
@@ -60,42 +67,55 @@ def mamc_terms(
     same_class = (targets[:, None] == labels)[:, None, :, None]  # (B, 1, N, 1)
     same_part = torch.eye(parts, dtype=torch.bool, device=targets.device)[None, :, None]  # (1, P, 1, P)
     dadc = ~same_class & ~same_part
-    scale = world_size() / (len(labels) / 2 if average == "pairs" else len(labels) * parts)
-    return {
-        "sasc": scale * _n_pair(products, same_class & same_part & ~itself, ~(same_class & same_part)),
-        "sadc": scale * _n_pair(products, ~same_class & same_part, dadc),
-        "dasc": scale * _n_pair(products, same_class & ~same_part, dadc),
+    factor = world_size() / (len(labels) / 2 if average == "pairs" else len(labels) * parts)
+    sets = {
+        "sasc": (same_class & same_part & ~itself, ~(same_class & same_part)),
+        "sadc": (~same_class & same_part, dadc),
+        "dasc": (same_class & ~same_part, dadc),
     }
+    by_anchor = average == "positives"
+    return {name: factor * _n_pair(products, *chosen, by_anchor) for name, chosen in sets.items()}
 
 
 def mamc_loss(
-    features: Tensor, targets: Tensor, normalize: bool = True, average: MAMCAverage = "pairs"
+    features: Tensor,
+    targets: Tensor,
+    normalize: bool = True,
+    average: MAMCAverage = "pairs",
+    scale: float = 1.0,
 ) -> Tensor:
     """Return the MAMC loss, a scalar: the sum of ``mamc_terms``, with the same arguments."""
-    return torch.stack(list(mamc_terms(features, targets, normalize, average).values())).sum()
+    return torch.stack(list(mamc_terms(features, targets, normalize, average, scale).values())).sum()
 
 
-def _n_pair(products: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Sum ``log(1 + sum_n exp(s_n - s_p))`` over anchors and positives p, for products s (B, P, N, P)."""
+def _n_pair(products: Tensor, positives: Tensor, negatives: Tensor, by_anchor: bool) -> Tensor:
+    """Sum ``log(1 + sum_n exp(s_n - s_p))`` over anchors and positives p, for products s (B, P, N, P).
+
+    With ``by_anchor``, the mean over an anchor's positives takes the place of their sum.
+    """
     # the lowest finite number: with -inf, the gradient of a row without negatives would be undefined
     lowest = torch.finfo(products.dtype).min
     negative = products.masked_fill(~negatives, lowest).flatten(2).logsumexp(2)  # (B, P, N, P) -> (B, P)
     negative = negative[..., None, None]  # -> (B, P, 1, 1)
-    return F.softplus(negative - products).masked_fill(~positives, 0).sum()
+    losses = F.softplus(negative - products).masked_fill(~positives, 0).sum((2, 3))  # (B, P, N, P) -> (B, P)
+    if by_anchor:
+        losses = losses / positives.expand_as(products).sum((2, 3)).clamp(min=1)  # (B, P, N, P) -> (B, P)
+    return losses.sum()
 
 
 class MAMCLoss(nn.Module):
     """``mamc_loss`` as a module."""
 
-    def __init__(self, normalize: bool = True, average: MAMCAverage = "pairs") -> None:
+    def __init__(self, normalize: bool = True, average: MAMCAverage = "pairs", scale: float = 1.0) -> None:
         super().__init__()
         self.normalize = normalize
         self.average: MAMCAverage = average
+        self.scale = scale
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return the MAMC loss, a scalar, of part features (B, P, D) and int64 targets (B,)."""
-        return mamc_loss(features, targets, self.normalize, self.average)
+        return mamc_loss(features, targets, self.normalize, self.average, self.scale)
 
     def terms(self, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the three terms, scalars, of part features (B, P, D) and int64 targets (B,)."""
-        return mamc_terms(features, targets, self.normalize, self.average)
+        return mamc_terms(features, targets, self.normalize, self.average, self.scale)

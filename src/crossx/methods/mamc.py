@@ -35,9 +35,12 @@ class MAMC(Method):
         embedding_size: D, the length of a part feature.
         combination: Input of the classifier: the part features concatenated (``join``, P D) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
-        mamc_normalize: Whether MAMC normalises the part features to length 1.
-        mamc_average: Divisor of the MAMC sum: ``features``, the number of anchors in the batch, as in public code; or
-            ``pairs``, the number of pairs, as printed, which gives a loss 2 P times as large. Both grow with the batch.
+        mamc_normalize: Whether MAMC normalises the part features to length ``mamc_scale``.
+        mamc_scale: Length of the normalised part features in MAMC, 1 in public code. At 1, the lowest MAMC loss is that
+            of features that are all alike.
+        mamc_average: Divisor of the MAMC sum: ``features``, the number of anchors in the batch, as in public code;
+            ``pairs``, the number of pairs, as printed, which gives a loss 2 P times as large; or ``positives``, the
+            number of anchors after dividing each one's sum by its positives. The first two grow with the batch.
     """
 
     supports_soft_targets = False
@@ -62,6 +65,7 @@ class MAMC(Method):
         combination: Combination = "join",
         mamc_weight: float = 0.5,
         mamc_normalize: bool = True,
+        mamc_scale: float = 1.0,
         mamc_average: MAMCAverage = "features",
     ) -> None:
         super().__init__(backbone, num_classes)
@@ -70,6 +74,8 @@ class MAMC(Method):
             raise UsageError(f"embedding_size must be at least 1, not {embedding_size}.")
         if mamc_weight < 0:
             raise UsageError(f"mamc_weight must be at least 0, not {mamc_weight}.")
+        if mamc_scale <= 0:
+            raise UsageError(f"mamc_scale must be above 0, not {mamc_scale}.")
         self.num_parts = num_parts
         self.map_size = backbone.map_size()
         self.mamc_weight = mamc_weight
@@ -79,7 +85,7 @@ class MAMC(Method):
         self.embed = PartLinear(num_parts, backbone.channels["last"] * positions, embedding_size)
         self.joins = combination == "join"
         self.classifier = nn.Linear(embedding_size * (num_parts if self.joins else 1), num_classes)
-        self.mamc = MAMCLoss(mamc_normalize, mamc_average)
+        self.mamc = MAMCLoss(mamc_normalize, mamc_average, mamc_scale)
 
     def part_features(self, images: Tensor) -> Tensor:
         """Return the part features f_p, (B, P, D), for images (B, 3, H, W)."""

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.errors import UsageError, first_line
-from crossx.layers import Navigator, crop_boxes, select_boxes
+from crossx.layers import Navigator, OwnStatistics, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective, register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 PartsReduction: TypeAlias = Literal["mean", "sum"]
+CropStatistics: TypeAlias = Literal["shared", "own"]
 
 
 class RegionFeatures(NamedTuple):
@@ -50,6 +51,8 @@ class NTSNet(Method):
         dropout: Dropout on the pooled features of image and crops, in training only. The released code applies its 0.5
             in evaluation too.
         parts_reduction: ``mean`` (released code) or ``sum`` of the cross-entropies of the M crops.
+        crop_statistics: Running statistics of the trunk's batch norms for crops: those of the images too (``shared``,
+            released code), or their ``own``. Shared ones fit neither: crops are smaller and show other things.
     """
 
     citation = """\
@@ -73,6 +76,7 @@ class NTSNet(Method):
         margin: float = 1.0,
         dropout: float = 0.5,
         parts_reduction: PartsReduction = "mean",
+        crop_statistics: CropStatistics = "shared",
     ) -> None:
         super().__init__(backbone, num_classes)
         if not 1 <= num_crops <= num_proposals:
@@ -102,6 +106,7 @@ class NTSNet(Method):
         self.teacher = nn.Linear(channels, num_classes)
         self.scrutinizer = nn.Linear((num_crops + 1) * channels, num_classes)
         self.ranking = RankingLoss(margin)
+        self.crop_statistics = OwnStatistics(backbone) if crop_statistics == "own" else None
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of ``raw`` (the image), ``parts`` (the mean over the crops) and ``joined`` (both)."""
@@ -170,7 +175,9 @@ class NTSNet(Method):
         boxes, scores = self._propose(maps, images, count)
         size = self.crop_size or min(images.shape[2:]) // 2
         crops = crop_boxes(images, boxes, size).flatten(0, 1)  # (B, n, 3, s, s) -> (B*n, 3, s, s)
-        parts = self.backbone(crops)["last"].mean((2, 3))  # (B*n, C, h, w) -> (B*n, C)
+        statistics = self.crop_statistics
+        crop_maps = (statistics(self.backbone, crops) if statistics else self.backbone(crops))["last"]
+        parts = crop_maps.mean((2, 3))  # (B*n, C, h, w) -> (B*n, C)
         parts = parts.unflatten(0, (-1, count))  # -> (B, n, C)
         image = maps.mean((2, 3))  # (B, C, h, w) -> (B, C)
         return RegionFeatures(self.dropout(image), self.dropout(parts), scores)
