@@ -68,7 +68,9 @@ class Table:
         alignment = ["left", *["right"] * (len(header) - 1)]
         # tabulate takes such a cell for a rule
         rows = [[cell.replace(SEPARATING_LINE, "\\x01") for cell in row] for row in rows]
-        text = tabulate(rows, header, tablefmt=style, colalign=alignment, disable_numparse=True)
+        # tabulate 0.9 fails on an alignment without rows
+        colalign = alignment if rows else None
+        text = tabulate(rows, header, tablefmt=style, colalign=colalign, disable_numparse=True)
         return text + "\n"
 
     def write(self, stem: Path) -> None:
