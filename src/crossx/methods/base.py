@@ -72,6 +72,10 @@ class Method(nn.Module, ABC):
     sampling: ClassVar[Literal["uniform", "balanced", "pairs"] | None] = None
     """The ``data.sampling`` that ``objective`` requires; None if any will do."""
 
+    uses_parts: ClassVar[bool] = False
+    """Whether training batches have parts, for ``part_objective``. An option ``part_names`` chooses them and their
+    order; if it is None, training sets it to the names of the dataset's parts."""
+
     options: Mapping[str, Any] = {}
     """Every option with its value, defaults included; set by ``create_method``."""
 
@@ -104,6 +108,19 @@ class Method(nn.Module, ABC):
             images: (B, 3, H, W), normalised.
             targets: int64 (B,), or float (B, K) if ``supports_soft_targets``.
         """
+
+    def part_objective(self, images: Tensor, targets: Tensor, parts: Tensor) -> Objective:
+        """Return the loss of a batch with parts; by default that of ``objective``.
+
+        Training calls this if ``uses_parts``; evaluation and prediction have no parts.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            targets: int64 (B,).
+            parts: float (B, N, 3): x and y in pixels of the images, from the outer edge of the first pixel, and 1 if
+                the part is visible in the image, else 0 (with x and y 0).
+        """
+        return self.objective(images, targets)
 
     @abstractmethod
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -172,8 +189,8 @@ class Method(nn.Module, ABC):
         batches in the same order.
 
         Args:
-            batches: Normalised images (B, 3, H, W) and targets int64 (B,) on the method's device, augmented and
-                ordered as in a first epoch. They need not be read to the end.
+            batches: Normalised images (B, 3, H, W), targets int64 (B,) and, if ``uses_parts``, parts (B, N, 3) on the
+                method's device, augmented and ordered as in a first epoch. They need not be read to the end.
         """
 
     def check_image_size(self, size: int) -> None:

@@ -40,8 +40,6 @@ from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.progress import Bar
 from crossx.training.task import Task
 
-Batch = tuple[Tensor, Tensor]
-
 log = logging.getLogger(__name__)
 
 
@@ -194,13 +192,13 @@ class Loop:
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
-        if views and not fit_heads(method, lambda: self._all_batches(epochs=views)):
+        if views and not fit_heads(method, lambda: (batch[:2] for batch in self._all_batches(epochs=views))):
             log.warning(
                 "optim.fit_heads: method %r has no linear heads to fit; its heads start at random.",
                 method.name,
             )
 
-    def _all_batches(self, *, epochs: int = 1) -> Iterator[Batch]:
+    def _all_batches(self, *, epochs: int = 1) -> Iterator[Any]:
         # a generator, so that no worker starts if the method prepares nothing
         loader: Any = self.data.whole_train_loader()
         for epoch in range(epochs):
@@ -223,16 +221,16 @@ class Loop:
                 # after the first batch, whatever random numbers the loader drew before
                 self._seed()
                 first = False
-            images, targets = self.data.to_device(batch, self.device)
+            tensors = self.data.to_device(batch, self.device)
             self.batch += 1
             accumulates = self.batch % options.accumulate_grad_batches != 0 and self.batch < self.batches
             with self._synchronized(not accumulates):
                 with self.fabric.autocast():
-                    loss, numbers = self.module(images, targets)
+                    loss, numbers = self.module(*tensors)
                 self.fabric.backward(loss / options.accumulate_grad_batches)
             if not accumulates:
                 self._step()
-            history.add(numbers, len(targets))
+            history.add(numbers, len(tensors[0]))
             logs = options.log_every_n_steps > 0 and self.batch % options.log_every_n_steps == 0
             if logs or self.device.type == "cpu":
                 history.collect(self.epoch * self.batches)

@@ -45,13 +45,13 @@ class Task(nn.Module):
             method.backbone.recompute_activations()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
-        self.objective: Callable[..., Any] = method.objective
+        self.objective: Callable[..., Any] = method.part_objective if method.uses_parts else method.objective
         # frozen norms are in evaluation mode from the start, also while the method is prepared
         self.train()
 
     def compile_objective(self) -> None:
         """Compile the objective; call it after the network is on its device and copied for the average."""
-        self.objective = torch.compile(self.method.objective)
+        self.objective = torch.compile(self.objective)
 
     def train(self, mode: bool = True) -> Task:
         """Set training mode, except for frozen batch norms."""
@@ -76,16 +76,17 @@ class Task(nn.Module):
             for parameter in self.frozen_at_first:
                 parameter.grad = None
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, targets: Tensor, *parts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch, and the metrics to report as scalars on the device.
 
         Args:
             images: Normalised images (B, 3, H, W).
             targets: int64 (B,).
+            *parts: (B, N, 3), only for a method that uses parts.
         """
         if self.mix is not None:
             images, targets = self.mix(images, targets)
-        objective = self.objective(images.to(memory_format=self.memory_format), targets)
+        objective = self.objective(images.to(memory_format=self.memory_format), targets, *parts)
         # a mixed image counts as its dominant class
         labels = targets.argmax(1) if targets.ndim == 2 else targets  # (B, K) -> (B,)
         top1 = batch_mean((objective.logits.detach().argmax(1) == labels).float().mean(), len(labels))
@@ -116,6 +117,11 @@ def build_mix(method: Method, config: OptimConfig) -> v2.Transform | None:
     chosen = [kind(alpha=alpha, num_classes=method.num_classes) for kind, alpha in kinds if alpha > 0]
     if not chosen:
         return None
+    if method.uses_parts:
+        raise UsageError(
+            f"method {method.name!r} learns the parts of each image and does not support optim.mixup and optim.cutmix. "
+            "Set both to 0."
+        )
     if not method.supports_soft_targets:
         raise UsageError(
             f"method {method.name!r} needs one class per image and does not support optim.mixup and optim.cutmix. "
