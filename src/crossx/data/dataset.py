@@ -119,7 +119,8 @@ class ImageLoader(DataLoader[Sample]):
     keeps its one line. Workers start when the first batch is requested, so an unused loader starts none.
     """
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    # with `parts`, batches are triples, which only training asks for
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         try:
             yield from super().__iter__()
         except Exception as error:

@@ -304,7 +304,7 @@ def _flip(image: Tensor, parts: PartPoints | None, *, probability: float) -> Ten
     return image.flip(-1)
 
 
-class _TrivialAugment(v2.TrivialAugmentWide):
+class _TrivialAugment(v2.TrivialAugmentWide):  # type: ignore[misc]
     """``TrivialAugmentWide`` whose drawn operation can be applied to keypoints as well."""
 
     moves = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
