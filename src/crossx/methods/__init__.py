@@ -16,10 +16,12 @@ from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
+from crossx.methods.pn_cnn import PNCNN
 
 __all__ = [
     "DFL",
     "MAMC",
+    "PNCNN",
     "CrossX",
     "KernelPooling",
     "MaxEnt",
