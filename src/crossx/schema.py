@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -353,16 +352,20 @@ class ResultsFile(ProvenanceFile):
     preprocessing: SizeFile | None = None
 
 
-def _counted(row: dict[str, float]) -> dict[str, float]:
-    if "epoch" not in row:
-        raise ValueError("has no epoch")
-    return row
+class HistoryRow(StrictModel):
+    """A row of ``metrics.json``: numbers by name, and the name of the phase if the method has phases."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Text, Number]
+
+    epoch: Number
+    phase: Text | None = None
 
 
 class HistoryFile(StrictModel):
-    """``metrics.json``: one row of numbers per epoch."""
+    """``metrics.json``: one row per epoch."""
 
-    epochs: list[Annotated[dict[Text, Number], AfterValidator(_counted)]]
+    epochs: list[HistoryRow]
 
 
 FILES: Mapping[type[BaseModel], str] = {

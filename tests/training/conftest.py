@@ -6,6 +6,7 @@ import pytest
 
 import layouts
 from crossx.data.config import DataConfig
+from crossx.data.drawn.synthetic import read_synthetic
 from crossx.training.config import Config, ModelConfig, OptimConfig
 
 
@@ -13,6 +14,15 @@ from crossx.training.config import Config, ModelConfig, OptimConfig
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of twelve tiny images: 27 to train on, 3 for validation, 6 to test on."""
     return layouts.write_folder(tmp_path_factory.mktemp("images"), classes=3, images_per_class=12)
+
+
+@pytest.fixture(scope="session")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of drawn birds with parts: three classes of twelve images, 24 to train on."""
+    sizes = {"num_classes": 3, "images_per_class": 12}
+    root = tmp_path_factory.mktemp("drawn") / "birds"
+    read_synthetic(root, **sizes)
+    return {"dataset": "synthetic", "root": str(root), **sizes}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ OPTIONS = {
 """Nothing drawn for a rank, no statistics of a rank, small layers."""
 
 
-def alike(method: str, processes: int = 1) -> dict[str, dict[str, Any]]:
-    """Return the options of a training that differs by rounding alone between one process and two."""
+def alike(method: str, parts: Mapping[str, Any], processes: int = 1) -> dict[str, dict[str, Any]]:
+    """Return the options of a training that differs by rounding alone between one process and two.
+
+    ``parts`` are options of a dataset with parts.
+    """
     # of 27 images, or 15 pairs, the last batch has fewer on the second of two ranks
     batch = 8 if method_class(method).sampling == "pairs" else 10
     return {
         "model": {"method": method, **OPTIONS.get(method, {})},
-        "data": {"batch_size": batch // processes},
+        "data": {"batch_size": batch // processes, **(parts if method_class(method).uses_parts else {})},
         "optim": {
             "freeze_batch_norm": True,
             "freeze_backbone_epochs": 1,
@@ -50,9 +53,12 @@ def alike(method: str, processes: int = 1) -> dict[str, dict[str, Any]]:
     }
 
 
-def rows(run: Run) -> list[dict[str, float]]:
+def rows(run: Run) -> list[dict[str, Any]]:
     with (run.path / "metrics.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: value if name == "phase" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def evaluate(run: Run, weights: Path) -> dict[str, float]:
@@ -80,22 +86,24 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_on_two_ranks(configs: dict[str, Config], tmp_path: Path) -> dict[str, Run]:
-    """Train them one after the other, started by torchrun once."""
+def run_on_two_ranks(configs: dict[str, Config], tmp_path: Path, *modules: str) -> dict[str, Run]:
+    """Train them one after the other, started by torchrun once; ``modules`` register further methods."""
     for name, config in configs.items():
         config.data.batch_size = min(config.data.batch_size, 5)
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
     script = Path(__file__).with_name("fit_on_ranks.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, *launcher, str(script), str(tmp_path)]
+    words = [sys.executable, *launcher, str(script), str(tmp_path), *modules]
     subprocess.run(words, check=True, timeout=1800, env=environment)
     return {name: Run(config.run_path()) for name, config in configs.items()}
 
 
-def assert_same_as_alone(method: str, run: Run, make_config: Callable[..., Config]) -> None:
+def assert_same_as_alone(
+    method: str, run: Run, make_config: Callable[..., Config], parts: Mapping[str, Any]
+) -> None:
     # one process that takes the batches of both
-    alone = fit(make_config(f"{method}-alone", **alike(method)))
+    alone = fit(make_config(f"{method}-alone", **alike(method, parts)))
     for ours, theirs in zip(rows(run), rows(alone), strict=True):
         del ours["seconds"], theirs["seconds"]
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), method
@@ -103,9 +111,9 @@ def assert_same_as_alone(method: str, run: Run, make_config: Callable[..., Confi
 
 
 @pytest.mark.slow
-def test_runs_on_two_ranks(make_config, few, tmp_path):
+def test_runs_on_two_ranks(make_config, few, birds, tmp_path):
     configs = {
-        "crossx": make_config("crossx", **alike("crossx", 2)),
+        "crossx": make_config("crossx", **alike("crossx", birds, 2)),
         "few": make_config("few", data={"root": str(few)}, trainer={"devices": 2, "max_epochs": 2}),
         "stopped": make_config("stopped", **RANDOM, trainer={"devices": 2}),
         "within": make_config("within", **RANDOM, trainer={"devices": 2, "checkpoint_every_n_steps": 1}),
@@ -114,7 +122,7 @@ def test_runs_on_two_ranks(make_config, few, tmp_path):
     runs = run_on_two_ranks(configs, tmp_path)
     for name in ("stopped", "within"):
         assert_same_run(runs[name], runs["whole"])
-    assert_same_as_alone("crossx", runs["crossx"], make_config)
+    assert_same_as_alone("crossx", runs["crossx"], make_config, birds)
     # three images for validation, and one: as many as are counted
     for name in ("crossx", "whole", "few"):
         last = rows(runs[name])[-1]
@@ -123,11 +131,13 @@ def test_runs_on_two_ranks(make_config, few, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_other_method_on_two_ranks(make_config, tmp_path):
+def test_every_other_method_on_two_ranks(make_config, birds, tmp_path):
     methods = [method for method in list_methods() if method != "crossx"]
-    runs = run_on_two_ranks({method: make_config(method, **alike(method, 2)) for method in methods}, tmp_path)
+    runs = run_on_two_ranks(
+        {method: make_config(method, **alike(method, birds, 2)) for method in methods}, tmp_path
+    )
     for method in methods:
-        assert_same_as_alone(method, runs[method], make_config)
+        assert_same_as_alone(method, runs[method], make_config, birds)
 
 
 @pytest.mark.slow

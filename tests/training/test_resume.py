@@ -33,11 +33,11 @@ def interrupt(monkeypatch, at_step, action):
     """Call ``action`` instead of training step ``at_step``, counted over the whole run, once."""
     forward, seen = Task.forward, []
 
-    def counted(self, images, targets):
+    def counted(self, images, targets, *parts):
         seen.append(len(targets))
         if len(seen) == at_step:
             action()
-        return forward(self, images, targets)
+        return forward(self, images, targets, *parts)
 
     monkeypatch.setattr(Task, "forward", counted)
 

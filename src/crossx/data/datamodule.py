@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class DataModule:
-    """Loads batches of (images (B, 3, S, S) uint8, targets (B,) int64).
+    """Loads batches of (images (B, 3, S, S) uint8, targets (B,) int64), for training with ``parts`` also these.
 
     The loaders return bytes, a quarter of the size of floats; ``to_device`` moves a batch to the device and normalises
     it there.
@@ -41,6 +41,8 @@ class DataModule:
         preprocessing: How images are prepared, see ``preprocessing_for``.
         config: The ``--data.*`` options.
         seed: The run's seed, for order and augmentation of the training images.
+        parts: Names of N parts. With them, training batches have a third tensor, (B, N, 3): x, y in pixels of the
+            image, and visible (1 or 0).
 
     Attributes:
         index: The dataset with its validation split, without skipped images.
@@ -50,21 +52,27 @@ class DataModule:
     """
 
     def __init__(
-        self, index: DatasetIndex, preprocessing: Preprocessing, config: DataConfig, seed: int
+        self,
+        index: DatasetIndex,
+        preprocessing: Preprocessing,
+        config: DataConfig,
+        seed: int,
+        parts: Sequence[str] = (),
     ) -> None:
         self.index = index.with_validation(config.val_fraction, config.split_seed)
         self.preprocessing = preprocessing
         self.config = config
         self.seed = seed
+        self.parts = tuple(parts)
         self.skipped: list[tuple[Path, str]] = []
         self.processes = 1
         self.normalize = Normalize(preprocessing)
         self._caches: dict[str, PixelCache] = {}
 
-    def to_device(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    def to_device(self, batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
         """Move a batch to a device and convert its images to normalised float32."""
-        images, targets = batch
-        return self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+        images, *others = (tensor.to(device, non_blocking=True) for tensor in batch)
+        return self.normalize(images), *others
 
     @property
     def num_workers(self) -> int:
@@ -179,7 +187,8 @@ class DataModule:
         )
         labels = [record.label for record in records]
         sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", config.batch_size, dealt)
-        dataset = ImageDataset(records, transform, self.seed, self._reader("train", records, transform))
+        reader = self._reader("train", records, transform)
+        dataset = ImageDataset(records, transform, self.seed, reader, self.parts)
         return self._loader(dataset, sampler, config.batch_size)
 
     def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:

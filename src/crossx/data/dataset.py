@@ -9,19 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from crossx.data.images import read_image
+from crossx.data.images import read_image, read_size
 from crossx.data.index import Record
+from crossx.data.parts import PartPoints
 from crossx.data.sampler import Draw, derive_seed
-from crossx.data.transforms import Step, batch_images
+from crossx.data.transforms import batch_images
 from crossx.errors import CrossXError, lost_worker
 
+Sample: TypeAlias = tuple[Tensor, int] | tuple[Tensor, int, Tensor]
+"""Image (3, S, S), class index and, if asked for, parts (N, 3)."""
+Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, S, S), class indices (B,) int64 and, if asked for, parts (B, N, 3)."""
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+
+class ImageDataset(Dataset[Sample]):
     """Read and transform the images of some records.
 
     The transform's randomness depends on the seed and the draw (epoch, index, repeat) only: the images are the same for
@@ -32,25 +39,31 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         transform: Maps uint8 (3, H, W) to uint8 (3, S, S), without modifying its input.
         seed: The run's seed.
         read: Decodes an image.
+        parts: Names of N parts that samples have; with them, ``transform`` also gets the image's ``PartPoints``.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
-        transform: Step,
+        transform: Callable[..., Tensor],
         seed: int = 0,
         read: Callable[[Path], Tensor] = read_image,
+        parts: Sequence[str] = (),
     ) -> None:
         self.records = records
         self.transform = transform
         self.seed = seed
         self.read = read
+        self.parts = tuple(parts)
+        self._full_sizes: dict[Path, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int]:
-        """Return image (3, S, S) and class index; a plain index means its draw in epoch 0.
+    def __getitem__(self, draw: Draw | int) -> Sample:
+        """Return image (3, S, S), class index and, with ``parts``, (N, 3): x, y in pixels and visible (1 or 0).
+
+        A plain index means its draw in epoch 0.
 
         Raises:
             CrossXError: If the image cannot be read or prepared; the message starts with its path.
@@ -61,15 +74,26 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         image = self.read(record.path)
         try:
             with _seeded(derive_seed(self.seed, draw.epoch, draw.index, draw.repeat)):
-                return self.transform(image), record.label
+                if not self.parts:
+                    return self.transform(image), record.label
+                height, width = image.shape[-2:]
+                points = PartPoints(record, self.parts, self._full_size(record.path), (height, width))
+                return self.transform(image, points), record.label, points.stacked()
         except CrossXError as error:
             raise CrossXError(f"{record.path}: {error}") from error
 
+    def _full_size(self, path: Path) -> tuple[int, int]:
+        # the image may have been decoded at a fraction of its size
+        if path not in self._full_sizes:
+            self._full_sizes[path] = read_size(path)
+        return self._full_sizes[path]
 
-def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Stack samples to images (B, 3, S, S), channels last in memory, and class indices (B,) int64."""
-    images, labels = zip(*samples, strict=True)
-    return batch_images(images), torch.tensor(labels)
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples to images (B, 3, S, S), channels last in memory, class indices (B,) int64, and parts (B, N, 3)."""
+    images, labels, *parts = zip(*samples, strict=True)
+    batch = batch_images(images), torch.tensor(labels)
+    return (*batch, torch.stack(parts[0])) if parts else batch
 
 
 def quiet_worker(worker: int) -> None:
@@ -88,13 +112,14 @@ def quiet_worker(worker: int) -> None:
     sys.excepthook = hook
 
 
-class ImageLoader(DataLoader[tuple[Tensor, int]]):
+class ImageLoader(DataLoader[Sample]):
     """A ``DataLoader`` that starts lazily and whose errors are the same with and without workers.
 
     torch re-raises a worker's exception with the worker's whole traceback as the message; here a ``CrossXError``
     keeps its one line. Workers start when the first batch is requested, so an unused loader starts none.
     """
 
+    # with `parts`, batches are triples, which only training asks for
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         try:
             yield from super().__iter__()

@@ -93,6 +93,11 @@ class DatasetIndex:
         return replace(self, records=records)
 
 
+def part_names(records: Iterable[Record]) -> tuple[str, ...]:
+    """Return the names of all parts, in the order of their first occurrence."""
+    return tuple(dict.fromkeys(name for record in records for name in record.parts or ()))
+
+
 def hold_out_test(
     records: Sequence[Record], classes: Sequence[str], root: Path, fraction: float, seed: int
 ) -> list[Record]:

@@ -24,9 +24,11 @@ from torchvision.transforms import v2
 
 from crossx.data.config import Augmentation, DataConfig
 from crossx.data.images import ImageError, ImageSource, read_image, read_size
+from crossx.data.parts import PartPoints
 from crossx.runs import Preprocessing
 
-Step: TypeAlias = Callable[[Tensor], Tensor]
+Step: TypeAlias = Callable[[Tensor, PartPoints | None], Tensor]
+"""Prepares an image; if it moves pixels, it moves the parts along."""
 
 CROP_FRACTION = 0.875
 """Crop size over resized size without ``resize_size``: 224 of 256, as in ImageNet evaluation."""
@@ -62,10 +64,13 @@ class Transform:
         """Return height and width of what ``read`` returns, see ``read_size``."""
         return read_size(source, min_side=self.min_side, pillow=self.strict)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Prepare the decoded image: uint8 (3, H, W) to uint8 (3, S, S); the input is not modified."""
+    def __call__(self, image: Tensor, parts: PartPoints | None = None) -> Tensor:
+        """Prepare the decoded image: uint8 (3, H, W) to uint8 (3, S, S); the input is not modified.
+
+        The image is the same with and without ``parts``, which are moved along.
+        """
         for step in self.steps:
-            image = step(image)
+            image = step(image, parts)
         return image
 
 
@@ -197,10 +202,10 @@ def train_transform(
         steps.append(partial(_flip, probability=hflip))
     if augmentation == "trivial":
         # tensors cannot be rotated or sheared with bicubic interpolation
-        steps.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(partial(_augment, _TrivialAugment(interpolation=v2.InterpolationMode.BILINEAR)))
     if random_erasing:
         mean_colour = [round(255 * mean) for mean in preprocessing.mean]
-        steps.append(v2.RandomErasing(random_erasing, value=mean_colour))
+        steps.append(partial(_erase, v2.RandomErasing(random_erasing, value=mean_colour)))
     return _transform(preprocessing, *steps, small_crops=augmentation != "crop")
 
 
@@ -216,13 +221,21 @@ def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = F
 
 
 def _resize_and_crop(
-    preprocessing: Preprocessing, image: Tensor, *, random: bool, crop: int | None = None
+    preprocessing: Preprocessing,
+    image: Tensor,
+    parts: PartPoints | None,
+    *,
+    random: bool,
+    crop: int | None = None,
 ) -> Tensor:
     """Resize, then crop at the centre or at random; only the part that the crop keeps is resized."""
     crop = preprocessing.image_size if crop is None else crop
     size = _resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
     starts = [int(torch.randint(more + 1, ())) if random and more else _centred(more) for more in spare]
+    if parts is not None:
+        height, width = (after / before for after, before in zip(size, image.shape[-2:], strict=True))
+        parts.move(scale=(width, height), shift=(-starts[1], -starts[0]), size=(crop, crop))
     if preprocessing.pipeline == "fast":
         reach = 2 if preprocessing.interpolation == "bicubic" else 1
         for axis in range(2):
@@ -270,15 +283,61 @@ def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tup
     return first * before, last * before, (last - first) * after, start - first * after
 
 
-def _crop_and_resize(preprocessing: Preprocessing, crop: v2.RandomResizedCrop, image: Tensor) -> Tensor:
+def _crop_and_resize(
+    preprocessing: Preprocessing, crop: v2.RandomResizedCrop, image: Tensor, parts: PartPoints | None
+) -> Tensor:
     region = crop.make_params([image])
     top, left, height, width = (region[name] for name in ("top", "left", "height", "width"))
     cropped = image[:, top : top + height, left : left + width]
-    return _resize(preprocessing, cropped, [preprocessing.image_size] * 2)
+    side = preprocessing.image_size
+    if parts is not None:
+        parts.move(shift=(-left, -top), size=(height, width))
+        parts.move(scale=(side / width, side / height), size=(side, side))
+    return _resize(preprocessing, cropped, [side] * 2)
 
 
-def _flip(image: Tensor, probability: float) -> Tensor:
-    return image.flip(-1) if torch.rand(1) < probability else image
+def _flip(image: Tensor, parts: PartPoints | None, *, probability: float) -> Tensor:
+    if not torch.rand(1) < probability:
+        return image
+    if parts is not None:
+        parts.flip(image.shape[-1])
+    return image.flip(-1)
+
+
+class _TrivialAugment(v2.TrivialAugmentWide):  # type: ignore[misc]
+    """``TrivialAugmentWide`` whose drawn operation can be applied to keypoints as well."""
+
+    moves = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+    drawn: tuple[str, float] = "Identity", 0.0
+
+    def _apply_image_or_video_transform(
+        self, image: Any, transform_id: str, magnitude: float, **options: Any
+    ) -> Any:
+        self.drawn = transform_id, magnitude
+        return super()._apply_image_or_video_transform(image, transform_id, magnitude, **options)
+
+    def moved(self, parts: PartPoints, size: Sequence[int]) -> Tensor | None:
+        """Return the points after the operation drawn last; None if it moves nothing."""
+        if self.drawn[0] not in self.moves:
+            return None
+        points = super()._apply_image_or_video_transform(
+            parts.keypoints(size), *self.drawn, interpolation=self.interpolation, fill=self._fill
+        )
+        return torch.as_tensor(points).as_subclass(Tensor)
+
+
+def _augment(augment: _TrivialAugment, image: Tensor, parts: PartPoints | None) -> Tensor:
+    augmented: Tensor = augment(image)
+    size = image.shape[-2:]
+    if parts is not None and (points := augment.moved(parts, size)) is not None:
+        parts.replace(points, size)
+    return augmented
+
+
+def _erase(erasing: v2.RandomErasing, image: Tensor, parts: PartPoints | None) -> Tensor:
+    # what is covered stays where it is
+    erased: Tensor = erasing(image)
+    return erased
 
 
 def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Tensor:
@@ -292,8 +351,11 @@ def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Ten
     return interpolate(batch, size=size, mode=preprocessing.interpolation, antialias=True)[0]
 
 
-def _cut_bottom(image: Tensor, rows: int) -> Tensor:
-    return image[..., : _height_without_bottom(image.shape[-2], rows), :]
+def _cut_bottom(image: Tensor, parts: PartPoints | None, *, rows: int) -> Tensor:
+    image = image[..., : _height_without_bottom(image.shape[-2], rows), :]
+    if parts is not None:
+        parts.move(size=image.shape[-2:])
+    return image
 
 
 def _height_without_bottom(height: int, rows: int) -> int:
@@ -303,10 +365,13 @@ def _height_without_bottom(height: int, rows: int) -> int:
     return height - rows
 
 
-def _limit_aspect(image: Tensor) -> Tensor:
-    for dim, (first, length) in zip((-2, -1), _aspect_limits(*image.shape[-2:]), strict=True):
+def _limit_aspect(image: Tensor, parts: PartPoints | None) -> Tensor:
+    limits = _aspect_limits(*image.shape[-2:])
+    for dim, (first, length) in zip((-2, -1), limits, strict=True):
         if length < image.shape[dim]:
             image = image.narrow(dim, first, length)
+    if parts is not None:
+        parts.move(shift=(-limits[1][0], -limits[0][0]), size=image.shape[-2:])
     return image
 
 

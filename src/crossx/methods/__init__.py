@@ -3,6 +3,7 @@
 from crossx.methods.base import (
     Method,
     Objective,
+    Phase,
     create_method,
     list_methods,
     method_class,
@@ -16,17 +17,20 @@ from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
+from crossx.methods.pn_cnn import PNCNN
 from crossx.methods.probe import Probe
 
 __all__ = [
     "DFL",
     "MAMC",
+    "PNCNN",
     "CrossX",
     "KernelPooling",
     "MaxEnt",
     "Method",
     "NTSNet",
     "Objective",
+    "Phase",
     "Plain",
     "Probe",
     "create_method",

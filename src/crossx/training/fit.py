@@ -19,7 +19,7 @@ from crossx.data.catalog import read_configured
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.images import printable
-from crossx.data.index import SPLITS, DatasetIndex
+from crossx.data.index import SPLITS, DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
 from crossx.distributed import is_leader
 from crossx.errors import (
@@ -32,7 +32,7 @@ from crossx.errors import (
     sigterm_interrupts,
 )
 from crossx.evaluation.classes import check_classes
-from crossx.methods.base import Method, create_method
+from crossx.methods.base import Method, check_options, create_method, method_class, method_options
 from crossx.methods.start import Start, Transfer
 from crossx.methods.weights import build_method, describe
 from crossx.runs import (
@@ -47,6 +47,7 @@ from crossx.runs import (
     write_text,
 )
 from crossx.schema import check_backbone_args, check_model
+from crossx.suggestions import nearest
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
@@ -264,13 +265,14 @@ def _train(
         if (taken := checkpoint.get("taken")) is not None:
             method.taken = frozenset(taken)
     check_model(spec.to_json(), "the run could not be loaded afterwards")
+    parts = choose_parts(method.name, method.options, index)
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     if options.sampling == "balanced" and config.optim.class_weights == "balanced" and is_leader():
         log.warning(
             "data.sampling balanced and optim.class_weights balanced both favour rare classes, which then count twice: "
             "leave out one of them."
         )
-    data = DataModule(index, preprocessing, options, config.seed)
+    data = DataModule(index, preprocessing, options, config.seed, parts)
     data.check_images()
     data.open_caches()
     info = _describe(config, data, transfer)
@@ -324,8 +326,40 @@ def choose_sampling(asked: Sampling | None, method: Method) -> Sampling:
     return asked or needed or "uniform"
 
 
+def choose_parts(method: str, options: Mapping[str, Any], index: DatasetIndex) -> tuple[str, ...]:
+    """Return the names of the parts in training batches; none for a method that does not use parts.
+
+    Raises:
+        CrossXError: If the method needs parts and the dataset has none.
+        UsageError: If the dataset does not have a part of the option ``part_names``.
+    """
+    if not method_class(method).uses_parts:
+        return ()
+    known = part_names(index.split("train"))
+    if not known:
+        raise CrossXError(
+            f"method {method!r} needs parts, and the training images of dataset {index.name!r} have none. Use cub or "
+            "nabirds with the archive's parts/part_locs.txt, or synthetic."
+        )
+    # also those that no training image shows, such as the other side of a part
+    known = part_names(index.records)
+    asked = options.get("part_names")
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(
+                f"part_names: dataset {index.name!r} has no part {name!r}.{nearest(name, known)} "
+                f"It has: {', '.join(known)}."
+            )
+    return tuple(asked or known)
+
+
 def _create_method(config: Config, index: DatasetIndex) -> Method:
     model = config.model
+    options = dict(model.options)
+    check_options(model.method, options)
+    parts = choose_parts(model.method, options, index)
+    if parts and "part_names" in method_options(model.method):
+        options["part_names"] = list(parts)
     method = create_method(
         model.method,
         backbone=model.backbone,
@@ -334,7 +368,7 @@ def _create_method(config: Config, index: DatasetIndex) -> Method:
         backbone_weights=model.backbone_weights,
         backbone_args=model.backbone_args,
         image_size=config.data.image_size,
-        **model.options,
+        **options,
     )
     method.check_image_size(config.data.image_size)
     return method

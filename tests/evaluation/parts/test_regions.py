@@ -4,8 +4,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from crossx.data.index import Record
-from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions, part_names
+from crossx.data.index import Record, part_names
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions
 from crossx.runs import Preprocessing
 
 STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

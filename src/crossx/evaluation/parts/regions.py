@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +84,6 @@ class CropRegions:
         squares_x = (_centres(width, self.boxes) - x).square()
         squares = squares_y[..., :, None] + squares_x[..., None, :]  # (N, K, height, width)
         return squares <= self.radii.square()[:, None, None, None]
-
-
-def part_names(records: Iterable[Record]) -> tuple[str, ...]:
-    """Return the names of all parts, in the order of their first occurrence."""
-    return tuple(dict.fromkeys(name for record in records for name in record.parts or ()))
 
 
 def find_regions(

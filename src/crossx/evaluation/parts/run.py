@@ -8,13 +8,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from crossx.data.index import Record
+from crossx.data.index import Record, part_names
 from crossx.errors import CrossXError
 from crossx.evaluation.intervals import CONFIDENCE
 from crossx.evaluation.network import within_memory
 from crossx.evaluation.parts.measures import RESAMPLES, TOP_SHARE, ZOOM, measure_images, summarize_parts, zoom
 from crossx.evaluation.parts.plots import plot_parts
-from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions, part_names
+from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, SubjectOptions
 from crossx.runs import write_json
