@@ -5,7 +5,7 @@ from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
-from crossx.losses.ranking import RankingLoss, ranking_loss
+from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
 
 __all__ = [
     "C3SLoss",
@@ -22,5 +22,6 @@ __all__ = [
     "mamc_terms",
     "part_correlations",
     "ranking_loss",
+    "scale_ranking_loss",
     "summarize_correlations",
 ]
