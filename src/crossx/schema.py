@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -376,18 +375,22 @@ class ResultsFile(BaseModel):
     environment: EnvironmentFile | None = None
 
 
-def _counted(row: dict[str, float]) -> dict[str, float]:
-    if "epoch" not in row:
-        raise ValueError("has no epoch")
-    return row
+class HistoryRow(BaseModel):
+    """A row of ``metrics.json``: numbers by name, and the name of the phase if the method has phases."""
+
+    model_config = ConfigDict(**_STRICT, extra="allow")
+    __pydantic_extra__: dict[Text, Number]
+
+    epoch: Number
+    phase: Text | None = None
 
 
 class HistoryFile(BaseModel):
-    """``metrics.json``: one row of numbers per epoch."""
+    """``metrics.json``: one row per epoch."""
 
     model_config = ConfigDict(**_STRICT)
 
-    epochs: list[Annotated[dict[Text, Number], AfterValidator(_counted)]]
+    epochs: list[HistoryRow]
 
 
 FILES: Mapping[type[BaseModel], str] = {

@@ -16,6 +16,7 @@ from crossx.losses import (
     entropy_loss,
     mamc_loss,
     ranking_loss,
+    reinforce_loss,
 )
 from distributed import run_on_two_ranks
 
@@ -32,6 +33,8 @@ LOSSES = {
     "mamc pairs": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1)),
     "mamc features": lambda *parts: mamc_loss(torch.stack(parts, 1), parts[1].argmax(1), False, "features"),
     "ranking": lambda scores, losses: ranking_loss(scores, losses),
+    "policy": lambda log_probs, rewards: reinforce_loss(log_probs, rewards, torch.tensor(0.3))[0],
+    "baseline": lambda baseline, rewards: reinforce_loss(-rewards, rewards, baseline, rewards > 0.2)[1],
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
 }

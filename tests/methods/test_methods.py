@@ -95,7 +95,8 @@ def test_learns_a_batch_by_heart(name: str) -> None:
 def test_recomputing_activations_is_the_same_training(name: str) -> None:
     images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
     plain, saving = build(name), build(name)
-    saving.backbone.recompute_activations()
+    for trunk in saving.trunks():
+        trunk.recompute_activations()
     for method in (plain, saving):
         torch.manual_seed(0)  # for dropout
         method.objective(images, targets).loss.backward()
@@ -109,14 +110,18 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
     method = build(name)
     trunk = create_model("resnet10t", channels=(16, 32, 64, 128))
     # what timm's own model has is pretrained, where it is still there: gates and heads are new
-    own = {f"backbone.trunk.{key}" for key, _ in trunk.named_parameters() if not key.startswith("fc.")}
+    timm = {key for key, _ in trunk.named_parameters() if not key.startswith("fc.")}
+    prefixes = [name for name, module in method.named_modules() if module in method.trunks()]
+    own = {f"{prefix}.trunk.{key}" for prefix in prefixes for key in timm}
     new = {id(parameter) for parameter in method.new_parameters()}
     names = {key for key, parameter in method.named_parameters() if id(parameter) not in new}
     assert names == own & {key for key, _ in method.named_parameters()}
     assert len(names) == len(own)
-    assert {id(parameter) for parameter in method.backbone.pretrained_parameters()}.isdisjoint(new)
-    assert len(method.backbone.pretrained_parameters()) == len(own)
-    assert sum(len(group) for group in method.backbone.layer_groups()) == len(own)
+    assert prefixes[0] == "backbone"
+    for each in method.trunks():
+        assert {id(parameter) for parameter in each.pretrained_parameters()}.isdisjoint(new)
+        assert len(each.pretrained_parameters()) == len(timm)
+        assert sum(len(group) for group in each.layer_groups()) == len(timm)
 
 
 @every_method

@@ -50,9 +50,12 @@ def alike(method: str, processes: int = 1) -> dict[str, dict[str, Any]]:
     }
 
 
-def rows(run: Run) -> list[dict[str, float]]:
+def rows(run: Run) -> list[dict[str, Any]]:
     with (run.path / "metrics.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: value if name == "phase" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def evaluate(run: Run, weights: Path) -> dict[str, float]:
@@ -80,15 +83,15 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_on_two_ranks(configs: dict[str, Config], tmp_path: Path) -> dict[str, Run]:
-    """Train them one after the other, started by torchrun once."""
+def run_on_two_ranks(configs: dict[str, Config], tmp_path: Path, *modules: str) -> dict[str, Run]:
+    """Train them one after the other, started by torchrun once; ``modules`` register further methods."""
     for name, config in configs.items():
         config.data.batch_size = min(config.data.batch_size, 5)
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
     script = Path(__file__).with_name("fit_on_ranks.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, *launcher, str(script), str(tmp_path)]
+    words = [sys.executable, *launcher, str(script), str(tmp_path), *modules]
     subprocess.run(words, check=True, timeout=1800, env=environment)
     return {name: Run(config.run_path()) for name, config in configs.items()}
 

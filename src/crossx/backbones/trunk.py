@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -135,6 +136,10 @@ class Backbone(nn.Module):
         for stage, osme in self.osme.items():
             maps[stage] = osme(maps[stage])  # (B, C, h, w) -> (B, P, C, h, w)
         return {stage: self.stage_maps[stage](map_) for stage, map_ in maps.items()}
+
+    def clone(self) -> Backbone:
+        """Return a second trunk that starts with the same weights and gates; like the first, it is pretrained."""
+        return deepcopy(self)
 
     def drop_head(self) -> None:
         """Remove the layers that only the model's own classifier needs, for methods with their own heads.

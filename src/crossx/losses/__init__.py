@@ -6,6 +6,7 @@ from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
 from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
+from crossx.losses.reinforce import reinforce_loss
 
 __all__ = [
     "C3SLoss",
@@ -22,6 +23,7 @@ __all__ = [
     "mamc_terms",
     "part_correlations",
     "ranking_loss",
+    "reinforce_loss",
     "scale_ranking_loss",
     "summarize_correlations",
 ]

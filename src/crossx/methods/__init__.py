@@ -3,6 +3,7 @@
 from crossx.methods.base import (
     Method,
     Objective,
+    Phase,
     create_method,
     list_methods,
     method_class,
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "NTSNet",
     "Objective",
+    "Phase",
     "Plain",
     "create_method",
     "list_methods",

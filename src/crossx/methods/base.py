@@ -6,6 +6,7 @@ import inspect
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -45,6 +46,21 @@ class Objective(NamedTuple):
         return cls(reduce(add, terms.values()), terms, logits, measures or {})
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training with trainable parameters and a learning rate of its own; see ``Method.phase_at``.
+
+    Attributes:
+        name: Identifies the phase in checkpoints and metrics.
+        trains: Prefixes of the names of the parameters that are trained; the empty one is that of all.
+        lr_factor: Multiplies all learning rates.
+    """
+
+    name: str = "all"
+    trains: tuple[str, ...] = ("",)
+    lr_factor: float = 1.0
+
+
 class Method(nn.Module, ABC):
     """A network and its objective: all that training, evaluation, explanation and export rely on.
 
@@ -52,8 +68,8 @@ class Method(nn.Module, ABC):
     from which ``create_method`` checks values.
 
     Args:
-        backbone: The trunk, kept as ``self.backbone``. All parameters except its pretrained ones count as new
-            (``new_parameters``) and have their own learning-rate factor.
+        backbone: The trunk, kept as ``self.backbone``. All parameters except its pretrained ones, and those of its
+            clones, count as new (``new_parameters``) and have their own learning-rate factor.
         num_classes: K.
     """
 
@@ -74,6 +90,9 @@ class Method(nn.Module, ABC):
 
     options: Mapping[str, Any] = {}
     """Every option with its value, defaults included; set by ``create_method``."""
+
+    phase: Phase = Phase()
+    """The current phase; set by training, before ``start_phase``. Predictions must not depend on it."""
 
     taken: frozenset[str] | None = None
     """Names of the parameters taken from another network (``crossx.methods.start``); None without one."""
@@ -176,6 +195,32 @@ class Method(nn.Module, ABC):
                 ordered as in a first epoch. They need not be read to the end.
         """
 
+    def phase_at(self, epoch: int, epochs: int) -> Phase:
+        """Return the phase of an epoch; by default all epochs are one phase that trains everything.
+
+        Phases may follow each other (a curriculum) or alternate. Training keeps the parameters outside
+        ``Phase.trains`` as they are, with the running statistics of batch norms of which no parameter is trained.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            epochs: Epochs of the whole training.
+        """
+        return Phase()
+
+    def start_phase(self, phase: Phase, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Change parameters and buffers before the first step of a phase; by default do nothing.
+
+        Called when the phase of an epoch has another name than that of the epoch before, and for the first epoch after
+        ``prepare``; not when a run is resumed within a phase. Every rank calls it, with the same random numbers.
+
+        Keep what predictions need in parameters and buffers, counters in integer buffers: the weights of an earlier
+        phase may become the model, and averaged weights are averages of the others.
+
+        Args:
+            phase: The phase that starts, ``self.phase``.
+            batches: As for ``prepare``.
+        """
+
     def check_image_size(self, size: int) -> None:
         """Check that the method accepts images of ``size`` x ``size`` pixels.
 
@@ -184,14 +229,18 @@ class Method(nn.Module, ABC):
         """
         self.backbone.check_image_size(size)
 
+    def trunks(self) -> list[Backbone]:
+        """Return the trunk and its clones (``Backbone.clone``), in the order of the method's modules."""
+        return [module for module in self.modules() if isinstance(module, Backbone)]
+
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch.
 
-        The others are those taken from another network, or, without one, the pretrained ones of the trunk.
+        The others are those taken from another network, or, without one, the pretrained ones of the trunks.
         """
         if self.taken is not None:
             return [parameter for name, parameter in self.named_parameters() if name not in self.taken]
-        pretrained = {id(parameter) for parameter in self.backbone.pretrained_parameters()}
+        pretrained = {id(parameter) for trunk in self.trunks() for parameter in trunk.pretrained_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in pretrained]
 
 

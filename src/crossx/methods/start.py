@@ -202,14 +202,18 @@ class Transfer:
         state = {
             name: value for name, value in start.state.items() if related or name.startswith("backbone.")
         }
-        own_keys = {name: key for key, name in method.backbone.timm_names().items()}
-        trunk = {
-            own_keys[name.removeprefix(TRUNK)]: value
-            for name, value in state.items()
-            if name.startswith(TRUNK) and name.removeprefix(TRUNK) in own_keys
-        }
-        names = method.backbone.timm_names()
-        return state | {TRUNK + names[key]: value for key, value in method.backbone.resized(trunk).items()}
+        for prefix, trunk in _trunks(method).items():
+            names = trunk.timm_names()
+            own_keys = {name: key for key, name in names.items()}
+            # a clone that the other network lacks starts, as always, like the first trunk
+            source = prefix if any(name.startswith(prefix) for name in state) else TRUNK
+            taken = {
+                own_keys[name.removeprefix(source)]: value
+                for name, value in state.items()
+                if name.startswith(source) and name.removeprefix(source) in own_keys
+            }
+            state |= {prefix + names[key]: value for key, value in trunk.resized(taken).items()}
+        return state
 
     def _take(
         self, key: str, own: Tensor, source: Tensor | None, rows: Sequence[int], spec: ModelSpec
@@ -238,8 +242,19 @@ class Transfer:
 
 def original_names(method: Method) -> dict[str, str]:
     """Return key of the state dict -> the same with timm's name for tensors of the trunk, whatever the method."""
-    trunk = {TRUNK + key: TRUNK + name for key, name in method.backbone.timm_names().items()}
-    return {key: trunk.get(key, key) for key in method.state_dict()}
+    names = {
+        prefix + key: prefix + name
+        for prefix, trunk in _trunks(method).items()
+        for key, name in trunk.timm_names().items()
+    }
+    return {key: names.get(key, key) for key in method.state_dict()}
+
+
+def _trunks(method: Method) -> dict[str, Backbone]:
+    """Return prefix of its tensors -> trunk; that of the first is ``TRUNK``."""
+    return {
+        f"{name}.trunk.": module for name, module in method.named_modules() if isinstance(module, Backbone)
+    }
 
 
 def _check_backbone(start: Start, backbone: Backbone) -> None:

@@ -22,7 +22,7 @@ MAX_POINTS = 400
 MAX_DOTS = 60
 """Up to this many points, each has a dot with its value as a tooltip."""
 
-COUNTERS = ("epoch", "step", "seconds")
+COUNTERS = ("epoch", "step", "phase", "seconds")
 """Columns of the history that are no curves."""
 TITLES = {"loss": "Loss", "top1": "Accuracy (top-1)", "lr": "Learning rate"}
 """Titles of the curves that every training has; a method names its own terms (``Method.curve_titles``)."""

@@ -27,13 +27,14 @@ class History:
         mean_over_ranks: Averages values over all processes.
 
     Attributes:
-        rows: One row per epoch: ``epoch`` (from 1), ``step`` (optimiser steps), ``train/...`` (means over the epoch,
-            in training mode), ``lr`` (the highest at the first step), ``seconds`` since the start.
+        rows: One row per epoch: ``epoch`` (from 1), ``step`` (optimiser steps), ``phase`` (its name, for methods with
+            phases), ``train/...`` (means over the epoch, in training mode), ``lr`` (the highest at the first step),
+            ``seconds`` since the start.
     """
 
     def __init__(self, run: Run, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         self.run = run
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self._mean_over_ranks = mean_over_ranks
         self._live: dict[str, float] = {}
         self._pending: list[Tensor] = []
@@ -44,12 +45,13 @@ class History:
         self._started = time.monotonic()
         self._open(0.0)
 
-    def _open(self, lr: float) -> None:
+    def _open(self, lr: float, phase: str | None = None) -> None:
         self._names: list[str] = []
         self._totals = np.zeros(1)
         self._images = 0.0
         self._batches = 0
         self._lr = lr
+        self._phase = phase
 
     def start_clock(self) -> None:
         """Start counting ``seconds``, on top of those before a resume."""
@@ -61,9 +63,9 @@ class History:
         """Training time, including that before a resume."""
         return self._before + time.monotonic() - self._started
 
-    def start_epoch(self, lr: float) -> None:
+    def start_epoch(self, lr: float, phase: str | None = None) -> None:
         """Start a row."""
-        self._open(lr)
+        self._open(lr, phase)
 
     def add(self, numbers: Mapping[str, Tensor], size: int) -> None:
         """Add the metrics of a batch of ``size`` images, scalars on the device, without reading them."""
@@ -122,9 +124,11 @@ class History:
         if not all(map(math.isfinite, values.values())):
             raise self._not_finite(f"after epoch {len(self.rows) + 1}", values)
 
-    def end_epoch(self, step: int, evaluated: Mapping[str, float]) -> dict[str, float]:
+    def end_epoch(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
         """Complete the row of this epoch; the checkpoint will contain it."""
-        counts = {"epoch": len(self.rows) + 1, "step": step}
+        counts: dict[str, Any] = {"epoch": len(self.rows) + 1, "step": step}
+        if self._phase is not None:
+            counts["phase"] = self._phase
         row = {**counts, **self._means(), "lr": self._lr, **evaluated, "seconds": round(self.seconds, 2)}
         self.rows.append(row)
         return row
@@ -132,7 +136,8 @@ class History:
     def line(self, epochs: int) -> str:
         """Format the last row as one line."""
         row = self.rows[-1]
-        parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['train/loss']:.4f}"]
+        phase = [row["phase"]] if "phase" in row else []
+        parts = [f"epoch {row['epoch']}/{epochs}", *phase, f"loss {row['train/loss']:.4f}"]
         parts += [
             f"{name.removesuffix('/top1')} {value:.2%}" for name, value in row.items() if "/top1" in name
         ]
@@ -164,6 +169,7 @@ class History:
                 "images": self._images,
                 "batches": self._batches,
                 "lr": self._lr,
+                "phase": self._phase,
             },
         }
 
@@ -171,7 +177,7 @@ class History:
         """Restore the state of ``state_dict``."""
         self.rows, self._before, part = state["rows"], state["seconds"], state["open"]
         self._names, self._totals, self._images = part["names"], np.array(part["totals"]), part["images"]
-        self._batches, self._lr = part["batches"], part["lr"]
+        self._batches, self._lr, self._phase = part["batches"], part["lr"], part.get("phase")
 
     def _means(self) -> dict[str, float]:
         means = (self._totals / self._images).tolist()

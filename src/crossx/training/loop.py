@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from crossx.backbones import synchronize_batch_norms
 from crossx.data.datamodule import DataModule
 from crossx.data.sampler import derive_seed
 from crossx.errors import CrossXError, UsageError
-from crossx.methods.base import Method
+from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
 from crossx.runs import Run
 from crossx.training.checkpoints import FORMAT, write_checkpoint
@@ -66,6 +67,7 @@ class Loop:
         batch: Batches done in the current epoch.
         step: Optimiser steps.
         best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
+        phase: Name of the phase that was started last; None before the first.
 
     Raises:
         UsageError: If the method or the machine does not support an option.
@@ -93,6 +95,7 @@ class Loop:
         self.transfer = transfer
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
+        self.phase: str | None = None
         self.fabric = build_fabric(self.options)
         data.processes = getattr(self.fabric.strategy, "num_processes", 1)
         counts = Counter(record.label for record in data.train_records())
@@ -101,6 +104,9 @@ class Loop:
         for note in notes:
             log.warning(note)
         self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
+        self.has_phases = type(method).phase_at is not Method.phase_at
+        if self.has_phases:
+            self.task.check_phases(self.options.max_epochs)
         self.average: AveragedModel | None = None
         self.history = History(run, self._mean_over_ranks if self.fabric.world_size > 1 else None)
         self.loggers = build_loggers(
@@ -143,6 +149,7 @@ class Loop:
             synchronize_batch_norms(task)
         # not fabric.setup_module: its wrapper casts the images in mixed precision, and costs 0.1 ms per step
         self.module: nn.Module = fabric.strategy.setup_module(task)
+        self.wrapped = Phase().trains
         if optim.compile:
             task.compile_objective()
         self.train_loader: Any = self.data.train_dataloader()
@@ -211,11 +218,13 @@ class Loop:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or of the training."""
         options, history = self.options, self.history
-        self.task.start_epoch(self.epoch)
+        phase = self._start_phase()
         self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
-        self.bar.start(f"epoch {self.epoch + 1}/{options.max_epochs}", self.batches, self.batch)
+        within = f" {phase.name}" if self.has_phases else ""
+        self.bar.start(f"epoch {self.epoch + 1}/{options.max_epochs}{within}", self.batches, self.batch)
         if self.batch == 0:
-            history.start_epoch(max(group["lr"] for group in self.optimizer.param_groups))
+            highest = max(group["lr"] for group in self.optimizer.param_groups)
+            history.start_epoch(highest * phase.lr_factor, phase.name if self.has_phases else None)
         loader, first = iter(self.train_loader), True
         while self.batch < self.batches:
             batch = next(loader)
@@ -245,6 +254,32 @@ class Loop:
                 history.collect(self.epoch * self.batches)
                 self._save()
 
+    def _start_phase(self) -> Phase:
+        """Set the phase of the epoch; if it is another one than before, let the method start it."""
+        method = self.method
+        phase = method.phase_at(self.epoch, self.options.max_epochs)
+        self.task.start_epoch(self.epoch, phase)
+        if phase.name != self.phase and type(method).start_phase is not Method.start_phase:
+            seed_everything(derive_seed(self.config.seed, "phase", self.epoch) % 2**32, verbose=False)
+            before = (
+                {key: value.clone() for key, value in self.task.state_dict().items()} if self.average else {}
+            )
+            method.start_phase(phase, self._all_batches())
+            if self.average is not None:
+                # an average of what it was with what it is would be neither
+                averages = self.average.module.state_dict()
+                for key, value in self.task.state_dict().items():
+                    if not torch.equal(value, before[key]):
+                        averages[key].copy_(value)
+        self.phase = phase.name
+        if phase.trains != self.wrapped and self.fabric.world_size > 1:
+            # DDP waits for the gradients of all parameters that it was built with; its hooks go with the old one
+            del self.module
+            gc.collect()
+            self.module = self.fabric.strategy.setup_module(self.task)
+            self.wrapped = phase.trains
+        return phase
+
     def _step(self) -> None:
         options = self.options
         self.task.drop_frozen_gradients()
@@ -253,7 +288,8 @@ class Loop:
             self.fabric.clip_gradients(
                 self.module, self.optimizer, **{limit: options.gradient_clip_val}, error_if_nonfinite=False
             )
-        self.fabric.strategy.optimizer_step(self.optimizer)
+        with _scaled_rates(self.optimizer, self.method.phase.lr_factor):
+            self.fabric.strategy.optimizer_step(self.optimizer)
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
@@ -320,7 +356,8 @@ class Loop:
         best = False
         if value is not None and (not self.best or value >= self.best["value"]):
             best, self.best = True, {"epoch": row["epoch"], "value": value}
-        log_all(self.loggers, {name: value for name, value in row.items() if name != "step"}, self.step)
+        unlogged = ("step", "phase")
+        log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         if self.options.enable_progress_bar and self.fabric.is_global_zero:
             print(history.line(self.options.max_epochs), file=sys.stderr)
         self._save(best=best)
@@ -360,6 +397,7 @@ class Loop:
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
+            "phase": self.phase,
             "state_dict": self._weights(),
             "trained": self.task.state_dict() if self.average else None,
             "averaged": int(self.average.n_averaged) if self.average else 0,
@@ -378,6 +416,8 @@ class Loop:
         self.epoch, self.batch, self.step, self.best = (
             saved[key] for key in ("epoch", "batch", "step", "best")
         )
+        # checkpoints of versions without phases have none
+        self.phase = saved.get("phase", Phase().name)
         self.task.load_state_dict(saved["trained"] or saved["state_dict"])
         if self.average is not None:
             self.average.module.load_state_dict(saved["state_dict"])
@@ -472,6 +512,18 @@ def build_fabric(options: TrainerConfig) -> Fabric:
         )
     except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
+    """Multiply the learning rates, and restore on exit those that the schedule has set."""
+    groups = optimizer.param_groups if factor != 1 else ()
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] *= factor
+    yield
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 @contextmanager

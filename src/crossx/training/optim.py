@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from crossx.errors import UsageError
-from crossx.methods.base import Method
+from crossx.methods.base import Method, Phase
 from crossx.training.config import OptimConfig
 
 ONE_CYCLE_RISE = 0.3
@@ -21,7 +21,7 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
     """Switch off gradients according to ``freeze_backbone`` and ``freeze_batch_norm``.
 
     Returns:
-        The batch norm layers of the pretrained backbone to be kept in evaluation mode.
+        The batch norm layers of the pretrained trunks to be kept in evaluation mode.
     """
     if config.freeze_backbone:
         for parameter in pretrained_parameters(method):
@@ -35,26 +35,38 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
 
 
 def pretrained_parameters(method: Method) -> list[nn.Parameter]:
-    """Return the trunk's own parameters that do not start from scratch."""
+    """Return the trunks' own parameters that do not start from scratch."""
     new = {id(parameter) for parameter in method.new_parameters()}
-    return [parameter for parameter in method.backbone.pretrained_parameters() if id(parameter) not in new]
+    own = (parameter for trunk in method.trunks() for parameter in trunk.pretrained_parameters())
+    return [parameter for parameter in own if id(parameter) not in new]
 
 
 def pretrained_norms(method: Method) -> list[nn.Module]:
-    """Return the batch norm layers of the pretrained backbone."""
+    """Return the batch norm layers of the pretrained trunks."""
     pretrained = {id(parameter) for parameter in pretrained_parameters(method)}
     return [
         module
-        for module in method.backbone.modules()
+        for trunk in method.trunks()
+        for module in trunk.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and all(id(parameter) in pretrained for parameter in module.parameters())
+    ]
+
+
+def untrained_norms(method: Method, phase: Phase) -> list[nn.Module]:
+    """Return the batch norm layers of which a phase trains no parameter."""
+    return [
+        module
+        for name, module in method.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not any(f"{name}.{own}".startswith(phase.trains) for own in ("weight", "bias"))
     ]
 
 
 def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    New layers train at ``lr * new_layers_lr_factor``, the i-th of the backbone's n layer groups (from the input) at
+    New layers train at ``lr * new_layers_lr_factor``, the i-th of a trunk's n layer groups (from the input) at
     ``lr * layer_decay ** (n - i)``. Gates, heads and other layers that were taken from another network are not new:
     they train at ``lr``, or at the rate of new layers if that is lower. Norm scales and biases are not decayed unless
     ``decay_norm_and_bias``.
@@ -148,9 +160,9 @@ def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_ste
 
 
 def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
-    layers = method.backbone.layer_groups()
     factors = {
         id(parameter): config.layer_decay ** (len(layers) - depth)
+        for layers in (trunk.layer_groups() for trunk in method.trunks())
         for depth, group in enumerate(layers)
         for parameter in group
     }

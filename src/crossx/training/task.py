@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 from crossx.distributed import batch_mean, world_size
 from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
-from crossx.methods.base import Method
+from crossx.methods.base import Method, Phase
 from crossx.training.config import OptimConfig
-from crossx.training.optim import freeze, pretrained_norms, pretrained_parameters
+from crossx.training.optim import freeze, pretrained_norms, pretrained_parameters, untrained_norms
 
 
 class Task(nn.Module):
@@ -39,10 +39,12 @@ class Task(nn.Module):
         self.method.criterion = _criterion(config, class_counts)
         self.mix = build_mix(method, config)
         self.frozen_norms = self.norms_in_evaluation = freeze(method, config)
+        self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         self.frozen_at_first = [p for p in pretrained_parameters(method) if p.requires_grad]
         self.frozen = False
         if config.recompute_activations:
-            method.backbone.recompute_activations()
+            for trunk in method.trunks():
+                trunk.recompute_activations()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.objective: Callable[..., Any] = method.objective
@@ -60,15 +62,41 @@ class Task(nn.Module):
             norm.eval()
         return self
 
-    def start_epoch(self, epoch: int) -> None:
-        """Set training mode, and freeze or unfreeze the backbone according to ``freeze_backbone_epochs``."""
+    def check_phases(self, epochs: int) -> None:
+        """Check that every epoch of a training has something to train.
+
+        Raises:
+            UsageError: If a frozen backbone leaves nothing in one.
+        """
+        frozen = {id(parameter) for parameter in self.frozen_at_first}
+        left = [name for name, parameter in self.trainable.items() if id(parameter) not in frozen]
+        for epoch in range(epochs):
+            phase = self.method.phase_at(epoch, epochs)
+            names = left if epoch < self.config.freeze_backbone_epochs else self.trainable
+            if not any(name.startswith(phase.trains) for name in names):
+                raise UsageError(
+                    f"optim.freeze_backbone and freeze_backbone_epochs leave nothing to train in epoch {epoch + 1}, "
+                    f"phase {phase.name!r} of method {self.method.name!r}. Leave them out."
+                )
+
+    def start_epoch(self, epoch: int, phase: Phase) -> None:
+        """Set training mode, and freeze what ``freeze_backbone_epochs`` or the phase does not train.
+
+        On several ranks the parameters of the phase must be wrapped by DDP anew if they have changed.
+        """
+        self.method.phase = phase
         self.frozen = epoch < self.config.freeze_backbone_epochs
-        self.norms_in_evaluation = pretrained_norms(self.method) if self.frozen else self.frozen_norms
+        self.norms_in_evaluation = [
+            *(pretrained_norms(self.method) if self.frozen else self.frozen_norms),
+            *untrained_norms(self.method, phase),
+        ]
         self.train()
+        for name, parameter in self.trainable.items():
+            parameter.requires_grad_(name.startswith(phase.trains))
         # DDP waits for every gradient it has seen, so with it they are computed, and dropped before the step
-        if world_size() == 1:
+        if self.frozen and world_size() == 1:
             for parameter in self.frozen_at_first:
-                parameter.requires_grad_(not self.frozen)
+                parameter.requires_grad_(False)
 
     def drop_frozen_gradients(self) -> None:
         """Drop the gradients of a frozen backbone, so that the optimiser skips its parameters."""
