@@ -1,8 +1,10 @@
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossx.losses import RankingLoss, ranking_loss
+from crossx.losses import RankingLoss, ranking_loss, scale_ranking_loss
 
 rows = st.lists(st.floats(-5, 5), min_size=4, max_size=4)
 # few values, so that equals occur
@@ -45,3 +47,25 @@ def test_gradients_flow_to_the_scores_alone() -> None:
     assert losses.grad is None
     # a gradient step raises the better and lowers the worse: nothing is added
     torch.testing.assert_close(scores.grad.sum(1), torch.zeros(3, dtype=torch.double))
+
+
+chances = st.lists(st.floats(0, 1), min_size=3, max_size=3)
+
+
+@settings(max_examples=50)
+@given(rows=st.lists(chances, min_size=1, max_size=3), margin=st.floats(0, 0.5))
+def test_scales_are_ranked_by_the_printed_sum(rows: list[list[float]], margin: float) -> None:
+    total = 0.0
+    for row in rows:
+        for coarse, fine in itertools.pairwise(row):
+            total += max(0.0, coarse - fine + margin)
+    loss = scale_ranking_loss(torch.tensor(rows, dtype=torch.double), margin)
+    torch.testing.assert_close(loss, torch.tensor(total / len(rows), dtype=torch.double))
+
+
+def test_scales_that_grow_more_confident_cost_nothing() -> None:
+    growing = torch.tensor([[0.2, 0.3, 0.5]], requires_grad=True)
+    loss = scale_ranking_loss(growing)
+    loss.backward()
+    assert loss == 0
+    assert not growing.grad.any()

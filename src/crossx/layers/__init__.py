@@ -13,6 +13,7 @@ from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
 from crossx.layers.tensor_sketch import TensorSketch
+from crossx.layers.zoom import box_mask, zoom
 
 __all__ = [
     "OSME",
@@ -26,6 +27,7 @@ __all__ = [
     "TaylorSeriesKernel",
     "TensorSketch",
     "anchor_boxes",
+    "box_mask",
     "crop_boxes",
     "energy_peaks",
     "evaluation_mode",
@@ -33,4 +35,5 @@ __all__ = [
     "recompute",
     "select_boxes",
     "signed_sqrt",
+    "zoom",
 ]

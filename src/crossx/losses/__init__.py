@@ -5,7 +5,7 @@ from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
-from crossx.losses.ranking import RankingLoss, ranking_loss
+from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
 from crossx.losses.reinforce import reinforce_loss
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "part_correlations",
     "ranking_loss",
     "reinforce_loss",
+    "scale_ranking_loss",
     "summarize_correlations",
 ]

@@ -1,4 +1,4 @@
-"""The ranking loss that trains NTS-Net's Navigator."""
+"""The ranking losses that train NTS-Net's Navigator and RA-CNN's attention proposals."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def ranking_loss(scores: Tensor, losses: Tensor, margin: float = 1.0) -> Tensor:
     better = (losses[:, :, None] < losses[:, None]).to(scores.dtype)
     hinge = (margin - scores[:, :, None] + scores[:, None]).relu()
     return batch_mean((better * hinge).sum((1, 2)).mean(), len(scores))  # (B, M, M) -> (B,) -> scalar
+
+
+def scale_ranking_loss(probabilities: Tensor, margin: float = 0.05) -> Tensor:
+    """Return ``sum over s of max(0, p_s - p_(s+1) + margin)``, averaged over images.
+
+    The inter-scale ranking loss of Fu et al. 2017 (https://doi.org/10.1109/CVPR.2017.476): each finer scale should be
+    more confident than the coarser one before. In a process group this is the rank's part of the mean over the whole
+    batch (``crossx.distributed``).
+
+    Args:
+        probabilities: Probability of the true class at each scale, coarse to fine, (B, S).
+        margin: Margin by which the finer scale should be more confident.
+    """
+    hinge = (probabilities[:, :-1] - probabilities[:, 1:] + margin).relu()
+    return batch_mean(hinge.sum(1).mean(), len(probabilities))  # (B, S - 1) -> (B,) -> scalar
 
 
 class RankingLoss(nn.Module):
