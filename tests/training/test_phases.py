@@ -166,7 +166,7 @@ def test_a_text_in_place_of_another_number_is_refused(make_config):
             {"optimizer": "adamw", "freeze_backbone_epochs": 1},
             {"checkpoint_every_n_steps": 3},
             8,
-            [],
+            ["one"],
         ),
         ("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"]),
     ],
