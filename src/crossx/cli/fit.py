@@ -88,5 +88,6 @@ def _print_outcome(done: Run) -> None:
         accuracy = f"{selection['value']:.2%} top-1 on {selection['split']}"
         print(f"best epoch {selection['epoch']:.0f}: {accuracy}; weights: {weights}")
     else:
-        print(f"last epoch {selection.get('epoch') or 0:.0f}; weights: {weights}")
+        epoch = selection.get("epoch")
+        print(f"{f'last epoch {epoch:.0f}' if epoch else 'only the heads were fitted'}; weights: {weights}")
     print(f"next: crossx test {done.path}")
