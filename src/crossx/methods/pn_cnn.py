@@ -237,7 +237,8 @@ class PNCNN(Method):
         height, width = images.shape[2:]
         points, visible = points.detach().float(), visible.detach().float()
         weights = visible[:, None] * self.members  # (B, N) and (R, N) -> (B, R, N)
-        references, points = self.references.expand(len(points), -1, -1, -1), points[:, None]
+        # not len(), which would be exported as a constant
+        references, points = self.references.expand(points.shape[0], -1, -1, -1), points[:, None]
         upright, mirrored = fit_either_way(references, points, weights)
         warps, residuals = upright
         reflects = (mirrored[1] < residuals)[..., None]
