@@ -204,6 +204,14 @@ def test_another_backbone_is_refused_with_both_names(tmp_path):
         take(tmp_path, source, target)
 
 
+@pytest.mark.parametrize(("first", "second", "heads"), [("plain", "probe", 0), ("probe", "plain", 2)])
+def test_a_method_that_fits_its_head_does_not_take_that_of_another(tmp_path, first, second, heads):
+    transfer, _ = take(tmp_path, build(first), build(second, seed=1))
+    taken = [name for name in transfer.taken if not name.startswith("backbone.")]
+    assert len(taken) == heads
+    assert transfer.is_complete == bool(heads)
+
+
 def test_the_message_is_one_line_of_bounded_length(tmp_path):
     target = build("nts", ("dog",), seed=1)
     transfer, _ = take(tmp_path, build("crossx"), target)

@@ -41,6 +41,7 @@ def test_a_run_without_epochs_is_the_fitted_head(make_config, head, tmp_path):
         (state["labels"] + 1, "labels of its stored images are not from 0 to 2"),
         (state["labels"] - 1, "labels of its stored images are not from 0 to 2"),
         (state["labels"][1:], "do not fit the network"),
+        (torch.tensor(1), "do not fit the network"),
         (state["labels"].float(), "labels of its stored images are not from 0 to 2"),
     ):
         save_file(state | {"labels": labels.contiguous()}, tmp_path / "other.safetensors")
@@ -58,3 +59,20 @@ def test_heads_can_be_fitted_without_an_epoch(make_config):
     assert not torch.allclose(fitted["classifier.weight"], start["classifier.weight"])
     trunk = [key for key in start if key.startswith("backbone.") and key.endswith("weight")]
     torch.testing.assert_close({key: fitted[key] for key in trunk}, {key: start[key] for key in trunk})
+
+
+def test_heads_are_fitted_once_or_else_an_epoch_is_needed(make_config, caplog):
+    run = {"model": {"method": "probe", "penalty": 1.0}, "trainer": {"max_epochs": 0}}
+    once = fit(make_config("once", **run))
+    twice = fit(make_config("twice", **run, optim={"fit_heads": 1}))
+    assert "optim.fit_heads has no effect: method 'probe' fits its head itself" in caplog.text
+    assert once.weights.read_bytes() == twice.weights.read_bytes()
+    config = make_config(
+        model={"method": "nts", "num_proposals": 3, "num_crops": 2},
+        optim={"fit_heads": 1},
+        trainer={"max_epochs": 0},
+    )
+    with pytest.raises(
+        UsageError, match="method 'nts' has no linear heads to fit, so nothing would be trained"
+    ):
+        fit(config)

@@ -201,15 +201,16 @@ class PNCNN(Method):
         ]
         if not found:
             return
-        points, visible = (torch.cat(column).double() for column in zip(*found, strict=True))
-        for region, members in enumerate(self.members.double()):
+        # on the CPU, since not every device has float64
+        points, visible = (torch.cat(column).cpu().double() for column in zip(*found, strict=True))
+        for region, members in enumerate(self.members.cpu().double()):
             weights = visible * members
             used = weights.sum(1) >= 2
             if not used.any():
                 continue
             shape, scale = mean_shape(points[used], weights[used], self.margin)
-            self.references[region] = shape
-            self.usual_scales[region] = scale
+            self.references[region] = shape.float()
+            self.usual_scales[region] = scale.float()
 
     def check_image_size(self, size: int) -> None:
         """Check that the backbone accepts both images and regions; see ``Method.check_image_size``."""

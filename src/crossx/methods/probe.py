@@ -153,7 +153,7 @@ class Probe(Plain):
         if self.head != "knn" or not {"features", "labels"} <= state.keys():
             return
         features, labels = state["features"], state["labels"]
-        if features.shape != (len(labels), self.features.shape[1]) or labels.ndim != 1:
+        if labels.ndim != 1 or features.shape != (len(labels), self.features.shape[1]):
             return
         if labels.is_floating_point() or ((labels < 0) | (labels >= self.num_classes)).any():
             raise CrossXError(f"the labels of its stored images are not from 0 to {self.num_classes - 1}.")

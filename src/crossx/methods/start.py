@@ -199,6 +199,8 @@ class Transfer:
         start = self.start
         theirs, ours = method_class(start.spec.method), type(method)
         related = issubclass(theirs, ours) or issubclass(ours, theirs)
+        # heads that the method itself fits before the first step are not another method's
+        related = theirs is ours or (related and ours.prepare is Method.prepare)
         state = {
             name: value for name, value in start.state.items() if related or name.startswith("backbone.")
         }

@@ -403,8 +403,7 @@ class Config:
         """
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be in [0, 2**32), not {self.seed}.")
-        prepared = self.model.method == FITTED and self.model.options.get("head") != "sgd"
-        if self.trainer.max_epochs == 0 and not (prepared or self.optim.fit_heads):
+        if self.trainer.max_epochs == 0 and not (self.fits_its_head or self.optim.fit_heads):
             raise UsageError(
                 "trainer.max_epochs must be at least 1, not 0, unless the heads are fitted before the first step "
                 "(method probe, optim.fit_heads)."
@@ -413,6 +412,11 @@ class Config:
             raise UsageError(
                 "init and model.backbone_weights both say what the backbone starts from: leave one of them out."
             )
+
+    @property
+    def fits_its_head(self) -> bool:
+        """Whether the method itself fits its head before the first step."""
+        return self.model.method == FITTED and self.model.options.get("head") != "sgd"
 
     def run_path(self) -> Path:
         """Return the run folder: ``output``, or the default name."""

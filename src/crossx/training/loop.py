@@ -200,10 +200,18 @@ class Loop:
             method.prepare(self._all_batches())
             if transfer is not None:
                 transfer.copy(method)
+        if views and self.config.fits_its_head:
+            log.warning("optim.fit_heads has no effect: method %r fits its head itself.", method.name)
+            return
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
         if views and not fit_heads(method, lambda: (batch[:2] for batch in self._all_batches(epochs=views))):
+            if not self.options.max_epochs:
+                raise UsageError(
+                    f"trainer.max_epochs 0: method {method.name!r} has no linear heads to fit, "
+                    "so nothing would be trained."
+                )
             log.warning(
                 "optim.fit_heads: method %r has no linear heads to fit; its heads start at random.",
                 method.name,

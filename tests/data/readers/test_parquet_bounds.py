@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import fuzzing
-from crossx.data.readers.parquet_bounds import read_columns, require_bounded
+from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.table import read_paths, read_table
 from crossx.errors import CrossXError
 from crossx.predict.shards import find_collection
@@ -59,7 +59,7 @@ def dictionary_of_labels(path: Path, unit: int) -> None:
 
 def rows(path: Path, unit: int) -> None:
     """Many rows."""
-    table = pa.table({"path": repeated("a.jpg", 2_000_000), "label": repeated("wren", 2_000_000)})
+    table = pa.table({"path": repeated("a.jpg", 20_000_000), "label": repeated("wren", 20_000_000)})
     pq.write_table(table, path)
 
 
@@ -116,6 +116,26 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crossx.predict.shards._ALWAYS_IMAGE", MIB)
 
 
+def test_a_column_that_is_not_needed_may_be_of_any_size(tmp_path: Path) -> None:
+    masks = pa.array([bytes(MIB)] * 300)
+    table = pa.table(
+        {"path": [f"{n}.jpg" for n in range(300)], "label": ["wren", "robin"] * 150, "mask": masks}
+    )
+    file = tmp_path / "table.parquet"
+    pq.write_table(table, file, compression="zstd", use_dictionary=False)
+    with pytest.raises(CrossXError, match="unpacks to more than"):
+        require_bounded(file, ["mask"])
+    assert len(read_paths(file)) == 300
+
+
+def test_small_files_may_have_millions_of_rows(tmp_path: Path) -> None:
+    file = tmp_path / "table.parquet"
+    table = pa.table({"path": [f"{n:07}" for n in range(2_000_000)]})
+    pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")
+    assert sum(read_footer(file).rows) == 2_000_000
+    assert file.stat().st_size < 200_000
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("bomb", [bomb.__name__ for bomb in BOMBS])
 def test_small_files_that_become_large_are_refused_in_one_line(
@@ -124,7 +144,7 @@ def test_small_files_that_become_large_are_refused_in_one_line(
     path = bombs[bomb]
     assert path.stat().st_size < MIB // 4
     with pytest.raises(
-        CrossXError, match=r"(unpacks to more than (8|11) MiB|claims 2,000,000 rows in)"
+        CrossXError, match=r"(unpacks to more than (8|11) MiB|claims 20,000,000 rows in)"
     ) as error:
         read_table(path)
     assert str(error.value).startswith(f"{path}: ")

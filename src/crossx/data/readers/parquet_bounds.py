@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALWAYS_BYTES, TIMES = 256 << 20, 100
 """What a file may unpack to whatever its size, and how many times its size otherwise."""
-ALWAYS_ROWS, ROWS_PER_BYTE = 1_000_000, 10
+ALWAYS_ROWS, ROWS_PER_BYTE = 10_000_000, 100
 BATCH_BYTES = 64 << 20
 """What the values of a batch may take, unless a single one is larger."""
 

@@ -361,7 +361,10 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
 def _first_values(path: Path, file: pq.ParquetFile, name: str) -> list[Any]:
     starts = accumulate(read_footer(path).rows, initial=0)
     groups = [number for number, start in enumerate(starts) if start < _SAMPLE][: file.num_row_groups]
-    rows = require_bounded(path, [name], groups).rows(_SAMPLE)
+    try:
+        rows = require_bounded(path, [name], groups).rows(_SAMPLE)
+    except CrossXError:  # a column that is not needed may unpack to anything
+        return []
     batches = file.iter_batches(rows, groups, [name])
     return [value for batch in islice(batches, _SAMPLE // rows) for value in batch.column(0).to_pylist()]
 
