@@ -159,7 +159,7 @@ def test_a_text_in_place_of_another_number_is_refused(make_config):
     ("order", "options", "trainer", "at_batch", "again"),
     [
         # at the end of the first phase, and in the middle of the second one
-        ("sequence", {}, {}, 9, ["two"]),
+        pytest.param("sequence", {}, {}, 9, ["two"], marks=pytest.mark.slow),
         ("sequence", {"ema_decay": 0.8}, {"checkpoint_every_n_steps": 1}, 11, []),
         (
             "turns",
@@ -168,7 +168,7 @@ def test_a_text_in_place_of_another_number_is_refused(make_config):
             8,
             ["one"],
         ),
-        ("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"]),
+        pytest.param("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"], marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_continues_in_its_phase_bit_for_bit(
@@ -187,6 +187,7 @@ def test_a_stopped_run_continues_in_its_phase_bit_for_bit(
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_longer_training_starts_the_phases_that_it_comes_to(make_config):
     run = fit(make_config(**sections(), trainer={"max_epochs": 2}))
     assert read_checkpoint(run.last)["phase"] == "one"
@@ -263,6 +264,7 @@ def test_all_trunks_are_pretrained_frozen_and_decayed_alike():
     }
 
 
+@pytest.mark.slow
 def test_a_clone_is_taken_from_the_trunk_of_a_method_without_it(make_config):
     plain = fit(make_config("plain", trainer={"max_epochs": 1}))
     start = make_config("start", **sections(), trainer={"max_epochs": 1})
