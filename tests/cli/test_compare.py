@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,10 @@ def test_runs_of_a_folder_are_found_for_their_rows(
     monkeypatch.chdir(tmp_path)
     write_reproduction(Path("runs/a"), epochs=30, top1=0.94)
     write_reproduction(Path("runs/b"), epochs=3, top1=0.92)
+    # as of a version that did not have an option yet
+    config = Path("runs/a/config.yaml")
+    config.write_text(re.sub(r"  fit_heads: 0\n", "", config.read_text()))
+    assert "fit_heads" not in config.read_text()
     write_reproduction(Path("runs/c"), epochs=30, top1=0.1, num_classes=4, n=8)  # not the paper's task
     write_reproduction(Path("runs/d"), epochs=30, top1=0.1, options={})  # another network
     write_reproduction(Path("runs/e"), epochs=30, top1=0.1, preprocessing={"image_size": 224})

@@ -212,6 +212,20 @@ def test_a_method_that_fits_its_head_does_not_take_that_of_another(tmp_path, fir
     assert transfer.is_complete == bool(heads)
 
 
+@pytest.mark.parametrize("statistics", ["shared", "own"])
+def test_own_statistics_start_like_the_trunk_or_as_those_of_the_other_network(tmp_path, statistics):
+    options = {"num_proposals": 3, "num_crops": 2}
+    source = build("nts", crop_statistics=statistics, **options)
+    target = build("nts", seed=1, crop_statistics="own", **options)
+    transfer, _ = take(tmp_path, source, target)
+    assert transfer.is_complete
+    for own, name in target[0].crop_statistics.names.items():
+        of_trunk = source[0].backbone.get_buffer(name)
+        expected = source[0].crop_statistics.get_buffer(own) if statistics == "own" else of_trunk
+        assert torch.equal(expected, of_trunk) == (statistics == "shared" or own.endswith("tracked"))
+        assert torch.equal(target[0].crop_statistics.get_buffer(own), expected), name
+
+
 def test_the_message_is_one_line_of_bounded_length(tmp_path):
     target = build("nts", ("dog",), seed=1)
     transfer, _ = take(tmp_path, build("crossx"), target)
@@ -247,5 +261,5 @@ def test_what_cannot_be_started_from(tmp_path):
         Start.read(str(run.path))
     with torch.no_grad():
         source[0].classifier.bias[1] = torch.nan
-    with pytest.raises(CrossXError, match=r"1 tensor not finite \(classifier.bias, ...\)"):
+    with pytest.raises(CrossXError, match=r"1 tensor is not finite \(classifier.bias, ...\)"):
         Start.read(write(run.path, *source))

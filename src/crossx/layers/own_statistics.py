@@ -19,20 +19,23 @@ class OwnStatistics(nn.Module):
 
     Args:
         network: The shared network. It is not kept: pass it to every call.
+
+    Attributes:
+        names: Name of a buffer here -> that of the network's buffer whose place it takes.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._names = {
+        self.names = {
             name.replace(".", "__"): name
             for name, _ in network.named_buffers()
             if name.rpartition(".")[2] in STATISTICS
         }
         buffers = dict(network.named_buffers())
-        for own, name in self._names.items():
+        for own, name in self.names.items():
             self.register_buffer(own, buffers[name].clone())
 
     def forward(self, network: nn.Module, *inputs: Tensor) -> Any:
         """Return ``network(*inputs)``, computed with and (in training) added to these statistics."""
-        statistics = {name: getattr(self, own) for own, name in self._names.items()}
+        statistics = {name: getattr(self, own) for own, name in self.names.items()}
         return functional_call(network, statistics, inputs)

@@ -257,6 +257,26 @@ class Method(nn.Module, ABC):
         """Return the trunk and its clones (``Backbone.clone``), in the order of the method's modules."""
         return [module for module in self.modules() if isinstance(module, Backbone)]
 
+    def _check_second_size(self, what: str, second: int, size: int) -> None:
+        """Check that the backbone also accepts what it is given besides images.
+
+        Args:
+            what: ``crop`` for the option ``crop_size``.
+            second: Its side in pixels.
+            size: Side of the images.
+
+        Raises:
+            UsageError: If it does not.
+        """
+        try:
+            self.backbone.map_size(second)
+        except UsageError as error:
+            raise UsageError(
+                f"method {self.name!r} uses {what}s of {second} pixels, which backbone {self.backbone.name!r} does not "
+                f"accept ({first_line(error.__cause__ or error)}). Use --model.{what}_size {size}, or for a ViT "
+                "--model.backbone_args.dynamic_img_size true."
+            ) from error
+
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, first_line
+from crossx.errors import UsageError
 from crossx.layers import Navigator, OwnStatistics, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective, register_method
@@ -160,15 +160,7 @@ class NTSNet(Method):
             raise UsageError(
                 f"num_proposals {self.num_proposals} is too large: images of {size} pixels have {anchors} anchors."
             )
-        crop = self.crop_size or size // 2
-        try:
-            self.backbone.map_size(crop)
-        except UsageError as error:
-            raise UsageError(
-                f"method 'nts' uses crops of {crop} pixels, which backbone {self.backbone.name!r} does not accept "
-                f"({first_line(error.__cause__ or error)}). Use --model.crop_size {size}, or for a ViT "
-                "--model.backbone_args.dynamic_img_size true."
-            ) from error
+        self._check_second_size("crop", self.crop_size or size // 2, size)
 
     def _region_features(self, images: Tensor, count: int) -> RegionFeatures:
         maps = self.backbone(images)["last"]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.distributed import batch_mean
-from crossx.errors import UsageError, first_line
+from crossx.errors import UsageError
 from crossx.layers.similarity import Similarity, fit_similarity, transformed, warp_regions
 from crossx.methods.base import Method, Objective, register_method
 from crossx.schema import MAX_IMAGE_SIZE
@@ -215,15 +215,7 @@ class PNCNN(Method):
     def check_image_size(self, size: int) -> None:
         """Check that the backbone accepts both images and regions; see ``Method.check_image_size``."""
         super().check_image_size(size)
-        region = self.region_size or size // 2
-        try:
-            self.backbone.map_size(region)
-        except UsageError as error:
-            raise UsageError(
-                f"method 'pn_cnn' uses regions of {region} pixels, which backbone {self.backbone.name!r} does not "
-                f"accept ({first_line(error.__cause__ or error)}). Use --model.region_size {size}, or for a ViT "
-                "--model.backbone_args.dynamic_img_size true."
-            ) from error
+        self._check_second_size("region", self.region_size or size // 2, size)
 
     def warps(self, points: Tensor, visible: Tensor, images: Tensor) -> Similarity:
         """Return where each region is in the image, of batch shape (B, R), without gradient.

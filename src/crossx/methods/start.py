@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crossx.backbones import Backbone
 from crossx.errors import CrossXError, UsageError, counted, first_few
+from crossx.layers import OwnStatistics
 from crossx.methods.base import Method, method_class
 from crossx.methods.weights import outline, read_checked
 from crossx.runs import EXPORTED, ModelSpec, open_run
@@ -75,7 +76,10 @@ class Start:
             key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
         ]
         if broken:
-            raise CrossXError(f"{weights}: {counted(len(broken), 'tensor')} not finite ({broken[0]}, ...).")
+            verb = "is" if len(broken) == 1 else "are"
+            raise CrossXError(
+                f"{weights}: {counted(len(broken), 'tensor')} {verb} not finite ({broken[0]}, ...)."
+            )
         names = original_names(outlined)
         name = run.hub or str(given.absolute())
         return cls(name, run.hub, weights, spec, run.read_info(), {names[key]: state[key] for key in names})
@@ -215,6 +219,15 @@ class Transfer:
                 if name.startswith(source) and name.removeprefix(source) in own_keys
             }
             state |= {prefix + names[key]: value for key, value in trunk.resized(taken).items()}
+        names = original_names(method)
+        for name, module in method.named_modules():
+            if isinstance(module, OwnStatistics):
+                # statistics that the other network lacks start, as always, as copies of the trunk's
+                copies = {
+                    f"{name}.{own}": state.get(names[f"backbone.{buffer}"])
+                    for own, buffer in module.names.items()
+                }
+                state = {key: value for key, value in copies.items() if value is not None} | state
         return state
 
     def _take(
