@@ -33,9 +33,9 @@ from pathlib import Path
 # the threads of OpenMP do not survive a fork, and torch would wait for them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from crossx.data.readers import mat  # noqa: E402
-from crossx.errors import CrossXError  # noqa: E402
-from targets import NUMBERS, TARGETS, Read, Target  # noqa: E402
+from crossx.data.readers import mat
+from crossx.errors import CrossXError
+from targets import NUMBERS, TARGETS, Read, Target
 
 HERE = Path(__file__).parent
 LIMIT = 60

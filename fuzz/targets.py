@@ -18,8 +18,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import layouts  # noqa: E402
-from crossx.errors import CrossXError  # noqa: E402
+import layouts
+from crossx.errors import CrossXError
 
 Read = Callable[[Path], object]
 
