@@ -46,6 +46,7 @@ def build(name: str) -> Backbone:
 
 @pytest.mark.parametrize("name", RESIDUAL + OTHERS)
 @torch.inference_mode()
+@pytest.mark.slow
 def test_maps_are_those_of_timm(name: str) -> None:
     backbone = build(name)
     images = torch.randn(1, 3, size_for(name), size_for(name))
@@ -97,6 +98,7 @@ def test_previous_of_inverted_residuals_is_the_expanded_map(name: str, block: st
 
 @pytest.mark.parametrize("name", RESIDUAL)
 @torch.inference_mode()
+@pytest.mark.slow
 def test_osme_inside_the_block_leaves_the_trunk_as_it_was(name: str) -> None:
     plain, backbone = build(name), build(name)
     for stage in ("previous", "last"):

@@ -34,6 +34,7 @@ def test_second_pass_has_the_options_of_the_chosen_method(method: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.slow
 def test_every_recipe_becomes_a_configuration_with_its_values(name: str) -> None:
     asked = parse_fit(["--config", name])
     values = asked.config.to_dict()

@@ -230,6 +230,7 @@ REAL = Path(os.environ.get("CROSSX_DATA", Path(__file__).parents[3] / "shared" /
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real photographs are not at {REAL}; set CROSSX_DATA")
+@pytest.mark.slow
 def test_real_photographs_have_no_problems() -> None:
     report = check_dataset("cub", REAL)
     assert kinds(report) == ([], ["counts"])

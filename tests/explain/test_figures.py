@@ -190,6 +190,7 @@ def test_figure_needs_no_run_and_one_name_an_image() -> None:
     assert refusal(figure, method, batch[:0]) == "figure needs at least one image."
 
 
+@pytest.mark.slow
 def test_the_room_loads_nothing_before_it_is_used() -> None:
     code = (
         "import sys, crossx.explain as room; first = {'torch', 'matplotlib', 'captum'} & set(sys.modules)\n"

@@ -97,6 +97,7 @@ def probabilities(run: Path, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("format_", slow_except(SUFFIXES, "onnx", "openvino", "safetensors"))
+@pytest.mark.slow
 def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Exports, batch: Tensor) -> None:
     report = export(format_)
     assert sorted(report.files[0].parent.iterdir()) == sorted(report.files)

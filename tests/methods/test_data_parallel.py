@@ -108,6 +108,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process_on_the_whole_batch(ranks: list[dict], name: str) -> None:
     case = CASES[name]
     method = build(case)

@@ -66,6 +66,7 @@ REORDERED, FEWER = ("cat", "ant", "bee"), ("cat", "ant")
     [(name, REORDERED) for name in list_methods()]
     + [(name, FEWER) for name in list_methods() if name != "dfl"],
 )
+@pytest.mark.slow
 def test_every_class_keeps_its_logits(tmp_path, method, classes):
     source, target = build(method), build(method, classes, seed=1)
     transfer, _ = take(tmp_path, source, target)

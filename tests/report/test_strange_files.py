@@ -117,6 +117,7 @@ def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         ("metrics.json", (page,)),
     ],
 )
+@pytest.mark.slow
 def test_every_value_replaced_by_every_strange_one(
     name: str, makers: tuple[Callable[[Path], str], ...], files: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def everything(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
+@pytest.mark.slow
 def test_a_stopped_service_finishes_what_it_accepted(
     run: Path, bird: bytes, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_malformed_head_is_400(service: Service, bird: bytes) -> None:
     assert predict(service, bird).status_code == 200
 
 
+@pytest.mark.slow
 def test_slow_clients_are_408_and_others_are_served(service: Service, bird: bytes) -> None:
     """A head, a second head and a body that do not end, and a client that says nothing."""
     with service.connect() as first, service.connect() as second, service.connect() as body:
@@ -346,6 +348,7 @@ def test_an_aborted_upload_disturbs_nobody(service: Service, bird: bytes) -> Non
     assert 'status="499"' in httpx.get(service.url("/metrics")).text
 
 
+@pytest.mark.slow
 def test_an_upload_after_the_answer_ends(service: Service) -> None:
     with service.connect() as endless, contextlib.suppress(ConnectionError):
         deadline = time.monotonic() + PATIENCE

@@ -83,6 +83,7 @@ def damage(path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_every_file_but_the_checkpoints_is_restored_or_not_needed(stopped, resumed, monkeypatch, caplog):
     run, spec, info = stopped, stopped.read_spec(), stopped.read_info()
     options, train, begun = Config.from_yaml(run.config), training._train, []

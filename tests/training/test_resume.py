@@ -217,6 +217,7 @@ def test_damaged_checkpoints_give_way_to_the_newest_intact_one(make_config, monk
 
 
 @pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.slow
 def test_killed_between_last_and_best(make_config, monkeypatch, nth):
     """The older best.ckpt remains, or none: it is copied from last.ckpt."""
     whole = fit(make_config("whole", **RANDOM))
@@ -339,6 +340,7 @@ def test_a_run_in_training_cannot_be_resumed(make_config, monkeypatch):
         {"schedule": "step", "step_size": 1, "ema_decay": 0.8, "selection": "last", "optimizer": "adamw"},
     ],
 )
+@pytest.mark.slow
 def test_a_longer_run_of_a_schedule_without_an_end_is_the_uninterrupted_one(make_config, optim):
     """With the augmentation and mixing of RANDOM, from the end of an epoch and from within one."""
     sections = {**RANDOM, "optim": {"mixup": 0.4, "momentum": 0.9} | optim}
@@ -398,6 +400,7 @@ def test_a_stopped_run_is_given_another_length(make_config, monkeypatch, caplog)
     assert "learning rate" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_while_it_was_extended_keeps_its_model(make_config, monkeypatch):
     """The command may be repeated; until the run has finished, its model and results are those of before."""
     optim = {"schedule": "cosine", "selection": "last"}

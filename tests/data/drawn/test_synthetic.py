@@ -142,6 +142,7 @@ ALTERNATIVES = [(part, value) for part in PARTS for value in ADJECTIVES[part] if
 
 
 @pytest.mark.parametrize(("part", "value"), ALTERNATIVES)
+@pytest.mark.slow
 def test_an_attribute_changes_pixels_of_its_part_alone(part: str, value: str) -> None:
     visible = 0
     for seed in range(8):

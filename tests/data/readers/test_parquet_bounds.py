@@ -116,8 +116,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crossx.predict.shards._ALWAYS_IMAGE", MIB)
 
 
+@pytest.mark.usefixtures("small")
 def test_a_column_that_is_not_needed_may_be_of_any_size(tmp_path: Path) -> None:
-    masks = pa.array([bytes(MIB)] * 300)
+    masks = pa.array([bytes(MIB // 32)] * 300)
     table = pa.table(
         {"path": [f"{n}.jpg" for n in range(300)], "label": ["wren", "robin"] * 150, "mask": masks}
     )

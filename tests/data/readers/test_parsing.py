@@ -189,6 +189,7 @@ def test_require_folder(tmp_path: Path) -> None:
     )
 )
 @settings(deadline=None, max_examples=15)  # each starts a process
+@pytest.mark.slow
 def test_cells_survive_a_mat_file(file: Path, names: list[str]) -> None:
     path = file.with_suffix(".mat")
     savemat(path, {"names": mat_cells(names), "ids": np.arange(len(names), dtype=np.float64)[:, None]})

@@ -32,6 +32,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("excitations", [1, 2, 9])
 @pytest.mark.parametrize("with_object", [True, False])
+@pytest.mark.slow
 def test_each_excitation_has_its_colour(tmp_path, excitations, with_object):
     names = [f"part {k}" for k in range(15)]
     stages = {name: stage(excitations, names, with_object=with_object) for name in ("last", "merged")}
