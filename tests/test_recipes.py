@@ -62,6 +62,7 @@ def test_every_number_of_a_packaged_file_has_its_source_in_a_comment(path: Path)
 
 
 @pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.slow
 def test_printed_recipe_reads_back_with_its_comments(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.description

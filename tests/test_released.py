@@ -138,6 +138,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_import_makes_an_ordinary_run_with_numbered_classes(checkpoint: Path, tmp_path: Path) -> None:
     run = import_released(checkpoint, "cub", tmp_path / "run")
     method, spec = load_method(run.path)

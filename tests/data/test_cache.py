@@ -160,6 +160,7 @@ def test_a_folder_that_cannot_be_made_is_told(paths, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_batches_are_the_same_with_and_without_a_cache(kind, num_workers, paths, caplog):
     records = tuple(Record(path, number % 2, "train") for number, path in enumerate(paths))
     index = DatasetIndex("birds", ("auk", "jay"), records)

@@ -77,6 +77,7 @@ def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: s
 
 
 @pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
+@pytest.mark.slow
 def test_learns_a_batch_by_heart(name: str) -> None:
     method = build(name)
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 0, 1, 2])

@@ -145,6 +145,7 @@ def test_classes_of_the_same_name_are_taken_and_others_start_anew(tmp_path, meth
         ("legacy_seresnet18", "crossx", "plain", {}),
     ],
 )
+@pytest.mark.slow
 def test_another_method_takes_the_whole_backbone(tmp_path, backbone, source, target, options):
     """Also where a method moves or gates layers of the trunk: its maps are the same."""
     first = build(source, backbone=backbone, **(options if source == "dfl" else {}))

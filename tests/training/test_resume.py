@@ -113,6 +113,7 @@ def test_a_killed_run_continues_bit_exactly(make_config, tmp_path, every, kept):
         {"schedule": "multistep", "milestones": [1, 2], "selection": "best_on_test"},
     ],
 )
+@pytest.mark.slow
 def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypatch, optim):
     whole = fit(make_config("whole", **{**RANDOM, "optim": optim}))
     interrupt(monkeypatch, 10, crash)
@@ -271,6 +272,7 @@ def test_killed_after_the_last_epoch(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tmp_path, request, sent):
     # A shell that starts the tests in the background has SIGINT ignored, and Python leaves it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

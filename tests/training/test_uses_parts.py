@@ -67,6 +67,7 @@ def parted(monkeypatch):
     register_method("parted")(Parted)
 
 
+@pytest.mark.slow
 def test_parts_reach_the_method_and_a_killed_run_resumes(make_config, monkeypatch, birds, parted) -> None:
     sections = {
         "model": {"method": "parted"},
