@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -373,6 +373,7 @@ settings = st.builds(Setting, values, st.lists(comments, max_size=2).map(tuple),
 
 @hypothesis_settings(max_examples=50)
 @given(st.dictionaries(st.tuples(st.sampled_from(recipes.SECTIONS), names), settings, max_size=6))
+@example({("model", name): Setting(1) for name in ("no", "on", "null", "true", "y", "_")})
 def test_any_recipe_survives_printing(drawn: dict[recipes.Key, Setting]) -> None:
     recipe = Recipe("drawn", settings=drawn)
     assert dict(recipes._parse("drawn", recipe.to_yaml()).settings) == drawn

@@ -91,7 +91,9 @@ class Recipe:
             for key, setting in members.items():
                 text += "".join(f"{indent}# {comment}\n" for comment in setting.above)
                 beside = f"  # {setting.beside}" if setting.beside else ""
-                text += f"{indent}{key[-1]}: {dump_yaml(setting.value, flow=True).strip()}{beside}\n"
+                # the name too: `no` would be a boolean
+                name, value = (dump_yaml(part, flow=True).strip() for part in (key[-1], setting.value))
+                text += f"{indent}{name}: {value}{beside}\n"
         return text or "\n"
 
 
