@@ -18,6 +18,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize(("num_classes", "least_side"), [(1, 500), (5, 500), (60, 1000)])
+@pytest.mark.slow
 def test_picture_has_room_for_every_class(tmp_path, num_classes, least_side):
     path = tmp_path / "confusion.png"
     names = [f"{i:03d}.A_bird_of_kind_{i}" for i in range(num_classes)]

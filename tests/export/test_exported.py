@@ -128,12 +128,14 @@ def test_every_method_exports_to_onnx(name: str, photos: Path, tmp_path: Path) -
     assert report.comparison.same_class == report.comparison.images
 
 
+@pytest.mark.slow
 def test_the_onnx_file_holds_no_path_of_this_machine(export: Exports) -> None:
     content = export("onnx").files[0].read_bytes()
     assert b"stack_trace" not in content
     assert str(Path(__file__).parents[2]).encode() not in content
 
 
+@pytest.mark.slow
 def test_the_onnx_file_convolves_no_more_than_the_trunk(export: Exports) -> None:
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(export("onnx").files[0]).graph
@@ -152,6 +154,7 @@ def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
 
 
 @pytest.mark.parametrize("format_", slow_except(["onnx", "openvino"], "onnx"))
+@pytest.mark.slow
 def test_int8_tells_its_accuracy(format_: str, run: Path, many: Path, tmp_path: Path) -> None:
     require(format_, "int8")
     photos, output = many, tmp_path / f"network{SUFFIXES[format_]}"
@@ -309,6 +312,7 @@ def test_the_description_says_how_an_image_becomes_the_input(run: Path, export: 
     assert ModelSpec.from_json(said, run) == Run(run).read_spec()
 
 
+@pytest.mark.slow
 def test_the_example_needs_no_crossx(run: Path, photos: Path, export: Exports) -> None:
     paths = find_images(photos)
     # -I: neither PYTHONPATH nor the working folder; what the script imports of crossx would be installed

@@ -149,6 +149,7 @@ def test_survives_its_files(name: str, tmp_path: object) -> None:
 
 
 @every_method
+@pytest.mark.slow
 def test_loads_a_training_checkpoint(name: str, tmp_path: object) -> None:
     method = build(name).eval()
     run = Run(tmp_path)  # type: ignore[arg-type]
@@ -172,6 +173,7 @@ def test_exports(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_except(list_methods(), "plain"))
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: bool) -> None:
     method, compiler = build(name).train(training), CompileCounter()
     images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0, 1])

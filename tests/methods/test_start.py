@@ -82,6 +82,7 @@ def test_every_class_keeps_its_logits(tmp_path, method, classes):
 
 
 @pytest.mark.parametrize("method", list_methods())
+@pytest.mark.slow
 def test_other_classes_get_a_new_head_on_the_same_features(tmp_path, method):
     source, target = build(method), build(method, ("dog", "eel", "fly", "gnu"), seed=1)
     transfer, before = take(tmp_path, source, target)

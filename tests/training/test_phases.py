@@ -83,6 +83,7 @@ def test_a_phase_changes_what_it_trains_and_nothing_else(make_config, saved, ord
         previous = tensors
 
 
+@pytest.mark.slow
 def test_what_the_start_of_a_phase_sets_is_not_averaged_with_what_it_was(make_config, saved):
     fit(make_config(**sections(factor=0.0, ema_decay=0.9)))
     state, trained = saved[-1]
@@ -98,6 +99,7 @@ def test_what_the_start_of_a_phase_sets_is_not_averaged_with_what_it_was(make_co
 
 
 @pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+@pytest.mark.slow
 def test_steps_are_scaled_by_the_factor_of_the_phase(make_config, saved, schedule):
     steps = {}
     for factor in (1.0, 0.25):
@@ -194,6 +196,7 @@ def test_a_longer_training_starts_the_phases_that_it_comes_to(make_config):
     assert_same_run(resume(run.path, max_epochs=3), fit(make_config("whole", **sections())))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_version_without_phases_is_of_the_phase_that_all_methods_have(
     make_config, monkeypatch
 ):
