@@ -13,6 +13,7 @@ from crossx.methods.base import (
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
 from crossx.methods.kernel_pooling import KernelPooling
+from crossx.methods.ma_cnn import MACNN
 from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
@@ -22,6 +23,7 @@ from crossx.methods.probe import Probe
 
 __all__ = [
     "DFL",
+    "MACNN",
     "MAMC",
     "PNCNN",
     "CrossX",
