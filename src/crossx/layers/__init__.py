@@ -1,7 +1,7 @@
 """Building blocks of networks; torch and torchvision only."""
 
 from crossx.layers.anchors import anchor_boxes, select_boxes
-from crossx.layers.channel_grouping import (
+from crossx.layers.channel_groups import (
     ChannelGrouping,
     attention_maps,
     attention_pool,

@@ -108,8 +108,9 @@ class MACNN(Method):
         channels = backbone.channels[backbone.unpooled_stage]
         if not 2 <= num_parts <= min(channels, 64):
             raise UsageError(f"num_parts must be between 2 and {min(channels, 64)}, not {num_parts}.")
-        if object_crop and not part_crops:
-            raise UsageError("object_crop needs part_crops.")
+        for name, chosen in (("object_crop", object_crop), ("shared_trunk", shared_trunk)):
+            if chosen and not part_crops:
+                raise UsageError(f"{name} needs part_crops.")
         if not 0 < part_side <= 1:
             raise UsageError(f"part_side must be above 0 and at most 1, not {part_side}.")
         if crop_size is not None and not 2 <= crop_size <= MAX_IMAGE_SIZE:
@@ -142,7 +143,8 @@ class MACNN(Method):
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of ``image``, ``parts`` and ``crops`` (means over them) and ``joined``."""
-        logits = self._logits(self._streams(images, self._see(images)))
+        streams = self._streams(images, self._see(images))
+        logits = self._logits(streams, self._join(streams))
         # (B, P, K) -> (B, K)
         return {name: own.mean(1) if own.ndim == 3 else own for name, own in logits.items()}
 
@@ -164,11 +166,15 @@ class MACNN(Method):
         values without gradient.
         """
         seen = self._see(images)
+        streams = self._streams(images, seen)
+        # as the authors do: the networks learn from their own heads
+        logits = self._logits(streams, self._join(streams).detach())
         terms = {}
-        logits = self._logits(self._streams(images, seen))
         for name, own in logits.items():
             count = own.shape[1] if own.ndim == 3 else 1
-            own_targets = targets.repeat_interleave(count, 0) if count > 1 else targets  # (B, ...) -> (B*P, ...)
+            own_targets = (
+                targets.repeat_interleave(count, 0) if count > 1 else targets
+            )  # (B, ...) -> (B*P, ...)
             # (B, P, K) -> (B*P, K)
             terms[f"data_{name}"] = self.criterion(own.flatten(0, -2), own_targets)
         maps = {
@@ -260,16 +266,19 @@ class MACNN(Method):
             # (B, R, 3, s, s) -> R x (B, 3, s, s), or 1 x (B*R, 3, s, s) for a shared trunk
             inputs = [crops.flatten(0, 1)] if len(self.crop_trunks) < count else crops.unbind(1)
             pooled = [
-                trunk(own)[self.stage].mean((2, 3)) for trunk, own in zip(self.crop_trunks, inputs, strict=True)
+                trunk(own)[self.stage].mean((2, 3))
+                for trunk, own in zip(self.crop_trunks, inputs, strict=True)
             ]
             # 1 x (B*R, C) -> (B, R, C), or R x (B, C) -> (B, R, C)
-            streams["crops"] = pooled[0].unflatten(0, (-1, count)) if len(pooled) < count else torch.stack(pooled, 1)
+            streams["crops"] = (
+                pooled[0].unflatten(0, (-1, count)) if len(pooled) < count else torch.stack(pooled, 1)
+            )
         return {name: self.dropout(features) for name, features in streams.items()}
 
-    def _logits(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _logits(self, streams: Mapping[str, Tensor], joined: Tensor) -> dict[str, Tensor]:
         """Return the logits of each head, (B, K), or (B, P, K) for parts and crops."""
-        logits = {name: self.heads[name](features) for name, features in streams.items()}
-        return {**logits, "joined": self.heads["joined"](self._join(streams).detach())}
+        inputs = {**streams, "joined": joined}
+        return {name: self.heads[name](features) for name, features in inputs.items()}
 
     def _join(self, streams: Mapping[str, Tensor]) -> Tensor:
         others = streams["crops" if "crops" in streams else "parts"]
@@ -281,9 +290,12 @@ def cluster(vectors: Tensor, count: int) -> Tensor:
     """Return the cluster of each row, int64 (n,), by k-means: the best of several starts, always the same.
 
     Args:
-        vectors: (n, d); n at least ``count``.
-        count: Number of clusters.
+        vectors: (n, d).
+        count: Number of clusters, of which some are empty if there are fewer different rows.
     """
+    distinct, which = vectors.unique(dim=0, return_inverse=True)
+    if len(distinct) <= count:
+        return which
     # imported here because it takes half a second and only training needs it
     from scipy.cluster.vq import kmeans2
 

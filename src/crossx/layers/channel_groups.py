@@ -116,7 +116,10 @@ def peak_boxes(maps: Tensor, image_size: tuple[int, int], side: int) -> Tensor:
     peaks = maps.flatten(2).argmax(2)  # (B, P, h, w) -> (B, P)
     corners = [
         ((place + 0.5) * (extent / count) - side / 2).floor().clamp(0, extent - side)
-        for place, count, extent in ((peaks % width, width, image_size[1]), (peaks // width, height, image_size[0]))
+        for place, count, extent in (
+            (peaks % width, width, image_size[1]),
+            (peaks // width, height, image_size[0]),
+        )
     ]
     left_top = torch.stack(corners, 2)
     return torch.cat([left_top, left_top + side], 2)
