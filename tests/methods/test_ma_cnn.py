@@ -251,10 +251,10 @@ def test_options_are_checked(options, message) -> None:
 
 
 def test_sizes_are_checked() -> None:
-    with pytest.raises(UsageError, match="part_side 0.02 is too small: parts of images of 64 pixels have 1"):
+    with pytest.raises(UsageError, match=r"part_side 0.02 is too small: parts of images of 64 pixels have 1"):
         build(part_side=0.02).check_image_size(64)
     vit = create_method("ma_cnn", backbone="vit_tiny_patch16_224", num_classes=2, backbone_args={"depth": 2})
-    with pytest.raises(UsageError, match="uses crops of 112 pixels, which backbone .* does not accept"):
+    with pytest.raises(UsageError, match=r"uses crops of 112 pixels, which backbone .* does not accept"):
         vit.check_image_size(224)
     vit = create_method(
         "ma_cnn",

@@ -295,7 +295,8 @@ def cluster(vectors: Tensor, count: int) -> Tensor:
     """
     distinct, which = vectors.unique(dim=0, return_inverse=True)
     if len(distinct) <= count:
-        return which
+        labels: Tensor = which
+        return labels
     # imported here because it takes half a second and only training needs it
     from scipy.cluster.vq import kmeans2
 
@@ -305,9 +306,9 @@ def cluster(vectors: Tensor, count: int) -> Tensor:
         with warnings.catch_warnings():
             # an empty cluster keeps its last centre
             warnings.filterwarnings("ignore", "One of the clusters is empty")
-            centers, labels = kmeans2(points, count, iter=KMEANS_ITERATIONS, minit="++", rng=seed)
-        spread = float(((points - centers[labels]) ** 2).sum())
+            centers, found = kmeans2(points, count, iter=KMEANS_ITERATIONS, minit="++", rng=seed)
+        spread = float(((points - centers[found]) ** 2).sum())
         if spread < least:
-            best, least = labels, spread
+            best, least = found, spread
     assert best is not None
     return torch.from_numpy(best).long()
