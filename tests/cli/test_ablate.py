@@ -130,3 +130,8 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
         tables.append(printed[printed.index("\n| variant") :])
     assert tables[0] == tables[1]
     assert Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns == trained
+
+    assert ablate(*more, "--earlier", "out/results.json", "--output", "elsewhere") == 0
+    printed = capsys.readouterr().out
+    assert printed[printed.index("\n| variant") :].splitlines()[:4] == tables[0].splitlines()[:4]
+    assert not Path("elsewhere/plain").exists()
