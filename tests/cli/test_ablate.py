@@ -121,6 +121,8 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     (line,) = [line for line in lines if line.endswith(" chosen |")]
     assert line.startswith("| plain")
 
+    assert "\nepoch 1/1 " in Path("out/plain/seed-0.log").read_text()
+
     Path("suite.yaml").write_text(variants)
     trained = Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns
     tables = []

@@ -42,6 +42,7 @@ _NEUTRAL = (
     "data.num_workers",
     "data.cache",
     "data.eval_batch_size",
+    "trainer.enable_progress_bar",
     "trainer.logger",
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",
@@ -134,7 +135,6 @@ def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Tri
 
 def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
     # a progress bar would fill the log
-    base = replace(base, trainer=replace(base.trainer, enable_progress_bar=False))
     trials = []
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):
