@@ -29,9 +29,13 @@ def images(number: int = 2, size: int = 96) -> Tensor:
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def step_by_step(method: NTSNet, image: Tensor, count: int) -> dict[str, Tensor]:
-    """The network on one image (3, S, S), as its paper and its authors' code describe it."""
-    size = image.shape[1]
+def step_by_step(method: NTSNet, image: Tensor, count: int, times: int = 1) -> dict[str, Tensor]:
+    """The network on one image (3, S, S), as its paper and its authors' code describe it.
+
+    With ``times``, the image is that many times as large as what the trunk sees of it.
+    """
+    size, large = image.shape[1] // times, image
+    image = F.interpolate(large[None], (size, size), mode="bilinear", antialias=True)[0]
     last = method.backbone(image[None])["last"]
     navigator = method.navigator
     first = F.relu(navigator.levels[0](last))
@@ -41,9 +45,9 @@ def step_by_step(method: NTSNet, image: Tensor, count: int) -> dict[str, Tensor]
     scores = torch.cat([map_.reshape(-1) for map_ in maps])
     anchors = navigator(last, (size, size))[0]
     best = nms(anchors, scores, 0.25)[:count]
-    padded = F.pad(image, (size,) * 4)
+    padded = F.pad(large, (size * times,) * 4)
     parts = []
-    for left, top, right, bottom in (anchors[best].int() + size).tolist():
+    for left, top, right, bottom in ((anchors[best].int() + size) * times).tolist():
         crop = F.interpolate(
             padded[None, :, top:bottom, left:right],
             (size // 2, size // 2),
@@ -54,18 +58,20 @@ def step_by_step(method: NTSNet, image: Tensor, count: int) -> dict[str, Tensor]
     feature = F.adaptive_avg_pool2d(last, 1).flatten()
     return {
         "scores": scores[best],
-        "boxes": anchors[best],
+        "boxes": anchors[best] * times,
         "raw": method.raw(feature),
         "parts": torch.stack([method.teacher(part) for part in parts]),
         "joined": method.scrutinizer(torch.cat([*parts[: method.num_crops], feature])),
     }
 
 
-def test_prediction_is_that_of_the_paper_step_by_step() -> None:
-    method, batch = build(), images()
+@pytest.mark.parametrize("times", [1, 2])
+def test_prediction_is_that_of_the_paper_step_by_step(times: int) -> None:
+    method, batch = build(view_size=96 if times > 1 else None), images(size=96 * times)
     heads, boxes = method.head_logits(batch), method.boxes(batch)
+    assert method.activation_maps(batch)["last"].shape[2:] == method.backbone.map_size(96)
     for number, image in enumerate(batch):
-        expected = step_by_step(method, image, 4)
+        expected = step_by_step(method, image, 4, times)
         torch.testing.assert_close(boxes[number], expected["boxes"])
         torch.testing.assert_close(heads["raw"][number], expected["raw"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(heads["parts"][number], expected["parts"].mean(0), rtol=1e-4, atol=1e-5)
@@ -183,6 +189,7 @@ def test_crops_and_anchors_follow_the_image_unless_they_are_given() -> None:
         ({"anchor_sizes": (48, 96)}, "anchor_sizes must be 3 numbers above 0"),
         ({"iou_threshold": 0}, "iou_threshold must be above 0"),
         ({"margin": -1}, "margin must be at least 0"),
+        ({"view_size": 1}, "view_size must be between 2 and 4096, not 1"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1"),
         ({"parts_reduction": "means"}, "Did you mean 'mean'"),
     ],
@@ -201,6 +208,15 @@ def test_a_backbone_that_does_not_take_the_crops_is_refused() -> None:
     dynamic = build("vit_tiny_patch16_224", backbone_args={**args, "dynamic_img_size": True})
     assert dynamic.check_image_size(64) is None
     assert dynamic(images(1, 64)).shape == (1, 3)
+
+
+def test_a_view_is_no_larger_than_the_image() -> None:
+    method = build(view_size=96)
+    assert method.backbone.image_size == 96
+    assert method.check_image_size(200) is None
+    assert "view_size 96 is larger than the images, which have 64 pixels" in refusal(
+        method.check_image_size, 64
+    )
 
 
 def test_too_few_anchors_for_the_proposals_are_refused() -> None:
@@ -242,10 +258,11 @@ def test_grad_cam_is_of_the_pass_of_the_images() -> None:
 
 
 @pytest.mark.slow
-def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("view_size", [None, 64])
+def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path, view_size: int | None) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    method, path = build(), tmp_path / "nts.onnx"
+    method, path = build(view_size=view_size), tmp_path / "nts.onnx"
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.onnx.export(
@@ -258,3 +275,15 @@ def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path) -> None:
         (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
         with torch.no_grad():
             np.testing.assert_allclose(logits, method(given), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_openvino_makes_the_same_view(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
+    openvino = pytest.importorskip("openvino")
+    method, path, given = build(view_size=64), tmp_path / "nts.onnx", images()
+    with torch.no_grad():
+        torch.onnx.export(method, (given,), dynamo=True, verbose=False).save(path)
+        expected = method(given)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled(given.numpy())[0], expected, rtol=1e-3, atol=1e-4)

@@ -20,6 +20,7 @@ from crossx.layers.own_statistics import OwnStatistics
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
+from crossx.layers.resize import shrink
 from crossx.layers.tensor_sketch import TensorSketch
 from crossx.layers.zoom import box_mask, zoom
 
@@ -48,6 +49,7 @@ __all__ = [
     "peak_boxes",
     "recompute",
     "select_boxes",
+    "shrink",
     "signed_sqrt",
     "zoom",
 ]

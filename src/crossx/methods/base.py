@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from crossx.backbones import Backbone, create_backbone
 from crossx.errors import UsageError, first_line, unknown
+from crossx.layers import shrink
 from crossx.losses import ClassificationLoss
+from crossx.schema import MAX_IMAGE_SIZE
 from crossx.suggestions import nearest
 
 
@@ -97,6 +99,10 @@ class Method(nn.Module, ABC):
 
     phase: Phase = Phase()
     """The current phase; set by training, before ``start_phase``. Predictions must not depend on it."""
+
+    view_size: int | None = None
+    """Side of the global view in pixels, for which the backbone is built; None if that is the image itself. Set by
+    ``create_method`` if the method has an option of this name, which says that it makes crops of larger images."""
 
     taken: frozenset[str] | None = None
     """Names of the parameters taken from another network (``crossx.methods.start``); None without one."""
@@ -200,6 +206,10 @@ class Method(nn.Module, ABC):
         """Return the prediction, logits (B, K), for images (B, 3, H, W)."""
         return self.combine_heads(self.head_logits(images))
 
+    def view(self, images: Tensor) -> Tensor:
+        """Return the images (B, 3, H, W) as the backbone sees them: resized to ``view_size`` pixels if it is set."""
+        return images if self.view_size is None else shrink(images, self.view_size)
+
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Initialise from the training set before the first step; by default do nothing.
 
@@ -251,7 +261,13 @@ class Method(nn.Module, ABC):
         Raises:
             UsageError: If it does not.
         """
-        self.backbone.check_image_size(size)
+        view = self.view_size
+        if view is not None and view > size:
+            raise UsageError(
+                f"view_size {view} is larger than the images, which have {size} pixels. Use --data.image_size {view} "
+                "or more, or a smaller --model.view_size."
+            )
+        self.backbone.check_image_size(view or size)
 
     def trunks(self) -> list[Backbone]:
         """Return the trunk and its clones (``Backbone.clone``), in the order of the method's modules."""
@@ -263,7 +279,7 @@ class Method(nn.Module, ABC):
         Args:
             what: ``crop`` for the option ``crop_size``.
             second: Its side in pixels.
-            size: Side of the images.
+            size: Side of the images, or of their global view.
 
         Raises:
             UsageError: If it does not.
@@ -400,6 +416,7 @@ def create_method(
         backbone_weights: A plain state dict to start from instead (a ``.pth`` or ``.safetensors`` file).
         backbone_args: Further arguments of ``timm.create_model``.
         image_size: Side of the images in pixels, for methods whose layers depend on it; by default the backbone's own.
+            If the option ``view_size`` is given, that is what the backbone sees.
         **options: Options of the method, see ``method_options``.
 
     Raises:
@@ -408,12 +425,20 @@ def create_method(
     """
     cls = method_class(name)
     check_options(name, options)
+    view_size: int | None = {**method_options(name), **options}.get("view_size")
+    if view_size is not None and not 2 <= view_size <= MAX_IMAGE_SIZE:
+        raise UsageError(f"view_size must be between 2 and {MAX_IMAGE_SIZE}, not {view_size}.")
     trunk = create_backbone(
-        backbone, pretrained=pretrained, weights=backbone_weights, args=backbone_args, image_size=image_size
+        backbone,
+        pretrained=pretrained,
+        weights=backbone_weights,
+        args=backbone_args,
+        image_size=view_size or image_size,
     )
     try:
         method = cls(trunk, num_classes, **options)
     except TypeError as error:  # from an option without a type hint
         raise UsageError(f"method {name!r}: an option is of the wrong type ({first_line(error)}).") from error
     method.options = {**method_options(name), **options}
+    method.view_size = view_size
     return method

@@ -43,7 +43,8 @@ class NTSNet(Method):
         num_classes: K.
         num_proposals: M, the number of regions that the Navigator learns from in training.
         num_crops: K in the paper, the number of best regions that are classified together with the image.
-        crop_size: Side of the crops in pixels. Default: half of the image's shorter side (224 of 448 in the paper).
+        crop_size: Side of the crops in pixels. Default: half of the shorter side of what the trunk sees of the image
+            (224 of 448 in the paper).
         anchor_sizes: Anchor size of each of the Navigator's three levels, in pixels for an image of 448 pixels; they
             scale with the image.
         iou_threshold: IoU with a better region at or above which a region is suppressed.
@@ -53,6 +54,8 @@ class NTSNet(Method):
         parts_reduction: ``mean`` (released code) or ``sum`` of the cross-entropies of the M crops.
         crop_statistics: Running statistics of the trunk's batch norms for crops: those of the images too (``shared``,
             released code), or their ``own``. Shared ones fit neither: crops are smaller and show other things.
+        view_size: Side in pixels to which images are resized for the trunk, while regions are cropped from the images
+            themselves, with more detail. Default: that of the images.
     """
 
     citation = """\
@@ -77,6 +80,7 @@ class NTSNet(Method):
         dropout: float = 0.5,
         parts_reduction: PartsReduction = "mean",
         crop_statistics: CropStatistics = "shared",
+        view_size: int | None = None,
     ) -> None:
         super().__init__(backbone, num_classes)
         if not 1 <= num_crops <= num_proposals:
@@ -142,11 +146,13 @@ class NTSNet(Method):
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the image's last map, (B, 1, h, w)."""
-        return {"last": self.backbone(images)["last"].mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
+        maps = self.backbone(self.view(images))["last"]
+        return {"last": maps.mean(1, keepdim=True)}  # (B, C, h, w) -> (B, 1, h, w)
 
     def boxes(self, images: Tensor) -> Tensor:
         """Return the regions that are classified with the image; see ``Method.boxes``."""
-        return self._propose(self.backbone(images)["last"], images, self.num_crops)[0]
+        view = self.view(images)
+        return self._propose(self.backbone(view)["last"], images, view, self.num_crops)[0]
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the features of the crops and of the image, concatenated, (B, D)."""
@@ -155,6 +161,7 @@ class NTSNet(Method):
     def check_image_size(self, size: int) -> None:
         """Check that the backbone accepts both images and crops; see ``Method.check_image_size``."""
         super().check_image_size(size)
+        size = self.view_size or size
         anchors = self.navigator.num_anchors(self.backbone.map_size(size))
         if anchors < self.num_proposals:
             raise UsageError(
@@ -163,9 +170,10 @@ class NTSNet(Method):
         self._check_second_size("crop", self.crop_size or size // 2, size)
 
     def _region_features(self, images: Tensor, count: int) -> RegionFeatures:
-        maps = self.backbone(images)["last"]
-        boxes, scores = self._propose(maps, images, count)
-        size = self.crop_size or min(images.shape[2:]) // 2
+        view = self.view(images)
+        maps = self.backbone(view)["last"]
+        boxes, scores = self._propose(maps, images, view, count)
+        size = self.crop_size or min(view.shape[2:]) // 2
         crops = crop_boxes(images, boxes, size).flatten(0, 1)  # (B, n, 3, s, s) -> (B*n, 3, s, s)
         statistics = self.crop_statistics
         crop_maps = (statistics(self.backbone, crops) if statistics else self.backbone(crops))["last"]
@@ -174,10 +182,14 @@ class NTSNet(Method):
         image = maps.mean((2, 3))  # (B, C, h, w) -> (B, C)
         return RegionFeatures(self.dropout(image), self.dropout(parts), scores)
 
-    def _propose(self, maps: Tensor, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the best regions, (B, n, 4), and their scores, (B, n), from the images' last maps (B, C, h, w)."""
-        boxes, scores = self.navigator(maps.detach(), images.shape[2:])
+    def _propose(self, maps: Tensor, images: Tensor, view: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the best regions, (B, n, 4), and their scores, (B, n), from the last maps (B, C, h, w) of the view."""
+        boxes, scores = self.navigator(maps.detach(), view.shape[2:])
         best = select_boxes(boxes, scores, count, self.iou_threshold)
+        if self.view_size is not None:  # from pixels of the view to whole pixels of the image
+            (height, width), (rows, columns) = images.shape[2:], view.shape[2:]
+            scale = torch.tensor([width / columns, height / rows], device=boxes.device).repeat(2)
+            boxes = (boxes * scale).round()
         return boxes[best], scores.gather(1, best)  # (N, 4) -> (B, n, 4); (B, N) -> (B, n)
 
     def _join(self, regions: RegionFeatures) -> Tensor:
