@@ -336,6 +336,20 @@ def test_previous_is_taken_at_another_stride(name: str) -> None:
         torch.testing.assert_close(maps["previous"], of_timm)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [pytest.param("vgg11", "previous", marks=pytest.mark.slow), ("resnet10t", "last")]
+)
+@torch.inference_mode()
+def test_the_unpooled_stage_is_the_deepest_before_pooling(name: str, expected: str) -> None:
+    backbone = build(name)
+    assert backbone.unpooled_stage == expected
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    if expected == "previous":
+        torch.testing.assert_close(torch.nn.functional.max_pool2d(maps["previous"], 2), maps["last"])
+        backbone.take_previous(8)
+        assert backbone.unpooled_stage == "last"
+
+
 def test_a_stride_without_a_map_is_refused() -> None:
     with pytest.raises(UsageError, match="has no map of stride 2 before its last one; it has: 4, 8, 16"):
         create_backbone("resnet10t").take_previous(2)

@@ -12,7 +12,9 @@ from crossx.losses import (
     ClassificationLoss,
     c3s_loss,
     classification_loss,
+    concentration_loss,
     cross_layer_loss,
+    diversity_loss,
     entropy_loss,
     mamc_loss,
     ranking_loss,
@@ -38,6 +40,8 @@ LOSSES = {
     "ranking": lambda scores, losses: ranking_loss(scores, losses),
     "policy": lambda log_probs, rewards: reinforce_loss(log_probs, rewards, torch.tensor(0.3))[0],
     "baseline": lambda baseline, rewards: reinforce_loss(-rewards, rewards, baseline, rewards > 0.2)[1],
+    "concentration": lambda *parts: concentration_loss(torch.stack(parts, 1)[:, :, None].softmax(3)),
+    "diversity": lambda *parts: diversity_loss(torch.stack(parts, 1)[:, :, None].softmax(3)),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
 }

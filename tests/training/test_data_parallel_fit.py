@@ -27,6 +27,7 @@ OPTIONS = {
     "crossx": {"use_merged": False},
     "kernel_pooling": {"sketch_size": 32},
     "mamc": {"embedding_size": 8},
+    "ma_cnn": {"dropout": 0.0},
     "nts": {"dropout": 0.0},
 }
 """Nothing drawn for a rank, no statistics of a rank, small layers."""

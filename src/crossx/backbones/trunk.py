@@ -290,6 +290,13 @@ class Backbone(nn.Module):
             )
 
     @property
+    def unpooled_stage(self) -> str:
+        """Stage of the deepest map before pooling: ``previous`` if only pooling follows it (VGG), else ``last``."""
+        end = self.trunk.get_submodule(self._info[self._deepest]["module"])
+        follows = self._previous == self._deepest - 1 and isinstance(end, nn.MaxPool2d | nn.AvgPool2d)
+        return "previous" if follows else "last"
+
+    @property
     def _own_size(self) -> int:
         """Side of the images that the model was built for, in pixels."""
         # timm's data_config ignores img_size

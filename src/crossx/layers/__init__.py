@@ -1,6 +1,14 @@
 """Building blocks of networks; torch and torchvision only."""
 
 from crossx.layers.anchors import anchor_boxes, select_boxes
+from crossx.layers.channel_groups import (
+    ChannelGrouping,
+    attention_maps,
+    attention_pool,
+    channel_peaks,
+    object_box,
+    peak_boxes,
+)
 from crossx.layers.crops import crop_boxes
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.filter_bank import FilterBank, energy_peaks
@@ -19,6 +27,7 @@ from crossx.layers.zoom import box_mask, zoom
 __all__ = [
     "OSME",
     "BilinearPooling",
+    "ChannelGrouping",
     "FilterBank",
     "MergedFeatures",
     "Navigator",
@@ -28,11 +37,16 @@ __all__ = [
     "TaylorSeriesKernel",
     "TensorSketch",
     "anchor_boxes",
+    "attention_maps",
+    "attention_pool",
     "box_mask",
+    "channel_peaks",
     "crop_boxes",
     "energy_peaks",
     "evaluation_mode",
     "global_pool",
+    "object_box",
+    "peak_boxes",
     "recompute",
     "select_boxes",
     "shrink",

@@ -1,6 +1,7 @@
 """Losses: each is a pure function from tensors to a scalar, and a thin module over it."""
 
 from crossx.losses.c3s import C3SLoss, c3s_loss, part_correlations, summarize_correlations
+from crossx.losses.channel_grouping import concentration_loss, diversity_loss
 from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
@@ -17,7 +18,9 @@ __all__ = [
     "RankingLoss",
     "c3s_loss",
     "classification_loss",
+    "concentration_loss",
     "cross_layer_loss",
+    "diversity_loss",
     "entropy_loss",
     "mamc_loss",
     "mamc_terms",

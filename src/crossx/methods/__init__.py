@@ -14,6 +14,7 @@ from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
 from crossx.methods.fcan import FCAN
 from crossx.methods.kernel_pooling import KernelPooling
+from crossx.methods.ma_cnn import MACNN
 from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
@@ -24,6 +25,7 @@ from crossx.methods.probe import Probe
 __all__ = [
     "DFL",
     "FCAN",
+    "MACNN",
     "MAMC",
     "PNCNN",
     "CrossX",
