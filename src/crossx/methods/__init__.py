@@ -12,6 +12,7 @@ from crossx.methods.base import (
 )
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
+from crossx.methods.dt_ram import DTRAM
 from crossx.methods.kernel_pooling import KernelPooling
 from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
@@ -22,6 +23,7 @@ from crossx.methods.probe import Probe
 
 __all__ = [
     "DFL",
+    "DTRAM",
     "MAMC",
     "PNCNN",
     "CrossX",
