@@ -5,6 +5,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,12 +49,14 @@ def step_by_step(method: DTRAM, image: Tensor, view: int | None = None) -> dict[
             break
         hidden = torch.tanh(step.locator[0](h))
         x, y = step.locator[2](hidden)[0].clamp(-1, 1).tolist()
-        left = round(width / 2 * (1 + method.reach * x) - side / 2)
-        top = round(height / 2 * (1 + method.reach * y) - side / 2)
+        left = width / 2 * (1 + method.reach * x) - side / 2
+        top = height / 2 * (1 + method.reach * y) - side / 2
         boxes.append([left, top, left + side, top + side])
-        padded = F.pad(image, (side,) * 4)[:, top + side : top + 2 * side, left + side : left + 2 * side]
         size = view or min(height, width)
-        glimpse = F.interpolate(padded[None], (size, size), mode="bilinear", align_corners=True)
+        steps = np.arange(size) / (size - 1) * (side - 1)
+        where = np.meshgrid([0, 1, 2], top + steps, left + steps, indexing="ij")
+        pixels = map_coordinates(image.double().numpy(), where, order=1, mode="grid-constant")
+        glimpse = torch.from_numpy(pixels)[None].float()
         h = F.relu(step.trunk(glimpse)["last"].mean((2, 3)) + step.feedback(h))
         answers.append(step.classifier(h))
         features.append(h)
@@ -81,7 +84,7 @@ def test_prediction_is_that_of_a_network_that_stops(height: int, width: int, vie
         found = method(batch), method.count_steps(batch), method.boxes(batch), method.embeddings(batch)
     assert len({int(each["steps"]) for each in expected}) > 1
     for (name, atol), values in zip(
-        {"prediction": 1e-4, "steps": 0, "boxes": 0, "embedding": 1e-4}.items(), found, strict=True
+        {"prediction": 1e-4, "steps": 0, "boxes": 1e-3, "embedding": 1e-4}.items(), found, strict=True
     ):
         torch.testing.assert_close(
             values, torch.stack([each[name] for each in expected]), rtol=1e-4, atol=atol
@@ -228,8 +231,7 @@ def test_the_locator_climbs_the_expected_reward(monkeypatch: pytest.MonkeyPatch)
     method.phase = Phase("step_2")
     objective = method.objective(ramp, torch.ones(2 * half, dtype=torch.int64))
     (objective.terms["locator"] + objective.terms["baseline"]).backward()
-    # a glimpse has 8 pixels, and its left edge is rounded: the first that is right of the threshold begins at 32
-    threshold = ((31.5 + 4) / 32 - 1) / 0.75
+    threshold = (35 / 32 - 1) / 0.75
     scaled = NormalDist(0.1, 0.3)
     reward = 1 - scaled.cdf(threshold)
     expected = torch.tensor([-scaled.pdf(threshold), 0.0])

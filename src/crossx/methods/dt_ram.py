@@ -324,9 +324,10 @@ class DTRAM(Method):
     def _look(self, images: Tensor, steps: int) -> Look:
         seen = self.backbone(self.view(images))["last"].mean((2, 3))  # (B, C, h, w) -> (B, C)
         features, answers = [seen], [self.classifier(seen)]
-        boxes, log_probs = [images.new_zeros(len(images), 0, 4)], [seen.new_zeros(len(images), 0)]
+        boxes, log_probs = [images.new_zeros(images.shape[0], 0, 4)], [seen.new_zeros(images.shape[0], 0)]
         for step in self.steps[: steps - 1]:
-            mean = at_least_float32(step.locator(features[-1]))
+            # detached: the gradient of drawn positions is noise to the features, larger than that of the answers
+            mean = at_least_float32(step.locator(features[-1].detach()))
             location = mean.detach()
             if self.training:
                 location = location + self.location_std * torch.randn_like(location)
@@ -340,11 +341,11 @@ class DTRAM(Method):
         return Look(features, torch.stack(answers, 1), torch.cat(boxes, 1), torch.cat(log_probs, 1))
 
     def _glimpse(self, location: Tensor, images: Tensor) -> Tensor:
-        """Return the boxes (B, 4), in whole pixels, of positions (B, 2) from -1 to 1."""
+        """Return the boxes, (B, 4), of positions (B, 2) from -1 to 1."""
         height, width = images.shape[2:]
         side = max(2, round(self.glimpse_scale * min(height, width)))
         extent = torch.tensor([width, height], device=images.device)
-        corner = ((1 + self.reach * location) * extent / 2 - side / 2).round()
+        corner = (1 + self.reach * location) * extent / 2 - side / 2
         return torch.cat([corner, corner + side], 1)
 
     def _predicted(self, answers: Tensor) -> Tensor:
@@ -353,7 +354,7 @@ class DTRAM(Method):
         From the buffer alone: weights of an earlier phase have fewer steps and do not stop.
         """
         taken = torch.arange(1, answers.shape[1], device=answers.device) < self.stage
-        going = (taken | (self.stage == 0)).expand(len(answers), -1)
+        going = (taken | (self.stage == 0)).expand(answers.shape[0], -1)
         if self.stop is None:
             return going
         decides = (self.stage == 0) | (self.stage > self.num_steps)
