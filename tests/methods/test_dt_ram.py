@@ -210,7 +210,13 @@ class Constant(nn.Module):
 def test_the_locator_climbs_the_expected_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images brighter to the right, an answer that is correct if the glimpse is right of a threshold."""
     method = build(
-        num_steps=2, dynamic=False, glimpse_scale=0.25, glimpse_size=8, reach=0.75, location_std=0.3
+        num_steps=2,
+        dynamic=False,
+        glimpse_scale=0.25,
+        glimpse_size=8,
+        reach=0.75,
+        location_std=0.3,
+        locator_weight=0.5,
     )
     step = method.steps[0]
     method.backbone, step.trunk, step.locator = Brightness(), Brightness(), Constant(0.1, -0.2)
@@ -234,7 +240,7 @@ def test_the_locator_climbs_the_expected_reward(monkeypatch: pytest.MonkeyPatch)
     threshold = (35 / 32 - 1) / 0.75
     scaled = NormalDist(0.1, 0.3)
     reward = 1 - scaled.cdf(threshold)
-    expected = torch.tensor([-scaled.pdf(threshold), 0.0])
+    expected = torch.tensor([-0.5 * scaled.pdf(threshold), 0.0])
     torch.testing.assert_close(step.locator.mean.grad, expected, rtol=0.01, atol=1e-3)
     assert float(step.baseline.grad) == pytest.approx(2 * (0.3 - reward), abs=1e-3)
 
@@ -319,7 +325,7 @@ def test_class_probabilities_as_targets() -> None:
         ({"location_std": math.nan}, "location_std must be above 0"),
         ({"exploration": 1.1}, "exploration must be between 0 and 1"),
         ({"step_discount": 0.0}, "step_discount must be above 0"),
-        ({"policy_weight": -1.0}, "policy_weight must be between 0"),
+        ({"locator_weight": -1.0}, "locator_weight must be between 0"),
         ({"later_lr_factor": 0.0}, "later_lr_factor must be above 0"),
         ({"phase_shares": [1, 1]}, "phase_shares must be 4 numbers above 0"),
         ({"phase_shares": [1, 1, 0, 1]}, "phase_shares must be 4 numbers above 0"),

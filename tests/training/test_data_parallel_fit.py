@@ -26,7 +26,7 @@ from crossx.training.fit import fit
 OPTIONS = {
     "crossx": {"use_merged": False},
     # positions that are drawn within a pixel, without effect on the policy
-    "dt_ram": {"location_std": 1e-6, "policy_weight": 0.0},
+    "dt_ram": {"location_std": 1e-6, "locator_weight": 0.0},
     "kernel_pooling": {"sketch_size": 32},
     "mamc": {"embedding_size": 8},
     "nts": {"dropout": 0.0},

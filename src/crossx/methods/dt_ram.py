@@ -115,7 +115,8 @@ class DTRAM(Method):
         location_std: Standard deviation of the sampled positions in training; 1 is the distance ``reach``.
         exploration: Share of a random policy in the decisions to stop in training.
         step_discount: Factor of the reward of stopping for each step after the first; below 1, fewer steps are better.
-        policy_weight: Weight of the policies' losses.
+        locator_weight: Weight of the loss of the positions, 1 as released. It is small because the locators' output is
+            clipped: large steps move it out of the range in which it learns, to the same corner in every image.
         phase_shares: Relative lengths of the phases: one per step and, if ``dynamic``, one of learning when to stop.
             Default: equal. Each phase has at least one epoch, as far as there are epochs.
         later_lr_factor: Learning-rate factor of all phases but the first.
@@ -157,7 +158,7 @@ class DTRAM(Method):
         location_std: float = 0.24,
         exploration: float = 0.2,
         step_discount: float = 1.0,
-        policy_weight: float = 1.0,
+        locator_weight: float = 0.002,
         phase_shares: Sequence[float] | None = None,
         later_lr_factor: float = 0.1,
         phase_schedule: PhaseSchedule = "constant",
@@ -179,7 +180,7 @@ class DTRAM(Method):
         for option, value, top in (
             ("reach", reach, 1),
             ("exploration", exploration, 1),
-            ("policy_weight", policy_weight, 100),
+            ("locator_weight", locator_weight, 100),
         ):
             if not 0 <= value <= top:
                 raise UsageError(f"{option} must be between 0 and {top}, not {value}.")
@@ -194,7 +195,7 @@ class DTRAM(Method):
         self.num_steps, self.phase_shares = num_steps, shares
         self.glimpse_scale, self.glimpse_size, self.reach = glimpse_scale, glimpse_size, reach
         self.location_std, self.exploration = location_std, exploration
-        self.step_discount, self.policy_weight = step_discount, policy_weight
+        self.step_discount, self.locator_weight = step_discount, locator_weight
         self.later_lr_factor, self.phase_schedule = later_lr_factor, phase_schedule
         backbone.drop_head()
         self.classifier = nn.Linear(backbone.channels["last"], num_classes)
@@ -269,14 +270,15 @@ class DTRAM(Method):
             own = slice(0, self.num_steps - 1) if stage == 0 else slice(stage - 2, stage - 1)
             expected = torch.stack([step.baseline for step in self.steps[own]], 1)  # n times (1,) -> (1, n)
             rewards = rewards_of(answers[:, 1:][:, own], targets)
-            policies["locator"] = reinforce_loss(look.log_probs[:, own], rewards, expected)
+            surrogate, error = reinforce_loss(look.log_probs[:, own], rewards, expected)
+            policies["locator"] = self.locator_weight * surrogate, error
         if self.stop is not None and stage in (0, self.num_steps + 1):
             sampled, policies["stop"] = self._decide(answers, targets, self.stop)
             going = sampled if self.training else going
-        terms |= {name: self.policy_weight * surrogate for name, (surrogate, _) in policies.items()}
+        terms |= {name: surrogate for name, (surrogate, _) in policies.items()}
         if policies:
             errors = [error for _, error in policies.values()]
-            terms["baseline"] = self.policy_weight * sum(errors[1:], errors[0])
+            terms["baseline"] = sum(errors[1:], errors[0])
         steps_taken = 1 + going.sum(1).float().mean()
         return Objective.of(terms, join(answers, going), {"steps": batch_mean(steps_taken, len(images))})
 
