@@ -1,11 +1,14 @@
 """`finetune` compared with logistic regression on frozen features of the same backbone, with few images per class.
 
     python benchmarks/finetune.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/mobilenetv2_035
+    python benchmarks/finetune.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/mobilenetv2_035 \\
+      --method plain --epochs 10
 
 The script selects 5, 15 and 30 training images per class (always the same ones) and all test images. It trains the
-recipe with changes only to backbone, image size and number of epochs. The probe is logistic regression (scikit-learn)
-on the backbone's own pooled features of all training images; its C is the best of three on the test images, which
-favours the probe. Results that are already in the JSON file are not measured again. Needs `pip install -e ".[bench]"`.
+recipe with changes only to backbone, image size, number of epochs and, if asked for, method. The probe is logistic
+regression (scikit-learn) on the backbone's own pooled features of all training images; its C is the best of three
+on the test images, which favours the probe. Results that are already in the JSON file are not measured again. Needs
+`pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -48,10 +51,12 @@ class Cell:
     images: int
     epochs: int
     seed: int
+    method: str
 
     @property
     def key(self) -> str:
-        return f"{Path(self.backbone).name}/{self.images}/{self.epochs}/{self.seed}"
+        own = "" if self.method == "crossx" else f"/{self.method}"
+        return f"{Path(self.backbone).name}/{self.images}/{self.epochs}/{self.seed}{own}"
 
 
 def write_subset(root: Path, images: int, folder: Path) -> Path:
@@ -133,6 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 5, 10, 50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--method", default="crossx", help="another method than the recipe's")
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--output", type=Path, default=RESULTS / "finetune.json")
     options = parser.parse_args()
@@ -142,7 +148,7 @@ def main() -> None:
     )
     results.pop("machine", None)
     cells = [
-        Cell(backbone, images, epochs, seed)
+        Cell(backbone, images, epochs, seed, options.method)
         for epochs in sorted(options.epochs)
         for images in sorted(options.images)
         for backbone in options.backbone
@@ -155,7 +161,7 @@ def main() -> None:
                 write_subset(options.root, cell.images, subset)
             config = Config.from_recipe(
                 "finetune",
-                model={"backbone": f"local-dir:{Path(cell.backbone).resolve()}"},
+                model={"method": cell.method, "backbone": f"local-dir:{Path(cell.backbone).resolve()}"},
                 data={"root": str(subset), "image_size": options.image_size},
                 trainer={"max_epochs": cell.epochs, "logger": False},
                 seed=cell.seed,

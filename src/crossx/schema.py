@@ -368,7 +368,36 @@ class HistoryFile(StrictModel):
     epochs: list[HistoryRow]
 
 
+class AblationRunFile(StrictModel):
+    """A tested training in the ``results.json`` of ``crossx ablate``."""
+
+    variant: Text
+    training: dict[Text, Any]
+    images: Text
+    correct: Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
+    n: Annotated[int, Field(ge=1, le=10**9)]
+    top1: Share
+    top5: Share
+    class_mean: Share
+    ece: Share
+    interval: _row(Number, 2, 2)  # type: ignore[valid-type]
+    heads: dict[Text, Share]
+    val_top1: list[Share | None]
+    seconds: Number
+    selection: dict[Text, Any]
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> AblationRunFile:
+        if len(self.correct) != 2 * -(-self.n // 8):
+            raise ValueError(f"correct has {len(self.correct)} digits for {self.n} images")
+        epoch = self.selection.get("epoch")
+        if not isinstance(epoch, int) or not 1 <= epoch <= len(self.val_top1):
+            raise ValueError(f"selection.epoch is not one of {len(self.val_top1)} epochs")
+        return self
+
+
 FILES: Mapping[type[BaseModel], str] = {
+    AblationRunFile: "a training in the results of `crossx ablate`",
     RunFile: "provenance of a run",
     ResultsFile: "results of `crossx test`",
     HistoryFile: "a training history",

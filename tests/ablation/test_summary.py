@@ -23,6 +23,8 @@ SEEDS = (0, 1, 2)
 def write_results(trial: Trial, correct: np.ndarray, order: np.ndarray) -> None:
     """Write what a training and its test leave, the images in some order of their own."""
     folder = trial.run.path
+    folder.mkdir(parents=True)
+    trial.run.weights.touch()
     logits = np.zeros((N, 2), np.float32)
     logits[np.arange(N), np.where(correct, 0, 1)] = 1
     names = np.array([f"{index:03}.jpg" for index in range(N)])

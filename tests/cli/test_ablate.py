@@ -101,7 +101,7 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
         monkeypatch.setattr(runner._Processes, "_call", call_here)
     variants = "variants: {plain: {model: {method: plain}}}"
     Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
-    more = ["--data.val_fraction", "0.4", "--jobs", "2"]
+    more = ["--data.val_fraction", "0.4", "--jobs", "2", "--seeds", "0"]
     assert ablate(*more) == 1
     printed = capsys.readouterr().out
     assert "failed: plain, alternative 1, seed 0: crossx fit: error: " in printed
@@ -121,6 +121,8 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     (line,) = [line for line in lines if line.endswith(" chosen |")]
     assert line.startswith("| plain")
 
+    assert "\nepoch 1/1 " in Path("out/plain/seed-0.log").read_text()
+
     Path("suite.yaml").write_text(variants)
     trained = Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns
     tables = []
@@ -130,3 +132,8 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
         tables.append(printed[printed.index("\n| variant") :])
     assert tables[0] == tables[1]
     assert Path("out/plain/seed-0/model.safetensors").stat().st_mtime_ns == trained
+
+    assert ablate(*more, "--earlier", "out/results.json", "--output", "elsewhere") == 0
+    printed = capsys.readouterr().out
+    assert printed[printed.index("\n| variant") :].splitlines()[:4] == tables[0].splitlines()[:4]
+    assert not Path("elsewhere/plain").exists()

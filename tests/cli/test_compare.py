@@ -144,6 +144,7 @@ def test_all_rows_of_the_paper_are_listed_with_their_recipes(capsys: pytest.Capt
     # every method of ours has the recipes of all its rows
     ours = {
         "AlexNet-fc6",
+        "FCAN",
         "MaxEnt-CNN",
         "SENet-50",
         "ResNet-50",

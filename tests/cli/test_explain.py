@@ -74,6 +74,7 @@ def test_boxes_are_saved_with_the_maps(place: Path) -> None:
         np.testing.assert_array_equal(saved["boxes"], expected[0])
 
 
+@pytest.mark.slow
 def test_colormap_and_opacity_reach_the_picture(run: str, place: Path) -> None:
     def colours(*words: str) -> np.ndarray:
         assert main(["explain", run, "photos/wren/000.jpg", "--output", f"out{len(words)}", *words]) == 0

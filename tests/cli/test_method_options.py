@@ -63,5 +63,5 @@ def test_a_typo_is_told_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Did you mean 'plain'? Choose from: crossx, dfl," in done.stderr
-    assert "method 'plain' has no option 'num_parts'; crossx, mamc have it." in done.stderr
+    assert "method 'plain' has no option 'num_parts'; crossx, fcan, mamc have it." in done.stderr
     assert done.stdout == "False\n"

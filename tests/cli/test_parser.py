@@ -93,6 +93,8 @@ def test_values_reach_the_function_with_their_types() -> None:
     given = seen(line)
     assert (given["top"], given["crops"], given["seeds"], given["target"]) == (0, 5, [4, 2], "null")
     assert (given["tolerance"], given["flip"]) == (1e-3, True)
+    numbers = (given["top"], *given["seeds"], given["tolerance"])
+    assert [type(number) for number in numbers] == [int, int, int, float]
     assert (given["data"], given["device"]) == (Data("012", 3), Device("fp16"))
 
 

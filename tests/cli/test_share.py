@@ -23,6 +23,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield content
 
 
+@pytest.mark.slow
 def test_a_run_is_shared_and_used_by_its_name(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["share", run, "--hub", "me/birds", "--private", "--license", "mit"]) == 0
     shown = capsys.readouterr()

@@ -176,7 +176,7 @@ def test_exports(name: str) -> None:
 @pytest.mark.slow
 def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: bool) -> None:
     method, compiler = build(name).train(training), CompileCounter()
-    images, targets = torch.randn(6, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0, 1])
+    images, targets = torch.randn(8, 3, 64, 64), torch.tensor([0, 1, 2, 2, 0, 1, 1, 2])
 
     def compute(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return method.objective(images, targets).loss if training else method(images)
@@ -190,10 +190,10 @@ def test_compiles_in_one_graph_for_every_number_of_images(name: str, training: b
             torch._dynamo.mark_dynamic(tensor, 0)
         return batch
 
-    # not fewer than four: PyTorch's convolutions on a CPU make a second graph from 16 on, of images or of their crops
-    compiled(*first(4))
+    # not fewer than six: PyTorch's convolutions on a CPU make a second graph from 16 on, of images or of their crops
+    compiled(*first(6))
     once = compiler.frame_count
-    for count in (5, 6):
+    for count in (7, 8):
         batch = first(count)
         torch.manual_seed(0)  # for dropout
         loss = compiled(*batch)

@@ -163,12 +163,13 @@ def test_a_text_in_place_of_another_number_is_refused(make_config):
         # at the end of the first phase, and in the middle of the second one
         pytest.param("sequence", {}, {}, 9, ["two"], marks=pytest.mark.slow),
         ("sequence", {"ema_decay": 0.8}, {"checkpoint_every_n_steps": 1}, 11, []),
-        (
+        pytest.param(
             "turns",
             {"optimizer": "adamw", "freeze_backbone_epochs": 1},
             {"checkpoint_every_n_steps": 3},
             8,
             ["one"],
+            marks=pytest.mark.slow,
         ),
         pytest.param("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"], marks=pytest.mark.slow),
     ],

@@ -42,6 +42,7 @@ _NEUTRAL = (
     "data.num_workers",
     "data.cache",
     "data.eval_batch_size",
+    "trainer.enable_progress_bar",
     "trainer.logger",
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",
@@ -134,7 +135,6 @@ def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Tri
 
 def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
     # a progress bar would fill the log
-    base = replace(base, trainer=replace(base.trainer, enable_progress_bar=False))
     trials = []
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):
@@ -369,6 +369,23 @@ def _check_same(trial: Trial) -> None:
                 f"{trial.run.path}: trained with {key} {old.get(key)}, and now it is {new.get(key)}: choose another "
                 "--output."
             )
+
+
+def describe_training(config: Config) -> dict[str, Any]:
+    """Return the options that the result of a training depends on and that are not defaults, by name; and the seed.
+
+    They are the same on every machine: of local paths, only the last component is kept.
+    """
+    flat = _flatten(config)
+    defaults = _flatten(replace(Config(), model=replace(Config().model, method=config.model.method)))
+    changed = {key: value for key, value in flat.items() if value != defaults.get(key)}
+    source, colon, path = config.model.backbone.partition(":")
+    if source == "local-dir":
+        changed["model.backbone"] = f"{source}{colon}{Path(path).name}"
+    for key in ("model.backbone_weights", "init"):
+        if changed.get(key):
+            changed[key] = Path(changed[key]).name
+    return {**changed, "seed": config.seed}
 
 
 def _flatten(config: Config) -> dict[str, Any]:

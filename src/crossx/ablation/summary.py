@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.ablation.runner import SPLIT, Trial
+from crossx.ablation.earlier import describe_images, pack, unpack
+from crossx.ablation.runner import SPLIT, Trial, describe_training
 from crossx.ablation.suite import Suite
 from crossx.ablation.tuning import build_tuning_table, describe_changes
-from crossx.errors import unknown
+from crossx.errors import CrossXError, unknown
 from crossx.evaluation.comparison import paired_correct
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
 from crossx.evaluation.predictions import Predictions, predictions_path
@@ -33,6 +34,7 @@ def summarize_suite(
     failed: Mapping[Trial, str],
     reference: str | None = None,
     tuning: Sequence[Mapping[str, Any]] = (),
+    earlier: Mapping[Trial, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the results of an ablation, for JSON.
 
@@ -42,19 +44,22 @@ def summarize_suite(
         failed: Trial -> reason.
         reference: The variant to compare the others with; by default the first.
         tuning: The rows of ``describe_tuning``; empty if nothing was tuned.
+        earlier: Trial -> its results from a file, see ``read_earlier``; the others are read from their run folders.
 
     Returns:
         ``rows``, one per variant: mean, standard deviation and intervals of top-1 over its seeds, means of the other
         metrics, and ``against``, the paired difference from the reference over their common seeds. ``runs``, one per
-        trial: its results, or why it failed. ``tuning`` as given.
+        trial: its results, or why it failed; ``training`` are its options, ``correct`` which images it classifies
+        correctly, in hexadecimal digits, ordered by path. ``tuning`` as given.
 
     Raises:
         UsageError: If there is no variant called ``reference``.
         CrossXError: If results are damaged or of different images.
     """
     done = [trial for trial in trials if trial not in failed]
-    results = {trial: _read(trial) for trial in done}
-    correct = _load_correct(done)
+    known = {trial: dict(result) for trial, result in (earlier or {}).items()}
+    results = {**known, **_read_runs([trial for trial in done if trial not in known])}
+    correct = _load_correct(done, results)
     reference = check_reference(suite, reference)
     rows = [
         _summarize(name, {trial.seed: results[trial] for trial in done if trial.variant == name}, correct)
@@ -151,6 +156,7 @@ def _read(trial: Trial) -> dict[str, Any]:
     tested = read_results(path, (*METRICS, "n", "intervals.top1", "heads", "selection.epoch", "options"))
     history = read_history(trial.run.path / "metrics.json")
     return {
+        "training": describe_training(trial.config),
         **{key: tested[key] for key in METRICS},
         "n": tested["n"],
         "interval": tested["intervals"]["top1"],
@@ -217,16 +223,39 @@ def _against(
     }
 
 
-def _load_correct(trials: Sequence[Trial]) -> dict[tuple[str, int], NDArray[np.bool_]]:
-    """Return (variant, seed) -> whether each image is classified correctly, (N,), in a common order."""
+def _read_runs(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
+    """Return trial -> its results, read from the run folders."""
     loaded = {
         trial: Predictions.load(predictions_path(trial.run.path, SPLIT), trial.run.path, SPLIT)
         for trial in trials
     }
+    results = {}
+    for trial, predictions in loaded.items():
+        first = trials[0]
+        names = (str(first.run.path), str(trial.run.path))
+        correct = paired_correct(loaded[first], predictions, names, SPLIT)[1]
+        results[trial] = {
+            **_read(trial), "images": describe_images(predictions), "correct": pack(correct)
+        }  # fmt: skip
+    return results
+
+
+def _load_correct(
+    trials: Sequence[Trial], results: Mapping[Trial, Mapping[str, Any]]
+) -> dict[tuple[str, int], NDArray[np.bool_]]:
+    """Return (variant, seed) -> whether each image is classified correctly, (N,), in a common order.
+
+    Raises:
+        CrossXError: If the images are not the same.
+    """
+    for trial in trials:
+        if results[trial]["images"] != results[trials[0]]["images"]:
+            raise CrossXError(
+                f"{trial} and {trials[0]} were not tested on the same images, labels and classes: one of them is from "
+                "an earlier results.json. Leave that out, or use the same data."
+            )
     return {
-        (trial.variant, trial.seed): paired_correct(
-            loaded[trials[0]], loaded[trial], (str(trials[0].run.path), str(trial.run.path)), SPLIT
-        )[1]
+        (trial.variant, trial.seed): unpack(results[trial]["correct"], results[trial]["n"])
         for trial in trials
     }
 

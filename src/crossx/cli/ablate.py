@@ -27,6 +27,7 @@ def ablate(
     seeds: Sequence[Natural] = (0,),
     jobs: Positive = 1,
     against: Annotated[str, "VARIANT"] | None = None,
+    earlier: Sequence[Annotated[str, "FILE"]] = (),
 ) -> int:
     """Train variants of a recipe with several seeds, and tabulate their effects.
 
@@ -35,11 +36,12 @@ def ablate(
     it was stopped, and takes more seeds. Other options are those of `crossx fit`, for every variant.
 
     Args:
-        suite: fig3, fig4, heads, losses, methods, parts, table2, tuned, or a YAML file (docs/ablation.md).
+        suite: fig3, fig4, heads, losses, methods, methods_sgd, parts, table2, tuned, or a YAML file (docs/ablation.md).
         output: Folder for the runs and results.
         seeds: Seeds of the trainings.
         jobs: Trainings at the same time.
         against: Variant to compare the others with (default: the suite's first).
+        earlier: Files results.json of earlier ablations, as from other machines: what is in them is not trained again.
 
     Examples:
         crossx ablate --suite fig3 --config crossx_cub_senet50 --data.root CUB_200_2011 --seeds 0 1 --output out
@@ -50,6 +52,7 @@ def ablate(
             raise UsageError(reason)
     variants = load_suite(suite)
 
+    from crossx.ablation.earlier import read_earlier
     from crossx.ablation.runner import Trial, check_trials, plan, plan_tuning, run_trials
     from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
     from crossx.ablation.tuning import build_tuning_table, choose_alternatives, describe_tuning
@@ -62,6 +65,9 @@ def ablate(
     search = plan_tuning(variants, base, seeds[0], folder)
     trials = plan(variants, base, seeds, folder)
     check_trials(search or trials, tuned=bool(search))
+    read_earlier(
+        [Path(file) for file in earlier], trials
+    )  # to refuse a damaged file before anything is trained
     finished, total = 0, len(search) + len(trials)
     start = time.monotonic()
 
@@ -78,12 +84,13 @@ def ablate(
             chosen = choose_alternatives(search, untrained)
             tuning = describe_tuning(variants, search, untrained, chosen)
             trials = plan(variants, base, seeds, folder, chosen)
-            failed = run_trials(trials, jobs, report)
+            known = read_earlier([Path(file) for file in earlier], trials)
+            failed = run_trials([trial for trial in trials if trial not in known], jobs, report)
         except KeyboardInterrupt as interrupt:
             raise Stopped(
                 f"stopped after {finished} of {total}; the same command continues from there."
             ) from interrupt
-        summary = summarize_suite(variants, trials, failed, against, tuning)
+        summary = summarize_suite(variants, trials, failed, against, tuning, known)
         write_summary(summary, folder)
     if tuning:
         print(f"\n{build_tuning_table(tuning).to_markdown()}")

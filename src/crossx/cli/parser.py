@@ -166,7 +166,7 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
     passes_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(function).parameters.values())
     positional = [] if passes_on else _positional(rest, parser)
     try:
-        values = parser.parse_args([*own, "--", *positional] if positional else own).as_dict()
+        values = _plain(parser.parse_args([*own, "--", *positional] if positional else own).as_dict())
     except argparse.ArgumentError as error:
         raise explain(str(error), parser) from error
     arguments = {}
@@ -178,6 +178,16 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
         else:
             arguments[name] = values[name]
     return function(*(rest if passes_on else ()), **arguments) or 0
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with plain numbers instead of jsonargparse's restricted types, which YAML cannot write."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return kind(value) if kind else value
 
 
 def build(function: Callable[..., Any], verb: str) -> jsonargparse.ArgumentParser:

@@ -1,0 +1,71 @@
+"""Results of earlier ablations, which may be from other machines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossx.ablation.runner import Trial, describe_training
+from crossx.data.names import class_name
+from crossx.errors import CrossXError
+from crossx.evaluation.predictions import Predictions
+from crossx.runs import read_json
+from crossx.schema import AblationRunFile, check_file
+
+
+def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
+    """Return those of the trials that are not done, but were trained before with the same options and seed.
+
+    Args:
+        files: Files ``results.json`` of ``crossx ablate``, of any suite.
+        trials: The trials to look for.
+
+    Returns:
+        Trial -> its results, as in ``runs`` of ``summarize_suite``.
+
+    Raises:
+        CrossXError: If a file is missing, damaged or something else.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for file in files:
+        runs = read_json(file).get("runs")
+        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+            raise CrossXError(f"{file}: not the results of `crossx ablate`: it has no list `runs`.")
+        tested = [run for run in runs if "failed" not in run]
+        for run in tested:
+            check_file(AblationRunFile, run, f"{file}, training {run.get('variant')} {run.get('seed')}")
+            known[_key(run["training"])] = run
+    found = {trial: known.get(_key(describe_training(trial.config))) for trial in trials}
+    return {
+        trial: {key: value for key, value in run.items() if key not in ("variant", "alternative", "seed")}
+        for trial, run in found.items()
+        if run and not trial.is_done
+    }
+
+
+def _key(training: Mapping[str, Any]) -> str:
+    return json.dumps(training, sort_keys=True)
+
+
+def describe_images(predictions: Predictions) -> str:
+    """Return what identifies the tested images, by their paths below the root of the data, their labels and classes."""
+    names = [class_name(str(name)) for name in predictions.classes]
+    labels = [names[target] for target in predictions.targets]
+    lines = sorted(zip(map(str, predictions.paths), labels, strict=True))
+    return hashlib.sha256(json.dumps([lines, sorted(names)]).encode()).hexdigest()[:32]
+
+
+def pack(correct: NDArray[np.bool_]) -> str:
+    """Return booleans (N,) as hexadecimal digits, four each; the last ones are filled up with 0."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack(digits: str, n: int) -> NDArray[np.bool_]:
+    """Return the N booleans that ``pack`` made into digits."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=n).astype(bool)

@@ -1,0 +1,116 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_summary import SEEDS, ablation, failures
+
+from crossx.ablation.earlier import pack, read_earlier, unpack
+from crossx.ablation.runner import describe_training, plan
+from crossx.ablation.suite import load_suite
+from crossx.ablation.summary import summarize_suite, write_summary
+from crossx.errors import CrossXError
+from crossx.training.config import Config
+from refusals import refusal
+
+__all__ = ["ablation"]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_answers_survive_their_digits(values: list[bool]) -> None:
+    correct = np.array(values)
+    assert np.array_equal(unpack(pack(correct), len(correct)), correct)
+    bits = "".join("01"[value] for value in values)
+    assert int(pack(correct), 16) == int(bits.ljust(4 * len(pack(correct)), "0"), 2)
+
+
+@pytest.fixture
+def results(ablation, tmp_path: Path) -> Path:
+    """The results of all seeds but the last, from a machine whose runs are gone."""
+    suite, trials, _ = ablation
+    first = [trial for trial in trials if trial.seed != SEEDS[-1]]
+    write_summary(summarize_suite(suite, first, failures(first)), tmp_path)
+    return tmp_path / "results.json"
+
+
+def test_a_table_from_earlier_results_is_that_from_the_runs(ablation, results: Path) -> None:
+    suite, trials, _ = ablation
+    whole = summarize_suite(suite, trials, failures(trials))
+    for trial in trials:
+        if trial.seed != SEEDS[-1] and trial.variant != "broken":
+            shutil.rmtree(trial.run.path)
+    known = read_earlier([results], trials)
+    assert {(trial.variant, trial.seed) for trial in known} == {
+        (variant, seed) for variant in ("base", "better") for seed in SEEDS[:-1]
+    }
+    again = summarize_suite(suite, trials, failures(trials), earlier=known)
+    assert json.dumps(again) == json.dumps(whole)
+
+
+def test_runs_at_hand_count_more_than_earlier_results(ablation, results: Path) -> None:
+    assert read_earlier([results], ablation[1]) == {}
+
+
+def test_other_options_and_seeds_are_not_taken(results: Path, tmp_path: Path) -> None:
+    suite = load_suite(tmp_path / "suite.yaml")
+    output = tmp_path / "new"
+    assert len(read_earlier([results], plan(suite, Config(), SEEDS, output))) == 4
+    assert read_earlier([results], plan(suite, Config(), [7], output)) == {}
+    changed = Config.from_dict({"optim": {"weight_decay": 0.5}})
+    assert read_earlier([results], plan(suite, changed, SEEDS, output)) == {}
+    moved = Config.from_dict({"data": {"root": "elsewhere", "num_workers": 7}})
+    assert len(read_earlier([results], plan(suite, moved, SEEDS, output))) == 4
+
+
+def test_a_local_backbone_is_known_by_its_name() -> None:
+    here, there, other = (
+        Config.from_dict({"model": {"backbone": f"local-dir:{path}"}})
+        for path in ("/a/net", "b/net", "/a/other")
+    )
+    assert (
+        describe_training(here) == describe_training(there) == {"model.backbone": "local-dir:net", "seed": 0}
+    )
+    assert describe_training(other) != describe_training(here)
+
+
+def test_other_images_are_refused(ablation, results: Path) -> None:
+    suite, trials, _ = ablation
+    values = json.loads(results.read_text())
+    for run in values["runs"]:
+        if run["variant"] == "better":
+            run["images"] = "0" * 32
+    results.write_text(json.dumps(values))
+    shutil.rmtree(trials[1].run.path)
+    known = read_earlier([results], trials)
+    with pytest.raises(
+        CrossXError, match=r"better, seed 0 and base, seed 0 were not tested on the same images"
+    ):
+        summarize_suite(suite, trials, failures(trials), earlier=known)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.pop("runs"), "it has no list `runs`"),
+        (lambda values: values["runs"].append(1), "it has no list `runs`"),
+        (
+            lambda values: values["runs"][0].pop("training"),
+            "training base 0: not a training in the results of",
+        ),
+        (lambda values: values["runs"][0].update(correct="zz"), "correct"),
+        (lambda values: values["runs"][0].update(n=9), "correct has 100 digits for 9 images"),
+        (lambda values: values["runs"][0].update(top1=1.5), "top1"),
+        (
+            lambda values: values["runs"][0]["selection"].update(epoch=9),
+            "selection.epoch is not one of 2 epochs",
+        ),
+    ],
+)
+def test_damaged_results_are_refused(ablation, results: Path, change, message: str) -> None:
+    values = json.loads(results.read_text())
+    change(values)
+    results.write_text(json.dumps(values))
+    assert message in refusal(read_earlier, [results], ablation[1])
