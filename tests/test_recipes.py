@@ -185,6 +185,7 @@ ROWS = {
     "kernel_pooling": "cub_resnet50 cub_vgg16 cars_resnet50 cars_vgg16 aircraft_resnet50 aircraft_vgg16",
     "dfl": "cub_resnet50 cub_vgg16 cars_resnet50 aircraft_resnet50 aircraft_vgg16",
     "nts": "cub_resnet50 cars_resnet50 aircraft_resnet50",
+    "dt_ram": "cub_resnet50 cars_resnet50",
     "probe": "nabirds_alexnet",
     "ma_cnn": "cub_vgg19 cars_vgg19 aircraft_vgg19",
 }

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 def crop_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crop boxes from images and resize them bilinearly.
 
-    Equals ``F.interpolate(image[:, top:bottom, left:right], size, mode="bilinear", align_corners=True)`` per box, with
-    zeros beyond the image, computed in one call and in float32.
+    For boxes of whole pixels, equals ``F.interpolate(image[:, top:bottom, left:right], size, mode="bilinear",
+    align_corners=True)`` per box with zeros beyond the image, computed in one call and in float32.
 
     Args:
         images: (B, C, H, W).
-        boxes: (B, n, 4): left, top, right, bottom in whole pixels, right and bottom exclusive.
+        boxes: (B, n, 4): left, top, right, bottom in pixels, right and bottom exclusive.
         size: Side of the crops in pixels, at least 2.
 
     Returns:

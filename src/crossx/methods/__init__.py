@@ -12,6 +12,7 @@ from crossx.methods.base import (
 )
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
+from crossx.methods.dt_ram import DTRAM
 from crossx.methods.fcan import FCAN
 from crossx.methods.kernel_pooling import KernelPooling
 from crossx.methods.ma_cnn import MACNN
@@ -24,6 +25,7 @@ from crossx.methods.probe import Probe
 
 __all__ = [
     "DFL",
+    "DTRAM",
     "FCAN",
     "MACNN",
     "MAMC",
