@@ -186,12 +186,14 @@ ROWS = {
     "dfl": "cub_resnet50 cub_vgg16 cars_resnet50 aircraft_resnet50 aircraft_vgg16",
     "nts": "cub_resnet50 cars_resnet50 aircraft_resnet50",
     "probe": "nabirds_alexnet",
+    "ra_cnn": "cub_vgg19 cars_vgg19 dogs_vgg19",
 }
 BACKBONES = {
     "resnet50": "resnet50.tv_in1k",
     "resnet101": "resnet101.tv_in1k",
     "densenet161": "densenet161.tv_in1k",
     "vgg16": "vgg16.tv_in1k",
+    "vgg19": "vgg19.tv_in1k",
     "alexnet": "alexnet.tv_in1k",
 }
 

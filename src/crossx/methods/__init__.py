@@ -19,11 +19,13 @@ from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
 from crossx.methods.pn_cnn import PNCNN
 from crossx.methods.probe import Probe
+from crossx.methods.ra_cnn import RACNN
 
 __all__ = [
     "DFL",
     "MAMC",
     "PNCNN",
+    "RACNN",
     "CrossX",
     "KernelPooling",
     "MaxEnt",
