@@ -189,7 +189,8 @@ class RACNN(Method):
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of each scale, ``scale_1`` (the image) to the finest, and of ``joined`` (all)."""
-        return self._logits(self._scales(images).features)
+        features = self._scales(images).features
+        return self._logits(features, _join(features))
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return only the logits of ``joined``."""
@@ -202,7 +203,8 @@ class RACNN(Method):
         probability of the true class at each scale and the mean side of the regions as a share of the image's.
         """
         features, regions = self._scales(images)
-        logits = self._logits(features)
+        # each trunk learns from its own scale alone
+        logits = self._logits(features, _join(features).detach())
         terms = {f"data_{name}": self.criterion(own, targets) for name, own in logits.items()}
         shares = targets if targets.is_floating_point() else F.one_hot(targets, self.num_classes)
         # S x (B, K) -> (B, S, K)
@@ -214,10 +216,7 @@ class RACNN(Method):
         if self.phase.name == CLASSIFICATION.name:
             ranking = ranking.detach()
         sides = (regions[..., 2] - regions[..., 0]).detach()
-        measures = {
-            **_numbered("confidence", confidence.detach(), 1),
-            **_numbered("side", sides, 2),
-        }
+        measures = {**_numbered("confidence", confidence.detach(), 1), **_numbered("side", sides, 2)}
         return Objective.of({**terms, "ranking": ranking}, logits["joined"], measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -312,12 +311,12 @@ class RACNN(Method):
             regions.append(region)
         return Scales(features, torch.stack(regions, 1))
 
-    def _logits(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the logits of the heads; ``joined`` sends no gradient to the trunks."""
+    def _logits(self, features: Sequence[Tensor], joined: Tensor) -> dict[str, Tensor]:
+        """Return the logits of the heads from the features of the scales, S x (B, C), and those joined, (B, S*C)."""
         logits = {
             f"scale_{scale}": self.heads[f"scale_{scale}"](own) for scale, own in enumerate(features, 1)
         }
-        return {**logits, "joined": self.heads["joined"](_join(features).detach())}
+        return {**logits, "joined": self.heads["joined"](joined)}
 
 
 def strongest_region(maps: Tensor, side: float) -> Tensor:
