@@ -257,6 +257,7 @@ class RACNN(Method):
                 view = self.view(images)
                 size = self._crop_size(view)
                 for trunk, proposal in zip(trunks, self.proposals, strict=True):
+                    assert isinstance(proposal, AttentionProposal)
                     with torch.no_grad():
                         maps = trunk(view)[self.stage]
                         wanted = strongest_region(maps, proposal.start_side)
