@@ -188,6 +188,7 @@ ROWS = {
     "dt_ram": "cub_resnet50 cars_resnet50",
     "probe": "nabirds_alexnet",
     "ma_cnn": "cub_vgg19 cars_vgg19 aircraft_vgg19",
+    "ra_cnn": "cub_vgg19 cars_vgg19 dogs_vgg19",
 }
 BACKBONES = {
     "resnet50": "resnet50.tv_in1k",

@@ -257,18 +257,19 @@ class Backbone(nn.Module):
         ]
         return [group for group in depths if group]
 
-    def map_size(self, image_size: int | None = None) -> tuple[int, int]:
-        """Return (h, w) of ``last`` for square images, found by running one empty image.
+    def map_size(self, image_size: int | None = None, stage: str = "last") -> tuple[int, int]:
+        """Return (h, w) of a stage's map for square images, found by running one empty image.
 
         Args:
             image_size: Side of the image in pixels; default: ``self.image_size``.
+            stage: ``previous`` or ``last``.
 
         Raises:
             UsageError: If the backbone does not accept that size.
         """
         size = image_size or self.image_size
         try:
-            height, width = self._probe(size)
+            height, width = self._probe(size, stage)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"image_size {size} does not work with backbone {self.name!r} ({first_line(error)}). Its own size is "
@@ -311,11 +312,11 @@ class Backbone(nn.Module):
         self.channels["previous"] = expand_stage(self.trunk, stage["module"]) or int(stage["num_chs"])
         self.strides["previous"] = int(stage["reduction"])
 
-    def _probe(self, size: int) -> torch.Size:
-        """Return (h, w) of the last map for one empty image, run in evaluation mode."""
+    def _probe(self, size: int, stage: str = "last") -> torch.Size:
+        """Return (h, w) of a stage's map for one empty image, run in evaluation mode."""
         with evaluation_mode(self), torch.inference_mode():
-            last = self.forward(next(self.parameters()).new_zeros(1, 3, size, size))["last"]
-        return last.shape[-2:]
+            maps = self.forward(next(self.parameters()).new_zeros(1, 3, size, size))
+        return maps[stage].shape[-2:]
 
     def _run_trunk(self, images: Tensor) -> dict[str, Tensor]:
         wanted = [self._previous, self._deepest] if self._tokens else [self._previous]

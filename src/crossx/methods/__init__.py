@@ -22,6 +22,7 @@ from crossx.methods.nts import NTSNet
 from crossx.methods.plain import Plain
 from crossx.methods.pn_cnn import PNCNN
 from crossx.methods.probe import Probe
+from crossx.methods.ra_cnn import RACNN
 
 __all__ = [
     "DFL",
@@ -30,6 +31,7 @@ __all__ = [
     "MACNN",
     "MAMC",
     "PNCNN",
+    "RACNN",
     "CrossX",
     "KernelPooling",
     "MaxEnt",
