@@ -93,7 +93,9 @@ def test_the_objective_step_by_step(images, options) -> None:
             joined.append(trunk(resized)["last"].mean((2, 3)))
             head = method.heads["crops"]
             expected["crops"].append(joined[-1] @ head.weight[region].T + head.bias[region])
-    expected["joined"] = method.heads["joined"](torch.cat(joined, 1))
+    # each to a mean square of one over their number
+    scaled = [own / (len(joined) * own.square().mean(1, keepdim=True)).sqrt() for own in joined]
+    expected["joined"] = method.heads["joined"](torch.cat(scaled, 1))
     objective = method.objective(images, TARGETS)
     terms = {"data_image": F.cross_entropy(expected["image"], TARGETS)}
     for name in ("parts", "crops") if crops else ("parts",):

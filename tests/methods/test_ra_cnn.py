@@ -76,7 +76,7 @@ def test_the_objective_step_by_step() -> None:
                 sides[number, scale - 1] = side
         for coarse, fine in pairwise(confidence):
             ranking += max(0, coarse - fine + 0.3) / 3
-        joined.append(torch.cat([own / own.square().mean().sqrt() for own in features]))
+        joined.append(torch.cat([own / (4 * own.square().mean()).sqrt() for own in features]))
     logits = method.heads["joined"](torch.stack(joined))
     torch.testing.assert_close(objective.logits, logits, rtol=1e-3, atol=1e-4)
     data["joined"] = F.cross_entropy(logits, targets)

@@ -12,6 +12,7 @@ from crossx.layers.channel_groups import (
 from crossx.layers.crops import crop_boxes
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.filter_bank import FilterBank, energy_peaks
+from crossx.layers.joining import join_normalized
 from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
@@ -45,6 +46,7 @@ __all__ = [
     "energy_peaks",
     "evaluation_mode",
     "global_pool",
+    "join_normalized",
     "object_box",
     "peak_boxes",
     "recompute",

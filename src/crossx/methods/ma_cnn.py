@@ -19,6 +19,7 @@ from crossx.layers import (
     channel_peaks,
     crop_boxes,
     evaluation_mode,
+    join_normalized,
     object_box,
     peak_boxes,
 )
@@ -282,8 +283,7 @@ class MACNN(Method):
 
     def _join(self, streams: Mapping[str, Tensor]) -> Tensor:
         others = streams["crops" if "crops" in streams else "parts"]
-        # (B, C) and (B, R, C) -> (B, (1 + R)*C)
-        return torch.cat([streams["image"], others.flatten(1)], 1)
+        return join_normalized([streams["image"], *others.unbind(1)])  # (B, R, C) -> R x (B, C)
 
 
 def cluster(vectors: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
-from crossx.layers import evaluation_mode, zoom
+from crossx.layers import evaluation_mode, join_normalized, zoom
 from crossx.losses import scale_ranking_loss
 from crossx.methods.base import Method, Objective, Phase, register_method
 from crossx.schema import MAX_IMAGE_SIZE
@@ -116,6 +117,8 @@ class RACNN(Method):
         min_side: Smallest side of a region, as a share of the side of what it is cut from.
         attention_units: Width of the attention proposal networks.
         attention_every: Every n-th epoch trains the attention, the others the classification; at least 2.
+        attention_lr_factor: Learning-rate factor of the attention's epochs. Large steps move its regions away from the
+            object.
         pretraining_batches: Batches, at most those of one epoch, on which the attention is trained towards the
             strongest responses before the first epoch; 0 leaves its regions near the centre.
         view_size: Side in pixels to which images are resized for the first trunk, while regions are cut from the images
@@ -149,6 +152,7 @@ class RACNN(Method):
         min_side: float = 1 / 3,
         attention_units: int = 1024,
         attention_every: int = 2,
+        attention_lr_factor: float = 0.01,
         pretraining_batches: int = 500,
         view_size: int | None = None,
     ) -> None:
@@ -165,11 +169,16 @@ class RACNN(Method):
             raise UsageError(f"attention_units must be between 1 and {MAX_UNITS}, not {attention_units}.")
         if attention_every < 2:
             raise UsageError(f"attention_every must be at least 2, not {attention_every}.")
+        if not 0 < attention_lr_factor <= 100:
+            raise UsageError(
+                f"attention_lr_factor must be above 0 and at most 100, not {attention_lr_factor}."
+            )
         if pretraining_batches < 0:
             raise UsageError(f"pretraining_batches must be at least 0, not {pretraining_batches}.")
 
         self.crop_size, self.margin = crop_size, margin
         self.attention_every, self.pretraining_batches = attention_every, pretraining_batches
+        self.attention = replace(ATTENTION, lr_factor=attention_lr_factor)
         backbone.drop_head()
         self.stage = backbone.unpooled_stage
         channels = backbone.channels[self.stage]
@@ -190,7 +199,7 @@ class RACNN(Method):
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of each scale, ``scale_1`` (the image) to the finest, and of ``joined`` (all)."""
         features = self._scales(images).features
-        return self._logits(features, _join(features))
+        return self._logits(features, join_normalized(features))
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return only the logits of ``joined``."""
@@ -204,7 +213,7 @@ class RACNN(Method):
         """
         features, regions = self._scales(images)
         # each trunk learns from its own scale alone
-        logits = self._logits(features, _join(features).detach())
+        logits = self._logits(features, join_normalized(features).detach())
         terms = {f"data_{name}": self.criterion(own, targets) for name, own in logits.items()}
         shares = targets if targets.is_floating_point() else F.one_hot(targets, self.num_classes)
         # S x (B, K) -> (B, S, K)
@@ -230,7 +239,7 @@ class RACNN(Method):
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the normalised features of all scales, concatenated, (B, S C)."""
-        return _join(self._scales(images).features)
+        return join_normalized(self._scales(images).features)
 
     def linear_heads(self) -> dict[str, nn.Linear]:
         """Return ``joined``; see ``Method``."""
@@ -281,7 +290,7 @@ class RACNN(Method):
     def phase_at(self, epoch: int, epochs: int) -> Phase:
         """Return the attention phase every ``attention_every`` epochs, never in the first or the last one."""
         attends = epoch > 0 and (epochs - epoch) % self.attention_every == 0
-        return ATTENTION if attends else CLASSIFICATION
+        return self.attention if attends else CLASSIFICATION
 
     def check_image_size(self, size: int) -> None:
         """Check that the backbone accepts both images and zoomed regions; see ``Method.check_image_size``."""
@@ -336,13 +345,6 @@ def strongest_region(maps: Tensor, side: float) -> Tensor:
     centre = torch.stack([(best % count + columns / 2) / width, (best // count + rows / 2) / height], 1)
     centre = centre.clamp(side / 2, 1 - side / 2)
     return torch.cat([centre - side / 2, centre + side / 2], 1)
-
-
-def _join(features: Sequence[Tensor]) -> Tensor:
-    # to a mean square of 1: at length 1 the linear layer would hardly learn; S x (B, C) -> (B, S*C)
-    return torch.cat([F.normalize(own.float()) * own.shape[1] ** 0.5 for own in features], 1).to(
-        features[0].dtype
-    )
 
 
 def _pixels(regions: Tensor, images: Tensor) -> Tensor:
