@@ -13,6 +13,7 @@ from crossx.ablation.runner import describe_training, plan
 from crossx.ablation.suite import load_suite
 from crossx.ablation.summary import summarize_suite, write_summary
 from crossx.errors import CrossXError
+from crossx.methods import list_methods
 from crossx.training.config import Config
 from refusals import refusal
 
@@ -70,10 +71,14 @@ def test_a_local_backbone_is_known_by_its_name() -> None:
         Config.from_dict({"model": {"backbone": f"local-dir:{path}"}})
         for path in ("/a/net", "b/net", "/a/other")
     )
-    assert (
-        describe_training(here) == describe_training(there) == {"model.backbone": "local-dir:net", "seed": 0}
-    )
+    expected = {"model.method": "crossx", "model.backbone": "local-dir:net", "seed": 0}
+    assert describe_training(here) == describe_training(there) == expected
     assert describe_training(other) != describe_training(here)
+
+
+def test_methods_without_options_are_different_trainings() -> None:
+    trainings = [describe_training(Config.from_dict({"model": {"method": name}})) for name in list_methods()]
+    assert all(trainings.count(training) == 1 for training in trainings)
 
 
 def test_other_images_are_refused(ablation, results: Path) -> None:

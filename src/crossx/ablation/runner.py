@@ -385,7 +385,7 @@ def describe_training(config: Config) -> dict[str, Any]:
     for key in ("model.backbone_weights", "init"):
         if changed.get(key):
             changed[key] = Path(changed[key]).name
-    return {**changed, "seed": config.seed}
+    return {"model.method": config.model.method, **changed, "seed": config.seed}
 
 
 def _flatten(config: Config) -> dict[str, Any]:
