@@ -174,8 +174,9 @@ def test_linear_heads_classify_the_embeddings(name):
     with torch.no_grad():
         features = method.embeddings(images)
         inputs = features.split([head.in_features for head in method.linear_heads().values()], 1)
-        logits = sum(head(own) for head, own in zip(method.linear_heads().values(), inputs, strict=True))
-        torch.testing.assert_close(logits, method(images))
+        heads = method.linear_heads()
+        logits = {name: head(own) for (name, head), own in zip(heads.items(), inputs, strict=True)}
+        torch.testing.assert_close(method.combine_heads(logits), method(images))
 
 
 def test_a_method_without_linear_heads_is_left_alone(batches):
