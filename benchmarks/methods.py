@@ -4,8 +4,8 @@
     python benchmarks/methods.py --backbone resnet50 --size 448 --classes 200 --batch-size 2 --runs 0 \\
       --recipes mamc_cub_resnet50 kernel_pooling_cub_resnet50 --output benchmarks/results/methods_448.json
 
-The variants are those of the suite ``methods``, with its options for the small trunk; ``--recipes`` adds networks with
-the options of recipes. All use the same batch size, even if the suite trains with another. Weights are
+The variants are those of the suite ``methods_sgd``, with its options for the small trunk; ``--recipes`` adds
+networks with the options of recipes. All use the same batch size, even if the suite trains with another. Weights are
 random. A training step consists of objective, backward pass and optimiser step. FLOPs are those of torch's counter for
 inference on one image, two per multiply-add: convolutions and matrix products, but not the FFT of kernel pooling.
 ``--runs 0`` counts without timing.
@@ -39,7 +39,7 @@ def build(config: Config, backbone: str, size: int, classes: int) -> Method:
 def variants(recipes: Sequence[str]) -> dict[str, Config]:
     """Return name -> configuration of each variant of the suite, untuned, and of each recipe."""
     base = Config.from_recipe(RECIPE)
-    suite = {name: configs[0] for name, configs in load_suite("methods").configure(base).items()}
+    suite = {name: configs[0] for name, configs in load_suite("methods_sgd").configure(base).items()}
     return suite | {name: Config.from_recipe(name) for name in recipes}
 
 

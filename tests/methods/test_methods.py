@@ -126,6 +126,13 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
 
 
 @every_method
+def test_computes_in_the_half_precision_of_its_weights(name: str) -> None:
+    method = build(name).half().eval()
+    with torch.no_grad():
+        assert torch.isfinite(method(torch.randn(1, 3, 64, 64).half())).all()
+
+
+@every_method
 def test_published_methods_are_cited(name: str) -> None:
     citation = build(name).citation
     assert bool(citation) == (name != "plain")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.predictions import Predictions
 from crossx.runs import read_json
 from crossx.schema import AblationRunFile, check_file
+from crossx.training.config import Config
 
 
 def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
@@ -32,7 +34,7 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
     Raises:
         CrossXError: If a file is missing, damaged or something else.
     """
-    known: dict[str, dict[str, Any]] = {}
+    known: list[dict[str, Any]] = []
     for file in files:
         runs = read_json(file).get("runs")
         if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
@@ -40,17 +42,39 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
         tested = [run for run in runs if "failed" not in run]
         for run in tested:
             check_file(AblationRunFile, run, f"{file}, training {run.get('variant')} {run.get('seed')}")
-            known[_key(run["training"])] = run
-    found = {trial: known.get(_key(describe_training(trial.config))) for trial in trials}
-    return {
-        trial: {key: value for key, value in run.items() if key not in ("variant", "alternative", "seed")}
-        for trial, run in found.items()
-        if run and not trial.is_done
-    }
+            known.append(run)
+    found: dict[Trial, dict[str, Any]] = {}
+    for trial in trials:
+        runs = [run for run in known if _is_same(run["training"], trial.config)]
+        if trial.is_done or not runs:
+            continue
+        if any(run["correct"] != runs[0]["correct"] for run in runs):
+            raise CrossXError(
+                f"{trial}: the earlier results have several different trainings of these options (of paths, only the "
+                "last part is compared). Give one of the files."
+            )
+        twins = [
+            other for other in found if describe_training(other.config) == describe_training(trial.config)
+        ]
+        if twins:
+            raise CrossXError(
+                f"{trial} and {twins[0]} differ only in the folder of a path, which earlier results do not tell apart. "
+                "Rename one, or leave out --earlier."
+            )
+        found[trial] = {
+            key: value for key, value in runs[0].items() if key not in ("variant", "alternative", "seed")
+        }
+    return found
 
 
-def _key(training: Mapping[str, Any]) -> str:
-    return json.dumps(training, sort_keys=True)
+def _is_same(training: Mapping[str, Any], config: Config) -> bool:
+    """Return whether a training had these options. One that did not exist then must have its default value."""
+    now = describe_training(config)
+    own = ("model.method", "model.backbone")
+    defaults = describe_training(replace(Config(), model=replace(Config().model, method=config.model.method)))
+    return training.keys() <= now.keys() and all(
+        value == training.get(key, None if key in own else defaults[key]) for key, value in now.items()
+    )
 
 
 def describe_images(predictions: Predictions) -> str:

@@ -372,20 +372,18 @@ def _check_same(trial: Trial) -> None:
 
 
 def describe_training(config: Config) -> dict[str, Any]:
-    """Return the options that the result of a training depends on and that are not defaults, by name; and the seed.
+    """Return every option that the result of a training depends on, by name, and the seed.
 
     They are the same on every machine: of local paths, only the last component is kept.
     """
-    flat = _flatten(config)
-    defaults = _flatten(replace(Config(), model=replace(Config().model, method=config.model.method)))
-    changed = {key: value for key, value in flat.items() if value != defaults.get(key)}
+    flat = {**_flatten(config), "data.root": config.data.root, "seed": config.seed}
     source, colon, path = config.model.backbone.partition(":")
     if source == "local-dir":
-        changed["model.backbone"] = f"{source}{colon}{Path(path).name}"
-    for key in ("model.backbone_weights", "init"):
-        if changed.get(key):
-            changed[key] = Path(changed[key]).name
-    return {"model.method": config.model.method, **changed, "seed": config.seed}
+        flat["model.backbone"] = f"{source}{colon}{Path(path).name}"
+    for key in ("model.backbone_weights", "init", "data.root"):
+        if flat[key]:
+            flat[key] = Path(flat[key]).name
+    return flat
 
 
 def _flatten(config: Config) -> dict[str, Any]:

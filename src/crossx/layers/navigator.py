@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from crossx.distributed import at_least_float32
 from crossx.layers.anchors import RATIOS, anchor_boxes
 
 SCALES = ((2 ** (1 / 3), 2 ** (2 / 3)), (2 ** (1 / 3), 2 ** (2 / 3)), (1, 2 ** (1 / 3), 2 ** (2 / 3)))
@@ -61,10 +62,10 @@ class Navigator(nn.Module):
         boxes, scores = [], []
         # no autocast: in half precision, many anchors would have equal scores
         with torch.autocast(maps.device.type, enabled=False):
-            maps = maps.float()
+            maps = maps.to(next(self.parameters()).dtype)
             for level, (convolve, score) in enumerate(zip(self.levels, self.scores, strict=True)):
                 maps = convolve(maps).relu()
-                scores.append(score(maps).flatten(1))  # (B, A, h, w) -> (B, A*h*w)
+                scores.append(at_least_float32(score(maps)).flatten(1))  # (B, A, h, w) -> (B, A*h*w)
                 boxes.append(
                     anchor_boxes(
                         (maps.shape[2], maps.shape[3]),

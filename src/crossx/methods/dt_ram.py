@@ -231,6 +231,8 @@ class DTRAM(Method):
     def start_phase(self, phase: Phase, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start the steps that are trained for the first time with the weights of the step before."""
         stage = self._stage_of(phase)
+        if stage == 1:
+            self.stage.zero_()  # of another network that the method started from
         for index in range(max(int(self.stage), 1), min(stage, self.num_steps)):
             if index == 1:
                 self.steps[0].start_from(None, self.backbone, self.classifier)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.distributed import batch_mean
+from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
 from crossx.layers import OwnStatistics, crop_boxes
 from crossx.losses import reinforce_loss
@@ -207,7 +207,8 @@ class FCAN(Method):
         with torch.autocast(maps.device.type, enabled=False):
             # features of length 1: the steps of the attention do not depend on the backbone's scale. The trunk learns
             # from the classifiers only, since the policy gradient is noisy
-            scores: Tensor = self.attention(F.normalize(maps.detach().float()))
+            inputs = F.normalize(at_least_float32(maps.detach())).to(self.parts[0].weight.dtype)  # type: ignore[arg-type]
+            scores: Tensor = at_least_float32(self.attention(inputs))
             return scores.flatten(2).log_softmax(2).view_as(scores)
 
     def _choose(self, attention: Tensor) -> Tensor:
