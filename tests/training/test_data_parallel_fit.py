@@ -27,10 +27,14 @@ OPTIONS = {
     "crossx": {"use_merged": False},
     # positions that are drawn within a pixel, without effect on the policy
     "dt_ram": {"location_std": 1e-6, "locator_weight": 0.0},
+    # parts that are the image wherever they are drawn, without effect on the attention
+    "fcan": {"crop_share": 1.0, "attention_weight": 1e-9},
     "kernel_pooling": {"sketch_size": 32},
     "mamc": {"embedding_size": 8},
     "ma_cnn": {"dropout": 0.0},
     "nts": {"dropout": 0.0},
+    # which takes a step for each of a rank's batches, half as large as those of one process
+    "ra_cnn": {"pretraining_batches": 0},
 }
 """Nothing drawn for a rank, no statistics of a rank, small layers."""
 
