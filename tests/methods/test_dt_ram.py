@@ -148,6 +148,17 @@ def test_a_phase_trains_what_it_names() -> None:
     assert trained_at_all == expected
 
 
+def test_a_training_that_starts_from_another_network_has_all_its_steps() -> None:
+    method = build()
+    method.stage.fill_(4)  # as taken from a network that was trained to the end
+    start(method, "step_1")
+    assert method.stage == 1
+    with torch.no_grad():
+        method.classifier.bias.fill_(5.0)
+    start(method, "step_2")
+    assert torch.equal(method.steps[0].classifier.bias, method.classifier.bias)
+
+
 def test_a_step_starts_from_the_one_before_once() -> None:
     method, batch = build(), images()
     start(method, "step_1")
