@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.predictions import Predictions
 from crossx.runs import read_json
 from crossx.schema import AblationRunFile, check_file
-from crossx.training.config import Config
+from crossx.training.config import Config, ModelConfig
 
 
 def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
@@ -43,9 +42,11 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
         for run in tested:
             check_file(AblationRunFile, run, f"{file}, training {run.get('variant')} {run.get('seed')}")
             known.append(run)
+    trainings = {trial: describe_training(trial.config) for trial in trials} if known else {}
     found: dict[Trial, dict[str, Any]] = {}
-    for trial in trials:
-        runs = [run for run in known if _is_same(run["training"], trial.config)]
+    for trial, training in trainings.items():
+        defaults = describe_training(Config(model=ModelConfig(method=trial.config.model.method)))
+        runs = [run for run in known if _is_same(run["training"], training, defaults)]
         if trial.is_done or not runs:
             continue
         if any(run["correct"] != runs[0]["correct"] for run in runs):
@@ -53,9 +54,7 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
                 f"{trial}: the earlier results have several different trainings of these options (of paths, only the "
                 "last part is compared). Give one of the files."
             )
-        twins = [
-            other for other in found if describe_training(other.config) == describe_training(trial.config)
-        ]
+        twins = [other for other in found if trainings[other] == training]
         if twins:
             raise CrossXError(
                 f"{trial} and {twins[0]} differ only in the folder of a path, which earlier results do not tell apart. "
@@ -67,13 +66,10 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
     return found
 
 
-def _is_same(training: Mapping[str, Any], config: Config) -> bool:
-    """Return whether a training had these options. One that did not exist then must have its default value."""
-    now = describe_training(config)
-    own = ("model.method", "model.backbone")
-    defaults = describe_training(replace(Config(), model=replace(Config().model, method=config.model.method)))
+def _is_same(training: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Return whether a training had the options ``now``. One that did not exist then must have its default value."""
     return training.keys() <= now.keys() and all(
-        value == training.get(key, None if key in own else defaults[key]) for key, value in now.items()
+        value == (training[key] if key in training else defaults[key]) for key, value in now.items()
     )
 
 

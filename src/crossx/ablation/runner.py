@@ -134,7 +134,6 @@ def plan_tuning(suite: Suite, base: Config, seed: int, output: Path) -> list[Tri
 
 
 def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path) -> list[Trial]:
-    # a progress bar would fill the log
     trials = []
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):

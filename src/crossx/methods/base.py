@@ -425,7 +425,8 @@ def create_method(
     """
     cls = method_class(name)
     check_options(name, options)
-    view_size: int | None = {**method_options(name), **options}.get("view_size")
+    completed = {**method_options(name), **options}
+    view_size: int | None = completed.get("view_size")
     if view_size is not None and not 2 <= view_size <= MAX_IMAGE_SIZE:
         raise UsageError(f"view_size must be between 2 and {MAX_IMAGE_SIZE}, not {view_size}.")
     trunk = create_backbone(
@@ -439,6 +440,6 @@ def create_method(
         method = cls(trunk, num_classes, **options)
     except TypeError as error:  # from an option without a type hint
         raise UsageError(f"method {name!r}: an option is of the wrong type ({first_line(error)}).") from error
-    method.options = {**method_options(name), **options}
+    method.options = completed
     method.view_size = view_size
     return method
