@@ -9,7 +9,7 @@ from crossx.layers.channel_groups import (
     object_box,
     peak_boxes,
 )
-from crossx.layers.crops import crop_boxes
+from crossx.layers.crops import crop_boxes, square_corners
 from crossx.layers.feature_pyramid import MergedFeatures
 from crossx.layers.filter_bank import FilterBank, energy_peaks
 from crossx.layers.joining import join_normalized
@@ -53,5 +53,6 @@ __all__ = [
     "select_boxes",
     "shrink",
     "signed_sqrt",
+    "square_corners",
     "zoom",
 ]

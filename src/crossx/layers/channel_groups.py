@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossx.distributed import at_least_float32
+from crossx.layers.crops import square_corners
 from crossx.layers.part_linear import PartLinear
 
 START_WEIGHT = 0.95
@@ -112,16 +113,8 @@ def peak_boxes(maps: Tensor, image_size: tuple[int, int], side: int) -> Tensor:
     Returns:
         Left, top, right and bottom.
     """
-    height, width = maps.shape[2:]
     peaks = maps.flatten(2).argmax(2)  # (B, P, h, w) -> (B, P)
-    corners = [
-        ((place + 0.5) * (extent / count) - side / 2).floor().clamp(0, extent - side)
-        for place, count, extent in (
-            (peaks % width, width, image_size[1]),
-            (peaks // width, height, image_size[0]),
-        )
-    ]
-    left_top = torch.stack(corners, 2)
+    left_top = square_corners(peaks, maps.shape[2:], image_size, side).floor()
     return torch.cat([left_top, left_top + side], 2)
 
 

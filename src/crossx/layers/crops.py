@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,3 +36,28 @@ def crop_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     )
     # (B, C, n*size, size) -> (B, C, n, size, size) -> (B, n, C, size, size)
     return rows.view(*rows.shape[:2], boxes.shape[1], size, size).transpose(1, 2).to(images.dtype)
+
+
+def square_corners(
+    positions: Tensor, map_size: Sequence[int], image_size: Sequence[int], side: int
+) -> Tensor:
+    """Return left and top of the squares centred at spatial positions of a map, moved into the image, (B, n, 2).
+
+    Args:
+        positions: Indices into the flattened map, row by row, int64 (B, n).
+        map_size: (h, w).
+        image_size: (H, W) in pixels.
+        side: Side of the squares in pixels, at most that of the image.
+
+    Returns:
+        In pixels, with fractions.
+    """
+    (rows, columns), (height, width) = map_size, image_size
+    corners = [
+        ((place + 0.5) * (extent / count) - side / 2).clamp(0, extent - side)
+        for place, count, extent in (
+            (positions % columns, columns, width),
+            (positions // columns, rows, height),
+        )
+    ]
+    return torch.stack(corners, 2)  # 2 x (B, n) -> (B, n, 2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
-from crossx.layers import OwnStatistics, crop_boxes
+from crossx.layers import OwnStatistics, crop_boxes, square_corners
 from crossx.losses import reinforce_loss
 from crossx.methods.base import Method, Objective, register_method
 from crossx.schema import MAX_IMAGE_SIZE
@@ -221,16 +221,8 @@ class FCAN(Method):
 
     def _boxes_at(self, positions: Tensor, attention: Tensor, images: Tensor) -> Tensor:
         """Return squares around positions (B, P), moved into the image, (B, P, 4) in whole pixels."""
-        (rows, columns), (height, width) = attention.shape[2:], images.shape[2:]
-        side = self._side(min(height, width))
-        corners = [
-            ((index + 0.5) * (length / count) - side / 2).round().clamp(0, length - side)
-            for index, count, length in (
-                (positions % columns, columns, width),
-                (positions // columns, rows, height),
-            )
-        ]
-        left_top = torch.stack(corners, 2)
+        side = self._side(min(images.shape[2:]))
+        left_top = square_corners(positions, attention.shape[2:], images.shape[2:], side).round()
         return torch.cat([left_top, left_top + side], 2)
 
     def _side(self, size: int) -> int:
