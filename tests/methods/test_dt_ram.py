@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -377,25 +376,3 @@ def test_half_precision_keeps_positions() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         objective = method.objective(batch, torch.tensor([0, 1, 2, 0]))
     assert all(term.dtype == torch.float32 and term.isfinite() for term in objective.terms.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("view_size", [None, 64])
-def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path, view_size: int | None) -> None:
-    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    method, path, size = build(view_size=view_size), tmp_path / "dt_ram.onnx", 96 if view_size else 64
-    with torch.no_grad():
-        torch.onnx.export(
-            method,
-            (images(2, size, size),),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            verbose=False,
-        ).save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for number in (1, 3):
-        given = images(number, size, size)
-        (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        with torch.no_grad():
-            np.testing.assert_allclose(logits, method(given), rtol=1e-3, atol=1e-4)

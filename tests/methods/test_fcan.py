@@ -1,8 +1,6 @@
 import math
 from itertools import product
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -336,23 +334,3 @@ def test_evaluation_tests_each_head_and_their_mean() -> None:
     image, *parts = (torch.as_tensor(head).softmax(1) for head in outputs.heads.values())
     mean = (image + sum(parts) / 3) / 2
     torch.testing.assert_close(torch.as_tensor(outputs.logits).softmax(1), mean)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("view_size", [None, 64])
-def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path, view_size: int | None) -> None:
-    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    method, path = build(view_size=view_size), tmp_path / "fcan.onnx"
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        program = torch.onnx.export(
-            method, (images(2),), dynamo=True, dynamic_shapes={"images": {0: batch}}, verbose=False
-        )
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for number in (1, 2, 5):
-        given = images(number)
-        (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        with torch.no_grad():
-            np.testing.assert_allclose(logits, method(given), rtol=1e-3, atol=1e-4)

@@ -2,7 +2,9 @@
 
 import math
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm import create_model
@@ -177,6 +179,38 @@ def test_exports(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     exported = torch.export.export(method, (images,)).module()
     torch.testing.assert_close(exported(images), method(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "view_size"),
+    [
+        *((name, None) for name in list_methods()),
+        *((name, 64) for name in list_methods() if "view_size" in method_options(name)),
+    ],
+)
+@pytest.mark.slow
+def test_onnx_is_the_same_for_every_number_of_images(
+    name: str, view_size: int | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options, size = ({}, 64) if view_size is None else ({"view_size": view_size}, 96)
+    method, path = build(name, **options).eval(), tmp_path / "method.onnx"
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        torch.onnx.export(
+            method,
+            (torch.randn(2, 3, size, size),),
+            dynamo=True,
+            dynamic_shapes={"images": {0: batch}},
+            verbose=False,
+        ).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for number in (1, 2, 5):
+        given = torch.randn(number, 3, size, size)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, method(given), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", slow_except(list_methods(), "plain"))

@@ -258,26 +258,6 @@ def test_grad_cam_is_of_the_pass_of_the_images() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("view_size", [None, 64])
-def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path, view_size: int | None) -> None:
-    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    method, path = build(view_size=view_size), tmp_path / "nts.onnx"
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        program = torch.onnx.export(
-            method, (images(2),), dynamo=True, dynamic_shapes={"images": {0: batch}}, verbose=False
-        )
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for number in (1, 2, 5):
-        given = images(number)
-        (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        with torch.no_grad():
-            np.testing.assert_allclose(logits, method(given), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
 def test_openvino_makes_the_same_view(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     openvino = pytest.importorskip("openvino")
