@@ -277,6 +277,14 @@ class InitFile(StrictModel):
     new: list[str] = []
 
 
+class ImportFile(StrictModel):
+    """A file or module that registered the method of a run."""
+
+    module: Annotated[str, Field(max_length=1000, pattern=r"^[\w.]*$")]
+    path: LongText
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class ProvenanceFile(StrictModel):
     """What ``run.json`` and results have in common."""
 
@@ -299,6 +307,7 @@ class RunFile(ProvenanceFile):
     id: Text | None = None
     status: Text | None = None
     init: InitFile | None = None
+    imports: Annotated[list[ImportFile], Field(max_length=64)] | None = None
     extended_after: list[Count] | None = None
     images: dict[Text, Count] | None = None
     data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]

@@ -13,6 +13,7 @@ import jsonargparse
 
 from crossx.cli import method_options
 from crossx.cli.parser import (
+    IMPORT_OPTION,
     Option,
     add_options,
     dataclass_options,
@@ -164,6 +165,7 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
+    yield IMPORT_OPTION
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -268,7 +270,7 @@ def _unknown_option(argument: str, parser: jsonargparse.ArgumentParser, method: 
         return UsageError(f"--{name} cannot be given: {LEFT_OUT[option]}.")
     owners = [
         other
-        for other in method_options.list_methods()
+        for other in method_options.present_methods()
         if name in {item.name for item in method_options.method_options(other)}
     ]
     if section == "model" and owners:

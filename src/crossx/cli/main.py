@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crossx.caches import prepare_caches
@@ -33,8 +33,11 @@ from crossx.suggestions import nearest
 
 VERBS = (
     "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
-    "serve", "recipes", "datasets", "import-released",
+    "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
+IMPORTING = ("fit", "test", "ablate", "report", "calibrate", "predict", "export", "explain", "share", "serve")
+"""Verbs that need the method of a network, and take ``--import``."""
+IMPORT = "--import"
 
 USAGE = """\
 usage: crossx VERB [options]
@@ -48,6 +51,7 @@ options:
   -h, --help     show this help; after a verb, its options and examples
   --version      show the version
   --debug        show the traceback of an error (also: CROSSX_DEBUG=1)
+  --import FILE  import a method of your own (also: CROSSX_IMPORT=FILE); `crossx new-method NAME` writes one
 
 examples:
   crossx quickstart
@@ -139,17 +143,61 @@ def _dispatch(words: list[str]) -> int:
     if not {"-h", "--help"} & {*rest} and (note := prepare_caches()):
         print(f"crossx {verb}: {note}", file=sys.stderr)
     keep_freed_memory()
+    rest, imports = _take_imports(verb, rest)
     try:
-        if hasattr(module, "run"):
-            return int(module.run(rest))
-        from crossx.cli.parser import call
+        with _importing(imports):
+            if hasattr(module, "run"):
+                return int(module.run(rest))
+            from crossx.cli.parser import call
 
-        return call(getattr(module, name), rest, verb)
+            return call(getattr(module, name), rest, verb)
     except SystemExit as leaving:
         # after --help
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise leaving.__context__ from leaving
         return leaving.code if isinstance(leaving.code, int) else 0
+
+
+def _take_imports(verb: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """Separate ``--import`` and its values from the other words of a verb."""
+    rest: list[str] = []
+    imports: list[str] = []
+    left = list(words)
+    while left and left[0] != "--":
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name != IMPORT:
+            rest.append(word)
+            continue
+        if verb not in IMPORTING:
+            raise UsageError(f"{IMPORT} belongs to verbs that use a method: {', '.join(IMPORTING)}.")
+        if not equals and not (left and not left[0].startswith("--")):
+            raise UsageError(f"{IMPORT} takes a file or a module of Python; see `crossx {verb} --help`.")
+        imports.append(value if equals else left.pop(0))
+    return rest + left, imports
+
+
+@contextlib.contextmanager
+def _importing(words: list[str]) -> Iterator[None]:
+    """Import what the user names, here and in all child processes."""
+    if not words:
+        yield
+        return
+    from crossx import plugins
+
+    before = os.environ.get(plugins.VARIABLE)
+    found = [plugins.Source.find(word).word for word in words]
+    os.environ[plugins.VARIABLE] = plugins.join(dict.fromkeys([*plugins.named(), *found]))
+    try:
+        from crossx.methods.base import import_methods
+
+        import_methods(plugins.named())
+        yield
+    finally:
+        if before is None:
+            del os.environ[plugins.VARIABLE]
+        else:
+            os.environ[plugins.VARIABLE] = before
 
 
 def _summary(verb: str) -> str:

@@ -1,7 +1,6 @@
 """The options of the methods, without importing torch.
 
-Those of the packaged methods are read from the source. Methods registered elsewhere are inspected: registering one has
-imported torch already.
+Those of the packaged methods are read from the source. Methods of other packages and files are imported and inspected.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, get_type_hints
+from typing import Any
 
+from crossx import plugins
 from crossx.cli.parser import Option, option_helps
 from crossx.errors import unknown
 
@@ -23,7 +23,7 @@ PACKAGE = "crossx.methods"
 
 def list_methods() -> list[str]:
     """Return the names of the methods, sorted."""
-    return sorted({*_packaged(), *_registry()})
+    return sorted({*_packaged(), *_registry(), *plugins.offers()})
 
 
 def method_options(name: str) -> list[Option]:
@@ -34,26 +34,27 @@ def method_options(name: str) -> list[Option]:
     """
     if name in _packaged():
         return list(_source_options(*_packaged()[name]))
-    if name not in _registry():
+    if name not in list_methods() and not plugins.named():
         raise unknown("method", name, list_methods())
 
     from crossx.methods import method_class
+    from crossx.methods.base import option_types
 
-    cls = method_class(name)
-    hints, helps = get_type_hints(cls.__init__), option_helps(cls)
-    return [
-        _option(item.name, hints[item.name], item.default, helps)
-        for item in inspect.signature(cls.__init__).parameters.values()
-        if item.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+    helps = option_helps(method_class(name))
+    return [_option(option, hint, default, helps) for option, (hint, default) in option_types(name).items()]
+
+
+def present_methods() -> list[str]:
+    """Return the names of the methods whose options are known without importing anything, sorted."""
+    return sorted({*_packaged(), *_registry()})
 
 
 def _registry() -> list[str]:
     if PACKAGE not in sys.modules:
         return []
-    from crossx.methods import list_methods
+    from crossx.methods.base import registered
 
-    return list_methods()
+    return registered()
 
 
 @cache

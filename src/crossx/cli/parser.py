@@ -20,6 +20,7 @@ import docstring_parser
 import jsonargparse
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from crossx.cli.main import IMPORT, IMPORTING
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
 
@@ -51,6 +52,10 @@ class Help:
     text: str
 
 
+IMPORT_HELP = (
+    "Import a method of your own first, from a file (.py) or a module; may be repeated. A run that was trained with it "
+    "remembers it."
+)
 Folder = Annotated[str, "DIR"]
 File = Annotated[str, "FILE"]
 Name = Annotated[str, "NAME"]
@@ -154,6 +159,10 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
         return f"{action.option_strings[0]} {metavar}"
 
 
+IMPORT_OPTION = Option("import", str | None, None, IMPORT_HELP, IMPORT, "FILE_OR_MODULE")
+"""``main`` takes its values out of the words, so that it is only shown here."""
+
+
 def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -> int:
     """Parse a verb's words, call its function with them, and return the exit code.
 
@@ -195,6 +204,8 @@ def build(function: Callable[..., Any], verb: str) -> jsonargparse.ArgumentParse
     text, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
     parser = new_parser(f"crossx {verb}", text.partition("\nArgs:\n")[0].strip(), textwrap.dedent(examples))
     add_options(parser, function_options(function))
+    if verb in IMPORTING:
+        add_options(parser, [IMPORT_OPTION])
     return parser
 
 

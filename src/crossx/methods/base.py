@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import reprlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from crossx import plugins
 from crossx.backbones import Backbone, create_backbone
-from crossx.errors import UsageError, first_line, unknown
+from crossx.errors import CrossXError, UsageError, first_line, unknown
 from crossx.layers import shrink
 from crossx.losses import ClassificationLoss
+from crossx.runs import Run
 from crossx.schema import MAX_IMAGE_SIZE
 from crossx.suggestions import nearest
 
@@ -89,6 +96,10 @@ class Method(nn.Module, ABC):
 
     sampling: ClassVar[Literal["uniform", "balanced", "pairs"] | None] = None
     """The ``data.sampling`` that ``objective`` requires; None if any will do."""
+
+    stops_gradients: ClassVar[bool] = False
+    """Whether ``objective`` stops gradients on purpose, as policy gradients and targets made by the network itself do;
+    ``crossx.testing`` then does not compare its gradient with finite differences."""
 
     uses_parts: ClassVar[bool] = False
     """Whether training batches have parts, for ``part_objective``. An option ``part_names`` chooses them and their
@@ -307,12 +318,30 @@ class Method(nn.Module, ABC):
 M = TypeVar("M", bound=type[Method])
 
 _REGISTRY: dict[str, type[Method]] = {}
+_IMPORTED: dict[str, plugins.Source] = {}
+"""What was imported with ``import_methods`` or for a run, by the name of its module."""
+_LOADED: dict[str, plugins.Offer] = {}
+"""Method name -> the package that it was loaded from."""
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+
+ELSEWHERE = "If it is one of your own, install its package, or give --import with the file or module that registers it"
+
+log = logging.getLogger(__name__)
 
 
 def register_method(name: str) -> Callable[[M], M]:
-    """Register the decorated method class as ``name``."""
+    """Register the decorated method class as ``name``: letters, digits, ``_``, ``-`` and ``.``.
+
+    Raises:
+        ValueError: If the name is registered already, or has other characters.
+        TypeError: If the class is not a ``Method``.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a method: use letters, digits and _")
 
     def register(cls: M) -> M:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(f"{getattr(cls, '__name__', cls)} is not a subclass of crossx.methods.Method")
         if name in _REGISTRY:
             raise ValueError(f"method {name!r} is registered twice")
         _REGISTRY[name] = cls
@@ -322,20 +351,165 @@ def register_method(name: str) -> Callable[[M], M]:
     return register
 
 
-def list_methods() -> list[str]:
-    """Return the registered names, sorted."""
+def registered() -> list[str]:
+    """Return the names of the methods that are registered in this process, sorted."""
     return sorted(_REGISTRY)
 
 
+def list_methods() -> list[str]:
+    """Return the names of all methods, sorted, with those that installed packages offer; these are not imported."""
+    return sorted({*_REGISTRY, *plugins.offers()})
+
+
 def method_class(name: str) -> type[Method]:
-    """Return the class registered as ``name``.
+    """Return the class registered as ``name``, imported from the package that offers it if there is one.
 
     Raises:
         UsageError: If there is none; the message suggests the nearest name.
+        CrossXError: If the package cannot be imported.
     """
     if name not in _REGISTRY:
-        raise unknown("method", name, _REGISTRY)
+        import_methods(plugins.named())
+    if name not in _REGISTRY:
+        offered = plugins.offers().get(name)
+        if not offered:
+            raise unknown("method", name, list_methods())
+        _load(name, offered)
     return _REGISTRY[name]
+
+
+def import_methods(words: Iterable[str]) -> None:
+    """Import files (``mine.py``) and modules (``package.module``) that register methods; their code is run.
+
+    Their content is remembered, so that runs that were trained with them can be used without naming them again.
+
+    Raises:
+        UsageError: If there is no such file or module, or it registers no method.
+        CrossXError: If its code fails.
+    """
+    for source in map(plugins.Source.find, words):
+        if _IMPORTED.get(source.key) != source:
+            _import(source)
+            try:
+                plugins.trust(source)
+            except CrossXError as error:
+                log.warning("%s: not remembered for later commands: %s", source.word, error)
+
+
+def imported_methods() -> list[str]:
+    """Return what to give ``import_methods`` in another process."""
+    return [source.word for source in _IMPORTED.values()]
+
+
+def recall_method(name: str, run: Run) -> None:
+    """Import the method of a run as its training did, if that is the user's own code, unchanged (docs/trust.md).
+
+    Raises:
+        CrossXError: If the method is not known here and its code may not be imported unasked, saying what to give.
+    """
+    if name not in _REGISTRY:
+        import_methods(plugins.named())
+    if name in _REGISTRY:
+        return
+    recorded = [] if run.hub else (run.read_info().get("imports") or [])
+    reason = ELSEWHERE
+    for source in map(plugins.Source.from_json, recorded):
+        refused = plugins.refuse(source, run.path)
+        if refused is None:
+            _import(source)
+        elif name not in plugins.offers():
+            reason = refused
+            break
+    if name not in _REGISTRY and name not in plugins.offers():
+        raise CrossXError(f"{run.spec}: unknown method {name!r}.{nearest(name, list_methods())} {reason}.")
+
+
+def origin(cls: type[Method]) -> tuple[list[plugins.Source], tuple[str, str] | None]:
+    """Return where a method's code is from, for ``run.json``.
+
+    Returns:
+        The imported files and modules, and the name and version of the package that offers it; neither for the
+        methods of crossx.
+    """
+    if offer := _LOADED.get(cls.name):
+        return [], offer.package
+    module = cls.__module__
+    if module.partition(".")[0] == "crossx":
+        return [], None
+    if _IMPORTED:
+        return list(_IMPORTED.values()), None
+    # registered by the user's own program, which is named, but not imported unasked
+    try:
+        path = Path(inspect.getfile(cls)).absolute()
+        return [plugins.Source("", path, plugins.digest(path))], None
+    except (OSError, TypeError, UsageError):
+        return [], None
+
+
+def _import(source: plugins.Source) -> None:
+    before = [name for name, cls in _REGISTRY.items() if _is_within(cls.__module__, source.key)]
+    if source.key in _IMPORTED or (before and not source.module):
+        # it has changed since
+        for name in before:
+            del _REGISTRY[name]
+        for module in [module for module in sys.modules if _is_within(module, source.key)]:
+            del sys.modules[module]
+    _IMPORTED.pop(source.key, None)
+    known = {*_REGISTRY}
+    with _undone_on_failure(source.key):
+        try:
+            source.execute()
+        except CrossXError:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = plugins.failure(error, source.path)
+            raise CrossXError(f"{source.word}: cannot be imported ({reason}).") from error
+        if not {*_REGISTRY} - known and not before:
+            raise UsageError(
+                f"--import {source.word}: registers no method: decorate a subclass of crossx.methods.Method with "
+                '@register_method("NAME").'
+            )
+    _IMPORTED[source.key] = source
+
+
+def _load(name: str, offered: list[plugins.Offer]) -> None:
+    """Import the package that offers a method."""
+    if len(offered) > 1:
+        packages = " and ".join(offer.package[0] for offer in offered)
+        raise CrossXError(f"method {name!r} is offered by the packages {packages}: uninstall all but one.")
+    (offer,) = offered
+    with _undone_on_failure():
+        try:
+            found = offer.entry.load()
+            if name not in _REGISTRY and isinstance(found, type) and not found.__dict__.get("name"):
+                register_method(name)(found)
+        except (Exception, SystemExit) as error:
+            raise CrossXError(
+                f"method {name!r}: {offer} cannot be imported ({plugins.failure(error)}). Repair or uninstall it."
+            ) from error
+        if name not in _REGISTRY:
+            raise CrossXError(
+                f"method {name!r}: {offer} offers it as {offer.entry.value}, which registers no method of this name."
+            )
+    _LOADED[name] = offer
+
+
+@contextmanager
+def _undone_on_failure(module: str | None = None) -> Iterator[None]:
+    """Forget what was registered by code that fails."""
+    registered = {**_REGISTRY}
+    try:
+        yield
+    except BaseException:
+        _REGISTRY.clear()
+        _REGISTRY.update(registered)
+        for name in [name for name in sys.modules if module and _is_within(name, module)]:
+            del sys.modules[name]
+        raise
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def published_name(name: str, options: Mapping[str, Any]) -> str:
@@ -348,6 +522,18 @@ def method_options(name: str) -> dict[str, Any]:
     return {option: parameter.default for option, parameter in _option_parameters(name).items()}
 
 
+def option_types(name: str) -> dict[str, tuple[Any, Any]]:
+    """Return option name -> type hint (``Any`` without one) and default of the method registered as ``name``."""
+    try:
+        hints = get_type_hints(method_class(name).__init__)
+    except NameError:  # a type that is only imported for type checkers
+        hints = {}
+    return {
+        option: (hints.get(option, Any), parameter.default)
+        for option, parameter in _option_parameters(name).items()
+    }
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Check options against the names and type hints of the method registered as ``name``.
 
@@ -356,17 +542,14 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             ``Literal``; the message suggests the nearest name.
     """
     parameters = _option_parameters(name)
-    try:
-        hints = get_type_hints(method_class(name).__init__)
-    except NameError:  # a type that is only imported for type checkers
-        hints = {}
+    hints = {option: hint for option, (hint, _) in option_types(name).items()}
     for option, value in options.items():
         if option not in parameters:
             raise UsageError(
                 f"method {name!r} has no option {option!r}.{nearest(option, parameters)} "
                 f"It has: {', '.join(sorted(parameters)) or 'none'}."
             )
-        hint = hints.get(option, Any)
+        hint = hints[option]
         try:
             _type_adapter(hint).validate_python(value)
         except ValidationError as error:

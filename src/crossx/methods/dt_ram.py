@@ -129,6 +129,8 @@ class DTRAM(Method):
         stage: Number of phases that were started; 0 if the method is trained without phases.
     """
 
+    stops_gradients = True
+
     curve_titles: ClassVar[dict[str, str]] = {
         "data": "Cross-entropy of each step",
         "locator": "Policy of the positions",

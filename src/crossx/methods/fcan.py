@@ -64,6 +64,8 @@ class FCAN(Method):
             themselves, with more detail. Default: that of the images.
     """
 
+    stops_gradients = True
+
     citation = """\
 @inproceedings{liu2016fully,
   title     = {Fully Convolutional Attention Networks for Fine-Grained Recognition},

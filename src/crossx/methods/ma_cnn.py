@@ -75,6 +75,8 @@ class MACNN(Method):
         dropout: Dropout on the features of image, parts and crops, in training only.
     """
 
+    stops_gradients = True
+
     citation = """\
 @inproceedings{zheng2017learning,
   title     = {Learning Multi-Attention Convolutional Neural Network for Fine-Grained Image Recognition},

@@ -58,6 +58,8 @@ class NTSNet(Method):
             themselves, with more detail. Default: that of the images.
     """
 
+    stops_gradients = True
+
     citation = """\
 @inproceedings{yang2018learning,
   title     = {Learning to Navigate for Fine-grained Classification},

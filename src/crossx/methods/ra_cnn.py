@@ -125,6 +125,8 @@ class RACNN(Method):
             themselves, with more detail. Default: that of the images.
     """
 
+    stops_gradients = True
+
     curve_titles: ClassVar[dict[str, str]] = {
         "data": "Classification terms",
         "ranking": "Ranking of the scales",

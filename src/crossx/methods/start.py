@@ -15,7 +15,7 @@ from crossx.backbones import Backbone
 from crossx.errors import CrossXError, UsageError, counted, first_few
 from crossx.layers import OwnStatistics
 from crossx.methods.base import Method, method_class
-from crossx.methods.weights import outline, read_checked
+from crossx.methods.weights import outline, read_checked, read_spec
 from crossx.runs import EXPORTED, ModelSpec, open_run
 
 TRUNK = "backbone.trunk."
@@ -70,7 +70,7 @@ class Start:
                 "weights as --model.backbone_weights; the authors' checkpoints after `crossx import-released`."
             )
         run, weights = open_run(source)
-        spec = run.read_spec()
+        spec = read_spec(run)
         outlined, state = read_checked(spec, run.spec, weights)
         broken = [
             key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()

@@ -10,10 +10,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossx.backbones import read_state_dict
-from crossx.errors import CrossXError, first_line
-from crossx.methods.base import Method, check_options, create_method
-from crossx.runs import ModelSpec, Preprocessing, atomic_path, open_run
+from crossx.errors import CrossXError, UsageError, first_line
+from crossx.methods.base import (
+    ELSEWHERE,
+    Method,
+    check_options,
+    create_method,
+    list_methods,
+    method_class,
+    recall_method,
+)
+from crossx.runs import ModelSpec, Preprocessing, Run, atomic_path, open_run
 from crossx.schema import check_backbone_args
+from crossx.suggestions import nearest
 
 PREFIX = "method."
 """Prefix of a method's keys in a training checkpoint."""
@@ -82,8 +91,19 @@ def load_method(path: str | Path) -> tuple[Method, ModelSpec]:
         CrossXError: If there is no run or no weights, or the weights do not match its ``model.json``.
     """
     run, weights = open_run(path)
-    spec = run.read_spec()
+    spec = read_spec(run)
     return load_network(spec, run.spec, weights), spec
+
+
+def read_spec(run: Run) -> ModelSpec:
+    """Read the description of a run's network, and import its method if that is the user's own code.
+
+    Raises:
+        CrossXError: If it is damaged, or its method is not known here (see ``recall_method``).
+    """
+    spec = run.read_spec()
+    recall_method(spec.method, run)
+    return spec
 
 
 def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
@@ -131,6 +151,11 @@ def outline(spec: ModelSpec, source: Path) -> Method:
     Raises:
         CrossXError: If it cannot be built.
     """
+    try:
+        method_class(spec.method)
+    except UsageError as error:
+        near = nearest(spec.method, list_methods())
+        raise CrossXError(f"{source}: unknown method {spec.method!r}.{near} {ELSEWHERE}.") from error
     try:
         with torch.device("meta"):
             method = build_method(spec)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
+from crossx.methods.base import import_methods, imported_methods
 from crossx.methods.weights import build_method, load_method
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.predictor import Predictor
@@ -83,7 +84,16 @@ def predict_shards(
         blocks = [pa.table({"number": [n], "shard": [pickle.dumps(shard)]}) for n, shard in shards.items()]
         finished = ray.data.from_arrow(blocks).map_batches(
             Worker,
-            fn_constructor_args=(spec, [weights], attempts, device, top, batch_size, options),
+            fn_constructor_args=(
+                spec,
+                [weights],
+                attempts,
+                device,
+                top,
+                batch_size,
+                options,
+                imported_methods(),
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers),
@@ -114,7 +124,10 @@ class Worker:
         top: int,
         batch_size: int,
         options: Mapping[str, Any],
+        imports: Sequence[str] = (),
     ) -> None:
+        # of the user's own method, which is at the same path here, as the images are
+        import_methods(imports)
         # in a list, so that Ray does not resolve the reference
         (self.weights,) = weights
         self.spec, self.attempts = spec, attempts

@@ -25,6 +25,8 @@ from crossx.suggestions import nearest
 from crossx.yaml import compose_yaml, dump_yaml, load_yaml, read_yaml
 
 SECTIONS = ("model", "data", "optim", "trainer")
+NETWORK = ("method", "backbone", "pretrained", "backbone_weights", "backbone_args")
+"""Keys of ``model`` that are no options of the method. A recipe with another method than its bases takes only these."""
 RELEASED = "_released"
 """Suffix of the recipes that follow the released code instead of the paper."""
 
@@ -159,6 +161,14 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     settings: dict[Key, Setting] = {}
     for base in recipe.bases:
         settings |= _resolve(base, (*parents, name)).settings
+    method = ("model", "method")
+    if (
+        method in settings
+        and method in recipe.settings
+        and settings[method].value != recipe.settings[method].value
+    ):
+        # without the options of the method that the bases train
+        settings = {key: value for key, value in settings.items() if key[0] != "model" or key[1] in NETWORK}
     return Recipe(
         name, recipe.description, recipe.bases, settings | dict(recipe.settings), recipe.published_as
     )

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 PACKAGES = ("crossx", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
 
 
-def environment() -> dict[str, Any]:
-    """Return Python version, platform, package versions and the git state of the working folder."""
-    versions = {}
+def environment(packages: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return Python version, platform, package versions and the git state of the working folder.
+
+    Args:
+        packages: Name -> version of further packages.
+    """
+    versions = dict(packages or {})
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

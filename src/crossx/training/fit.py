@@ -32,7 +32,15 @@ from crossx.errors import (
     sigterm_interrupts,
 )
 from crossx.evaluation.classes import check_classes
-from crossx.methods.base import Method, check_options, create_method, method_class, method_options
+from crossx.methods.base import (
+    Method,
+    check_options,
+    create_method,
+    method_class,
+    method_options,
+    origin,
+    recall_method,
+)
 from crossx.methods.start import Start, Transfer
 from crossx.methods.weights import build_method, describe
 from crossx.runs import (
@@ -74,6 +82,7 @@ KEPT = (
     "backbone",
     "dataset",
     "init",
+    "imports",
     "seed",
     "images",
     "skipped",
@@ -160,6 +169,7 @@ def resume(
         saved = None if restart else read_saved(run, chosen)
         config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
         config = replace(config, output=str(run.path))
+        recall_method(config.model.method, run)
         if root is not None:
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
@@ -397,6 +407,7 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Tran
 
 
 def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> dict[str, Any]:
+    imports, package = origin(method_class(config.model.method))
     return {
         "schema": SCHEMA,
         "id": uuid.uuid4().hex,
@@ -406,6 +417,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
         "init": transfer.record() if transfer else None,
+        "imports": [source.to_json() for source in imports],
         "dataset": data.index.name,
         "data_root": config.data.root,
         "seed": config.seed,
@@ -413,7 +425,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "images": {split: len(data.index.split(split)) for split in SPLITS},
         "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
         "data": asdict(config.data),
-        "environment": environment(),
+        "environment": environment(dict([package] if package else ())),
     }
 
 
@@ -423,7 +435,8 @@ def _continue_description(run: Run, info: Mapping[str, Any], before: Mapping[str
             f"{run.path}: trained on {before['images']} images, but there are {info['images']} now. Resume a run on "
             "the same data."
         )
-    return {**info, **before, "data_root": info["data_root"], "data": info["data"], "status": "running"}
+    now = {key: info[key] for key in ("data_root", "data", "imports")}
+    return {**info, **before, **now, "status": "running"}
 
 
 @contextmanager
