@@ -19,6 +19,7 @@ from crossx.losses import (
     mamc_loss,
     ranking_loss,
     reinforce_loss,
+    separation_loss,
 )
 from distributed import run_on_two_ranks
 
@@ -44,6 +45,10 @@ LOSSES = {
     "diversity": lambda *parts: diversity_loss(torch.stack(parts, 1)[:, :, None].softmax(3)),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
+    "c3s centred": lambda *parts: c3s_loss(torch.stack(parts, 1), centred=True),
+    "separation": lambda *parts: separation_loss(
+        torch.stack(parts, 1)[:, :, None].softmax(3), torch.ones(len(parts[0]), 1, 3)
+    ),
 }
 SPLITS = {"even": 3, "uneven": 4, "one": 5}
 """How many of six images the first of two ranks has."""

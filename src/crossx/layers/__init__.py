@@ -16,7 +16,7 @@ from crossx.layers.joining import join_normalized
 from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
-from crossx.layers.osme import OSME, ResidualOSME
+from crossx.layers.osme import OSME, Gating, ResidualOSME, gate_maps
 from crossx.layers.own_statistics import OwnStatistics
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
@@ -30,6 +30,7 @@ __all__ = [
     "BilinearPooling",
     "ChannelGrouping",
     "FilterBank",
+    "Gating",
     "MergedFeatures",
     "Navigator",
     "OwnStatistics",
@@ -45,6 +46,7 @@ __all__ = [
     "crop_boxes",
     "energy_peaks",
     "evaluation_mode",
+    "gate_maps",
     "global_pool",
     "join_normalized",
     "object_box",
