@@ -1,5 +1,6 @@
 """Building blocks of networks; torch and torchvision only."""
 
+from crossx.layers.affine_view import AffineView
 from crossx.layers.anchors import anchor_boxes, select_boxes
 from crossx.layers.channel_groups import (
     ChannelGrouping,
@@ -27,6 +28,7 @@ from crossx.layers.zoom import box_mask, zoom
 
 __all__ = [
     "OSME",
+    "AffineView",
     "BilinearPooling",
     "ChannelGrouping",
     "FilterBank",

@@ -12,6 +12,15 @@ from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
+from crossx.losses.part_discovery import (
+    assignment_entropy_loss,
+    background_presence_loss,
+    centroid_concentration_loss,
+    equivariance_loss,
+    orthogonality_loss,
+    presence_loss,
+    total_variation_loss,
+)
 from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
 from crossx.losses.reinforce import reinforce_loss
 from crossx.losses.separation import separation_loss
@@ -23,19 +32,26 @@ __all__ = [
     "EntropyLoss",
     "MAMCLoss",
     "RankingLoss",
+    "assignment_entropy_loss",
+    "background_presence_loss",
     "c3s_loss",
     "centre_correlations",
+    "centroid_concentration_loss",
     "classification_loss",
     "concentration_loss",
     "cross_layer_loss",
     "diversity_loss",
     "entropy_loss",
+    "equivariance_loss",
     "mamc_loss",
     "mamc_terms",
+    "orthogonality_loss",
     "part_correlations",
+    "presence_loss",
     "ranking_loss",
     "reinforce_loss",
     "scale_ranking_loss",
     "separation_loss",
     "summarize_correlations",
+    "total_variation_loss",
 ]
