@@ -18,7 +18,7 @@ from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, si
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
 from crossx.layers.osme import OSME, Gating, ResidualOSME, gate_maps
-from crossx.layers.own_statistics import OwnStatistics
+from crossx.layers.own_statistics import OwnStatistics, without_statistics
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
@@ -58,5 +58,6 @@ __all__ = [
     "shrink",
     "signed_sqrt",
     "square_corners",
+    "without_statistics",
     "zoom",
 ]
