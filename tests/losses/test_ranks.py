@@ -28,6 +28,7 @@ from crossx.losses import (
     reinforce_loss,
     separation_loss,
     total_variation_loss,
+    view_loss,
 )
 from distributed import run_on_two_ranks
 
@@ -66,6 +67,9 @@ LOSSES = {
     "assignment": lambda *parts: assignment_entropy_loss(shares(parts)),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
+    "view": lambda first, second: view_loss(
+        first[:, None, None], second[:, None, None], torch.ones(len(first), 1, 3)
+    ),
     "c3s centred": lambda *parts: c3s_loss(torch.stack(parts, 1), centred=True),
     "separation": lambda *parts: separation_loss(
         torch.stack(parts, 1)[:, :, None].softmax(3), torch.ones(len(parts[0]), 1, 3)

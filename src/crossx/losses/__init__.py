@@ -12,6 +12,7 @@ from crossx.losses.classification import ClassificationLoss, classification_loss
 from crossx.losses.cross_layer import CrossLayerLoss, cross_layer_loss
 from crossx.losses.entropy import EntropyLoss, entropy_loss
 from crossx.losses.mamc import MAMCLoss, mamc_loss, mamc_terms
+from crossx.losses.map_correlation import map_correlations, separation_loss, view_loss
 from crossx.losses.part_discovery import (
     assignment_entropy_loss,
     background_presence_loss,
@@ -23,7 +24,6 @@ from crossx.losses.part_discovery import (
 )
 from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
 from crossx.losses.reinforce import reinforce_loss
-from crossx.losses.separation import separation_loss
 
 __all__ = [
     "C3SLoss",
@@ -45,6 +45,7 @@ __all__ = [
     "equivariance_loss",
     "mamc_loss",
     "mamc_terms",
+    "map_correlations",
     "orthogonality_loss",
     "part_correlations",
     "presence_loss",
@@ -54,4 +55,5 @@ __all__ = [
     "separation_loss",
     "summarize_correlations",
     "total_variation_loss",
+    "view_loss",
 ]

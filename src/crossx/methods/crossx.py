@@ -26,11 +26,11 @@ from crossx.layers.pooling import Pooling, pooled_shares
 from crossx.losses import (
     C3SLoss,
     CrossLayerLoss,
-    equivariance_loss,
     part_correlations,
     presence_loss,
     separation_loss,
     summarize_correlations,
+    view_loss,
 )
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective, register_method
@@ -263,7 +263,7 @@ class CrossX(Method):
         return terms
 
     def _view_terms(self, images: Tensor, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``equivariance_*``: how the maps of a view differ from those of the images, where it shows them."""
+        """Return ``equivariance_*``: how the maps of a view differ from those of the images."""
         weights = {stage: weight for stage, weight in self.equivariance_weights.items() if weight}
         if not weights:
             return {}
@@ -280,8 +280,8 @@ class CrossX(Method):
             if stages[stage].ndim == 5:
                 # (B, P, C, h, w) -> (B, P, h, w)
                 here, there = (features.relu().mean(2) for features in (stages[stage], seen[stage]))
-                shown = view.undo(torch.ones_like(here[:, :1]))
-                terms[f"equivariance_{stage}"] = weight * equivariance_loss(here * shown, view.undo(there))
+                shown = view.undo(torch.ones_like(here[:, :1]))[:, 0]
+                terms[f"equivariance_{stage}"] = weight * view_loss(here, view.undo(there), shown)
         return terms
 
     def _part_terms(self, features: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossx.losses import separation_loss
+from crossx.layers import AffineView
+from crossx.losses import map_correlations, separation_loss, view_loss
 
 
 def naive_separation(maps: Tensor, weights: Tensor) -> float:
@@ -81,3 +82,45 @@ def test_half_precision_is_computed_in_float32() -> None:
     loss = separation_loss(maps, weights)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(naive_separation(maps.float(), weights.float()), abs=1e-5)
+
+
+def test_correlations_of_maps_equal_numpys() -> None:
+    first, weights = random_maps(3, (4, 5))
+    second = random_maps(4, (4, 5))[0][:, :3] + 0.5 * first
+    found = map_correlations(first, second, weights)
+    for n in range(3):
+        for p in range(3):
+            covariance = np.cov(first[n, p].ravel(), second[n, p].ravel(), aweights=weights[n].ravel())
+            expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+            assert found[n, p].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_maps_that_follow_the_image_have_no_loss_and_maps_of_the_frame_have() -> None:
+    """A quarter turn, which moves positions to positions."""
+    count = 3
+    view = AffineView(torch.full((count,), torch.pi / 2), torch.ones(count), torch.zeros(count, 2))
+    maps, _ = random_maps(2, (6, 6))
+    maps = maps.float()
+    shown = view.undo(torch.ones(count, 1, 6, 6))[:, 0]
+    follows = view_loss(maps, view.undo(maps.rot90(-1, (2, 3))), shown)
+    assert follows.item() == pytest.approx(0, abs=1e-3)
+    rows = torch.arange(6.0)[:, None].expand(count, 1, 6, 6)
+    # turned, the rows are columns, which do not correlate with rows
+    assert view_loss(rows, view.undo(rows), shown).item() == pytest.approx(1, abs=1e-3)
+    level = 1000
+    assert view_loss(rows + level, view.undo(rows + level), shown).item() == pytest.approx(1, abs=0.1)
+
+
+def test_positions_that_a_view_does_not_show_do_not_count() -> None:
+    maps, _ = random_maps(2, (4, 4))
+    shown = (torch.arange(16).view(4, 4) % 3 > 0).double().expand(3, 4, 4)
+    assert view_loss(maps, maps * shown[:, None], shown).item() == pytest.approx(0, abs=1e-6)
+    half = 0.5 * shown  # half of each position is beyond the view, and sampled as zero
+    assert view_loss(maps, maps * half[:, None], half).item() == pytest.approx(0, abs=1e-6)
+    assert view_loss(maps, maps, 0 * shown).item() == 1
+
+
+def test_gradient_of_the_view_loss_equals_finite_differences() -> None:
+    maps, shown = random_maps(2, (2, 3))
+    others = random_maps(3, (2, 3))[0][:, :2]
+    assert torch.autograd.gradcheck(view_loss, (maps.requires_grad_(), others.requires_grad_(), shown))
