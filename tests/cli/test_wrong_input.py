@@ -142,6 +142,16 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (2, [*OWN, *CROSSX, "--model.num_parts", "0"], "num_parts must be at least 1, not 0"),
         (
             2,
+            [*OWN, *CROSSX, "--model.gates", "competing", "--model.osme_placement", "residual"],
+            "osme_placement=residual: the shortcut would bypass competing gates; use output",
+        ),
+        (
+            2,
+            [*OWN, *CROSSX, "--model.separation_weights", "[1]"],
+            r"separation_weights takes 2 numbers \(last, previous\), not 1",
+        ),
+        (
+            2,
             [*OWN, *MAMC, "--data.sampling", "uniform"],
             "method 'mamc' needs data.sampling pairs, not uniform. Leave the option out, or give pairs",
         ),
