@@ -148,7 +148,7 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (
             2,
             [*OWN, *CROSSX, "--model.separation_weights", "[1]"],
-            r"separation_weights takes 2 numbers \(last, previous\), not 1",
+            "separation_weights takes 2 numbers (last, previous), not 1",
         ),
         (
             2,

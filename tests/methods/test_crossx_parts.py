@@ -69,15 +69,23 @@ def naive_looks(u: Tensor, gates: Tensor) -> Tensor:
     return torch.stack([sum(m[c] * u[c].clamp(min=0) for c in range(len(u))) / len(u) for m in gates])
 
 
+def windows(map_: Tensor) -> list[float]:
+    """The mean of each window of 3 x 3 positions, or of the map's size if it is smaller."""
+    height, width = map_.shape
+    rows, columns = min(3, height), min(3, width)
+    return [
+        map_[y : y + rows, x : x + columns].mean().item()
+        for y in range(height - rows + 1)
+        for x in range(width - columns + 1)
+    ]
+
+
 def naive_presence(looks: list[Tensor], everything: list[Tensor], parts: int) -> float:
-    best = [0.0] * parts
-    for look, whole in zip(looks, everything, strict=True):
-        rows, columns = (min(3, side) for side in whole.shape)
-        for p in range(parts):
-            for y in range(whole.shape[0] - rows + 1):
-                for x in range(whole.shape[1] - columns + 1):
-                    mean = look[p, y : y + rows, x : x + columns].mean() / whole.max()
-                    best[p] = max(best[p], mean.item())
+    most = [max(windows(whole)) for whole in everything]
+    best = [
+        max(max(windows(look[p])) / strongest for look, strongest in zip(looks, most, strict=True))
+        for p in range(parts)
+    ]
     return 1 - sum(best) / parts
 
 

@@ -20,6 +20,7 @@ from crossx.losses.part_discovery import (
     equivariance_loss,
     orthogonality_loss,
     presence_loss,
+    relative_presence,
     total_variation_loss,
 )
 from crossx.losses.ranking import RankingLoss, ranking_loss, scale_ranking_loss
@@ -51,6 +52,7 @@ __all__ = [
     "presence_loss",
     "ranking_loss",
     "reinforce_loss",
+    "relative_presence",
     "scale_ranking_loss",
     "separation_loss",
     "summarize_correlations",

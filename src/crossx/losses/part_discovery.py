@@ -85,6 +85,20 @@ def presence_loss(maps: Tensor, border: int = 2) -> Tensor:
     return 1 - gather_over_ranks(strongest)[0].amax(0).mean()
 
 
+def relative_presence(maps: Tensor, everything: Tensor) -> Tensor:
+    """Return activations of parts relative to the strongest presence of anything in the image, (B, P, h, w).
+
+    ``presence_loss`` without a border is then 0 if each part takes all of the most active window of some image.
+
+    Args:
+        maps: Activations of the parts, (B, P, h, w).
+        everything: Activation of the parts and all else together, (B, h, w).
+    """
+    window = [min(WINDOW, side) for side in everything.shape[1:]]
+    strongest = F.avg_pool2d(everything[:, None], window, stride=1).amax((1, 2, 3))  # (B, h, w) -> (B,)
+    return maps / strongest.clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None, None]
+
+
 def background_presence_loss(background: Tensor) -> Tensor:
     """Return the negative logarithm of the strongest presence of the background near the edges, averaged over images.
 

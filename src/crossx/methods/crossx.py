@@ -28,6 +28,7 @@ from crossx.losses import (
     CrossLayerLoss,
     part_correlations,
     presence_loss,
+    relative_presence,
     separation_loss,
     summarize_correlations,
     view_loss,
@@ -257,9 +258,9 @@ class CrossX(Method):
             if separation:
                 terms[f"separation_{stage}"] = separation * separation_loss(looks, everything)
             if presence:
-                highest = everything.amax((1, 2)).clamp(min=torch.finfo(looks.dtype).tiny)  # (B,)
-                shares = looks[:, : self.num_parts] / highest[:, None, None, None]
-                terms[f"presence_{stage}"] = presence * presence_loss(shares, border=0)
+                terms[f"presence_{stage}"] = presence * presence_loss(
+                    relative_presence(looks[:, : self.num_parts], everything), border=0
+                )
         return terms
 
     def _view_terms(self, images: Tensor, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
