@@ -293,6 +293,13 @@ class Method(nn.Module, ABC):
                 "--model.backbone_args.dynamic_img_size true."
             ) from error
 
+    def lr_factors(self) -> Mapping[str, float]:
+        """Return prefixes of the names of new parameters -> factors of their learning rate; by default none.
+
+        They multiply ``optim.new_layers_lr_factor``.
+        """
+        return {}
+
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch.
 
