@@ -35,8 +35,6 @@ OPTIONS = {
     "nts": {"dropout": 0.0},
     # views that are the image itself
     "pdisconet": {"part_dropout": 0.0, "view_rotation": 0.0, "view_scales": [1.0, 1.0], "view_shift": 0.0},
-    # which takes a step for each of a rank's batches, half as large as those of one process
-    "ra_cnn": {"pretraining_batches": 0},
 }
 """Nothing drawn for a rank, no statistics of a rank, small layers."""
 
