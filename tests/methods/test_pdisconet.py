@@ -228,7 +228,7 @@ def test_soft_targets_and_any_number_of_images_and_classes(images) -> None:
     torch.testing.assert_close(method.objective(images, soft).loss, hard)
     assert method.objective(images, torch.tensor([[0.3, 0.7], [1.0, 0.0]])).loss.isfinite()
     torch.testing.assert_close(method(images[:1]), method(images)[:1])
-    torch.testing.assert_close(method.linear_heads()["parts"](method.embeddings(images)), method(images))
+    torch.testing.assert_close(method.classifier(method.embeddings(images)), method(images))
 
 
 @pytest.mark.parametrize(

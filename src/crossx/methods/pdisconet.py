@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -197,9 +197,9 @@ class PDiscoNet(Method):
         """Return logits (B, K) of ``parts``, the only head: the mean over the parts."""
         return {"parts": self.classifier(self.embeddings(images))}
 
-    def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``parts``, the classifier that the parts share."""
-        return {"parts": self.classifier}
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the weighted cross-entropy, ``data``."""
+        return {"data": self.data_weight * self.criterion(heads["parts"], targets)}
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the weighted sum of the cross-entropy and of the losses of ``crossx.losses.part_discovery``.
@@ -226,7 +226,7 @@ class PDiscoNet(Method):
             "entropy": lambda: assignment_entropy_loss(maps),
             "background": lambda: background_presence_loss(maps[:, -1]),
         }
-        terms = {"data": self.data_weight * self.criterion(logits, targets)}
+        terms = self.head_terms({"parts": logits}, targets)
         terms |= {name: self.weights[name] * loss() for name, loss in losses.items() if self.weights[name]}
         shares = parts.detach()
         measures = {
