@@ -91,7 +91,7 @@ def naive(maps: torch.Tensor) -> dict[str, float]:
     }
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 1000))
 def test_losses_of_maps_equal_naive_sums(shape: tuple[int, ...], seed: int) -> None:
     maps = maps_of(shape, seed)
