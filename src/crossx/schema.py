@@ -383,7 +383,7 @@ class AblationRunFile(StrictModel):
     interval: _row(Number, 2, 2)  # type: ignore[valid-type]
     heads: dict[Text, Share]
     val_top1: list[Share | None]
-    seconds: Number
+    seconds: Number | None
     selection: dict[Text, Any]
 
     @model_validator(mode="after")
@@ -391,7 +391,9 @@ class AblationRunFile(StrictModel):
         if len(self.correct) != 2 * -(-self.n // 8):
             raise ValueError(f"correct has {len(self.correct)} digits for {self.n} images")
         epoch = self.selection.get("epoch")
-        if not isinstance(epoch, int) or not 1 <= epoch <= len(self.val_top1):
+        # a training without epochs has none to select
+        known = epoch is None if not self.val_top1 else epoch in range(1, len(self.val_top1) + 1)
+        if not known or isinstance(epoch, (bool, float)):
             raise ValueError(f"selection.epoch is not one of {len(self.val_top1)} epochs")
         return self
 

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_summary import SEEDS, ablation, failures
 
-from crossx.ablation.earlier import pack, read_earlier, unpack
+import layouts
+from crossx.ablation.earlier import check_data, describe_images, pack, read_earlier, unpack
 from crossx.ablation.runner import describe_training, plan
 from crossx.ablation.suite import load_suite
 from crossx.ablation.summary import summarize_suite, write_summary
+from crossx.data.catalog import read_configured
 from crossx.errors import CrossXError
 from crossx.methods import list_methods
 from crossx.training.config import Config
@@ -131,6 +133,22 @@ def test_other_images_are_refused(ablation, results: Path) -> None:
         summarize_suite(suite, trials, failures(trials), earlier=known)
 
 
+def test_other_data_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    root = layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=5)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("variants: {a: {}, lax: {data: {bad_images: skip}}}")
+    base = Config.from_dict({"data": {"dataset": "folder", "root": str(root)}})
+    trial, lax = plan(load_suite(suite), base, [0], tmp_path / "out")
+    records = read_configured(trial.config.data).split("test")
+    paths = [record.path.relative_to(root).as_posix() for record in records][::-1]
+    labels = [record.label for record in records][::-1]
+    same = {"images": describe_images(paths, labels, sorted({record.path.parent.name for record in records}))}
+    check_data({trial: same})
+    records[0].path.rename(records[0].path.with_name("renamed.png"))
+    assert "a, seed 0: the earlier results are of other test images" in refusal(check_data, {trial: same})
+    check_data({lax: same})  # some of the images may be unreadable, so nothing is known yet
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -147,6 +165,11 @@ def test_other_images_are_refused(ablation, results: Path) -> None:
             lambda values: values["runs"][0]["selection"].update(epoch=9),
             "selection.epoch is not one of 2 epochs",
         ),
+        (
+            lambda values: values["runs"][0]["selection"].update(epoch=None),
+            "selection.epoch is not one of 2 epochs",
+        ),
+        (lambda values: values["runs"][0].update(val_top1=[]), "selection.epoch is not one of 0 epochs"),
     ],
 )
 def test_damaged_results_are_refused(ablation, results: Path, change, message: str) -> None:

@@ -216,6 +216,7 @@ def test_tuning_needs_validation_of_the_epoch_that_is_kept(tmp_path: Path) -> No
         ("", "trainer: {check_val_every_n_epoch: 2, max_epochs: 4}", ""),
         ("", "trainer: {check_val_every_n_epoch: 2, max_epochs: 5}", "validation after the last epoch"),
         ("", "trainer: {limit_val_batches: 0}", "validation after the last epoch"),
+        ("", "model: {method: probe}, trainer: {max_epochs: 0}", "validation after the last epoch"),
         ("", "optim: {selection: best_on_test}", "tuning chooses on validation images"),
         ("", "trainer: {max_steps: 3}", "trainer.max_steps may stop within an epoch"),
         ("train_on: trainval", "", "validation images that are not trained on"),

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from crossx.ablation.earlier import read_earlier
 from crossx.ablation.runner import Trial, plan
 from crossx.ablation.suite import Suite, load_suite
 from crossx.ablation.summary import build_table, summarize_suite, write_summary
@@ -141,6 +142,28 @@ def test_one_seed_has_no_interval_over_seeds(ablation) -> None:
     summary = summarize_suite(suite, first, failures(first))
     assert summary["rows"][1]["sd"] is None
     assert not any("seeds)" in column for column in build_table(summary).columns)
+
+
+def test_a_training_without_epochs_has_no_validation_and_no_duration(ablation, tmp_path: Path) -> None:
+    suite, trials, correct = ablation
+    for trial in trials:
+        if trial.variant == "better":
+            write_json(trial.run.path / "metrics.json", {"schema": 1, "epochs": []})
+            tested = json.loads((trial.run.path / "test.json").read_text())
+            tested["selection"] = {"how": "last", "split": None, "epoch": None, "value": None}
+            write_json(trial.run.path / "test.json", tested)
+    summary = summarize_suite(suite, trials, failures(trials))
+    row = summary["rows"][1]
+    assert row["values"] == pytest.approx([correct["better", seed].mean() for seed in SEEDS])
+    assert row["val_top1"] is None
+    assert row["seconds"] is None
+    table = build_table(summary)
+    assert table.rows[1][table.columns.index("val")] == "–"
+    write_summary(summary, tmp_path / "first")
+    known = read_earlier(
+        [tmp_path / "first" / "results.json"], plan(suite, Config(), SEEDS, tmp_path / "new")
+    )
+    assert {trial.variant for trial in known} == {"base", "better"}
 
 
 def test_other_test_images_are_refused(ablation) -> None:

@@ -50,6 +50,23 @@ def test_network_and_objective_follow_the_paper(combination: str, num_parts: int
     torch.testing.assert_close(method.embeddings(images), combined, rtol=1e-4, atol=1e-5)
 
 
+def test_an_average_start_is_average_pooling_and_a_linear_layer() -> None:
+    method = build(embedding_start="average", num_parts=2)
+    channels = method.backbone.channels["last"]
+    height, width = method.map_size
+    weight = method.embed.weight.unflatten(2, (channels, height * width))
+    of_channels = weight.sum(3).detach()
+    attended = torch.randn(3, 2, channels, height, width)
+    features = method.embed(attended.flatten(2)).detach()
+    for p in range(2):
+        expected = F.linear(attended[:, p].mean((2, 3)), of_channels[p], method.embed.bias[p])
+        torch.testing.assert_close(features[:, p], expected, rtol=1e-4, atol=1e-5)
+    # as nn.Linear of the pooled channels: uniform within 1 / sqrt(C)
+    limit = channels**-0.5
+    assert limit * 0.95 < of_channels.abs().max() <= limit * 1.0001
+    assert of_channels.std() == pytest.approx(limit / 3**0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("placement", ["output", "residual"])
 @pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv2_035", "convnext_atto"])
 def test_every_weight_learns(backbone: str, placement: str) -> None:

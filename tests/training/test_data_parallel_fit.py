@@ -33,8 +33,6 @@ OPTIONS = {
     "mamc": {"embedding_size": 8},
     "ma_cnn": {"dropout": 0.0},
     "nts": {"dropout": 0.0},
-    # which takes a step for each of a rank's batches, half as large as those of one process
-    "ra_cnn": {"pretraining_batches": 0},
 }
 """Nothing drawn for a rank, no statistics of a rank, small layers."""
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.ablation.runner import Trial, describe_training
+from crossx.ablation.runner import SPLIT, Trial, describe_training
+from crossx.data.catalog import read_configured
 from crossx.data.names import class_name
 from crossx.errors import CrossXError
-from crossx.evaluation.predictions import Predictions
+from crossx.evaluation.predictions import relative_paths
 from crossx.runs import read_json
 from crossx.schema import AblationRunFile, check_file
 from crossx.training.config import Config, ModelConfig
@@ -73,11 +74,36 @@ def _is_same(training: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapp
     )
 
 
-def describe_images(predictions: Predictions) -> str:
-    """Return what identifies the tested images, by their paths below the root of the data, their labels and classes."""
-    names = [class_name(str(name)) for name in predictions.classes]
-    labels = [names[target] for target in predictions.targets]
-    lines = sorted(zip(map(str, predictions.paths), labels, strict=True))
+def check_data(earlier: Mapping[Trial, Mapping[str, Any]]) -> None:
+    """Check that the test images at hand are those of earlier results.
+
+    Images that cannot be read are not told apart with ``data.bad_images skip``; ``summarize_suite`` finds them.
+
+    Raises:
+        CrossXError: If they are not, naming the trial; or if the data cannot be read.
+    """
+    found: dict[str, str] = {}
+    for trial, results in earlier.items():
+        data = trial.config.data
+        if data.bad_images == "skip":
+            continue
+        if repr(data) not in found:
+            index = read_configured(data)
+            records = index.split(SPLIT)
+            found[repr(data)] = describe_images(
+                relative_paths(index, SPLIT, data.root), [record.label for record in records], index.classes
+            )
+        if found[repr(data)] != results["images"]:
+            raise CrossXError(
+                f"{trial}: the earlier results are of other {SPLIT} images, labels or classes than those of "
+                f"--data.root {data.root}. Leave out --earlier, or use the same data."
+            )
+
+
+def describe_images(paths: Sequence[str], targets: Sequence[int], classes: Sequence[str]) -> str:
+    """Return what identifies tested images: their paths below the root of the data, their labels and the classes."""
+    names = [class_name(str(name)) for name in classes]
+    lines = sorted((str(path), names[target]) for path, target in zip(paths, targets, strict=True))
     return hashlib.sha256(json.dumps([lines, sorted(names)]).encode()).hexdigest()[:32]
 
 

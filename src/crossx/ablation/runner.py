@@ -213,10 +213,11 @@ def _check_validates(trial: Trial) -> None:
                 f"variant {trial.variant}: tuning needs validation after the last step, and trainer.{option} may stop "
                 "within an epoch: give --trainer.max_epochs."
             )
-    if trainer.limit_val_batches == 0 or trainer.max_epochs % trainer.check_val_every_n_epoch:
+    epochs = trainer.max_epochs
+    if not epochs or trainer.limit_val_batches == 0 or epochs % trainer.check_val_every_n_epoch:
         raise UsageError(
-            f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.limit_val_batches "
-            "and --trainer.check_val_every_n_epoch."
+            f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.max_epochs, "
+            "--trainer.limit_val_batches and --trainer.check_val_every_n_epoch."
         )
 
 

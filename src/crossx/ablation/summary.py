@@ -153,8 +153,17 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
 
 def _read(trial: Trial) -> dict[str, Any]:
     path = trial.run.path / f"{SPLIT}.json"
-    tested = read_results(path, (*METRICS, "n", "intervals.top1", "heads", "selection.epoch", "options"))
     history = read_history(trial.run.path / "metrics.json")
+    # a method that is fitted before the first step may be trained for no epoch
+    needed = (
+        *METRICS,
+        "n",
+        "intervals.top1",
+        "heads",
+        "selection.epoch" if history else "selection",
+        "options",
+    )
+    tested = read_results(path, needed)
     return {
         "training": describe_training(trial.config),
         **{key: tested[key] for key in METRICS},
@@ -162,7 +171,7 @@ def _read(trial: Trial) -> dict[str, Any]:
         "interval": tested["intervals"]["top1"],
         "heads": tested["heads"],
         "val_top1": [epoch.get("val/top1") for epoch in history],
-        "seconds": history[-1]["seconds"],
+        "seconds": history[-1]["seconds"] if history else None,
         "selection": tested["selection"],
         "options": tested["options"],
         "versions": trial.run.read_info()["environment"]["versions"],
@@ -192,9 +201,9 @@ def _summarize(
 
 
 def _selected(result: Mapping[str, Any]) -> float | None:
-    """Return the validation accuracy of the epoch whose weights were tested."""
+    """Return the validation accuracy of the epoch whose weights were tested; None if there was no epoch."""
     epoch = result["selection"]["epoch"]
-    value: float | None = result["val_top1"][int(epoch) - 1]
+    value: float | None = result["val_top1"][int(epoch) - 1] if epoch else None
     return value
 
 
@@ -235,8 +244,12 @@ def _read_runs(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
         names = (str(first.run.path), str(trial.run.path))
         correct = paired_correct(loaded[first], predictions, names, SPLIT)[1]
         results[trial] = {
-            **_read(trial), "images": describe_images(predictions), "correct": pack(correct)
-        }  # fmt: skip
+            **_read(trial),
+            "images": describe_images(
+                predictions.paths.tolist(), predictions.targets.tolist(), predictions.classes.tolist()
+            ),
+            "correct": pack(correct),
+        }
     return results
 
 

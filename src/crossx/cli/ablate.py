@@ -52,7 +52,7 @@ def ablate(
             raise UsageError(reason)
     variants = load_suite(suite)
 
-    from crossx.ablation.earlier import read_earlier
+    from crossx.ablation.earlier import check_data, read_earlier
     from crossx.ablation.runner import Trial, check_trials, plan, plan_tuning, run_trials
     from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
     from crossx.ablation.tuning import build_tuning_table, choose_alternatives, describe_tuning
@@ -65,9 +65,8 @@ def ablate(
     search = plan_tuning(variants, base, seeds[0], folder)
     trials = plan(variants, base, seeds, folder)
     check_trials(search or trials, tuned=bool(search))
-    read_earlier(
-        [Path(file) for file in earlier], trials
-    )  # to refuse a damaged file before anything is trained
+    # to refuse damaged files and other data before anything is trained
+    check_data(read_earlier([Path(file) for file in earlier], trials))
     finished, total = 0, len(search) + len(trials)
     start = time.monotonic()
 

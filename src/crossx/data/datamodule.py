@@ -20,7 +20,7 @@ from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
-from crossx.distributed import is_leader
+from crossx.distributed import is_leader, world_size
 from crossx.errors import CrossXError, counted, first_few
 from crossx.runs import Preprocessing
 
@@ -133,7 +133,7 @@ class DataModule:
         return self._train_loader()
 
     def whole_train_loader(self) -> ImageLoader:
-        """Return a training loader that gives every rank all images."""
+        """Return a training loader that gives every rank all images, in batches as large as those of all ranks."""
         return self._train_loader(dealt=False)
 
     @property
@@ -182,14 +182,15 @@ class DataModule:
 
     def _train_loader(self, dealt: bool = True) -> ImageLoader:
         config, records = self.config, self.train_records()
+        batch_size = config.batch_size if dealt else config.batch_size * world_size()
         transform = train_transform(
             self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
         )
         labels = [record.label for record in records]
-        sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", config.batch_size, dealt)
+        sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", batch_size, dealt)
         reader = self._reader("train", records, transform)
         dataset = ImageDataset(records, transform, self.seed, reader, self.parts)
-        return self._loader(dataset, sampler, config.batch_size)
+        return self._loader(dataset, sampler, batch_size)
 
     def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
         kind = self.config.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from crossx.losses.mamc import MAMCAverage
 from crossx.methods.base import Method, Objective, register_method
 
 Combination: TypeAlias = Literal["join", "sum"]
+Start: TypeAlias = Literal["random", "average"]
 
 
 @register_method("mamc")
@@ -33,6 +35,9 @@ class MAMC(Method):
         osme_placement: ``output``: on the stage's map; ``residual``: inside its last residual block, before the
             shortcut is added, as in Cross-X.
         embedding_size: D, the length of a part feature.
+        embedding_start: First weights of the linear layers: ``random`` for each channel and position, as ``nn.Linear``;
+            or ``average``: random for each channel and the same at all positions, so that the network starts as average
+            pooling with a linear layer, and learns to tell positions apart.
         combination: Input of the classifier: the part features concatenated (``join``, P D) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
         mamc_normalize: Whether MAMC normalises the part features to length ``mamc_scale``.
@@ -62,6 +67,7 @@ class MAMC(Method):
         reduction: int = 16,
         osme_placement: Placement = "output",
         embedding_size: int = 1024,
+        embedding_start: Start = "random",
         combination: Combination = "join",
         mamc_weight: float = 0.5,
         mamc_normalize: bool = True,
@@ -83,6 +89,8 @@ class MAMC(Method):
         backbone.drop_head()
         positions = self.map_size[0] * self.map_size[1]
         self.embed = PartLinear(num_parts, backbone.channels["last"] * positions, embedding_size)
+        if embedding_start == "average":
+            _start_as_average(self.embed, positions)
         self.joins = combination == "join"
         self.classifier = nn.Linear(embedding_size * (num_parts if self.joins else 1), num_classes)
         self.mamc = MAMCLoss(mamc_normalize, mamc_average, mamc_scale)
@@ -145,3 +153,13 @@ class MAMC(Method):
 
     def _combine(self, features: Tensor) -> Tensor:
         return features.flatten(1) if self.joins else features.sum(1)  # (B, P, D) -> (B, P*D) or (B, D)
+
+
+@torch.no_grad()
+def _start_as_average(layer: PartLinear, positions: int) -> None:
+    """Give all positions the same weights, those of a linear layer on the average of the map."""
+    weight = layer.weight.view(*layer.weight.shape[:2], -1, positions)  # (P, D, C*h*w) -> (P, D, C, h*w)
+    bound = 1 / math.sqrt(weight.shape[2])
+    of_channels = torch.empty_like(weight[..., :1]).uniform_(-bound, bound)
+    weight.copy_((of_channels / positions).expand_as(weight))
+    layer.bias.uniform_(-bound, bound)
