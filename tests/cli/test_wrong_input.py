@@ -217,11 +217,6 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         (1, "test nowhere", "nowhere: no such run folder or checkpoint file"),
         (2, "test run --split tets", "unknown split 'tets'"),
         (1, "test run --against no_run", "no_run: not a run folder"),
-        (
-            1,
-            "test run --parts",
-            "dataset 'folder' has no parts on its test images. --parts needs a dataset with",
-        ),
         (2, "test run --parts --against run", "--parts measures one run and does not go with --against"),
         (2, "test run --against run/checkpoints/last.ckpt", "a run folder holds the results of one network"),
         (1, "predict no_weights own", "no_weights: the run has no weights yet"),

@@ -91,7 +91,7 @@ def naive(maps: torch.Tensor) -> dict[str, float]:
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 1000))
 def test_losses_of_maps_equal_naive_sums(shape: tuple[int, ...], seed: int) -> None:
     maps = maps_of(shape, seed)
@@ -106,7 +106,7 @@ def test_losses_of_maps_equal_naive_sums(shape: tuple[int, ...], seed: int) -> N
     assert {name: value.item() for name, value in found.items()} == pytest.approx(naive(maps))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 1000))
 def test_losses_of_cosines_equal_numpy(shape: tuple[int, ...], seed: int) -> None:
     vectors = maps_of(shape, seed).flatten(2)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.distributed import at_least_float32
+from crossx.layers.similarity import transformed
 
 
 class AffineView(NamedTuple):
@@ -77,10 +78,16 @@ def _sample(maps: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, shift_fir
         matrix = torch.stack([cos, -sin * (height / width), sin * (width / height), cos], 1).unflatten(
             1, (2, 2)
         )
-        offset = 2 * shift[..., None]  # (B, 2) -> (B, 2, 1)
-        if shift_first:
-            offset = matrix @ offset
-        grid = F.affine_grid(
-            torch.cat([matrix, offset], 2).to(pixels.dtype), list(maps.shape), align_corners=False
+        y, x = (
+            (torch.arange(side, device=maps.device, dtype=pixels.dtype) + 0.5) * (2 / side) - 1
+            for side in (height, width)
         )
+        # not affine_grid, which would make the number of images a constant of a compiled graph
+        points = torch.stack(torch.broadcast_tensors(x, y[:, None]), 2).flatten(0, 1)  # (h, w, 2) -> (h*w, 2)
+        if shift_first:
+            points = points + 2 * shift[:, None]  # -> (B, h*w, 2)
+        grid = transformed(matrix, points)
+        if not shift_first:
+            grid = grid + 2 * shift[:, None]
+        grid = grid.to(pixels.dtype).unflatten(1, (height, width))  # (B, h*w, 2) -> (B, h, w, 2)
         return F.grid_sample(pixels, grid, align_corners=False).to(maps.dtype)

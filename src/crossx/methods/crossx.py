@@ -211,9 +211,14 @@ class CrossX(Method):
         return Objective.of(terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return stage name -> channel means of the attention features U_p, (B, P, h, w), in the order of Fig. 5."""
+        """Return stage name -> channel means of ReLU(U_p), (B, P, h, w), in the order of Fig. 5.
+
+        The stages of a ResNet end in a ReLU, so that these are the channel means of U_p. The merged features, and the
+        stages of MobileNetV2, end in a batch norm: half of what a channel says has a negative sign, and the mean over
+        channels would be a sum with arbitrary signs, in which opposite responses cancel.
+        """
         # (B, P, C, h, w) -> (B, P, h, w)
-        return {name: features.mean(2) for name, features in self._attention_features(images).items()}
+        return {name: features.relu().mean(2) for name, features in self._attention_features(images).items()}
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return head name -> (B, P, h, w), one map per part; see ``Method``.
