@@ -165,11 +165,11 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
-    yield IMPORT_OPTION
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
     yield Option("print_config", bool, False, print_config, "--print_config", flag=True)
+    yield IMPORT_OPTION
     yield from dataclass_options(ModelConfig, "model.", yaml=True, skip=("options",))
     others = ", ".join(name for name in method_options.list_methods() if name != method)
     for option in method_options.method_options(method):

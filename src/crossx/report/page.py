@@ -18,6 +18,7 @@ from crossx.data.images import printable
 from crossx.errors import CrossXError
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
+from crossx.evaluation.parts.verdict import verdict
 from crossx.methods.base import Method, method_class
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
@@ -73,6 +74,7 @@ def render(
         many_tiles=any(sum(map(len, picture.overlays.values())) > 3 for picture in pictures.values()),
         seed=SEED,
         part_tables=part_tables(run.parts),
+        part_verdict=verdict(run.parts),
         provenance=_provenance(run),
         skipped={"training": run.info.get("skipped") or [], "test": run.results.get("skipped") or []},
         max_skipped=MAX_SKIPPED,
