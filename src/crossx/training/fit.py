@@ -40,6 +40,7 @@ from crossx.runs import (
     ModelSpec,
     Run,
     environment,
+    find_run,
     is_lock,
     is_utf8,
     locked_folder,
@@ -55,7 +56,6 @@ from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop, quiet_lightning
 from crossx.training.recovery import (
     clear,
-    find_run,
     has_progress,
     is_leftover,
     read_existing_info,
