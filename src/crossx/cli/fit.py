@@ -40,10 +40,15 @@ def run(words: Sequence[str]) -> int:
             asked.resume, root=asked.config.data.root, restart=asked.restart, **asked.limits
         )
     else:
+        from crossx.training.precision import resolve_precision
+
         config = asked.config
+        config.trainer, reason = resolve_precision(config.trainer)
         config.output = config.output or str(_choose_folder(asked))
         if is_leader():
             _print_start(asked, images)
+            if reason:
+                print(f"precision {config.trainer.precision} (auto: {reason})", flush=True)
         done = training.fit(config)
     if is_leader():
         _print_outcome(done)
