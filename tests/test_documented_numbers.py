@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import spearmanr
+
+from crossx.report.published import read_published
 
 ROOT = Path(__file__).parents[1]
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -146,6 +149,20 @@ def test_the_effects_of_the_options_in_fidelity_are_those_of_the_files() -> None
         assert ("\\*" in cell) == expected[what].endswith("(")
     without_merged = effect(fig4["c3s+gap+cl"]["top1"] - first_seed("c3s+gmp+cl"))
     assert f"without merged features {without_merged}" in measured["pooling of L-1"]
+
+
+def test_the_order_of_the_methods_is_compared_with_the_papers() -> None:
+    rows = read("cub80_methods_heads_first")["rows"]
+    ours = {row["variant"].replace("-", "_"): row["top1"] for row in rows}
+    table = [row for row in read_published() if row.table == 4 and row.dataset == "cub"]
+    # two trunks of plain and Cross-X: ResNet-50 is that of most methods
+    published = {row.method: row.accuracy for row in table if row.backbone != "SENet-50"}
+    common = sorted(published.keys() & ours.keys())
+    rank = spearmanr([published[name] for name in common], [ours[name] for name in common]).statistic
+    page = " ".join(RESULTS.split())
+    assert f"of the published accuracies on CUB with these is {rank:.2f}" in page
+    assert len(common) == 11
+    assert "the eleven methods of Table 4" in page
 
 
 def test_the_costs_of_the_recipes_on_resnet50_are_those_of_the_file() -> None:

@@ -253,6 +253,22 @@ def test_kernel_pooling_on_vgg_takes_conv5_3() -> None:
     assert last.weight.requires_grad
 
 
+def test_pdisconet_recipe_builds_the_released_network() -> None:
+    recipe = load_recipe("pdisconet_cub_resnet101").to_dict()
+    model, optim = recipe["model"], recipe["optim"]
+    released = {"data": 2, "presence": 1, "equivariance": 1, "concentration": 1000, "orthogonality": 1}
+    assert {name: model[f"{name}_weight"] for name in released} == released
+    rates = [1, model["prototype_lr_factor"], model["modulation_lr_factor"]]
+    assert [optim["lr"] * optim["new_layers_lr_factor"] * rate for rate in rates] == pytest.approx(
+        [1e-3, 1e-4, 1e-2]
+    )
+    options = {key: value for key, value in model.items() if key not in ("method", "pretrained")}
+    with torch.device("meta"):
+        method = create_method("pdisconet", num_classes=200, **options)
+        assert method.backbone.map_size(448, "previous") == (28, 28)
+    assert method.get_parameter("prototypes").shape == (9, 1024 + 2048)
+
+
 def test_nts_recipe() -> None:
     recipe = load_recipe("nts_cub_resnet50")
     expected = {

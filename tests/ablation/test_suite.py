@@ -71,9 +71,10 @@ def test_every_packaged_suite_can_be_built_and_no_two_variants_are_the_same(name
     assert suite.title
     assert suite.source
     options = [
-        (build(c).name, build(c).options, c.optim)
+        (method.name, method.options, c.optim)
         for configs in suite.configure(BASE).values()
         for c in configs
+        for method in [build(c)]
     ]
     assert all(options.count(entry) == 1 for entry in options)
 

@@ -39,7 +39,7 @@ def test_verbs(tmp_path: Path) -> None:
         ("crossx fit --data.ro", ["--data.root"]),
         ("crossx fit --optim.schedule c", ["constant", "cosine"]),
         ("crossx fit --model.use_merged t", ["true"]),
-        ("crossx fit --model.method p", ["plain", "pn_cnn", "probe"]),
+        ("crossx fit --model.method p", ["pdisconet", "plain", "pn_cnn", "probe"]),
         (
             "crossx fit --config crossx_cub",
             [name for name in list_recipes() if name.startswith("crossx_cub")],

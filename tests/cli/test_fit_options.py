@@ -104,7 +104,7 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ),
         (
             "--model.method plain --model.num_parts 3",
-            "method 'plain' has no option 'num_parts'; crossx, fcan, ma_cnn, mamc have it.",
+            "method 'plain' has no option 'num_parts'; crossx, fcan, ma_cnn, mamc, pdisconet have it.",
         ),
         (
             "--config crossx_cub_resnet",

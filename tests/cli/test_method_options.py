@@ -63,5 +63,8 @@ def test_a_typo_is_told_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Did you mean 'plain'? Choose from: crossx, dfl," in done.stderr
-    assert "method 'plain' has no option 'num_parts'; crossx, fcan, ma_cnn, mamc have it." in done.stderr
+    assert (
+        "method 'plain' has no option 'num_parts'; crossx, fcan, ma_cnn, mamc, pdisconet have it."
+        in done.stderr
+    )
     assert done.stdout == "False\n"

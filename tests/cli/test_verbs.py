@@ -51,6 +51,8 @@ def test_quickstart_trains_and_tests_both_and_draws_a_picture(started: tuple[Pat
         assert (results["method"], results["n"], results["seed"]) == (method, 9, 1)
         assert f"  {method:<8} {results['top1']:7.1%}  (" in printed
     assert "  chance     33.3%" in printed
+    parts = json.loads((output / "crossx/test_parts.json").read_text())
+    assert parts["verdict"] in " ".join(printed.split())
     with Image.open(output / "predictions.png") as picture:
         assert picture.width > picture.height > 200
 
@@ -75,6 +77,8 @@ def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.Ca
             row = next(line.split() for line in shown.splitlines() if line.startswith(f"  {part} "))
             assert row[1:3] == [str(images), f"{first['share'][part]['over_chance']:.2f}"]
         peak = next(line.split() for line in shown.splitlines() if line.startswith("  peak in a part "))
+        assert all(len(line) <= 120 for line in shown.splitlines() if not line.startswith("results"))
+        assert results["verdict"] in " ".join(shown.split())
         assert peak[4] == f"{first['any_part']['value']:.2f}"
         assert f"results: {run}/test_parts.json; picture: {run}/test/parts.png" in shown
         with Image.open(f"{run}/test/parts.png") as picture:
@@ -82,7 +86,8 @@ def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.Ca
         if method == "crossx":
             assert f"NMI {results['stages']['merged']['consistency']['nmi']:.3f} (" in shown
         else:
-            assert "NMI" not in shown
+            assert "part and excitation" not in shown
+            assert "There is one map" in shown
 
 
 def test_two_runs_are_compared_without_testing_them_again(

@@ -142,6 +142,16 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (2, [*OWN, *CROSSX, "--model.num_parts", "0"], "num_parts must be at least 1, not 0"),
         (
             2,
+            [*OWN, *CROSSX, "--model.gates", "competing", "--model.osme_placement", "residual"],
+            "osme_placement=residual: the shortcut would bypass competing gates; use output",
+        ),
+        (
+            2,
+            [*OWN, *CROSSX, "--model.separation_weights", "[1]"],
+            "separation_weights takes 2 numbers (last, previous), not 1",
+        ),
+        (
+            2,
             [*OWN, *MAMC, "--data.sampling", "uniform"],
             "method 'mamc' needs data.sampling pairs, not uniform. Leave the option out, or give pairs",
         ),
@@ -207,11 +217,6 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         (1, "test nowhere", "nowhere: no such run folder or checkpoint file"),
         (2, "test run --split tets", "unknown split 'tets'"),
         (1, "test run --against no_run", "no_run: not a run folder"),
-        (
-            1,
-            "test run --parts",
-            "dataset 'folder' has no parts on its test images. --parts needs a dataset with",
-        ),
         (2, "test run --parts --against run", "--parts measures one run and does not go with --against"),
         (2, "test run --against run/checkpoints/last.ckpt", "a run folder holds the results of one network"),
         (1, "predict no_weights own", "no_weights: the run has no weights yet"),

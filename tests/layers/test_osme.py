@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from crossx.errors import UsageError
-from crossx.layers import OSME, ResidualOSME
+from crossx.layers import OSME, Gating, ResidualOSME, gate_maps
 from crossx.layers.osme import gate
 
 
@@ -114,3 +114,79 @@ def test_attention_features_keep_the_maps_type_under_autocast(
     torch.testing.assert_close(rounded.float(), exact, rtol=0.03, atol=0.03)
     assert torch.equal(slot[1:].transpose(0, 1), rounded)
     assert torch.equal(slot[0], maps.to(dtype))
+
+
+@pytest.mark.parametrize(("num_parts", "background"), [(1, True), (2, False), (3, True)])
+def test_competing_gates_equal_a_softmax_per_channel(num_parts: int, background: bool) -> None:
+    torch.manual_seed(0)
+    gating = Gating("competing", sharpness=3.0, background=background)
+    osme = OSME(6, num_parts, 2, gating).double()
+    maps = torch.randn(2, 6, 4, 3, dtype=torch.double)
+    count = num_parts + background
+    assert osme.num_gates == count
+    expected = torch.empty(2, count, 6, dtype=torch.double)
+    for n, u in enumerate(maps):
+        z = u.mean((1, 2))
+        scores = [
+            osme.excite_weight[p] @ F.relu(osme.squeeze_weight[p] @ z + osme.squeeze_bias[p])
+            + osme.excite_bias[p]
+            for p in range(count)
+        ]
+        for c in range(6):
+            powers = [(3.0 * score[c]).exp() for score in scores]
+            for p in range(count):
+                expected[n, p, c] = powers[p] / sum(powers)
+    gates = osme.gates(maps)
+    torch.testing.assert_close(gates, expected)
+    features = osme(maps)
+    assert features.shape == (2, num_parts, 6, 4, 3)
+    # what no part takes is the background's
+    rest = gates[:, num_parts:].sum(1)[..., None, None] * maps
+    torch.testing.assert_close(features.sum(1) + rest, maps)
+
+
+def test_gradients_of_competing_gates() -> None:
+    torch.manual_seed(0)
+    osme = OSME(3, 1, 1, Gating("competing", background=True)).double()
+    maps = torch.randn(1, 3, 2, 1, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u: (osme(u), osme.gates(u)), (maps,))
+
+
+def test_competing_gates_stay_finite_and_in_the_precision_of_the_maps() -> None:
+    osme = OSME(8, 2, 2, Gating("competing", sharpness=1e4)).bfloat16()
+    gates = osme.gates(torch.full((1, 8, 2, 2), 100.0).bfloat16())
+    assert gates.dtype == torch.bfloat16
+    torch.testing.assert_close(gates.sum(1), torch.ones(1, 8).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": "softmax"}, "unknown gates 'softmax'"),
+        ({"gates": "competing", "sharpness": 0.0}, "gate_sharpness must be above 0"),
+        ({"sharpness": float("nan")}, "gate_sharpness must be above 0"),
+        ({"sharpness": float("inf")}, "gate_sharpness must be above 0"),
+        ({"background": True}, "background needs competing gates"),
+        ({"gates": "competing"}, "need num_parts 2 or more, or a background"),
+    ],
+)
+def test_refuses_gates_that_cannot_work(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        OSME(8, 1, 2, Gating(**options))  # type: ignore[arg-type]
+
+
+def test_gate_maps_are_weighted_means_of_positive_activations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.double)
+    gates = torch.rand(2, 3, 5, generator=generator, dtype=torch.double)
+    looks = gate_maps(maps, gates)
+    for n in range(2):
+        for p in range(3):
+            expected = sum(gates[n, p, c] * maps[n, c].clamp(min=0) for c in range(5)) / 5
+            torch.testing.assert_close(looks[n, p], expected)
+    # without a background, the channel means of the attention features of maps that are not negative
+    torch.testing.assert_close(
+        gate_maps(maps.abs(), gates), (gates[..., None, None] * maps.abs()[:, None]).mean(2)
+    )
+    assert gate_maps(maps.bfloat16(), gates.bfloat16()).dtype == torch.float32
+    assert torch.autograd.gradcheck(gate_maps, (maps.requires_grad_(), gates.requires_grad_()))

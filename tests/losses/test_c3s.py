@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crossx.losses import C3SLoss, c3s_loss, part_correlations, summarize_correlations
+from crossx.losses import (
+    C3SLoss,
+    c3s_loss,
+    centre_correlations,
+    part_correlations,
+    summarize_correlations,
+)
 
 
 def naive_correlations(features: Tensor) -> Tensor:
@@ -108,3 +114,46 @@ def test_a_zero_feature_is_no_nan() -> None:
     features = torch.zeros(2, 2, 3, requires_grad=True)
     c3s_loss(features).backward()
     assert torch.isfinite(features.grad).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("images", "parts"), [(1, 2), (5, 2), (4, 3), (3, 1)])
+def test_centred_correlations_are_those_of_features_minus_their_mean(images: int, parts: int) -> None:
+    features = torch.randn(images, parts, 4, generator=torch.Generator().manual_seed(0)).double()
+    unit = [[f / f.norm() for f in image] for image in features]
+    mean = sum(f for image in unit for f in image) / (images * parts)
+    expected = torch.zeros(parts, parts, dtype=torch.double)
+    for p in range(parts):
+        for q in range(parts):
+            for n in range(images):
+                for m in range(images):
+                    expected[p, q] += (unit[n][p] - mean) @ (unit[m][q] - mean) / images**2
+    centred = centre_correlations(part_correlations(features))
+    torch.testing.assert_close(centred, expected)
+    torch.testing.assert_close(centred.sum(0), torch.zeros(parts).double())
+    for form in ("paper", "released"):
+        loss = C3SLoss(form, centred=True)
+        upper = sum(expected[p, q] for p in range(parts) for q in range(p + 1, parts))
+        value = parts - expected.trace() + upper
+        if form == "paper":
+            value = (expected**2).sum() / 2 - 2 * (expected.diagonal() ** 2).sum()
+        torch.testing.assert_close(loss(features), value)
+        torch.testing.assert_close(loss.of_correlations(part_correlations(features)), value)
+
+
+def test_centring_removes_what_all_features_have_in_common() -> None:
+    s = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(centre_correlations(s + 0.7), centre_correlations(s))
+    # alike features of all parts: 0, where S is 1; opposite ones: 1 and -1; orthogonal ones of two parts: a half
+    alike, opposite = torch.ones(4, 2, 3), torch.tensor([[1.0, 2.0], [-1.0, -2.0]]).expand(4, 2, 2)
+    torch.testing.assert_close(centre_correlations(part_correlations(alike)), torch.zeros(2, 2))
+    torch.testing.assert_close(
+        centre_correlations(part_correlations(opposite)), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    )
+    torch.testing.assert_close(centre_correlations(torch.eye(2)), torch.tensor([[0.5, -0.5], [-0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_gradient_of_the_centred_loss_equals_finite_differences(form: str) -> None:
+    torch.manual_seed(0)
+    features = torch.rand(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: c3s_loss(f, form, centred=True), features)  # type: ignore[arg-type]

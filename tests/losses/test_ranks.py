@@ -1,5 +1,6 @@
 """Every loss over two ranks against the same in one process."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,32 @@ from torch.nn import functional as F
 from crossx.distributed import batch_mean, gather_over_ranks, sum_over_ranks
 from crossx.losses import (
     ClassificationLoss,
+    assignment_entropy_loss,
+    background_presence_loss,
     c3s_loss,
+    centroid_concentration_loss,
     classification_loss,
     concentration_loss,
     cross_layer_loss,
     diversity_loss,
     entropy_loss,
+    equivariance_loss,
     mamc_loss,
+    orthogonality_loss,
+    presence_loss,
     ranking_loss,
     reinforce_loss,
+    separation_loss,
+    total_variation_loss,
+    view_loss,
 )
 from distributed import run_on_two_ranks
+
+
+def shares(parts: Sequence[Tensor]) -> Tensor:
+    """Return P maps of a row each, (B, P, 1, 3), from P tensors (B, 3)."""
+    return torch.stack(tuple(parts), 1)[:, :, None].softmax(3)
+
 
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
 LOSSES = {
@@ -42,8 +58,22 @@ LOSSES = {
     "baseline": lambda baseline, rewards: reinforce_loss(-rewards, rewards, baseline, rewards > 0.2)[1],
     "concentration": lambda *parts: concentration_loss(torch.stack(parts, 1)[:, :, None].softmax(3)),
     "diversity": lambda *parts: diversity_loss(torch.stack(parts, 1)[:, :, None].softmax(3)),
+    "centroid": lambda *parts: centroid_concentration_loss(shares(parts)),
+    "orthogonality": lambda *parts: orthogonality_loss(torch.stack(parts, 1)),
+    "equivariance": lambda first, second: equivariance_loss(shares([first]), shares([second])),
+    "presence": lambda *parts: presence_loss(shares(parts)),
+    "background": lambda *parts: background_presence_loss(shares(parts)[:, 0]),
+    "variation": lambda *parts: total_variation_loss(shares(parts)),
+    "assignment": lambda *parts: assignment_entropy_loss(shares(parts)),
     "c3s paper": lambda *parts: c3s_loss(torch.stack(parts, 1), "paper"),
     "c3s released": lambda *parts: c3s_loss(torch.stack(parts, 1), "released"),
+    "view": lambda first, second: view_loss(
+        first[:, None, None], second[:, None, None], torch.ones(len(first), 1, 3)
+    ),
+    "c3s centred": lambda *parts: c3s_loss(torch.stack(parts, 1), centred=True),
+    "separation": lambda *parts: separation_loss(
+        torch.stack(parts, 1)[:, :, None].softmax(3), torch.ones(len(parts[0]), 1, 3)
+    ),
 }
 SPLITS = {"even": 3, "uneven": 4, "one": 5}
 """How many of six images the first of two ranks has."""
@@ -82,7 +112,7 @@ def test_the_average_over_ranks_is_one_process(ranks: list[dict], split: str, na
     loss.backward()
     values, of_logits, of_targets = zip(*(rank[split, name] for rank in ranks), strict=True)
     torch.testing.assert_close(sum(values) / 2, loss.detach())
-    if name.startswith("c3s"):
+    if name.startswith(("c3s", "presence")):
         assert values[0] == values[1]
     # DDP divides the sum over ranks by their number.
     torch.testing.assert_close(torch.cat(of_logits) / 2, logits.grad)

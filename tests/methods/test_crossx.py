@@ -252,6 +252,10 @@ def test_maps_are_channel_means_of_the_attention_features() -> None:
     }  # fmt: skip
     expected = sum(stages["previous"][:, :, c] for c in range(256)) / 256
     torch.testing.assert_close(maps["previous"], expected)
+    merged = method.merge(stages["previous"], stages["last"])
+    assert (merged < 0).any()
+    positive = sum(merged[:, :, c].clamp(min=0) for c in range(256)) / 256
+    torch.testing.assert_close(maps["merged"], positive)
 
 
 def test_embeddings_are_what_the_heads_classify() -> None:

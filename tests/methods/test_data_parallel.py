@@ -34,6 +34,15 @@ class Case(NamedTuple):
 
 
 PAPER, RELEASED = {"c3s_form": "paper"}, {"c3s_form": "released"}
+PARTS = {
+    "gates": "competing",
+    "background": True,
+    "c3s_centred": True,
+    "separation_weights": [1, 1],
+    "presence_weights": [1, 1],
+    "equivariance_weights": [1, 1],
+    "part_weights": [1, 1, 1],
+}
 CASES = {
     "paper, even": Case((3,), options=PAPER),
     "released, even": Case((3,), options=RELEASED),
@@ -44,6 +53,7 @@ CASES = {
     "paper, accumulated": Case((3, 5), options=PAPER),
     "released, accumulated": Case((4, 3), weighted=True, options=RELEASED),
     "mamc, even": Case((3,), method="mamc"),
+    "every option for parts": Case((4,), weighted=True, options=PARTS),
     **{f"{name}, uneven and weighted": Case((4,), weighted=True, method=name) for name in list_methods()},
 }
 

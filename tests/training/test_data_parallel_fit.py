@@ -33,6 +33,8 @@ OPTIONS = {
     "mamc": {"embedding_size": 8},
     "ma_cnn": {"dropout": 0.0},
     "nts": {"dropout": 0.0},
+    # views that are the image itself
+    "pdisconet": {"part_dropout": 0.0, "view_rotation": 0.0, "view_scales": [1.0, 1.0], "view_shift": 0.0},
 }
 """Nothing drawn for a rank, no statistics of a rank, small layers."""
 

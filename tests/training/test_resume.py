@@ -149,6 +149,14 @@ def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypa
             6,
             marks=pytest.mark.slow,
         ),
+        # affine views, drawn in every step
+        pytest.param(
+            {**RANDOM, "model": {"method": "crossx", "gates": "competing", "equivariance_weights": [1, 1]}},
+            {"checkpoint_every_n_steps": 1},
+            7,
+            6,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {**RANDOM, "data": {"sampling": "balanced"}},
             {"checkpoint_every_n_steps": 3, "limit_train_batches": 3},

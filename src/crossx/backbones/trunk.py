@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from timm.data import resolve_model_data_config
@@ -22,7 +22,7 @@ from crossx.backbones.blocks import (
     resized,
 )
 from crossx.errors import UsageError, check_choice, first_line
-from crossx.layers import OSME, ResidualOSME, evaluation_mode, recompute
+from crossx.layers import OSME, Gating, ResidualOSME, evaluation_mode, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
 Layer: TypeAlias = Literal["pooled", "fc6"]
@@ -96,7 +96,14 @@ class Backbone(nn.Module):
             )
         self._set_previous(max(index for index, own in enumerate(strides, start=1) if own == stride))
 
-    def attach_osme(self, stage: str, num_parts: int, reduction: int, placement: Placement | None) -> None:
+    def attach_osme(
+        self,
+        stage: str,
+        num_parts: int,
+        reduction: int,
+        placement: Placement | None,
+        gating: Gating | None = None,
+    ) -> None:
         """Make ``forward`` return attention features (B, P, C, H, W) for a stage instead of its map.
 
         Args:
@@ -105,17 +112,24 @@ class Backbone(nn.Module):
             reduction: See ``OSME``.
             placement: ``residual`` gates F(x) inside the stage's last block, before the shortcut is added, and leaves
                 the rest of the trunk unchanged. ``output`` gates the stage's map. None chooses ``residual`` if the
-                backbone has suitable blocks.
+                backbone has suitable blocks and the gates do not compete.
+            gating: See ``OSME``.
 
         Raises:
-            UsageError: For ``residual`` on a backbone without such blocks, or invalid options of OSME.
+            UsageError: For ``residual`` on a backbone without such blocks or with competing gates, or invalid options
+                of OSME.
         """
         if placement is not None:
             check_choice("osme_placement", placement, get_args(Placement))
-        osme = OSME(self.channels[stage], num_parts, reduction)
-        if placement == "output" or (placement is None and self._steps is None):
+        osme = OSME(self.channels[stage], num_parts, reduction, gating)
+        competing = osme.gating.gates == "competing"
+        if placement == "output" or (placement is None and (self._steps is None or competing)):
             self.osme[stage] = osme
             return
+        if competing:
+            raise UsageError(
+                "osme_placement=residual: the shortcut would bypass competing gates; use output, their default."
+            )
         if self._steps is None:
             raise UsageError(
                 f"osme_placement=residual: {self.name!r} has no residual blocks that can be extended; use output."
@@ -135,10 +149,23 @@ class Backbone(nn.Module):
 
         A stage with OSME has attention features, (B, P, C, h, w), instead.
         """
-        maps = self._run_trunk(images) if self._steps is None else self._run_steps(images)
-        for stage, osme in self.osme.items():
-            maps[stage] = osme(maps[stage])  # (B, C, h, w) -> (B, P, C, h, w)
-        return {stage: self.stage_maps[stage](map_) for stage, map_ in maps.items()}
+        maps = self.ungated(images)
+        return self.excite(maps, self.gates(maps))
+
+    def ungated(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the maps of ``forward`` before the gates of placement ``output``."""
+        return self._run_trunk(images) if self._steps is None else self._run_steps(images)
+
+    def gates(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return stage -> gates (B, M, C) of placement ``output``, for the result of ``ungated``; see ``OSME``."""
+        return {stage: osme.gates(maps[stage]) for stage, osme in self._gated()}
+
+    def excite(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what ``forward`` does, for the results of ``ungated`` and ``gates``."""
+        excited = dict(maps)
+        for stage, osme in self._gated():
+            excited[stage] = osme.excite(maps[stage], gates[stage])  # (B, C, h, w) -> (B, P, C, h, w)
+        return {stage: self.stage_maps[stage](map_) for stage, map_ in excited.items()}
 
     def clone(self) -> Backbone:
         """Return a second trunk that starts with the same weights and gates; like the first, it is pretrained."""
@@ -303,6 +330,9 @@ class Backbone(nn.Module):
         # timm's data_config ignores img_size
         size = self.args.get("img_size") or self.data_config["input_size"][-1]
         return size if isinstance(size, int) else size[-1]
+
+    def _gated(self) -> list[tuple[str, OSME]]:
+        return [(stage, cast(OSME, osme)) for stage, osme in self.osme.items()]
 
     def _set_previous(self, index: int) -> None:
         if index == self._previous:

@@ -36,7 +36,8 @@ def ablate(
     it was stopped, and takes more seeds. Other options are those of `crossx fit`, for every variant.
 
     Args:
-        suite: fig3, fig4, heads, losses, methods, methods_sgd, parts, table2, tuned, or a YAML file (docs/ablation.md).
+        suite: fig3, fig4, heads, losses, methods, methods_sgd, parts, parts_options, table2, tuned, or a YAML
+            file (docs/ablation.md).
         output: Folder for the runs and results.
         seeds: Seeds of the trainings.
         jobs: Trainings at the same time.

@@ -47,11 +47,15 @@ def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
     except OSError as error:
         raise storage_error(folder, error) from error
 
+    from crossx.evaluation.parts.run import measure_run
+
     started = time.monotonic()
     trained = {method: train_and_test(method, folder, seed) for method in METHODS}
     picture = folder / "predictions.png"
     draw_predictions(trained["crossx"].folder, picture)
-    _print_outcome(trained, picture, time.monotonic() - started)
+    print(f"\n$ crossx test {trained['crossx'].folder} --parts", flush=True)
+    sentence = measure_run(trained["crossx"].folder)["verdict"]
+    _print_outcome(trained, picture, sentence, time.monotonic() - started)
 
 
 def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
@@ -97,13 +101,14 @@ def draw_predictions(run_folder: Path, target: Path) -> None:
     save_png(figure, target, dpi=120)
 
 
-def _print_outcome(trained: dict[str, Trained], picture: Path, seconds: float) -> None:
+def _print_outcome(trained: dict[str, Trained], picture: Path, sentence: str, seconds: float) -> None:
     results = trained["crossx"].results
     print(f"\nTop-1 accuracy on {results['n']} new images of {results['num_classes']} classes:")
     print(f"  chance   {1 / results['num_classes']:7.1%}")
     for method, network in trained.items():
         low, high = network.results["intervals"]["top1"]
         print(f"  {method:<8} {network.results['top1']:7.1%}  ({low:.1%} to {high:.1%}, 95% interval)")
+    print(f"\n{textwrap.fill(sentence, 100)}")
     print(f"\nrun      {trained['crossx'].folder}")
     print(f"picture  {picture}")
     print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")

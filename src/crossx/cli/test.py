@@ -25,11 +25,11 @@ def test(
 
     Measures on the images of one split: accuracies with intervals, per head and class, the confusion matrix and the
     calibration. --against tests the difference between two runs on the same images; --parts measures what the
-    excitations look at.
+    excitations look at: whether they differ, move with the image and, where parts are annotated, find them.
 
     Args:
         against: Compare with this run, image by image.
-        parts: Compare the activation maps with annotated parts instead (cub, nabirds, synthetic).
+        parts: Measure the activation maps instead, and compare them with annotated parts (cub, nabirds, synthetic).
 
     Examples:
         crossx test runs/mine
@@ -41,6 +41,7 @@ def test(
     if parts and against is not None:
         raise UsageError("--parts measures one run and does not go with --against: leave one of them out.")
     if parts:
+        from crossx.cli.part_results import print_parts
         from crossx.evaluation.parts.run import measure_run
 
         print_parts(run, measure_run(run, split=split, device=device, **vars(data)))
@@ -78,58 +79,6 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     for notice in result_notices(results):
         print(f"  {notice}")
     print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
-
-
-def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Print what ``measure_run`` returned for the run at ``path``."""
-    from crossx.report.part_tables import excitations, share_rows
-
-    folder, split = open_run(path)[0].path, results["split"]
-    print(
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
-        f"{counted(results['n'], 'image')}, {counted(len(results['parts']), 'part')}, weights {results['weights']}"
-    )
-    stages = results["stages"]
-    columns = excitations(stages)
-    header = ("", "images", *(f"{stage} {number}" for stage, number, _ in columns))
-    shares, views = share_rows(results, {"flip": "r with flipped", "zoom": "r with zoomed"})
-    peaks = [
-        (name, "", *(f"{excitation['any_part'][key]:.2f}" for *_, excitation in columns))
-        for key, name in (("value", "peak in a part"), ("chance", "  by chance"))
-    ]
-    rows = [*shares, *peaks, *views]
-    print(
-        "share of activation over share of area, by stage and excitation; "
-        "peak: the position of the largest value; r: correlation of maps"
-    )
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
-    for stage, measured in stages.items():
-        if measured["consistency"] is not None:
-            _print_excitations(stage, measured)
-    for notice in result_notices(results):
-        print(f"  {notice}")
-    print(f"results: {folder / f'{split}_parts.json'}; picture: {folder / split / 'parts.png'}")
-
-
-def _print_excitations(stage: str, measured: Mapping[str, Any]) -> None:
-    height, width = measured["size"]
-    consistency, diversity = measured["consistency"], measured["diversity"]
-    overlap, correlation = diversity["overlap"], diversity["correlation"]
-    print(
-        f"{stage}, {height} x {width} positions:\n"
-        f"  part and excitation  NMI {consistency['nmi']:.3f}{_interval(consistency['interval'])}, "
-        f"by chance {consistency['chance']:.3f}, p = {consistency['p_value']:.3g}\n"
-        f"  overlap of foci      {overlap['value']:.3f}{_interval(overlap['interval'])}, "
-        f"by chance {overlap['chance']:.3f}\n"
-        f"  correlation          {correlation['value']:.3f}{_interval(correlation['interval'])}"
-    )
-
-
-def _interval(interval: Sequence[float]) -> str:
-    return f" ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def test_run(path: str, split: str, data: TestedData, device: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Building blocks of networks; torch and torchvision only."""
 
+from crossx.layers.affine_view import AffineView
 from crossx.layers.anchors import anchor_boxes, select_boxes
 from crossx.layers.channel_groups import (
     ChannelGrouping,
@@ -16,8 +17,8 @@ from crossx.layers.joining import join_normalized
 from crossx.layers.kernel_pooling import BilinearPooling, TaylorSeriesKernel, signed_sqrt
 from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
-from crossx.layers.osme import OSME, ResidualOSME
-from crossx.layers.own_statistics import OwnStatistics
+from crossx.layers.osme import OSME, Gating, ResidualOSME, gate_maps
+from crossx.layers.own_statistics import OwnStatistics, without_statistics
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
@@ -27,9 +28,11 @@ from crossx.layers.zoom import box_mask, zoom
 
 __all__ = [
     "OSME",
+    "AffineView",
     "BilinearPooling",
     "ChannelGrouping",
     "FilterBank",
+    "Gating",
     "MergedFeatures",
     "Navigator",
     "OwnStatistics",
@@ -45,6 +48,7 @@ __all__ = [
     "crop_boxes",
     "energy_peaks",
     "evaluation_mode",
+    "gate_maps",
     "global_pool",
     "join_normalized",
     "object_box",
@@ -54,5 +58,6 @@ __all__ = [
     "shrink",
     "signed_sqrt",
     "square_corners",
+    "without_statistics",
     "zoom",
 ]

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from crossx.errors import UsageError
+from crossx.distributed import at_least_float32
+from crossx.errors import UsageError, check_choice
+
+Gates: TypeAlias = Literal["sigmoid", "competing"]
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How the scores ``s_p = W2_p ReLU(W1_p z)`` of the excitations become gates.
+
+    Attributes:
+        gates: ``sigmoid``: ``m_p = sigmoid(s_p)`` (Eq. 1). ``competing``: ``m_p = softmax over p of
+            (sharpness * s_p)``, so that the gates of a channel add up to 1. Not in the paper.
+        sharpness: Factor of the scores of competing gates; the larger it is, the fewer channels are shared.
+        background: Whether one more gate, the last, competes for channels that no part takes.
+
+    Raises:
+        UsageError: If the options contradict each other.
+    """
+
+    gates: Gates = "sigmoid"
+    sharpness: float = 10.0
+    background: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("gates", self.gates, get_args(Gates))
+        if not 0 < self.sharpness < math.inf:
+            raise UsageError(f"gate_sharpness must be above 0 and finite, not {self.sharpness}.")
+        if self.background and self.gates != "competing":
+            raise UsageError("background needs competing gates: --model.gates competing.")
 
 
 class OSME(nn.Module):
@@ -23,9 +53,15 @@ class OSME(nn.Module):
         channels: C.
         num_parts: P, the number of excitation modules.
         reduction: Channels per hidden unit of a gate, 1 to C (SE uses 16; the paper gives none).
+        gating: How scores become gates; default: Eq. 1.
+
+    Attributes:
+        num_gates: M, which is P, or P + 1 with a background.
     """
 
-    def __init__(self, channels: int, num_parts: int, reduction: int = 16) -> None:
+    def __init__(
+        self, channels: int, num_parts: int, reduction: int = 16, gating: Gating | None = None
+    ) -> None:
         super().__init__()
         if num_parts < 1:
             raise UsageError(f"num_parts must be at least 1, not {num_parts}.")
@@ -34,11 +70,17 @@ class OSME(nn.Module):
                 f"reduction must be between 1 and the stage's {channels} channels, not {reduction}."
             )
         hidden = channels // reduction
+        self.gating = gating or Gating()
         self.num_parts = num_parts
-        self.squeeze_weight = nn.Parameter(torch.empty(num_parts, hidden, channels))
-        self.squeeze_bias = nn.Parameter(torch.empty(num_parts, hidden))
-        self.excite_weight = nn.Parameter(torch.empty(num_parts, channels, hidden))
-        self.excite_bias = nn.Parameter(torch.empty(num_parts, channels))
+        self.num_gates = count = num_parts + self.gating.background
+        if self.gating.gates == "competing" and count < 2:
+            raise UsageError(
+                "competing gates need num_parts 2 or more, or a background: --model.background true."
+            )
+        self.squeeze_weight = nn.Parameter(torch.empty(count, hidden, channels))
+        self.squeeze_bias = nn.Parameter(torch.empty(count, hidden))
+        self.excite_weight = nn.Parameter(torch.empty(count, channels, hidden))
+        self.excite_bias = nn.Parameter(torch.empty(count, channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -49,16 +91,38 @@ class OSME(nn.Module):
                 nn.init.uniform_(self.get_parameter(f"{layer}_{name}"), -bound, bound)
 
     def gates(self, maps: Tensor) -> Tensor:
-        """Return the gates m_p, (B, P, C), for maps (B, C, H, W)."""
+        """Return the gates m_p, (B, M, C), for maps (B, C, H, W); that of the background, if any, is the last."""
         z = maps.mean((2, 3))  # (B, C, H, W) -> (B, C)
-        # (B, C) -> (B, P, hidden) -> (B, P, C)
+        # (B, C) -> (B, M, hidden) -> (B, M, C)
         hidden = F.relu(torch.einsum("bc,phc->bph", z, self.squeeze_weight) + self.squeeze_bias)
-        return torch.sigmoid(torch.einsum("bph,pch->bpc", hidden, self.excite_weight) + self.excite_bias)
+        scores = torch.einsum("bph,pch->bpc", hidden, self.excite_weight) + self.excite_bias
+        if self.gating.gates == "sigmoid":
+            return torch.sigmoid(scores)
+        return (self.gating.sharpness * at_least_float32(scores)).softmax(1).to(scores.dtype)
+
+    def excite(self, maps: Tensor, gates: Tensor) -> Tensor:
+        """Return the attention features U_p, (B, P, C, H, W), for maps (B, C, H, W) and their gates (B, M, C)."""
+        # gates (B, M, C) -> (P, B, C); result (P, B, C, H, W) -> (B, P, C, H, W)
+        # under autocast the gates are float32, in which all that follows would take twice the memory
+        return gate(maps, gates[:, : self.num_parts].to(maps).transpose(0, 1)).transpose(0, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the attention features U_p, (B, P, C, H, W), for maps (B, C, H, W), in their type."""
-        # gates (B, P, C) -> (P, B, C); result (P, B, C, H, W) -> (B, P, C, H, W)
-        return gate(maps, self.gates(maps).to(maps).transpose(0, 1)).transpose(0, 1)
+        return self.excite(maps, self.gates(maps))
+
+
+def gate_maps(maps: Tensor, gates: Tensor) -> Tensor:
+    """Return ``A_p = mean over c of m_pc ReLU(U_c)``, where each gate looks, (B, M, H, W).
+
+    Args:
+        maps: U, (B, C, H, W). The ReLU only changes maps with negative values, as of a ViT, whose channels would
+            otherwise cancel.
+        gates: m_p, (B, M, C).
+    """
+    active = F.relu(at_least_float32(maps)).flatten(2)  # (B, C, H, W) -> (B, C, H*W)
+    with torch.autocast(maps.device.type, enabled=False):
+        means = at_least_float32(gates) @ active / maps.shape[1]  # (B, M, C) and (B, C, H*W) -> (B, M, H*W)
+    return means.view(*gates.shape[:2], *maps.shape[2:])  # -> (B, M, H, W)
 
 
 def gate(maps: Tensor, gates: Tensor) -> Tensor:

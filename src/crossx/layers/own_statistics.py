@@ -10,6 +10,16 @@ from torch.func import functional_call
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def without_statistics(network: nn.Module, *inputs: Tensor) -> Any:
+    """Return ``network(*inputs)`` without adding them to the running statistics of its batch norms."""
+    copies = {
+        name: buffer.clone()
+        for name, buffer in network.named_buffers()
+        if name.rpartition(".")[2] in STATISTICS
+    }
+    return functional_call(network, copies, inputs)
+
+
 class OwnStatistics(nn.Module):
     """Running statistics of a network's batch norms for one kind of input, such as crops instead of whole images.
 

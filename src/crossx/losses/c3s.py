@@ -35,7 +35,20 @@ def part_correlations(features: Tensor) -> Tensor:
     return (mean[:, None] * mean[None]).sum(2)
 
 
-def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> Tensor:
+def centre_correlations(s: Tensor) -> Tensor:
+    """Return the correlations of centred part features, (P, P), for S (P, P): ``H S H`` with ``H = I - 1 1^T / P``.
+
+    These are the entries of Eq. 3 for ``f_p - f``, with f the mean of the unit vectors over the images of the batch and
+    the parts: ``S_pq = <mean_n f_p - f, mean_n f_q - f>``. Rows and columns add up to 0, so entries off the diagonal
+    can be negative; adding a number to all entries of S, as by what all features have in common, changes nothing.
+    Exact on several ranks, as S is.
+    """
+    return s - s.mean(0, keepdim=True) - s.mean(1, keepdim=True) + s.mean()
+
+
+def c3s_loss(
+    features: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0, centred: bool = False
+) -> Tensor:
     """Return the C3S loss, a scalar, of part features (B, P, C), which are normalised first.
 
     Args:
@@ -43,8 +56,10 @@ def c3s_loss(features: Tensor, form: C3SForm = "paper", diagonal_weight: float =
         form: ``paper``: ``|S|_F^2 / 2 - w |diag S|^2`` (Eq. 4). ``released``:
             ``sum_p (1 - S_pp) + sum_{p<q} S_pq``, as in https://github.com/cswluo/CrossX.
         diagonal_weight: w in the paper's form: 2 as printed; 1 if the factor 1/2 was meant for both terms.
+        centred: Whether S is that of centred features, see ``centre_correlations``; not in the paper.
     """
-    return correlation_loss(part_correlations(features), form, diagonal_weight)
+    s = part_correlations(features)
+    return correlation_loss(centre_correlations(s) if centred else s, form, diagonal_weight)
 
 
 def correlation_loss(s: Tensor, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> Tensor:
@@ -73,15 +88,18 @@ def summarize_correlations(s: Tensor) -> dict[str, Tensor]:
 class C3SLoss(nn.Module):
     """``c3s_loss`` as a module."""
 
-    def __init__(self, form: C3SForm = "paper", diagonal_weight: float = 2.0) -> None:
+    def __init__(self, form: C3SForm = "paper", diagonal_weight: float = 2.0, centred: bool = False) -> None:
         super().__init__()
         self.form: C3SForm = form
         self.diagonal_weight = diagonal_weight
+        self.centred = centred
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the C3S loss, a scalar, of part features (B, P, C)."""
         return self.of_correlations(part_correlations(features))
 
     def of_correlations(self, s: Tensor) -> Tensor:
-        """Return the C3S loss, a scalar, of a correlation matrix S (P, P)."""
-        return correlation_loss(s, self.form, self.diagonal_weight)
+        """Return the C3S loss, a scalar, of the correlation matrix S (P, P) of features that are not centred."""
+        return correlation_loss(
+            centre_correlations(s) if self.centred else s, self.form, self.diagonal_weight
+        )

@@ -19,6 +19,7 @@ from crossx.methods.ma_cnn import MACNN
 from crossx.methods.mamc import MAMC
 from crossx.methods.maxent import MaxEnt
 from crossx.methods.nts import NTSNet
+from crossx.methods.pdisconet import PDiscoNet
 from crossx.methods.plain import Plain
 from crossx.methods.pn_cnn import PNCNN
 from crossx.methods.probe import Probe
@@ -38,6 +39,7 @@ __all__ = [
     "Method",
     "NTSNet",
     "Objective",
+    "PDiscoNet",
     "Phase",
     "Plain",
     "Probe",

@@ -94,6 +94,9 @@ class Method(nn.Module, ABC):
     """Whether training batches have parts, for ``part_objective``. An option ``part_names`` chooses them and their
     order; if it is None, training sets it to the names of the dataset's parts."""
 
+    maps_are_shares: ClassVar[bool] = False
+    """Whether ``activation_maps`` are shares of each position, from 0 to 1, whose rest is the background's."""
+
     options: Mapping[str, Any] = {}
     """Every option with its value, defaults included; set by ``create_method``."""
 
@@ -292,6 +295,13 @@ class Method(nn.Module, ABC):
                 f"accept ({first_line(error.__cause__ or error)}). Use --model.{what}_size {size}, or for a ViT "
                 "--model.backbone_args.dynamic_img_size true."
             ) from error
+
+    def lr_factors(self) -> Mapping[str, float]:
+        """Return prefixes of the names of new parameters -> factors of their learning rate; by default none.
+
+        They multiply ``optim.new_layers_lr_factor``.
+        """
+        return {}
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that start from scratch.

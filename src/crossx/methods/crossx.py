@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
@@ -10,19 +11,40 @@ from torch import Tensor, nn
 
 from crossx.backbones import Backbone, Placement
 from crossx.errors import UsageError
-from crossx.layers import MergedFeatures, global_pool, recompute
+from crossx.layers import (
+    AffineView,
+    Gating,
+    MergedFeatures,
+    gate_maps,
+    global_pool,
+    recompute,
+    without_statistics,
+)
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
+from crossx.layers.osme import Gates
 from crossx.layers.pooling import Pooling, pooled_shares
-from crossx.losses import C3SLoss, CrossLayerLoss, part_correlations, summarize_correlations
+from crossx.losses import (
+    C3SLoss,
+    CrossLayerLoss,
+    part_correlations,
+    presence_loss,
+    relative_presence,
+    separation_loss,
+    summarize_correlations,
+    view_loss,
+)
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective, register_method
 
 HEADS = ("last", "previous", "merged")
+STAGES = HEADS[:2]
 
 
 @register_method("crossx")
 class CrossX(Method):
     """OSME on two stages, merged features, C3S and CL; the options cover the paper's ablation.
+
+    Those from ``gates`` on are not in the paper: they are to make the excitations parts, and are off by default.
 
     Args:
         backbone: The trunk; OSME gates are attached to its stages.
@@ -31,7 +53,7 @@ class CrossX(Method):
         reduction: Channels per hidden unit of a gate: one number, or one for ``last`` and one for ``previous``.
             SE uses 16; the released code uses 256 on ResNet-50, and 128 and 64 on SENet-50.
         osme_placement: ``residual``: inside the stage's last residual block; ``output``: on the stage's map. Default:
-            ``residual`` if the backbone has such blocks.
+            ``residual`` if the backbone has such blocks, but ``output`` with competing gates, separation or presence.
         use_previous: Whether stage L-1 has a head (+GMP or +GAP in the ablation).
         use_merged: Whether the merged features have a head (+FP in the ablation).
         previous_pooling: Pooling of stage L-1: ``max`` (GMP; in the paper for birds) or ``avg`` (GAP; for cars, dogs
@@ -45,12 +67,25 @@ class CrossX(Method):
             released code's for CUB on ResNet-50; the paper prints no values.
         cross_layer_weights: lambda of Eq. 11 for ``previous`` and ``merged``; 0 turns a term off. Released code: 1.
         detach_teacher: Whether CL's gradients stop at the logits of stage L (they do not in the released code).
+        gates: ``sigmoid`` (Eq. 1), or ``competing``: a softmax over the excitations for each channel.
+        gate_sharpness: Factor of the scores of competing gates.
+        background: Whether one more competing gate, without head and C3S, takes channels that belong to no part.
+        c3s_centred: Whether C3S uses features minus their mean over images and excitations.
+        separation_weights: For ``last`` and ``previous``, weight of the correlation of the maps of two gates.
+        presence_weights: For ``last`` and ``previous``, weight of the absence of excitations from the batch.
+        equivariance_weights: For ``last`` and ``previous``, weight of the difference between the maps of an image and
+            of a random affine view of it, which takes a second pass of the trunk.
+        part_weights: For ``last``, ``previous`` and ``merged``, weight of the cross-entropy of each part alone.
     """
 
     curve_titles: ClassVar = Method.curve_titles | {
         "c3s": "C3S term",
         "cross_layer": "Cross-layer term",
         "s": "Similarity S of the parts (Eq. 3)",
+        "separation": "Correlation of the gates' maps",
+        "presence": "Absence of excitations",
+        "equivariance": "Change under affine views",
+        "part": "Classification of each part alone",
     }
 
     citation = """\
@@ -80,19 +115,46 @@ class CrossX(Method):
         c3s_weights: Sequence[float] = (0.5, 0.25, 0.5),
         cross_layer_weights: Sequence[float] = (1.0, 1.0),
         detach_teacher: bool = False,
+        gates: Gates = "sigmoid",
+        gate_sharpness: float = 10.0,
+        background: bool = False,
+        c3s_centred: bool = False,
+        separation_weights: Sequence[float] = (0.0, 0.0),
+        presence_weights: Sequence[float] = (0.0, 0.0),
+        equivariance_weights: Sequence[float] = (0.0, 0.0),
+        part_weights: Sequence[float] = (0.0, 0.0, 0.0),
     ) -> None:
         super().__init__(backbone, num_classes)
 
         reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
-        _check_length("reduction", reductions, ("last", "previous"))
-        _check_length("c3s_weights", c3s_weights, HEADS)
-        _check_length("cross_layer_weights", cross_layer_weights, HEADS[1:])
+        _by_name("reduction", reductions, STAGES)
+        self.c3s_weights = _by_name("c3s_weights", c3s_weights, HEADS)
+        self.cross_layer_weights = _by_name("cross_layer_weights", cross_layer_weights, HEADS[1:])
+        self.separation_weights = _by_name("separation_weights", separation_weights, STAGES)
+        self.presence_weights = _by_name("presence_weights", presence_weights, STAGES)
+        self.equivariance_weights = _by_name("equivariance_weights", equivariance_weights, STAGES)
+        self.part_weights = _by_name("part_weights", part_weights, HEADS)
+        gating = Gating(gates, gate_sharpness, background)
+        if any((*separation_weights, *presence_weights)):
+            if osme_placement == "residual":
+                raise UsageError(
+                    "osme_placement=residual: the shortcut would bypass what separation and presence do to the gates; "
+                    "use output, their default."
+                )
+            osme_placement = "output"
+        if num_parts + background < 2 and any(separation_weights):
+            raise UsageError(
+                "separation_weights need num_parts 2 or more, or a background: there is one gate."
+            )
+        if num_parts < 2 and c3s_centred:
+            raise UsageError("c3s_centred needs num_parts 2 or more: S of a single centred part is 0.")
+        self.num_parts = num_parts
         self.previous_pooling: Pooling = previous_pooling
         self.heads = nn.ModuleDict()
         last, previous = backbone.channels["last"], backbone.channels["previous"]
-        backbone.attach_osme("last", num_parts, reductions[0], osme_placement)
+        backbone.attach_osme("last", num_parts, reductions[0], osme_placement, gating)
         if use_previous or use_merged:
-            backbone.attach_osme("previous", num_parts, reductions[1], osme_placement)
+            backbone.attach_osme("previous", num_parts, reductions[1], osme_placement, gating)
         backbone.drop_head()
         self.heads["last"] = nn.Linear(num_parts * last, num_classes)
         if use_previous:
@@ -101,14 +163,14 @@ class CrossX(Method):
         if use_merged:
             self.merge = MergedFeatures(last, previous, num_parts, interpolation, merged_statistics)
             self.heads["merged"] = nn.Linear(num_parts * previous, num_classes)
-        self.c3s = C3SLoss(c3s_form, diagonal_weight)
+        self.c3s = C3SLoss(c3s_form, diagonal_weight, c3s_centred)
         self.cross_layer = CrossLayerLoss(detach_teacher)
-        self.c3s_weights = dict(zip(HEADS, c3s_weights, strict=True))
-        self.cross_layer_weights = dict(zip(HEADS[1:], cross_layer_weights, strict=True))
 
     def part_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W)."""
-        stages = self.backbone(images)
+        return self._pool(self.backbone(images))
+
+    def _pool(self, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
         features = {"last": global_pool(stages["last"], "avg")}
         if "previous" in self.heads:
             features["previous"] = global_pool(stages["previous"], self.previous_pooling)
@@ -123,10 +185,16 @@ class CrossX(Method):
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the loss of Eq. 8 with its terms ``data`` (Eq. 9), ``c3s_*`` (Eq. 10) and ``cross_layer_*`` (Eq. 11).
 
+        The further terms, ``separation_*``, ``presence_*``, ``equivariance_*`` and ``part_*``, are those of
+        docs/methods/crossx-parts.md. In evaluation mode the affine view is always the same.
+
         The measures ``s_diagonal_*`` and ``s_off_diagonal_*`` are the means of S (Eq. 3) on and off its diagonal. They
         are logged even if C3S is off.
         """
-        features = self.part_features(images)
+        maps = self.backbone.ungated(images)
+        gates = self.backbone.gates(maps)
+        stages = self.backbone.excite(maps, gates)
+        features = self._pool(stages)
         heads = self._classify(features)
         logits = self.combine_heads(heads)
         terms = self.head_terms(heads, targets)
@@ -137,12 +205,20 @@ class CrossX(Method):
             if weight:
                 terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
             measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
+        terms |= self._gate_terms(maps, gates)
+        terms |= self._view_terms(images, stages)
+        terms |= self._part_terms(features, targets)
         return Objective.of(terms, logits, measures)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Return stage name -> channel means of the attention features U_p, (B, P, h, w), in the order of Fig. 5."""
+        """Return stage name -> channel means of ReLU(U_p), (B, P, h, w), in the order of Fig. 5.
+
+        The stages of a ResNet end in a ReLU, so that these are the channel means of U_p. The merged features, and the
+        stages of MobileNetV2, end in a batch norm: half of what a channel says has a negative sign, and the mean over
+        channels would be a sum with arbitrary signs, in which opposite responses cancel.
+        """
         # (B, P, C, h, w) -> (B, P, h, w)
-        return {name: features.mean(2) for name, features in self._attention_features(images).items()}
+        return {name: features.relu().mean(2) for name, features in self._attention_features(images).items()}
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return head name -> (B, P, h, w), one map per part; see ``Method``.
@@ -174,6 +250,58 @@ class CrossX(Method):
                 terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
         return terms
 
+    def _gate_terms(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``separation_*`` and ``presence_*``: what the gates do to maps U that these terms do not train."""
+        terms = {}
+        for stage, gate in gates.items():
+            separation, presence = self.separation_weights[stage], self.presence_weights[stage]
+            if not (separation or presence):
+                continue
+            fixed = maps[stage].detach()
+            looks = gate_maps(fixed, gate)  # (B, M, h, w)
+            everything = gate_maps(fixed, torch.ones_like(gate[:, :1]))[:, 0]  # (B, h, w)
+            if separation:
+                terms[f"separation_{stage}"] = separation * separation_loss(looks, everything)
+            if presence:
+                terms[f"presence_{stage}"] = presence * presence_loss(
+                    relative_presence(looks[:, : self.num_parts], everything), border=0
+                )
+        return terms
+
+    def _view_terms(self, images: Tensor, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``equivariance_*``: how the maps of a view differ from those of the images."""
+        weights = {stage: weight for stage, weight in self.equivariance_weights.items() if weight}
+        if not weights:
+            return {}
+        count, device = len(images), images.device
+        if self.training:
+            view = AffineView.draw(count, device=device)
+        else:
+            angle = torch.full((count,), math.pi / 4, device=device)
+            view = AffineView(angle, torch.ones_like(angle), torch.zeros(count, 2, device=device))
+        # a view is no image that will be seen in evaluation
+        seen = without_statistics(self.backbone, view.apply(images))
+        terms = {}
+        for stage, weight in weights.items():
+            if stages[stage].ndim == 5:
+                # (B, P, C, h, w) -> (B, P, h, w)
+                here, there = (features.relu().mean(2) for features in (stages[stage], seen[stage]))
+                shown = view.undo(torch.ones_like(here[:, :1]))[:, 0]
+                terms[f"equivariance_{stage}"] = weight * view_loss(here, view.undo(there), shown)
+        return terms
+
+    def _part_terms(self, features: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return ``part_*``: the mean cross-entropy of a head that is given one part, and zeros for the others."""
+        terms = {}
+        for name, head in self.linear_heads().items():
+            if weight := self.part_weights[name]:
+                weights = head.weight.unflatten(1, (self.num_parts, -1))  # (K, P*C) -> (K, P, C)
+                # (B, P, C) and (K, P, C) -> (P, B, K)
+                logits = torch.einsum("bpc,kpc->pbk", features[name], weights) + head.bias
+                losses = [self.criterion(part, targets) for part in logits.unbind(0)]
+                terms[f"part_{name}"] = weight * torch.stack(losses).mean()
+        return terms
+
     def _attention_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> U_p, (B, P, C, h, w), in the order of Fig. 5."""
         stages = self.backbone(images)
@@ -195,8 +323,11 @@ class CrossX(Method):
         return {name: self.heads[name](pooled.flatten(1)) for name, pooled in features.items()}
 
 
-def _check_length(option: str, values: Sequence[float], names: Sequence[str]) -> None:
+def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
     if len(values) != len(names):
         raise UsageError(f"{option} takes {len(names)} numbers ({', '.join(names)}), not {len(values)}.")
     if any(value < 0 for value in values):
         raise UsageError(f"{option} must not be negative: {list(values)}.")
+    if not all(map(math.isfinite, values)):
+        raise UsageError(f"{option} must be finite numbers: {list(values)}.")
+    return dict(zip(names, values, strict=True))

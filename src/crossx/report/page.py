@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from crossx.data.images import printable
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
+from crossx.evaluation.parts.verdict import verdict
 from crossx.method_source import curve_titles, is_imported
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
@@ -72,6 +73,7 @@ def render(
         many_tiles=any(sum(map(len, picture.overlays.values())) > 3 for picture in pictures.values()),
         seed=SEED,
         part_tables=part_tables(run.parts),
+        part_verdict=verdict(run.parts),
         provenance=_provenance(run),
         skipped={"training": run.info.get("skipped") or [], "test": run.results.get("skipped") or []},
         max_skipped=MAX_SKIPPED,

@@ -145,7 +145,9 @@ def test_keypoints(tmp_path, dataset, write, parts):
     root = write(tmp_path / "archive")
     run = write_run(tmp_path / "run", dataset, root)
     results = measure_run(run.path)
+    json.dumps(results, allow_nan=False)
     assert results["parts"].keys() == parts
+    assert results["stages"]["last"]["keypoints"]["error"]["value"] > 0
     assert results["stages"]["last"]["excitations"][0]["object"] is not None
     chance = [numbers["chance"] for numbers in results["stages"]["last"]["excitations"][0]["share"].values()]
     # a disc, part of which may lie beyond the crop
@@ -161,15 +163,19 @@ def test_validation_images(tmp_path, birds):
     assert (run.path / "val_parts.json").is_file()
 
 
-def test_a_dataset_without_parts_is_refused(tmp_path):
+def test_images_without_parts(tmp_path):
     run = write_run(tmp_path / "own", "folder", write_folder(tmp_path / "images", split_folders=True))
-    with pytest.raises(
-        CrossXError, match=r"'folder' has no parts on its test images.*cub or nabirds.*synthetic"
-    ):
-        measure_run(run.path)
-    root = write_cub(tmp_path / "cub", annotations=False)
-    with pytest.raises(CrossXError, match="'cub' has no parts"):
-        measure_run(write_run(tmp_path / "run", "cub", root).path)
+    results = measure_run(run.path)
+    json.dumps(results, allow_nan=False)
+    assert results["parts"] == {}
+    assert "excitations" in results["verdict"]
+    for stage in results["stages"].values():
+        assert stage["consistency"] is stage["keypoints"] is stage["prototypes"] is None
+        first = stage["excitations"][0]
+        assert (first["share"], first["any_part"], first["object"]) == ({}, None, None)
+        assert {"upside_down", "quarter_turn", "rows", "other_images"} <= first.keys()
+    with Image.open(run.path / "test" / "parts.png") as picture:
+        picture.verify()
 
 
 def test_parts_that_lie_nowhere_in_the_images_are_refused(tmp_path):

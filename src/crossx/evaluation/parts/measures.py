@@ -77,6 +77,8 @@ def found_parts(maps: Tensor, parts: CropRegions) -> Tensor:
     with the nearest centre; if none does, the visible part with the nearest centre.
     """
     height, width = maps.shape[2:]
+    if not parts.visible.shape[1]:
+        return torch.full(maps.shape[:2], -1)
     peak = maps.flatten(2).argmax(2)  # (B, P, h, w) -> (B, P)
     rows, columns = peak // width, peak % width
     point = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1)  # (B, P, 2)
@@ -89,12 +91,18 @@ def found_parts(maps: Tensor, parts: CropRegions) -> Tensor:
     return ranked.argmin(2).masked_fill(~parts.visible.any(1)[:, None], -1)
 
 
+def peaks_inside(maps: Tensor, parts: CropRegions) -> Tensor:
+    """Return whether each map's maximum (the first of equal ones) is in a visible part, bool (B, P)."""
+    inside = parts.contain(*maps.shape[2:]).any(1).flatten(1)  # (B, K, h, w) -> (B, hw)
+    return inside.gather(1, maps.flatten(2).argmax(2))
+
+
 def normalized_mutual_information(counts: Tensor) -> Tensor:
     """Return ``2 I(p; k) / (H(p) + H(k))`` of contingency tables (..., P, K); 0 if nothing varies.
 
     Normalised by the mean of the entropies, as in scikit-learn's ``normalized_mutual_info_score``.
     """
-    joint = counts.double() / counts.sum((-2, -1), keepdim=True)
+    joint = counts.double() / counts.sum((-2, -1), keepdim=True).clamp(min=1)
     of_rows, of_columns = _entropy(joint.sum(-1)), _entropy(joint.sum(-2))
     information = of_rows + of_columns - _entropy(joint.flatten(-2))
     total = of_rows + of_columns
@@ -176,7 +184,8 @@ def measure_images(
     Returns:
         Name -> values: ``share`` and ``pointing`` (B, P, K), ``share_chance`` and ``pointing_chance`` (B, K);
         ``any_part`` (pointing at the union of the parts) and ``object`` (share of the object) (B, P, 1), and their
-        ``_chance`` (B, 1); ``found``, ``flip`` and ``zoom`` (B, P); for P > 1, ``overlap`` and ``correlation`` (B,).
+        ``_chance`` (B, 1); ``found``, ``inside``, ``flip`` and ``zoom`` (B, P); for P > 1, ``overlap`` and
+        ``correlation`` (B,).
     """
     maps, flipped, zoomed = maps.float(), flipped.float(), zoomed.float()
     size = maps.shape[2], maps.shape[3]
@@ -190,6 +199,7 @@ def measure_images(
     ):
         measures[name], measures[f"{name}_chance"] = shares(distribution, regions)
     measures["found"] = found_parts(maps, parts)
+    measures["inside"] = peaks_inside(maps, parts)
     measures["flip"] = correlation(flipped.flip(3), maps)
     measures["zoom"] = correlation(zoomed, zoom_maps(maps, image_size))
     if maps.shape[1] > 1:
@@ -257,13 +267,13 @@ def consistency(found: Tensor, num_parts: int, bootstrap: Bootstrap, seed: int =
     included) with at least the same NMI.
 
     Args:
-        found: int64 (N, P), see ``found_parts``; rows with -1 are ignored.
+        found: int64 (N, P), see ``found_parts``; pairs of image and excitation with -1 are ignored.
         num_parts: K.
         bootstrap: Over the N images.
         seed: Seed of the permutations.
     """
-    used = found[:, 0] >= 0
-    chosen = F.one_hot(found.clamp(min=0), num_parts) * used[:, None, None]  # (N, P) -> (N, P, K)
+    chosen = F.one_hot(found.clamp(min=0), num_parts) * (found >= 0)[..., None]  # (N, P) -> (N, P, K)
+    used = (found >= 0).any(1)
     nmi = float(normalized_mutual_information(chosen.sum(0)))
     resampled = normalized_mutual_information(torch.from_numpy(bootstrap.totals(chosen.double().numpy())))
     generator = torch.Generator().manual_seed(seed)
@@ -297,7 +307,8 @@ def summarize_parts(
         ``excitations``, a list over p: ``share`` and ``pointing`` (part -> value and chance, over the images that show
         the part), ``object`` (share of the whole object, None without boxes), ``any_part`` (pointing at any part, over
         the images that show one), ``found`` (part -> share of images in which p finds it), ``flip`` and ``zoom`` (mean
-        correlations). For P > 1 ``consistency`` and ``diversity`` (``overlap`` with chance, and ``correlation``), else
+        correlations). For P > 1 ``consistency`` (with ``inside``, the same of peaks in a part only) and ``diversity``
+        (``overlap`` with chance, and ``correlation``), else None. Without parts ``consistency`` and ``any_part`` are
         None.
     """
     arrays = {name: values.double().numpy() for name, values in measures.items()}
@@ -332,7 +343,12 @@ def summarize_parts(
     return {
         "places": positions,
         "excitations": excitations,
-        "consistency": consistency(found, len(names), bootstrap) if several else None,
+        "consistency": {
+            **consistency(found, len(names), bootstrap),
+            "inside": consistency(torch.where(measures["inside"], found, -1), len(names), bootstrap),
+        }
+        if several and names
+        else None,
         "diversity": {
             "overlap": {**bootstrap.mean(arrays["overlap"]), "chance": chance_overlap(positions)},
             "correlation": bootstrap.mean(arrays["correlation"]),

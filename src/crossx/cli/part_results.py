@@ -1,0 +1,105 @@
+"""Print the results of ``crossx test RUN --parts``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossx.errors import counted
+from crossx.evaluation.notices import result_notices
+from crossx.report.part_tables import excitations, peak_rows, share_rows, view_rows
+from crossx.runs import open_run
+
+WIDTH = 118
+"""Columns of a table, beyond which it continues below."""
+
+LEGEND = (
+    "part: share of activation over share of area; peak: the position of the largest value;\n"
+    "flipped to zoomed: r with the map of the changed image, moved with the image / left in place;\n"
+    "rows to other images: r with a fixed map, and with the mean map of the other images"
+)
+
+
+def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Print what ``measure_run`` returned for the run at ``path``."""
+    folder, split = open_run(path)[0].path, results["split"]
+    parts = counted(len(results["parts"]), "part") if results["parts"] else "no annotated parts"
+    print(
+        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+        f"{counted(results['n'], 'image')}, {parts}, weights {results['weights']}"
+    )
+    if results["verdict"]:
+        print(textwrap.fill(results["verdict"], WIDTH))
+    print(LEGEND)
+    header = ("", "images", *(f"{stage} {number}" for stage, number, _ in excitations(results["stages"])))
+    rows = [*share_rows(results), *peak_rows(results), *view_rows(results)]
+    _print_table([header, *rows])
+    for stage, measured in results["stages"].items():
+        lines = _stage_lines(measured)
+        if lines:
+            height, width = measured["size"]
+            print(f"{stage}, {height} x {width} positions:")
+            for name, text in lines:
+                print(f"  {name:<19}  {text}")
+    for notice in result_notices(results):
+        print(f"  {notice}")
+    print(f"results: {folder / f'{split}_parts.json'}; picture: {folder / split / 'parts.png'}")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns that do not fit follow below, with the names of the rows."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = WIDTH - 2 - widths[0] - 2 - widths[1]
+    at_once = max(1, room // (2 + max(widths[2:])))
+    for first in range(2, len(widths), at_once):
+        columns = range(first, min(first + at_once, len(widths)))
+        for row in rows:
+            cells = [row[column].rjust(widths[column]) for column in (1, *columns)]
+            print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
+
+
+def _stage_lines(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if (diversity := measured["diversity"]) is not None:
+        overlap, follows = diversity["overlap"], diversity["follows"]
+        lines += [
+            ("correlation", _value(diversity["correlation"])),
+            ("overlap of foci", f"{_value(overlap)}, by chance {overlap['chance']:.3f}"),
+            ("difference follows", f"{_value(follows)}; below 0 the frame, above 0 the image"),
+        ]
+    if (consistency := measured["consistency"]) is not None:
+        for name, agreement in (
+            ("part and excitation", consistency),
+            ("  peaks in parts", consistency["inside"]),
+        ):
+            lines.append(
+                (
+                    name,
+                    f"NMI {agreement['nmi']:.3f}{_interval(agreement['interval'])}, "
+                    f"by chance {agreement['chance']:.3f}, p = {agreement['p_value']:.3g}",
+                )
+            )
+    if (keypoints := measured["keypoints"]) is not None:
+        for name in ("nmi", "ari"):
+            value = keypoints[name]
+            lines.append((f"keypoint {name.upper()}", f"{_value(value)}, {_levels(value)}"))
+        if (error := keypoints["error"]) is not None:
+            lines.append(("keypoint error", f"{_value(error)} of the box, {_levels(error)}"))
+    if (prototypes := measured["prototypes"]) is not None:
+        for name, value in prototypes.items():
+            lines.append((name, f"{_value(value)}, by chance {value['chance']:.3f}"))
+    return lines
+
+
+def _levels(value: Mapping[str, Any]) -> str:
+    return f"by chance {value['chance']:.3f}, by the frame {value['frame']:.3f}"
+
+
+def _value(value: Mapping[str, Any]) -> str:
+    return f"{value['value']:.3f}{_interval(value['interval'])}"
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})"

@@ -1,0 +1,89 @@
+"""What the part measures say, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SAME = 0.9
+"""Correlation of two maps from which on they look at the same positions."""
+
+DIFFERENT = 0.3
+"""Correlation below which they look at different positions."""
+
+IN_A_PART = 0.8
+"""Share of images in which the peak of each excitation must be in a part."""
+
+TELLS = 0.1
+"""Normalised mutual information of excitation and part from which on excitations tell parts apart."""
+
+LEVEL = 0.05
+"""Level of significance of that NMI."""
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def verdict(measures: Mapping[str, Any]) -> str | None:
+    """Say in a sentence whether the excitations differ and find parts.
+
+    Args:
+        measures: The result of ``measure_run`` (``SPLIT_parts.json``).
+
+    Returns:
+        The sentence; None if the measures are of an earlier version and lack what it needs, or in another form.
+    """
+    try:
+        stages: Mapping[str, Any] = measures["stages"]
+        several = {name: stage for name, stage in stages.items() if len(stage["excitations"]) > 1}
+        if not several:
+            return "There is one map, so no excitations to compare." if stages else None
+        clauses = [(_of_stage(stage), _count(stage), name) for name, stage in several.items()]
+        return _join(clauses, of_all=len(stages) > 1)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _join(clauses: Sequence[tuple[str, str, str]], *, of_all: bool) -> str:
+    texts: dict[tuple[str, str], list[str]] = {}
+    for text, number, stage in clauses:
+        texts.setdefault((text, number), []).append(stage)
+    if not of_all:
+        ((text, number),) = texts
+        return f"The {number} excitations {text}."
+    said = [
+        f"at {' and '.join(stages)}, the {number} excitations {text}"
+        for (text, number), stages in texts.items()
+    ]
+    sentence = "; ".join(said)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _count(stage: Mapping[str, Any]) -> str:
+    number = len(stage["excitations"])
+    return NUMBERS[number] if number < len(NUMBERS) else str(number)
+
+
+def _of_stage(stage: Mapping[str, Any]) -> str:
+    r = stage["diversity"]["correlation"]["value"]
+    if r >= SAME:
+        return f"look at the same positions (correlation {r:.2f})"
+    where = "different positions" if r < DIFFERENT else "partly the same positions"
+    text = f"look at {where} (correlation {r:.2f})"
+    follows = stage["diversity"]["follows"]
+    if follows["interval"][1] < 0:
+        return f"{text}, but what distinguishes them follows the frame, not the image"
+    if stage["consistency"] is None:
+        moves = follows["interval"][0] > 0
+        return f"{text}, and what distinguishes them {'moves with' if moves else 'does not clearly follow'} the image"
+    outside = [
+        (excitation["any_part"]["value"], number)
+        for number, excitation in enumerate(stage["excitations"], start=1)
+        if excitation["any_part"]["value"] < IN_A_PART
+    ]
+    if outside:
+        share, number = min(outside)
+        return f"{text}, but excitation {number} looks at a part in only {share:.0%} of the images"
+    inside = stage["consistency"]["inside"]
+    if inside["nmi"] < TELLS or inside["p_value"] >= LEVEL:
+        return f"{text}, but do not find parts of their own (NMI {inside['nmi']:.2f})"
+    return f"{text}, and find parts of their own (NMI {inside['nmi']:.2f})"

@@ -1,0 +1,422 @@
+"""The options of Cross-X that are to make excitations parts."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crossx.layers import AffineView
+from crossx.losses import ClassificationLoss, c3s_loss
+from crossx.methods import CrossX, create_method
+from crossx.methods.weights import describe, load_method, save_weights
+from crossx.runs import Preprocessing, Run, write_json
+from refusals import refusal
+from slow import slow_except
+
+COMPETING = {"gates": "competing", "background": True}
+OPTIONS = {
+    "competing": {"gates": "competing"},
+    "background": COMPETING,
+    "centred": {"c3s_centred": True},
+    "separation": {"separation_weights": [0.5, 0.25]},
+    "presence": {"presence_weights": [0.5, 0.25]},
+    "equivariance": {"equivariance_weights": [0.5, 0.25]},
+    "part": {"part_weights": [0.5, 0.25, 0.125]},
+}
+ALL = {name: value for options in OPTIONS.values() for name, value in options.items()}
+CASES = {**OPTIONS, "all": ALL}
+TARGETS = torch.tensor([0, 2, 1])
+
+every_option = pytest.mark.parametrize("case", CASES)
+all_options = pytest.mark.parametrize("case", slow_except(CASES, "all"))
+
+
+def build(backbone: str = "test_resnet", num_classes: int = 3, **options: object) -> CrossX:
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=backbone, num_classes=num_classes, **options)
+    assert isinstance(method, CrossX)
+    return method
+
+
+def images(number: int = 3, height: int = 96, width: int = 64) -> Tensor:
+    return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def naive_gates(method: CrossX, stage: str, u: Tensor) -> Tensor:
+    """The gates of one image's map (C, h, w), score by score, (M, C)."""
+    osme = method.backbone.osme[stage]
+    z = u.mean((1, 2))
+    scores = torch.stack(
+        [
+            osme.excite_weight[p] @ F.relu(osme.squeeze_weight[p] @ z + osme.squeeze_bias[p])
+            + osme.excite_bias[p]
+            for p in range(len(osme.excite_bias))
+        ]
+    )
+    if method.options["gates"] == "sigmoid":
+        return scores.sigmoid()
+    powers = (method.options["gate_sharpness"] * scores).exp()
+    return powers / powers.sum(0)
+
+
+def naive_looks(u: Tensor, gates: Tensor) -> Tensor:
+    """Where each gate looks, (M, h, w), channel by channel."""
+    return torch.stack([sum(m[c] * u[c].clamp(min=0) for c in range(len(u))) / len(u) for m in gates])
+
+
+def windows(map_: Tensor) -> list[float]:
+    """The mean of each window of 3 x 3 positions, or of the map's size if it is smaller."""
+    height, width = map_.shape
+    rows, columns = min(3, height), min(3, width)
+    return [
+        map_[y : y + rows, x : x + columns].mean().item()
+        for y in range(height - rows + 1)
+        for x in range(width - columns + 1)
+    ]
+
+
+def naive_presence(looks: list[Tensor], everything: list[Tensor], parts: int) -> float:
+    most = [max(windows(whole)) for whole in everything]
+    best = [
+        max(max(windows(look[p])) / strongest for look, strongest in zip(looks, most, strict=True))
+        for p in range(parts)
+    ]
+    return 1 - sum(best) / parts
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [(ALL, 2), (ALL, 1), (OPTIONS["separation"] | OPTIONS["presence"] | OPTIONS["part"], 3)],
+)
+def test_terms_follow_their_equations(options: dict[str, object], parts: int) -> None:
+    if parts == 1:
+        options = options | {"c3s_centred": False}
+    method = build(num_parts=parts, **options).eval()
+    objective = method.objective(images(), TARGETS)
+    stages = method.backbone.ungated(images())
+    for stage, weight in (("last", 0.5), ("previous", 0.25)):
+        maps = stages[stage]
+        gates = [naive_gates(method, stage, u) for u in maps]
+        looks = [naive_looks(u, m) for u, m in zip(maps, gates, strict=True)]
+        whole = [naive_looks(u, torch.ones(1, len(u)))[0] for u in maps]
+        correlations = []
+        for look, weights in zip(looks, whole, strict=True):
+            numbers = look.flatten(1).detach().double().numpy()
+            covariance = np.cov(numbers, aweights=weights.flatten().detach().double().numpy())
+            for p in range(len(look)):
+                for q in range(p + 1, len(look)):
+                    scale = math.sqrt(covariance[p, p] * covariance[q, q])
+                    correlations.append(covariance[p, q] / scale)
+        assert objective.terms[f"separation_{stage}"].item() == pytest.approx(
+            weight * np.mean(correlations), abs=1e-4
+        )
+        presence = naive_presence(looks, whole, parts)
+        assert objective.terms[f"presence_{stage}"].item() == pytest.approx(weight * presence, abs=1e-5)
+        attended = method.backbone(images())[stage]
+        for n, (u, m) in enumerate(zip(maps, gates, strict=True)):
+            for p in range(parts):
+                torch.testing.assert_close(attended[n, p], m[p, :, None, None] * u)
+    features = method.part_features(images())
+    for name, weight in (("last", 0.5), ("previous", 0.25), ("merged", 0.125)):
+        losses = []
+        for p in range(parts):
+            alone = torch.zeros_like(features[name])
+            alone[:, p] = features[name][:, p]
+            losses.append(F.cross_entropy(method.heads[name](alone.flatten(1)), TARGETS))
+        expected = weight * sum(losses) / parts
+        torch.testing.assert_close(objective.terms[f"part_{name}"], expected)
+        c3s = method.c3s_weights[name] * c3s_loss(features[name], centred=method.options["c3s_centred"])
+        torch.testing.assert_close(objective.terms[f"c3s_{name}"], c3s)
+    torch.testing.assert_close(objective.loss, sum(objective.terms.values()))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["equivariance"], OPTIONS["equivariance"] | COMPETING])
+def test_equivariance_compares_the_maps_of_a_view(options: dict[str, object]) -> None:
+    method = build(**options).eval()
+    count = len(images())
+    view = AffineView(torch.full((count,), math.pi / 4), torch.ones(count), torch.zeros(count, 2))
+    here, there = method.activation_maps(images()), method.activation_maps(view.apply(images()))
+    terms = method.objective(images(), TARGETS).terms
+    for stage, weight in (("last", 0.5), ("previous", 0.25)):
+        shown = view.undo(torch.ones(count, 1, *here[stage].shape[2:]))[:, 0]
+        back = view.undo(there[stage])
+        losses = []
+        for n in range(count):
+            weights = shown[n].flatten().double().numpy()
+            for p in range(2):
+                a, b = here[stage][n, p], back[n, p] / shown[n].clamp(min=1e-3)
+                both = torch.stack([a.flatten(), b.flatten()]).detach().double().numpy()
+                covariance = np.cov(both, aweights=weights)
+                losses.append(1 - covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1]))
+        assert terms[f"equivariance_{stage}"].item() == pytest.approx(weight * np.mean(losses), abs=1e-4)
+
+
+def test_views_are_random_in_training_and_leave_running_statistics_alone() -> None:
+    plain, terms = build(), []
+    plain.objective(images(), TARGETS)
+    for seed in (3, 3, 4):
+        method = build(**OPTIONS["equivariance"])
+        torch.manual_seed(seed)
+        terms.append(method.objective(images(), TARGETS).terms["equivariance_previous"])
+        torch.testing.assert_close(dict(method.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=0)
+    assert terms[0] == terms[1] != terms[2]
+
+
+@pytest.mark.parametrize("term", ["separation", "presence"])
+def test_terms_on_the_gates_train_no_channels_but_through_the_gates(term: str) -> None:
+    method = build(**COMPETING, **OPTIONS[term])
+    maps = {
+        stage: map_.detach().requires_grad_() for stage, map_ in method.backbone.ungated(images()).items()
+    }
+    # gates that do not depend on the maps
+    gates = {stage: gates.detach().requires_grad_() for stage, gates in method.backbone.gates(maps).items()}
+    sum(method._gate_terms(maps, gates).values()).backward()
+    assert all(map_.grad is None for map_ in maps.values())
+    assert all(gates[stage].grad.any() for stage in ("last", "previous"))
+
+
+def test_nothing_changes_by_default() -> None:
+    """Names of weights and of terms, and a step's numbers bit for bit."""
+    method = build()
+    assert {name for name in method.state_dict() if not name.startswith("backbone.trunk.")} == {
+        "merge.reduce.weight", "merge.smooth.weight", "merge.norm.weight", "merge.norm.bias",
+        "merge.norm.running_mean", "merge.norm.running_var", "merge.norm.num_batches_tracked",
+        *(f"heads.{head}.{kind}" for head in ("last", "previous", "merged") for kind in ("weight", "bias")),
+    }  # fmt: skip
+    gates = {name.split(".se.")[1] for name in method.state_dict() if ".osme." in name}
+    assert gates == {f"osme.{layer}_{kind}" for layer in ("squeeze", "excite") for kind in ("weight", "bias")}
+    objective = method.objective(images(), TARGETS)
+    objective.loss.backward()
+    same = build()
+    features = same.part_features(images())
+    heads = {name: same.heads[name](pooled.flatten(1)) for name, pooled in features.items()}
+    terms = {
+        "data": F.cross_entropy(sum(heads.values()), TARGETS),
+        **{
+            f"cross_layer_{name}": same.cross_layer(heads["last"], heads[name])
+            for name in ("previous", "merged")
+        },
+        **{f"c3s_{name}": w * c3s_loss(features[name]) for name, w in same.c3s_weights.items()},
+    }
+    assert list(objective.terms) == list(terms)
+    loss = sum(list(terms.values())[1:], terms["data"])
+    loss.backward()
+    assert torch.equal(objective.loss, loss)
+    for own, other in zip(method.parameters(), same.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)  # type: ignore[arg-type]
+
+
+@every_option
+def test_every_weight_learns(case: str) -> None:
+    method = build(**CASES[case])
+    objective = method.objective(images(), TARGETS)
+    objective.loss.backward()
+    assert objective.loss.isfinite()
+    assert [
+        name for name, p in method.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ] == []
+
+
+@every_option
+def test_heads_see_the_features_and_class_maps_are_exact(case: str) -> None:
+    method = build(**CASES[case]).eval()
+    logits = method(images())
+    weight = torch.cat([head.weight for head in method.linear_heads().values()], 1)
+    bias = sum(head.bias for head in method.heads.values())
+    torch.testing.assert_close(method.embeddings(images()) @ weight.T + bias, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.objective(images(), TARGETS).logits, logits, rtol=1e-4, atol=1e-5)
+    maps = method.class_activation_maps(images(), TARGETS)
+    for name, of_head in method.head_logits(images()).items():
+        expected = of_head.gather(1, TARGETS[:, None])[:, 0] - method.heads[name].bias[TARGETS]
+        torch.testing.assert_close(maps[name].mean((2, 3)).sum(1), expected, rtol=1e-4, atol=1e-5)
+        assert maps[name].shape == method.activation_maps(images())[name].shape
+        assert maps[name].shape[1] == 2
+
+
+@all_options
+def test_recomputing_activations_is_the_same_training(case: str) -> None:
+    plain, saving = build(**CASES[case]), build(**CASES[case])
+    saving.backbone.recompute_activations()
+    for method in (plain, saving):
+        torch.manual_seed(0)
+        method.objective(images(), TARGETS).loss.backward()
+    for (name, own), other in zip(saving.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(saving.state_dict(), plain.state_dict())
+
+
+@all_options
+def test_soft_targets_and_smoothed_labels(case: str) -> None:
+    method = build(**CASES[case]).eval()
+    hard = method.objective(images(), TARGETS)
+    soft = method.objective(images(), F.one_hot(TARGETS, 3).float())
+    torch.testing.assert_close(dict(soft.terms), dict(hard.terms))
+    method.criterion = ClassificationLoss(torch.tensor([0.5, 1.0, 3.0]), 0.1)
+    smooth = method.objective(images(), TARGETS)
+    assert smooth.loss.isfinite()
+    changed = {name for name, term in hard.terms.items() if not torch.equal(term, smooth.terms[name])}
+    assert changed == {name for name in hard.terms if name == "data" or name.startswith("part_")}
+
+
+@all_options
+def test_half_precision(case: str) -> None:
+    method = build(**CASES[case])
+    with torch.autocast("cpu", torch.bfloat16):
+        objective = method.objective(images(), TARGETS)
+    objective.loss.backward()
+    assert objective.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+    with torch.no_grad():
+        assert method.eval().half()(images(1).half()).isfinite().all()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_odd_images_two_classes_and_one_part(number: int) -> None:
+    odd, targets = images(number, 67, 75), torch.tensor([1, 0])[:number]
+    method = build(num_classes=2, num_parts=1, **{**ALL, "c3s_centred": False}).eval()
+    assert method(odd).shape == (number, 2)
+    objective = method.objective(odd, targets)
+    objective.loss.backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+    assert {len(maps[0]) for maps in method.activation_maps(odd).values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    slow_except(
+        [("mobilenetv2_035", 64), ("convnext_femto", 64), ("vgg11", 64), ("vit_tiny_patch16_224", 224)],
+        ("mobilenetv2_035", 64),
+    ),
+)
+def test_every_kind_of_backbone(backbone: str, size: int) -> None:
+    method = build(backbone, num_parts=2, **ALL)
+    objective = method.objective(images(2, size, size), TARGETS[:2])
+    objective.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    maps = method.eval().class_activation_maps(images(1, size, size), TARGETS[:1])
+    assert set(maps) == {"last", "previous", "merged"}
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({}, set()),
+        ({"part_weights": [1, 1, 1], "c3s_centred": True, "equivariance_weights": [1, 1]}, set()),
+        ({"gates": "competing"}, {"last", "previous"}),
+        ({"separation_weights": [1, 0]}, {"last", "previous"}),
+        ({"presence_weights": [0, 1]}, {"last", "previous"}),
+        ({"gates": "competing", "use_previous": False, "use_merged": False}, {"last"}),
+    ],
+)
+def test_gates_are_on_the_map_where_the_shortcut_would_bypass_them(
+    options: dict[str, object], stages: set[str]
+) -> None:
+    assert set(build(**options).backbone.osme) == stages
+
+
+def test_stages_without_gates_have_no_terms() -> None:
+    method = build(use_previous=False, use_merged=False, **ALL)
+    terms = method.objective(images(), TARGETS).terms
+    assert set(terms) == {
+        "data",
+        *(f"{term}_last" for term in ("c3s", "separation", "presence", "equivariance", "part")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": "compete"}, "Did you mean 'competing'"),
+        ({"gate_sharpness": 0.0}, "gate_sharpness must be above 0"),
+        ({"gate_sharpness": math.nan}, "gate_sharpness must be above 0"),
+        ({"gate_sharpness": "10"}, "option gate_sharpness is of the wrong type"),
+        ({"background": True}, "background needs competing gates"),
+        ({"background": 1}, "option background is of the wrong type"),
+        ({"gates": "competing", "num_parts": 1}, "need num_parts 2 or more, or a background"),
+        ({"gates": "competing", "num_parts": 0}, "num_parts must be at least 1"),
+        ({"gates": "competing", "osme_placement": "residual"}, "the shortcut would bypass competing gates"),
+        ({"separation_weights": [1, 1], "osme_placement": "residual"}, "the shortcut would bypass"),
+        ({"presence_weights": [0, 1], "osme_placement": "residual"}, "the shortcut would bypass"),
+        ({"separation_weights": [1, 1], "num_parts": 1}, "separation_weights need num_parts 2 or more"),
+        ({"c3s_centred": True, "num_parts": 1}, "c3s_centred needs num_parts 2 or more"),
+        ({"separation_weights": [1.0]}, r"separation_weights takes 2 numbers \(last, previous\)"),
+        ({"presence_weights": [1, 1, 1]}, "presence_weights takes 2 numbers"),
+        ({"equivariance_weights": [-1, 1]}, "equivariance_weights must not be negative"),
+        ({"equivariance_weights": 1.0}, "option equivariance_weights is of the wrong type"),
+        ({"part_weights": [1, 1]}, "part_weights takes 3 numbers"),
+        ({"part_weights": [1, math.inf, 1]}, "part_weights must be finite"),
+        ({"part_weights": [math.nan, 1, 1]}, "part_weights must be finite"),
+        ({"c3s_weights": [math.nan, 1, 1]}, "c3s_weights must be finite"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, object], message: str) -> None:
+    assert re.search(message, refusal(build, **options))
+
+
+def test_survives_its_files(tmp_path: Path) -> None:
+    method, run = build(**ALL).eval(), Run(tmp_path)
+    preprocessing = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    spec = describe(
+        method, classes=("ani", "auklet", "bunting"), preprocessing=preprocessing, dataset="folder"
+    )
+    write_json(run.spec, spec.to_json())
+    save_weights(method, run.weights)
+    loaded = load_method(run.path)[0]
+    assert loaded.options == {
+        name: list(v) if isinstance(v, tuple) else v for name, v in method.options.items()
+    }
+    assert torch.equal(loaded(images()), method(images()))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+def test_exports(case: str) -> None:
+    method = build(**CASES[case]).eval()
+    exported = torch.export.export(method, (images(2),)).module()
+    torch.testing.assert_close(exported(images(2)), method(images(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_is_the_same_for_every_number_of_images(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    method, path = build(**ALL).eval(), tmp_path / "method.onnx"
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    with torch.no_grad():
+        torch.onnx.export(method, (images(2),), dynamo=True, dynamic_shapes=shapes, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for number in (1, 2, 5):
+        given = images(number)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        np.testing.assert_allclose(logits, method(given).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+def test_training_compiles_in_one_graph(case: str) -> None:
+    torch.compiler.reset()
+    method, same = build(**CASES[case]), build(**CASES[case])
+    compiled = torch.compile(method.objective, fullgraph=True, backend="eager")
+    torch.manual_seed(0)  # for the views
+    loss = compiled(images(), TARGETS).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss, same.objective(images(), TARGETS).loss)
+    torch.testing.assert_close(method.state_dict(), same.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+def test_learns_a_batch_by_heart(case: str) -> None:
+    method = build(**CASES[case])
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective = method.objective(images(), TARGETS)
+        objective.loss.backward()
+        optimizer.step()
+    assert torch.equal(objective.logits.argmax(1), TARGETS)
