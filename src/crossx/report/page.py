@@ -18,7 +18,7 @@ from crossx.data.images import printable
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.evaluation.parts.verdict import verdict
-from crossx.methods.base import Method, list_methods, method_class
+from crossx.method_source import curve_titles, is_imported
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
 from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
@@ -94,8 +94,13 @@ def _environment() -> Environment:
 
 
 def _curve_titles(method: str) -> Mapping[str, str]:
-    known = method in list_methods()
-    return (method_class(method) if known else Method).curve_titles
+    if is_imported():
+        from crossx.methods.base import list_methods, method_class
+
+        # also one that is registered elsewhere
+        if method in list_methods():
+            return method_class(method).curve_titles
+    return curve_titles(method)
 
 
 def _breakable(name: str) -> Markup:
