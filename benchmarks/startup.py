@@ -3,13 +3,17 @@
     python benchmarks/startup.py
 
 The training uses a small network and 64 synthetic images, in a separate process each time. Checking the images and the
-first step itself take almost no time, so the rest is import and set-up.
+first step itself take almost no time, so the rest is import and set-up. The verbs that use a trained network take one
+of that size and three images (``report``: a run that was tested); their cost is the CPU time of their process, user and
+system, compared with that of ``python -c "import torch, timm"`` in the same round.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import interleave, parser, ratios, table, write
+from harness import Timing, interleave, parser, ratios, table, write
 
 EMPTY = "python -c pass"
 COMMANDS: dict[str, list[str]] = {
@@ -29,6 +33,21 @@ COMMANDS: dict[str, list[str]] = {
     "crossx --version": ["-m", "crossx", "--version"],
     "crossx predict --help": ["-m", "crossx", "predict", "--help"],
     "crossx fit --help": ["-m", "crossx", "fit", "--help"],
+}
+
+IMPORTS = "import torch, timm"
+DATA = ["--data.num_classes", "4", "--data.images_per_class", "12", "--data.image_size", "64"]
+FIT = [
+    "fit", "--model.backbone", "resnet10t", "--model.pretrained", "false", "--data.dataset", "synthetic", "--data.root",
+    "images", *DATA, "--data.batch_size", "8", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--output",
+    "run",
+]  # fmt: skip
+WRONG = {
+    "a wrong verb": ["predcit", "run"],
+    "a wrong option": ["fit", "--optim.learning_rate", "1"],
+    "images that are missing": ["predict", "run", "nowhere.jpg"],
+    "a run that is missing": ["predict", "nowhere", "images"],
+    "training images that are missing": ["fit", "--data.root", "nowhere"],
 }
 
 
@@ -100,6 +119,55 @@ def measure_first_step(runs: int) -> dict[str, dict[str, float]]:
     }
 
 
+def cpu_seconds(arguments: list[str], folder: Path, until: str = "") -> float:
+    """Return the CPU seconds, user and system, of a Python process; ``until`` it prints a line that starts so."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until and line.startswith(until):
+            process.send_signal(signal.SIGINT)
+    usage = os.wait4(process.pid, 0)[2]
+    process.stdout.close()
+    process.returncode = 0
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure_verbs(runs: int) -> dict[str, Timing]:
+    """Measure the CPU seconds of each verb, and of a wrong command, in turn."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for words in (FIT, ["test", "run", "--data.num_workers", "0"]):
+            subprocess.run(
+                [sys.executable, "-m", "crossx", *words], cwd=folder, stdout=subprocess.DEVNULL, check=True
+            )
+        images = sorted(str(path) for path in folder.glob("images/images/*/*.jpg"))[:3]
+        verbs = {
+            "predict": ["predict", "run", *images],
+            "test": ["test", "run", "--data.num_workers", "0"],
+            "report": ["report", "run"],
+            "serve": ["serve", "run", "--port", "0"],
+            "fit --help": ["fit", "--help"],
+            **WRONG,
+        }
+        commands = {IMPORTS: ["-c", IMPORTS]} | {
+            name: ["-m", "crossx", *words] for name, words in verbs.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for done in range(-1, runs):
+            for name, arguments in commands.items():
+                measured = cpu_seconds(arguments, folder, "crossx serve: " if name == "serve" else "")
+                if done >= 0:
+                    seconds[name].append(measured)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--first-step"]:
         print(json.dumps(first_step(Path(sys.argv[2]))))
@@ -113,6 +181,14 @@ def main() -> None:
         for name, timing in timings.items()
     ]
     print(table(["command", "seconds", "more", f"over {EMPTY}"], rows))
+    verbs = measure_verbs(asked.runs)
+    compared = ratios(verbs, IMPORTS)
+    print(
+        table(
+            ["verb", "CPU seconds", f"over {IMPORTS}"],
+            [[name, f"{timing.median:.2f}", str(compared[name])] for name, timing in verbs.items()],
+        )
+    )
     stages = measure_first_step(asked.runs)
     print(
         table(
@@ -127,6 +203,10 @@ def main() -> None:
             "commands": {
                 name: {**timing.to_json(), "more_seconds": timing.median - base}
                 for name, timing in timings.items()
+            },
+            "verbs": {
+                name: {"cpu": timing.to_json(), f"over {IMPORTS}": vars(compared[name])}
+                for name, timing in verbs.items()
             },
             "first_step": stages,
         },

@@ -99,6 +99,16 @@ def batch_mean(mean: Tensor, weight: float | Tensor) -> Tensor:
     return mean * (own * ranks / sum_over_ranks(own))
 
 
+def reduction_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type to reduce a tensor in: at least float32 under autocast, else the tensor's own.
+
+    Without autocast a network in half precision has parameters in half precision, which take no float32.
+    """
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.dtype
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 if it is in half precision, else unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -118,7 +118,7 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ),
         (
             "--trainer.precision bf17",
-            "--trainer.precision takes 32, 32-true, 16, 16-mixed, bf16, bf16-mixed, not 'bf17'. Did you mean 'bf16'?",
+            "--trainer.precision takes auto, 32, 32-true, 16, 16-mixed, bf16, bf16-mixed, not 'bf17'.",
         ),
         ("--trainer.profiler simple", "unknown option '--trainer.profiler'"),
         ("--trainer.max_epochs many", "--trainer.max_epochs takes a whole number, not 'many'"),

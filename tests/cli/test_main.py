@@ -54,6 +54,37 @@ def test_help_of_a_verb_imports_no_torch() -> None:
     assert done.stdout.count("usage: crossx ") == len(VERBS) + 1
 
 
+def test_wrong_commands_import_no_torch(tmp_path: Path) -> None:
+    wrong = [
+        "nonsense",
+        "fit --model.method plian",
+        "fit --optim.schedule nope",
+        "fit --config nowhere.yaml",
+        "fit --data.root nowhere",
+        "fit --resume nowhere",
+        "predict nowhere nowhere.jpg",
+        "predict nowhere .",
+        *(f"{verb} nowhere" for verb in ("test", "report", "calibrate", "compare", "serve")),
+        "export nowhere --output a.onnx",
+        "share nowhere --output shared",
+        "explain nowhere a.jpg --output maps",
+    ]
+    (tmp_path / "a.jpg").touch()
+    done = python(
+        "import os, sys\n"
+        "from crossx.cli.main import main\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        f"for words in {wrong!r}:\n"
+        "    code = main(words.split())\n"
+        "    heavy = {'torch', 'lightning', 'timm', 'pydantic', 'scipy', 'fastapi'}\n"
+        "    print(code, words, sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert [rest for _, rest in lines] == [f"{words} []" for words in wrong]
+    assert {code for code, _ in lines} <= {"1", "2"}
+    assert len(done.stderr.splitlines()) == len(wrong)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_has_help(verb: str) -> None:
     module = importlib.import_module(f"crossx.cli.{verb.replace('-', '_')}")

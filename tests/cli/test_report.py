@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,35 @@ def test_a_tested_run_is_not_tested_again(place: Path, capsys: pytest.CaptureFix
 def test_another_split_has_a_page_of_its_own(place: Path) -> None:
     assert main(["report", "run", "--split", "val", "--data.root", "images", *QUICK]) == 0
     assert "6 val images" in Path("run/val/report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_without_the_network_is_that_with_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("tested/checkpoints", ignore_errors=True)
+    weights, maps, page = (
+        Path("tested", name) for name in ("model.safetensors", "test/examples.npz", "page.html")
+    )
+    kept, modified = weights.read_bytes(), weights.stat().st_mtime_ns
+    weights.write_bytes(b"damaged")
+    os.utime(weights, ns=(modified, modified))
+    assert main(["report", "tested", "--output", str(page), *QUICK]) == 0
+    assert "warning" not in capsys.readouterr().err
+    without = page.read_text(encoding="utf-8")
+    weights.write_bytes(kept)
+    os.utime(weights, ns=(modified, modified))
+    maps.unlink()
+    assert main(["report", "tested", "--output", str(page), *QUICK]) == 0
+    assert page.read_text(encoding="utf-8") == without
+
+
+def test_a_report_imports_no_torch(place: Path) -> None:
+    code = "import sys; from crossx.cli.main import main; main(sys.argv[1:]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", "tested"], capture_output=True, text=True, check=True
+    )
+    page, imported = done.stdout.splitlines()
+    assert page.startswith("report: tested/test/report.html (")
+    assert not {"torch", "timm", "torchvision", "torchmetrics", "lightning", "pyarrow"} & {*imported.split()}
+    assert "data:image/webp" in Path("tested/test/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("lost", ["images", "images/test/robin/003.jpg"])

@@ -97,6 +97,25 @@ def test_gating_has_the_gradients_of_a_plain_product(
     torch.testing.assert_close(*gradients, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [None, torch.nn.Identity()])
+def test_attention_features_keep_the_maps_type_under_autocast(
+    own: torch.nn.Module | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    osme = OSME(8, 3, 2)
+    maps = torch.randn(2, 8, 4, 4)
+    exact = osme(maps)
+    with torch.autocast("cpu", dtype):
+        assert osme.gates(maps.to(dtype)).dtype == torch.float32
+        rounded = osme(maps.to(dtype))
+        slot = ResidualOSME(osme, own, None, keep_trunk=True)(maps.to(dtype))
+    assert rounded.dtype == slot.dtype == dtype
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.03, atol=0.03)
+    assert torch.equal(slot[1:].transpose(0, 1), rounded)
+    assert torch.equal(slot[0], maps.to(dtype))
+
+
 @pytest.mark.parametrize(("num_parts", "background"), [(1, True), (2, False), (3, True)])
 def test_competing_gates_equal_a_softmax_per_channel(num_parts: int, background: bool) -> None:
     torch.manual_seed(0)

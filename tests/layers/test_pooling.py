@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 
@@ -42,3 +44,31 @@ def test_shares_average_to_the_pooled_features() -> None:
         torch.testing.assert_close(shares.mean((3, 4)), global_pool(features, pooling))
     largest = features == features.amax((3, 4), keepdim=True)
     assert pooled_shares(features, "max")[~largest].eq(0).all()
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_pooling_is_in_float32_under_autocast(pooling: Literal["avg", "max"]) -> None:
+    # of 784 equal values, more than bfloat16 can count, as after a ReLU
+    features = torch.cat((torch.zeros(1, 2, 1, 28, 28), torch.rand(1, 2, 3, 28, 28)), 2).bfloat16()
+    results = []
+    for pool in (
+        lambda x: global_pool(x, pooling),
+        lambda x: x.mean((3, 4)) if pooling == "avg" else x.amax((3, 4)),
+    ):
+        half = features.dtype if not results else torch.float64
+        inputs = features.detach().to(half).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = pool(inputs)
+        assert pooled.dtype == (torch.float32 if not results else torch.float64)
+        (pooled * torch.arange(1.0, 5)).sum().backward()
+        assert inputs.grad is not None
+        results.append((pooled.double(), inputs.grad.double()))
+    (pooled, gradient), (exact, exact_gradient) = results
+    torch.testing.assert_close(pooled, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, exact_gradient, rtol=0.005, atol=1e-6)
+
+
+def test_pooling_keeps_half_precision_without_autocast() -> None:
+    # the parameters of such a network are in half precision as well
+    features = torch.rand(1, 2, 3, 4, 4).half()
+    assert {global_pool(features, "avg").dtype, global_pool(features, "max").dtype} == {torch.float16}

@@ -215,6 +215,33 @@ def test_a_batch_of_one() -> None:
     assert torch.isfinite(objective.loss)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"merged_statistics": "pooled"}, {"osme_placement": "output", "previous_pooling": "avg"}],
+    ids=str,
+)
+def test_autocast_keeps_maps_in_half_precision_and_reduces_in_float32(options: dict[str, object]) -> None:
+    method = build(**options).train()
+    for norm in method.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            # else the last block's residual is zero at the start
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4) % 3
+    exact = method.objective(images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        stages = method.backbone(images)
+        assert {stages[name].dtype for name in ("last", "previous")} == {torch.bfloat16}
+        assert {pooled.dtype for pooled in method.part_features(images).values()} == {torch.float32}
+        rounded = method.objective(images, targets)
+        method.eval()
+        assert {pooled.dtype for pooled in method.part_features(images).values()} == {torch.float32}
+    assert all(term.dtype == torch.float32 for term in rounded.terms.values())
+    for name, term in exact.terms.items():
+        torch.testing.assert_close(rounded.terms[name], term, rtol=0.05, atol=0.02, msg=name)
+    rounded.loss.backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in method.parameters())
+
+
 def test_maps_are_channel_means_of_the_attention_features() -> None:
     method = build().eval()
     images = torch.randn(2, 3, 64, 96)

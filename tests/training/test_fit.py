@@ -389,7 +389,7 @@ def test_no_write_permission(make_config, tmp_path):
     [
         ({"max_epoch": 3}, "Did you mean 'max_epochs'"),
         ({"precision": "bf17"}, "unknown trainer.precision 'bf17'"),
-        ({"precision": "bf16-true"}, "Choose from: 16, 16-mixed, 32, 32-true, bf16, bf16-mixed"),
+        ({"precision": "bf16-true"}, "Choose from: 16, 16-mixed, 32, 32-true, auto, bf16, bf16-mixed"),
         ({"strategy": "everything"}, "unknown trainer.strategy 'everything'. Choose from: auto, ddp"),
         ({"accelerator": "tpu"}, "trainer: .*torch_xla"),
     ],

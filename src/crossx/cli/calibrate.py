@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossx.cli.options import Device, RunPath, Split, TestedData
+from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.errors import counted
 from crossx.runs import Run
 
@@ -24,6 +24,8 @@ def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: D
         crossx calibrate runs/mine
         crossx calibrate runs/released --data.dataset folder --data.root my_images
     """
+    check_run(run)
+
     from crossx.evaluation.calibration import calibrate_run
 
     found = calibrate_run(run, split=split, device=device, **vars(data))

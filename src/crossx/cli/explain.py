@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from crossx.cli.options import BatchSize, Device, ModelPath
+from crossx.cli.options import BatchSize, Device, ModelPath, check_run
 from crossx.cli.parser import Folder, Fraction, Name
 from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
@@ -78,8 +78,10 @@ def explain(
             f"{output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
         )
 
+    check_run(run)
+
     from crossx.evaluation.progress import track
-    from crossx.explain.figures import COLORMAP, check_colormap
+    from crossx.explain.overlays import COLORMAP, check_colormap
     from crossx.predict.inputs import expand_paths
     from crossx.predict.predictor import Predictor, class_number
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crossx.cli.options import ModelPath
+from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def export(
         crossx export runs/mine --output mine.pt2 --precision fp16 --images photos/
         crossx predict mine.onnx bird.jpg
     """
+    check_run(run)
+
     from crossx.export.export import export_run
 
     report = export_run(

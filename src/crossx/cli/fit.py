@@ -11,7 +11,7 @@ from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
-from crossx.runs import Run, free_folder, open_run
+from crossx.runs import Run, find_run, free_folder, open_run
 from crossx.training.config import Config
 
 LAUNCHED = "CROSSX_RUN"
@@ -25,8 +25,12 @@ def run(words: Sequence[str]) -> int:
     if asked.print_config:
         print(asked.config.to_yaml(), end="")
         return 0
-    if not asked.resume:
+    if asked.resume:
+        find_run(Path(asked.resume))
+    else:
         require_data(asked.config)
+        # errors of the data come before torch is imported
+        images = _count_images(asked.config)
 
     from crossx.distributed import is_leader
     from crossx.training import fit as training
@@ -36,10 +40,15 @@ def run(words: Sequence[str]) -> int:
             asked.resume, root=asked.config.data.root, restart=asked.restart, **asked.limits
         )
     else:
+        from crossx.training.precision import resolve_precision
+
         config = asked.config
+        config.trainer, reason = resolve_precision(config.trainer)
         config.output = config.output or str(_choose_folder(asked))
         if is_leader():
-            _print_start(asked)
+            _print_start(asked, images)
+            if reason:
+                print(f"precision {config.trainer.precision} (auto: {reason})", flush=True)
         done = training.fit(config)
     if is_leader():
         _print_outcome(done)
@@ -60,9 +69,8 @@ def _choose_folder(asked: FitArguments) -> Path:
     return folder
 
 
-def _print_start(asked: FitArguments) -> None:
+def _print_start(asked: FitArguments, images: str) -> None:
     config = asked.config
-    images = _count_images(config)
     for note in asked.notes:
         print(f"note: {note}")
     start = "pretrained" if config.model.pretrained else "random weights"

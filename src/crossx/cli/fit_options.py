@@ -169,7 +169,6 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
     yield Option("print_config", bool, False, print_config, "--print_config", flag=True)
-    yield IMPORT_OPTION
     yield from dataclass_options(ModelConfig, "model.", yaml=True, skip=("options",))
     others = ", ".join(name for name in method_options.list_methods() if name != method)
     for option in method_options.method_options(method):
@@ -177,6 +176,7 @@ def _options(method: str) -> Iterator[Option]:
     yield from dataclass_options(DataConfig, "data.", yaml=True)
     yield from dataclass_options(OptimConfig, "optim.", yaml=True)
     yield from dataclass_options(TrainerConfig, "trainer.", yaml=True)
+    yield dataclasses.replace(IMPORT_OPTION, group="A method of your own")
 
 
 def _first_pass(words: Sequence[str]) -> argparse.Namespace:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from crossx.cli.parser import Folder, Help, Name, Natural, Positive
+from crossx.hub import HubModel
+from crossx.runs import EXPORTED, open_run
 
 RunPath = Annotated[str, "RUN", Help("Run folder or a checkpoint file in one.")]
 ModelPath = Annotated[
@@ -57,3 +60,14 @@ class Inference:
     flip: bool = False
     crops: Literal[1, 5] = 1
     trust: bool = False
+
+
+def check_run(path: str) -> None:
+    """Check that there is a run, before torch is imported; models on the Hub and exported files are left to others.
+
+    Raises:
+        CrossXError: If it is none, see ``open_run``.
+    """
+    exported = Path(path).suffix.lower() in (*EXPORTED, ".safetensors")
+    if not exported and (Path(path).exists() or HubModel.parse(path) is None):
+        open_run(path)

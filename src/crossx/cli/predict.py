@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from crossx.cli.options import BatchSize, Inference, PredictorPath
+from crossx.cli.options import BatchSize, Inference, PredictorPath, check_run
 from crossx.cli.parser import Name, Positive
 from crossx.errors import UsageError, counted
 
@@ -95,12 +95,15 @@ def predict(
             raise UsageError(f"--{name} belongs to a folder of predictions: give --output DIR.")
 
     from crossx.predict import outputs
-    from crossx.predict.predictor import Predictor
 
     target = features or output
     if target is not None:
         outputs.check_output(Path(target), FILES if output else (".parquet",))
     files = _list_files(images)
+    check_run(run)
+
+    from crossx.predict.predictor import Predictor
+
     predictor = Predictor.load(run, **vars(inference))
     if features is not None:
         size = predictor.feature_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from crossx.cli.options import Device, RunPath, Split, TestedData
+from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.test import is_tested, print_results, test_run
 
 
@@ -30,6 +30,8 @@ def report(
         crossx report runs/mine --output mine.html
         crossx report runs/mine --split val --data.root /other/place/CUB_200_2011
     """
+    check_run(run)
+
     from crossx.report.run import report_path, report_run
 
     report_path(run, split, output)

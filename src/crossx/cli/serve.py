@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from crossx.cli.options import Inference, PredictorPath
+from crossx.cli.options import Inference, PredictorPath, check_run
 from crossx.cli.parser import File, Natural
 from crossx.errors import CrossXError, UsageError
 from crossx.serve.limits import Limits
@@ -95,6 +95,7 @@ def serve(
         curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png
     """
     keys = _api_keys(access.api_key_file)
+    check_run(run)
     try:
         from crossx.serve.app import create_app
         from crossx.serve.browsers import allowed_hosts

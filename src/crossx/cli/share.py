@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from crossx.cli.options import ModelPath
+from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import Folder
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
@@ -51,6 +51,8 @@ def share(
         raise UsageError("give either --output DIR or --hub USER/NAME.")
     if private and not hub:
         raise UsageError("--private belongs to --hub USER/NAME.")
+
+    check_run(run)
 
     from crossx.predict.exported import is_exported
     from crossx.predict.predictor import Predictor

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from crossx.cli.options import Device, RunPath, Split, TestedData
+from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
@@ -83,6 +83,8 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
 
 def test_run(path: str, split: str, data: TestedData, device: str) -> dict[str, Any]:
     """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
+    check_run(path)
+
     from crossx.evaluation.run import test_run
 
     return test_run(path, split=split, device=device, **vars(data))

@@ -111,6 +111,14 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
     """
     import torch
 
+    pixels = read_pixels(source, min_side=min_side, pillow=pillow)
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def read_pixels(
+    source: ImageSource, *, min_side: int | None = None, pillow: bool = False
+) -> NDArray[np.uint8]:
+    """Read an image as ``read_image`` does, as uint8 RGB (H, W, 3), without torch."""
     with _explained(source):
         pixels = (
             None if pillow else _jpeg_pixels(source, lambda width, height: _scale(width, height, min_side))
@@ -118,7 +126,7 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
         if pixels is None:
             with _opened(source) as image:
                 pixels = np.array(_upright(_decoded(image, source)[0], _orientation(image)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return pixels
 
 
 def read_picture(image: Image.Image) -> Tensor:

@@ -23,23 +23,22 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from crossx.data.config import Augmentation, DataConfig
-from crossx.data.images import ImageError, ImageSource, read_image, read_size
+from crossx.data.geometry import DECODE_MARGIN as DECODE_MARGIN
+from crossx.data.geometry import MAX_ASPECT as MAX_ASPECT
+from crossx.data.geometry import (
+    aspect_limits,
+    centred,
+    height_without_bottom,
+    min_decoded_side,
+    resized_side,
+    resized_size,
+)
+from crossx.data.images import ImageSource, read_image, read_size
 from crossx.data.parts import PartPoints
 from crossx.runs import Preprocessing
 
 Step: TypeAlias = Callable[[Tensor, PartPoints | None], Tensor]
 """Prepares an image; if it moves pixels, it moves the parts along."""
-
-CROP_FRACTION = 0.875
-"""Crop size over resized size without ``resize_size``: 224 of 256, as in ImageNet evaluation."""
-
-MAX_ASPECT = 8
-"""Longer images are cropped to this aspect ratio around their centre before resizing: enlarging the shorter side of
-1 x 5000 pixels to 512 would fill the memory."""
-
-DECODE_MARGIN = 2
-"""JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as their sides are this many times the resized sides.
-Pillow's thumbnails have the same margin (``reducing_gap`` of ``Image.thumbnail``)."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,10 @@ def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> Cr
     Raises:
         ImageError: If ``crop_bottom`` leaves nothing.
     """
-    height = _height_without_bottom(height, preprocessing.crop_bottom)
-    limits = _aspect_limits(height, width)
-    size = _resized_size(preprocessing, [length for _, length in limits])
-    starts = [_centred(more - preprocessing.image_size) for more in size]
+    height = height_without_bottom(height, preprocessing.crop_bottom)
+    limits = aspect_limits(height, width)
+    size = resized_size(preprocessing, [length for _, length in limits])
+    starts = [centred(more - preprocessing.image_size) for more in size]
     scale = [after / length for after, (_, length) in zip(size, limits, strict=True)]
     shift = [-start - s * first for start, s, (first, _) in zip(starts, scale, limits, strict=True)]
     return CropPlace((scale[1], scale[0]), (shift[1], shift[0]))
@@ -167,11 +166,6 @@ def square_transform(preprocessing: Preprocessing) -> Transform:
     """Return ``eval_transform`` with the largest crop: the central square of the resized image."""
     side = resized_side(preprocessing)
     return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False, crop=side))
-
-
-def resized_side(preprocessing: Preprocessing) -> int:
-    """Return the length in pixels of the shorter side after resizing."""
-    return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
 
 
 def train_transform(
@@ -210,13 +204,11 @@ def train_transform(
 
 
 def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = False) -> Transform:
-    strict, rows = preprocessing.pipeline == "strict", preprocessing.crop_bottom
-    # small crops need the detail, and a banner may end between two pixels of a smaller image
-    whole = strict or small_crops or rows > 0
     return Transform(
-        (partial(_cut_bottom, rows=rows), _limit_aspect, *steps),
-        min_side=None if whole else DECODE_MARGIN * resized_side(preprocessing),
-        strict=strict,
+        (partial(_cut_bottom, rows=preprocessing.crop_bottom), _limit_aspect, *steps),
+        # small crops need the detail
+        min_side=None if small_crops else min_decoded_side(preprocessing),
+        strict=preprocessing.pipeline == "strict",
     )
 
 
@@ -230,9 +222,9 @@ def _resize_and_crop(
 ) -> Tensor:
     """Resize, then crop at the centre or at random; only the part that the crop keeps is resized."""
     crop = preprocessing.image_size if crop is None else crop
-    size = _resized_size(preprocessing, image.shape[-2:])
+    size = resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
-    starts = [int(torch.randint(more + 1, ())) if random and more else _centred(more) for more in spare]
+    starts = [int(torch.randint(more + 1, ())) if random and more else centred(more) for more in spare]
     if parts is not None:
         height, width = (after / before for after, before in zip(size, image.shape[-2:], strict=True))
         parts.move(scale=(width, height), shift=(-starts[1], -starts[0]), size=(crop, crop))
@@ -245,18 +237,6 @@ def _resize_and_crop(
             image = image.narrow(1 + axis, first, last - first)
     top, left = starts
     return _resize(preprocessing, image, size)[:, top : top + crop, left : left + crop]
-
-
-def _resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
-    """Return height and width after resizing an image of this height and width."""
-    side = resized_side(preprocessing)
-    if preprocessing.resize_size is not None:
-        return [side, side]
-    return [int(side * length / min(size)) for length in size]
-
-
-def _centred(spare: int) -> int:
-    return round(spare / 2)
 
 
 def _window(length: int, resized: int, start: int, crop: int, reach: int) -> tuple[int, int, int, int]:
@@ -352,30 +332,17 @@ def _resize(preprocessing: Preprocessing, image: Tensor, size: list[int]) -> Ten
 
 
 def _cut_bottom(image: Tensor, parts: PartPoints | None, *, rows: int) -> Tensor:
-    image = image[..., : _height_without_bottom(image.shape[-2], rows), :]
+    image = image[..., : height_without_bottom(image.shape[-2], rows), :]
     if parts is not None:
         parts.move(size=image.shape[-2:])
     return image
 
 
-def _height_without_bottom(height: int, rows: int) -> int:
-    if height <= rows:
-        reason = f"is {height} rows high and data.crop_bottom cuts off {rows}: lower it"
-        raise ImageError(f"the image {reason}.", reason)
-    return height - rows
-
-
 def _limit_aspect(image: Tensor, parts: PartPoints | None) -> Tensor:
-    limits = _aspect_limits(*image.shape[-2:])
+    limits = aspect_limits(*image.shape[-2:])
     for dim, (first, length) in zip((-2, -1), limits, strict=True):
         if length < image.shape[dim]:
             image = image.narrow(dim, first, length)
     if parts is not None:
         parts.move(shift=(-limits[1][0], -limits[0][0]), size=image.shape[-2:])
     return image
-
-
-def _aspect_limits(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the first row and the number of rows to keep, and the same of the columns."""
-    longest = MAX_ASPECT * min(height, width)
-    return [(max(0, length - longest) // 2, min(length, longest)) for length in (height, width)]

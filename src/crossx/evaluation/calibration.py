@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
 from crossx.evaluation.run import evaluate
-from crossx.evaluation.subject import DataOptions, Subject
+from crossx.evaluation.subject import Subject
 from crossx.runs import Run, write_json
 
 
@@ -36,6 +36,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         T; 1 if no finite T > 0 is best: if every target has its image's largest logit, the likelihood keeps rising as T
         falls; if targets have no larger logits than other classes, as T rises.
     """
+    from scipy.optimize import brentq
+
     above = logits.double() - logits.double().gather(1, targets[:, None])
 
     def derivative(inverse: float) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from crossx.data.names import class_name, quoted
 from crossx.errors import CrossXError
@@ -26,6 +25,8 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
         only_a: Number of images that only the first predicts correctly.
         only_b: Number of images that only the second predicts correctly.
     """
+    from scipy.stats import binomtest
+
     discordant = only_a + only_b
     return float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
 

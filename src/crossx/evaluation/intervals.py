@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -106,6 +105,8 @@ def share_interval(count: int, total: int, *, confidence: float = CONFIDENCE) ->
         total: Number of images, above 0.
         confidence: Probability that the interval is to cover.
     """
+    from scipy import stats
+
     found = stats.binomtest(count, total).proportion_ci(confidence)
     return Interval(float(found.low), float(found.high))
 
@@ -123,6 +124,8 @@ def matched_interval(
         correct_b: (N,), the same for the second classifier.
         confidence: Probability that the interval is to cover.
     """
+    from scipy import stats
+
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
     n = len(correct_a) + 2
     difference = (only_a - only_b) / n
@@ -140,6 +143,8 @@ def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE)
     """
     if len(values) < 2:
         return None
+    from scipy import stats
+
     mean, error = np.mean(values), stats.sem(values)
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
     return Interval(float(mean) - half, float(mean) + half)

@@ -1,19 +1,21 @@
 """Metrics of a classifier: pure functions of logits (N, K) and targets (N,).
 
 The prediction is the class of the largest logit, the lowest index among equal ones, so that the numbers do not depend
-on the device.
+on the device. Imports no torch, so that a report needs none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+import numpy as np
+from numpy.typing import NDArray
 
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, accuracy_intervals
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LISTED_PAIRS = 10
 """Most confused pairs in a test's results."""
@@ -51,6 +53,22 @@ class ConfusedPair(NamedTuple):
     fraction: float
 
 
+class MutualConfusion(NamedTuple):
+    """Two classes that are confused with each other, the more frequent direction first.
+
+    Attributes:
+        target: The class whose images are predicted as the other one.
+        prediction: The other class.
+        n: Number of images of ``target`` predicted as ``prediction``.
+        back: Number of images of ``prediction`` predicted as ``target``.
+    """
+
+    target: int
+    prediction: int
+    n: int
+    back: int
+
+
 def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the rank of each target among its image's logits, 0 for the largest: int64 (N,).
 
@@ -58,6 +76,8 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (N, K).
         targets: int64 (N,).
     """
+    import torch
+
     own = logits.gather(1, targets[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
@@ -76,8 +96,8 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> 
         targets: int64 (N,).
         num_classes: K.
     """
-    # validation refuses the trivial but legal K = 1
-    return multiclass_confusion_matrix(predictions, targets, num_classes, validate_args=False).long()
+    cells = targets * num_classes + predictions
+    return cells.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def class_mean_accuracy(confusion: Tensor) -> float:
@@ -96,12 +116,16 @@ def calibration_error(logits: Tensor, targets: Tensor, num_bins: int = 15) -> fl
 
     Guo et al., "On Calibration of Modern Neural Networks", 2017 (https://arxiv.org/abs/1706.04599), Eq. 3.
     """
-    # torchmetrics treats values outside [0, 1] as logits, so rounding must not push probabilities out of it
-    probabilities = logits.double().softmax(dim=1).clamp(max=1)
-    error = multiclass_calibration_error(
-        probabilities, targets, num_classes=logits.shape[1], n_bins=num_bins, validate_args=False
-    )
-    return error.item()
+    import torch
+
+    # not by torchmetrics, which imports scipy.signal and matplotlib
+    confidences, predictions = logits.double().softmax(dim=1).max(dim=1)
+    correct = (predictions == targets).double()
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=logits.device)
+    # a bin has its lower edge and not its upper one; the last has both
+    bins = torch.bucketize(confidences, edges[1:-1], right=True)
+    gaps = confidences.new_zeros(num_bins).scatter_add_(0, bins, correct - confidences)
+    return (gaps.abs().sum() / len(targets)).item()
 
 
 def level_accuracy(predictions: Tensor, targets: Tensor, groups: Sequence[str]) -> float:
@@ -113,15 +137,15 @@ def level_accuracy(predictions: Tensor, targets: Tensor, groups: Sequence[str]) 
         groups: The group of each of the K classes, one level of ``DatasetIndex.levels``.
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    group_of = torch.tensor([numbers[group] for group in groups], device=targets.device)
+    group_of = targets.new_tensor([numbers[group] for group in groups])
     return (group_of[predictions] == group_of[targets]).double().mean().item()
 
 
-def class_table(confusion: Tensor, classes: Sequence[str]) -> list[ClassRow]:
+def class_table(confusion: Tensor | NDArray[np.int64], classes: Sequence[str]) -> list[ClassRow]:
     """Return one row per class, in label order; of equally frequent confusions the first class is named."""
-    errors = confusion.clone().fill_diagonal_(0)
-    most, partners = errors.max(dim=1)
-    columns = (confusion.sum(dim=1), confusion.diagonal(), most, partners)
+    counts = np.asarray(confusion)
+    errors = _errors(counts)
+    columns = (counts.sum(axis=1), counts.diagonal(), errors.max(axis=1), errors.argmax(axis=1))
     return [
         ClassRow(name, n, right / n if n else None, classes[partner] if wrong else None)
         for name, n, right, wrong, partner in zip(classes, *(c.tolist() for c in columns), strict=True)
@@ -133,13 +157,32 @@ def worst_first(rows: Iterable[ClassRow]) -> list[ClassRow]:
     return sorted((row for row in rows if row.n), key=lambda row: row.accuracy or 0.0)
 
 
-def confused_pairs(confusion: Tensor, classes: Sequence[str]) -> list[ConfusedPair]:
+def confused_pairs(confusion: Tensor | NDArray[np.int64], classes: Sequence[str]) -> list[ConfusedPair]:
     """Return every confused pair, most frequent first, equal counts in label order."""
-    errors = confusion.clone().fill_diagonal_(0)
-    totals = confusion.sum(dim=1).tolist()
-    counts = [(int(errors[i, j]), i, j) for i, j in errors.nonzero().tolist()]
+    matrix = np.asarray(confusion)
+    errors, totals = _errors(matrix), matrix.sum(axis=1).tolist()
+    counts = [(int(errors[i, j]), i, j) for i, j in np.argwhere(errors).tolist()]
     counts.sort(key=lambda pair: -pair[0])
     return [ConfusedPair(classes[i], classes[j], n, n / totals[i]) for n, i, j in counts]
+
+
+def mutual_confusions(confusion: NDArray[np.int64]) -> list[MutualConfusion]:
+    """Return every confused pair of classes, most images in both directions first, ties in label order."""
+    both = np.triu(confusion + confusion.T, k=1)
+    first, second = np.nonzero(both)
+    pairs = []
+    for index in np.argsort(-both[first, second], kind="stable"):
+        a, b = int(first[index]), int(second[index])
+        if confusion[a, b] < confusion[b, a]:
+            a, b = b, a
+        pairs.append(MutualConfusion(a, b, int(confusion[a, b]), int(confusion[b, a])))
+    return pairs
+
+
+def _errors(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    return errors
 
 
 def summarize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,53 @@ def predictions_path(output: Path, split: str) -> Path:
     return output / split / "predictions.npz"
 
 
+class Answers:
+    """What follows from a classifier's logits (N, K) and the targets (N,)."""
+
+    logits: NDArray[np.float32]
+    targets: NDArray[np.int64]
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by for probabilities."""
+        return 1.0
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32]:
+        """(N, K), softmax of the logits divided by the temperature."""
+        scaled = self.logits / np.float32(self.temperature)
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        shares: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+        return shares
+
+    @cached_property
+    def predictions(self) -> NDArray[np.int64]:
+        """(N,), the class of the largest logit."""
+        largest: NDArray[np.int64] = self.logits.argmax(axis=1)
+        return largest
+
+    @cached_property
+    def confidences(self) -> NDArray[np.float32]:
+        """(N,), the probability of the predicted class."""
+        largest: NDArray[np.float32] = self.probabilities.max(axis=1)
+        return largest
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """(N,), whether the prediction is the target."""
+        correct: NDArray[np.bool_] = self.predictions == self.targets
+        return correct
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64]:
+        """(K, K), numbers of images: true classes in rows, predicted classes in columns."""
+        classes = self.logits.shape[1]
+        cells = np.bincount(self.targets * classes + self.predictions, minlength=classes**2)
+        return cells.reshape(classes, classes)
+
+
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(Answers):
     """Logits with their images and targets.
 
     Attributes:
@@ -34,12 +80,6 @@ class Predictions:
     targets: NDArray[np.int64]
     paths: NDArray[np.str_]
     classes: NDArray[np.str_]
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """(N,), whether the largest logit is the target's."""
-        correct: NDArray[np.bool_] = self.logits.argmax(axis=1) == self.targets
-        return correct
 
     @property
     def labels(self) -> NDArray[np.str_]:

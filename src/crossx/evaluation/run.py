@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from crossx.errors import CrossXError
-from crossx.evaluation.metrics import confusion_matrix, summarize
+from crossx.evaluation.examples import choose_examples, compute_maps, maps_path
+from crossx.evaluation.metrics import summarize
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.plots import plot_confusion
 from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
@@ -83,7 +84,8 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
     """Test a run on one split of a dataset and write the results.
 
     Writes the result to ``OUTPUT/SPLIT.json``, and into ``OUTPUT/SPLIT/`` ``per_class.csv``, ``confusion.csv``,
-    ``confusion.png``, ``confused_pairs.csv`` and ``predictions.npz`` (see ``Predictions``), for ``compare_runs``.
+    ``confusion.png``, ``confused_pairs.csv``, ``predictions.npz`` (see ``Predictions``), for ``compare_runs``, and
+    ``examples.npz`` (see ``ExampleMaps``), for ``report_run``.
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
@@ -115,7 +117,11 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
         **subject.provenance(),
     }
     paths = relative_paths(data.index, split, data.config.root)
-    _write_files(subject.output, split, outputs, spec, results, paths)
+    predicted = Predictions(
+        outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
+    )
+    _write_example_maps(subject, predicted)
+    _write_files(subject.output, split, predicted, spec, results)
     return results
 
 
@@ -123,23 +129,35 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
 test_run.__test__ = False  # type: ignore[attr-defined]
 
 
+def _write_example_maps(subject: Subject, predicted: Predictions) -> None:
+    """Keep what a report shows, so that it need not load the network."""
+    calibrated = replace(predicted, logits=predicted.logits / np.float32(subject.spec.temperature))
+    numbers = choose_examples(calibrated).images
+    records = subject.data.index.split(subject.split)
+    path = maps_path(subject.output, subject.split)
+    try:
+        maps = compute_maps(subject.network, subject.spec, [records[number].path for number in numbers])
+    except CrossXError:
+        # the report tries again, and says why there are none
+        path.unlink(missing_ok=True)
+    else:
+        maps.save(path, numbers, predicted)
+
+
 def _write_files(
     folder: Path,
     split: str,
-    outputs: Outputs,
+    predicted: Predictions,
     spec: ModelSpec,
     results: Mapping[str, Any],
-    paths: Sequence[str],
 ) -> None:
-    confusion = confusion_matrix(outputs.logits.argmax(dim=1), outputs.targets, len(spec.classes))
+    confusion = predicted.confusion
     tables = folder / split
     write_class_table(confusion, spec.classes, tables / "per_class.csv")
     write_confused_pairs(confusion, spec.classes, tables / "confused_pairs.csv")
     write_confusion(confusion, spec.classes, tables / "confusion.csv")
     title = f"{spec.method} on {results['dataset']}, {split}: top-1 {results['top1']:.1%}"
-    plot_confusion(confusion.numpy(), spec.classes, tables / "confusion.png", title=title)
-    Predictions(
-        outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
-    ).save(predictions_path(folder, split))
+    plot_confusion(confusion, spec.classes, tables / "confusion.png", title=title)
+    predicted.save(predictions_path(folder, split))
     # last: results exist only with all their files
     write_json(folder / f"{split}.json", results)

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 
-from crossx.data.catalog import read_configured
-from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.images import printable
 from crossx.data.index import SPLITS
-from crossx.errors import CrossXError, first_line, unknown
-from crossx.evaluation.classes import check_classes
+from crossx.errors import CrossXError, unknown
+from crossx.evaluation.data import DataOptions, read_data
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
-
-
-class DataOptions(TypedDict, total=False):
-    """The data to measure a run on; defaults are those of the training.
-
-    Attributes:
-        root: Folder of the data.
-        dataset: Name of the dataset.
-        batch_size: Images per step.
-        num_workers: Processes that load images.
-    """
-
-    root: str | Path | None
-    dataset: str | None
-    batch_size: int | None
-    num_workers: int | None
 
 
 class SubjectOptions(DataOptions, total=False):
@@ -168,39 +150,5 @@ def open_data(info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOp
         UsageError: If there is no such dataset.
         CrossXError: If it cannot be read or has other classes.
     """
-    config = _data_config(info, spec, **options)
-    index = read_configured(config)
-    check_classes(spec.classes, index.classes, index.name)
+    config, index = read_data(info, spec, **options)
     return DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
-
-
-def _data_config(
-    info: Mapping[str, Any],
-    spec: ModelSpec,
-    *,
-    root: str | Path | None = None,
-    dataset: str | None = None,
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-) -> DataConfig:
-    known = {item.name for item in fields(DataConfig)}
-    trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
-    # the recorded path may be relative to another working folder
-    trained["root"] = info.get("data_root") or trained.get("root")
-    # without a cache, since each image is read once
-    try:
-        config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
-    except TypeError as error:
-        raise CrossXError(f"run.json: data: an option is of the wrong type ({first_line(error)}).") from error
-    if dataset is not None and dataset != config.dataset:
-        # root and reader options belong to the dataset of the training
-        config = replace(
-            config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
-        )
-    if root is not None:
-        config = replace(config, root=str(root))
-    if batch_size is not None:
-        config = replace(config, eval_batch_size=batch_size)
-    if num_workers is not None:
-        config = replace(config, num_workers=num_workers)
-    return config

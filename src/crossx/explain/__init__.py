@@ -9,12 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossx.explain.figures import figure, overlay
+    from crossx.explain.figures import figure
     from crossx.explain.maps import explain_images
+    from crossx.explain.overlays import overlay
 
 __all__ = ["explain_images", "figure", "overlay"]
 
-_HOMES = {"explain_images": "maps", "figure": "figures", "overlay": "figures"}
+_HOMES = {"explain_images": "maps", "figure": "figures", "overlay": "overlays"}
 
 
 def __getattr__(name: str) -> Any:

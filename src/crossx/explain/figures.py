@@ -1,4 +1,4 @@
-"""Overlays of maps on images, and figures with one row per image."""
+"""Figures of maps with one row per image."""
 
 from __future__ import annotations
 
@@ -6,42 +6,33 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 from crossx.errors import UsageError
-from crossx.explain.maps import Explanation, Kind, explain_images, min_max, resize
-from crossx.explain.plotting import DPI, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW, save_png
+from crossx.explain.maps import Explanation, Kind, explain_images
+from crossx.explain.overlays import BOX_COLOURS as BOX_COLOURS
+from crossx.explain.overlays import COLORMAP, OPACITY, check_colormap, check_opacity, outline, overlay
+from crossx.explain.overlays import LUMA as LUMA
+from crossx.explain.overlays import layer as layer
+from crossx.explain.plotting import DPI, save_png
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
 from crossx.runs import ModelSpec
-from crossx.suggestions import nearest
 
-COLORMAP = "inferno"
-"""Perceptually uniform, readable with every common colour vision deficiency, and lighter means more in grey print too
-(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
-
-OPACITY = 0.5
 CELL = 1.5
 """Side of an image in inches."""
 GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the column titles, for the colour bar."""
 TEXT_WIDTH = 32
 """Characters per line of the text left of a row; longer names are cut."""
-BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
-LUMA = (0.299, 0.587, 0.114)
-"""Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
 
 
 @dataclass(frozen=True)
@@ -67,97 +58,6 @@ class MapFigure(Figure):
         buffer = io.BytesIO()
         save_png(self, buffer, dpi=DPI / 2)
         return buffer.getvalue()
-
-
-def overlay(
-    image: NDArray[np.uint8],
-    map_: NDArray[Any],
-    *,
-    colormap: str = COLORMAP,
-    opacity: float = OPACITY,
-) -> NDArray[np.uint8]:
-    """Overlay a map on an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
-
-    The map is scaled to [0, 1] by its minimum and maximum, then resized to the image bilinearly. The image is grey, so
-    that all colours are the map's: a yellow bird would look like a high value.
-
-    Args:
-        image: uint8 (H, W, 3).
-        map_: (h, w), of any size and scale, finite.
-        colormap: Name of a matplotlib colormap.
-        opacity: From 0 (only the image) to 1 (only the map).
-
-    Returns:
-        uint8 (H, W, 3).
-
-    Raises:
-        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
-    """
-    share = check_opacity(opacity)
-    grey = (image @ np.array(LUMA))[..., None]
-    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * _coloured(map_, image.shape[:2], colormap)
-    return mixed.round().astype(np.uint8)
-
-
-def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
-    """Draw numbered boxes on an image, the first on top.
-
-    Args:
-        image: uint8 (H, W, 3).
-        boxes: (n, 4), left, top, right, bottom in pixels; clipped to the image.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    # last box first, so that the first is on top
-    shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
-    colours = [BOX_COLOURS[number % len(BOX_COLOURS)] for number in range(len(boxes))][::-1]
-    drawn = draw_bounding_boxes(
-        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-        torch.from_numpy(shown.copy()),
-        labels=[str(number) for number in range(len(boxes), 0, -1)],
-        colors=list(colours),
-        width=max(1, round(side / 90)),
-        font=findfont("DejaVu Sans"),
-        font_size=max(8, side // 14),
-        label_colors=["black"] * len(boxes),
-        fill_labels=True,
-    )
-    pixels: NDArray[np.uint8] = drawn.permute(1, 2, 0).numpy()
-    return pixels
-
-
-def layer(
-    map_: NDArray[Any], size: tuple[int, int], *, colormap: str = COLORMAP, opacity: float = OPACITY
-) -> NDArray[np.uint8]:
-    """Draw a map as a transparent picture, to be shown over the grey image as in ``overlay``.
-
-    Args:
-        map_: See ``overlay``.
-        size: (H, W) of the picture.
-        colormap: See ``overlay``.
-        opacity: See ``overlay``.
-
-    Returns:
-        uint8 (H, W, 4): red, green, blue, alpha.
-
-    Raises:
-        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
-    """
-    colours = _coloured(map_, size, colormap)
-    alpha = np.full((*size, 1), check_opacity(opacity))
-    picture: NDArray[np.float64] = 255 * np.concatenate([colours, alpha], axis=2)
-    return picture.round().astype(np.uint8)
-
-
-def _coloured(map_: NDArray[Any], size: tuple[int, int], colormap: str) -> NDArray[np.float64]:
-    """Return the colours (H, W, 3), from 0 to 1, of a map scaled to [0, 1] and resized."""
-    values = min_max(torch.from_numpy(np.array(map_, dtype=np.float32)))
-    resized = resize(values[None, None], size)[0, 0].numpy()
-    colours: NDArray[np.float64] = check_colormap(colormap)(resized)[..., :3]
-    return colours
 
 
 def figure(
@@ -317,27 +217,6 @@ class _Grid:
 
     def _bottom(self, line: int) -> float:
         return self.height - HEADS - line * self.pitch - self.cell
-
-
-def check_colormap(name: str) -> Colormap:
-    """Return the matplotlib colormap called ``name``.
-
-    Raises:
-        UsageError: If there is none; the nearest name is suggested.
-    """
-    if name not in matplotlib.colormaps:
-        raise UsageError(
-            f"unknown colormap {name!r}.{nearest(name, list(matplotlib.colormaps))} The names are matplotlib's "
-            "(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."
-        )
-    return matplotlib.colormaps[name]
-
-
-def check_opacity(value: float) -> float:
-    """Return an opacity, or raise ``UsageError`` if it is not from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise UsageError(f"the opacity must be from 0 to 1, not {value}.")
-    return value
 
 
 def _shortened(text: str) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import IO, Any
-
-from matplotlib.figure import Figure
+from typing import IO, TYPE_CHECKING, Any
 
 from crossx.runs import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLACK = "#000000"
 BLUE = "#0072b2"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.distributed import at_least_float32, sum_over_ranks
+from crossx.distributed import at_least_float32, reduction_dtype, sum_over_ranks
 from crossx.errors import UsageError, check_choice
 
 Interpolation: TypeAlias = Literal["bilinear", "nearest"]
@@ -73,6 +73,7 @@ class MergedFeatures(nn.Module):
         """
         if not self.norm.training:
             means = self._convolved_mean(previous, last)
+            means = means.to(reduction_dtype(means))
             fixed: Tensor = self.norm(means.flatten(1)[..., None, None])  # (B, P, C) -> (B, P*C, 1, 1)
             return fixed.view_as(means)  # -> (B, P, C)
         positions = previous.shape[3] * previous.shape[4]

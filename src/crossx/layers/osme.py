@@ -103,10 +103,11 @@ class OSME(nn.Module):
     def excite(self, maps: Tensor, gates: Tensor) -> Tensor:
         """Return the attention features U_p, (B, P, C, H, W), for maps (B, C, H, W) and their gates (B, M, C)."""
         # gates (B, M, C) -> (P, B, C); result (P, B, C, H, W) -> (B, P, C, H, W)
-        return gate(maps, gates[:, : self.num_parts].transpose(0, 1)).transpose(0, 1)
+        # under autocast the gates are float32, in which all that follows would take twice the memory
+        return gate(maps, gates[:, : self.num_parts].to(maps).transpose(0, 1)).transpose(0, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Return the attention features U_p, (B, P, C, H, W), for maps (B, C, H, W)."""
+        """Return the attention features U_p, (B, P, C, H, W), for maps (B, C, H, W), in their type."""
         return self.excite(maps, self.gates(maps))
 
 
@@ -182,7 +183,8 @@ class ResidualOSME(nn.Module):
         """Gate F(x) (B, C, H, W) to ([1 +] P, B, C, H, W), where the trunk's own residual comes first if it is kept."""
         if self.drop_path is not None:
             residual = self.drop_path(residual)
-        gates = self.osme.gates(residual).transpose(0, 1)  # (B, P, C) -> (P, B, C)
+        # under autocast the gates are float32, in which all that follows would take twice the memory
+        gates = self.osme.gates(residual).to(residual).transpose(0, 1)  # (B, P, C) -> (P, B, C)
         if self.keep_trunk and self.own is None:
             gates = torch.cat((torch.ones_like(gates[:1]), gates))  # -> (1 + P, B, C)
         gated = gate(residual, gates)

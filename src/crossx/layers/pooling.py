@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossx.distributed import at_least_float32, reduction_dtype
 from crossx.errors import check_choice
 
 Pooling: TypeAlias = Literal["max", "avg"]
@@ -16,16 +17,17 @@ Pooling: TypeAlias = Literal["max", "avg"]
 def global_pool(features: Tensor, pooling: Pooling) -> Tensor:
     """Pool attention features (B, P, C, H, W) over the spatial positions to part features (B, P, C).
 
-    ``avg`` is GAP, ``max`` is GMP (section 3.2 and the last paragraph of section 4.3).
+    ``avg`` is GAP, ``max`` is GMP (section 3.2 and the last paragraph of section 4.3). Under autocast the result is in
+    float32.
     """
     check_choice("pooling", pooling, get_args(Pooling))
     # (B, P, C, H, W) -> (B, P, C)
     if pooling == "avg":
-        return features.mean((3, 4))
+        return features.mean((3, 4), dtype=reduction_dtype(features))
     if torch.compiler.is_compiling():
-        return features.amax((3, 4))
+        return features.amax((3, 4)).to(reduction_dtype(features))
     pooled: Tensor = _GlobalMax.apply(features)
-    return pooled
+    return pooled.to(reduction_dtype(features))
 
 
 def pooled_shares(features: Tensor, pooling: Pooling) -> Tensor:
@@ -57,4 +59,5 @@ class _GlobalMax(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         features, pooled = ctx.saved_tensors
         largest: Tensor = (features == pooled[..., None, None]).to(gradient.dtype)  # (B, P, C, H, W)
-        return largest.mul_((gradient / largest.sum((3, 4)))[..., None, None])
+        ties = largest.sum((3, 4), dtype=at_least_float32(gradient).dtype)
+        return largest.mul_((gradient / ties)[..., None, None])

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from crossx.data.transforms import MAX_ASPECT, resized_side
+from crossx.data.geometry import MAX_ASPECT, resized_side
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method

@@ -9,21 +9,22 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from crossx.data.images import IMAGE_SUFFIXES, ImageError, find_images, is_image_name, read_picture
 from crossx.data.readers.table import is_table, read_paths
 from crossx.errors import CrossXError
 from crossx.runs import user_path
 
-OneImage: TypeAlias = Path | bytes | Image.Image | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OneImage: TypeAlias = "Path | bytes | Image.Image | Tensor"
 """An image file, the bytes of one, an opened image, or a uint8 RGB tensor (3, H, W)."""
-ImageInput: TypeAlias = str | OneImage
+ImageInput: TypeAlias = "str | OneImage"
 """One image, or several by a path: a folder, a pattern, a table or a list, see ``expand_paths``."""
 
 LISTS = (".txt", ".lst", ".list")
@@ -81,6 +82,8 @@ def read_list(content: bytes, source: str, folder: Path | None = None) -> list[P
 
 def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
     """Return a list of single images, with each path replaced by its files; see ``expand_paths``."""
+    from torch import Tensor
+
     if isinstance(images, str | bytes | Path | Image.Image | Tensor):
         images = [images]
     items: list[OneImage] = []
@@ -95,7 +98,9 @@ def decode(item: Image.Image | Tensor) -> Tensor:
     Raises:
         CrossXError: If the tensor has another type or shape, or the Pillow image cannot be decoded.
     """
-    if isinstance(item, Tensor):
+    import torch
+
+    if isinstance(item, torch.Tensor):
         if item.dtype != torch.uint8 or item.dim() != 3 or item.shape[0] != 3 or item.numel() == 0:
             raise CrossXError(
                 f"an image tensor must be uint8 RGB of shape (3, H, W), not {item.dtype} {tuple(item.shape)}."

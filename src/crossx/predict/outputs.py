@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
 from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
 from crossx.runs.spreadsheet import write_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
 """Columns of a table of predictions; ``rank`` only with more than one class per image."""
@@ -25,10 +25,6 @@ GROUP_ROWS = 1024
 """Rows per row group of a Parquet file."""
 
 TableRow: TypeAlias = tuple[object, str | None, float | None, str | None, int | None]
-
-_SCHEMA = pa.schema(
-    zip(TABLE_COLUMNS, (pa.string(), pa.string(), pa.float32(), pa.string(), pa.int32()), strict=True)
-)
 
 
 def check_output(path: Path, suffixes: Iterable[str]) -> None:
@@ -100,6 +96,8 @@ def write_features(path: Path, features: Iterable[Features], size: int) -> None:
     Raises:
         CrossXError: If the file cannot be written.
     """
+    import pyarrow as pa
+
     kinds = (pa.string(), pa.list_(pa.float32(), size), pa.string())
     schema = pa.schema(zip(("path", "feature", "error"), kinds, strict=True))
     rows = ((_text(one.path), one.vector, one.error) for one in features)
@@ -131,7 +129,11 @@ def _columns(top: int) -> tuple[str, ...]:
 
 
 def _schema(top: int) -> pa.Schema:
-    return pa.schema([_SCHEMA.field(name) for name in _columns(top)])
+    import pyarrow as pa
+
+    kinds = (pa.string(), pa.string(), pa.float32(), pa.string(), pa.int32())
+    types = dict(zip(TABLE_COLUMNS, kinds, strict=True))
+    return pa.schema([(name, types[name]) for name in _columns(top)])
 
 
 def _rows(predictions: Iterable[Prediction], top: int) -> Iterator[Sequence[object]]:
@@ -143,12 +145,16 @@ def _rows(predictions: Iterable[Prediction], top: int) -> Iterator[Sequence[obje
 
 
 def _table(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
     columns = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
     return pa.table(columns, schema)
 
 
 def _write_groups(path: Path, schema: pa.Schema, rows: Iterator[Sequence[object]]) -> None:
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    from pyarrow import parquet
+
+    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while group := list(islice(rows, GROUP_ROWS)):
             writer.write_table(_table(group, schema))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from crossx.data.transforms import batch_images, eval_transform, resized_side, square_transform
+from crossx.data.geometry import resized_side
+from crossx.data.transforms import batch_images, eval_transform, square_transform
 from crossx.errors import UsageError
 from crossx.predict.inputs import OneImage, decode
 from crossx.runs import Preprocessing

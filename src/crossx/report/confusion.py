@@ -7,24 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
-
-class MutualConfusion(NamedTuple):
-    """Two classes that are confused with each other, the more frequent direction first.
-
-    Attributes:
-        target: The class whose images are predicted as the other one.
-        prediction: The other class.
-        n: Number of images of ``target`` predicted as ``prediction``.
-        back: Number of images of ``prediction`` predicted as ``target``.
-    """
-
-    target: int
-    prediction: int
-    n: int
-    back: int
+from crossx.evaluation.metrics import mutual_confusions
 
 
 class ConfusionRow(NamedTuple):
@@ -43,19 +27,6 @@ class ConfusionRow(NamedTuple):
     n: int
 
 
-def mutual_confusions(confusion: NDArray[np.int64]) -> list[MutualConfusion]:
-    """Return every confused pair of classes, most images in both directions first, ties in label order."""
-    both = np.triu(confusion + confusion.T, k=1)
-    first, second = np.nonzero(both)
-    pairs = []
-    for index in np.argsort(-both[first, second], kind="stable"):
-        a, b = int(first[index]), int(second[index])
-        if confusion[a, b] < confusion[b, a]:
-            a, b = b, a
-        pairs.append(MutualConfusion(a, b, int(confusion[a, b]), int(confusion[b, a])))
-    return pairs
-
-
 def confused_block(confusion: NDArray[np.int64], most: int) -> list[int]:
     """Return the classes to show: all in label order, or the ``most`` of the most confused pairs.
 
@@ -68,6 +39,9 @@ def confused_block(confusion: NDArray[np.int64], most: int) -> list[int]:
     selected = np.array(sorted(list(chosen)[:most]), dtype=np.int64)
     if len(selected) < 3:
         return [int(label) for label in selected]
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
     similarity = (confusion + confusion.T)[np.ix_(selected, selected)].astype(float)
     distance = similarity.max() - similarity
     np.fill_diagonal(distance, 0)

@@ -12,16 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossx.report.confusion import MutualConfusion, mutual_confusions
+from crossx.evaluation.examples import PAIRS as PAIRS
+from crossx.evaluation.examples import RIGHT as RIGHT
+from crossx.evaluation.examples import SEED as SEED
+from crossx.evaluation.examples import WRONG as WRONG
+from crossx.evaluation.examples import ShownImages as ShownImages
+from crossx.evaluation.examples import choose_examples as choose_examples
 from crossx.report.results import RunResults
 
-PAIRS = 6
-"""Confused pairs of classes with images of both."""
-WRONG = 8
-"""Wrong predictions shown, the most confident ones."""
-RIGHT = 8
-"""Correct predictions shown, drawn at random with ``SEED``."""
-SEED = 0
 TOP = 3
 """Classes listed for each image."""
 
@@ -31,27 +29,6 @@ MAX_TILES = 160
 """More pictures are made smaller, so that together they take the space of this many."""
 QUALITY = 72
 """WebP quality. With the two limits above, all pictures of a page take less than 4.7 MB, even of pure noise."""
-
-
-class ShownImages(NamedTuple):
-    """Indices of the images of a test set that are shown.
-
-    Attributes:
-        pairs: A confused pair, its most confident mistake, and the most confident correct image of the predicted class
-            (None if no image of that class is predicted correctly).
-        wrong: The most confident wrong predictions, most confident first.
-        right: Correct predictions drawn at random, in the order of the images.
-    """
-
-    pairs: list[tuple[MutualConfusion, int, int | None]]
-    wrong: list[int]
-    right: list[int]
-
-    @property
-    def images(self) -> list[int]:
-        """Every image that is shown, sorted and without duplicates."""
-        shown = {image for _, *both in self.pairs for image in both if image is not None}
-        return sorted(shown.union(self.wrong, self.right))
 
 
 class Pictures(NamedTuple):
@@ -91,24 +68,6 @@ class Example(NamedTuple):
     def right(self) -> bool:
         """Whether the prediction is the true class."""
         return self.target == self.prediction
-
-
-def choose_examples(run: RunResults) -> ShownImages:
-    """Choose at most ``2 * PAIRS + WRONG + RIGHT`` images to show, the same on every machine."""
-    wrong = np.flatnonzero(~run.correct)
-    right = np.flatnonzero(run.correct)
-    drawn = np.random.default_rng(SEED).choice(right, min(RIGHT, len(right)), replace=False)
-    pairs = []
-    for pair in mutual_confusions(run.confusion)[:PAIRS]:
-        mistakes = (run.targets == pair.target) & (run.predictions == pair.prediction)
-        mistake = _most_confident(run, mistakes)
-        assert mistake is not None
-        pairs.append((pair, mistake, _most_confident(run, run.correct & (run.targets == pair.prediction))))
-    return ShownImages(
-        pairs,
-        wrong[np.argsort(-run.confidences[wrong], kind="stable")][:WRONG].tolist(),
-        sorted(drawn.tolist()),
-    )
 
 
 def make_examples(
@@ -155,9 +114,3 @@ def data_uri(picture: NDArray[np.uint8], side: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _most_confident(run: RunResults, chosen: NDArray[np.bool_]) -> int | None:
-    """Return the most confident image of a mask, the first of equal ones."""
-    images = np.flatnonzero(chosen)
-    return int(images[run.confidences[images].argmax()]) if len(images) else None

@@ -15,11 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from crossx.data.images import printable
-from crossx.errors import CrossXError
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.evaluation.parts.verdict import verdict
-from crossx.methods.base import Method, method_class
+from crossx.method_source import curve_titles, is_imported
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
 from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
@@ -95,11 +94,13 @@ def _environment() -> Environment:
 
 
 def _curve_titles(method: str) -> Mapping[str, str]:
-    try:
-        return method_class(method).curve_titles
-    except CrossXError:
-        # results of a method that is not here can still be read
-        return Method.curve_titles
+    if is_imported():
+        from crossx.methods.base import method_class, registered
+
+        # also one that is registered elsewhere
+        if method in registered():
+            return method_class(method).curve_titles
+    return curve_titles(method)
 
 
 def _breakable(name: str) -> Markup:

@@ -8,13 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from crossx.errors import CrossXError
-from crossx.evaluation.metrics import ClassRow, class_table, confusion_matrix
-from crossx.evaluation.predictions import Predictions, predictions_path
+from crossx.evaluation.metrics import ClassRow, class_table
+from crossx.evaluation.predictions import Answers, Predictions, predictions_path
 from crossx.runs import ModelSpec, Run, read_history, read_json
 
 NEEDED = (
@@ -25,7 +23,7 @@ NEEDED = (
 
 
 @dataclass(frozen=True)
-class RunResults:
+class RunResults(Answers):
     """A tested run.
 
     Attributes:
@@ -82,39 +80,12 @@ class RunResults:
         """The K class names in label order."""
         return self.spec.classes
 
-    @cached_property
-    def probabilities(self) -> NDArray[np.float32]:
-        """(N, K), softmax of the logits divided by the temperature that the run had when it was tested."""
-        temperature = np.float32(self.results.get("temperature") or 1)
-        scaled: NDArray[np.float32] = softmax(self.logits / temperature, axis=1)
-        return scaled
-
-    @cached_property
-    def predictions(self) -> NDArray[np.int64]:
-        """(N,), the class of the largest logit."""
-        largest: NDArray[np.int64] = self.logits.argmax(axis=1)
-        return largest
-
-    @cached_property
-    def confidences(self) -> NDArray[np.float32]:
-        """(N,), the probability of the predicted class."""
-        largest: NDArray[np.float32] = self.probabilities.max(axis=1)
-        return largest
-
-    @cached_property
-    def correct(self) -> NDArray[np.bool_]:
-        """(N,), whether the prediction is the target."""
-        correct: NDArray[np.bool_] = self.predictions == self.targets
-        return correct
+    @property
+    def temperature(self) -> float:
+        """The temperature that the run had when it was tested."""
+        return float(self.results.get("temperature") or 1)
 
     @cached_property
     def class_rows(self) -> list[ClassRow]:
         """One row per class that has images, in label order."""
-        return [row for row in class_table(torch.from_numpy(self.confusion), self.classes) if row.n]
-
-    @cached_property
-    def confusion(self) -> NDArray[np.int64]:
-        """(K, K), numbers of images: true classes in rows, predicted classes in columns."""
-        predictions, targets = torch.from_numpy(self.predictions), torch.from_numpy(self.targets)
-        counts: NDArray[np.int64] = confusion_matrix(predictions, targets, len(self.classes)).numpy()
-        return counts
+        return [row for row in class_table(self.confusion, self.classes) if row.n]

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from crossx.data.geometry import read_view
 from crossx.data.index import SPLITS
-from crossx.data.transforms import Normalize, batch_images, eval_transform
 from crossx.errors import CrossXError, UsageError, unknown
-from crossx.evaluation.network import TorchNetwork, within_memory
+from crossx.evaluation.data import read_data
+from crossx.evaluation.examples import ExampleMaps, choose_examples, compute_maps, maps_path
 from crossx.evaluation.predictions import relative_paths
-from crossx.evaluation.subject import open_data
-from crossx.explain.figures import outline, overlay
-from crossx.methods.weights import load_method
-from crossx.report.examples import Pictures, choose_examples
+from crossx.explain.overlays import outline, overlay
+from crossx.report.examples import Pictures, tile_side
 from crossx.report.page import render
 from crossx.report.results import RunResults
 from crossx.runs import check_output_file, open_run, write_text
 
 log = logging.getLogger(__name__)
-
-BATCH_SIZE = 16
 
 
 def report_path(run: str | Path, split: str = "test", output: str | Path | None = None) -> Path:
@@ -69,55 +65,67 @@ def report_run(
         CrossXError: If the run is missing or was not tested, or the file cannot be written.
     """
     target = report_path(run, split, output)
-    tested = RunResults.read(open_run(run)[0], split)
+    if device not in ("auto", "cpu"):
+        from crossx.evaluation.device import select_device
+
+        select_device(device)
+    opened = open_run(run)[0]
+    tested = RunResults.read(opened, split)
     shown = choose_examples(tested)
-    notices = []
+    notices, pictures = [], {}
     try:
-        images = _read_images(tested, split, shown.images)
+        files = _find_images(tested, split, shown.images)
+        maps = ExampleMaps.load(maps_path(opened.path, split), shown.images, tested)
+        if maps is None:
+            maps = _compute_maps(run, files, device)
+        drawn = _draw(tested, files, maps)
+        pictures = dict(zip(shown.images, drawn, strict=True))
     except CrossXError as error:
-        images = {}
         notices.append(f"The page has no pictures: {error}")
         log.warning("the page has no pictures: %s", error)
-    pictures = _pictures(run, images, device) if images else {}
     write_text(target, render(tested, shown, pictures, notices))
     return target
 
 
-def _read_images(tested: RunResults, split: str, numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return the images as the network sees them, number -> uint8 (3, S, S)."""
+def _find_images(tested: RunResults, split: str, numbers: Sequence[int]) -> list[Path]:
+    """Return the files of tested images."""
     results = tested.results
-    data = open_data(tested.info, tested.spec, root=results.get("data_root"), dataset=results["dataset"])
-    paths = relative_paths(data.index, split, data.config.root)
-    files = dict(zip(paths, (record.path for record in data.index.split(split)), strict=True))
-    transform = eval_transform(tested.spec.preprocessing)
-    images = {}
+    config, index = read_data(
+        tested.info, tested.spec, root=results.get("data_root"), dataset=results["dataset"]
+    )
+    index = index.with_validation(config.val_fraction, config.split_seed)
+    paths = relative_paths(index, split, config.root)
+    files = dict(zip(paths, (record.path for record in index.split(split)), strict=True))
+    found = []
     for number in numbers:
         path = str(tested.paths[number])
         if path not in files:
-            raise CrossXError(f"{path} was tested but is no longer in {data.config.root}.")
-        images[number] = transform(transform.read(files[path]))
-    return images
+            raise CrossXError(f"{path} was tested but is no longer in {config.root}.")
+        found.append(files[path])
+    return found
 
 
-@torch.inference_mode()
-def _pictures(run: str | Path, images: Mapping[int, Tensor], device: str) -> dict[int, Pictures]:
-    """Overlay the activation maps of every stage and part on the images, and draw the method's boxes."""
+def _compute_maps(run: str | Path, files: Sequence[Path], device: str) -> ExampleMaps:
+    """Compute the maps with the network, for a run that an earlier version of crossx tested."""
+    from crossx.data.transforms import Normalize
+    from crossx.evaluation.network import TorchNetwork
+    from crossx.methods.weights import load_method
+
     method, spec = load_method(run)
-    network = TorchNetwork(method, Normalize(spec.preprocessing), device)
-    pictures = {}
-    for start in range(0, len(images), BATCH_SIZE):
-        numbers = list(images)[start : start + BATCH_SIZE]
-        batch = batch_images([images[number] for number in numbers])
-        with within_memory(len(batch)):
-            inputs = network.inputs(batch)
-            maps, boxes = method.activation_maps(inputs), method.boxes(inputs)
-        for index, number in enumerate(numbers):
-            image = images[number].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
-            overlays = {
-                stage: [overlay(image, part.float().cpu().numpy()) for part in parts[index]]
-                for stage, parts in maps.items()
-            }
-            if boxes is not None:
-                image = outline(image, boxes[index].float().cpu().numpy())
-            pictures[number] = Pictures(image, overlays, boxes is not None)
+    return compute_maps(TorchNetwork(method, Normalize(spec.preprocessing), device), spec, files)
+
+
+def _draw(tested: RunResults, files: Sequence[Path], maps: ExampleMaps) -> list[Pictures]:
+    """Overlay the activation maps of every stage and part on the images, and draw the method's boxes."""
+    prep, tiles = tested.spec.preprocessing, 1 + sum(stage.shape[1] for stage in maps.maps.values())
+    side = min(prep.image_size, tile_side(tiles * len(files)))
+    pictures = []
+    for index, file in enumerate(files):
+        image = read_view(file, prep, side)
+        overlays = {
+            stage: [overlay(image, part) for part in parts[index]] for stage, parts in maps.maps.items()
+        }
+        if maps.boxes is not None:
+            image = outline(image, maps.boxes[index] * np.float32(side / prep.image_size))
+        pictures.append(Pictures(image, overlays, maps.boxes is not None))
     return pictures

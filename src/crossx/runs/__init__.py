@@ -29,7 +29,7 @@ from crossx.runs.files import (
     write_json,
     write_text,
 )
-from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, free_folder, open_run
+from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run
 from crossx.runs.locks import is_lock, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, Preprocessing
 
@@ -45,6 +45,7 @@ __all__ = [
     "check_output_file",
     "check_writable",
     "environment",
+    "find_run",
     "free_folder",
     "is_lock",
     "is_utf8",

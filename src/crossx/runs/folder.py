@@ -168,3 +168,27 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
         "train it first with `crossx fit`."
     )
+
+
+def find_run(path: Path) -> tuple[Run, Path | None]:
+    """Return the run of a folder or a checkpoint, and the checkpoint if ``path`` is one.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    if not path.is_dir():
+        for folder in (path.parent, path.parent.parent):
+            run = Run(folder)
+            if not (run.config.is_file() or run.checkpoints.is_dir()):
+                continue
+            if path.suffix == ".ckpt" and path.is_file():
+                return run, path
+            if path.suffix == ".ckpt" or path.is_file():
+                what = "not a checkpoint" if path.is_file() else "no such checkpoint"
+                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
+    run = Run(path)
+    if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
+        return run, None
+    raise UsageError(
+        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
+    )

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from crossx.data.images import ImageError
 from crossx.errors import UsageError
-from crossx.explain.figures import FigureRow, caption, draw, layer
 from crossx.explain.maps import Explanation, Kind
+from crossx.explain.overlays import layer
 from crossx.explain.plotting import save_png
 from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor, class_number
@@ -304,6 +304,9 @@ class Service:
         return explained
 
     def _figure(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> bytes:
+        # draws with matplotlib's axes, which take a while to import
+        from crossx.explain.figures import FigureRow, caption, draw
+
         text = caption(explanation, self._predictor.classes, name=upload.name or "")
         picture = io.BytesIO()
         save_png(draw([FigureRow(pixels, explanation, text)]), picture)

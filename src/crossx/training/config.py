@@ -26,8 +26,8 @@ Selection = Literal["best", "last", "best_on_test"]
 
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
-Precision = Literal["32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed"]
-"""Lightning's names for float32 and mixed precision. Weights and reductions stay in float32."""
+Precision = Literal["auto", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed"]
+"""Lightning's names for float32 and mixed precision, and ``auto``. Weights and reductions stay in float32."""
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 ClipAlgorithm = Literal["norm", "value"]
 
@@ -267,7 +267,8 @@ class TrainerConfig:
         strategy: `auto` and `ddp` use PyTorch's DistributedDataParallel on several devices;
             `ddp_find_unused_parameters_true` is for methods that leave parameters without a gradient.
         sync_batchnorm: Compute batch norm statistics over all processes (GPUs only).
-        precision: `32`, or mixed precision `bf16-mixed` or `16-mixed`; weights stay in float32.
+        precision: `32`, or mixed precision `bf16-mixed` or `16-mixed`; weights stay in float32. `auto`: `bf16-mixed` on
+            a processor with AMX or a GPU with bfloat16, else `32`; a resumed run keeps what it began with.
         deterministic: Use deterministic kernels only; `warn` warns if there is none.
         benchmark: Let cuDNN search for its fastest kernels; null keeps PyTorch's setting.
         detect_anomaly: Find the operation that makes a gradient NaN (slow).

@@ -48,6 +48,7 @@ from crossx.runs import (
     ModelSpec,
     Run,
     environment,
+    find_run,
     is_lock,
     is_utf8,
     locked_folder,
@@ -61,9 +62,9 @@ from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop, quiet_lightning
+from crossx.training.precision import resolve_precision
 from crossx.training.recovery import (
     clear,
-    find_run,
     has_progress,
     is_leftover,
     read_existing_info,
@@ -84,6 +85,7 @@ KEPT = (
     "init",
     "imports",
     "seed",
+    "precision",
     "images",
     "skipped",
     "environment",
@@ -121,7 +123,10 @@ def fit(config: Config) -> Run:
         with _interruptible(run), _locked(run.path):
             if is_leader():
                 _require_empty(run.path)
-            return _train(_with_absolute_paths(config), run)
+            trainer, reason = resolve_precision(config.trainer)
+            if reason and is_leader():
+                log.info("trainer.precision auto is %s: %s.", trainer.precision, reason)
+            return _train(_with_absolute_paths(replace(config, trainer=trainer)), run)
     except BaseException:
         with suppress(OSError):
             run.path.rmdir()  # only if it is still empty, so that the same --output can be given again
@@ -421,6 +426,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "dataset": data.index.name,
         "data_root": config.data.root,
         "seed": config.seed,
+        "precision": config.trainer.precision,
         "selection": None,
         "images": {split: len(data.index.split(split)) for split in SPLITS},
         "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric import Fabric, seed_everything
@@ -38,6 +38,7 @@ from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
+from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.task import Task
 
@@ -518,7 +519,7 @@ def build_fabric(options: TrainerConfig) -> Fabric:
             strategy=options.strategy,
             devices=options.devices,
             num_nodes=options.num_nodes,
-            precision=options.precision,
+            precision=cast(Any, resolve_precision(options)[0].precision),
         )
     except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error

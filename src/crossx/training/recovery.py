@@ -1,4 +1,4 @@
-"""Find a run to resume; read its files, also after damage; delete what a training that starts over has left."""
+"""Read a run's files, also after damage; delete what a training that starts over has left."""
 
 from __future__ import annotations
 
@@ -22,30 +22,6 @@ LEFTOVERS = (".*.tmp", ".tmp??????")
 """Temporary files of this package and of safetensors, which a kill leaves."""
 
 log = logging.getLogger(__name__)
-
-
-def find_run(path: Path) -> tuple[Run, Path | None]:
-    """Return the run of a folder or a checkpoint, and the checkpoint if ``path`` is one.
-
-    Raises:
-        UsageError: If it is neither.
-    """
-    if not path.is_dir():
-        for folder in (path.parent, path.parent.parent):
-            run = Run(folder)
-            if not (run.config.is_file() or run.checkpoints.is_dir()):
-                continue
-            if path.suffix == ".ckpt" and path.is_file():
-                return run, path
-            if path.suffix == ".ckpt" or path.is_file():
-                what = "not a checkpoint" if path.is_file() else "no such checkpoint"
-                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
-    run = Run(path)
-    if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
-        return run, None
-    raise UsageError(
-        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
-    )
 
 
 def require_files(run: Run) -> None:

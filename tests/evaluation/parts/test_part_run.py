@@ -96,6 +96,7 @@ def test_measures_of_drawn_birds(tmp_path, birds):
         picture.verify()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_stability_of_one_image_at_a_time(tmp_path, birds):
     run = write_run(tmp_path / "run", "synthetic", birds, **DRAWN)
@@ -125,7 +126,7 @@ def is_in_crop(place, box):
     return bool(((centre >= 0) & (centre < 64)).all())
 
 
-@pytest.mark.parametrize("method", slow_except(list_methods(), "crossx"))
+@pytest.mark.parametrize("method", slow_except(list_methods(), "plain"))
 def test_every_method_and_number_of_images_a_step(tmp_path, birds, method):
     run = write_run(tmp_path / "run", "synthetic", birds, method, **DRAWN)
     two, six = (measure_run(run.path, batch_size=size, output=tmp_path / str(size)) for size in (2, 6))
@@ -139,7 +140,10 @@ def test_every_method_and_number_of_images_a_step(tmp_path, birds, method):
 
 @pytest.mark.parametrize(
     ("dataset", "write", "parts"),
-    [("cub", write_cub, {"back", "left eye"}), ("nabirds", write_nabirds, {"bill"})],
+    [
+        ("cub", write_cub, {"back", "left eye"}),
+        pytest.param("nabirds", write_nabirds, {"bill"}, marks=pytest.mark.slow),
+    ],
 )
 def test_keypoints(tmp_path, dataset, write, parts):
     root = write(tmp_path / "archive")

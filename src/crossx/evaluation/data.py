@@ -1,0 +1,76 @@
+"""The dataset of a run, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from crossx.data.catalog import read_configured
+from crossx.data.config import DataConfig
+from crossx.data.index import DatasetIndex
+from crossx.errors import CrossXError, first_line
+from crossx.evaluation.classes import check_classes
+from crossx.runs import ModelSpec
+
+
+class DataOptions(TypedDict, total=False):
+    """The data to measure a run on; defaults are those of the training.
+
+    Attributes:
+        root: Folder of the data.
+        dataset: Name of the dataset.
+        batch_size: Images per step.
+        num_workers: Processes that load images.
+    """
+
+    root: str | Path | None
+    dataset: str | None
+    batch_size: int | None
+    num_workers: int | None
+
+
+def read_data(
+    info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOptions]
+) -> tuple[DataConfig, DatasetIndex]:
+    """Read which images there are in the dataset of a run, or in another one with the same classes.
+
+    Arguments and errors: as of ``subject.open_data``.
+    """
+    config = _data_config(info, spec, **options)
+    index = read_configured(config)
+    check_classes(spec.classes, index.classes, index.name)
+    return config, index
+
+
+def _data_config(
+    info: Mapping[str, Any],
+    spec: ModelSpec,
+    *,
+    root: str | Path | None = None,
+    dataset: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> DataConfig:
+    known = {item.name for item in fields(DataConfig)}
+    trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
+    # the recorded path may be relative to another working folder
+    trained["root"] = info.get("data_root") or trained.get("root")
+    # without a cache, since each image is read once
+    try:
+        config = DataConfig(**{"dataset": spec.dataset, **trained, "cache": "none"})
+    except TypeError as error:
+        raise CrossXError(f"run.json: data: an option is of the wrong type ({first_line(error)}).") from error
+    if dataset is not None and dataset != config.dataset:
+        # root and reader options belong to the dataset of the training
+        config = replace(
+            config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
+        )
+    if root is not None:
+        config = replace(config, root=str(root))
+    if batch_size is not None:
+        config = replace(config, eval_batch_size=batch_size)
+    if num_workers is not None:
+        config = replace(config, num_workers=num_workers)
+    return config

@@ -1,0 +1,149 @@
+"""Overlays of maps and boxes on images. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from crossx.errors import UsageError
+from crossx.explain.plotting import GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
+from crossx.suggestions import nearest
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+
+COLORMAP = "inferno"
+"""Perceptually uniform, readable with every common colour vision deficiency, and lighter means more in grey print too
+(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
+
+OPACITY = 0.5
+BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
+LUMA = (0.299, 0.587, 0.114)
+"""Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    map_: NDArray[Any],
+    *,
+    colormap: str = COLORMAP,
+    opacity: float = OPACITY,
+) -> NDArray[np.uint8]:
+    """Overlay a map on an image: ``(1 - opacity) grey(image) + opacity colormap(map)``.
+
+    The map is scaled to [0, 1] by its minimum and maximum, then resized to the image bilinearly. The image is grey, so
+    that all colours are the map's: a yellow bird would look like a high value.
+
+    Args:
+        image: uint8 (H, W, 3).
+        map_: (h, w), of any size and scale, finite.
+        colormap: Name of a matplotlib colormap.
+        opacity: From 0 (only the image) to 1 (only the map).
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
+    """
+    share = check_opacity(opacity)
+    grey = (image @ np.array(LUMA))[..., None]
+    mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * _coloured(map_, image.shape[:2], colormap)
+    return mixed.round().astype(np.uint8)
+
+
+def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Draw numbered boxes on an image, the first on top.
+
+    Args:
+        image: uint8 (H, W, 3).
+        boxes: (n, 4), left, top, right, bottom in pixels; clipped to the image.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    from matplotlib.font_manager import findfont
+
+    height, width = image.shape[:2]
+    side = min(height, width)
+    # last box first, so that the first is on top
+    shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
+    colours = [BOX_COLOURS[number % len(BOX_COLOURS)] for number in range(len(boxes))][::-1]
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), max(8, side // 14))
+    width = max(1, round(side / 90))
+    for number, colour, box in zip(
+        range(len(boxes), 0, -1), colours, shown.astype(int).tolist(), strict=True
+    ):
+        draw.rectangle(box, outline=colour, width=width)
+        corner = box[0] + width + 1, box[1] + width + 1
+        left, top, right, bottom = draw.textbbox(corner, str(number), font)
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
+        draw.text(corner, str(number), "black", font)
+    pixels: NDArray[np.uint8] = np.asarray(picture)
+    return pixels
+
+
+def layer(
+    map_: NDArray[Any], size: tuple[int, int], *, colormap: str = COLORMAP, opacity: float = OPACITY
+) -> NDArray[np.uint8]:
+    """Draw a map as a transparent picture, to be shown over the grey image as in ``overlay``.
+
+    Args:
+        map_: See ``overlay``.
+        size: (H, W) of the picture.
+        colormap: See ``overlay``.
+        opacity: See ``overlay``.
+
+    Returns:
+        uint8 (H, W, 4): red, green, blue, alpha.
+
+    Raises:
+        UsageError: For an unknown colormap, or an opacity outside 0 to 1.
+    """
+    colours = _coloured(map_, size, colormap)
+    alpha = np.full((*size, 1), check_opacity(opacity))
+    picture: NDArray[np.float64] = 255 * np.concatenate([colours, alpha], axis=2)
+    return picture.round().astype(np.uint8)
+
+
+def _coloured(map_: NDArray[Any], size: tuple[int, int], colormap: str) -> NDArray[np.float64]:
+    """Return the colours (H, W, 3), from 0 to 1, of a map scaled to [0, 1] and resized."""
+    values = np.asarray(map_, dtype=np.float64)
+    low, high = values.min(), values.max()
+    unit = (values - low) / (high - low if high > low else 1)
+    down, across = (_interpolation(before, after) for before, after in zip(values.shape, size, strict=True))
+    colours: NDArray[np.float64] = check_colormap(colormap)(down @ unit @ across.T)[..., :3]
+    return colours
+
+
+def _interpolation(before: int, after: int) -> NDArray[np.float64]:
+    """Return the matrix (after, before) that resizes an axis linearly, with aligned outer edges."""
+    centres = (np.arange(after) + 0.5) * before / after - 0.5
+    return np.stack([np.interp(centres, np.arange(before), unit) for unit in np.eye(before)], axis=1)
+
+
+def check_colormap(name: str) -> Colormap:
+    """Return the matplotlib colormap called ``name``.
+
+    Raises:
+        UsageError: If there is none; the nearest name is suggested.
+    """
+    if name not in matplotlib.colormaps:
+        raise UsageError(
+            f"unknown colormap {name!r}.{nearest(name, list(matplotlib.colormaps))} The names are matplotlib's "
+            "(https://matplotlib.org/stable/users/explain/colors/colormaps.html)."
+        )
+    return matplotlib.colormaps[name]
+
+
+def check_opacity(value: float) -> float:
+    """Return an opacity, or raise ``UsageError`` if it is not from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"the opacity must be from 0 to 1, not {value}.")
+    return value

@@ -1,0 +1,54 @@
+"""Which packages a verb imports that it does not need: each in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layouts
+
+UNNEEDED = {
+    "matplotlib", "scipy", "sklearn", "pandas", "pyarrow", "lightning", "torchmetrics", "fastapi", "uvicorn",
+    "onnxruntime", "openvino", "ray", "tensorboard", "transformers",
+}  # fmt: skip
+CODE = """
+import sys
+from crossx.cli.main import main
+code = main(sys.argv[1:])
+print("imported", *{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+sys.exit(code)
+"""
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("imports")
+    layouts.write_folder(place / "images", split_folders=True)
+    layouts.write_run(place / "run", sorted(layouts.FOLDERS))
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (("predict", "run", "images/test", *CPU), set()),
+        (("predict", "run", "images/test", "--output", "a.csv", *CPU), set()),
+        (("predict", "run", "images/test", "--output", "a.parquet", *CPU), {"pyarrow", "pandas"}),
+        # the picture of the confusion matrix
+        (("test", "run", "--data.root", "images", "--data.num_workers", "0", *CPU), {"matplotlib"}),
+        (("export", "run", "--output", "a.safetensors", "--images", "images/test"), set()),
+        (("explain", "run", "images/test", "--output", "maps", *CPU), {"matplotlib"}),
+    ],
+    ids=lambda part: "-".join(part) if isinstance(part, tuple) else "",
+)
+def test_a_verb_imports_what_it_needs(place: Path, words: tuple[str, ...], needed: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *words], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    imported = {*done.stderr.splitlines()[-1].split()}
+    assert imported & UNNEEDED <= needed
+    assert "torch" in imported
