@@ -7,8 +7,10 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
+from crossx.backbones import create_backbone
 from crossx.errors import UsageError
 from crossx.methods import create_method
+from crossx.methods.pdisconet import PDiscoNet
 from crossx.training.config import OptimConfig
 from crossx.training.optim import parameter_groups
 
@@ -293,3 +295,10 @@ def test_options_are_checked(options, message) -> None:
     with pytest.raises(UsageError, match=message) as raised:
         build(**options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("option", ["features", "modulation", "orthogonality_of", "presence_of"])
+def test_an_unknown_choice_is_refused_by_the_class_itself(option: str) -> None:
+    backbone = create_backbone("test_resnet", pretrained=False)
+    with pytest.raises(UsageError, match=f"{option} 'x'"):
+        PDiscoNet(backbone, 3, **{option: "x"})

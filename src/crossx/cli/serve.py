@@ -95,8 +95,10 @@ def serve(
         curl -F images=@bird.jpg http://127.0.0.1:8000/explain -o maps.png
     """
     keys = _api_keys(access.api_key_file)
-    check_run(run)
     try:
+        import uvicorn  # noqa: F401  # before the others, which take seconds
+
+        check_run(run)
         from crossx.serve.app import create_app
         from crossx.serve.browsers import allowed_hosts
         from crossx.serve.server import listen, log_as_json

@@ -17,6 +17,10 @@ from crossx.errors import UsageError, check_choice
 Gates: TypeAlias = Literal["sigmoid", "competing"]
 
 
+MAX_SHARPNESS = 10_000
+"""Far beyond a choice of one gate per channel; scores times much more are not finite."""
+
+
 @dataclass(frozen=True)
 class Gating:
     """How the scores ``s_p = W2_p ReLU(W1_p z)`` of the excitations become gates.
@@ -37,8 +41,10 @@ class Gating:
 
     def __post_init__(self) -> None:
         check_choice("gates", self.gates, get_args(Gates))
-        if not 0 < self.sharpness < math.inf:
-            raise UsageError(f"gate_sharpness must be above 0 and finite, not {self.sharpness}.")
+        if not 0 < self.sharpness <= MAX_SHARPNESS:
+            raise UsageError(
+                f"gate_sharpness must be above 0 and at most {MAX_SHARPNESS}, not {self.sharpness}."
+            )
         if self.background and self.gates != "competing":
             raise UsageError("background needs competing gates: --model.gates competing.")
 

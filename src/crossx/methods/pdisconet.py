@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_choice
 from crossx.layers import AffineView
 from crossx.losses import (
     assignment_entropy_loss,
@@ -142,6 +142,13 @@ class PDiscoNet(Method):
             "entropy": entropy_weight,
             "background": background_weight,
         }
+        for option, choice, kind in (
+            ("features", features, Features),
+            ("modulation", modulation, Modulation),
+            ("orthogonality_of", orthogonality_of, Orthogonal),
+            ("presence_of", presence_of, Present),
+        ):
+            check_choice(option, choice, get_args(kind))
         if not 1 <= num_parts <= MAX_PARTS:
             raise UsageError(f"num_parts must be between 1 and {MAX_PARTS}, not {num_parts}.")
         if feature_stride is not None and features == "last":

@@ -74,10 +74,12 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain dictionary with the method's options next to ``method``."""
+        """Return a plain dictionary, as YAML gives it back, with the method's options next to ``method``."""
         values = asdict(self)
         options = values.pop("options")
-        return {**values, **options}
+        # a default may be a tuple
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        return {**values, **plain}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

@@ -257,7 +257,21 @@ def test_one_map_and_constant_maps():
     assert one["keypoints"]["nmi"]["value"] > one["keypoints"]["nmi"]["frame"]
     constant = summarized(lambda seen: torch.ones_like(seen[:, :2]))
     assert constant["keypoints"]["nmi"]["value"] == 0
+    assert (
+        verdict({"stages": {"last": constant}})
+        == "The two excitations cannot be compared: the map of excitation 1 is flat in 100% of the images."
+    )
+    dead = summarized(lambda seen: torch.stack([seen[:, 0], torch.zeros_like(seen[:, 0])], 1))
+    assert "the map of excitation 2 is flat in 100%" in str(verdict({"stages": {"last": dead}}))
     assert constant["prototypes"]["consistency"]["value"] == constant["prototypes"]["consistency"]["chance"]
+
+
+def test_a_small_effect_or_few_images_do_not_decide_what_maps_follow():
+    stage = summarized(rows)
+    assert "follows the frame" in str(verdict({"stages": {"last": stage}}))
+    assert "follows the frame" not in str(verdict({"n": 19, "stages": {"last": stage}}))
+    stage["diversity"]["follows"] = {"value": -0.004, "interval": [-0.007, -0.001]}
+    assert "follows the frame" not in str(verdict({"stages": {"last": stage}}))
 
 
 def test_stages_with_the_same_verdict_share_a_clause():

@@ -19,7 +19,7 @@ from crossx.evaluation.parts.measures import RESAMPLES, TOP_SHARE, ZOOM, measure
 from crossx.evaluation.parts.plots import plot_parts
 from crossx.evaluation.parts.regions import KEYPOINT_RADIUS, CropRegions, find_regions
 from crossx.evaluation.parts.summary import Fitted, Measured, Places, summarize_stage
-from crossx.evaluation.parts.verdict import DIFFERENT, IN_A_PART, LEVEL, SAME, TELLS, verdict
+from crossx.evaluation.parts.verdict import DIFFERENT, FEW, IN_A_PART, LEVEL, MARGIN, SAME, TELLS, verdict
 from crossx.evaluation.parts.views import TILT, VIEWS, measure_positions, measure_views, thumbnails
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, SubjectOptions
@@ -74,7 +74,8 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
             "consistent": prototypes.CONSISTENT,
             "noise": [prototypes.NOISE, prototypes.LARGEST_NOISE],
             "verdict": {
-                "same": SAME, "different": DIFFERENT, "in_a_part": IN_A_PART, "nmi": TELLS, "level": LEVEL
+                "same": SAME, "different": DIFFERENT, "margin": MARGIN, "few": FEW, "in_a_part": IN_A_PART,
+                "nmi": TELLS, "level": LEVEL,
             },
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,

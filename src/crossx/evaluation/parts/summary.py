@@ -84,10 +84,10 @@ def summarize_stage(measured: Measured, places: Places, fitted: Fitted | None) -
 
     Returns:
         ``size``, and what ``summarize_parts`` returns. Each excitation also has every view with ``value``,
-        ``interval``, ``frame`` and ``symmetry`` (see ``measure_views``), ``follows``, and its correlation with each of
-        ``POSITION_MAPS`` and with ``other_images``; ``diversity`` has ``follows`` and ``other_images`` of the
-        differences. With parts, ``keypoints`` (``nmi``, ``ari`` and ``error``) and ``prototypes`` (``consistency`` and
-        ``stability``), else None.
+        ``interval``, ``frame`` and ``symmetry`` (see ``measure_views``), ``follows``, ``flat`` (share of images in
+        which its map is constant), and its correlation with each of ``POSITION_MAPS`` and with ``other_images``;
+        ``diversity`` has ``follows`` and ``other_images`` of the differences. With parts, ``keypoints`` (``nmi``,
+        ``ari`` and ``error``) and ``prototypes`` (``consistency`` and ``stability``), else None.
     """
     measures = {name: torch.cat([batch[name] for batch in measured.batches]) for name in measured.batches[0]}
     maps = measures.pop("thumbnails")
@@ -120,7 +120,9 @@ def _add_views(
 ) -> None:
     arrays = {name: values.double().numpy() for name, values in measures.items()}
     arrays["other_images"] = likeness(maps).numpy()
+    flat = (maps.amax((2, 3)) == maps.amin((2, 3))).double().mean(0).tolist()  # (N, P, h, w) -> (P,)
     for p, excitation in enumerate(summary["excitations"]):
+        excitation["flat"] = flat[p]
         for view in VIEWS:
             excitation[view] = {
                 **bootstrap.mean(arrays[view][:, p]),
