@@ -41,7 +41,7 @@ def separation_loss(maps: Tensor, weights: Tensor) -> Tensor:
     """Return the mean correlation of the maps of two parts, from -1 to 1, averaged over pairs of parts and images.
 
     With the activation of the object as weights, maps that are alike on the object are penalised, whatever they are
-    beside it. With M maps the mean is at least -1 / (M - 1). In a process group this is the rank's part of the mean
+    elsewhere. With M maps the mean is at least -1 / (M - 1). In a process group this is the rank's part of the mean
     over the whole batch (``crossx.distributed``).
 
     Args:
