@@ -66,6 +66,7 @@ def test_test_prints_what_the_json_holds(place: Path, capsys: pytest.CaptureFixt
     assert f"head merged        {100 * results['heads']['merged']:.2f}%" in shown
 
 
+@pytest.mark.slow
 def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in ("crossx", "plain"):
         run = f"runs/quickstart-1/{method}"
