@@ -15,7 +15,7 @@ import crossx
 import layouts
 from crossx import plugins
 from crossx.cli.main import IMPORTING, main
-from crossx.methods import Method, base, create_method, list_methods
+from crossx.methods import Method, create_method, list_methods, registry
 from crossx.methods.start import Start
 from crossx.methods.weights import load_method
 from crossx.predict.predictor import Predictor
@@ -61,12 +61,12 @@ def forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Forget]:
     """Give each test a registry and a list of trusted files of its own; the function makes this a new process."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
-    own = {name: cls for name, cls in base._REGISTRY.items() if cls.__module__.startswith("crossx.")}
+    own = {name: cls for name, cls in registry._REGISTRY.items() if cls.__module__.startswith("crossx.")}
     modules = {*sys.modules}
 
     def forget() -> None:
         for name, values in (("_REGISTRY", own), ("_IMPORTED", {}), ("_LOADED", {})):
-            monkeypatch.setattr(base, name, dict(values))
+            monkeypatch.setattr(registry, name, dict(values))
         for name in {*sys.modules} - modules:
             if name.startswith(("crossx_import_", "own_")):
                 del sys.modules[name]
@@ -107,10 +107,11 @@ def train(source: str = "mine.py", *words: str) -> None:
 
 
 def test_a_run_imports_what_its_user_has_named(place: Path, forget: Forget) -> None:
-    base.import_methods(["mine.py"])
+    registry.import_methods(["mine.py"])
     run = Run(layouts.write_run(place / "run", method="own"))
     write_json(
-        run.info, {"imports": [source.to_json() for source in base.origin(base.method_class("own"))[0]]}
+        run.info,
+        {"imports": [source.to_json() for source in registry.origin(registry.method_class("own"))[0]]},
     )
     for call in (load_method, Predictor.load, Start.read):
         forget()
@@ -128,7 +129,9 @@ def test_a_run_imports_what_its_user_has_named(place: Path, forget: Forget) -> N
     (place / "mine.py").write_text(OWN)
     load_method(run.path)
     forget()
-    assert "If it is one of your own, " in refusal(base.recall_method, "own", Run(run.path, hub="user/name"))
+    assert "If it is one of your own, " in refusal(
+        registry.recall_method, "own", Run(run.path, hub="user/name")
+    )
 
 
 @pytest.mark.slow
@@ -485,7 +488,7 @@ def test_a_broken_package_is_one_line_and_breaks_no_other_method(
     assert error.startswith("crossx fit: error: method 'broken': package own-broken ")
     assert BROKEN[source] in error
     assert error.count("\n") == 1
-    assert issubclass(base.method_class("plain"), Method)
+    assert issubclass(registry.method_class("plain"), Method)
     assert run_verb("fit", "--model.method", "plain", "--model.nothing", "1") == 2
     assert "own-broken" not in capsys.readouterr().err
     assert "owner" not in list_methods()
@@ -506,7 +509,7 @@ def test_two_packages_with_one_name_are_named(
 ) -> None:
     package(place, "own_second", OWN, "own = own_second:Own")
     monkeypatch.syspath_prepend(place)
-    message = refusal(base.method_class, "own")
+    message = refusal(registry.method_class, "own")
     assert "'own' is offered by the packages own-" in message
     assert "own-second" in message
     assert "own-package" in message
@@ -515,7 +518,7 @@ def test_two_packages_with_one_name_are_named(
 def test_the_methods_of_crossx_keep_their_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(place, "own_plain", "1 / 0", "plain = own_plain:Plain")
     monkeypatch.syspath_prepend(place)
-    assert base.method_class("plain").__module__ == "crossx.methods.plain"
+    assert registry.method_class("plain").__module__ == "crossx.methods.plain"
     assert list_methods().count("plain") == 1
 
 

@@ -18,7 +18,7 @@ from crossx.data.datamodule import DataModule
 from crossx.data.index import DatasetIndex
 from crossx.errors import UsageError
 from crossx.methods import KernelPooling, create_method
-from crossx.methods.base import published_name
+from crossx.methods.registry import published_name
 from crossx.recipes import Recipe, Setting, list_recipes, load_recipe, model_name, model_names
 from crossx.runs import Preprocessing
 from crossx.training.config import Config

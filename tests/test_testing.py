@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossx.methods import Objective, Plain, base, list_methods
+from crossx.methods import Objective, Plain, list_methods, registry
 from crossx.testing import check_method, checks
 
 SLOW = ("torch.export", "ONNX", "resume", "two ranks")
@@ -366,11 +366,11 @@ def test_all_broken_promises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(OtherLoss, FlatMaps):
         pass
 
-    registered, state = dict(base._REGISTRY), torch.random.get_rng_state()
+    registered, state = dict(registry._REGISTRY), torch.random.get_rng_state()
     with pytest.warns(UserWarning, match="ONNX"), pytest.raises(AssertionError) as caught:
         check_method(Broken)
     assert [line.split(":")[1] for line in str(caught.value).splitlines()] == [" terms", " maps"]
-    assert registered == base._REGISTRY
+    assert registered == registry._REGISTRY
     assert Broken.name == "plain"
     assert torch.equal(torch.random.get_rng_state(), state)
 

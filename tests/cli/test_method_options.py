@@ -10,8 +10,8 @@ from crossx.cli.fit_options import parse_fit
 from crossx.cli.parser import option_helps
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_class, register_method
-from crossx.methods.base import _REGISTRY
 from crossx.methods.plain import Plain
+from crossx.methods.registry import _REGISTRY
 
 
 def test_every_registered_method_is_found() -> None:
@@ -37,7 +37,7 @@ def test_options_read_from_the_source_are_those_of_the_class(name: str) -> None:
 
 
 def test_a_method_registered_elsewhere_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crossx.methods.base._REGISTRY", {**_REGISTRY})
+    monkeypatch.setattr("crossx.methods.registry._REGISTRY", {**_REGISTRY})
 
     @register_method("strange")
     class Strange(Plain):

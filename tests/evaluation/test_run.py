@@ -15,7 +15,7 @@ from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.comparison import compare_runs
 from crossx.evaluation.predictions import Predictions
 from crossx.evaluation.run import evaluate, test_run
-from crossx.methods.base import create_method
+from crossx.methods.registry import create_method
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from layouts import write_aircraft, write_folder

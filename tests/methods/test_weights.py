@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crossx.errors import CrossXError, UsageError
 from crossx.methods import Method, create_method, list_methods
-from crossx.methods.base import register_method
+from crossx.methods.registry import register_method
 from crossx.methods.weights import build_method, describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from crossx.schema import ARCHITECTURE_ARGUMENTS, check_backbone_args, check_model
@@ -503,9 +503,9 @@ def test_options_without_types_are_taken_as_they_are(run: Run, values: dict[str,
             super().__init__(backbone, num_classes)
 
     register_method("untyped")(Untyped)
-    from crossx.methods import base
+    from crossx.methods import registry
 
     try:
-        base.check_options("untyped", {"width": "any"})
+        registry.check_options("untyped", {"width": "any"})
     finally:
-        del base._REGISTRY["untyped"]
+        del registry._REGISTRY["untyped"]

@@ -11,7 +11,7 @@ from crossx.data.images import ImageError, read_image
 from crossx.data.transforms import Normalize, Transform, eval_transform
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.network import DTYPES
-from crossx.methods.base import create_method
+from crossx.methods.registry import create_method
 from crossx.methods.weights import describe, save_weights
 from crossx.predict.predictor import Prediction, Predictor, class_number
 from crossx.predict.prefetch import MAX_WORKERS

@@ -11,7 +11,7 @@ from test_resume import assert_same_run, crash, interrupt
 
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.run import test_run as evaluate_run
-from crossx.methods import base, create_method
+from crossx.methods import create_method, registry
 from crossx.report.run import report_run
 from crossx.runs import read_history
 from crossx.training import loop
@@ -26,7 +26,7 @@ IN_SEQUENCE, IN_TURN = ["one", "one", "two"], ["one", "two", "one"]
 
 @pytest.fixture(autouse=True)
 def phased(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(Phased, "started", [])
     register()
 

@@ -8,8 +8,9 @@ from test_resume import assert_same_run, crash, interrupt
 from torch import Tensor, nn
 
 from crossx.errors import CrossXError, UsageError
-from crossx.methods import base
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods import registry
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 from crossx.training.fit import fit, resume
 
 
@@ -62,7 +63,7 @@ class Parted(Method):
 
 @pytest.fixture
 def parted(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(Parted, "seen", [])
     register_method("parted")(Parted)
 

@@ -160,7 +160,7 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
     import torch
 
     from crossx.data.catalog import read_configured
-    from crossx.methods.base import create_method
+    from crossx.methods.registry import create_method
     from crossx.training.fit import choose_sampling
     from crossx.training.task import build_mix
 
@@ -389,7 +389,7 @@ def describe_training(config: Config) -> dict[str, Any]:
 def _flatten(config: Config) -> dict[str, Any]:
     """Return the options that the result of a training depends on, as YAML gives them back."""
     # imports torch
-    from crossx.methods.base import method_class, method_options
+    from crossx.methods.registry import method_class, method_options
 
     model = replace(config.model, options={**method_options(config.model.method), **config.model.options})
     # an option that is left out is the same as its default

@@ -143,7 +143,7 @@ def _change(base: Config, changes: Changes) -> Config:
         values[section] = {**values[section], **options}
     config = Config.from_dict(values)
     # imports torch
-    from crossx.methods.base import check_options
+    from crossx.methods.registry import check_options
 
     check_options(config.model.method, config.model.options)
     return config

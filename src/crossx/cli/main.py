@@ -189,7 +189,7 @@ def _importing(words: list[str]) -> Iterator[None]:
     found = [plugins.Source.find(word).word for word in words]
     os.environ[plugins.VARIABLE] = plugins.join(dict.fromkeys([*plugins.named(), *found]))
     try:
-        from crossx.methods.base import import_methods
+        from crossx.methods.registry import import_methods
 
         import_methods(plugins.named())
         yield

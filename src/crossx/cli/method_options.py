@@ -34,7 +34,7 @@ def method_options(name: str) -> list[Option]:
         raise unknown("method", name, list_methods())
 
     from crossx.methods import method_class
-    from crossx.methods.base import option_types
+    from crossx.methods.registry import option_types
 
     helps = option_helps(method_class(name))
     return [_option(option, hint, default, helps) for option, (hint, default) in option_types(name).items()]
@@ -48,7 +48,7 @@ def present_methods() -> list[str]:
 def _registry() -> list[str]:
     if not is_imported():
         return []
-    from crossx.methods.base import registered
+    from crossx.methods.registry import registered
 
     return registered()
 

@@ -1,15 +1,6 @@
 """Methods: a published network and its objective a file, all on the contract of ``base``."""
 
-from crossx.methods.base import (
-    Method,
-    Objective,
-    Phase,
-    create_method,
-    list_methods,
-    method_class,
-    method_options,
-    register_method,
-)
+from crossx.methods.base import Method, Objective, Phase
 from crossx.methods.crossx import CrossX
 from crossx.methods.dfl import DFL
 from crossx.methods.dt_ram import DTRAM
@@ -24,6 +15,7 @@ from crossx.methods.plain import Plain
 from crossx.methods.pn_cnn import PNCNN
 from crossx.methods.probe import Probe
 from crossx.methods.ra_cnn import RACNN
+from crossx.methods.registry import create_method, list_methods, method_class, method_options, register_method
 
 __all__ = [
     "DFL",

@@ -34,7 +34,8 @@ from crossx.losses import (
     view_loss,
 )
 from crossx.losses.c3s import C3SForm
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 HEADS = ("last", "previous", "merged")
 STAGES = HEADS[:2]

@@ -15,7 +15,8 @@ from crossx.backbones import Backbone
 from crossx.errors import UsageError
 from crossx.layers import FilterBank, energy_peaks, evaluation_mode, global_pool
 from crossx.layers.pooling import pooled_shares
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 FilterNorm: TypeAlias = Literal["none", "batch"]
 FilterInit: TypeAlias = Literal["kmeans", "random"]

@@ -15,7 +15,8 @@ from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
 from crossx.layers import crop_boxes
 from crossx.losses import reinforce_loss
-from crossx.methods.base import Method, Objective, Phase, register_method
+from crossx.methods.base import Method, Objective, Phase
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 PhaseSchedule: TypeAlias = Literal["constant", "step", "cosine"]

@@ -15,7 +15,8 @@ from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
 from crossx.layers import OwnStatistics, crop_boxes, square_corners
 from crossx.losses import reinforce_loss
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 Reward: TypeAlias = Literal["greedy", "final"]

@@ -14,7 +14,8 @@ from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32
 from crossx.errors import UsageError
 from crossx.layers import BilinearPooling, TaylorSeriesKernel, TensorSketch, evaluation_mode, signed_sqrt
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 Pooling: TypeAlias = Literal["kernel", "compact_bilinear", "bilinear"]
 

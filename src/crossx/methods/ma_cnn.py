@@ -24,7 +24,8 @@ from crossx.layers import (
     peak_boxes,
 )
 from crossx.losses import concentration_loss, diversity_loss
-from crossx.methods.base import Method, Objective, Phase, register_method
+from crossx.methods.base import Method, Objective, Phase
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 OBJECT_THRESHOLD = 0.1

@@ -14,7 +14,8 @@ from crossx.errors import UsageError
 from crossx.layers import PartLinear
 from crossx.losses import MAMCLoss
 from crossx.losses.mamc import MAMCAverage
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 Combination: TypeAlias = Literal["join", "sum"]
 Start: TypeAlias = Literal["random", "average"]

@@ -10,8 +10,9 @@ from torch import Tensor
 from crossx.backbones import Backbone
 from crossx.errors import UsageError
 from crossx.losses import EntropyLoss
-from crossx.methods.base import Objective, register_method
+from crossx.methods.base import Objective
 from crossx.methods.plain import Plain
+from crossx.methods.registry import register_method
 
 
 @register_method("maxent")

@@ -13,7 +13,8 @@ from crossx.backbones import Backbone
 from crossx.errors import UsageError
 from crossx.layers import Navigator, OwnStatistics, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 PartsReduction: TypeAlias = Literal["mean", "sum"]

@@ -23,7 +23,8 @@ from crossx.losses import (
     presence_loss,
     total_variation_loss,
 )
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 Features: TypeAlias = Literal["both", "previous", "last"]
 Modulation: TypeAlias = Literal["weights", "layer_norm", "none"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 
 
 @register_method("plain")

@@ -13,7 +13,8 @@ from crossx.backbones import Backbone
 from crossx.distributed import batch_mean
 from crossx.errors import UsageError
 from crossx.layers.similarity import Similarity, fit_similarity, transformed, warp_regions
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 Stage: TypeAlias = Literal["previous", "last"]

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Layer
 from crossx.errors import CrossXError, UsageError
-from crossx.methods.base import Method, Objective, register_method
+from crossx.methods.base import Method, Objective
 from crossx.methods.linear import PENALTY, embed, fit_centred
 from crossx.methods.plain import Plain
+from crossx.methods.registry import register_method
 
 Head: TypeAlias = Literal["logistic", "sgd", "knn"]
 

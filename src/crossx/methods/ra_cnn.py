@@ -18,7 +18,8 @@ from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError
 from crossx.layers import evaluation_mode, join_normalized, zoom
 from crossx.losses import scale_ranking_loss
-from crossx.methods.base import Method, Objective, Phase, register_method
+from crossx.methods.base import Method, Objective, Phase
+from crossx.methods.registry import register_method
 from crossx.schema import MAX_IMAGE_SIZE
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from torch import Tensor
 from crossx.backbones import Backbone
 from crossx.errors import CrossXError, UsageError, counted, first_few
 from crossx.layers import OwnStatistics
-from crossx.methods.base import Method, method_class
+from crossx.methods.base import Method
+from crossx.methods.registry import method_class
 from crossx.methods.weights import outline, read_checked, read_spec
 from crossx.runs import EXPORTED, ModelSpec, open_run
 

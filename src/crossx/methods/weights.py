@@ -11,9 +11,9 @@ from torch import Tensor
 
 from crossx.backbones import read_state_dict
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.base import (
+from crossx.methods.base import Method
+from crossx.methods.registry import (
     ELSEWHERE,
-    Method,
     check_options,
     create_method,
     list_methods,

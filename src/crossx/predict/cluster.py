@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.base import import_methods, imported_methods
+from crossx.methods.registry import import_methods, imported_methods
 from crossx.methods.weights import build_method, load_method
 from crossx.predict.attempt_counter import AttemptCounter
 from crossx.predict.predictor import Predictor

@@ -95,7 +95,7 @@ def _environment() -> Environment:
 
 def _curve_titles(method: str) -> Mapping[str, str]:
     if is_imported():
-        from crossx.methods.base import method_class, registered
+        from crossx.methods.registry import method_class, registered
 
         # also one that is registered elsewhere
         if method in registered():

@@ -20,7 +20,8 @@ from crossx.data.catalog import DATASETS
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import ClassRow, worst_first
 from crossx.evaluation.notices import result_notices
-from crossx.methods.base import Method, published_name
+from crossx.methods.base import Method
+from crossx.methods.registry import published_name
 from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config

@@ -30,7 +30,8 @@ from crossx.errors import CrossXError, UsageError
 from crossx.explain.figures import figure
 from crossx.explain.plotting import save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
-from crossx.methods.base import Method, published_name
+from crossx.methods.base import Method
+from crossx.methods.registry import published_name
 from crossx.methods.weights import load_method, save_weights
 from crossx.predict.inputs import ImageInput, expand
 from crossx.predict.predictor import Predictor

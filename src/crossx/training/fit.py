@@ -32,8 +32,8 @@ from crossx.errors import (
     sigterm_interrupts,
 )
 from crossx.evaluation.classes import check_classes
-from crossx.methods.base import (
-    Method,
+from crossx.methods.base import Method
+from crossx.methods.registry import (
     check_options,
     create_method,
     method_class,
