@@ -15,8 +15,8 @@ from crossx.runs import open_run
 WIDTH = 118
 """Columns of a table, beyond which it continues below."""
 
-LEGEND = (
-    "part: share of activation over share of area; peak: the position of the largest value;\n"
+OF_PARTS = "part: share of activation over share of area; peak: the position of the largest value;"
+OF_VIEWS = (
     "flipped to zoomed: r with the map of the changed image, moved with the image / left in place;\n"
     "rows to other images: r with a fixed map, and with the mean map of the other images"
 )
@@ -32,7 +32,9 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     )
     if results["verdict"]:
         print(textwrap.fill(results["verdict"], WIDTH))
-    print(LEGEND)
+    if results["parts"]:
+        print(OF_PARTS)
+    print(OF_VIEWS)
     header = ("", "images", *(f"{stage} {number}" for stage, number, _ in excitations(results["stages"])))
     rows = [*share_rows(results), *peak_rows(results), *view_rows(results)]
     _print_table([header, *rows])

@@ -9,7 +9,6 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from crossx.evaluation.parts import measures as measures_of_parts
 from crossx.evaluation.parts.keypoints import (
     adjusted_rand_index,
     assignments,
@@ -23,11 +22,6 @@ from crossx.evaluation.parts.keypoints import (
 from crossx.evaluation.parts.measures import Bootstrap, mass
 
 SIDE = 56
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(measures_of_parts, "RESAMPLES", 50)
 
 
 def made_up(images, seed, parts=3, keypoints=4):

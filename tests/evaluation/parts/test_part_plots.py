@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crossx.evaluation.parts import plots
 from crossx.evaluation.parts.plots import plot_parts
 
 
@@ -52,3 +53,12 @@ def test_what_has_no_place_on_the_axis_is_left_out(tmp_path):
         warnings.simplefilter("error")
         plot_parts({"last": measured}, ["$a_1", "b", "c"], tmp_path / "parts.png", title="$x$")
     assert min(pixels(tmp_path / "parts.png").shape[:2]) > 300
+
+
+def test_the_legend_is_of_the_stage_with_the_most_excitations(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: drawn.append(figure))
+    stages = {"last": stage(1, ["a"]), "attention": stage(3, ["a"]), "merged": stage(2, ["a"])}
+    plot_parts(stages, ["a"], tmp_path / "parts.png", title="test")
+    ((legend,),) = (figure.legends for figure in drawn)
+    assert [text.get_text() for text in legend.get_texts()] == ["1", "2", "3"]

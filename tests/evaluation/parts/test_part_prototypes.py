@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crossx.evaluation.parts import measures as measures_of_parts
 from crossx.evaluation.parts.measures import Bootstrap
 from crossx.evaluation.parts.prototypes import (
     LARGEST_NOISE,
@@ -15,11 +14,6 @@ from crossx.evaluation.parts.prototypes import (
 from crossx.evaluation.parts.regions import CropRegions
 
 SIDE = 112
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(measures_of_parts, "RESAMPLES", 50)
 
 
 def scene(images=24, parts=3, seed=0):

@@ -13,7 +13,6 @@ from crossx.data.catalog import read_dataset
 from crossx.data.images import read_image, read_size
 from crossx.data.transforms import Normalize, eval_crop_place, eval_transform
 from crossx.errors import CrossXError
-from crossx.evaluation.parts import measures as measures_of_parts
 from crossx.evaluation.parts.run import measure_run
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
@@ -23,11 +22,6 @@ from slow import slow_except
 
 PREPROCESSING = Preprocessing(64, 72, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 DRAWN = {"num_classes": 3, "images_per_class": 6}
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(measures_of_parts, "RESAMPLES", 50)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
-from crossx.evaluation.parts import measures as measures_of_parts
 from crossx.evaluation.parts.keypoints import assignments, find_centroids, label_keypoints
 from crossx.evaluation.parts.measures import measure_images
 from crossx.evaluation.parts.prototypes import find_peaks
@@ -25,11 +24,6 @@ from crossx.evaluation.parts.views import (
 )
 
 IMAGES, SIDE, CELLS = 40, 64, 8
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(measures_of_parts, "RESAMPLES", 50)
 
 
 def random_maps(seed, images=3, excitations=2, height=6, width=6):

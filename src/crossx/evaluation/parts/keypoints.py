@@ -45,7 +45,7 @@ def assignments(maps: Tensor, *, are_shares: bool) -> Tensor:
 def label_keypoints(scores: Tensor, points: Tensor, image_size: int) -> Tensor:
     """Return the index of the largest score at each point, int64 (B, K).
 
-    Scores are resized to the image (bilinear) and read at the pixel that contains the point.
+    Scores are resized to the image (bilinear) and read at the pixel with the nearest centre.
 
     Args:
         scores: (B, L, h, w).

@@ -96,7 +96,10 @@ def plot_parts(
         axes.set_ylabel("share of activation\n/ share of area", fontsize=8)
     for axes in panels[:, -1] if drawn["views"] else ():
         axes.set_ylabel("correlation r", fontsize=8)
-    handles, excitations = panels[0, 0].get_legend_handles_labels()
+    # of the stage with the most excitations
+    handles, excitations = max(
+        (axes.get_legend_handles_labels() for axes in panels[:, 0]), key=lambda found: len(found[0])
+    )
     if len(handles) > 1:
         figure.legend(
             handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
