@@ -44,10 +44,12 @@ def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, 
             check_file(AblationRunFile, run, f"{file}, training {run.get('variant')} {run.get('seed')}")
             known.append(run)
     trainings = {trial: describe_training(trial.config) for trial in trials} if known else {}
+    methods = {trial.config.model.method for trial in trainings}
+    defaults = {name: describe_training(Config(model=ModelConfig(method=name))) for name in methods}
     found: dict[Trial, dict[str, Any]] = {}
     for trial, training in trainings.items():
-        defaults = describe_training(Config(model=ModelConfig(method=trial.config.model.method)))
-        runs = [run for run in known if _is_same(run["training"], training, defaults)]
+        of_method = defaults[trial.config.model.method]
+        runs = [run for run in known if _is_same(run["training"], training, of_method)]
         if trial.is_done or not runs:
             continue
         if any(run["correct"] != runs[0]["correct"] for run in runs):
