@@ -95,7 +95,8 @@ class Service:
         """The network, and the limits of a request."""
         spec, limits = self._predictor.spec, self.limits
         return ServiceInfo(
-            model=self._model, classes=list(spec.classes), temperature=spec.temperature,
+            model=self._model, classes=list(spec.classes), display_names=list(spec.display_names),
+            temperature=spec.temperature,
             explains=self._predictor.explains,
             max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
         )  # fmt: skip
@@ -307,7 +308,7 @@ class Service:
         # draws with matplotlib's axes, which take a while to import
         from crossx.explain.figures import FigureRow, caption, draw
 
-        text = caption(explanation, self._predictor.classes, name=upload.name or "")
+        text = caption(explanation, self._predictor.spec.display_names, name=upload.name or "")
         picture = io.BytesIO()
         save_png(draw([FigureRow(pixels, explanation, text)]), picture)
         return picture.getvalue()
