@@ -7,6 +7,7 @@ from pathlib import Path
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.errors import counted
 from crossx.runs import Run
+from crossx.terminal import step
 
 
 def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: Device = "auto") -> None:
@@ -26,9 +27,10 @@ def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: D
     """
     check_run(run)
 
-    from crossx.evaluation.calibration import calibrate_run
+    with step("Calibrating the network"):
+        from crossx.evaluation.calibration import calibrate_run
 
-    found = calibrate_run(run, split=split, device=device, **vars(data))
+        found = calibrate_run(run, split=split, device=device, **vars(data))
     print(
         f"temperature {found['temperature']:.4g}, "
         f"fitted on {counted(found['n'], found['split'] + ' image')} of {found['dataset']}\n"

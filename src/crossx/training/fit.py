@@ -57,6 +57,7 @@ from crossx.runs import (
 )
 from crossx.schema import check_backbone_args, check_model
 from crossx.suggestions import nearest
+from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
@@ -288,8 +289,9 @@ def _train(
             "leave out one of them."
         )
     data = DataModule(index, preprocessing, options, config.seed, parts)
-    data.check_images()
-    data.open_caches()
+    with step("Checking the images"):
+        data.check_images()
+        data.open_caches()
     info = _describe(config, data, transfer)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
@@ -323,7 +325,8 @@ def _train(
             write_json(run.spec, spec.to_json())
         with _recording_status(loop, info):
             loop.run()
-            finish(loop, info)
+            with step("Selecting the weights"):
+                finish(loop, info)
     return run
 
 

@@ -31,6 +31,7 @@ from crossx.errors import CrossXError, UsageError
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
 from crossx.runs import Run
+from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
@@ -206,6 +207,7 @@ class Loop:
             return
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
+            erase_step()
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
         if views and not fit_heads(method, lambda: (batch[:2] for batch in self._all_batches(epochs=views))):
             if not self.options.max_epochs:
@@ -370,6 +372,7 @@ class Loop:
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            erase_step()
             print(history.line(self.options.max_epochs), file=sys.stderr)
         self._save(best=best)
         if self.fabric.is_global_zero:
