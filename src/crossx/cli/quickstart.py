@@ -101,8 +101,8 @@ def draw_predictions(run_folder: Path, target: Path) -> None:
     for axes, label, index in zip(grid, labels, chosen, strict=False):
         axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
         right = bool(tested.correct[index])
-        prediction = f"{tested.classes[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
-        text = prediction if right else f"{prediction}\nit is: {tested.classes[label]}"
+        prediction = f"{tested.names[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
+        text = prediction if right else f"{prediction}\nit is: {tested.names[label]}"
         wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
