@@ -183,10 +183,9 @@ def _chart(
 ) -> LineChart:
     words = [_metric(name).split("_") for name in names]
     common = _shared_start(words)
-    # of one curve, or where nothing else would be left, all words are common
-    ends = _shared_start([own[len(common) :][::-1] for own in words])[::-1]
-    if not all(len(common) + len(ends) < len(own) for own in words):
-        ends = []
+    # each label keeps a word of its own
+    most = min(map(len, words)) - len(common) - 1
+    ends = _shared_start([own[::-1] for own in words])[: max(0, most)][::-1]
     several_splits = len(set(map(_split, names))) > 1
     percent = all(_metric(name).startswith("top") for name in names)
     rows = thinned(history, MAX_POINTS)
