@@ -126,7 +126,13 @@ def _write(
             failed += 1
             continue
         label = folder if (folder := class_name(path.parent.name)) in classes else None
-        text = caption(result.explanation, classes, name=printable(path.name), label=label)
+        text = caption(
+            result.explanation,
+            classes,
+            name=printable(path.name),
+            label=label,
+            rejected=result.rejected,
+        )
         row = FigureRow(result.pixels, result.explanation, text)
         _draw([row], output / f"{name}.png", drawing)
         if drawing.save_maps:
