@@ -317,6 +317,7 @@ class RunFile(ProvenanceFile):
     imports: Annotated[list[ImportFile], Field(max_length=64)] | None = None
     extended_after: list[Count] | None = None
     ended: EndedFile | None = None
+    tuned: LongText | None = None
     images: dict[Text, Count] | None = None
     data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
     class_names: Text | None = None

@@ -117,7 +117,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     values = _parse(parser, words, method).as_dict()
-    given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
+    given = {key: values[key] for key in ("init", "tuned", "seed", "output", *SECTIONS)}
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
     return FitArguments(
@@ -167,6 +167,7 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
+    yield Option("tuned", text, None, option_helps(Config)["tuned"], "--tuned", "TEXT")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."

@@ -439,6 +439,7 @@ class Config:
         trainer: Devices, length, logging and checkpoints.
         init: Start from the weights of this run (its folder or a checkpoint in it) or shared model (its folder or
             USER/NAME on the Hub) instead of `model.pretrained`: every layer that fits is taken.
+        tuned: How the options were chosen, as `crossx tune` writes it into best.yaml; results and report repeat it.
         seed: Seed of the initialisation, the order of images and everything random in training.
         output: The run folder to create; by default `runs/METHOD-DATASET-BACKBONE-sSEED`.
     """
@@ -448,6 +449,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     init: str | None = None
+    tuned: str | None = None
     seed: int = 0
     output: str | None = None
 

@@ -447,6 +447,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
         "init": transfer.record() if transfer else None,
+        "tuned": config.tuned,
         "imports": [source.to_json() for source in imports],
         "dataset": data.index.name,
         "data_root": config.data.root,
