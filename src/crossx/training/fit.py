@@ -141,6 +141,7 @@ def resume(
     max_epochs: int | None = None,
     max_steps: int | None = None,
     max_time: str | dict[str, int] | None = None,
+    patience: int | None = None,
 ) -> Run:
     """Continue a stopped run from its newest intact checkpoint, or train a finished one for longer.
 
@@ -155,6 +156,7 @@ def resume(
         max_epochs: See ``TrainerConfig``; by default as before. A finished run needs more than it has trained.
         max_steps: Likewise.
         max_time: Likewise; the time before counts.
+        patience: See ``OptimConfig``; by default as before. A run that it has ended needs more, or 0.
 
     Raises:
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
@@ -167,9 +169,10 @@ def resume(
         )
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
+    lengthens = bool(limits) or patience is not None
     with _interruptible(run), _locked(run.path):
         require_files(run)
-        if not restart and not limits:
+        if not restart and not lengthens:
             require_unfinished(run)
         saved = None if restart else read_saved(run, chosen)
         config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
@@ -180,9 +183,12 @@ def resume(
         before: dict[str, Any] = {}
         if not restart:
             before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
-        if limits:
-            config = replace(config, trainer=replace(config.trainer, **limits))
-        if limits and not restart:
+        planned_for = config.trainer.seconds
+        if lengthens:
+            optim = config.optim if patience is None else replace(config.optim, patience=patience)
+            config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
+        if lengthens and not restart:
+            _require_other_end(run, config, before, patience, planned_for)
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
@@ -229,6 +235,25 @@ def _with_length(
     if not finished:
         return before
     return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
+
+
+def _require_other_end(
+    run: Run, config: Config, before: Mapping[str, Any], patience: int | None, planned_for: float
+) -> None:
+    """Check that what ended a run early would not end it at once again."""
+    ended = before.get("ended") or {}
+    if before.get("status") != "finished":
+        return
+    trained = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
+    if ended.get("by") == "patience" and patience is None:
+        raise UsageError(
+            f"{trained} optim.patience {config.optim.patience}: to train it for longer, give --optim.patience too (0 "
+            "switches it off)."
+        )
+    if ended.get("by") == "max_time" and config.trainer.seconds <= planned_for:
+        raise UsageError(
+            f"{trained} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
+        )
 
 
 def _train(
@@ -422,6 +447,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
         "init": transfer.record() if transfer else None,
+        "tuned": config.tuned,
         "imports": [source.to_json() for source in imports],
         "dataset": data.index.name,
         "data_root": config.data.root,
@@ -457,7 +483,9 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
             # until a run that is trained for longer has its new model, the selection is that of the present one
             keeps = status != "finished" and model_before and model_before == _modified_at(weights)
             selection = info["selection"] if keeps else describe_selection(loop)
-            write_json(loop.run_folder.info, {**info, "status": status, "selection": selection})
+            ended = loop.ended if status == "finished" else None
+            values = {**info, "status": status, "selection": selection, "ended": ended}
+            write_json(loop.run_folder.info, values)
 
     record("running")
     ended = "failed"
