@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, counted
+from crossx.extras import is_installed
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.suggestions import nearest
@@ -32,7 +33,6 @@ Precision = Literal["auto", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mix
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 ClipAlgorithm = Literal["norm", "value"]
 
-DEFAULT_LOGGERS: tuple[Logger, ...] = ("tensorboard", "csv")
 
 FITTED = "probe"
 """The method whose head is fitted before the first step, so that it needs no epoch; not with ``head: sgd``."""
@@ -301,7 +301,8 @@ class TrainerConfig:
         checkpoint_every_n_steps: Also write a checkpoint every n optimiser steps, not only after each epoch.
         checkpoint_every_n_minutes: Also write a checkpoint when the last one is n minutes old.
         log_every_n_steps: Batches between two log entries; on a GPU also between two checks that the loss is finite.
-        logger: One or a list of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        logger: One or a list of tensorboard, csv, wandb and mlflow; true is tensorboard if it is installed, false none.
+            metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
         accelerator: `cpu`, `gpu`, ...; `auto` uses a GPU if there is one.
         devices: Number of devices, a list of their indices, or `auto` for all of them.
@@ -329,7 +330,7 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_n_minutes: float | None = None
     log_every_n_steps: int = 50
-    logger: list[Logger] | Logger | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
+    logger: list[Logger] | Logger | bool = True
     enable_progress_bar: bool = True
     accelerator: Accelerator = "auto"
     devices: list[int] | str | int = "auto"
@@ -387,7 +388,7 @@ class TrainerConfig:
     def loggers(self) -> list[str]:
         """Names of the requested loggers."""
         if isinstance(self.logger, bool) or self.logger is None:
-            return list(DEFAULT_LOGGERS) if self.logger else []
+            return ["tensorboard", "csv"] if self.logger and is_installed("tensorboard") else []
         return [self.logger] if isinstance(self.logger, str) else [*self.logger]
 
     @property

@@ -26,6 +26,7 @@ from crossx.data.readers.embedded import image_column, unpack
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.parsing import MAX_FILE
 from crossx.errors import CrossXError, UsageError, counted, first_few, first_line
+from crossx.extras import require
 from crossx.runs import is_utf8
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.suggestions import nearest
@@ -194,6 +195,7 @@ def _read(path: Path, required: Sequence[str], *, may_be_empty: bool = False) ->
         raise CrossXError(f"{path}: is a pipe or device, not a file.")
     try:
         if suffix == ".parquet":
+            require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
             table = _parquet(path, required)
         else:
             table = (_json_lines if suffix in (".jsonl", ".ndjson") else _csv)(path, _decoded(path), required)
