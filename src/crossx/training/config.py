@@ -137,6 +137,10 @@ class OptimConfig:
         fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
             the first step (LP-FT; Kumar et al., 2022); 0 is off. Needs heads that are linear in their features;
             other heads start at random.
+        freeze_stride: Keep the backbone's layers up to its map of this stride as pretrained: 8 for the map with an
+            eighth of the image's side. null trains all.
+        cached_views: Run the layers of freeze_stride only once for this many augmented views of each training image,
+            and train the others on the stored maps; 0 is off. Epoch e sees view e modulo cached_views.
         freeze_batch_norm: Keep the backbone's batch norms (statistics, scales, shifts) as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999. Validation, checkpoints and
             the final model then use the average. null keeps no average.
@@ -173,6 +177,8 @@ class OptimConfig:
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
     fit_heads: int = 0
+    freeze_stride: int | None = None
+    cached_views: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
@@ -206,7 +212,7 @@ class OptimConfig:
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (
             "weight_decay", "warmup_epochs", "warmup_steps", "new_layers_lr_factor", "mixup", "cutmix", "fit_heads",
-            "freeze_backbone_epochs", "patience",
+            "freeze_backbone_epochs", "cached_views", "patience",
         ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
@@ -218,12 +224,29 @@ class OptimConfig:
                 "optim.recompute_activations cannot be combined with optim.compile, which plans memory itself. Leave "
                 "one of them out."
             )
+        if self.freeze_stride is not None:
+            _check("freeze_stride", self.freeze_stride, "at least 1", self.freeze_stride >= 1)
+        if self.cached_views:
+            self._check_cached_views()
         if self.schedule == "multistep" and not self.milestones:
             raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
         if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:
             raise UsageError(
                 f"optim.milestones must be increasing epochs, starting at 1, not {self.milestones}."
             )
+
+    def _check_cached_views(self) -> None:
+        if self.freeze_stride is None:
+            raise UsageError(
+                "optim.cached_views stores the maps of frozen layers: say which with optim.freeze_stride (8), or leave "
+                "it out."
+            )
+        for option in ("mixup", "cutmix", "compile", "recompute_activations"):
+            if getattr(self, option):
+                raise UsageError(
+                    f"optim.{option} cannot be combined with optim.cached_views, which trains on maps instead of "
+                    "images. Leave one of them out."
+                )
 
     def shortened_to(self, epochs: int) -> tuple[OptimConfig, list[str]]:
         """Shorten the phases that do not fit, so that a recipe also works with fewer epochs.
