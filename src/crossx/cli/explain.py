@@ -129,7 +129,13 @@ def _write(
             failed += 1
             continue
         label = shown.get(class_name(path.parent.name))
-        text = caption(result.explanation, spec.display_names, name=printable(path.name), label=label)
+        text = caption(
+            result.explanation,
+            spec.display_names,
+            name=printable(path.name),
+            label=label,
+            rejected=result.rejected,
+        )
         row = FigureRow(result.pixels, result.explanation, text)
         save_png(draw([row], colormap=str(drawing.colormap), opacity=drawing.opacity), output / f"{name}.png")
         if drawing.save_maps:

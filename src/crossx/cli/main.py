@@ -34,10 +34,22 @@ from crossx.suggestions import nearest
 from crossx.terminal import columns, erase_step, fold, page_width, showing_steps
 
 VERBS = (
-    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
-    "serve", "recipes", "datasets", "import-released", "new-method",
+    "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain",
+    "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
-IMPORTING = ("fit", "test", "ablate", "report", "calibrate", "predict", "export", "explain", "share", "serve")
+IMPORTING = (
+    "fit",
+    "tune",
+    "test",
+    "ablate",
+    "report",
+    "calibrate",
+    "predict",
+    "export",
+    "explain",
+    "share",
+    "serve",
+)
 """Verbs that need the method of a network, and take ``--import``."""
 IMPORT = "--import"
 

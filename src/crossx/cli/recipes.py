@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crossx.cli.parser import MAX_WIDTH, Name
-from crossx.recipes import load_recipe, model_names
+from crossx.recipes import PRESETS, load_recipe, model_names
 from crossx.terminal import fold, page_width
 
 
@@ -28,8 +28,10 @@ def recipes(name: Name | None = None) -> None:
 
 def _print_table() -> None:
     width = min(MAX_WIDTH, page_width())
+    presets = {recipe: preset for preset, recipe in PRESETS.items()}
     for model, name in model_names().items():
-        print(name)
+        preset = f" (--preset {presets[name]})" if name in presets else ""
+        print(f"{name}{preset}")
         print(fold(f"  {load_recipe(name).description}", width=width))
         print(fold(f"  model {model}", width=width))
     text = (

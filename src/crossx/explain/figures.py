@@ -139,13 +139,21 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
 
 
 def caption(
-    explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
+    explanation: Explanation,
+    classes: Sequence[str],
+    *,
+    name: str = "",
+    label: str | None = None,
+    rejected: bool = False,
 ) -> str:
     """Return the text of a row: name, prediction with probability, true class, and the class of other class maps."""
     prediction = explanation.prediction
     lines = [name] if name else []
-    lines += [f"predicted, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
-    if label is not None:
+    what = "none of the classes, nearest" if rejected else "predicted"
+    lines += [f"{what}, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
+    if label is not None and rejected:
+        lines += ["it is:", label]
+    elif label is not None:
         lines += ["right"] if label == classes[prediction] else ["wrong, it is:", label]
     if explanation.target != prediction:
         lines += ["class maps of:", classes[explanation.target]]
