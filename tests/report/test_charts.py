@@ -34,7 +34,7 @@ def test_numbers_that_belong_together_share_a_chart(tested):
         "Classification term": ["train"],
         "C3S term": ["last", "merged"],
         "Cross-layer term, merged": ["train"],
-        "Similarity S of the parts (Eq. 3)": ["diagonal last", "off diagonal last"],
+        "Similarity S of the parts (Eq. 3), last": ["diagonal", "off diagonal"],
         "Learning rate": ["lr"],
     }
 

@@ -20,19 +20,6 @@ AWKWARD = Table(("a|b", "50%"), [("x_1 & {y}~^\\", "±1"), ("#3 $", "−2 … Δ
         lambda n: st.lists(st.lists(TEXT, min_size=n, max_size=n), min_size=1, max_size=4)
     )
 )
-def test_a_table_that_does_not_fit_continues_each_row_on_indented_lines() -> None:
-    table = Table(["run", "method", "a long head"], [["one", "crossx", "1.0"], ["two", "plain", "–"]])
-    assert table.to_text(None) == table.to_text(100) == table.to_markdown()
-    lines = table.to_text(16).splitlines()
-    assert lines == [
-        "run  method", "  a long head", "-------------", "one  crossx", "  1.0", "two  plain", "  –",
-    ]  # fmt: skip
-    assert max(map(len, lines)) <= 16
-    # every cell is there once, in its row
-    words = " ".join(lines[3:]).split()
-    assert words == ["one", "crossx", "1.0", "two", "plain", "–"]
-
-
 def test_csv_gives_every_cell_back(rows: list[list[str]]) -> None:
     text = Table(rows[0], rows[1:]).to_csv()
     read = [[unescape_formula(cell) for cell in row] for row in csv.reader(io.StringIO(text))]
@@ -94,3 +81,16 @@ def test_no_cell_is_taken_for_a_rule() -> None:
     table = Table(("name", "n"), [("\x01", "1"), ("a", "2")])
     lines = table.to_markdown().splitlines()
     assert ["---" in line for line in lines] == [False, True, False, False]
+
+
+def test_a_table_that_does_not_fit_continues_each_row_on_indented_lines() -> None:
+    table = Table(["run", "method", "a long head"], [["one", "crossx", "1.0"], ["two", "plain", "–"]])
+    assert table.to_text(None) == table.to_text(100) == table.to_markdown()
+    lines = table.to_text(16).splitlines()
+    assert lines == [
+        "run  method", "  a long head", "-------------", "one  crossx", "  1.0", "two  plain", "  –",
+    ]  # fmt: skip
+    assert max(map(len, lines)) <= 16
+    # every cell is there once, in its row
+    words = " ".join(lines[3:]).split()
+    assert words == ["one", "crossx", "1.0", "two", "plain", "–"]

@@ -169,6 +169,9 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
     def _format_usage(self, usage: Any, *rest: Any) -> str:
         text = str(super()._format_usage(usage, *rest))
+        if usage is None and max(map(len, text.split("\n"))) > self._columns:
+            # argparse breaks no line before a long option
+            usage, text = "", " ".join(text.split())
         return text if usage is None else f"{fold(text.rstrip(), hanging='    ', width=self._columns)}\n\n"
 
     def _expand_help(self, action: argparse.Action) -> str:
