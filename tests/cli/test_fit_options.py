@@ -133,12 +133,12 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ("--resume r --seed 3", "leave out --seed"),
         (
             "--resume r --trainer.max_epochs 3 --optim.lr=3",
-            "--trainer.max_time may be given): leave out --optim.lr.",
+            "--optim.patience may be given): leave out --optim.lr.",
         ),
         ("--resume r --init q", "leave out --init"),
         ("--resume r --trainer.max_epochs many", "--trainer.max_epochs takes a whole number, not 'many'"),
         ("--resume r --trainer.max_epochs 0", "trainer.max_epochs must be at least 1, not 0"),
-        ("--resume r --trainer.max_time soon", "trainer.max_time takes DD:HH:MM:SS"),
+        ("--resume r --trainer.max_time soon", "trainer.max_time takes a time such as 1h30m"),
         ("--resume r more", "unexpected argument 'more'"),
         ("--init", "--init: expected one argument"),
         (
@@ -204,7 +204,10 @@ def test_a_path_without_an_option_suggests_the_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "instead"),
-    [("--patience", "there is no early stopping"), ("--num-classes", "the classes are those of the images")],
+    [
+        ("--early-stopping", "give --optim.patience N"),
+        ("--num-classes", "the classes are those of the images"),
+    ],
 )
 def test_options_that_do_not_exist_here_say_what_to_do_instead(option: str, instead: str) -> None:
     with pytest.raises(UsageError, match=f"^unknown option '{option}': {instead}"):
@@ -365,6 +368,8 @@ def test_restart_goes_with_resume() -> None:
         (["--trainer.max_epochs=7", "--trainer.max_steps", "-1"], {"max_epochs": 7, "max_steps": -1}),
         (["--trainer.max_time", "00:02:00:00"], {"max_time": "00:02:00:00"}),
         (["--trainer.max_time", "{hours: 2}"], {"max_time": {"hours": 2}}),
+        (["--trainer.max_time", "1h30m", "--optim.patience", "0"], {"max_time": "1h30m", "patience": 0}),
+        (["--trainer.max_time", "00:30:00"], {"max_time": "00:30:00"}),
     ],
 )
 def test_resume_takes_another_length(words: list[str], limits: dict[str, object]) -> None:

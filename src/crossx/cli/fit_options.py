@@ -48,7 +48,9 @@ crossx fit --config runs/mine/config.yaml --init runs/mine --data.root others --
 crossx fit --resume runs/mine
 crossx fit --resume runs/mine --restart                # start over, with the same options
 crossx fit --resume runs/mine --trainer.max_epochs 40  # train a finished run for longer"""
-RESUMABLE = ("resume", "restart", "data.root", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "optim.patience")
+"""The options that decide how long a run is trained."""
+RESUMABLE = ("resume", "restart", "data.root", *LENGTHS)
 """The options that may be given with --resume."""
 FIRST = (
     "model.method",
@@ -65,8 +67,8 @@ FIRST = (
 )
 """The options that most commands give; the help shows them before the sections."""
 INSTEAD = {
-    "patience early_stopping early_stop": "there is no early stopping: --trainer.max_epochs sets the length, and "
-    "--optim.selection best keeps the best epoch's weights",
+    "early_stopping early_stop early_stopping_patience": "give --optim.patience N, which ends the training after N "
+    "validations without a better one",
     "num_classes classes nc num_labels": "the classes are those of the images",
     "no_pretrained scratch from_scratch": "give --model.pretrained false",
     "local_rank rank world_size nproc_per_node": "--trainer.devices and --trainer.num_nodes start the processes",
@@ -85,7 +87,7 @@ class FitArguments:
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
         restart: Whether to start that run over.
-        limits: The options of ``trainer`` that were given with ``resume``.
+        limits: The options of the training's length that were given with ``resume``, by argument of that function.
         notes: Values of the recipe that were changed without being asked for, for the user to read.
         print_config: Whether to print the configuration instead of training.
     """
@@ -117,7 +119,7 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     values = _parse(parser, words, method).as_dict()
-    given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
+    given = {key: values[key] for key in ("init", "tuned", "seed", "output", *SECTIONS)}
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
     return FitArguments(
@@ -174,6 +176,7 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
+    yield Option("tuned", text, None, option_helps(Config)["tuned"], "--tuned", "TEXT")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -225,12 +228,13 @@ def _resume(words: Sequence[str]) -> FitArguments:
         parser, [option if option.flag else dataclasses.replace(option, default=None) for option in options]
     )
     values = vars(_parse(parser, words, method).as_flat())
-    limits = {
-        name.removeprefix("trainer."): value
-        for name, value in values.items()
-        if name.startswith("trainer.") and value is not None
-    }
-    config = Config(data=DataConfig(root=values["data.root"]), trainer=TrainerConfig(**limits))
+    limits = {name.rpartition(".")[2]: values[name] for name in LENGTHS if values.get(name) is not None}
+    trainer = {name: value for name, value in limits.items() if name != "patience"}
+    config = Config(
+        data=DataConfig(root=values["data.root"]),
+        trainer=TrainerConfig(**trainer),
+        optim=OptimConfig(patience=limits.get("patience", 0)),
+    )
     return FitArguments(config, resume=values["resume"], restart=bool(values["restart"]), limits=limits)
 
 

@@ -162,12 +162,15 @@ class DataModule:
         sampler = self._train_sampler(stored.labels, batch_size, dealt)
         return self._loader(stored, sampler, batch_size, workers=0)
 
-    def eval_loader(self, split: str, *, dealt: bool = True) -> ImageLoader:
+    def eval_loader(
+        self, split: str, *, dealt: bool = True, transform: Transform | None = None
+    ) -> ImageLoader:
         """Return a loader of one split without augmentation, in the order of its records.
 
         Args:
             split: Name of the split.
             dealt: Distribute the images over the ranks; False gives the calling rank all of them.
+            transform: Prepares the images; by default ``eval_transform``.
 
         Raises:
             CrossXError: If the split is empty.
@@ -178,7 +181,7 @@ class DataModule:
             raise CrossXError(
                 f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
             )
-        transform = eval_transform(self.preprocessing)
+        transform = transform or eval_transform(self.preprocessing)
         dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
         batch_size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)

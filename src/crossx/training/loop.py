@@ -28,12 +28,12 @@ from crossx.backbones import EarlyLayers, synchronize_batch_norms
 from crossx.data.datamodule import DataModule
 from crossx.data.sampler import derive_seed
 from crossx.data.views import StoredViews
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
 from crossx.runs import Run
 from crossx.training.checkpoints import FORMAT, write_checkpoint
-from crossx.training.config import Config, TrainerConfig
+from crossx.training.config import Config, OptimConfig, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
@@ -41,6 +41,7 @@ from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
+from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
 from crossx.training.views import store_views
 
@@ -69,6 +70,8 @@ class Loop:
         step: Optimiser steps.
         best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
         phase: Name of the phase that was started last; None before the first.
+        epochs: Epochs of the whole training: ``max_epochs``, or fewer if ``max_time`` leaves no time for all of them.
+        ended: Why the training is over, and after which epoch; None before.
 
     Raises:
         UsageError: If the method or the machine does not support an option.
@@ -97,13 +100,17 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
         self.phase: str | None = None
+        self.ended: dict[str, Any] | None = None
+        self.epochs = self.options.max_epochs
+        if checkpoint is not None and checkpoint.get("plan", {}).get("limits") == self._limits():
+            self.epochs = checkpoint["plan"]["epochs"]
         self.fabric = build_fabric(self.options)
         data.processes = getattr(self.fabric.strategy, "num_processes", 1)
         counts = Counter(record.label for record in data.train_records())
         classes = range(len(data.index.classes))
-        self.optim, notes = config.optim.shortened_to(self.options.max_epochs)
-        for note in notes:
+        for note in config.optim.shortened_to(self.options.max_epochs)[1]:
             log.warning(note)
+        self.optim = self._options_for(self.epochs)
         self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
         self.has_phases = type(method).phase_at is not Method.phase_at
         if self.has_phases:
@@ -127,9 +134,10 @@ class Loop:
         options = self.options
         try:
             with self.bar, torch.autograd.set_detect_anomaly(options.detect_anomaly):
-                while self.epoch < options.max_epochs and not (self.step and self._is_over()):
+                while (reason := self._end_reason()) is None:
                     self._train_epoch()
                     self._end_epoch(self._validate())
+                self.ended = self.history.ended = {"by": reason, "epoch": self.epoch}
                 if not options.max_epochs:
                     self._require_finite()
                     self._save()
@@ -177,24 +185,64 @@ class Loop:
         if saved is not None:
             # an epoch that max_steps or max_time cut short counts as a whole one
             position = saved["epoch"] * steps + -(-saved["batch"] // options.accumulate_grad_batches)
-        skipped = position - (saved["step"] if saved else 0)
-        total = steps * options.max_epochs
+        self.steps_per_epoch, self.skipped = steps, position - (saved["step"] if saved else 0)
         optimizer = build_optimizer(self.method, optim)
-        self.scheduler = build_scheduler(
-            optimizer,
-            optim,
-            steps_per_epoch=steps,
-            # without an epoch no step follows, but one_cycle needs one
-            total_steps=max(1, min(total, options.max_steps + skipped) if options.max_steps >= 0 else total),
-        )
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self._build_scheduler(optimizer)
         if saved is not None:
             self._load(saved, optimizer, position)
-        self.optimizer = fabric.strategy.setup_optimizer(optimizer)
+        self.optimizer: Any = fabric.strategy.setup_optimizer(optimizer)
         self.history.start_clock()
         if self.transfer is not None:
             # from now on the run can be resumed without the other one
             self.transfer = None
             self._save()
+
+    def _limits(self) -> list[float]:
+        """Return the options on which the number of epochs depends."""
+        return [self.options.max_epochs, self.time_limit]
+
+    def _options_for(self, epochs: int) -> OptimConfig:
+        """Return the options of a training of so many epochs; fewer than ``max_epochs`` only for lack of time."""
+        optim, most = self.config.optim, self.options.max_epochs
+        optim = optim.in_proportion(epochs, most) if epochs < most else optim
+        return optim.shortened_to(epochs)[0]
+
+    def _build_scheduler(self, optimizer: Any) -> None:
+        total, most = self.steps_per_epoch * self.epochs, self.options.max_steps
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak
+        self.scheduler = build_scheduler(
+            optimizer,
+            self.optim,
+            steps_per_epoch=self.steps_per_epoch,
+            # without an epoch no step follows, but one_cycle needs one
+            total_steps=max(1, min(total, most + self.skipped) if most >= 0 else total),
+        )
+
+    def _plan_epochs(self) -> None:
+        """Plan the number of epochs from the time that they take, and fit schedule and phases to it."""
+        if self.time_limit == math.inf:
+            return
+        ends = torch.tensor([row["seconds"] for row in self.history.rows], dtype=torch.float64)
+        if self.fabric.world_size > 1:
+            # each rank has its own clock, and all have to agree
+            distributed.broadcast(ends := ends.to(self.device, torch.float32), 0)
+        most = self.options.max_epochs
+        epochs = epochs_in_time(self.epochs, most, ends.tolist(), self.time_limit)
+        if epochs == self.epochs:
+            return
+        self.epochs = epochs
+        if epochs <= self.epoch:
+            return
+        if self.fabric.is_global_zero:
+            log.info(
+                "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
+                self.options.max_time, epochs, counted(most, "epoch"), epochs,
+            )  # fmt: skip
+        self.optim = self.task.config = self._options_for(epochs)
+        self._build_scheduler(self.optimizer)
+        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
 
     def _prepare(self) -> None:
         # each rank reads all images, so nothing has to be gathered
@@ -262,7 +310,7 @@ class Loop:
         phase = self._start_phase()
         self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
         within = f" {phase.name}" if self.has_phases else ""
-        self.bar.start(f"epoch {self.epoch + 1}/{options.max_epochs}{within}", self.batches, self.batch)
+        self.bar.start(f"epoch {self.epoch + 1}/{self.epochs}{within}", self.batches, self.batch)
         if self.batch == 0:
             highest = max(group["lr"] for group in self.optimizer.param_groups)
             history.start_epoch(highest * phase.lr_factor, phase.name if self.has_phases else None)
@@ -298,7 +346,7 @@ class Loop:
     def _start_phase(self) -> Phase:
         """Set the phase of the epoch; if it is another one than before, let the method start it."""
         method = self.method
-        phase = method.phase_at(self.epoch, self.options.max_epochs)
+        phase = method.phase_at(self.epoch, self.epochs)
         self.task.start_epoch(self.epoch, phase)
         if phase.name != self.phase and type(method).start_phase is not Method.start_phase:
             seed_everything(derive_seed(self.config.seed, "phase", self.epoch) % 2**32, verbose=False)
@@ -348,8 +396,47 @@ class Loop:
 
     def _is_over(self) -> bool:
         """Return whether ``max_steps`` or ``max_time`` is reached."""
+        return self._out_of_steps() or self._out_of_time()
+
+    def _out_of_time(self) -> bool:
         timed = self.time_limit < math.inf
-        return self._out_of_steps() or (timed and self._on_any_rank(self.history.seconds >= self.time_limit))
+        return timed and self._on_any_rank(self.history.seconds >= self.time_limit)
+
+    def _end_reason(self) -> str | None:
+        """Return the option that ends the training after the present epoch, and say so if it ends early."""
+        most, by = self.options.max_epochs, None
+        if self.epoch >= self.epochs:
+            by = "max_epochs" if self.epochs == most else "max_time"
+        elif self.step and self._out_of_steps():
+            by = "max_steps"
+        elif self.patience.is_exhausted(self.history.rows, self.watched):
+            by = "patience"
+        elif self.step and self._out_of_time():
+            by = "max_time"
+        if self.epoch < most and self.fabric.is_global_zero:
+            if by == "patience":
+                waited = self.patience.waited(self.history.rows, self.watched)
+                log.info(
+                    "optim.patience %d: no better %s in %s, so the training ends after epoch %d of %d.",
+                    self.optim.patience, self.watched, counted(waited, "validation"), self.epoch, most,
+                )  # fmt: skip
+            elif by == "max_time":
+                log.info(
+                    "trainer.max_time %s: the training ends after epoch %d of %d.",
+                    self.options.max_time, self.epoch, most,
+                )  # fmt: skip
+        return by
+
+    @property
+    def watched(self) -> str:
+        """The metric that ``optim.patience`` looks at."""
+        return self.monitor or "val/top1"
+
+    @property
+    def patience(self) -> Patience:
+        """The count of ``optim.patience``."""
+        phases = [self.method.phase_at(epoch, self.epochs).name for epoch in range(self.epochs)]
+        return Patience(self.optim, phases, self.steps_per_epoch)
 
     def _out_of_steps(self) -> bool:
         return 0 <= self.options.max_steps <= self.step
@@ -401,7 +488,8 @@ class Loop:
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         if self.options.enable_progress_bar and self.fabric.is_global_zero:
-            print(history.line(self.options.max_epochs), file=sys.stderr)
+            print(history.line(self.epochs), file=sys.stderr)
+        self._plan_epochs()
         self._save(best=best)
         if self.fabric.is_global_zero:
             history.write()
@@ -448,6 +536,7 @@ class Loop:
             "scaler": self.fabric.strategy.precision.state_dict(),
             "history": self.history.state_dict(),
             "best": self.best,
+            "plan": {"epochs": self.epochs, "limits": self._limits()},
             "taken": None if self.method.taken is None else sorted(self.method.taken),
             "generators": generators,
             "files": self.files,
@@ -470,8 +559,10 @@ class Loop:
         self.fabric.strategy.precision.load_state_dict(saved["scaler"])
         self.history.load_state_dict(saved["history"])
 
-    def _continue_schedule(self, optimizer: torch.optim.Optimizer, position: int) -> None:
-        """Set the learning rates of a step. They differ from those of the checkpoint if the length has changed."""
+    def _continue_schedule(
+        self, optimizer: torch.optim.Optimizer, position: int, *, said: bool = True
+    ) -> None:
+        """Set the learning rates of a step. They differ from the present ones if the length has changed."""
         before = max(group["lr"] for group in optimizer.param_groups)
         # from the schedule of the present length, not from the checkpoint's: both are functions of the step
         state = self.scheduler.state_dict() | {"last_epoch": position - 1, "_step_count": position}
@@ -481,10 +572,10 @@ class Loop:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         now = max(group["lr"] for group in optimizer.param_groups)
-        if now != before and self.fabric.is_global_zero:
+        if said and now != before and self.fabric.is_global_zero:
             log.warning(
                 "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
-                self.optim.schedule, self.options.max_epochs, before, now,
+                self.optim.schedule, self.epochs, before, now,
             )  # fmt: skip
 
     def _seed(self) -> None:
