@@ -116,6 +116,8 @@ def read_configured(config: DataConfig) -> DatasetIndex:
         level=config.level,
         num_classes=config.num_classes,
         images_per_class=config.images_per_class,
+        image_column=config.image_column,
+        label_column=config.label_column,
         test_fraction=config.test_fraction,
         split_seed=config.split_seed,
     )

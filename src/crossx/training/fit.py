@@ -553,11 +553,11 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, weights, init = config.data.root, config.model.backbone_weights, config.init
+    weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
-        data=replace(config.data, root=str(Path(root).absolute()) if root else None),
+        data=config.data.with_absolute_root(),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from crossx.ablation.runner import Processes, Trial, check_config, describe_training
@@ -87,9 +87,7 @@ def tune(
     seconds = parse_time(max_time, "max_time") if max_time is not None else float("inf")
     if seconds <= 0:
         raise UsageError(f"max_time must be above 0, not {max_time!r}.")
-    folder, config = Path(output), replace(config, output=None)
-    if config.data.root:
-        config = replace(config, data=replace(config.data, root=str(Path(config.data.root).absolute())))
+    folder, config = Path(output), replace(config, output=None, data=config.data.with_absolute_root())
     if not isinstance(space, Space):
         space = read_space(Path(space), config) if space is not None else default_space(config)
     classes: dict[str, int] = {}
@@ -122,7 +120,7 @@ class _Search:
 
     def run(self) -> Tuned:
         self.study = _open_study(self.folder / JOURNAL, self._build_pruner())
-        self.started = time.monotonic()
+        self.started = monotonic()
         self.before = float(self.study.user_attrs.get("seconds", 0.0))
         processes = Processes(self.jobs)
         unfinished = iter(self._unfinished())
@@ -159,7 +157,7 @@ class _Search:
         return tuned
 
     def _elapsed(self) -> float:
-        return self.before + time.monotonic() - self.started
+        return self.before + monotonic() - self.started
 
     def _build_pruner(self) -> optuna.pruners.BasePruner:
         import optuna
