@@ -92,6 +92,25 @@ class PreprocessingFile(ExactModel):
         return self
 
 
+_VIEWS = Literal["1", "1+flip", "5", "5+flip"]
+
+
+class RejectionFile(ExactModel):
+    """``rejection`` of ``model.json``, see ``crossx.runs.Rejection``."""
+
+    score: Literal["max_probability", "max_logit", "energy"]
+    keep: Annotated[float, Field(gt=0, lt=1)]
+    images: Count
+    thresholds: Annotated[dict[_VIEWS, Number], Field(min_length=1)]
+
+
+class SetsFile(ExactModel):
+    """``sets`` of ``model.json``, see ``crossx.runs.PredictionSets``."""
+
+    images: Count
+    least_probability: Annotated[dict[_VIEWS, _row(Share, 50)], Field(min_length=1)]  # type: ignore[valid-type]
+
+
 class ModelFile(StrictModel):
     """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` is checked separately."""
 
@@ -104,6 +123,8 @@ class ModelFile(StrictModel):
     dataset: Annotated[str, Field(max_length=200, pattern=r"^[^:/\\]*$")]
     levels: Annotated[dict[Text, _row(Text, MAX_CLASSES)], Field(max_length=16)] = {}  # type: ignore[valid-type]
     temperature: Temperature = 1.0
+    rejection: RejectionFile | None = None
+    sets: SetsFile | None = None
 
     @model_validator(mode="after")
     def _one_group_per_class(self) -> ModelFile:

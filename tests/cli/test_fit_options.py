@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from crossx.cli.parser import unknown_argument
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
-from crossx.recipes import SECTIONS, list_recipes, load_recipe
+from crossx.recipes import PRESETS, SECTIONS, list_recipes, load_recipe
 from crossx.training.config import Config, OptimConfig, TrainerConfig
 
 
@@ -402,7 +403,7 @@ def test_help_begins_with_the_options_used_most(capsys: pytest.CaptureFixture[st
     options = re.findall(r"^  (--[\w.]+)", shown, re.MULTILINE)
     first = ["--config", "--resume", "--output", "--data.root", "--data.dataset", "--trainer.max_epochs"]
     first += ["--optim.lr", "--data.batch_size", "--data.image_size", "--model.backbone", "--model.method"]
-    assert {*first} <= {*options[:16]}
+    assert {*first} <= {*options[:17]}
     assert len(options) == len({*options})
 
 
@@ -419,3 +420,34 @@ def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_empty_value_is_one_line(option: str) -> None:
     with pytest.raises(UsageError, match=rf"--{option} takes .*, not ''"):
         parse_fit([f"--{option}", ""])
+
+
+@pytest.mark.parametrize(("preset", "recipe"), PRESETS.items())
+def test_a_preset_is_its_recipe_with_the_options_of_the_command(preset: str, recipe: str) -> None:
+    words = ["--data.root", "x", "--trainer.max_epochs", "7"]
+    asked = parse_fit(["--preset", preset, *words])
+    assert asked == parse_fit(["--config", recipe, *words])
+    assert asked == dataclasses.replace(parse_fit(["--config", preset, *words]), recipe=recipe)
+    assert (asked.config.trainer.max_epochs, asked.config.data.dataset) == (7, "folder")
+    expected = Config.from_recipe(preset, data={"root": "x"}, trainer={"max_epochs": 7})
+    assert asked.config.to_dict()["optim"] == expected.to_dict()["optim"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--preset", "fst"],
+            "unknown preset 'fst'. Did you mean 'fast'? Choose from: balanced, best, fast.",
+        ),
+        (
+            ["--preset", "fast", "--config", "probe"],
+            "--preset fast and --config probe: give only one of them.",
+        ),
+        (["--resume", "runs/x", "--preset", "fast"], "leave out --preset"),
+        (["--config", "balancd"], "Did you mean 'balanced'?"),
+    ],
+)
+def test_wrong_presets(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_fit(words)

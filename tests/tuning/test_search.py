@@ -245,7 +245,7 @@ def test_wrong_calls(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UsageError, match=message):
             tune(base, tmp_path / "out", **arguments)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"needs Optuna: pip install 'crossx\[tune\]'"):
+    with pytest.raises(UsageError, match=r"needs optuna: pip install 'crossx\[tune\]'"):
         tune(base, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, counted
+from crossx.extras import is_installed
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.suggestions import nearest
@@ -32,7 +33,6 @@ Precision = Literal["auto", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mix
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 ClipAlgorithm = Literal["norm", "value"]
 
-DEFAULT_LOGGERS: tuple[Logger, ...] = ("tensorboard", "csv")
 
 FITTED = "probe"
 """The method whose head is fitted before the first step, so that it needs no epoch; not with ``head: sgd``."""
@@ -137,6 +137,10 @@ class OptimConfig:
         fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
             the first step (LP-FT; Kumar et al., 2022); 0 is off. Needs heads that are linear in their features;
             other heads start at random.
+        freeze_stride: Keep the backbone's layers up to its map of this stride as pretrained: 8 for the map with an
+            eighth of the image's side. null trains all.
+        cached_views: Run the layers of freeze_stride only once for this many augmented views of each training image,
+            and train the others on the stored maps; 0 is off. Epoch e sees view e modulo cached_views.
         freeze_batch_norm: Keep the backbone's batch norms (statistics, scales, shifts) as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999. Validation, checkpoints and
             the final model then use the average. null keeps no average.
@@ -173,6 +177,8 @@ class OptimConfig:
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
     fit_heads: int = 0
+    freeze_stride: int | None = None
+    cached_views: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
@@ -206,7 +212,7 @@ class OptimConfig:
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (
             "weight_decay", "warmup_epochs", "warmup_steps", "new_layers_lr_factor", "mixup", "cutmix", "fit_heads",
-            "freeze_backbone_epochs", "patience",
+            "freeze_backbone_epochs", "cached_views", "patience",
         ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
@@ -218,12 +224,29 @@ class OptimConfig:
                 "optim.recompute_activations cannot be combined with optim.compile, which plans memory itself. Leave "
                 "one of them out."
             )
+        if self.freeze_stride is not None:
+            _check("freeze_stride", self.freeze_stride, "at least 1", self.freeze_stride >= 1)
+        if self.cached_views:
+            self._check_cached_views()
         if self.schedule == "multistep" and not self.milestones:
             raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
         if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:
             raise UsageError(
                 f"optim.milestones must be increasing epochs, starting at 1, not {self.milestones}."
             )
+
+    def _check_cached_views(self) -> None:
+        if self.freeze_stride is None:
+            raise UsageError(
+                "optim.cached_views stores the maps of frozen layers: say which with optim.freeze_stride (8), or leave "
+                "it out."
+            )
+        for option in ("mixup", "cutmix", "compile", "recompute_activations"):
+            if getattr(self, option):
+                raise UsageError(
+                    f"optim.{option} cannot be combined with optim.cached_views, which trains on maps instead of "
+                    "images. Leave one of them out."
+                )
 
     def shortened_to(self, epochs: int) -> tuple[OptimConfig, list[str]]:
         """Shorten the phases that do not fit, so that a recipe also works with fewer epochs.
@@ -301,7 +324,8 @@ class TrainerConfig:
         checkpoint_every_n_steps: Also write a checkpoint every n optimiser steps, not only after each epoch.
         checkpoint_every_n_minutes: Also write a checkpoint when the last one is n minutes old.
         log_every_n_steps: Batches between two log entries; on a GPU also between two checks that the loss is finite.
-        logger: One or a list of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        logger: One or a list of tensorboard, csv, wandb and mlflow; true is tensorboard if it is installed, false none.
+            metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
         accelerator: `cpu`, `gpu`, ...; `auto` uses a GPU if there is one.
         devices: Number of devices, a list of their indices, or `auto` for all of them.
@@ -329,7 +353,7 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_n_minutes: float | None = None
     log_every_n_steps: int = 50
-    logger: list[Logger] | Logger | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
+    logger: list[Logger] | Logger | bool = True
     enable_progress_bar: bool = True
     accelerator: Accelerator = "auto"
     devices: list[int] | str | int = "auto"
@@ -387,7 +411,7 @@ class TrainerConfig:
     def loggers(self) -> list[str]:
         """Names of the requested loggers."""
         if isinstance(self.logger, bool) or self.logger is None:
-            return list(DEFAULT_LOGGERS) if self.logger else []
+            return ["tensorboard", "csv"] if self.logger and is_installed("tensorboard") else []
         return [self.logger] if isinstance(self.logger, str) else [*self.logger]
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
-from crossx.evaluation.calibration import describe_calibration, write_temperature
+from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
 from crossx.evaluation.run import evaluate
 from crossx.methods.weights import load_weights, save_weights
 from crossx.training.checkpoints import is_intact, read_checkpoint
@@ -69,7 +69,7 @@ def describe_selection(loop: Loop) -> dict[str, Any]:
 
 
 def finish(loop: Loop, info: dict[str, Any]) -> None:
-    """Save the selected weights as the model and fit its temperature; the first rank does it."""
+    """Save the selected weights as the model and calibrate it; the first rank does it."""
     if not is_leader():
         return
     loop.history.write()
@@ -110,18 +110,26 @@ def _warn_if_average_lags(loop: Loop) -> None:
 
 
 def _calibrate(loop: Loop) -> dict[str, Any] | None:
-    """Fit the temperature on the validation images; None if there are none."""
+    """Calibrate the model on the validation images; None if there are none."""
     data = loop.data
     if not data.holds_out:
-        log.warning("no validation images: the probabilities are not calibrated (temperature 1).")
+        log.warning(
+            "no validation images: the probabilities are not calibrated (temperature 1), and an image of none of the "
+            "classes gets one of them."
+        )
         return None
-    outputs = evaluate(
+    outputs = evaluate_views(
         loop.method,
-        data.eval_loader("val", dealt=False),  # the other ranks have left
+        data,
+        "val",
         loop.device,
-        normalize=data.normalize,
         progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
     )
-    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
-    write_temperature(loop.run_folder, described["temperature"])
-    return described
+    found = calibrate_outputs(outputs, dataset=data.index.name, split="val")
+    if found.rejection is None:
+        log.warning(
+            "%d validation images are too few for a threshold: an image of none of the classes gets one of them.",
+            len(outputs.targets),
+        )
+    found.write(loop.run_folder)
+    return found.described

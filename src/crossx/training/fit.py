@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 
-from crossx.data.catalog import read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
+from crossx.data.exclude import write_excluded, written_path
 from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
@@ -52,6 +54,7 @@ from crossx.runs import (
     is_lock,
     is_utf8,
     locked_folder,
+    user_path,
     write_json,
     write_text,
 )
@@ -88,6 +91,7 @@ KEPT = (
     "precision",
     "images",
     "skipped",
+    "excluded",
     "environment",
 )
 """What a checkpoint holds of run.json, in case that is lost."""
@@ -178,6 +182,8 @@ def resume(
         config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
         config = replace(config, output=str(run.path))
         recall_method(config.model.method, run)
+        if config.data.exclude is not None and run.excluded.is_file():
+            config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
         if root is not None:
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
@@ -280,6 +286,10 @@ def _train(
     index = read_configured(config.data)
     for note in index.notes if is_leader() else ():
         log.warning("%s.", note)
+    exclude_file = config.data.exclude
+    if exclude_file is not None:
+        # the run's own copy, since the file may change or be deleted
+        config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
         method = _create_method(config, index)
@@ -315,7 +325,7 @@ def _train(
     data = DataModule(index, preprocessing, options, config.seed, parts)
     data.check_images()
     data.open_caches()
-    info = _describe(config, data, transfer)
+    info = _describe(config, data, transfer, exclude_file)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
     monitor = choose_monitor(config, data)
@@ -346,6 +356,8 @@ def _train(
                 restore_best(run, checkpoint)
             write_text(run.config, config.to_yaml())
             write_json(run.spec, spec.to_json())
+            if exclude_file is not None:
+                _write_excluded(run, config, index)
         with _recording_status(loop, info):
             loop.run()
             finish(loop, info)
@@ -436,7 +448,16 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Tran
     return transfer
 
 
-def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> dict[str, Any]:
+def _write_excluded(run: Run, config: Config, index: DatasetIndex) -> None:
+    data = config.data
+    base = base_folder(configured_root(data))
+    write_excluded(run.excluded, [(written_path(record.path, base),) for record in index.excluded])
+
+
+def _describe(
+    config: Config, data: DataModule, transfer: Transfer | None, exclude_file: str | None
+) -> dict[str, Any]:
+    excluded = Counter(record.split for record in data.index.excluded)
     imports, package = origin(method_class(config.model.method))
     return {
         "schema": SCHEMA,
@@ -456,6 +477,9 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "selection": None,
         "images": {split: len(data.index.split(split)) for split in SPLITS},
         "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
+        "excluded": {"file": exclude_file, "images": {split: excluded[split] for split in SPLITS}}
+        if exclude_file is not None
+        else None,
         "data": asdict(config.data),
         "environment": environment(dict([package] if package else ())),
     }
@@ -553,11 +577,15 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
+    exclude = config.data.exclude
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
-        data=config.data.with_absolute_root(),
+        data=replace(
+            config.data.with_absolute_root(),
+            exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
+        ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )

@@ -24,9 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from crossx.backbones import synchronize_batch_norms
+from crossx.backbones import EarlyLayers, synchronize_batch_norms
 from crossx.data.datamodule import DataModule
 from crossx.data.sampler import derive_seed
+from crossx.data.views import StoredViews
 from crossx.errors import CrossXError, UsageError, counted
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
@@ -42,6 +43,7 @@ from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
+from crossx.training.views import store_views
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class Loop:
         if self.has_phases:
             self.task.check_phases(self.options.max_epochs)
         self.average: AveragedModel | None = None
+        self.stored: StoredViews | None = None
         self.history = History(run, self._mean_over_ranks if self.fabric.world_size > 1 else None)
         self.loggers = build_loggers(
             self.options.loggers, run, run_id, checkpoint["step"] if checkpoint else 0
@@ -149,8 +152,11 @@ class Loop:
         fabric.launch()
         self.device = fabric.device
         fabric.to_device(task)
+        if self.task.early is not None:
+            self._store_views(self.task.early)
         if saved is None:
-            self._prepare()
+            with task.skipping():
+                self._prepare()
         if optim.ema_decay is not None:
             self.average = AveragedModel(task, multi_avg_fn=self._update_average, use_buffers=True)
             # read at every step; on a GPU that would synchronise
@@ -162,7 +168,7 @@ class Loop:
         self.wrapped = Phase().trains
         if optim.compile:
             task.compile_objective()
-        self.train_loader: Any = self.data.train_dataloader()
+        self.train_loader: Any = self._train_loader()
         self.eval_split: Literal["val", "test"] = "val"
         self.eval_loader: Any = self.data.val_dataloader()
         if optim.selection == "best_on_test":
@@ -266,13 +272,37 @@ class Loop:
                 method.name,
             )
 
+    def _store_views(self, early: EarlyLayers) -> None:
+        """Run the frozen layers once per view, also on a resume: the maps are not part of the checkpoints."""
+        views = self.optim.cached_views
+        if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            images = len(self.data.train_records())
+            print(f"running the frozen layers once: {images:,} images x {views}", file=sys.stderr)
+        self.stored = store_views(
+            early, self.method, self.data, views, self.run_folder.path,
+            lambda batch: self._to_device(batch)[0].to(memory_format=self.task.memory_format),
+        )  # fmt: skip
+        self.task.takes_maps = True
+
+    def _train_loader(self, *, dealt: bool = True) -> Any:
+        if self.stored is not None:
+            return self.data.stored_loader(self.stored, dealt=dealt)
+        return self.data.train_dataloader() if dealt else self.data.whole_train_loader()
+
+    def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Move a training batch to the device: normalised images, or maps in float32, and targets."""
+        if self.stored is None:
+            return self.data.to_device(batch, self.device)
+        maps, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return maps.float(), targets
+
     def _all_batches(self, *, epochs: int = 1) -> Iterator[Any]:
         # a generator, so that no worker starts if the method prepares nothing
-        loader: Any = self.data.whole_train_loader()
+        loader = self._train_loader(dealt=False)
         for epoch in range(epochs):
             loader.sampler.set_epoch(epoch)
             for batch in loader:
-                yield self.data.to_device(batch, self.device)
+                yield self._to_device(batch)
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or of the training."""
@@ -291,7 +321,7 @@ class Loop:
                 # after the first batch, whatever random numbers the loader drew before
                 self._seed()
                 first = False
-            tensors = self.data.to_device(batch, self.device)
+            tensors = self._to_device(batch)
             self.batch += 1
             accumulates = self.batch % options.accumulate_grad_batches != 0 and self.batch < self.batches
             with self._synchronized(not accumulates):
@@ -323,7 +353,8 @@ class Loop:
             before = (
                 {key: value.clone() for key, value in self.task.state_dict().items()} if self.average else {}
             )
-            method.start_phase(phase, self._all_batches())
+            with self.task.skipping():
+                method.start_phase(phase, self._all_batches())
             if self.average is not None:
                 # an average of what it was with what it is would be neither
                 averages = self.average.module.state_dict()

@@ -29,6 +29,7 @@ from crossx.ablation.runner import Processes, Trial, check_config, describe_trai
 from crossx.ablation.suite import apply_changes
 from crossx.ablation.tuning import read_validation
 from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
+from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
 from crossx.training.config import Config, parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
@@ -80,7 +81,7 @@ def tune(
         CrossXError: If Optuna is not installed, the data cannot be read, or no trial is complete.
         Stopped: On Ctrl-C or SIGTERM.
     """
-    _require_optuna()
+    require("crossx tune", "optuna", extra="tune")
     check_choice("pruner", pruner, get_args(Pruner))
     if trials < 1:
         raise UsageError(f"trials must be at least 1, not {trials}.")
@@ -329,17 +330,11 @@ def _rows(training: Trial) -> list[dict[str, Any]]:
     return read_history(path) if path.is_file() else []
 
 
-def _require_optuna() -> None:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError("crossx tune needs Optuna: pip install 'crossx[tune]'.") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
 def _open_study(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     class Unlocked:
         """No lock: that of the folder keeps other processes out, and ends with the process."""

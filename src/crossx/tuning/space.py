@@ -29,6 +29,7 @@ FIXED = {
         (
             "dataset", "root", "level", "num_classes", "images_per_class", "image_column", "label_column",
             "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images",
+            "exclude",
         ),
         "it decides on which images the trials are compared",
     ),

@@ -163,5 +163,5 @@ def test_without_the_package_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"needs the package datasets: pip install 'crossx\[datasets\]'"):
+    with pytest.raises(UsageError, match=r"needs datasets: pip install 'crossx\[datasets\]'"):
         read_huggingface(tmp_path)

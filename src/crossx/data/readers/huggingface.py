@@ -13,6 +13,7 @@ from crossx.data.readers.embedded import EncodedImage, is_encoded_image, unpack_
 from crossx.data.readers.rows import ONE_LABEL, LabelTable, index_rows
 from crossx.data.readers.table import require_text
 from crossx.errors import CrossXError, UsageError, first_line
+from crossx.extras import require
 from crossx.hub import HubModel
 from crossx.suggestions import nearest
 
@@ -48,12 +49,10 @@ def read_huggingface(
         CrossXError: If the dataset cannot be read, or rows are wrong (as rows of a table).
         UsageError: If the package is not installed, or no column, or several, may be meant.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            "dataset huggingface needs the package datasets: pip install 'crossx[datasets]'."
-        ) from error
+    require("data.dataset huggingface", "datasets", extra="datasets")
+
+    import datasets
+
     loaded = _load(root, datasets)
     parts = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
     if not parts or not any(map(len, parts.values())):
