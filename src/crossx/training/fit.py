@@ -580,15 +580,14 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, exclude = config.data.root, config.data.exclude
+    exclude = config.data.exclude
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
         data=replace(
-            config.data,
-            root=str(Path(root).absolute()) if root else None,
+            config.data.with_absolute_root(),
             exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
         ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
