@@ -103,7 +103,7 @@ def draw_predictions(run_folder: Path, target: Path) -> None:
         right = bool(tested.correct[index])
         prediction = f"{tested.names[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
         text = prediction if right else f"{prediction}\nit is: {tested.names[label]}"
-        wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
+        wrapped = "\n".join(textwrap.fill(line, 33, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
         axes.set_axis_off()
