@@ -37,7 +37,7 @@ class RateColumn(ProgressColumn):
 
 COLUMNS = (
     TextColumn("{task.description}"),
-    BarColumn(20),
+    BarColumn(10),
     MofNCompleteColumn(),
     RateColumn(),
     TimeRemainingColumn(),
