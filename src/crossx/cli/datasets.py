@@ -105,7 +105,8 @@ def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data:
 
 
 def _describe(info: DatasetInfo) -> Iterator[str]:
-    yield f"{info.name}: {info.title}"
+    width = min(MAX_WIDTH, page_width())
+    yield fold(f"{info.name}: {info.title}", hanging="  ", width=width)
     contents = ""
     if info.table1:
         classes, train, test = info.table1
@@ -120,6 +121,5 @@ def _describe(info: DatasetInfo) -> Iterator[str]:
     rows = [(name, value) for name, value in facts.items() if value]
     rows += [("checksum", f"{file} {checksum}") for file, checksum in info.checksums.items()]
     rows += [("defect", defect) for defect in info.defects]
-    width = min(MAX_WIDTH, page_width())
     for name, value in rows:
         yield fold(f"  {name:<8}  {value}", width=width)
