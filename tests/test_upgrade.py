@@ -77,7 +77,9 @@ def test_a_new_key_is_a_decision() -> None:
     # the sets change no prediction, and a file with a rejection is of schema 2
     assert SCHEMA == 2
     added = ["rejection", "sets"]
-    assert sorted(["schema", *(field.name for field in fields(ModelSpec))]) == sorted(before["model.json"] + added)
+    assert sorted(["schema", *(field.name for field in fields(ModelSpec))]) == sorted(
+        before["model.json"] + added
+    )
     assert sorted(field.name for field in fields(Preprocessing)) == before["preprocessing"]
 
 
@@ -113,7 +115,9 @@ def test_a_newer_schema_is_told_before_anything_else(run: Run, schema: int) -> N
 def test_no_schema_is_no_description(run: Run, schema: object) -> None:
     values = {**read_json(run.spec), "schema": schema}
     message = refusal(ModelSpec.from_json, values, run.spec)
-    assert message.startswith(f"{run.spec}: not a model description of crossx (schema: should be 1 to 2, not ")
+    assert message.startswith(
+        f"{run.spec}: not a model description of crossx (schema: should be 1 to 2, not "
+    )
     del values["schema"]
     assert "not None" in refusal(ModelSpec.from_json, values, run.spec)
 

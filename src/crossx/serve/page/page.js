@@ -181,8 +181,13 @@ function clear() {
   shown = null;
 }
 
-function showPrediction({ label, probability, top }) {
-  at.named.replaceChildren(label, " ", made("span", { className: "quiet", textContent: percent(probability) }));
+function showPrediction({ label, probability, nearest, candidates, top }) {
+  const [name, note] = label === null
+    ? ["None of the classes", `most similar: ${nearest}, ${percent(probability)}`]
+    : [label, percent(probability)];
+  at.named.replaceChildren(name, " ", made("span", { className: "quiet", textContent: note }));
+  at.candidates.hidden = !candidates;
+  if (candidates) at.candidates.textContent = `With ${percent(limits.coverage)}, one of: ${candidates.join("; ")}`;
   at.top.replaceChildren(...top.map(ranked));
   at.maps.hidden = at.looks.hidden = true;
   at.result.hidden = false;
