@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation import calibration
-from crossx.evaluation.calibration import calibrate_run, fit_temperature
+from crossx.evaluation.calibration import ViewOutputs, calibrate_outputs, calibrate_run, fit_temperature
 from crossx.evaluation.run import test_run
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, read_json, write_json
@@ -229,11 +229,13 @@ def test_a_run_of_before_has_no_sets(run, capsys):
     assert capsys.readouterr().out.startswith("path,label,probability,error\n")
 
 
-def test_one_class_can_be_rejected(tmp_path):
-    root = write_folder(tmp_path / "bird", classes=1, images_per_class=80, split_folders=True)
-    run = Run(write_run(tmp_path / "run", classes=[path.name for path in (root / "train").iterdir()]))
-    data = {"dataset": "folder", "root": str(root), "num_workers": 0}
-    write_json(run.info, {"status": "finished", "dataset": "folder", "data_root": str(root), "data": data})
-    assert calibrate_run(run.path, device="cpu").rejection is not None
-    predictions = Predictor.load(run.path, "cpu", coverage=0.9).predict(root / "test")
-    assert {one.candidates for one in predictions} == {(predictions[0].nearest,)}
+def test_one_class_has_a_threshold_and_sets_of_one():
+    """A dataset needs two classes, but a run may have one."""
+    logits = torch.linspace(-1, 1, 40)[:, None]
+    outputs = ViewOutputs(
+        logits, torch.zeros(40, dtype=torch.int64), logits[None], torch.ones(40, dtype=torch.bool), {"1": [0]}
+    )
+    found = calibrate_outputs(outputs, dataset="folder", split="val")
+    assert found.rejection.thresholds == {"1": pytest.approx(logits[1, 0].item())}
+    assert set(found.sets.least_probability["1"]) == {1.0}
+    assert found.temperature == 1
