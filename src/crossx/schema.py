@@ -322,6 +322,13 @@ class ProvenanceFile(StrictModel):
     calibration: CalibrationFile | None = None
 
 
+class EndedFile(StrictModel):
+    """What ended a training: an option, and the last epoch."""
+
+    by: Text
+    epoch: Count
+
+
 class RunFile(ProvenanceFile):
     """``run.json``: provenance. Older runs lack some keys."""
 
@@ -330,6 +337,8 @@ class RunFile(ProvenanceFile):
     init: InitFile | None = None
     imports: Annotated[list[ImportFile], Field(max_length=64)] | None = None
     extended_after: list[Count] | None = None
+    ended: EndedFile | None = None
+    tuned: LongText | None = None
     images: dict[Text, Count] | None = None
     data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
     class_names: Text | None = None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from crossx.errors import Stopped, UsageError, counted, unknown
+from crossx.extras import require
 from crossx.predict.cluster import predict_shards
 from crossx.predict.exported import exported_files, is_exported, require_trust
 from crossx.predict.identity import file_checksum
@@ -99,12 +100,13 @@ def predict_collection(
 
     Raises:
         Stopped: After Ctrl-C; finished shards are kept.
-        UsageError: If an option is not possible, or the folder holds other files.
+        UsageError: If an option is not possible, pyarrow is not installed, or the folder holds other files.
         CrossXError: If something is missing, damaged or cannot be written.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
+    require("a folder of predictions", "pyarrow", extra="parquet")
     if workers is not None and engine != "ray":
         raise UsageError("--workers requires --engine ray.")
     if engine == "ray" and is_exported(run):

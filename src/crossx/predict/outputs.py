@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
+from crossx.extras import require
 from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
 from crossx.runs.spreadsheet import write_rows
@@ -59,11 +60,13 @@ def check_output(path: Path, suffixes: Iterable[str]) -> None:
     """Check that ``path`` has one of the suffixes and can be written.
 
     Raises:
-        UsageError: If it has another suffix or is a folder.
+        UsageError: If it has another suffix, is a folder, or needs a package that is not installed.
         CrossXError: If its folder cannot be written to.
     """
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{path}: must end in {' or '.join(suffixes)}.")
+    if path.suffix.lower() == ".parquet":
+        require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
     check_output_file(path)
 
 

@@ -10,6 +10,7 @@
       metrics.csv metrics.json  training history
       checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
       checkpoints/SHA256SUMS    checksums of the three
+      exclude.csv               the images that `--data.exclude` left out
       test.json ...             written by `crossx test`
 """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from crossx.class_names import display_names
 from crossx.errors import CrossXError
 
 SCHEMA = 2
@@ -99,6 +101,11 @@ class ModelSpec:
     temperature: float = 1.0
     rejection: Rejection | None = None
     sets: PredictionSets | None = None
+
+    @cached_property
+    def display_names(self) -> tuple[str, ...]:
+        """The classes as people read them, in label order: for pages, pictures and tables, not for files."""
+        return display_names(self.classes)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary for ``from_json``, of the lowest schema that has everything in it."""

@@ -23,6 +23,7 @@ class ServiceInfo(BaseModel):
 
     model: ModelInfo
     classes: list[str] = Field(description="Class names in label order.")
+    display_names: list[str] = Field(description="The class names as the page shows them, in the same order.")
     temperature: float = Field(description="Probabilities are softmax(logits / temperature).")
     rejects: bool = Field(
         description="Whether `label` is null for an image of none of the classes; see `nearest`."

@@ -96,7 +96,8 @@ class Service:
         """The network, and the limits of a request."""
         spec, limits = self._predictor.spec, self.limits
         return ServiceInfo(
-            model=self._model, classes=list(spec.classes), temperature=spec.temperature,
+            model=self._model, classes=list(spec.classes), display_names=list(spec.display_names),
+            temperature=spec.temperature,
             rejects=self._predictor.rejection is not None, coverage=self._predictor.coverage,
             explains=self._predictor.explains,
             max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
@@ -322,7 +323,10 @@ class Service:
 
         pixels, explanation = _parts(explained)
         text = caption(
-            explanation, self._predictor.classes, name=upload.name or "", rejected=explained.rejected
+            explanation,
+            self._predictor.spec.display_names,
+            name=upload.name or "",
+            rejected=explained.rejected,
         )
         picture = io.BytesIO()
         save_png(draw([FigureRow(pixels, explanation, text)]), picture)

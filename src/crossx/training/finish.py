@@ -30,22 +30,28 @@ def choose_monitor(config: Config, data: DataModule) -> str | None:
     Raises:
         UsageError: If the selection needs images that the dataset does not have.
     """
-    if config.optim.selection == "best_on_test":
-        if not data.index.split("test"):
-            raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
-        return "test/top1"
-    if config.optim.selection == "last" or not config.trainer.max_epochs:
-        return None
-    trainer, missing = config.trainer, ""
-    if not data.holds_out:
+    trainer, selection, missing = config.trainer, config.optim.selection, ""
+    on_test = selection == "best_on_test"
+    if on_test and not data.index.split("test"):
+        raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
+    if not trainer.max_epochs:
+        return "test/top1" if on_test else None
+    if not data.holds_out and not on_test:
         missing = "There are no validation images"
     elif trainer.limit_val_batches == 0:
         missing = "trainer.limit_val_batches 0 switches validation off"
     elif trainer.check_val_every_n_epoch > trainer.max_epochs:
         missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
-    if missing:
+    if missing and config.optim.patience:
+        raise UsageError(
+            f"optim.patience {config.optim.patience} needs validation after epochs. {missing}: change that, or leave "
+            "out the option."
+        )
+    if on_test:
+        return "test/top1"
+    if missing and selection == "best":
         log.warning("%s: the last epoch's weights become the model.", missing)
-    return None if missing else "val/top1"
+    return None if missing or selection == "last" else "val/top1"
 
 
 def describe_selection(loop: Loop) -> dict[str, Any]:
