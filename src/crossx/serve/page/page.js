@@ -217,9 +217,10 @@ function showPrediction({ label, probability, nearest, candidates, top }) {
     : [named(label), percent(probability)];
   const className = label === null ? "quiet" : "quiet number";
   at.named.replaceChildren(name, " ", made("span", { className, textContent: note }));
-  at.candidates.hidden = !candidates;
+  // a set supposes that the picture shows one of the classes
+  at.candidates.hidden = !candidates || label === null;
   if (candidates) {
-    at.candidates.textContent = `With ${percent(limits.coverage)}, one of: ${candidates.map(named).join("; ")}`;
+    at.candidates.textContent = `${Math.round(100 * limits.coverage)}% coverage: ${candidates.map(named).join("; ")}`;
   }
   at.top.replaceChildren(...top.map(ranked));
   at.result.hidden = at.answer.hidden = at.named.hidden = false;
