@@ -100,12 +100,12 @@ def test_the_calibration_error_is_that_of_the_probabilities_given(
 
 def test_what_becomes_of_images_of_none_of_the_classes_is_told(method: Any) -> None:
     known = measured(method)
-    assert "- It always predicts one of its 2 classes," in section(write_card(known), "Limits")
+    assert "- It always predicts one of its 3 classes," in section(write_card(known), "Limits")
     rejection = Rejection("max_logit", 0.95, 40, {"1": 3.0})
     text = section(write_card(replace(known, spec=replace(known.spec, rejection=rejection))), "Limits")
     assert "always predicts" not in text
     assert (
-        "- An image whose score (max_logit) is below a threshold gets none of its 2 classes. The threshold keeps"
+        "- An image whose score (max_logit) is below a threshold gets none of its 3 classes. The threshold keeps"
         in text
     )
     assert "95% of the images of the classes" in text
