@@ -27,11 +27,13 @@ class DatasetOptions:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
+        test_images_per_class: Synthetic set only: number of test images per class.
     """
 
     level: Name | None = None
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
+    test_images_per_class: Positive | None = None
 
 
 def run(words: Sequence[str]) -> int:

@@ -116,6 +116,7 @@ def read_configured(config: DataConfig) -> DatasetIndex:
         level=config.level,
         num_classes=config.num_classes,
         images_per_class=config.images_per_class,
+        test_images_per_class=config.test_images_per_class,
         test_fraction=config.test_fraction,
         split_seed=config.split_seed,
     )

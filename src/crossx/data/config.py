@@ -23,6 +23,7 @@ _LEAST = {
     "num_workers": 0,
     "num_classes": 2,
     "images_per_class": 1,
+    "test_images_per_class": 1,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "interpolation": ("bilinear", "bicubic"),
@@ -45,6 +46,8 @@ class DataConfig:
         level: FGVC-Aircraft only: label by `variant` (the default), `family` or `manufacturer`.
         num_classes: Synthetic set only: number of classes to draw.
         images_per_class: Synthetic set only: number of images to draw per class.
+        test_images_per_class: Synthetic set only: number of test images to draw per class; by default a third of
+            images_per_class. The training images stay the same.
         image_size: Side of the network's square input, in pixels.
         resize_size: Size before the crop, in pixels: images are resized to a square of this side (600 in the
             released code, then cropped to 448; equal to image_size means no crop). By default the shorter side is
@@ -81,6 +84,7 @@ class DataConfig:
     level: str | None = None
     num_classes: int | None = None
     images_per_class: int | None = None
+    test_images_per_class: int | None = None
     image_size: int = 448
     resize_size: int | None = None
     interpolation: str | None = None

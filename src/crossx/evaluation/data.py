@@ -65,7 +65,13 @@ def _data_config(
     if dataset is not None and dataset != config.dataset:
         # root and reader options belong to the dataset of the training
         config = replace(
-            config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
+            config,
+            dataset=dataset,
+            root=None,
+            level=None,
+            num_classes=None,
+            images_per_class=None,
+            test_images_per_class=None,
         )
     if root is not None:
         config = replace(config, root=str(root))

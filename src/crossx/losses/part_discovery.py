@@ -99,6 +99,37 @@ def relative_presence(maps: Tensor, everything: Tensor) -> Tensor:
     return maps / strongest.clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None, None]
 
 
+def image_presence_loss(shares: Tensor, everything: Tensor) -> Tensor:
+    """Return 1 minus the presence of each part in each image, averaged over parts and images.
+
+    The presence is ``max_i a_p(i) O(i) / max_i O(i)``: 1 if the part has a most active position of the image to itself.
+    ``presence_loss`` is over the batch instead, so that a part may be absent from images. An image without activation
+    counts as 1.
+
+    Args:
+        shares: a, (B, P, h, w).
+        everything: O, activation of the whole object, not negative, (B, h, w).
+    """
+    strongest = everything.amax((1, 2)).clamp(min=torch.finfo(everything.dtype).tiny)  # (B, h, w) -> (B,)
+    present = (shares * everything[:, None]).amax((2, 3)) / strongest[:, None]  # (B, P, h, w) -> (B, P)
+    return batch_mean(1 - present.mean(), len(shares))
+
+
+def border_loss(background: Tensor) -> Tensor:
+    """Return the share of all parts together in the outermost positions, averaged over positions and images.
+
+    Objects are seldom at the border of an image: what looks like the border is background, also elsewhere.
+    ``background_presence_loss`` asks for some background near the border only.
+
+    Args:
+        background: Share of the background, (B, h, w).
+    """
+    parts = 1 - at_least_float32(background)
+    border = torch.ones_like(parts[0])
+    border[1:-1, 1:-1] = 0
+    return batch_mean((parts * border).sum((1, 2)).mean() / border.sum(), len(background))
+
+
 def background_presence_loss(background: Tensor) -> Tensor:
     """Return the negative logarithm of the strongest presence of the background near the edges, averaged over images.
 
