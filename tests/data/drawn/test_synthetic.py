@@ -87,9 +87,9 @@ def test_images_do_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
         assert record.path.read_bytes() == twin.path.read_bytes()
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 4])
 def test_the_number_of_test_images_changes_no_other_image(tmp_path: Path, number: int) -> None:
-    options = {**SMALL, "images_per_class": 6}
+    options = {**SMALL, "num_classes": 2, "images_per_class": 6}
     usual = read_synthetic(tmp_path / "usual", **options)
     asked = read_synthetic(tmp_path / "asked", **options, test_images_per_class=number)
     for label in range(len(asked.classes)):
