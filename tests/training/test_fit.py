@@ -480,7 +480,7 @@ def test_the_run_is_calibrated_on_its_validation_images(make_config):
     assert (kept["dataset"], kept["split"], kept["n"]) == ("folder", "val", 3)
     assert run.read_spec().temperature == kept["temperature"]
     before = run.spec.read_text()
-    assert calibrate_run(run.path) == kept
+    assert calibrate_run(run.path).described == kept
     assert run.spec.read_text() == before
 
 

@@ -106,6 +106,20 @@ class Backbone(nn.Module):
             )
         self._set_previous(max(index for index, own in enumerate(strides, start=1) if own == stride))
 
+    def stage_of_stride(self, stride: int) -> str:
+        """Return the name of the module that ends the deepest map of a stride before ``last``.
+
+        Raises:
+            UsageError: If the backbone has no such map.
+        """
+        strides = {int(stage["reduction"]): str(stage["module"]) for stage in self._info[:-1]}
+        if stride not in strides:
+            known = ", ".join(map(str, sorted(strides))) or "none"
+            raise UsageError(
+                f"backbone {self.name!r} has no map of stride {stride} before its last one; it has: {known}."
+            )
+        return strides[stride]
+
     def attach_osme(
         self,
         stage: str,

@@ -32,10 +32,22 @@ from crossx.errors import (
 from crossx.suggestions import nearest
 
 VERBS = (
-    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
-    "serve", "recipes", "datasets", "import-released", "new-method",
+    "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain",
+    "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
-IMPORTING = ("fit", "test", "ablate", "report", "calibrate", "predict", "export", "explain", "share", "serve")
+IMPORTING = (
+    "fit",
+    "tune",
+    "test",
+    "ablate",
+    "report",
+    "calibrate",
+    "predict",
+    "export",
+    "explain",
+    "share",
+    "serve",
+)
 """Verbs that need the method of a network, and take ``--import``."""
 IMPORT = "--import"
 

@@ -18,7 +18,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import docstring_parser
 import jsonargparse
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from crossx.cli.main import IMPORT, IMPORTING
 from crossx.errors import UsageError
@@ -63,6 +69,10 @@ Natural = Annotated[int, "N", NonNegativeInt]
 Positive = Annotated[int, "N", PositiveInt]
 Tolerance = Annotated[float, "X", NonNegativeFloat]
 Fraction = Annotated[float, "X", ClosedUnitInterval]
+CoverageNumber = restricted_number_type("CoverageNumber", float, [(">=", 0.5), ("<=", 0.99)])
+Coverage = Annotated[float, "X", CoverageNumber]
+KeepNumber = restricted_number_type("KeepNumber", float, [(">", 0), ("<=", 1)])
+Keep = Annotated[float, "X", KeepNumber]
 
 SECTIONS = ("model", "data", "optim", "trainer")
 """Groups whose options have the group's name as prefix, as in a recipe: ``--data.root``."""
@@ -77,6 +87,8 @@ IN_WORDS = {
     PositiveInt: "a whole number of at least 1",
     NonNegativeFloat: "a number of at least 0",
     ClosedUnitInterval: "a number from 0 to 1",
+    CoverageNumber: "a number from 0.5 to 0.99",
+    KeepNumber: "a number above 0, at most 1",
 }
 _IMAGES = {
     "source",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crossx.cli.parser import Name
-from crossx.recipes import load_recipe, model_names
+from crossx.recipes import PRESETS, load_recipe, model_names
 
 MIN_WIDTH = 80
 
@@ -33,8 +33,10 @@ def _print_table() -> None:
 
     table = Table("recipe", box=None, pad_edge=False)
     table.add_column("what it trains", overflow="fold")
+    presets = {recipe: preset for preset, recipe in PRESETS.items()}
     for model, name in model_names().items():
-        table.add_row(name, f"{load_recipe(name).description}\n[dim]{model}[/dim]")
+        preset = f" (--preset {presets[name]})" if name in presets else ""
+        table.add_row(name, f"{load_recipe(name).description}{preset}\n[dim]{model}[/dim]")
     console = Console()
     # a narrow window breaks the lines, but a name must not lose its end
     console.width = max(MIN_WIDTH, console.width)

@@ -75,6 +75,8 @@ class DataConfig:
         sampling: `uniform` (each training image once per epoch), `balanced` (each class equally often) or `pairs`
             (each image next to another of its class, the pairs of a batch from different classes); by default what the
             method needs, else `uniform`.
+        exclude: Table of images to leave out (column `path`, relative to the root), such as the `exclude.csv` of
+            `crossx datasets audit`. The images that are held out stay the same.
         bad_images: What to do with missing or unreadable images: `stop` before the first step and list them,
             or `skip` and report them.
     """
@@ -102,6 +104,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     num_workers: int | None = None
     sampling: Sampling | None = None
+    exclude: str | None = None
     bad_images: BadImages = "stop"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib.util
 import io
 import json
 import shutil
@@ -39,6 +38,7 @@ from crossx.export.verify import (
     prepared_batches,
     quantization_data,
 )
+from crossx.extras import require
 from crossx.methods.weights import load_method
 from crossx.predict.exported import (
     EXTRA_FILE,
@@ -150,7 +150,7 @@ def export_run(
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
-    read = cache(partial(open_data, run.read_info(), spec, root=root, dataset=dataset))
+    read = cache(partial(open_data, run, spec, root=root, dataset=dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
@@ -330,9 +330,7 @@ def _check_precision(name: str, kind: Format, precision: str) -> None:
         offered = ", ".join(other for other, its in _FORMATS.items() if its.quantize is not None)
         raise UsageError(f"--format {name} has no int8. Choose from: {offered}.")
     needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UsageError(f"--format {name} needs {', '.join(missing)}: pip install 'crossx[export]'.")
+    require(f"--format {name}", *needed, extra="export")
 
 
 def _opset(graph: Any) -> int | None:

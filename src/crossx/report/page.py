@@ -130,6 +130,8 @@ def _provenance(run: RunResults) -> dict[str, str]:
         "pretrained": results.get("pretrained"),
         "backbone weights": results.get("backbone_weights"),
         "started from": _started_from(info.get("init")),
+        "options": info.get("tuned"),
+        "training ended by": _in_words(info.get("ended")),
         "trained for longer after epochs": info.get("extended_after"),
         "weights": results["weights"],
         "selection of the weights": _in_words(results.get("selection")),

@@ -30,11 +30,13 @@ class History:
         rows: One row per epoch: ``epoch`` (from 1), ``step`` (optimiser steps), ``phase`` (its name, for methods with
             phases), ``train/...`` (means over the epoch, in training mode), ``lr`` (the highest at the first step),
             ``seconds`` since the start.
+        ended: Why the training is over (``by``), and after which ``epoch``; None before.
     """
 
     def __init__(self, run: Run, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         self.run = run
         self.rows: list[dict[str, Any]] = []
+        self.ended: dict[str, Any] | None = None
         self._mean_over_ranks = mean_over_ranks
         self._live: dict[str, float] = {}
         self._pending: list[Tensor] = []
@@ -156,7 +158,8 @@ class History:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.run.path / "metrics.csv", text.getvalue())
-        write_json(self.run.path / "metrics.json", {"schema": SCHEMA, "epochs": self.rows})
+        values = {"schema": SCHEMA, "epochs": self.rows, "ended": self.ended}
+        write_json(self.run.path / "metrics.json", values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows and the current epoch's sums, so that a resumed run loses no value."""

@@ -26,6 +26,7 @@ from crossx.data.readers.embedded import image_column, unpack
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.parsing import MAX_FILE
 from crossx.errors import CrossXError, UsageError, counted, first_few, first_line
+from crossx.extras import require
 from crossx.runs import is_utf8
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.suggestions import nearest
@@ -139,6 +140,17 @@ def read_paths(path: Path) -> list[Path]:
     return files
 
 
+def read_names(path: Path) -> list[tuple[str, str]]:
+    """Return the column ``path`` of a table as it is written, each with its place; the table may have no rows.
+
+    Raises:
+        CrossXError: If the table is missing or unreadable, or lacks the column.
+        UsageError: If it is no table.
+    """
+    rows = _read(path, ("path",), may_be_empty=True).rows
+    return [(place, _text(path, place, "path", fields["path"])) for place, fields in rows]
+
+
 def is_table(path: Path) -> bool:
     """Return whether a file's name is that of a table."""
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
@@ -165,7 +177,7 @@ class _Table:
     notes: list[str] = field(default_factory=list)
 
 
-def _read(path: Path, required: Sequence[str]) -> _Table:
+def _read(path: Path, required: Sequence[str], *, may_be_empty: bool = False) -> _Table:
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path}: is a folder. --data.root takes the table itself.{_tables_in(path)}")
@@ -183,12 +195,13 @@ def _read(path: Path, required: Sequence[str]) -> _Table:
         raise CrossXError(f"{path}: is a pipe or device, not a file.")
     try:
         if suffix == ".parquet":
+            require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
             table = _parquet(path, required)
         else:
             table = (_json_lines if suffix in (".jsonl", ".ndjson") else _csv)(path, _decoded(path), required)
     except OSError as error:
         raise CrossXError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    if not table.rows:
+    if not (table.rows or may_be_empty):
         raise CrossXError(f"{path}: the table has no rows.")
     return table
 
