@@ -27,6 +27,7 @@ from crossx.layers import (
     Gating,
     PartAssignment,
     ResidualOSME,
+    SeparateOSME,
     enlarge,
     evaluation_mode,
     join_stages,
@@ -177,6 +178,16 @@ class Backbone(nn.Module):
         """
         channels = sum(self.channels[stage] for stage in self.osme)
         self.assignment = PartAssignment(channels, num_parts, detach)
+
+    def separate_parts(self) -> None:
+        """Make ``forward`` return the attention features of a stage as P maps (B, C, h, w), for inference only."""
+        for stage, osme in self._gated():
+            self.osme[stage] = SeparateOSME(osme)
+        for stage, slot in self._slots.items():
+            separate: Any = SeparateOSME(slot)
+            block = self._last_block(stage)
+            setattr(block, ATTENTION_SLOTS[type(block)], separate)
+            self._slots[stage] = separate
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps ``previous`` and ``last``, (B, C, h, w), for images (B, 3, H, W).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from crossx.cli.parser import Folder, Natural
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, free_folder, storage_error
+from crossx.terminal import fold_command, page_width, step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +64,9 @@ def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
     picture = folder / "predictions.png"
     draw_predictions(trained["crossx"].folder, picture)
     draw_excitations(trained["crossx"].folder, folder / EXCITATIONS)
-    draw_excitations(trained["crossx"].folder, folder / "excitations.png")
-    print(f"\n$ crossx test {trained['crossx'].folder} --parts", flush=True)
-    sentence = measure_run(trained["crossx"].folder)["verdict"]
+    _show(["test", str(trained["crossx"].folder), "--parts"])
+    with step("Measuring the parts"):
+        sentence = measure_run(trained["crossx"].folder)["verdict"]
     against, _ = compare(trained["crossx"].folder, trained["plain"].folder, "test")
     _print_outcome(trained, against, picture, sentence, time.monotonic() - started)
 
@@ -78,9 +79,15 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
     folder = output / method
     arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]
     arguments += ["--seed", str(seed), "--output", str(folder)]
-    print(f"\n$ crossx fit {' '.join(arguments)}", flush=True)
+    _show(["fit", *arguments])
     fit(arguments)
-    return Trained(folder, test_run(folder))
+    with step("Testing the network"):
+        return Trained(folder, test_run(folder))
+
+
+def _show(words: Sequence[str]) -> None:
+    command = f"$ crossx {' '.join(words)}"
+    print(f"\n{fold_command(command)}", flush=True)
 
 
 def draw_predictions(run_folder: Path, target: Path) -> None:
@@ -104,8 +111,8 @@ def draw_predictions(run_folder: Path, target: Path) -> None:
     for axes, label, index in zip(grid, labels, chosen, strict=False):
         axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
         right = bool(tested.correct[index])
-        prediction = f"{tested.classes[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
-        text = prediction if right else f"{prediction}\nit is: {tested.classes[label]}"
+        prediction = f"{tested.names[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
+        text = prediction if right else f"{prediction}\nit is: {tested.names[label]}"
         wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
@@ -177,8 +184,12 @@ def _print_outcome(
         print(f"  {method:<8} {network.results['top1']:7.1%}  ({low:.1%} to {high:.1%}, 95% interval)")
     gain, low, high = (100 * value for value in (against["difference"], *against["interval"]["difference"]))
     print(f"  difference {gain:+.1f} points ({low:+.1f} to {high:+.1f}, on the same images)")
-    print(f"\n{textwrap.fill(sentence, 100)}")
+    print(f"\n{textwrap.fill(sentence, min(100, page_width()))}")
     print(f"\nrun      {trained['crossx'].folder}")
     print(f"pictures {picture} and {picture.parent / EXCITATIONS}")
     print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")
-    print(f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3")
+    print(
+        fold_command(
+            f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3"
+        )
+    )

@@ -73,6 +73,8 @@ def _data_config(
             num_classes=None,
             images_per_class=None,
             test_images_per_class=None,
+            image_column=None,
+            label_column=None,
             exclude=None,
         )
     if root is not None:

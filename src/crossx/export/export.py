@@ -209,6 +209,8 @@ def _build_graph(
     name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
 ) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
+    if kind.save is not _save_safetensors:
+        network.use_inference_form()
     # OpenVINO stores fp16 weights and chooses the arithmetic itself
     if precision == "fp16" and name != "openvino":
         network.method.half()

@@ -30,6 +30,7 @@ from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
 from crossx.layers.resize import shrink
+from crossx.layers.separate_parts import MergedLogits, SeparateGates, SeparateOSME, convolution
 from crossx.layers.tensor_sketch import TensorSketch
 from crossx.layers.zoom import box_mask, zoom
 
@@ -41,11 +42,14 @@ __all__ = [
     "FilterBank",
     "Gating",
     "MergedFeatures",
+    "MergedLogits",
     "Navigator",
     "OwnStatistics",
     "PartAssignment",
     "PartLinear",
     "ResidualOSME",
+    "SeparateGates",
+    "SeparateOSME",
     "TaylorSeriesKernel",
     "TensorSketch",
     "anchor_boxes",
@@ -53,6 +57,7 @@ __all__ = [
     "attention_pool",
     "box_mask",
     "channel_peaks",
+    "convolution",
     "crop_boxes",
     "draw_prototypes",
     "energy_peaks",

@@ -334,7 +334,8 @@ class TrainerConfig:
             `ddp_find_unused_parameters_true` is for methods that leave parameters without a gradient.
         sync_batchnorm: Compute batch norm statistics over all processes (GPUs only).
         precision: `32`, or mixed precision `bf16-mixed` or `16-mixed`; weights stay in float32. `auto`: `bf16-mixed` on
-            a processor with AMX or a GPU with bfloat16, else `32`; a resumed run keeps what it began with.
+            a processor with AMX or AVX512_BF16 or a GPU with bfloat16, else `32`; a resumed run keeps what it began
+            with.
         deterministic: Use deterministic kernels only; `warn` warns if there is none.
         benchmark: Let cuDNN search for its fastest kernels; null keeps PyTorch's setting.
         detect_anomaly: Find the operation that makes a gradient NaN (slow).
