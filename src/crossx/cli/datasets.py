@@ -26,6 +26,7 @@ class DatasetOptions:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
+        test_images_per_class: Synthetic set only: number of test images per class.
         image_column: huggingface only: the column of the images, if there are several.
         label_column: huggingface and webdataset only: the column, or the field of a .json, with the label.
     """
@@ -33,6 +34,7 @@ class DatasetOptions:
     level: Name | None = None
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
+    test_images_per_class: Positive | None = None
     image_column: Name | None = None
     label_column: Name | None = None
 
