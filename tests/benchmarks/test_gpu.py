@@ -15,7 +15,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu")
 
 
-def writing(gpu: ModuleType, folder: Path, name: str, before: str = "") -> object:
+def writing(gpu: ModuleType, folder: Path, name: str, before: str = "pass") -> object:
     """Return a part that counts its runs and writes its result."""
     result, log = folder / f"{name}.part.json", folder / "log"
     code = (
