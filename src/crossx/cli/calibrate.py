@@ -9,6 +9,7 @@ from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Keep
 from crossx.errors import counted
 from crossx.runs import Run
+from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
     from crossx.evaluation.calibration import Calibration
@@ -45,11 +46,12 @@ def calibrate(
     """
     check_run(run)
 
-    from crossx.evaluation.calibration import calibrate_run
+    with step("Calibrating the network"):
+        from crossx.evaluation.calibration import calibrate_run
 
-    found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
+        found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
     described = found.described
-    print(
+    text = (
         f"temperature {found.temperature:.4g}, "
         f"fitted on {counted(described['n'], described['split'] + ' image')} of {described['dataset']}\n"
         f"  negative log-likelihood  {described['nll']:.4f} before, {described['nll_calibrated']:.4f} after\n"
@@ -58,6 +60,7 @@ def calibrate(
         f"prediction sets  {_sets(found)}\n"
         f"stored in {Run(Path(run)).spec}"
     )
+    print(fold(text, hanging="  "))
 
 
 def _rejection(found: Calibration, keep: float) -> str:

@@ -13,6 +13,7 @@ from crossx.cli.options import BatchSize, Device, ModelPath, check_run
 from crossx.cli.parser import Folder, Fraction, Name
 from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.explain.figures import FigureRow
@@ -82,7 +83,9 @@ def explain(
     from crossx.evaluation.progress import track
     from crossx.explain.overlays import COLORMAP, check_colormap
     from crossx.predict.inputs import expand_paths
-    from crossx.predict.predictor import Predictor, class_number
+
+    with step("Loading PyTorch"):
+        from crossx.predict.predictor import Predictor, class_number
 
     drawing = replace(drawing, colormap=drawing.colormap or COLORMAP)
     check_colormap(str(drawing.colormap))
@@ -91,7 +94,8 @@ def explain(
         class_number(target, spec.classes)
     paths = expand_paths(images)
     check_writable(Path(output))
-    predictor = Predictor.load(run, device=device)
+    with step("Loading the network"):
+        predictor = Predictor.load(run, device=device)
     explained = predictor.iter_explain(paths, maps=maps, target=target, batch_size=batch_size)
     tracked = track(explained, "Explaining", total=len(paths))
     failed = _write(tracked, paths, predictor.spec, Path(output), drawing)

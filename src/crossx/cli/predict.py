@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from crossx.cli.options import BatchSize, Inference, PredictorPath, check_run
 from crossx.cli.parser import Name, Positive
 from crossx.errors import UsageError, counted
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.predict.results import Features, Prediction
@@ -102,12 +103,15 @@ def predict(
     target = features or output
     if target is not None:
         outputs.check_output(Path(target), FILES if output else (".parquet",))
-    files = _list_files(images)
+    with step("Looking for images"):
+        files = _list_files(images)
     check_run(run)
 
-    from crossx.predict.predictor import Predictor
+    with step("Loading PyTorch"):
+        from crossx.predict.predictor import Predictor
 
-    predictor = Predictor.load(run, **vars(inference))
+    with step("Loading the network"):
+        predictor = Predictor.load(run, **vars(inference))
     if features is not None:
         size = predictor.feature_size
         vectors = predictor.iter_features(files, batch_size)

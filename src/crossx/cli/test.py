@@ -11,6 +11,7 @@ from crossx.cli.parser import Coverage, Folder
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
+from crossx.terminal import fold, step
 
 
 def test(
@@ -67,8 +68,11 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     folder, split = open_run(path)[0].path, results["split"]
     low_high = results["intervals"]
     print(
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
-        f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}"
+        fold(
+            f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+            f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}",
+            hanging="  ",
+        )
     )
     rows = {
         "top-1": _percent(results["top1"], low_high["top1"]),
@@ -87,10 +91,11 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     rows |= _open_set_rows(results)
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")
+        print(fold(f"  {name:<{width}}  {value}"))
     for notice in result_notices(results):
-        print(f"  {notice}")
-    print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
+        print(fold(f"  {notice}"))
+    print(f"results: {folder / f'{split}.json'}")
+    print(f"tables and pictures: {folder / split}")
 
 
 def _open_set_rows(results: Mapping[str, Any]) -> dict[str, str]:
@@ -127,9 +132,11 @@ def test_run(path: str, split: str, data: TestedData, device: str, **measured: A
     """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
     check_run(path)
 
-    from crossx.evaluation.run import test_run
+    with step("Loading PyTorch"):
+        from crossx.evaluation.run import test_run
 
-    return test_run(path, split=split, device=device, **measured, **vars(data))
+    with step("Testing the network"):
+        return test_run(path, split=split, device=device, **measured, **vars(data))
 
 
 def _compare(run: str, against: str, split: str, data: TestedData, device: str) -> None:
@@ -147,7 +154,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
     target = folders[0] / f"{split}_against_{folders[1].resolve().name}.json"
     write_json(target, result)
     low, high = result["interval"]["difference"]
-    print(
+    text = (
         f"{run}: {_percent(result['top1']['a'])} top-1\n"
         f"{against}: {_percent(result['top1']['b'])} top-1\n"
         f"difference: {100 * result['difference']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}, 95% interval)\n"
@@ -155,6 +162,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
         f"McNemar's exact test p = {result['p_value']:.3g}\n"
         f"results: {target}"
     )
+    print(fold(text, hanging="  "))
 
 
 def is_tested(path: str, split: str, data: TestedData) -> bool:

@@ -197,7 +197,7 @@ def _write_files(
     write_confused_pairs(confusion, spec.classes, tables / "confused_pairs.csv")
     write_confusion(confusion, spec.classes, tables / "confusion.csv")
     title = f"{spec.method} on {results['dataset']}, {split}: top-1 {results['top1']:.1%}"
-    plot_confusion(confusion, spec.classes, tables / "confusion.png", title=title)
+    plot_confusion(confusion, spec.display_names, tables / "confusion.png", title=title)
     predicted.save(predictions_path(folder, split))
     # last: results exist only with all their files
     write_json(folder / f"{split}.json", results)

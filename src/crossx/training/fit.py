@@ -60,6 +60,7 @@ from crossx.runs import (
 )
 from crossx.schema import check_backbone_args, check_model
 from crossx.suggestions import nearest
+from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
@@ -323,8 +324,9 @@ def _train(
             "leave out one of them."
         )
     data = DataModule(index, preprocessing, options, config.seed, parts)
-    data.check_images()
-    data.open_caches()
+    with step("Checking the images"):
+        data.check_images()
+        data.open_caches()
     info = _describe(config, data, transfer, exclude_file)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
@@ -360,7 +362,8 @@ def _train(
                 _write_excluded(run, config, index)
         with _recording_status(loop, info):
             loop.run()
-            finish(loop, info)
+            with step("Selecting the weights"):
+                finish(loop, info)
     return run
 
 
@@ -577,15 +580,14 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, exclude = config.data.root, config.data.exclude
+    exclude = config.data.exclude
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
         data=replace(
-            config.data,
-            root=str(Path(root).absolute()) if root else None,
+            config.data.with_absolute_root(),
             exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
         ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),

@@ -32,6 +32,7 @@ from crossx.errors import CrossXError, UsageError, counted
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
 from crossx.runs import Run
+from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
 from crossx.training.config import Config, OptimConfig, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
@@ -260,6 +261,7 @@ class Loop:
             return
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
+            erase_step()
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
         if views and not fit_heads(method, lambda: (batch[:2] for batch in self._all_batches(epochs=views))):
             if not self.options.max_epochs:
@@ -488,6 +490,7 @@ class Loop:
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            erase_step()
             print(history.line(self.epochs), file=sys.stderr)
         self._plan_epochs()
         self._save(best=best)

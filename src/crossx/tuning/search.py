@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from crossx.ablation.runner import Processes, Trial, check_config, describe_training
 from crossx.ablation.suite import apply_changes
 from crossx.ablation.tuning import read_validation
 from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
+from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
 from crossx.training.config import Config, parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
@@ -80,16 +81,14 @@ def tune(
         CrossXError: If Optuna is not installed, the data cannot be read, or no trial is complete.
         Stopped: On Ctrl-C or SIGTERM.
     """
-    _require_optuna()
+    require("crossx tune", "optuna", extra="tune")
     check_choice("pruner", pruner, get_args(Pruner))
     if trials < 1:
         raise UsageError(f"trials must be at least 1, not {trials}.")
     seconds = parse_time(max_time, "max_time") if max_time is not None else float("inf")
     if seconds <= 0:
         raise UsageError(f"max_time must be above 0, not {max_time!r}.")
-    folder, config = Path(output), replace(config, output=None)
-    if config.data.root:
-        config = replace(config, data=replace(config.data, root=str(Path(config.data.root).absolute())))
+    folder, config = Path(output), replace(config, output=None, data=config.data.with_absolute_root())
     if not isinstance(space, Space):
         space = read_space(Path(space), config) if space is not None else default_space(config)
     classes: dict[str, int] = {}
@@ -122,7 +121,7 @@ class _Search:
 
     def run(self) -> Tuned:
         self.study = _open_study(self.folder / JOURNAL, self._build_pruner())
-        self.started = time.monotonic()
+        self.started = monotonic()
         self.before = float(self.study.user_attrs.get("seconds", 0.0))
         processes = Processes(self.jobs)
         unfinished = iter(self._unfinished())
@@ -159,7 +158,7 @@ class _Search:
         return tuned
 
     def _elapsed(self) -> float:
-        return self.before + time.monotonic() - self.started
+        return self.before + monotonic() - self.started
 
     def _build_pruner(self) -> optuna.pruners.BasePruner:
         import optuna
@@ -331,17 +330,11 @@ def _rows(training: Trial) -> list[dict[str, Any]]:
     return read_history(path) if path.is_file() else []
 
 
-def _require_optuna() -> None:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError("crossx tune needs Optuna: pip install 'crossx[tune]'.") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
 def _open_study(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     class Unlocked:
         """No lock: that of the folder keeps other processes out, and ends with the process."""

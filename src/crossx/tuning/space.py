@@ -26,14 +26,21 @@ MAX_CHOICES = 100
 
 FIXED = {
     **dict.fromkeys(
-        ("dataset", "root", "level", "num_classes", "images_per_class", "val_fraction", "test_fraction", "split_seed",
-         "train_on", "bad_images"),
+        (
+            "dataset", "root", "level", "num_classes", "images_per_class", "image_column", "label_column",
+            "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images",
+            "exclude",
+        ),
         "it decides on which images the trials are compared",
     ),
-    **dict.fromkeys(("selection", "limit_val_batches", "overfit_batches", "check_val_every_n_epoch"),
-                    "it decides how the trials are compared"),
-    **dict.fromkeys(("max_steps", "max_time", "devices", "num_nodes", "accelerator", "logger", "strategy"),
-                    "give it as an option for all trials"),
+    **dict.fromkeys(
+        ("selection", "limit_val_batches", "overfit_batches", "check_val_every_n_epoch"),
+        "it decides how the trials are compared",
+    ),
+    **dict.fromkeys(
+        ("max_steps", "max_time", "devices", "num_nodes", "accelerator", "logger", "strategy"),
+        "give it as an option for all trials",
+    ),
     "method": "tune each method by itself, or compare them with `crossx ablate`",
 }  # fmt: skip
 """Options that are not searched, and why."""
