@@ -137,7 +137,7 @@ def run(part: Part, seconds: float | None) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
             process.wait(STOP_SECONDS)
