@@ -32,7 +32,7 @@ def help_of(verb: str) -> str:
 @functools.cache
 def options_of(verb: str) -> set[str]:
     options = set(re.findall(r"(?<![\w-])--\w[\w.-]*\w", help_of(verb)))
-    if verb == "ablate":
+    if verb in ("ablate", "tune"):
         return options | options_of("fit")
     if verb == "fit":
         # its help shows the options of one method

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.test import is_tested, print_results, test_run
+from crossx.terminal import step
 
 
 def report(
@@ -32,10 +33,12 @@ def report(
     """
     check_run(run)
 
-    from crossx.report.run import report_path, report_run
+    with step("Loading the results"):
+        from crossx.report.run import report_path, report_run
 
     report_path(run, split, output)
     if not is_tested(run, split, data):
         print_results(run, test_run(run, split, data, device))
-    page = report_run(run, split=split, output=output, device=device)
+    with step("Writing the report"):
+        page = report_run(run, split=split, output=output, device=device)
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -108,17 +108,47 @@ def read_dataset(name: str, root: str | Path | None, **options: Any) -> DatasetI
     return index
 
 
-def read_configured(config: DataConfig) -> DatasetIndex:
-    """Read the dataset that the ``--data.*`` options name; raises what ``read_dataset`` raises."""
-    return read_dataset(
-        config.dataset,
-        config.root,
-        level=config.level,
-        num_classes=config.num_classes,
-        images_per_class=config.images_per_class,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
+def read_configured(config: DataConfig, *, other_images: bool = False) -> DatasetIndex:
+    """Read the dataset that the ``--data.*`` options name, without the images that ``config.exclude`` lists.
+
+    Args:
+        config: The options.
+        other_images: Whether there may be other images than in training, so that paths in ``config.exclude`` may be
+            unknown.
+
+    Raises:
+        UsageError: As ``read_dataset``.
+        CrossXError: As ``read_dataset`` and ``exclude.exclude``.
+    """
+    index = read_dataset(config.dataset, config.root, **_reader_options(config))
+    if config.exclude is None:
+        return index
+
+    from crossx.data.exclude import exclude
+
+    # before images are left out, so that the same ones are held out as without
+    index = index.with_validation(config.val_fraction, config.split_seed)
+    base = base_folder(configured_root(config))
+    return exclude(index, user_path(config.exclude), base, strict=not other_images)
+
+
+def configured_root(config: DataConfig) -> Path:
+    """Return where ``read_configured`` looks; raises what ``dataset_root`` raises."""
+    given = {key: value for key, value in _reader_options(config).items() if value is not None}
+    return dataset_root(config.dataset, config.root, given)
+
+
+def _reader_options(config: DataConfig) -> dict[str, Any]:
+    names = (
+        *("level", "num_classes", "images_per_class", "image_column", "label_column"),
+        *("test_fraction", "split_seed"),
     )
+    return {name: getattr(config, name) for name in names}
+
+
+def base_folder(root: Path) -> Path:
+    """Return the folder that the paths of a dataset's images are relative to."""
+    return root.parent if root.is_file() else root
 
 
 def dataset_root(name: str, root: str | Path | None, options: Mapping[str, Any]) -> Path:
@@ -135,5 +165,5 @@ def dataset_root(name: str, root: str | Path | None, options: Mapping[str, Any])
     return (
         cache_folder()
         / "crossx"
-        / "-".join(["synthetic", *(f"{key}={options[key]}" for key in sorted(options))])
+        / "-".join(["synthetic", *(f"{key}={options[key]}" for key in sorted({*options} - SHARED_OPTIONS))])
     )

@@ -48,6 +48,7 @@ class DatasetIndex:
         levels: Level name (``order``, ``family``, ...) to the K names of the classes' groups on that level; empty
             for a dataset without a hierarchy.
         notes: What the reader assumed or skipped, each a sentence without a full stop.
+        excluded: What ``--data.exclude`` left out of ``records``.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DatasetIndex:
     records: tuple[Record, ...]
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    excluded: tuple[Record, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -91,6 +93,11 @@ class DatasetIndex:
             for record in self.records
         )
         return replace(self, records=records)
+
+
+def relative_path(path: Path, base: Path) -> str:
+    """Return a path that identifies an image wherever the data is: relative to ``base``, if it is below it."""
+    return (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
 
 
 def part_names(records: Iterable[Record]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import CrossXError, first_line
 from crossx.evaluation.classes import check_classes
-from crossx.runs import ModelSpec
+from crossx.runs import ModelSpec, Run
 
 
 class DataOptions(TypedDict, total=False):
@@ -31,15 +31,16 @@ class DataOptions(TypedDict, total=False):
     num_workers: int | None
 
 
-def read_data(
-    info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOptions]
-) -> tuple[DataConfig, DatasetIndex]:
+def read_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> tuple[DataConfig, DatasetIndex]:
     """Read which images there are in the dataset of a run, or in another one with the same classes.
 
-    Arguments and errors: as of ``subject.open_data``.
+    Images that the training left out (``--data.exclude``) are left out here, too. Arguments and errors: as of
+    ``subject.open_data``.
     """
-    config = _data_config(info, spec, **options)
-    index = read_configured(config)
+    config = _data_config(run.read_info(), spec, **options)
+    if config.exclude is not None and run.excluded.is_file():
+        config = replace(config, exclude=str(run.excluded))
+    index = read_configured(config, other_images=True)
     check_classes(spec.classes, index.classes, index.name)
     return config, index
 
@@ -65,7 +66,15 @@ def _data_config(
     if dataset is not None and dataset != config.dataset:
         # root and reader options belong to the dataset of the training
         config = replace(
-            config, dataset=dataset, root=None, level=None, num_classes=None, images_per_class=None
+            config,
+            dataset=dataset,
+            root=None,
+            level=None,
+            num_classes=None,
+            images_per_class=None,
+            image_column=None,
+            label_column=None,
+            exclude=None,
         )
     if root is not None:
         config = replace(config, root=str(root))

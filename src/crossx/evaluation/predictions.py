@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.data.index import DatasetIndex
+from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
 from crossx.runs import atomic_path
 
@@ -142,7 +142,4 @@ def relative_paths(index: DatasetIndex, split: str, root: str | None) -> list[st
     records = index.split(split)
     base = Path(root if root is not None else os.path.commonpath([r.path.parent for r in index.records]))
     base = base.parent if base.is_file() else base
-    return [
-        (record.path.relative_to(base) if record.path.is_relative_to(base) else record.path).as_posix()
-        for record in records
-    ]
+    return [relative_path(record.path, base) for record in records]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -96,7 +95,7 @@ class Subject:
                 f"{run.path}: its classes are only numbered. Import the checkpoint again with --data.root, which gives "
                 "them their names and order."
             )
-        data = open_data(info, spec, **options)
+        data = open_data(run, spec, **options)
         return cls(run, weights, method, spec, data, split, chosen, folder)
 
     @property
@@ -138,11 +137,11 @@ class Subject:
         }
 
 
-def open_data(info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOptions]) -> DataModule:
+def open_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> DataModule:
     """Read the dataset of a run, or another one with the same classes.
 
     Args:
-        info: The run's ``run.json``.
+        run: The run.
         spec: Its description.
         **options: See ``DataOptions``.
 
@@ -150,5 +149,5 @@ def open_data(info: Mapping[str, Any], spec: ModelSpec, **options: Unpack[DataOp
         UsageError: If there is no such dataset.
         CrossXError: If it cannot be read or has other classes.
     """
-    config, index = read_data(info, spec, **options)
-    return DataModule(index, spec.preprocessing, config, seed=info.get("seed") or 0)
+    config, index = read_data(run, spec, **options)
+    return DataModule(index, spec.preprocessing, config, seed=run.read_info().get("seed") or 0)

@@ -150,7 +150,7 @@ def export_run(
     check_output_file(output)
     run, weights = open_run(path)
     method, spec = load_method(weights)
-    read = cache(partial(open_data, run.read_info(), spec, root=root, dataset=dataset))
+    read = cache(partial(open_data, run, spec, root=root, dataset=dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
@@ -209,6 +209,8 @@ def _build_graph(
     name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
 ) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
+    if kind.save is not _save_safetensors:
+        network.use_inference_form()
     # OpenVINO stores fp16 weights and chooses the arithmetic itself
     if precision == "fp16" and name != "openvino":
         network.method.half()

@@ -57,7 +57,7 @@ def predict_shards(
         device: ``auto`` (GPUs if the cluster has any), ``cpu`` or ``cuda``. A worker has one GPU.
         top: Classes per image.
         batch_size: Images per batch.
-        options: ``precision``, ``flip`` and ``crops`` of ``Predictor``.
+        options: ``precision``, and the ``PredictorOptions``.
 
     Yields:
         The number and the Parquet file of each shard, see ``predict_shard``, as they are finished.

@@ -212,18 +212,19 @@ def find_collection(source: str | Path, shard_size: int) -> Collection:
 
 
 def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int) -> bytes:
-    """Predict a shard, and return a Parquet file with the columns and rows of ``write_csv``."""
+    """Predict a shard, and return a Parquet file with the columns and rows of ``write_parquet``."""
     import pyarrow.parquet as pq
 
+    columns = predictor.columns(top)
     entries, ahead = tee(shard.read())
     predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
     rows: list[TableRow] = []
     for entry, prediction in zip(entries, predictions, strict=True):
         if entry.problem is not None:
             prediction = replace(prediction, error=entry.problem)
-        rows.extend(table_rows(entry.name, prediction, top))
+        rows.extend(table_rows(entry.name, prediction, columns))
     file = io.BytesIO()
-    pq.write_table(to_table(rows, top), file)
+    pq.write_table(to_table(rows, columns), file)
     return file.getvalue()
 
 

@@ -18,7 +18,7 @@ from crossx.explain.overlays import outline, overlay
 from crossx.report.examples import Pictures, tile_side
 from crossx.report.page import render
 from crossx.report.results import RunResults
-from crossx.runs import check_output_file, open_run, write_text
+from crossx.runs import Run, check_output_file, open_run, write_text
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def report_run(
     shown = choose_examples(tested)
     notices, pictures = [], {}
     try:
-        files = _find_images(tested, split, shown.images)
+        files = _find_images(opened, tested, split, shown.images)
         maps = ExampleMaps.load(maps_path(opened.path, split), shown.images, tested)
         if maps is None:
             maps = _compute_maps(run, files, device)
@@ -87,12 +87,10 @@ def report_run(
     return target
 
 
-def _find_images(tested: RunResults, split: str, numbers: Sequence[int]) -> list[Path]:
+def _find_images(run: Run, tested: RunResults, split: str, numbers: Sequence[int]) -> list[Path]:
     """Return the files of tested images."""
     results = tested.results
-    config, index = read_data(
-        tested.info, tested.spec, root=results.get("data_root"), dataset=results["dataset"]
-    )
+    config, index = read_data(run, tested.spec, root=results.get("data_root"), dataset=results["dataset"])
     index = index.with_validation(config.val_fraction, config.split_seed)
     paths = relative_paths(index, split, config.root)
     files = dict(zip(paths, (record.path for record in index.split(split)), strict=True))

@@ -10,6 +10,7 @@
       metrics.csv metrics.json  training history
       checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
       checkpoints/SHA256SUMS    checksums of the three
+      exclude.csv               the images that `--data.exclude` left out
       test.json ...             written by `crossx test`
 """
 
@@ -31,7 +32,7 @@ from crossx.runs.files import (
 )
 from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run
 from crossx.runs.locks import is_lock, locked_folder
-from crossx.runs.spec import SCHEMA, ModelSpec, Preprocessing
+from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
     "EXPORTED",
@@ -39,7 +40,9 @@ __all__ = [
     "PREDICTS_ALONE",
     "SCHEMA",
     "ModelSpec",
+    "PredictionSets",
     "Preprocessing",
+    "Rejection",
     "Run",
     "atomic_path",
     "check_output_file",

@@ -47,6 +47,7 @@ class Run:
     info = _File("run.json")
     checkpoints = _File("checkpoints")
     best = _File("checkpoints/best.ckpt")
+    excluded = _File("exclude.csv")
     last = _File("checkpoints/last.ckpt")
     previous = _File("checkpoints/previous.ckpt")
     checksums = _File("checkpoints/SHA256SUMS")

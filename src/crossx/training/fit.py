@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 
-from crossx.data.catalog import read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
+from crossx.data.exclude import write_excluded, written_path
 from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
@@ -52,11 +54,13 @@ from crossx.runs import (
     is_lock,
     is_utf8,
     locked_folder,
+    user_path,
     write_json,
     write_text,
 )
 from crossx.schema import check_backbone_args, check_model
 from crossx.suggestions import nearest
+from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
@@ -88,6 +92,7 @@ KEPT = (
     "precision",
     "images",
     "skipped",
+    "excluded",
     "environment",
 )
 """What a checkpoint holds of run.json, in case that is lost."""
@@ -141,6 +146,7 @@ def resume(
     max_epochs: int | None = None,
     max_steps: int | None = None,
     max_time: str | dict[str, int] | None = None,
+    patience: int | None = None,
 ) -> Run:
     """Continue a stopped run from its newest intact checkpoint, or train a finished one for longer.
 
@@ -155,6 +161,7 @@ def resume(
         max_epochs: See ``TrainerConfig``; by default as before. A finished run needs more than it has trained.
         max_steps: Likewise.
         max_time: Likewise; the time before counts.
+        patience: See ``OptimConfig``; by default as before. A run that it has ended needs more, or 0.
 
     Raises:
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
@@ -167,22 +174,28 @@ def resume(
         )
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
+    lengthens = bool(limits) or patience is not None
     with _interruptible(run), _locked(run.path):
         require_files(run)
-        if not restart and not limits:
+        if not restart and not lengthens:
             require_unfinished(run)
         saved = None if restart else read_saved(run, chosen)
         config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
         config = replace(config, output=str(run.path))
         recall_method(config.model.method, run)
+        if config.data.exclude is not None and run.excluded.is_file():
+            config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
         if root is not None:
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
         if not restart:
             before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
-        if limits:
-            config = replace(config, trainer=replace(config.trainer, **limits))
-        if limits and not restart:
+        planned_for = config.trainer.seconds
+        if lengthens:
+            optim = config.optim if patience is None else replace(config.optim, patience=patience)
+            config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
+        if lengthens and not restart:
+            _require_other_end(run, config, before, patience, planned_for)
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
@@ -231,6 +244,25 @@ def _with_length(
     return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
 
 
+def _require_other_end(
+    run: Run, config: Config, before: Mapping[str, Any], patience: int | None, planned_for: float
+) -> None:
+    """Check that what ended a run early would not end it at once again."""
+    ended = before.get("ended") or {}
+    if before.get("status") != "finished":
+        return
+    trained = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
+    if ended.get("by") == "patience" and patience is None:
+        raise UsageError(
+            f"{trained} optim.patience {config.optim.patience}: to train it for longer, give --optim.patience too (0 "
+            "switches it off)."
+        )
+    if ended.get("by") == "max_time" and config.trainer.seconds <= planned_for:
+        raise UsageError(
+            f"{trained} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
+        )
+
+
 def _train(
     config: Config,
     run: Run,
@@ -255,6 +287,10 @@ def _train(
     index = read_configured(config.data)
     for note in index.notes if is_leader() else ():
         log.warning("%s.", note)
+    exclude_file = config.data.exclude
+    if exclude_file is not None:
+        # the run's own copy, since the file may change or be deleted
+        config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
     seed_everything(config.seed, verbose=False)
     if checkpoint is None:
         method = _create_method(config, index)
@@ -288,9 +324,10 @@ def _train(
             "leave out one of them."
         )
     data = DataModule(index, preprocessing, options, config.seed, parts)
-    data.check_images()
-    data.open_caches()
-    info = _describe(config, data, transfer)
+    with step("Checking the images"):
+        data.check_images()
+        data.open_caches()
+    info = _describe(config, data, transfer, exclude_file)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
     monitor = choose_monitor(config, data)
@@ -321,9 +358,12 @@ def _train(
                 restore_best(run, checkpoint)
             write_text(run.config, config.to_yaml())
             write_json(run.spec, spec.to_json())
+            if exclude_file is not None:
+                _write_excluded(run, config, index)
         with _recording_status(loop, info):
             loop.run()
-            finish(loop, info)
+            with step("Selecting the weights"):
+                finish(loop, info)
     return run
 
 
@@ -411,7 +451,16 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Tran
     return transfer
 
 
-def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> dict[str, Any]:
+def _write_excluded(run: Run, config: Config, index: DatasetIndex) -> None:
+    data = config.data
+    base = base_folder(configured_root(data))
+    write_excluded(run.excluded, [(written_path(record.path, base),) for record in index.excluded])
+
+
+def _describe(
+    config: Config, data: DataModule, transfer: Transfer | None, exclude_file: str | None
+) -> dict[str, Any]:
+    excluded = Counter(record.split for record in data.index.excluded)
     imports, package = origin(method_class(config.model.method))
     return {
         "schema": SCHEMA,
@@ -422,6 +471,7 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
         "init": transfer.record() if transfer else None,
+        "tuned": config.tuned,
         "imports": [source.to_json() for source in imports],
         "dataset": data.index.name,
         "data_root": config.data.root,
@@ -430,6 +480,9 @@ def _describe(config: Config, data: DataModule, transfer: Transfer | None) -> di
         "selection": None,
         "images": {split: len(data.index.split(split)) for split in SPLITS},
         "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
+        "excluded": {"file": exclude_file, "images": {split: excluded[split] for split in SPLITS}}
+        if exclude_file is not None
+        else None,
         "data": asdict(config.data),
         "environment": environment(dict([package] if package else ())),
     }
@@ -457,7 +510,9 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
             # until a run that is trained for longer has its new model, the selection is that of the present one
             keeps = status != "finished" and model_before and model_before == _modified_at(weights)
             selection = info["selection"] if keeps else describe_selection(loop)
-            write_json(loop.run_folder.info, {**info, "status": status, "selection": selection})
+            ended = loop.ended if status == "finished" else None
+            values = {**info, "status": status, "selection": selection, "ended": ended}
+            write_json(loop.run_folder.info, values)
 
     record("running")
     ended = "failed"
@@ -525,11 +580,15 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, weights, init = config.data.root, config.model.backbone_weights, config.init
+    exclude = config.data.exclude
+    weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
-        data=replace(config.data, root=str(Path(root).absolute()) if root else None),
+        data=replace(
+            config.data.with_absolute_root(),
+            exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
+        ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )
