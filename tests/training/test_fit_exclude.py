@@ -45,6 +45,6 @@ def test_an_unknown_path_stops_before_the_run_folder_is_made(make_config, tmp_pa
     file = tmp_path / "out.csv"
     file.write_text("path\nrobin/999.jpg\n")
     config = make_config(data={"exclude": str(file)})
-    with pytest.raises(CrossXError, match="'robin/999.jpg' is not an image of dataset 'folder'"):
+    with pytest.raises(CrossXError, match=r"'robin/999\.jpg' is not an image of dataset 'folder'"):
         fit(config)
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from crossx.data.images import printable
@@ -50,7 +50,7 @@ def render(
     rows = run.class_rows
     block = confused_block(run.confusion, BLOCK)
     kept = (run.info.get("selection") or {}).get("epoch")
-    template = _environment().get_template("page.html.j2")
+    template = page_environment().get_template("page.html.j2")
     return template.render(
         run=run,
         results=run.results,
@@ -81,9 +81,10 @@ def render(
     )
 
 
-def _environment() -> Environment:
+def page_environment(*packages: str) -> Environment:
+    """Return the environment for the templates of this package and of ``packages``, which come first."""
     environment = Environment(
-        loader=PackageLoader("crossx.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "crossx.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
