@@ -4,10 +4,10 @@
     python benchmarks/audit.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/tf_efficientnet_lite0 \\
       --classes 20
 
-The images are audited as they are; duplicates that are found then may be real, and are not counted later. Then 5% of the
-labels are replaced by another class drawn at random, and copies of 2% of the images are added, each changed in one of
-five ways and put into a split drawn at random. A duplicate is found if copy and original are in one group, a label error
-if the image is listed. Needs `pip install -e ".[bench,audit]"`.
+The images are audited as they are; duplicates that are found then may be real, and are not counted later. Then 5% of
+the labels are replaced by another class drawn at random, and copies of 2% of the images are added, each changed in one
+of five ways and put into a split drawn at random. A duplicate is found if copy and original are in one group, a label
+error if the image is listed. Needs `pip install -e ".[bench,audit]"`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ def audit(rows: list[Row], folder: Path, output: Path, backbone: str) -> Audit:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
         writer.writerows([row.path, row.label, row.split] for row in rows)
-    return audit_dataset("table", table, output=output, backbone=f"local-dir:{backbone}")
+    return audit_dataset(
+        "table",
+        table,
+        output=output,
+        backbone=f"local-dir:{backbone}",
+        checks=("duplicates", "labels", "outliers"),
+    )
 
 
 def describe(found: Audit) -> dict[str, Any]:
@@ -106,7 +112,6 @@ def describe(found: Audit) -> dict[str, Any]:
         "groups_across_splits": len(found.leaks),
         "threshold": found.duplicates.threshold,
         "outliers": len(found.outliers),
-        "quality": {issue: len(images) for issue, images in found.quality.items()},
     }
 
 

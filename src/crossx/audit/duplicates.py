@@ -56,11 +56,11 @@ class Duplicates:
         usual: Median correlation of pairs of different images; None if there were too few to tell.
     """
 
-    pairs: tuple[Pair, ...]
-    groups: tuple[tuple[int, ...], ...]
-    threshold: float
-    candidates: int
-    usual: float | None
+    pairs: tuple[Pair, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    threshold: float = LEAST
+    candidates: int = 0
+    usual: float | None = None
 
 
 def find_duplicates(

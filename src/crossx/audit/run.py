@@ -26,6 +26,8 @@ from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.errors import CrossXError, UsageError, counted, unknown
 from crossx.runs import check_writable, write_json, write_text
 
+CHECKS = ("duplicates", "labels", "outliers", "quality")
+"""What is searched for, besides unreadable images and unbalanced classes."""
 REASONS = ("unreadable", "leak", "duplicate", "label", "outlier", "quality")
 """Why an image can be in ``exclude.csv``."""
 EXCLUDED = ("unreadable", "leak", "duplicate", "label")
@@ -79,6 +81,7 @@ class Audit:
         outliers: Images unlike all others.
         outlier_distance: From which an image is one; None if there are too few images.
         quality: Issue -> images and scores, see ``find_quality_issues``.
+        checks: What was searched for.
         excluded: Image's path, reason and detail of each row of ``exclude.csv``.
         folder: Where the files were written; None if they were not.
     """
@@ -99,6 +102,7 @@ class Audit:
     outliers: tuple[Outlier, ...]
     outlier_distance: float | None
     quality: dict[str, list[tuple[int, float]]]
+    checks: tuple[str, ...] = CHECKS
     excluded: tuple[tuple[str, str, str], ...] = ()
     folder: Path | None = field(default=None, compare=False)
 
@@ -138,6 +142,7 @@ class Audit:
             "images": len(self.records),
             "splits": dict(Counter(record.split for record in self.records)),
             "network": self.network,
+            "checks": list(self.checks),
             "unreadable": [{"path": path, "reason": reason} for path, reason in self.unreadable],
             "duplicates": {
                 "threshold": self.duplicates.threshold,
@@ -235,6 +240,7 @@ def audit_dataset(
     output: str | Path | None = None,
     backbone: str | None = None,
     run: str | Path | None = None,
+    checks: Sequence[str] = CHECKS,
     exclude: Sequence[str] = EXCLUDED,
     device: str = "auto",
     batch_size: int = 32,
@@ -253,6 +259,7 @@ def audit_dataset(
         backbone: Pretrained backbone for the embeddings, see ``create_backbone``; default ``resnet50.tv_in1k``.
         run: A trained run to take embeddings and predictions from instead. Predictions of images that it was trained on
             are not out-of-fold.
+        checks: What to search for, of ``CHECKS``.
         exclude: Reasons (``REASONS``) for which images get into ``exclude.csv``.
         device: See ``select_device``.
         batch_size: Images per step.
@@ -264,26 +271,27 @@ def audit_dataset(
         CrossXError: If the lists, the network or all images cannot be read, or the folder cannot be written to.
     """
     _require_libraries()
-    for reason in exclude:
-        if reason not in REASONS:
-            raise unknown("reason", reason, REASONS)
+    for kind, given, choices in (("check", checks, CHECKS), ("reason", exclude, REASONS)):
+        for name_given in given:
+            if name_given not in choices:
+                raise unknown(kind, name_given, choices)
     if backbone is not None and run is not None:
         raise UsageError("--backbone and --run do not go together: embeddings are those of one of them.")
     index = read_dataset(name, root, **options)
-    given = {key: value for key, value in options.items() if value is not None}
-    place = dataset_root(name, root, given)
+    place = dataset_root(name, root, {key: value for key, value in options.items() if value is not None})
     folder = _check_output(output, place)
     step = progress or (lambda what, done, total: None)
 
-    from crossx.audit.embeddings import BACKBONE, embed, load_backbone
+    from crossx.audit.embeddings import BACKBONE, load_backbone
     from crossx.audit.predictions import RunPredictor
+    from crossx.predict.embeddings import embed
 
     classifier = RunPredictor.load(run, index, device) if run is not None else None
     predictor = classifier.predictor if classifier else load_backbone(backbone or BACKBONE, device)
     base = base_folder(place)
     images = _read_images(index, base, lambda done, total: step("Reading images", done, total))
     files = [record.path for record in images.records]
-    vectors = embed(
+    known = embed(
         predictor,
         files,
         images.digests,
@@ -291,44 +299,48 @@ def audit_dataset(
         batch_size=batch_size,
         progress=lambda done, total: step("Computing embeddings", done, total),
     )
-    duplicates = find_duplicates(
-        images.digests,
-        images.thumbnails,
-        vectors,
-        progress=lambda done, total: step("Comparing pairs", done, total),
-    )
+    vectors = np.stack([known[digest] for digest in images.digests]).astype(np.float32)
+    duplicates = Duplicates()
+    if "duplicates" in checks:
+        duplicates = find_duplicates(
+            images.digests,
+            images.thumbnails,
+            vectors,
+            progress=lambda done, total: step("Comparing pairs", done, total),
+        )
     labels = np.array([record.label for record in images.records], dtype=np.int64)
     grouped = _group_numbers(len(files), duplicates)
     judged = large_enough(labels, grouped)
-    if classifier is None:
-        network = {"backbone": backbone or BACKBONE, "predictions": "out-of-fold"}
-        probabilities = out_of_fold(
-            vectors,
-            labels,
-            grouped,
-            len(index.classes),
-            progress=lambda done, total: step("Fitting classifiers", done, total),
-        )
-        trained_on = np.zeros(len(files), dtype=bool)
-    else:
+    network = {"backbone": backbone or BACKBONE, "predictions": "out-of-fold"}
+    trained_on = np.zeros(len(files), dtype=bool)
+    if classifier is not None:
         network = {"run": str(run), "backbone": predictor.spec.backbone, "predictions": "run"}
-        probabilities = classifier.predict(
-            files, batch_size, lambda done, total: step("Predicting", done, total)
-        )
         trained_on = classifier.trained_on(files)
-    issues = [
-        issue
-        for part in (judged & ~trained_on, judged & trained_on)
-        for issue in find_label_issues(labels, probabilities, part)
-    ]
-    reliable = judged & ~trained_on
-    accuracy = (
-        round(float((probabilities.argmax(1) == labels)[reliable].mean()), 4) if reliable.any() else None
-    )
-    outliers, distance = find_outliers(vectors)
-    quality = find_quality_issues(
-        files, progress=lambda done, total: step("Checking the quality", done, total)
-    )
+    issues, accuracy = [], None
+    if "labels" in checks:
+        if classifier is None:
+            probabilities = out_of_fold(
+                vectors,
+                labels,
+                grouped,
+                len(index.classes),
+                progress=lambda done, total: step("Fitting classifiers", done, total),
+            )
+        else:
+            probabilities = classifier.predict(
+                files, batch_size, lambda done, total: step("Predicting", done, total)
+            )
+        for part in (judged & ~trained_on, judged & trained_on):
+            issues += find_label_issues(labels, probabilities, part)
+        reliable = judged & ~trained_on
+        if reliable.any():
+            accuracy = round(float((probabilities.argmax(1) == labels)[reliable].mean()), 4)
+    outliers, distance = find_outliers(vectors) if "outliers" in checks else ([], None)
+    quality: dict[str, list[tuple[int, float]]] = {}
+    if "quality" in checks:
+        quality = find_quality_issues(
+            files, progress=lambda done, total: step("Checking the quality", done, total)
+        )
     small = sorted({*labels.tolist()} - {*labels[judged].tolist()})
     groups = tuple(_describe_groups(duplicates, images))
     audit = Audit(
@@ -348,6 +360,7 @@ def audit_dataset(
         outliers=tuple(outliers),
         outlier_distance=distance,
         quality=quality,
+        checks=tuple(check for check in CHECKS if check in checks),
         folder=folder,
     )
     audit = replace(audit, excluded=tuple(_exclusions(audit, exclude)))

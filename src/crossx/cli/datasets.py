@@ -115,6 +115,7 @@ def audit(
     output: Folder | None = None,
     backbone: Name | None = None,
     run: Annotated[str, "RUN"] | None = None,
+    checks: Sequence[Annotated[str, "CHECK"]] = ("duplicates", "labels", "outliers", "quality"),
     exclude: Sequence[Annotated[str, "REASON"]] = ("unreadable", "leak", "duplicate", "label"),
     json: bool = False,
     data: DatasetOptions,
@@ -137,6 +138,7 @@ def audit(
         backbone: Pretrained timm model, local-dir:FOLDER or hf-hub:NAME for the embeddings (default:
             resnet50.tv_in1k).
         run: Take embeddings and predictions from this run instead.
+        checks: What to search for: duplicates, labels, outliers, quality.
         exclude: Reasons for which images get into exclude.csv: unreadable, leak, duplicate, label, outlier, quality.
         json: Print everything found as JSON.
 
@@ -160,6 +162,7 @@ def audit(
             output=output or f"audits/{name}",
             backbone=backbone,
             run=run,
+            checks=checks,
             exclude=exclude,
             device=device,
             batch_size=batch_size,

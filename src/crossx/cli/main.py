@@ -32,10 +32,12 @@ from crossx.errors import (
 from crossx.suggestions import nearest
 
 VERBS = (
-    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain", "share",
-    "serve", "recipes", "datasets", "import-released", "new-method",
+    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export", "explain",
+    "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
-IMPORTING = ("fit", "test", "ablate", "report", "calibrate", "predict", "export", "explain", "share", "serve")
+IMPORTING = (
+    "fit", "test", "ablate", "report", "calibrate", "predict", "neighbors", "export", "explain", "share", "serve",
+)  # fmt: skip
 """Verbs that need the method of a network, and take ``--import``."""
 IMPORT = "--import"
 
