@@ -147,8 +147,9 @@ def _threshold(thumbnails: NDArray[np.uint8]) -> tuple[float, float | None]:
     if len(thumbnails) < 20:
         return LEAST, None
     generator = np.random.default_rng(SEED)
-    first = generator.integers(0, len(thumbnails), SAMPLE)
-    second = (first + generator.integers(1, len(thumbnails), SAMPLE)) % len(thumbnails)
+    number = min(SAMPLE, 4 * len(thumbnails))
+    first = generator.integers(0, len(thumbnails), number)
+    second = (first + generator.integers(1, len(thumbnails), number)) % len(thumbnails)
     scores = detail_correlation(
         torch.from_numpy(thumbnails[first]), torch.from_numpy(thumbnails[second]), all_levels=True
     )

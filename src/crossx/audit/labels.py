@@ -63,7 +63,8 @@ def out_of_fold(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = min(FOLDS, len(np.unique(groups)))
+    largest = int(np.bincount(labels).max(initial=0))
+    folds = min(FOLDS, len(np.unique(groups)), largest)
     probabilities = np.full((len(labels), classes), 1 / classes)
     if folds < 2:
         return probabilities

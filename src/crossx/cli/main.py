@@ -32,8 +32,8 @@ from crossx.errors import (
 from crossx.suggestions import nearest
 
 VERBS = (
-    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export", "explain",
-    "share", "serve", "recipes", "datasets", "import-released", "new-method",
+    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export",
+    "explain", "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
 IMPORTING = (
     "fit", "test", "ablate", "report", "calibrate", "predict", "neighbors", "export", "explain", "share", "serve",
