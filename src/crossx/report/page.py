@@ -21,7 +21,7 @@ from crossx.evaluation.parts.verdict import verdict
 from crossx.method_source import curve_titles, is_imported
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
-from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
+from crossx.report.examples import SEED, Pictures, ShownImages, SimilarTile, make_examples
 from crossx.report.part_tables import part_tables
 from crossx.report.results import RunResults
 from crossx.report.tables import Table, cell
@@ -37,7 +37,11 @@ MAX_SKIPPED = 20
 
 
 def render(
-    run: RunResults, shown: ShownImages, pictures: Mapping[int, Pictures], notices: Sequence[str] = ()
+    run: RunResults,
+    shown: ShownImages,
+    pictures: Mapping[int, Pictures],
+    notices: Sequence[str] = (),
+    similar: Mapping[int, Sequence[SimilarTile]] | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -46,6 +50,7 @@ def render(
         shown: The images to show.
         pictures: Image number -> its pictures, for the images that have any.
         notices: What the reader should know first, one sentence each.
+        similar: Image number of a mistake -> the training images most similar to it.
     """
     rows = run.class_rows
     block = confused_block(run.confusion, BLOCK)
@@ -67,6 +72,7 @@ def render(
         block=[run.classes[label] for label in block],
         confusion=confusion_rows(run.confusion, run.classes, block),
         shown=shown,
+        similar=similar or {},
         examples=make_examples(run, shown.images, pictures),
         has_pictures=bool(pictures),
         has_boxes=any(picture.has_boxes for picture in pictures.values()),

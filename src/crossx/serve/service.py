@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from fastapi import HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.requests import ClientDisconnect
@@ -26,11 +27,12 @@ from crossx.explain.overlays import layer
 from crossx.explain.plotting import save_png
 from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor, class_number
-from crossx.predict.results import ExplainedImage
+from crossx.predict.results import ExplainedImage, Neighbor
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
 from crossx.serve.fairness import Capacity, Flow, ShareError
 from crossx.serve.limits import Limits, share
 from crossx.serve.monitoring import Metrics
+from crossx.serve.neighbors import SimilarImages
 from crossx.serve.schemas import (
     ExplainResponse,
     ImagePrediction,
@@ -47,7 +49,12 @@ T = TypeVar("T")
 EXPLAINED_TOP = 5
 """Classes in the prediction of an explanation."""
 
-_Ranking = tuple[tuple[str, float], ...]
+
+class _Ranking(NamedTuple):
+    """The most probable classes of an image, and the training images most similar to it."""
+
+    best: tuple[tuple[str, float], ...]
+    near: tuple[Neighbor, ...] = ()
 
 
 class Service:
@@ -57,12 +64,20 @@ class Service:
         predictor: The network; from now on only the service's own thread may use it.
         limits: Limits of the service.
         identity: The network's name, version and checksum.
+        similar: Finds training images that are similar to those of a request.
 
     Attributes:
         draining: Whether new requests are refused because the service is stopping.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits, identity: Identity) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        limits: Limits,
+        identity: Identity,
+        similar: SimilarImages | None = None,
+    ) -> None:
+        self._similar = similar
         self.limits, self.identity = limits, identity
         self.metrics = Metrics(
             identity,
@@ -135,7 +150,11 @@ class Service:
             uploads, top = form.uploads, form.top or top
             request.state.images = len(uploads)
             results = await self._run(request, uploads, partial(self._prepare, top=top), self._classify)
+            near = [result.near if isinstance(result, _Ranking) else () for result in results]
         predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
+        if self._similar is not None:
+            for prediction, neighbors in zip(predictions, near, strict=True):
+                prediction.neighbors = await run_in_threadpool(self._similar.describe, neighbors)
         for prediction in predictions:
             if prediction.label is None or prediction.probability is None:
                 self.metrics.observe_unreadable()
@@ -293,7 +312,8 @@ class Service:
     def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Ranking]:
         images, tops = zip(*batch, strict=True)
         ranked = self._predictor.classify(images, max(tops))
-        return [best[:top] for best, top in zip(ranked, tops, strict=True)]
+        near = self._similar.find(images) if self._similar is not None else [()] * len(images)
+        return [_Ranking(best[:top], found) for best, top, found in zip(ranked, tops, near, strict=True)]
 
     def _explain_decoded(
         self, images: list[Tensor], *, maps: Kind, target: str | None
@@ -317,7 +337,7 @@ class Service:
         best = tuple((self._predictor.classes[i], float(explanation.probabilities[i])) for i in order)
         height, width = pixels.shape[:2]
         return ExplainResponse(
-            prediction=_answer(upload.name, best),
+            prediction=_answer(upload.name, _Ranking(best)),
             target=self._predictor.classes[explanation.target],
             size=height,
             image=_png(pixels),
@@ -335,7 +355,7 @@ def _answer(name: str | None, result: _Ranking | BaseException) -> ImagePredicti
         return ImagePrediction(name=name, error=result.reason)
     if isinstance(result, BaseException):
         raise result
-    top = [Ranked(label=label, probability=probability) for label, probability in result]
+    top = [Ranked(label=label, probability=probability) for label, probability in result.best]
     return ImagePrediction(name=name, label=top[0].label, probability=top[0].probability, top=top)
 
 

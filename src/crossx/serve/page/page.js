@@ -98,7 +98,9 @@ async function look(options) {
   }
   say(`Classifying ${picture.name} …`);
   await keep(options);
-  showPrediction(await predict(picture, options));
+  const prediction = await predict(picture, options);
+  showPrediction(prediction);
+  showSimilar(prediction.neighbors ?? []);
   if (limits.explains) await showMaps(null, options);
 }
 
@@ -187,6 +189,16 @@ function showPrediction({ label, probability, top }) {
   at.maps.hidden = at.looks.hidden = true;
   at.result.hidden = false;
   at.named.focus();
+}
+
+function showSimilar(neighbors) {
+  at["similar-images"].replaceChildren(...neighbors.map(({ label, similarity, path, webp }) => {
+    const item = made("li", { title: path });
+    if (webp !== null) item.append(made("img", { src: `data:image/webp;base64,${webp}`, alt: "" }));
+    item.append(made("span", { textContent: label }), made("span", { className: "quiet", textContent: similarity.toFixed(2) }));
+    return item;
+  }));
+  at.similar.hidden = !neighbors.length;
 }
 
 function ranked({ label, probability }) {
