@@ -19,8 +19,9 @@ from crossx.predict.search import nearest
 ISSUES = ("dark", "light", "blurry", "low_information", "odd_aspect_ratio", "odd_size", "grayscale")
 """Names of cleanvision, at its default thresholds."""
 NEIGHBOURS = 10
-DEVIATIONS = 5.0
-"""How far the distance of an outlier is above the median, in robust standard deviations of its logarithm."""
+DEVIATIONS = 3.5
+"""How far the distance of an outlier is above the median, in robust standard deviations of its logarithm: the limit that
+Iglewicz and Hoaglin (1993) recommend for the modified z-score."""
 LEAST_IMAGES = 30
 """Images below which no outlier is reported."""
 
