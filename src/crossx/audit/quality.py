@@ -20,8 +20,8 @@ ISSUES = ("dark", "light", "blurry", "low_information", "odd_aspect_ratio", "odd
 """Names of cleanvision, at its default thresholds."""
 NEIGHBOURS = 10
 DEVIATIONS = 3.5
-"""How far the distance of an outlier is above the median, in robust standard deviations of its logarithm: the limit that
-Iglewicz and Hoaglin (1993) recommend for the modified z-score."""
+"""How far the distance of an outlier is above the median, in robust standard deviations of its logarithm: the limit
+that Iglewicz and Hoaglin (1993) recommend for the modified z-score."""
 LEAST_IMAGES = 30
 """Images below which no outlier is reported."""
 
