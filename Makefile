@@ -5,7 +5,10 @@ PYTHON ?= python
 PEERS ?=
 PEER_ROOTS = $(foreach peer,$(PEERS),--peer-root $(peer))
 
-.PHONY: bench fuzz test lint
+# On a GPU, in pieces: make bench-gpu PEERS=CrossX CROSSX_DATA=data MINUTES=10, again until nothing is left
+MINUTES ?=
+
+.PHONY: bench bench-gpu fuzz test lint
 
 bench:
 	$(PYTHON) benchmarks/startup.py
@@ -21,6 +24,9 @@ bench:
 	$(PYTHON) benchmarks/roofline.py
 	$(PYTHON) benchmarks/methods.py
 	$(if $(RUN),$(PYTHON) benchmarks/serving.py $(RUN))
+
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(PEER_ROOTS) $(if $(CROSSX_DATA),--data-root $(CROSSX_DATA)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # Mutated files for every parser, for hours if you like: make fuzz SECONDS=3600 PARSERS="csv cars"
 SECONDS ?= 60

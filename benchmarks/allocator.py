@@ -21,7 +21,7 @@ import torch
 import crossx
 from crossx.cli.memory import keep_freed_memory
 from harness import Timing, parser, ratios, table, write
-from training_step import batch, our_step
+from training_step import Candidate, batch
 
 STEPS, WARMUP, BATCH = 3, 2, 8
 SETTINGS = ("returned", "huge pages", "kept")
@@ -40,7 +40,7 @@ def inference(method: str) -> Callable[[], object]:
 
 
 def training(method: str) -> Callable[[], object]:
-    return our_step(method, {}, False, False, *batch(BATCH))
+    return Candidate(method).build(*batch(BATCH), bf16=False)
 
 
 WORK = {"inference": inference, "training step": training}

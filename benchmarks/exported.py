@@ -1,6 +1,7 @@
-"""Exported Cross-X compared with the exported plain backbone, on ONNX Runtime and OpenVINO.
+"""Exported Cross-X compared with the exported plain backbone, on PyTorch, ONNX Runtime and OpenVINO.
 
     python benchmarks/exported.py
+    python benchmarks/exported.py --threads 1 --cpu-time     # on a machine with other work
 
 The files are those of `crossx export`: uint8 input, normalisation included, any batch size. Weights and the pixels for
 int8 calibration are random; they do not affect the times. ResNet-50 at 448 x 448 with 200 classes and MobileNetV2 0.35
@@ -10,8 +11,10 @@ bfloat16 ignore.
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +35,14 @@ from harness import Timing, interleave, parser, ratios, table, write
 from parity import randomise_norms
 
 METHODS = ("plain", "crossx")
+BACKENDS = (
+    "torch.export fp32",
+    "onnxruntime fp32",
+    "openvino fp32",
+    "openvino bf16",
+    "onnxruntime int8",
+    "openvino int8",
+)
 CALIBRATION_IMAGES = 4
 PAUSE = 0.02
 
@@ -55,32 +66,53 @@ def exported(network: Network, method: str) -> Inference:
         network.size, None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     )
     names = [str(number) for number in range(network.classes)]
-    return Inference(built, describe(built, classes=names, preprocessing=preprocessing, dataset="random"))
+    inference = Inference(
+        built, describe(built, classes=names, preprocessing=preprocessing, dataset="random")
+    )
+    inference.use_inference_form()
+    return inference
 
 
-def backends(network: Network, method: str, folder: Path) -> Iterator[tuple[str, Run]]:
-    """Write the exported files of a method, and yield name and function of each backend."""
+def backends(
+    network: Network, method: str, folder: Path, wanted: Collection[str]
+) -> Iterator[tuple[str, Run]]:
+    """Write the exported files of a method, and yield name and function of each wanted backend."""
     pixels = torch.randint(256, (CALIBRATION_IMAGES, 3, network.size, network.size), dtype=torch.uint8)
     stem = folder / f"{network.backbone}-{method}"
-    graph = export_onnx(exported(network, method), pixels)
+    inference = exported(network, method)
+    if "torch.export fp32" in wanted:
+        program = torch.export.export(
+            inference, (pixels[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        yield "torch.export fp32", torch.inference_mode()(program.module())
+    graph = export_onnx(inference, pixels)
     onnx.save(graph, stem.with_suffix(".onnx"))
-    yield "onnxruntime fp32", open_onnxruntime(stem.with_suffix(".onnx"))
-    yield "openvino fp32", open_openvino(stem.with_suffix(".onnx"), "f32")
-    yield "openvino bf16", open_openvino(stem.with_suffix(".onnx"), "bf16")
-    onnx.save(quantize_onnx(graph, [pixels]), stem.with_suffix(".int8.onnx"))
-    yield "onnxruntime int8", open_onnxruntime(stem.with_suffix(".int8.onnx"))
-    model = openvino.Core().read_model(stem.with_suffix(".onnx"))
-    openvino.save_model(quantize_openvino(model, [pixels]), stem.with_suffix(".xml"))
-    yield "openvino int8", open_openvino(stem.with_suffix(".xml"), "f32")
+    if "onnxruntime fp32" in wanted:
+        yield "onnxruntime fp32", open_onnxruntime(stem.with_suffix(".onnx"))
+    for precision in ("fp32", "bf16"):
+        if f"openvino {precision}" in wanted:
+            yield (
+                f"openvino {precision}",
+                open_openvino(stem.with_suffix(".onnx"), precision.replace("fp", "f")),
+            )
+    if "onnxruntime int8" in wanted:
+        onnx.save(quantize_onnx(graph, [pixels]), stem.with_suffix(".int8.onnx"))
+        yield "onnxruntime int8", open_onnxruntime(stem.with_suffix(".int8.onnx"))
+    if "openvino int8" in wanted:
+        model = openvino.Core().read_model(stem.with_suffix(".onnx"))
+        openvino.save_model(quantize_openvino(model, [pixels]), stem.with_suffix(".xml"))
+        yield "openvino int8", open_openvino(stem.with_suffix(".xml"), "f32")
 
 
-def measure(network: Network, batches: list[int], runs: int) -> dict[str, Any]:
+def measure(
+    network: Network, batches: list[int], runs: int, clock: Callable[[], float], wanted: Collection[str]
+) -> dict[str, Any]:
     """Time both methods on each backend, and return the times and the ratios to plain."""
     with tempfile.TemporaryDirectory() as folder:
         found = {
             (backend, method): run
             for method in METHODS
-            for backend, run in backends(network, method, Path(folder))
+            for backend, run in backends(network, method, Path(folder), wanted)
         }
     names = list(dict.fromkeys(backend for backend, _ in found))
     measured: dict[str, Any] = {}
@@ -88,7 +120,7 @@ def measure(network: Network, batches: list[int], runs: int) -> dict[str, Any]:
         images = torch.randint(256, (batch, 3, network.size, network.size), dtype=torch.uint8)
         timings = {
             name: interleave(
-                {method: partial(found[name, method], images) for method in METHODS}, runs, 2, PAUSE
+                {method: partial(found[name, method], images) for method in METHODS}, runs, 2, PAUSE, clock
             )
             for name in names
         }
@@ -121,11 +153,23 @@ def main() -> None:
         "--backbones", default=",".join(n.backbone for n in NETWORKS), help="default: %(default)s"
     )
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    options.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time; sensible with --threads 1"
+    )
+    options.add_argument("--backends", default=",".join(BACKENDS), help="default: %(default)s")
     arguments = options.parse_args()
+    wanted = arguments.backends.split(",")
+    if unknown := set(wanted) - set(BACKENDS):
+        options.error(f"--backends: no {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     chosen = [network for network in NETWORKS if network.backbone in arguments.backbones.split(",")]
-    write(arguments.output, {"networks": [measure(network, batches, arguments.runs) for network in chosen]})
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    networks = [measure(network, batches, arguments.runs, clock, wanted) for network in chosen]
+    write(
+        arguments.output,
+        {"clock": clock.__name__, "command": " ".join(sys.argv), "networks": networks},
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""``fp32`` without TF32 on a GPU; on a CPU there is none."""
 PACKAGES = (
     "crossx",
     "torch",
@@ -89,22 +91,30 @@ def parser(description: str | None, name: str, *, runs: int, peer: bool = False)
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1, pause: float = 0.0
+    candidates: Mapping[str, Callable[[], object]],
+    runs: int,
+    warmup: int = 1,
+    pause: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+    repeats: int = 1,
 ) -> dict[str, Timing]:
     """Time the candidates in turn, for ``runs`` rounds after ``warmup`` discarded rounds.
 
-    A ``pause`` in seconds before each lets the threads of the previous candidate go to sleep instead of spinning.
+    A round runs each candidate ``repeats`` times between two synchronisations, and takes the mean. A ``pause`` in
+    seconds before each lets the threads of the previous candidate go to sleep instead of spinning. With the ``clock``
+    ``time.process_time`` and one thread, other programs on the machine matter less.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(-warmup, runs):
         for name, candidate in candidates.items():
             time.sleep(pause)
             synchronize()
-            start = time.perf_counter()
-            candidate()
+            start = clock()
+            for _ in range(repeats):
+                candidate()
             synchronize()
             if done >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((clock() - start) / repeats)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -121,6 +131,12 @@ def ratios(timings: Mapping[str, Timing], reference: str) -> dict[str, Ratio]:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def set_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in matrix products and convolutions on a GPU; PyTorch allows it only in convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def machine() -> dict[str, Any]:

@@ -490,14 +490,14 @@ OUTPUTS = ("top.csv", "one.csv", "top.jsonl", "one.jsonl", "top.parquet", "one.p
 
 
 def write_outputs(path: Path) -> None:
-    from crossx.predict.outputs import write_predictions
+    from crossx.predict.outputs import Columns, write_predictions
     from crossx.predict.results import Prediction
 
     best = (("=wren", 0.75), ("robin, \u00e9", 0.25))
     rows = [Prediction(path / f"{n}.jpg", *best[0], top=best) for n in range(4)]
     rows[1] = Prediction(path / "-x.jpg", error="is empty (0 bytes)")
     for name in OUTPUTS:
-        write_predictions(path / name, rows, 2 if name.startswith("top") else 1)
+        write_predictions(path / name, rows, Columns(2 if name.startswith("top") else 1))
 
 
 def write_class_table(path: Path) -> None:

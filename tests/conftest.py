@@ -16,6 +16,9 @@ for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "RAY_worker_regis
 settings.register_profile("crossx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crossx")
 
+# What takes longer than a second here would be named on stderr, which tests read.
+os.environ.setdefault("CROSSX_PROGRESS", "0")
+
 # Tests are offline, and some import OpenVINO themselves; see ``without_telemetry``.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 

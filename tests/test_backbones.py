@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import hub_stub
-from crossx.backbones import Backbone, create_backbone, load_trunk_weights
+from crossx.backbones import Backbone, EarlyLayers, can_skip, create_backbone, load_trunk_weights
 from crossx.errors import CrossXError, UsageError
 
 RESIDUAL = ["resnet18", "resnet50", "seresnet50", "resnext50_32x4d", "legacy_seresnet50", "res2net50_26w_4s"]
@@ -409,3 +409,61 @@ def test_alexnet_is_torchvisions_with_its_weights(tmp_path: Path, monkeypatch: p
     assert backbone.layer_channels("fc6") == backbone.pooled_channels == 4096
     backbone.drop_head()
     assert {name.split(".")[0] for name in backbone.trunk.state_dict()} == {"features"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        ("test_resnet", 8),
+        ("mobilenetv2_035", 8),
+        pytest.param("mobilenetv2_035", 16, marks=pytest.mark.slow),
+        pytest.param("resnet18", 4, marks=pytest.mark.slow),
+        pytest.param("densenet121", 8, marks=pytest.mark.slow),
+        pytest.param("convnext_atto", 8, marks=pytest.mark.slow),
+        pytest.param("vgg11", 8, marks=pytest.mark.slow),
+    ],
+)
+@torch.inference_mode()
+def test_early_layers_end_at_the_map_of_their_stride(name: str, stride: int) -> None:
+    backbone = build(name)
+    images = torch.randn(2, 3, 64, 64)
+    early = EarlyLayers(backbone, stride)
+    maps = early(images)
+    assert maps.shape[-1] == 64 // stride
+    # timm's own map; that of `previous` has the expansion of the next stage at its end
+    own = timm.create_model(backbone.architecture, num_classes=0)
+    own.load_state_dict(
+        {backbone.timm_names()[key]: value for key, value in backbone.trunk.state_dict().items()}
+    )
+    _, expected = own.eval().forward_intermediates(images)
+    if stride != backbone.strides["previous"]:
+        assert any(map_.shape == maps.shape and torch.allclose(map_, maps, atol=1e-4) for map_ in expected)
+    whole = backbone(images)
+    with early.skipped():
+        skipped = backbone(maps)
+    for stage, value in whole.items():
+        torch.testing.assert_close(skipped[stage], value)
+    # afterwards nothing is skipped
+    torch.testing.assert_close(backbone(images)["last"], whole["last"])
+
+
+class _Features(torch.nn.Module):
+    def __init__(self, backbone: Backbone, shift: float = 0.0) -> None:
+        super().__init__()
+        self.backbone, self.shift = backbone, shift
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone.pool(self.backbone.features(images)) + self.shift * images.mean()
+
+
+def test_early_layers_need_a_map_of_their_stride() -> None:
+    with pytest.raises(UsageError, match=r"no map of stride 8 before its last one; it has: 16\."):
+        EarlyLayers(build("test_vit"), 8)
+
+
+@torch.inference_mode()
+def test_a_network_that_uses_the_images_itself_cannot_skip_layers() -> None:
+    backbone = build("test_resnet")
+    early, images = EarlyLayers(backbone, 8), torch.randn(2, 3, 64, 64) + 1
+    assert can_skip(early, _Features(backbone), images)
+    assert not can_skip(early, _Features(backbone, shift=1.0), images)

@@ -34,7 +34,7 @@ def options_of(verb: str) -> set[str]:
     options = set(re.findall(r"(?<![\w-])--\w[\w.-]*\w", help_of(verb)))
     if verb == "datasets":
         return options | options_of("datasets check") | options_of("datasets audit")
-    if verb == "ablate":
+    if verb in ("ablate", "tune"):
         return options | options_of("fit")
     if verb == "fit":
         # its help shows the options of one method

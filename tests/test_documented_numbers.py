@@ -210,6 +210,19 @@ def test_few_images_table_is_that_of_the_file() -> None:
         assert difference == f"{100 * found['difference'][0]:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
+def test_the_sizes_of_an_installation_are_those_of_the_file() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks/results/install_size.json").read_text(encoding="utf-8"))["pypi"]
+    (_, *base), (_, *extras) = tables(page)
+    assert [float(row[1].replace(",", "")) for row in base] == [
+        round(measured[key]) for key in ("base", "base_cuda", "cuda_in_torch", "only_training")
+    ]
+    for name, _, size in extras:
+        found = measured["extras"][name.strip("`")]
+        assert not found["missing"]
+        assert float(size.replace(",", "")) == round(found["adds"])
+
+
 def printed(cell: dict[str, Any]) -> str:
     difference, low, high = (f"{100 * value:+.2f}" for value in cell["difference"])
     return f"{100 * cell['top1']:.2f} ({difference}; {low} to {high})"

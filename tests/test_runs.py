@@ -58,8 +58,8 @@ def test_spec_survives_json(classes: list[str], size: int) -> None:
 
 
 def test_spec_of_another_version_or_kind() -> None:
-    with pytest.raises(CrossXError, match="schema 2, this version of crossx reads 1: upgrade"):
-        ModelSpec.from_json({**SPEC.to_json(), "schema": 2}, Path("model.json"))
+    with pytest.raises(CrossXError, match="schema 3, this version of crossx reads 1 to 2: upgrade"):
+        ModelSpec.from_json({**SPEC.to_json(), "schema": 3}, Path("model.json"))
     values = SPEC.to_json()
     del values["classes"]
     with pytest.raises(CrossXError, match=r"not a model description of crossx .classes: is missing"):

@@ -74,8 +74,12 @@ def test_what_is_taken_away_is_found() -> None:
 def test_a_new_key_is_a_decision() -> None:
     """A key that changes predictions belongs to preprocessing or options, or needs a new schema: docs/upgrade.md."""
     before = json.loads((ASSETS / "contract_0_1.json").read_text())
-    assert SCHEMA == 1
-    assert sorted(["schema", *(field.name for field in fields(ModelSpec))]) == before["model.json"]
+    # the sets change no prediction, and a file with a rejection is of schema 2
+    assert SCHEMA == 2
+    added = ["rejection", "sets"]
+    assert sorted(["schema", *(field.name for field in fields(ModelSpec))]) == sorted(
+        before["model.json"] + added
+    )
     assert sorted(field.name for field in fields(Preprocessing)) == before["preprocessing"]
 
 
@@ -83,8 +87,8 @@ def test_a_newer_schema_is_refused_by_every_verb_that_loads(
     run: Run, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(run.spec, schema=SCHEMA + 1)
-    line = f"{run.spec}: schema 2, this version of crossx reads 1: upgrade crossx."
-    promised = re.search(r"`model.json: (schema 2, this version .*)`", PAGE)
+    line = f"{run.spec}: schema 3, this version of crossx reads 1 to 2: upgrade crossx."
+    promised = re.search(r"`model.json: (schema 3, this version .*)`", PAGE)
     assert promised is not None
     assert line.endswith(promised[1])
     folder = str(image.parent)
@@ -99,11 +103,11 @@ def test_a_newer_schema_is_refused_by_every_verb_that_loads(
         assert capsys.readouterr().err == f"crossx {words[0]}: error: {line}\n"
 
 
-@pytest.mark.parametrize("schema", [2, 3, 2**63, pytest.param(10**4000, id="digits")])
+@pytest.mark.parametrize("schema", [3, 4, 2**63, pytest.param(10**4000, id="digits")])
 def test_a_newer_schema_is_told_before_anything_else(run: Run, schema: int) -> None:
     """The rest of a newer file may be anything."""
     message = refusal(ModelSpec.from_json, {"schema": schema, "networks": []}, run.spec)
-    assert message.endswith("this version of crossx reads 1: upgrade crossx.")
+    assert message.endswith("this version of crossx reads 1 to 2: upgrade crossx.")
     assert len(message) < len(str(run.spec)) + 150
 
 
@@ -111,7 +115,9 @@ def test_a_newer_schema_is_told_before_anything_else(run: Run, schema: int) -> N
 def test_no_schema_is_no_description(run: Run, schema: object) -> None:
     values = {**read_json(run.spec), "schema": schema}
     message = refusal(ModelSpec.from_json, values, run.spec)
-    assert message.startswith(f"{run.spec}: not a model description of crossx (schema: should be 1, not ")
+    assert message.startswith(
+        f"{run.spec}: not a model description of crossx (schema: should be 1 to 2, not "
+    )
     del values["schema"]
     assert "not None" in refusal(ModelSpec.from_json, values, run.spec)
 
@@ -159,7 +165,7 @@ def test_an_exported_file_keeps_its_numbers(run: Run, image: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        (2, "schema 2, this version of crossx reads 1: upgrade crossx."),
+        (3, "schema 3, this version of crossx reads 1 to 2: upgrade crossx."),
         ("1", "not a model description of crossx"),
     ],
 )

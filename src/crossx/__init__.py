@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from crossx.predict.predictor import Predictor
     from crossx.training.config import Config
     from crossx.training.fit import fit
+    from crossx.tuning.search import tune
 
     load = Predictor.load
     __version__: str
 
-__all__ = ["Config", "__version__", "audit_dataset", "create_method", "fit", "list_methods", "load"]
+__all__ = ["Config", "__version__", "audit_dataset", "create_method", "fit", "list_methods", "load", "tune"]
 
 _HOMES = {
     "Config": ("crossx.training.config", "Config"),
@@ -28,6 +29,7 @@ _HOMES = {
     "fit": ("crossx.training.fit", "fit"),
     "list_methods": ("crossx.methods", "list_methods"),
     "load": ("crossx.predict.predictor", "Predictor.load"),
+    "tune": ("crossx.tuning.search", "tune"),
 }
 
 

@@ -92,6 +92,25 @@ class PreprocessingFile(ExactModel):
         return self
 
 
+_VIEWS = Literal["1", "1+flip", "5", "5+flip"]
+
+
+class RejectionFile(ExactModel):
+    """``rejection`` of ``model.json``, see ``crossx.runs.Rejection``."""
+
+    score: Literal["max_probability", "max_logit", "energy"]
+    keep: Annotated[float, Field(gt=0, lt=1)]
+    images: Count
+    thresholds: Annotated[dict[_VIEWS, Number], Field(min_length=1)]
+
+
+class SetsFile(ExactModel):
+    """``sets`` of ``model.json``, see ``crossx.runs.PredictionSets``."""
+
+    images: Count
+    least_probability: Annotated[dict[_VIEWS, _row(Share, 50)], Field(min_length=1)]  # type: ignore[valid-type]
+
+
 class ModelFile(StrictModel):
     """``model.json``, see ``crossx.runs.ModelSpec``. ``backbone_args`` is checked separately."""
 
@@ -104,6 +123,8 @@ class ModelFile(StrictModel):
     dataset: Annotated[str, Field(max_length=200, pattern=r"^[^:/\\]*$")]
     levels: Annotated[dict[Text, _row(Text, MAX_CLASSES)], Field(max_length=16)] = {}  # type: ignore[valid-type]
     temperature: Temperature = 1.0
+    rejection: RejectionFile | None = None
+    sets: SetsFile | None = None
 
     @model_validator(mode="after")
     def _one_group_per_class(self) -> ModelFile:
@@ -301,6 +322,13 @@ class ProvenanceFile(StrictModel):
     calibration: CalibrationFile | None = None
 
 
+class EndedFile(StrictModel):
+    """What ended a training: an option, and the last epoch."""
+
+    by: Text
+    epoch: Count
+
+
 class RunFile(ProvenanceFile):
     """``run.json``: provenance. Older runs lack some keys."""
 
@@ -309,6 +337,8 @@ class RunFile(ProvenanceFile):
     init: InitFile | None = None
     imports: Annotated[list[ImportFile], Field(max_length=64)] | None = None
     extended_after: list[Count] | None = None
+    ended: EndedFile | None = None
+    tuned: LongText | None = None
     images: dict[Text, Count] | None = None
     data: dict[Text, _OPTION] | None = None  # type: ignore[valid-type]
     class_names: Text | None = None

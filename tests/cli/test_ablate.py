@@ -84,7 +84,7 @@ def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest
     assert not Path("out").exists()
 
 
-def call_here(crew: object, trial: Trial, place: object, arguments: Sequence[str]) -> None:
+def call_here(crew: object, trial: Trial, place: object, arguments: Sequence[str], *_: object) -> None:
     """Stand in for the process of a trial."""
     with ONE_AT_A_TIME, trial.log.open("a") as log, contextlib.redirect_stderr(log):
         code = main(arguments)
@@ -98,7 +98,7 @@ def test_options_are_chosen_on_validation_and_nothing_is_trained_twice(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:
     if not processes:
-        monkeypatch.setattr(runner._Processes, "_call", call_here)
+        monkeypatch.setattr(runner.Processes, "_call", call_here)
     variants = "variants: {plain: {model: {method: plain}}}"
     Path("suite.yaml").write_text(f"{variants}\ntune: [{{optim: {{lr: 1e30}}}}, {{optim: {{lr: 0.003}}}}]")
     more = ["--data.val_fraction", "0.4", "--jobs", "2", "--seeds", "0"]

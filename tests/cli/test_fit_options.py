@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from crossx.cli.parser import unknown_argument
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
-from crossx.recipes import SECTIONS, list_recipes, load_recipe
+from crossx.recipes import PRESETS, SECTIONS, list_recipes, load_recipe
 from crossx.training.config import Config, OptimConfig, TrainerConfig
 
 
@@ -132,12 +133,12 @@ def test_smaller_crop_keeps_the_recipes_proportion_and_says_so() -> None:
         ("--resume r --seed 3", "leave out --seed"),
         (
             "--resume r --trainer.max_epochs 3 --optim.lr=3",
-            "--trainer.max_time may be given): leave out --optim.lr.",
+            "--optim.patience may be given): leave out --optim.lr.",
         ),
         ("--resume r --init q", "leave out --init"),
         ("--resume r --trainer.max_epochs many", "--trainer.max_epochs takes a whole number, not 'many'"),
         ("--resume r --trainer.max_epochs 0", "trainer.max_epochs must be at least 1, not 0"),
-        ("--resume r --trainer.max_time soon", "trainer.max_time takes DD:HH:MM:SS"),
+        ("--resume r --trainer.max_time soon", "trainer.max_time takes a time such as 1h30m"),
         ("--resume r more", "unexpected argument 'more'"),
         ("--init", "--init: expected one argument"),
         (
@@ -203,7 +204,10 @@ def test_a_path_without_an_option_suggests_the_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "instead"),
-    [("--patience", "there is no early stopping"), ("--num-classes", "the classes are those of the images")],
+    [
+        ("--early-stopping", "give --optim.patience N"),
+        ("--num-classes", "the classes are those of the images"),
+    ],
 )
 def test_options_that_do_not_exist_here_say_what_to_do_instead(option: str, instead: str) -> None:
     with pytest.raises(UsageError, match=f"^unknown option '{option}': {instead}"):
@@ -364,6 +368,8 @@ def test_restart_goes_with_resume() -> None:
         (["--trainer.max_epochs=7", "--trainer.max_steps", "-1"], {"max_epochs": 7, "max_steps": -1}),
         (["--trainer.max_time", "00:02:00:00"], {"max_time": "00:02:00:00"}),
         (["--trainer.max_time", "{hours: 2}"], {"max_time": {"hours": 2}}),
+        (["--trainer.max_time", "1h30m", "--optim.patience", "0"], {"max_time": "1h30m", "patience": 0}),
+        (["--trainer.max_time", "00:30:00"], {"max_time": "00:30:00"}),
     ],
 )
 def test_resume_takes_another_length(words: list[str], limits: dict[str, object]) -> None:
@@ -397,7 +403,7 @@ def test_help_begins_with_the_options_used_most(capsys: pytest.CaptureFixture[st
     options = re.findall(r"^  (--[\w.]+)", shown, re.MULTILINE)
     first = ["--config", "--resume", "--output", "--data.root", "--data.dataset", "--trainer.max_epochs"]
     first += ["--optim.lr", "--data.batch_size", "--data.image_size", "--model.backbone", "--model.method"]
-    assert {*first} <= {*options[:16]}
+    assert {*first} <= {*options[:17]}
     assert len(options) == len({*options})
 
 
@@ -414,3 +420,34 @@ def test_help_shows_the_values_in_effect(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_empty_value_is_one_line(option: str) -> None:
     with pytest.raises(UsageError, match=rf"--{option} takes .*, not ''"):
         parse_fit([f"--{option}", ""])
+
+
+@pytest.mark.parametrize(("preset", "recipe"), PRESETS.items())
+def test_a_preset_is_its_recipe_with_the_options_of_the_command(preset: str, recipe: str) -> None:
+    words = ["--data.root", "x", "--trainer.max_epochs", "7"]
+    asked = parse_fit(["--preset", preset, *words])
+    assert asked == parse_fit(["--config", recipe, *words])
+    assert asked == dataclasses.replace(parse_fit(["--config", preset, *words]), recipe=recipe)
+    assert (asked.config.trainer.max_epochs, asked.config.data.dataset) == (7, "folder")
+    expected = Config.from_recipe(preset, data={"root": "x"}, trainer={"max_epochs": 7})
+    assert asked.config.to_dict()["optim"] == expected.to_dict()["optim"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--preset", "fst"],
+            "unknown preset 'fst'. Did you mean 'fast'? Choose from: balanced, best, fast.",
+        ),
+        (
+            ["--preset", "fast", "--config", "probe"],
+            "--preset fast and --config probe: give only one of them.",
+        ),
+        (["--resume", "runs/x", "--preset", "fast"], "leave out --preset"),
+        (["--config", "balancd"], "Did you mean 'balanced'?"),
+    ],
+)
+def test_wrong_presets(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_fit(words)

@@ -10,7 +10,7 @@ import layouts
 
 UNNEEDED = {
     "matplotlib", "scipy", "sklearn", "pandas", "pyarrow", "lightning", "torchmetrics", "fastapi", "uvicorn",
-    "onnxruntime", "openvino", "ray", "tensorboard", "transformers",
+    "onnxruntime", "openvino", "ray", "tensorboard", "transformers", "optuna", "datasets", "webdataset",
 }  # fmt: skip
 CODE = """
 import sys

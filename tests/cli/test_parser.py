@@ -168,7 +168,10 @@ def test_further_options_are_passed_on_in_their_order() -> None:
     assert passed == [(("--optim.lr", "-1", "--seed=3", "x"), "o", 2)]
 
 
-def test_help_is_made_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_made_of_the_docstring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
         call(verb, ["--bogus", "--help"], "verb")
     shown = capsys.readouterr().out

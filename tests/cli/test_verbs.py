@@ -11,7 +11,7 @@ from PIL import Image
 
 from crossx.cli import quickstart
 from crossx.cli.fit import LAUNCHED
-from crossx.cli.main import main
+from crossx.cli.main import VERBS, main
 from crossx.runs import Run
 
 RECIPE = """
@@ -27,12 +27,15 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     place = tmp_path_factory.mktemp("verbs")
     recipe = place / "tiny.yaml"
     recipe.write_text(RECIPE)
-    printed = io.StringIO()
+    printed, logged = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(quickstart, "RECIPE", str(recipe))
         patch.setattr("sys.stdout", printed)
+        patch.setattr("sys.stderr", logged)
+        patch.setenv("COLUMNS", "80")
         assert main(["quickstart", "--seed", "1"]) == 0
+    (place / "quickstart.log").write_text(logged.getvalue())
     return place, printed.getvalue()
 
 
@@ -55,6 +58,57 @@ def test_quickstart_trains_and_tests_both_and_draws_a_picture(started: tuple[Pat
     assert parts["verdict"] in " ".join(printed.split())
     with Image.open(output / "predictions.png") as picture:
         assert picture.width > picture.height > 200
+
+
+def too_long(text: str, width: int) -> list[str]:
+    """Return the lines that a terminal would wrap; a word alone on its line, such as a path, is kept in one piece."""
+    return [line for line in text.splitlines() if len(line) > width and " " in line.strip()]
+
+
+def test_lines_of_the_quickstart_fit_the_terminal(started: tuple[Path, str]) -> None:
+    place, printed = started
+    logged = (place / "quickstart.log").read_text()
+    assert "epoch 1/1  val " in logged
+    assert too_long(printed + logged, 80) == []
+    # a command that was broken can be copied
+    assert "$ crossx fit --config" in printed
+    assert " \\\n    --" in printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_of_the_verbs_fit_the_terminal(
+    place: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs = ["runs/quickstart-1/plain", "runs/quickstart-1/crossx"]
+    photo = next(Path("runs/quickstart-1/images/images").rglob("*.jpg"))
+    (place / "bird.jpg").write_bytes(photo.read_bytes())
+    check = ["runs/quickstart-1/images", "--data.num_classes", "3", "--data.images_per_class", "9"]
+    for words in (
+        ["--help"],
+        *([verb, "--help"] for verb in VERBS),
+        ["datasets", "check", "--help"],
+        ["recipes"],
+        ["datasets", "list"],
+        ["datasets", "check", "synthetic", *check],
+        ["compare", "--paper"],
+        ["compare", *runs],
+        ["test", runs[1], "--against", runs[0]],
+        ["predict", runs[1], "bird.jpg"],
+    ):
+        assert main(words) == 0, words
+        shown = capsys.readouterr()
+        assert too_long(shown.out + shown.err, width) == [], words
+
+
+def test_a_pipe_gets_whole_lines(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["compare", "--paper"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("| ") or line.startswith("|:") for line in table)
+    assert len({line.count(" | ") for line in table[2:]}) == 1
 
 
 def test_test_prints_what_the_json_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +135,7 @@ def test_parts_are_printed_as_the_json_holds_them(place: Path, capsys: pytest.Ca
         assert all(len(line) <= 120 for line in shown.splitlines() if not line.startswith("results"))
         assert results["verdict"] in " ".join(shown.split())
         assert peak[4] == f"{first['any_part']['value']:.2f}"
-        assert f"results: {run}/test_parts.json; picture: {run}/test/parts.png" in shown
+        assert f"results: {run}/test_parts.json\npicture: {run}/test/parts.png\n" in shown
         with Image.open(f"{run}/test/parts.png") as picture:
             assert picture.width > 600
         if method == "crossx":

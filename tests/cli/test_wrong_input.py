@@ -134,6 +134,12 @@ def refused(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             "unknown backbone 'resnet10x'. Did you mean 'resnet10t'?",
         ),
         (2, [*OWN, "--config", "finetun"], "unknown recipe 'finetun'. Did you mean 'finetune'?"),
+        (2, [*OWN, "--preset", "fst"], "unknown preset 'fst'. Did you mean 'fast'?"),
+        (
+            2,
+            [*OWN, "--optim.cached_views", "4"],
+            "optim.cached_views stores the maps of frozen layers: say which",
+        ),
         (
             2,
             [*OWN, "--data.imagesize", "64"],

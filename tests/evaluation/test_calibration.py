@@ -123,4 +123,4 @@ def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
     imported.info.write_text(json.dumps({**run.read_info(), "status": "imported"}))
     with pytest.raises(CrossXError, match="was trained on its val images"):
         calibrate_run(imported.path)
-    assert calibrate_run(imported.path, split="test", device="cpu")["split"] == "test"
+    assert calibrate_run(imported.path, split="test", device="cpu").described["split"] == "test"

@@ -119,6 +119,36 @@ def test_class_maps_of_a_head_without_activation_map_have_a_title_of_their_own()
     assert heads(drawn) == ["image", "previous", "last", "CAM\nside"]
 
 
+def test_many_maps_continue_on_the_next_line_with_titles_of_their_own() -> None:
+    names = [f"{stage} part {part}" for stage in ("previous", "last") for part in range(1, 8)]
+    shown = explanation(**dict.fromkeys(names, np.eye(2)))
+    drawn = draw([FigureRow(picture(), shown, "a"), FigureRow(picture(), shown, "b")])
+    titles = ["image", *(name.replace(" part", "\npart") for name in names)]
+    assert heads(drawn) == 2 * titles
+    lines: dict[float, int] = {}
+    for axes in drawn.axes:
+        if axes.images:
+            bottom = round(axes.get_position().y0, 4)
+            lines[bottom] = lines.get(bottom, 0) + 1
+    # the image and the seven maps of a stage, and those of the other stage, of each row from the top
+    assert [count for _, count in sorted(lines.items(), reverse=True)] == [8, 7, 8, 7]
+
+
+def test_rows_next_to_each_other_have_heads_each() -> None:
+    drawn = draw([FigureRow(picture(), explanation(last=np.eye(2)), text) for text in "abcde"], across=2)
+    assert heads(drawn) == ["image", "last"] * 2
+    places = [(round(text.get_position()[0], 3), round(text.get_position()[1], 3)) for text in drawn.texts]
+    assert len({x for x, _ in places}) == 2
+    assert len({y for _, y in places}) == 3
+    assert places[0][1] == places[1][1] > places[2][1]
+
+
+def test_an_image_without_maps_is_drawn() -> None:
+    drawn = draw([FigureRow(picture(), explanation(), "a")])
+    assert heads(drawn) == ["image"]
+    assert len([axes for axes in drawn.axes if axes.images]) == 1
+
+
 def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     boxes = np.array([[30, 30, 80, 80], [-50, 60, 50, 300]], np.float32)
@@ -177,6 +207,15 @@ def test_figure_of_a_run_and_of_its_method_are_the_same(tmp_path: Path) -> None:
     assert by_run._repr_png_() == by_method._repr_png_()
     assert len([axes for axes in by_run.axes if axes.images]) == 2 * (1 + 8 + 6)
     assert by_run.texts[0].get_text().startswith("a.jpg\npredicted, ")
+
+
+def test_a_figure_shows_classes_as_people_read_them(tmp_path: Path) -> None:
+    method, spec = load_method(layouts.write_run(tmp_path / "run"))
+    spec = dataclasses.replace(spec, classes=layouts.CUB_CLASSES)
+    texts = figure(method, torch.zeros(1, 3, 64, 64), spec, labels=["002.Laysan_Albatross"]).texts
+    assert "." not in texts[0].get_text()
+    assert "_" not in texts[0].get_text()
+    assert " Albatross\nright" in texts[0].get_text() or "is:\nLaysan Albatross" in texts[0].get_text()
 
 
 def test_figure_needs_no_run_and_one_name_an_image() -> None:

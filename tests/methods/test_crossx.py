@@ -314,3 +314,59 @@ def test_class_maps_of_average_pooled_heads_are_weighted_channels() -> None:
         terms = [weights[part * channels + c] * last[0, part, c] for c in range(channels)]
         maps = method.class_activation_maps(images, torch.tensor([3]))["last"]
         torch.testing.assert_close(maps[0, part], sum(terms), rtol=1e-4, atol=1e-4)
+
+
+INFERENCE_FORMS: dict[str, dict[str, object]] = {
+    "defaults": {},
+    "more classes than channels": {"num_classes": 300, "interpolation": "nearest", "previous_pooling": "avg"},
+    "competing gates": {"gates": "competing", "background": True, "num_parts": 3},
+    "one head": {"use_previous": False, "use_merged": False, "num_parts": 1},
+    "two heads": {"use_previous": False},
+}
+
+
+@pytest.mark.parametrize("options", INFERENCE_FORMS.values(), ids=INFERENCE_FORMS)
+def test_inference_form_has_the_same_logits(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=SMALL, **{"num_classes": 5, **options}).eval()
+    randomise_norms(method)
+    images = torch.randn(3, 3, 72, 72)
+    with torch.inference_mode():
+        expected = method(images)
+        torch.testing.assert_close(method.inference_form(72)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    slow_except(
+        ["mobilenetv2_035", "legacy_seresnet18", "res2net50_26w_4s", "skresnet18", "vit_tiny_patch16_224"],
+        "mobilenetv2_035",
+    ),
+)
+def test_inference_form_of_other_trunks(backbone: str) -> None:
+    torch.manual_seed(0)
+    method = create_method("crossx", backbone=backbone, num_classes=5).eval()
+    randomise_norms(method)
+    size = 224 if "vit" in backbone else 96
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        expected = method(images)
+        torch.testing.assert_close(method.inference_form(size)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_derived_from_crossx_has_no_form_of_its_own() -> None:
+    class Derived(CrossX):
+        pass
+
+    method = build()
+    method.__class__ = Derived
+    assert method.inference_form(64) is method
+
+
+def randomise_norms(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.8, 1.2)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.1)

@@ -135,7 +135,7 @@ def test_the_approximate_index_agrees_on_few_vectors() -> None:
 
 
 def test_without_usearch_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    monkeypatch.setitem(sys.modules, "usearch", None)
     with pytest.raises(UsageError, match=r"pip install 'crossx\[neighbors\]'"):
         make_index(np.eye(2, dtype=np.float32), approximate=True)
 

@@ -11,7 +11,14 @@ from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
 from crossx.predict import outputs as module
 from crossx.predict.collection import predict_collection
-from crossx.predict.outputs import WRITERS, check_output, write_csv, write_features, write_predictions
+from crossx.predict.outputs import (
+    WRITERS,
+    Columns,
+    check_output,
+    write_csv,
+    write_features,
+    write_predictions,
+)
 from crossx.predict.predictor import Features, Prediction, Predictor
 from layouts import write_folder, write_run
 
@@ -59,7 +66,7 @@ def test_csv_holds_one_row_a_rank(predictor, tmp_path, images):
     empty = tmp_path / "empty.png"
     empty.touch()
     predictions = predictor.predict([images[0], empty], top=3)
-    write_csv(tmp_path / "out.csv", predictions, top=2)
+    write_csv(tmp_path / "out.csv", predictions, Columns(2))
     header, *rows = read_csv(tmp_path / "out.csv")
     assert header == ["path", "label", "probability", "error", "rank"]
     assert [(row[1], float(row[2]), row[4]) for row in rows[:2]] == [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import layouts
 from crossx.data.images import find_images
 from crossx.predict import shards as module
-from crossx.predict.outputs import write_csv
+from crossx.predict.outputs import Columns, write_csv
 from crossx.predict.predictor import Predictor
 from crossx.predict.shards import Entry, count_failed, find_collection, predict_shard
 from refusals import refusal
@@ -198,7 +198,7 @@ def test_a_part_holds_what_the_csv_file_holds(predictor, tmp_path, photos, top):
     (shard,) = find_collection(photos, 100).shards
     part = tmp_path / "part.parquet"
     part.write_bytes(predict_shard(predictor, shard, top, 4))
-    write_csv(tmp_path / "out.csv", predictor.predict(photos, top=top, batch_size=4), top)
+    write_csv(tmp_path / "out.csv", predictor.predict(photos, top=top, batch_size=4), Columns(top))
     with (tmp_path / "out.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     found = pq.read_table(part)

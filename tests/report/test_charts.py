@@ -34,9 +34,33 @@ def test_numbers_that_belong_together_share_a_chart(tested):
         "Classification term": ["train"],
         "C3S term": ["last", "merged"],
         "Cross-layer term, merged": ["train"],
-        "Similarity S of the parts (Eq. 3)": ["diagonal last", "off diagonal last"],
+        "Similarity S of the parts (Eq. 3), last": ["diagonal", "off diagonal"],
         "Learning rate": ["lr"],
     }
+
+
+def test_many_curves_are_divided_by_their_last_word():
+    names = [
+        f"train/s_{kind}_{stage}"
+        for stage in ("last", "merged", "old")
+        for kind in ("diagonal", "off_diagonal")
+    ]
+    charts = training_curves([dict({"epoch": 1}, **{name: float(n) for n, name in enumerate(names)})])
+    assert [(chart.title, [series.label for series in chart.series]) for chart in charts] == [
+        (f"s, {stage}", ["diagonal", "off diagonal"]) for stage in ("last", "merged", "old")
+    ]
+    # names that have no last words in common stay together
+    (chart,) = training_curves([dict({"epoch": 1}, **{f"x_{n}": float(n) for n in range(6)})])
+    assert len(chart.series) == 6
+
+
+@pytest.mark.parametrize("scale", [1e-9, 2.5e-5, 0.001, 1.0, 123456.0])
+def test_labels_of_ticks_have_room(scale):
+    (chart,) = training_curves([{"epoch": n, "lr": scale * (1 + n / 7)} for n in range(4)])
+    widest = max(len(tick.text) for tick in chart.y_ticks)
+    assert chart.left - 6 >= 6.7 * widest
+    assert all(float(tick.text) >= 0 for tick in chart.y_ticks)
+    assert min(x for x, _ in points(chart.series[0])) >= chart.left
 
 
 def test_unknown_numbers_are_titled_by_their_name():

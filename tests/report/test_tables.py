@@ -81,3 +81,16 @@ def test_no_cell_is_taken_for_a_rule() -> None:
     table = Table(("name", "n"), [("\x01", "1"), ("a", "2")])
     lines = table.to_markdown().splitlines()
     assert ["---" in line for line in lines] == [False, True, False, False]
+
+
+def test_a_table_that_does_not_fit_continues_each_row_on_indented_lines() -> None:
+    table = Table(["run", "method", "a long head"], [["one", "crossx", "1.0"], ["two", "plain", "–"]])
+    assert table.to_text(None) == table.to_text(100) == table.to_markdown()
+    lines = table.to_text(16).splitlines()
+    assert lines == [
+        "run  method", "  a long head", "-------------", "one  crossx", "  1.0", "two  plain", "  –",
+    ]  # fmt: skip
+    assert max(map(len, lines)) <= 16
+    # every cell is there once, in its row
+    words = " ".join(lines[3:]).split()
+    assert words == ["one", "crossx", "1.0", "two", "plain", "–"]

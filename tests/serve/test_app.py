@@ -683,6 +683,7 @@ def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
 def test_the_model_is_described(client: TestClient, predictor: Predictor) -> None:
     content = client.get("/model").json()
     assert content["classes"] == list(predictor.classes)
+    assert content["display_names"] == list(predictor.spec.display_names)
     assert content["explains"] is True
     assert content["temperature"] == predictor.spec.temperature
     assert (content["model"]["version"], content["model"]["checksum"]) == ("7c0ffee", checksum_of(predictor))

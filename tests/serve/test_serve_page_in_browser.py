@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import re
 import shutil
@@ -173,6 +174,9 @@ def test_an_exported_file_names_pictures_and_offers_no_maps(
         expect(page.locator("#top-hint")).to_be_hidden()
         expect(page.locator("#maps")).to_be_hidden()
         expect(page.locator("#error")).to_be_empty()
+        # the picture itself is shown
+        assert page.evaluate("document.querySelector('#seen').naturalWidth") == 120
+        expect(page.locator("#caption")).to_have_text("bird.png")
 
 
 def test_a_chosen_picture_is_named_as_the_predictor_does(
@@ -262,8 +266,10 @@ def test_maps_are_switched(served: Served, open_page: Callable[..., Any], image:
     wait_for_result(page)
     radios = page.get_by_role("radio")
     assert [radio.get_attribute("aria-label") for radio in radios.all()] == ["picture, no map", *MAPS]
-    expect(page.get_by_role("radio", name="combined part 1")).to_be_checked()
-    expect(page.locator("#overlay")).to_be_visible()
+    opacity = "getComputedStyle(document.querySelector('#overlay')).opacity"
+    expect(page.get_by_role("radio", name="picture, no map")).to_be_checked()
+    expect(page.locator("#overlay")).to_be_hidden()
+    expect(page.get_by_label("Strength of the map")).to_be_disabled()
     sources = set()
     for name in MAPS:
         page.get_by_role("radio", name=name).check(force=True)
@@ -271,8 +277,11 @@ def test_maps_are_switched(served: Served, open_page: Callable[..., Any], image:
         assert pixels(page, "#overlay").shape == (64, 64, 4)
         sources.add(page.locator("#overlay").get_attribute("src"))
     assert len(sources) > 1
+    assert page.evaluate(opacity) == "0.5"
+    expect(page.locator("#share")).to_have_text("50%")
     page.get_by_label("Strength of the map").fill("40")
-    assert page.evaluate("getComputedStyle(document.querySelector('#overlay')).opacity") == "0.4"
+    assert page.evaluate(opacity) == "0.4"
+    expect(page.locator("#share")).to_have_text("40%")
     assert page.evaluate("getComputedStyle(document.querySelector('#seen')).filter") == "grayscale(1)"
     expect(page.locator("#regions")).to_be_hidden()
     expect(page.locator("#outlining")).to_be_hidden()
@@ -359,7 +368,41 @@ def test_the_keyboard_is_enough(
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowLeft")
-    assert page.get_by_label("Strength of the map").input_value() == "95"
+    assert page.get_by_label("Strength of the map").input_value() == "45"
+
+
+def test_the_picture_is_shown_before_the_answer(
+    served: Served, open_page: Callable[..., Any], image: Path
+) -> None:
+    page = open_page(served)
+    page.clock.install()
+    answer(page, "predict", BUSY, None)
+    page.locator("#file").set_input_files(image)
+    expect(page.locator("#seen")).to_have_attribute("alt", "bird.png")
+    expect(page.locator("#seen")).to_be_visible()
+    for selector in ("#answer", "#named", "#maps"):
+        expect(page.locator(selector)).to_be_hidden()
+    page.clock.fast_forward(20_000)
+    wait_for_result(page)
+    expect(page.locator("#answer")).to_be_visible()
+
+
+def test_classes_have_names_that_people_read(
+    open_page: Callable[..., Any], image: Path, tmp_path: Path
+) -> None:
+    predictor = Predictor.load(write_run(tmp_path), device="cpu")
+    classes = ("001.Black_footed_Albatross", "002.Blue_Jay", "003.Blue Jay")
+    predictor.spec = dataclasses.replace(predictor.spec, classes=classes)
+    with serving(create_app(predictor)) as served:
+        page = open_page(served)
+        page.locator("#file").set_input_files(image)
+        wait_for_result(page)
+        # those that would read alike are left as they are
+        assert {name for name, _ in top(page)} == {"Black footed Albatross", *classes[1:]}
+        page.get_by_role("button", name="Black footed Albatross").click()
+        expect(page.locator("#maps-name")).to_have_text("Evidence for Black footed Albatross")
+        expect(page.get_by_role("radio", name="CAM last part 1")).not_to_be_checked()
+        assert page.get_by_role("radio", checked=True).get_attribute("aria-label") != "picture, no map"
 
 
 def test_what_is_no_image_is_told_and_the_page_goes_on(

@@ -150,6 +150,21 @@ def test_every_other_method_on_two_ranks(make_config, birds, tmp_path):
 
 
 @pytest.mark.slow
+def test_both_ranks_end_at_the_same_epoch(make_config, tmp_path):
+    """Patience on an accuracy that does not change, and a time that some of the epochs take."""
+    patient = {"optim": {"lr": 1e-12, "patience": 2, "schedule": "constant"}}
+    configs = {
+        "patient": make_config("patient", **patient, trainer={"devices": 2, "max_epochs": 9}),
+        "timed": make_config("timed", trainer={"devices": 2, "max_epochs": 10_000, "max_time": "4s"}),
+    }
+    runs = run_on_two_ranks(configs, tmp_path)
+    ended = {name: run.read_info()["ended"] for name, run in runs.items()}
+    assert ended["patient"] == {"by": "patience", "epoch": 3}
+    assert ended["timed"] == {"by": "max_time", "epoch": len(rows(runs["timed"]))}
+    assert all(run.read_info()["status"] == "finished" for run in runs.values())
+
+
+@pytest.mark.slow
 def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     config = make_config(trainer={"devices": 2, "max_epochs": 1})
     config.output = None

@@ -444,13 +444,14 @@ def test_image_size_that_the_backbone_cannot_take(make_config):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_shows_top1_and_the_time_left(make_config, monkeypatch, capsys, terminal):
+    monkeypatch.setenv("CROSSX_PROGRESS", "1")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     run = fit(make_config(trainer={"enable_progress_bar": True}))
     shown = capsys.readouterr().err
     last = rows(run)[-1]
-    top1 = f"train {float(last['train/top1']):.2%}  val {float(last['val/top1']):.2%}"
-    assert f"epoch 3/3  loss {float(last['train/loss']):.4f}  {top1}" in shown
-    assert "0:00:00 left" in shown
+    top1 = f"val {100 * float(last['val/top1']):5.2f}%  train {100 * float(last['train/top1']):5.2f}%"
+    assert f"epoch 3/3  {top1}  0:00 left  loss {float(last['train/loss']):.4g}  lr " in shown
     assert (f"val: {float(last['val/top1']):.1%}" in shown) is terminal
 
 
@@ -480,7 +481,7 @@ def test_the_run_is_calibrated_on_its_validation_images(make_config):
     assert (kept["dataset"], kept["split"], kept["n"]) == ("folder", "val", 3)
     assert run.read_spec().temperature == kept["temperature"]
     before = run.spec.read_text()
-    assert calibrate_run(run.path) == kept
+    assert calibrate_run(run.path).described == kept
     assert run.spec.read_text() == before
 
 

@@ -74,8 +74,8 @@ def test_left_out_options_take_their_defaults():
         ({"trainer": {"callbacks": []}}, "callbacks cannot be given"),
         ({"trainer": {"max_epoch": 3}}, "Did you mean 'max_epochs'"),
         ({"trainer": {"max_steps": 0}}, "max_steps must be at least 1, or -1"),
-        ({"trainer": {"max_time": "2 hours"}}, "max_time takes DD:HH:MM:SS"),
-        ({"trainer": {"max_time": {"houres": 2}}}, "max_time takes DD:HH:MM:SS"),
+        ({"trainer": {"max_time": "2 hours"}}, "max_time takes a time such as 1h30m"),
+        ({"trainer": {"max_time": {"houres": 2}}}, "max_time takes a time such as 1h30m"),
         (
             {"trainer": {"limit_val_batches": 1.5}},
             r"limit_val_batches takes a whole number, or a fraction in \[0, 1\]",
@@ -109,10 +109,27 @@ def test_run_path_names_what_the_run_is():
 
 @pytest.mark.parametrize(
     ("given", "seconds"),
-    [(None, float("inf")), ("01:02:03:04", 93784), ({"hours": 2, "minutes": 30}, 9000)],
+    [
+        (None, float("inf")),
+        ("01:02:03:04", 93784),
+        ("00:30:00", 1800),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("2d 10s", 172810),
+        ("45m", 2700),
+        ({"hours": 2, "minutes": 30}, 9000),
+    ],
 )
 def test_time_limit_in_seconds(given, seconds):
     assert TrainerConfig(max_time=given).seconds == seconds
+
+
+@pytest.mark.parametrize(
+    "given", ["", "30", "2 hours", "30:00", "1:2:3:4:5", "-1:00:00", "3m1h", 30, {"h": 1}]
+)
+def test_times_that_cannot_be_parsed(given):
+    with pytest.raises(UsageError, match=r"max_time takes a time such as 1h30m, .* not "):
+        TrainerConfig(max_time=given)
 
 
 @pytest.mark.parametrize("given", [32, None, "32"])

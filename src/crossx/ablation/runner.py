@@ -36,6 +36,8 @@ from crossx.training.config import Config
 from crossx.yaml import load_yaml
 
 SPLIT = "test"
+WATCHED_EVERY = 0.5
+"""Seconds between two looks at a training."""
 
 _NEUTRAL = (
     "data.root",
@@ -156,6 +158,27 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
         UsageError: If an option cannot work, naming the variant.
         CrossXError: If the data cannot be read.
     """
+    classes: dict[str, int] = {}
+    for trial in {(trial.variant, trial.alternative): trial for trial in trials}.values():
+        try:
+            check_config(trial.config, classes, tested=True, tuned=tuned)
+        except CrossXError as error:
+            raise type(error)(f"variant {trial.variant}: {error}") from error
+
+
+def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned: bool) -> None:
+    """Check that the data of a configuration can be read and its network built.
+
+    Args:
+        config: The configuration.
+        classes: Number of classes by the options of the data, so that these are read once; filled here.
+        tested: Whether test images are needed.
+        tuned: Whether validation images that choose between configurations are needed.
+
+    Raises:
+        UsageError: If an option cannot work.
+        CrossXError: If the data cannot be read.
+    """
     # imports torch
     import torch
 
@@ -164,60 +187,52 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
     from crossx.training.fit import choose_sampling
     from crossx.training.task import build_mix
 
-    classes: dict[str, int] = {}
-    for trial in {(trial.variant, trial.alternative): trial for trial in trials}.values():
-        data, model = trial.config.data, trial.config.model
-        if repr(data) not in classes:
-            index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
-            classes[repr(data)] = len(index.classes)
-            if not index.split(SPLIT):
-                raise CrossXError(
-                    f"variant {trial.variant}: dataset {index.name!r} has no {SPLIT} images to measure it on."
-                )
-            if tuned and (data.train_on == "trainval" or not index.split("val")):
-                raise UsageError(
-                    f"variant {trial.variant}: tuning needs validation images that are not trained on: see "
-                    "--data.val_fraction and --data.train_on."
-                )
-        if tuned:
-            _check_validates(trial)
-        try:
-            check_backbone_args(model.backbone_args)
-            with torch.device("meta"):
-                method = create_method(
-                    model.method,
-                    backbone=model.backbone,
-                    num_classes=classes[repr(data)],
-                    backbone_args=model.backbone_args,
-                    image_size=data.image_size,
-                    **model.options,
-                )
-                method.check_image_size(data.image_size)
-            replace(data, sampling=choose_sampling(data.sampling, method))
-            build_mix(method, trial.config.optim)
-        except UsageError as error:
-            raise UsageError(f"variant {trial.variant}: {error}") from error
+    data, model = config.data, config.model
+    if repr(data) not in classes:
+        index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
+        classes[repr(data)] = len(index.classes)
+        if tested and not index.split(SPLIT):
+            raise CrossXError(f"dataset {index.name!r} has no {SPLIT} images to measure it on.")
+        if tuned and (data.train_on == "trainval" or not index.split("val")):
+            raise UsageError(
+                "tuning needs validation images that are not trained on: see --data.val_fraction and --data.train_on."
+            )
+    if tuned:
+        _check_validates(config)
+    check_backbone_args(model.backbone_args)
+    with torch.device("meta"):
+        method = create_method(
+            model.method,
+            backbone=model.backbone,
+            num_classes=classes[repr(data)],
+            backbone_args=model.backbone_args,
+            image_size=data.image_size,
+            **model.options,
+        )
+        method.check_image_size(data.image_size)
+    replace(data, sampling=choose_sampling(data.sampling, method))
+    build_mix(method, config.optim)
 
 
-def _check_validates(trial: Trial) -> None:
+def _check_validates(config: Config) -> None:
     """Check that the epoch whose weights are kept is validated."""
-    trainer = trial.config.trainer
-    if trial.config.optim.selection == "best_on_test":
+    trainer = config.trainer
+    if config.optim.selection == "best_on_test":
         raise UsageError(
-            f"variant {trial.variant}: tuning chooses on validation images, and optim.selection best_on_test on the "
-            "test images: take best or last."
+            "tuning chooses on validation images, and optim.selection best_on_test on the test images: take best or "
+            "last."
         )
     for option in ("max_steps", "max_time"):
         if getattr(trainer, option) not in (None, -1):
             raise UsageError(
-                f"variant {trial.variant}: tuning needs validation after the last step, and trainer.{option} may stop "
-                "within an epoch: give --trainer.max_epochs."
+                f"tuning needs validation after the last step, and trainer.{option} may stop within an epoch: give "
+                "--trainer.max_epochs."
             )
     epochs = trainer.max_epochs
     if not epochs or trainer.limit_val_batches == 0 or epochs % trainer.check_val_every_n_epoch:
         raise UsageError(
-            f"variant {trial.variant}: tuning needs validation after the last epoch: see --trainer.max_epochs, "
-            "--trainer.limit_val_batches and --trainer.check_val_every_n_epoch."
+            "tuning needs validation after the last epoch: see --trainer.max_epochs, --trainer.limit_val_batches and "
+            "--trainer.check_val_every_n_epoch."
         )
 
 
@@ -243,9 +258,9 @@ def run_trials(
         KeyboardInterrupt: After Ctrl-C or SIGTERM; running trainings have saved their state.
     """
     failed = {}
-    processes = _Processes(jobs, test)
+    processes = Processes(jobs)
     with sigterm_interrupts(), ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(processes.run, trial): trial for trial in trials}
+        waiting = {pool.submit(processes.run, trial, test=test): trial for trial in trials}
         try:
             for future in as_completed(waiting):
                 trial, reason = waiting[future], future.result()
@@ -259,11 +274,14 @@ def run_trials(
     return failed
 
 
-class _Processes:
-    """The running processes, each with its share of the machine."""
+class Processes:
+    """The running processes, each with its share of the machine.
 
-    def __init__(self, jobs: int, test: bool) -> None:
-        self._test = test
+    Args:
+        jobs: How many run at the same time.
+    """
+
+    def __init__(self, jobs: int) -> None:
         self._stopping = False
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -271,18 +289,29 @@ class _Processes:
         for variables in divide_machine(jobs, os.cpu_count() or 1, visible_gpus(), os.environ):
             self._free.put(variables)
 
-    def run(self, trial: Trial) -> str | None:
-        """Train and test a trial; return why it failed."""
+    def run(
+        self, trial: Trial, *, test: bool = True, watch: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Train a trial, from where it was stopped, and test it.
+
+        Args:
+            trial: The trial.
+            test: Whether to test it.
+            watch: Called twice a second while it is trained; it is stopped as soon as this returns True.
+
+        Returns:
+            Why it failed; None if it is done or was stopped by ``watch``.
+        """
         variables = self._free.get()
         try:
             # the data may have been moved since the training was started
             root = ["--data.root", trial.config.data.root] if trial.config.data.root else []
             if not trial.is_trained and trial.run.config.is_file():
-                self._call(trial, variables, ["fit", "--resume", str(trial.run.path), *root])
+                self._call(trial, variables, ["fit", "--resume", str(trial.run.path), *root], watch)
             elif not trial.is_trained:
                 write_text(trial.config_file, trial.config.to_yaml())
-                self._call(trial, variables, ["fit", "--config", str(trial.config_file)])
-            if self._test and not trial.is_done:
+                self._call(trial, variables, ["fit", "--config", str(trial.config_file)], watch)
+            if test and not trial.is_done:
                 self._call(trial, variables, ["test", str(trial.run.path), *root])
         except (CrossXError, OSError) as error:
             return str(error)
@@ -297,7 +326,13 @@ class _Processes:
             for process in self._running:
                 process.terminate()
 
-    def _call(self, trial: Trial, variables: Mapping[str, str], arguments: Sequence[str]) -> None:
+    def _call(
+        self,
+        trial: Trial,
+        variables: Mapping[str, str],
+        arguments: Sequence[str],
+        watch: Callable[[], bool] = lambda: False,
+    ) -> None:
         trial.log.parent.mkdir(parents=True, exist_ok=True)
         with trial.log.open("ab") as log:
             with self._lock:
@@ -313,11 +348,23 @@ class _Processes:
                     start_new_session=True,
                 )
                 self._running.add(process)
-            code = process.wait()
+            code, stopped = _wait(process, watch)
         with self._lock:
             self._running.discard(process)
-        if code != 0:
+        if code != 0 and not stopped:
             raise CrossXError(_reason(trial.log, code))
+
+
+def _wait(process: subprocess.Popen[bytes], watch: Callable[[], bool]) -> tuple[int, bool]:
+    """Return the exit code of a process, and whether it was stopped because of ``watch``."""
+    stopped = False
+    while True:
+        try:
+            return process.wait(timeout=WATCHED_EVERY), stopped
+        except subprocess.TimeoutExpired:
+            if not stopped and watch():
+                stopped = True
+                process.terminate()
 
 
 def divide_machine(

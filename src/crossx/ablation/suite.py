@@ -54,8 +54,11 @@ class Suite:
         configs = {}
         for name, changes in self.variants.items():
             try:
-                config = _change(base, changes)
-                configs[name] = [config, *(_change(config, further) for further in self.tune.get(name, ()))]
+                config = apply_changes(base, changes)
+                configs[name] = [
+                    config,
+                    *(apply_changes(config, further) for further in self.tune.get(name, ())),
+                ]
             except UsageError as error:
                 raise UsageError(f"suite {self.name}, variant {name}: {error}") from error
         return configs
@@ -135,7 +138,12 @@ def _check_changes(where: str, changes: Any) -> None:
             raise UsageError(f"{where}: unknown section {section!r}.{nearest(str(section), SECTIONS)}")
 
 
-def _change(base: Config, changes: Changes) -> Config:
+def apply_changes(base: Config, changes: Changes) -> Config:
+    """Return a configuration with changes; with another method, it keeps none of the options of the former one.
+
+    Raises:
+        UsageError: If an option is unknown or cannot work.
+    """
     if changes.get("model", {}).get("method", base.model.method) != base.model.method:
         base = replace(base, model=replace(base.model, options={}))
     values = base.to_dict()

@@ -24,6 +24,7 @@ from crossx.data.exclude import write_excluded, written_path
 from crossx.data.images import ImageError, inspect_image, read_pixels
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.errors import CrossXError, UsageError, counted, unknown
+from crossx.extras import require
 from crossx.runs import check_writable, write_json, write_text
 
 CHECKS = ("duplicates", "labels", "outliers", "quality")
@@ -270,7 +271,7 @@ def audit_dataset(
         UsageError: As ``read_dataset``, or if an option is wrong or a library is missing.
         CrossXError: If the lists, the network or all images cannot be read, or the folder cannot be written to.
     """
-    _require_libraries()
+    require("crossx datasets audit", "cleanlab", "cleanvision", "sklearn", extra="audit")
     for kind, given, choices in (("check", checks, CHECKS), ("reason", exclude, REASONS)):
         for name_given in given:
             if name_given not in choices:
@@ -424,15 +425,6 @@ def _read_image(path: Path) -> tuple[bytes, NDArray[np.uint8], int] | str:
         return str(error.strerror or error)
     grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return digest, np.asarray(grey), pixels.shape[0] * pixels.shape[1]
-
-
-def _require_libraries() -> None:
-    try:
-        import cleanlab  # noqa: F401
-        import cleanvision  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(f"crossx datasets audit needs {error.name}: pip install 'crossx[audit]'.") from error
 
 
 def _check_output(output: str | Path | None, root: Path) -> Path | None:

@@ -2,13 +2,16 @@
 
 from crossx.backbones.blocks import synchronize_batch_norms
 from crossx.backbones.create import create_backbone
+from crossx.backbones.early import EarlyLayers, can_skip
 from crossx.backbones.state_dict import load_trunk_weights, read_state_dict
 from crossx.backbones.trunk import Backbone, Layer, Placement
 
 __all__ = [
     "Backbone",
+    "EarlyLayers",
     "Layer",
     "Placement",
+    "can_skip",
     "create_backbone",
     "load_trunk_weights",
     "read_state_dict",

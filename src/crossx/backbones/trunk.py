@@ -22,7 +22,7 @@ from crossx.backbones.blocks import (
     resized,
 )
 from crossx.errors import UsageError, check_choice, first_line
-from crossx.layers import OSME, Gating, ResidualOSME, evaluation_mode, recompute
+from crossx.layers import OSME, Gating, ResidualOSME, SeparateOSME, evaluation_mode, recompute
 
 Placement: TypeAlias = Literal["residual", "output"]
 Layer: TypeAlias = Literal["pooled", "fc6"]
@@ -96,6 +96,20 @@ class Backbone(nn.Module):
             )
         self._set_previous(max(index for index, own in enumerate(strides, start=1) if own == stride))
 
+    def stage_of_stride(self, stride: int) -> str:
+        """Return the name of the module that ends the deepest map of a stride before ``last``.
+
+        Raises:
+            UsageError: If the backbone has no such map.
+        """
+        strides = {int(stage["reduction"]): str(stage["module"]) for stage in self._info[:-1]}
+        if stride not in strides:
+            known = ", ".join(map(str, sorted(strides))) or "none"
+            raise UsageError(
+                f"backbone {self.name!r} has no map of stride {stride} before its last one; it has: {known}."
+            )
+        return strides[stride]
+
     def attach_osme(
         self,
         stage: str,
@@ -143,6 +157,16 @@ class Backbone(nn.Module):
             block.drop_path = None
         # a plain dict: as a second submodule, the slot would be in the state dict twice
         self._slots[stage] = slot
+
+    def separate_parts(self) -> None:
+        """Make ``forward`` return the attention features of a stage as P maps (B, C, h, w), for inference only."""
+        for stage, osme in self._gated():
+            self.osme[stage] = SeparateOSME(osme)
+        for stage, slot in self._slots.items():
+            separate: Any = SeparateOSME(slot)
+            block = self._last_block(stage)
+            setattr(block, ATTENTION_SLOTS[type(block)], separate)
+            self._slots[stage] = separate
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps ``previous`` and ``last``, (B, C, h, w), for images (B, 3, H, W).

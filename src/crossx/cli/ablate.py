@@ -9,8 +9,9 @@ from typing import Annotated
 
 from crossx.ablation.suite import load_suite
 from crossx.cli.parser import Folder, Name, Natural, Positive
-from crossx.errors import Stopped, UsageError
+from crossx.errors import Stopped, UsageError, counted
 from crossx.runs import locked_folder
+from crossx.terminal import columns, erase_step, fold, step
 
 NOT_TAKEN = {
     "--seed": "--seeds gives the seeds.",
@@ -74,11 +75,13 @@ def ablate(
     def report(trial: Trial, reason: str | None) -> None:
         nonlocal finished
         finished += 1
+        erase_step()
         text = f"failed: {reason}" if reason else "done"
         minutes = (time.monotonic() - start) / 60
-        print(f"[{finished}/{total}, {minutes:.0f} min] {trial}: {text}", flush=True)
+        print(fold(f"[{finished}/{total}, {minutes:.0f} min] {trial}: {text}", hanging="  "), flush=True)
 
-    with locked_folder(folder, "running trainings in it"):
+    what = f"Training, {counted(total, 'network')}; each has a log in {folder}"
+    with locked_folder(folder, "running trainings in it"), step(what):
         try:
             untrained = run_trials(search, jobs, report, test=False)
             chosen = choose_alternatives(search, untrained)
@@ -93,11 +96,11 @@ def ablate(
         summary = summarize_suite(variants, trials, failed, against, tuning, known)
         write_summary(summary, folder)
     if tuning:
-        print(f"\n{build_tuning_table(tuning).to_markdown()}")
-    print(f"\n{build_table(summary).to_markdown()}")
-    print(
-        f"results: {folder / 'results.json'}; table: {folder / 'table.md'}, .csv, .tex; chart: {folder / 'chart.png'}"
-    )
+        print(f"\n{build_tuning_table(tuning).to_text(columns())}")
+    print(f"\n{build_table(summary).to_text(columns())}")
+    print(f"results  {folder / 'results.json'}")
+    print(f"table    {folder / 'table.md'}, .csv, .tex")
+    print(f"chart    {folder / 'chart.png'}")
     for trial, reason in {**untrained, **failed}.items():
-        print(f"failed: {trial}: {reason} (log: {trial.log})")
+        print(fold(f"failed: {trial}: {reason} (log: {trial.log})", hanging="  "))
     return 1 if untrained or failed else 0

@@ -3,36 +3,93 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
+from crossx.cli.parser import Keep
 from crossx.errors import counted
 from crossx.runs import Run
+from crossx.terminal import fold, step
+
+if TYPE_CHECKING:
+    from crossx.evaluation.calibration import Calibration
+
+SHOWN_COVERAGE = 0.9
 
 
-def calibrate(run: RunPath, *, split: Split = "val", data: TestedData, device: Device = "auto") -> None:
-    """Fit the temperature of a run's probabilities on its validation images.
+def calibrate(
+    run: RunPath,
+    *,
+    split: Split = "val",
+    keep: Keep = 0.95,
+    score: Literal["max_probability", "max_logit", "energy"] = "max_logit",
+    data: TestedData,
+    device: Device = "auto",
+) -> None:
+    """Calibrate probabilities, rejection and prediction sets on validation images.
 
-    The temperature T makes the probabilities softmax(logits / T) say how often a prediction is right. It is stored in
-    RUN/model.json; predictions stay, their probabilities change. `crossx fit` does this itself where images are held
-    out for validation.
+    The temperature T makes the probabilities softmax(logits / T) say how often a prediction is right. The threshold of
+    a score decides which images show none of the classes. Prediction sets hold an image's class with a stated
+    probability. All are stored in RUN/model.json. `crossx fit` does this itself where images are held out for
+    validation.
 
     Args:
         run: Run folder.
-        split: Images to fit it on: val or test.
+        split: Images to calibrate on: val or test.
+        keep: Share of the images of the classes to keep; 1 gives every image a class.
+        score: The score of the threshold.
 
     Examples:
         crossx calibrate runs/mine
+        crossx calibrate runs/mine --keep 0.99
         crossx calibrate runs/released --data.dataset folder --data.root my_images
     """
     check_run(run)
 
-    from crossx.evaluation.calibration import calibrate_run
+    with step("Calibrating the network"):
+        from crossx.evaluation.calibration import calibrate_run
 
-    found = calibrate_run(run, split=split, device=device, **vars(data))
-    print(
-        f"temperature {found['temperature']:.4g}, "
-        f"fitted on {counted(found['n'], found['split'] + ' image')} of {found['dataset']}\n"
-        f"  negative log-likelihood  {found['nll']:.4f} before, {found['nll_calibrated']:.4f} after\n"
-        f"  calibration error        {found['ece']:.2%} before, {found['ece_calibrated']:.2%} after\n"
+        found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
+    described = found.described
+    text = (
+        f"temperature {found.temperature:.4g}, "
+        f"fitted on {counted(described['n'], described['split'] + ' image')} of {described['dataset']}\n"
+        f"  negative log-likelihood  {described['nll']:.4f} before, {described['nll_calibrated']:.4f} after\n"
+        f"  calibration error        {described['ece']:.2%} before, {described['ece_calibrated']:.2%} after\n"
+        f"rejection  {_rejection(found, keep)}\n"
+        f"prediction sets  {_sets(found)}\n"
         f"stored in {Run(Path(run)).spec}"
+    )
+    print(fold(text, hanging="  "))
+
+
+def _rejection(found: Calibration, keep: float) -> str:
+    if found.rejection is not None:
+        return (
+            f"of images with a {found.rejection.score} below {found.described['threshold']:.4g}, which keeps "
+            f"{keep:.4g} of the images of the classes"
+        )
+    if keep == 1:
+        return "none: every image gets a class"
+    from crossx.evaluation.unknowns import images_to_keep
+
+    return (
+        f"none: every image gets a class, since to keep {keep:g} needs {images_to_keep(keep)} images or more"
+    )
+
+
+def _sets(found: Calibration) -> str:
+    from crossx.evaluation.conformal import PERCENTS, coverage_interval, images_needed
+
+    assert found.sets is not None
+    count = found.sets.images
+    rows = max(map(len, found.sets.least_probability.values()))
+    if not rows:
+        return f"none: a coverage of 0.5 needs {images_needed(0.5)} image"
+    most = PERCENTS[rows - 1] / 100
+    shown = min(SHOWN_COVERAGE, most)
+    low, high = coverage_interval(count, shown)
+    return (
+        f"for a coverage of up to {most:g}; for {shown:g}, it will be between {low:.1%} and {high:.1%} on new images, "
+        f"in 9 of 10 calibrations on {counted(count, 'image')}"
     )

@@ -17,6 +17,7 @@ from crossx.report.published import (
     read_published,
 )
 from crossx.runs import Run, open_run, read_config, write_json
+from crossx.terminal import columns, fold
 
 if TYPE_CHECKING:
     from crossx.report.comparison import Reproduction
@@ -100,9 +101,9 @@ def compare(
         published, notes = _reproduce(known, [{**r, "folder": f} for r, f in zip(rows, folders, strict=True)])
         notes = [*(_notes(rows) if paper else []), *notes]
         table = tabulate_runs(rows, published)
-    print(table.to_markdown(), end="")
+    print(table.to_text(columns()), end="")
     for note in notes:
-        print(f"note: {note}")
+        print(fold(f"note: {note}", hanging="  "))
     if output:
         stem = Path(output)
         table.write(stem)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import shutil
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,10 +10,11 @@ from typing import Annotated
 import jsonargparse
 
 from crossx.cli.options import BatchSize, Device, check_run
-from crossx.cli.parser import Folder, Name, Positive, build, call
+from crossx.cli.parser import MAX_WIDTH, Folder, Name, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
+from crossx.terminal import fold, page_width
 
 ACTIONS = ("list", "check", "audit")
 
@@ -28,11 +27,15 @@ class DatasetOptions:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
+        image_column: huggingface only: the column of the images, if there are several.
+        label_column: huggingface and webdataset only: the column, or the field of a .json, with the label.
     """
 
     level: Name | None = None
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
+    image_column: Name | None = None
+    label_column: Name | None = None
 
 
 def run(words: Sequence[str]) -> int:
@@ -104,7 +107,11 @@ def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **vars(data),
         )
-    print(json_format.dumps(report.to_json(), indent=2, ensure_ascii=False) if json else report.summary())
+    print(
+        json_format.dumps(report.to_json(), indent=2, ensure_ascii=False)
+        if json
+        else fold(report.summary(), hanging="    ")
+    )
     return report.exit_code
 
 
@@ -182,20 +189,20 @@ def audit(
 
 def _describe(info: DatasetInfo) -> Iterator[str]:
     yield f"{info.name}: {info.title}"
+    contents = ""
     if info.table1:
         classes, train, test = info.table1
-        yield f"  contents  {classes} classes, {train:,} training and {test:,} test images"
-    facts = {"home": info.homepage, "download": info.download, "licence": info.licence, "size": info.size}
+        contents = f"{classes} classes, {train:,} training and {test:,} test images"
+    facts = {
+        "contents": contents,
+        "home": info.homepage,
+        "download": info.download,
+        "licence": info.licence,
+        "size": info.size,
+    }
     rows = [(name, value) for name, value in facts.items() if value]
     rows += [("checksum", f"{file} {checksum}") for file, checksum in info.checksums.items()]
     rows += [("defect", defect) for defect in info.defects]
-    width = max(60, min(120, shutil.get_terminal_size((110, 24)).columns))
+    width = min(MAX_WIDTH, page_width())
     for name, value in rows:
-        yield textwrap.fill(
-            value,
-            width,
-            initial_indent=f"  {name:<9} ",
-            subsequent_indent=" " * 12,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        yield fold(f"  {name:<8}  {value}", width=width)

@@ -13,18 +13,18 @@ from crossx.cli.options import BatchSize, Device, ModelPath, check_run
 from crossx.cli.parser import Folder, Fraction, Name
 from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.explain.figures import FigureRow
     from crossx.explain.maps import Explanation
     from crossx.predict.results import ExplainedImage
+    from crossx.runs import ModelSpec
 
 Kind = Literal["activation", "class", "both"]
 """As ``crossx.explain.maps.Kind``, whose module imports torch."""
-SHEET_ROWS = 20
-"""Images per contact sheet."""
-SHEET_CELL = 1.1
-"""Side of an image on a contact sheet, in inches."""
+SHEET_CELL, SHEET_WIDTH, SHEET_HEIGHT, SHEET_DPI = 1.1, 15.2, 13.4, 120
+"""Contact sheets: side of an image and largest page, in inches, and pixels per inch."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def explain(
     """Draw where a network looks (Fig. 5 of the paper).
 
     Lays the activation maps of every part at every stage, and the combined ones, over each image as the network saw it.
-    Writes one picture per image, and contact sheets of 20: contact.png, contact-2.png and so on. If an image's folder
-    has the name of a class, the picture says whether the prediction is right. An image that cannot be read is named,
-    with the reason, and the exit code is 1.
+    Writes one picture per image, and contact sheets of as many images as fit a page: contact.jpg, contact-2.jpg and so
+    on. If an image's folder has the name of a class, the picture says whether the prediction is right. An image that
+    cannot be read is named, with the reason, and the exit code is 1.
 
     Args:
         images: Image files, or folders searched for images.
@@ -83,7 +83,9 @@ def explain(
     from crossx.evaluation.progress import track
     from crossx.explain.overlays import COLORMAP, check_colormap
     from crossx.predict.inputs import expand_paths
-    from crossx.predict.predictor import Predictor, class_number
+
+    with step("Loading PyTorch"):
+        from crossx.predict.predictor import Predictor, class_number
 
     drawing = replace(drawing, colormap=drawing.colormap or COLORMAP)
     check_colormap(str(drawing.colormap))
@@ -92,12 +94,13 @@ def explain(
         class_number(target, spec.classes)
     paths = expand_paths(images)
     check_writable(Path(output))
-    predictor = Predictor.load(run, device=device)
+    with step("Loading the network"):
+        predictor = Predictor.load(run, device=device)
     explained = predictor.iter_explain(paths, maps=maps, target=target, batch_size=batch_size)
     tracked = track(explained, "Explaining", total=len(paths))
-    failed = _write(tracked, paths, predictor.classes, Path(output), drawing)
+    failed = _write(tracked, paths, predictor.spec, Path(output), drawing)
     if done := len(paths) - failed:
-        print(f"{counted(done, 'image')}: {Path(output) / 'contact.png'}", flush=True)
+        print(f"{counted(done, 'image')}: {Path(output) / 'contact.jpg'}", flush=True)
     if failed:
         print(f"crossx explain: {failed} of {counted(len(paths), 'image')} cannot be read.", file=sys.stderr)
     return 1 if failed else 0
@@ -106,46 +109,90 @@ def explain(
 def _write(
     explained: Iterable[ExplainedImage],
     paths: Sequence[Path],
-    classes: Sequence[str],
+    spec: ModelSpec,
     output: Path,
     drawing: Drawing,
 ) -> int:
     """Write pictures, maps and contact sheets as the results come; return how many images have none."""
     from crossx.data.images import printable
     from crossx.data.names import class_name
-    from crossx.explain.figures import FigureRow, caption
+    from crossx.explain.figures import FigureRow, caption, draw
+    from crossx.explain.plotting import save_png
 
-    number_of_sheets = -(-len(paths) // SHEET_ROWS)
-    sheets = ["contact", *(f"contact-{number}" for number in range(2, number_of_sheets + 1))]
-    names = _file_names(paths, taken=sheets)
-    sheet: list[FigureRow] = []
+    shown = dict(zip(spec.classes, spec.display_names, strict=True))
+    sheets = Sheets(output, len(paths), drawing)
+    names = _file_names(paths, taken=sheets.names)
     failed = 0
     for path, name, result in zip(paths, names, explained, strict=True):
         if result.pixels is None or result.explanation is None:
             print(f"crossx explain: {printable(path)}: {str(result.error).rstrip('.')}.", file=sys.stderr)
             failed += 1
             continue
-        label = folder if (folder := class_name(path.parent.name)) in classes else None
-        text = caption(result.explanation, classes, name=printable(path.name), label=label)
+        label = shown.get(class_name(path.parent.name))
+        text = caption(
+            result.explanation,
+            spec.display_names,
+            name=printable(path.name),
+            label=label,
+            rejected=result.rejected,
+        )
         row = FigureRow(result.pixels, result.explanation, text)
-        _draw([row], output / f"{name}.png", drawing)
+        save_png(draw([row], colormap=str(drawing.colormap), opacity=drawing.opacity), output / f"{name}.png")
         if drawing.save_maps:
             _save_maps(result.explanation, output / f"{name}.npz")
-        sheet.append(row)
-        if len(sheet) == SHEET_ROWS:
-            _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
-            sheet = []
-    if sheet:
-        _draw(sheet, output / f"{sheets.pop(0)}.png", drawing, SHEET_CELL)
+        sheets.add(row)
+    sheets.finish()
     return failed
 
 
-def _draw(rows: Sequence[FigureRow], target: Path, drawing: Drawing, cell: float | None = None) -> None:
-    from crossx.explain.figures import CELL, draw
-    from crossx.explain.plotting import save_png
+class Sheets:
+    """Contact sheets, written page by page.
 
-    figure = draw(rows, colormap=str(drawing.colormap), opacity=drawing.opacity, cell=cell or CELL)
-    save_png(figure, target)
+    Args:
+        output: Their folder.
+        images: Number of images to come, of which some may not be added.
+        drawing: How maps are drawn.
+
+    Attributes:
+        names: Names that the sheets may take, in order.
+    """
+
+    def __init__(self, output: Path, images: int, drawing: Drawing) -> None:
+        self.names = ["contact", *(f"contact-{number}" for number in range(2, images + 1))]
+        self._output, self._images, self._drawing = output, images, drawing
+        self._rows: list[FigureRow] = []
+        self._across, self._per_page = 1, 0
+
+    def add(self, row: FigureRow) -> None:
+        """Add an image; writes the page if it is full."""
+        if not self._per_page:
+            from crossx.explain.figures import rows_that_fit
+
+            self._across, down = rows_that_fit(row.explanation.maps, SHEET_CELL, SHEET_WIDTH, SHEET_HEIGHT)
+            # pages of the same length
+            pages = -(-self._images // (self._across * down))
+            lines = -(-self._images // (pages * self._across))
+            self._per_page = lines * self._across
+        self._rows.append(row)
+        if len(self._rows) == self._per_page:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the last page, if any images are left."""
+        if not self._rows:
+            return
+        from crossx.explain.figures import draw
+        from crossx.explain.plotting import save_jpeg
+
+        figure = draw(
+            self._rows,
+            colormap=str(self._drawing.colormap),
+            opacity=self._drawing.opacity,
+            cell=SHEET_CELL,
+            across=self._across,
+        )
+        save_jpeg(figure, self._output / f"{self.names.pop(0)}.jpg", SHEET_DPI)
+        self._rows = []
 
 
 def _save_maps(explanation: Explanation, target: Path) -> None:

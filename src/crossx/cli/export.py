@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
+from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
     from crossx.export.export import ExportReport
@@ -74,20 +75,22 @@ def export(
     """
     check_run(run)
 
-    from crossx.export.export import export_run
+    with step("Loading PyTorch"):
+        from crossx.export.export import export_run
 
-    report = export_run(
-        run,
-        output,
-        format=format,
-        precision=precision,
-        images=images,
-        root=data.root,
-        dataset=data.dataset,
-        tolerance=tolerance,
-        calibration_images=quantization.calibration,
-        accuracy_images=quantization.accuracy,
-    )
+    with step("Exporting the network, and comparing the file with it"):
+        report = export_run(
+            run,
+            output,
+            format=format,
+            precision=precision,
+            images=images,
+            root=data.root,
+            dataset=data.dataset,
+            tolerance=tolerance,
+            calibration_images=quantization.calibration,
+            accuracy_images=quantization.accuracy,
+        )
     _print_report(report)
 
 
@@ -98,25 +101,34 @@ def _print_report(report: ExportReport) -> None:
     size = model["input"]["size"]
     megabytes = sum(file.stat().st_size for file in report.files) / 1e6
     print(
-        f"{', '.join(map(str, report.files))}: {model['method']} ({model['backbone']}), {model['format']} "
-        f"{model['precision']}, images uint8 (batch, 3, {size}, {size}), {len(model['classes'])} classes, "
-        f"{megabytes:.1f} MB"
+        fold(
+            f"{', '.join(map(str, report.files))}: {model['method']} ({model['backbone']}), {model['format']} "
+            f"{model['precision']}, images uint8 (batch, 3, {size}, {size}), {len(model['classes'])} classes, "
+            f"{megabytes:.1f} MB",
+            hanging="  ",
+        )
     )
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
     print(
-        f"against eager float32 on {compared.images} images ({compared.source}): logits differ by at most "
-        f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}"
+        fold(
+            f"against eager float32 on {compared.images} images ({compared.source}): logits differ by at most "
+            f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
+            hanging="  ",
+        )
     )
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
     if accuracy := report.accuracy:
         low, high = accuracy.lost
         print(
-            f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
-            f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, 95% "
-            f"interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
-            f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
-            f"{accuracy.calibration_images} others"
+            fold(
+                f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
+                f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, "
+                f"95% interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
+                f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
+                f"{accuracy.calibration_images} others",
+                hanging="  ",
+            )
         )
         if high > report.tolerance:
             print(

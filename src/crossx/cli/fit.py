@@ -12,6 +12,7 @@ from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
 from crossx.runs import Run, find_run, free_folder, open_run
+from crossx.terminal import fold, step
 from crossx.training.config import Config
 
 LAUNCHED = "CROSSX_RUN"
@@ -30,10 +31,12 @@ def run(words: Sequence[str]) -> int:
     else:
         require_data(asked.config)
         # errors of the data come before torch is imported
-        images = _count_images(asked.config)
+        with step("Reading the lists of images"):
+            images = _count_images(asked.config)
 
-    from crossx.distributed import is_leader
-    from crossx.training import fit as training
+    with step("Loading PyTorch"):
+        from crossx.distributed import is_leader
+        from crossx.training import fit as training
 
     if asked.resume:
         done = training.resume(
@@ -48,7 +51,7 @@ def run(words: Sequence[str]) -> int:
         if is_leader():
             _print_start(asked, images)
             if reason:
-                print(f"precision {config.trainer.precision} (auto: {reason})", flush=True)
+                print(fold(f"precision {config.trainer.precision} (auto: {reason})"), flush=True)
         done = training.fit(config)
     if is_leader():
         _print_outcome(done)
@@ -72,12 +75,12 @@ def _choose_folder(asked: FitArguments) -> Path:
 def _print_start(asked: FitArguments, images: str) -> None:
     config = asked.config
     for note in asked.notes:
-        print(f"note: {note}")
+        print(fold(f"note: {note}", hanging="  "))
     start = "pretrained" if config.model.pretrained else "random weights"
     start = f"from {config.init}" if config.init else start
     print(f"method    {config.model.method}")
-    print(f"backbone  {config.model.backbone} ({config.model.backbone_weights or start})")
-    print(f"dataset   {config.data.dataset}: {images}")
+    print(fold(f"backbone  {config.model.backbone} ({config.model.backbone_weights or start})"))
+    print(fold(f"dataset   {config.data.dataset}: {images}"))
     print(f"run       {config.output}", flush=True)
 
 
@@ -94,8 +97,9 @@ def _print_outcome(done: Run) -> None:
     selection = done.read_info().get("selection") or {}
     if selection.get("value") is not None:
         accuracy = f"{selection['value']:.2%} top-1 on {selection['split']}"
-        print(f"best epoch {selection['epoch']:.0f}: {accuracy}; weights: {weights}")
+        print(f"best epoch {selection['epoch']:.0f}: {accuracy}")
     else:
         epoch = selection.get("epoch")
-        print(f"{f'last epoch {epoch:.0f}' if epoch else 'only the heads were fitted'}; weights: {weights}")
+        print(f"last epoch {epoch:.0f}" if epoch else "only the heads were fitted")
+    print(f"weights: {weights}")
     print(f"next: crossx test {done.path}")

@@ -23,8 +23,8 @@ from crossx.cli.parser import (
     unknown_argument,
 )
 from crossx.data.config import DataConfig
-from crossx.errors import UsageError
-from crossx.recipes import SECTIONS, Recipe, list_recipes, load_recipe
+from crossx.errors import UsageError, check_choice
+from crossx.recipes import PRESETS, SECTIONS, Recipe, list_recipes, load_recipe
 from crossx.suggestions import nearest
 from crossx.training.config import (
     LEFT_OUT,
@@ -39,6 +39,7 @@ from crossx.training.config import (
 
 PROG = "crossx fit"
 EXAMPLES = """\
+crossx fit --preset fast --data.root my_images         # or balanced, best
 crossx fit --config finetune --data.dataset folder --data.root my_images --output runs/mine
 crossx fit --config crossx_cub_resnet50 --data.root CUB_200_2011 --data.batch_size 16
 crossx fit --config plain_cub_resnet50 --help          # the options of another method, with its values
@@ -47,7 +48,9 @@ crossx fit --config runs/mine/config.yaml --init runs/mine --data.root others --
 crossx fit --resume runs/mine
 crossx fit --resume runs/mine --restart                # start over, with the same options
 crossx fit --resume runs/mine --trainer.max_epochs 40  # train a finished run for longer"""
-RESUMABLE = ("resume", "restart", "data.root", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "optim.patience")
+"""The options that decide how long a run is trained."""
+RESUMABLE = ("resume", "restart", "data.root", *LENGTHS)
 """The options that may be given with --resume."""
 FIRST = (
     "model.method",
@@ -64,8 +67,8 @@ FIRST = (
 )
 """The options that most commands give; the help shows them before the sections."""
 INSTEAD = {
-    "patience early_stopping early_stop": "there is no early stopping: --trainer.max_epochs sets the length, and "
-    "--optim.selection best keeps the best epoch's weights",
+    "early_stopping early_stop early_stopping_patience": "give --optim.patience N, which ends the training after N "
+    "validations without a better one",
     "num_classes classes nc num_labels": "the classes are those of the images",
     "no_pretrained scratch from_scratch": "give --model.pretrained false",
     "local_rank rank world_size nproc_per_node": "--trainer.devices and --trainer.num_nodes start the processes",
@@ -84,7 +87,7 @@ class FitArguments:
         recipe: The recipe's name or file, where one was given.
         resume: The run to continue, where one was given; of ``config`` only ``data.root`` counts then.
         restart: Whether to start that run over.
-        limits: The options of ``trainer`` that were given with ``resume``.
+        limits: The options of the training's length that were given with ``resume``, by argument of that function.
         notes: Values of the recipe that were changed without being asked for, for the user to read.
         print_config: Whether to print the configuration instead of training.
     """
@@ -110,17 +113,18 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
         return _resume(words)
     if "--restart" in words:
         raise UsageError("--restart starts a run over: name it with --resume RUN.")
-    recipe = load_recipe(first.config) if first.config else None
+    name = _recipe_name(first)
+    recipe = load_recipe(name) if name else None
     method = first.method or (recipe_method(recipe) if recipe else ModelConfig().method)
     parser = _method_parser(method)
     notes = _apply(recipe, parser, method) if recipe else []
     values = _parse(parser, words, method).as_dict()
-    given = {key: values[key] for key in ("init", "seed", "output", *SECTIONS)}
+    given = {key: values[key] for key in ("init", "tuned", "seed", "output", *SECTIONS)}
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
     return FitArguments(
         Config.from_dict(given),
-        recipe=first.config,
+        recipe=name,
         notes=tuple(notes),
         print_config=values["print_config"],
     )
@@ -129,7 +133,8 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
 def fit_parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
     """Return the parser for the method that the words choose."""
     first = _first_pass(words)
-    recipe = load_recipe(first.config) if first.config else Recipe("")
+    name = _recipe_name(first)
+    recipe = load_recipe(name) if name else Recipe("")
     return _method_parser(first.method or recipe_method(recipe))
 
 
@@ -139,7 +144,7 @@ def _method_parser(method: str) -> jsonargparse.ArgumentParser:
         "Train a network. The options of the method are those of the one that --config or --model.method chooses, and "
         "every default is the value in effect.",
         EXAMPLES,
-        usage=f"{PROG} [--config NAME_OR_FILE] [--resume RUN] [--SECTION.OPTION VALUE ...]",
+        usage=f"{PROG} [--preset NAME | --config NAME_OR_FILE] [--resume RUN] [--SECTION.OPTION VALUE ...]",
     )
     options = list(_options(method))
     first = {option.name: option for option in options if option.name in FIRST}
@@ -147,7 +152,11 @@ def _method_parser(method: str) -> jsonargparse.ArgumentParser:
     add_options(
         parser, [dataclasses.replace(first[name], group="Options used most") for name in FIRST] + rest
     )
-    for name, choices in (("--config", list_recipes), ("--model.method", method_options.list_methods)):
+    for name, choices in (
+        ("--config", list_recipes),
+        ("--preset", lambda: [*PRESETS]),
+        ("--model.method", method_options.list_methods),
+    ):
         parser._option_string_actions[name].completer = lambda choices=choices, **_: choices()  # type: ignore[attr-defined]
     return parser
 
@@ -162,9 +171,12 @@ def _options(method: str) -> Iterator[Option]:
     restart = "With --resume: delete what the run has learned, and start over with its options."
     output = "Run folder to create; by default the first free runs/NAME-DATASET-N."
     yield Option("config", text, None, config, "--config", "NAME_OR_FILE")
+    preset = f"A packaged recipe by its purpose: {', '.join(PRESETS)} (docs/training.md); options override its values."
+    yield Option("preset", text, None, preset, "--preset", "NAME")
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
+    yield Option("tuned", text, None, option_helps(Config)["tuned"], "--tuned", "TEXT")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -181,13 +193,24 @@ def _options(method: str) -> Iterator[Option]:
 
 def _first_pass(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", "resume", "model.method"):
+    for name in ("config", "preset", "resume", "model.method"):
         parser.add_argument(f"--{name}", dest=name.rpartition(".")[2])
     try:
         return parser.parse_known_args(list(words))[0]
     except argparse.ArgumentError as error:
         message = str(error).removeprefix("argument ")
         raise UsageError(f"{message}; see `{PROG} --help`.") from error
+
+
+def _recipe_name(first: argparse.Namespace) -> str | None:
+    """Return the recipe that --config or --preset chooses, None without them."""
+    if first.preset is None:
+        name: str | None = first.config
+        return name
+    if first.config is not None:
+        raise UsageError(f"--preset {first.preset} and --config {first.config}: give only one of them.")
+    check_choice("preset", first.preset, PRESETS)
+    return PRESETS[first.preset]
 
 
 def _resume(words: Sequence[str]) -> FitArguments:
@@ -205,12 +228,13 @@ def _resume(words: Sequence[str]) -> FitArguments:
         parser, [option if option.flag else dataclasses.replace(option, default=None) for option in options]
     )
     values = vars(_parse(parser, words, method).as_flat())
-    limits = {
-        name.removeprefix("trainer."): value
-        for name, value in values.items()
-        if name.startswith("trainer.") and value is not None
-    }
-    config = Config(data=DataConfig(root=values["data.root"]), trainer=TrainerConfig(**limits))
+    limits = {name.rpartition(".")[2]: values[name] for name in LENGTHS if values.get(name) is not None}
+    trainer = {name: value for name, value in limits.items() if name != "patience"}
+    config = Config(
+        data=DataConfig(root=values["data.root"]),
+        trainer=TrainerConfig(**trainer),
+        optim=OptimConfig(patience=limits.get("patience", 0)),
+    )
     return FitArguments(config, resume=values["resume"], restart=bool(values["restart"]), limits=limits)
 
 

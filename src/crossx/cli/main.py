@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from crossx.caches import prepare_caches
 from crossx.cli.memory import keep_freed_memory
@@ -30,21 +31,34 @@ from crossx.errors import (
     unknown,
 )
 from crossx.suggestions import nearest
+from crossx.terminal import columns, erase_step, fold, page_width, showing_steps
 
 VERBS = (
-    "quickstart", "fit", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export",
+    "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export",
     "explain", "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
 IMPORTING = (
-    "fit", "test", "ablate", "report", "calibrate", "predict", "neighbors", "export", "explain", "share", "serve",
-)  # fmt: skip
+    "fit",
+    "tune",
+    "test",
+    "ablate",
+    "report",
+    "calibrate",
+    "predict",
+    "neighbors",
+    "export",
+    "explain",
+    "share",
+    "serve",
+)
 """Verbs that need the method of a network, and take ``--import``."""
 IMPORT = "--import"
 
 USAGE = """\
 usage: crossx VERB [options]
 
-Fine-grained visual categorization: Cross-X learning and the methods it is compared with.
+Fine-grained visual categorization: Cross-X learning and the methods it is
+compared with.
 
 verbs:
 {verbs}
@@ -53,16 +67,18 @@ options:
   -h, --help     show this help; after a verb, its options and examples
   --version      show the version
   --debug        show the traceback of an error (also: CROSSX_DEBUG=1)
-  --import FILE  import a method of your own (also: CROSSX_IMPORT=FILE); `crossx new-method NAME` writes one
+  --import FILE  import a method of your own (also: CROSSX_IMPORT=FILE);
+                 `crossx new-method NAME` writes one
 
 examples:
   crossx quickstart
-  crossx fit --config finetune --data.dataset folder --data.root my_images --output runs/mine
+  crossx fit --config finetune --data.root my_images --output runs/mine
   crossx test runs/mine
   crossx predict runs/mine bird.jpg
 
-RUN is a run folder or a checkpoint file in one; for predict, explain, export, serve and share also USER/NAME on the
-Hugging Face Hub, for predict and serve also a file of export.
+RUN is a run folder or a checkpoint file in one; for predict, explain, export,
+serve and share also USER/NAME on the Hugging Face Hub, for predict and serve
+also a file of export.
 """
 
 INTERRUPTED = 130
@@ -128,7 +144,8 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(USAGE.format(verbs="\n".join(f"  {name:<{width}}  {_summary(name)}" for name in VERBS)), end="")
+        verbs = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in VERBS)
+        print(fold(USAGE.format(verbs=verbs), width=page_width()), end="")
         return 0
     if verb in ("--version", "-V", "version"):
         from crossx import __version__
@@ -147,7 +164,7 @@ def _dispatch(words: list[str]) -> int:
     keep_freed_memory()
     rest, imports = _take_imports(verb, rest)
     try:
-        with _importing(imports):
+        with showing_steps(), _importing(imports):
             if hasattr(module, "run"):
                 return int(module.run(rest))
             from crossx.cli.parser import call
@@ -246,8 +263,19 @@ def _set_environment() -> None:
 def _show_log() -> None:
     """Log to the present stderr, which tests replace."""
     log = logging.getLogger("crossx")
-    log.handlers = [logging.StreamHandler()]
+    log.handlers = [_LogHandler()]
     log.setLevel(logging.INFO)
+
+
+class _LogHandler(logging.StreamHandler[TextIO]):
+    """Writes lines that fit the terminal, instead of the step that is shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fold(super().format(record), hanging="  ", width=columns(sys.stderr))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        erase_step()
+        super().emit(record)
 
 
 def _fail(command: str, message: str, code: int, debug: bool) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from crossx.cli.parser import Folder, Help, Name, Natural, Positive
+from crossx.cli.parser import Coverage, Folder, Help, Name, Natural, Positive
 from crossx.hub import HubModel
 from crossx.runs import EXPORTED, open_run
 
@@ -51,6 +51,8 @@ class Inference:
         precision: fp32, fp16, bf16 or auto (fp16 on a GPU where it is fast, else fp32).
         flip: Average over each image and its mirror image.
         crops: Average over this many crops: 1, the centre, or 5, corners and centre.
+        accept: known, to give no class to images of none of the classes, by the run's threshold; or all.
+        coverage: Also give the classes that together have the image's class with this probability, such as 0.9.
         trust: Load a .pt2 file, which can run any code on this machine when it is loaded: only for files that you made
             yourself. The other formats need no trust.
     """
@@ -59,6 +61,8 @@ class Inference:
     precision: Name = "auto"
     flip: bool = False
     crops: Literal[1, 5] = 1
+    accept: Literal["known", "all"] = "known"
+    coverage: Coverage | None = None
     trust: bool = False
 
 

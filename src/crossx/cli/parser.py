@@ -18,11 +18,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import docstring_parser
 import jsonargparse
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from crossx.cli.main import IMPORT, IMPORTING
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
+from crossx.terminal import fold, fold_command, page_width
 
 
 def text(value: object) -> str:
@@ -63,9 +70,15 @@ Natural = Annotated[int, "N", NonNegativeInt]
 Positive = Annotated[int, "N", PositiveInt]
 Tolerance = Annotated[float, "X", NonNegativeFloat]
 Fraction = Annotated[float, "X", ClosedUnitInterval]
+CoverageNumber = restricted_number_type("CoverageNumber", float, [(">=", 0.5), ("<=", 0.99)])
+Coverage = Annotated[float, "X", CoverageNumber]
+KeepNumber = restricted_number_type("KeepNumber", float, [(">", 0), ("<=", 1)])
+Keep = Annotated[float, "X", KeepNumber]
 
 SECTIONS = ("model", "data", "optim", "trainer")
 """Groups whose options have the group's name as prefix, as in a recipe: ``--data.root``."""
+MAX_WIDTH = 110
+"""Characters per line of a help in a wide window: longer lines are hard to read."""
 EPILOG = "An error is one line and exit code 1, or 2 for a wrong command; --debug shows its traceback."
 IN_WORDS = {
     int: "a whole number",
@@ -77,6 +90,8 @@ IN_WORDS = {
     PositiveInt: "a whole number of at least 1",
     NonNegativeFloat: "a number of at least 0",
     ClosedUnitInterval: "a number from 0 to 1",
+    CoverageNumber: "a number from 0.5 to 0.99",
+    KeepNumber: "a number above 0, at most 1",
 }
 _IMAGES = {
     "source",
@@ -134,13 +149,30 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     """Keep the paragraphs of the docstrings, and show the default of each option."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)  # type: ignore[no-untyped-call]
+        self._columns = min(MAX_WIDTH, page_width())
+        # argparse needs a little room even in the narrowest window
+        width = max(self._columns, 24)
+        super().__init__(prog, max_help_position=min(32, width // 3), width=width)  # type: ignore[no-untyped-call]
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.split("\n\n")
         return "\n\n".join(
-            part if "\n  " in part else textwrap.fill(" ".join(part.split()), width) for part in paragraphs
+            "\n".join(fold_command(line, self._columns) for line in part.split("\n"))
+            if "\n  " in part
+            else textwrap.fill(" ".join(part.split()), self._columns, break_on_hyphens=False)
+            for part in text.split("\n\n")
         )
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options; its title fits the width."""
+        folded = heading and fold(heading, hanging="  ", width=self._columns - 1)
+        super().start_section(folded)
+
+    def _format_usage(self, usage: Any, *rest: Any) -> str:
+        text = str(super()._format_usage(usage, *rest))
+        if usage is None and max(map(len, text.split("\n"))) > self._columns:
+            # argparse breaks no line before a long option
+            usage, text = "", " ".join(text.split())
+        return text if usage is None else f"{fold(text.rstrip(), hanging='    ', width=self._columns)}\n\n"
 
     def _expand_help(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -156,7 +188,13 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
             return super()._format_action_invocation(action)
         # jsonargparse adds a spelling with `+` to each list
         metavar = self._format_args(action, action.dest.upper())
-        return f"{action.option_strings[0]} {metavar}"
+        text = f"{action.option_strings[0]} {metavar}"
+        if len(text) > self._columns - 2:
+            # many choices, between which the line may be broken
+            return fold(text.replace(",", ", "), hanging="      ", width=self._columns - 2).replace(
+                "\n", "\n  "
+            )
+        return text
 
 
 IMPORT_OPTION = Option("import", str | None, None, IMPORT_HELP, IMPORT, "FILE_OR_MODULE")

@@ -11,9 +11,10 @@ from crossx.errors import counted
 from crossx.evaluation.notices import result_notices
 from crossx.report.part_tables import excitations, peak_rows, share_rows, view_rows
 from crossx.runs import open_run
+from crossx.terminal import columns, fold
 
 WIDTH = 118
-"""Columns of a table, beyond which it continues below."""
+"""Columns of a table that goes to a pipe or file, beyond which it continues below."""
 
 OF_PARTS = "part: share of activation over share of area; peak: the position of the largest value;"
 OF_VIEWS = (
@@ -26,15 +27,16 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     """Print what ``measure_run`` returned for the run at ``path``."""
     folder, split = open_run(path)[0].path, results["split"]
     parts = counted(len(results["parts"]), "part") if results["parts"] else "no annotated parts"
-    print(
+    text = (
         f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
         f"{counted(results['n'], 'image')}, {parts}, weights {results['weights']}"
     )
+    print(fold(text, hanging="  "))
     if results["verdict"]:
-        print(textwrap.fill(results["verdict"], WIDTH))
+        print(textwrap.fill(results["verdict"], columns() or WIDTH))
     if results["parts"]:
-        print(OF_PARTS)
-    print(OF_VIEWS)
+        print(fold(OF_PARTS))
+    print(fold(OF_VIEWS))
     header = ("", "images", *(f"{stage} {number}" for stage, number, _ in excitations(results["stages"])))
     rows = [*share_rows(results), *peak_rows(results), *view_rows(results)]
     _print_table([header, *rows])
@@ -44,21 +46,22 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
             height, width = measured["size"]
             print(f"{stage}, {height} x {width} positions:")
             for name, text in lines:
-                print(f"  {name:<19}  {text}")
+                print(fold(f"  {name:<19}  {text}"))
     for notice in result_notices(results):
-        print(f"  {notice}")
-    print(f"results: {folder / f'{split}_parts.json'}; picture: {folder / split / 'parts.png'}")
+        print(fold(f"  {notice}"))
+    print(f"results: {folder / f'{split}_parts.json'}")
+    print(f"picture: {folder / split / 'parts.png'}")
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns that do not fit follow below, with the names of the rows."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    room = WIDTH - 2 - widths[0] - 2 - widths[1]
+    room = (columns() or WIDTH) - 2 - widths[0] - 2 - widths[1]
     at_once = max(1, room // (2 + max(widths[2:])))
     for first in range(2, len(widths), at_once):
-        columns = range(first, min(first + at_once, len(widths)))
+        block = range(first, min(first + at_once, len(widths)))
         for row in rows:
-            cells = [row[column].rjust(widths[column]) for column in (1, *columns)]
+            cells = [row[column].rjust(widths[column]) for column in (1, *block)]
             print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
 
 

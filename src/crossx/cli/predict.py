@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from crossx.cli.options import BatchSize, Inference, PredictorPath, check_run
 from crossx.cli.parser import Name, Positive
 from crossx.errors import UsageError, counted
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.predict.results import Features, Prediction
@@ -55,7 +56,9 @@ def predict(
     """Classify images.
 
     The table has the columns path, label, probability and error. An image that cannot be read keeps its row, with the
-    reason, and the exit code is 1.
+    reason, and the exit code is 1. An image below the run's threshold shows none of the classes: its label is empty,
+    and the column nearest has the most probable class. --accept all gives every image a class. --coverage 0.9 adds the
+    column candidates: classes that have the image's own among them with a probability of 0.9.
 
     The table is printed as CSV, or written to --output FILE.csv, FILE.jsonl or FILE.parquet. --output DIR writes a
     folder of Parquet files, for a collection of any size: a folder of images, or a Parquet file (or a folder of them)
@@ -78,6 +81,7 @@ def predict(
         crossx predict runs/mine 'photos/**/*.jpg' --output predictions.jsonl --top 5
         find photos -newer last | crossx predict runs/mine - --output predictions.parquet
         crossx predict runs/mine list.csv --flip --crops 5     # averages ten views of an image
+        crossx predict runs/mine photos/ --coverage 0.9        # also the classes that it may be
         crossx predict runs/mine photos/ --features features.parquet
         crossx predict runs/mine photos/ --output predictions/
         crossx predict runs/mine archive.parquet --engine ray --workers 4 --output predictions/
@@ -99,28 +103,31 @@ def predict(
     target = features or output
     if target is not None:
         outputs.check_output(Path(target), FILES if output else (".parquet",))
-    files = _list_files(images)
+    with step("Looking for images"):
+        files = _list_files(images)
     check_run(run)
 
-    from crossx.predict.predictor import Predictor
+    with step("Loading PyTorch"):
+        from crossx.predict.predictor import Predictor
 
-    predictor = Predictor.load(run, **vars(inference))
+    with step("Loading the network"):
+        predictor = Predictor.load(run, **vars(inference))
     if features is not None:
         size = predictor.feature_size
         vectors = predictor.iter_features(files, batch_size)
         return _write(
             features, vectors, len(files), lambda path, rows: outputs.write_features(path, rows, size)
         )
-    predictions = predictor.iter_images(files, top, batch_size)
+    predictions, columns = predictor.iter_images(files, top, batch_size), predictor.columns(top)
     if output is not None:
         return _write(
-            output, predictions, len(files), lambda path, rows: outputs.write_predictions(path, rows, top)
+            output, predictions, len(files), lambda path, rows: outputs.write_predictions(path, rows, columns)
         )
     count = Count()
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("crossx", _escape)
         sys.stdout.reconfigure(errors="crossx")
-    outputs.print_csv(sys.stdout, count.through(predictions), top)
+    outputs.print_csv(sys.stdout, count.through(predictions), columns)
     return _conclude(count.failed, count.images)
 
 

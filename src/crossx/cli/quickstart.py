@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from crossx.cli.parser import Folder, Natural
 from crossx.errors import UsageError
 from crossx.runs import Run, free_folder, storage_error
+from crossx.terminal import fold_command, page_width, step
 
 RECIPE = "quickstart"
 METHODS = ("plain", "crossx")
@@ -53,8 +55,9 @@ def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
     trained = {method: train_and_test(method, folder, seed) for method in METHODS}
     picture = folder / "predictions.png"
     draw_predictions(trained["crossx"].folder, picture)
-    print(f"\n$ crossx test {trained['crossx'].folder} --parts", flush=True)
-    sentence = measure_run(trained["crossx"].folder)["verdict"]
+    _show(["test", str(trained["crossx"].folder), "--parts"])
+    with step("Measuring the parts"):
+        sentence = measure_run(trained["crossx"].folder)["verdict"]
     _print_outcome(trained, picture, sentence, time.monotonic() - started)
 
 
@@ -66,9 +69,15 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
     folder = output / method
     arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]
     arguments += ["--seed", str(seed), "--output", str(folder)]
-    print(f"\n$ crossx fit {' '.join(arguments)}", flush=True)
+    _show(["fit", *arguments])
     fit(arguments)
-    return Trained(folder, test_run(folder))
+    with step("Testing the network"):
+        return Trained(folder, test_run(folder))
+
+
+def _show(words: Sequence[str]) -> None:
+    command = f"$ crossx {' '.join(words)}"
+    print(f"\n{fold_command(command)}", flush=True)
 
 
 def draw_predictions(run_folder: Path, target: Path) -> None:
@@ -92,8 +101,8 @@ def draw_predictions(run_folder: Path, target: Path) -> None:
     for axes, label, index in zip(grid, labels, chosen, strict=False):
         axes.imshow(read_image(root / str(tested.paths[index])).permute(1, 2, 0).numpy())
         right = bool(tested.correct[index])
-        prediction = f"{tested.classes[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
-        text = prediction if right else f"{prediction}\nit is: {tested.classes[label]}"
+        prediction = f"{tested.names[tested.predictions[index]]} ({tested.confidences[index]:.0%})"
+        text = prediction if right else f"{prediction}\nit is: {tested.names[label]}"
         wrapped = "\n".join(textwrap.fill(line, 30, break_on_hyphens=False) for line in text.split("\n"))
         axes.set_title(wrapped, fontsize=9, color="#1a7f37" if right else "#c62828")
     for axes in figure.axes:
@@ -108,8 +117,12 @@ def _print_outcome(trained: dict[str, Trained], picture: Path, sentence: str, se
     for method, network in trained.items():
         low, high = network.results["intervals"]["top1"]
         print(f"  {method:<8} {network.results['top1']:7.1%}  ({low:.1%} to {high:.1%}, 95% interval)")
-    print(f"\n{textwrap.fill(sentence, 100)}")
+    print(f"\n{textwrap.fill(sentence, min(100, page_width()))}")
     print(f"\nrun      {trained['crossx'].folder}")
     print(f"picture  {picture}")
     print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")
-    print(f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3")
+    print(
+        fold_command(
+            f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3"
+        )
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from crossx.cli.parser import Name
-from crossx.recipes import load_recipe, model_names
-
-MIN_WIDTH = 80
+from crossx.cli.parser import MAX_WIDTH, Name
+from crossx.recipes import PRESETS, load_recipe, model_names
+from crossx.terminal import fold, page_width
 
 
 def recipes(name: Name | None = None) -> None:
@@ -28,18 +27,15 @@ def recipes(name: Name | None = None) -> None:
 
 
 def _print_table() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", box=None, pad_edge=False)
-    table.add_column("what it trains", overflow="fold")
+    width = min(MAX_WIDTH, page_width())
+    presets = {recipe: preset for preset, recipe in PRESETS.items()}
     for model, name in model_names().items():
-        table.add_row(name, f"{load_recipe(name).description}\n[dim]{model}[/dim]")
-    console = Console()
-    # a narrow window breaks the lines, but a name must not lose its end
-    console.width = max(MIN_WIDTH, console.width)
-    console.print(table)
-    print(
-        "\n`crossx recipes NAME` prints a recipe, `crossx fit --config NAME` trains it. Below each is the\n"
-        "name of its model, as timm names models; --config takes that too."
+        preset = f" (--preset {presets[name]})" if name in presets else ""
+        print(f"{name}{preset}")
+        print(fold(f"  {load_recipe(name).description}", width=width))
+        print(fold(f"  model {model}", width=width))
+    text = (
+        "`crossx recipes NAME` prints a recipe, `crossx fit --config NAME` trains it. `model` is the name of its "
+        "model, as timm names models; --config takes that too."
     )
+    print(f"\n{fold(text, width=width)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Natural
 from crossx.cli.test import is_tested, print_results, test_run
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.report.examples import FindSimilar
@@ -42,13 +43,15 @@ def report(
     """
     check_run(run)
 
-    from crossx.report.run import report_path, report_run
+    with step("Loading the results"):
+        from crossx.report.run import report_path, report_run
 
     report_path(run, split, output)
     if not is_tested(run, split, data):
         print_results(run, test_run(run, split, data, device))
     find = _similar_finder(run, neighbors, data, device) if neighbors else None
-    page = report_run(run, split=split, output=output, device=device, find_similar=find)
+    with step("Writing the report"):
+        page = report_run(run, split=split, output=output, device=device, find_similar=find)
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 

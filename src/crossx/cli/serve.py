@@ -16,6 +16,7 @@ from crossx.cli.options import Inference, PredictorPath, check_run
 from crossx.cli.parser import File, Natural
 from crossx.errors import CrossXError, UsageError
 from crossx.serve.limits import Limits
+from crossx.terminal import step
 
 API_KEY_VARIABLE = "CROSSX_API_KEY"
 
@@ -102,10 +103,11 @@ def serve(
         import uvicorn  # noqa: F401  # before the others, which take seconds
 
         check_run(run)
-        from crossx.serve.app import create_app
-        from crossx.serve.browsers import allowed_hosts
-        from crossx.serve.server import listen, log_as_json
-        from crossx.serve.server import run as run_server
+        with step("Loading PyTorch"):
+            from crossx.serve.app import create_app
+            from crossx.serve.browsers import allowed_hosts
+            from crossx.serve.server import listen, log_as_json
+            from crossx.serve.server import run as run_server
     except ModuleNotFoundError as error:
         raise UsageError(f"crossx serve needs {error.name}: pip install 'crossx[serve]'.") from error
 
@@ -113,7 +115,8 @@ def serve(
     from crossx.predict.predictor import Predictor
 
     with listen(host, port) as listening:
-        predictor = Predictor.load(run, **vars(inference))
+        with step("Loading the network"):
+            predictor = Predictor.load(run, **vars(inference))
         identity = identify(predictor, model_name, model_version)
         similar = None
         if neighbors:

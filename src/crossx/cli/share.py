@@ -11,6 +11,7 @@ from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import Folder
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.predict.predictor import Predictor
@@ -65,20 +66,23 @@ def share(
     model = hub_model(hub) if hub else None
     if output:
         check_target(Path(output))
-    predictor = Predictor.load(run, device="cpu")
+    with step("Loading the network"):
+        predictor = Predictor.load(run, device="cpu")
     target: object
     if model is None:
         assert output is not None
-        target = save_pretrained(predictor, output, license=license, images=figure)
+        with step("Writing the model and its card"):
+            target = save_pretrained(predictor, output, license=license, images=figure)
     else:
-        target = push_to_hub(
-            predictor,
-            model.repository,
-            revision=model.revision,
-            private=private,
-            license=license,
-            images=figure,
-        )
+        with step("Uploading the model and its card"):
+            target = push_to_hub(
+                predictor,
+                model.repository,
+                revision=model.revision,
+                private=private,
+                license=license,
+                images=figure,
+            )
     print(f"shared: {target}", flush=True)
     if missing := _missing_results(predictor):
         print(f"crossx share: the model card has {missing}: run `crossx test {run}` first.", file=sys.stderr)

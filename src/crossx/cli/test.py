@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
+from crossx.cli.parser import Coverage, Folder
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
+from crossx.terminal import fold, step
 
 
 def test(
@@ -18,6 +20,8 @@ def test(
     split: Split = "test",
     against: Annotated[str, "RUN_B"] | None = None,
     parts: bool = False,
+    coverage: Coverage | None = None,
+    unknown: Folder | None = None,
     data: TestedData,
     device: Device = "auto",
 ) -> None:
@@ -30,6 +34,8 @@ def test(
     Args:
         against: Compare with this run, image by image.
         parts: Measure the activation maps instead, and compare them with annotated parts (cub, nabirds, synthetic).
+        coverage: Also measure prediction sets that are to have the image's class with this probability, such as 0.9.
+        unknown: Also measure how well the images in this folder, of none of the classes, are told apart.
 
     Examples:
         crossx test runs/mine
@@ -37,7 +43,13 @@ def test(
         crossx test runs/mine/checkpoints/last.ckpt
         crossx test runs/crossx --against runs/plain
         crossx test runs/crossx --parts
+        crossx test runs/mine --coverage 0.9 --unknown not_birds/
     """
+    if (coverage is not None or unknown is not None) and (parts or against is not None):
+        raise UsageError(
+            "--coverage and --unknown measure one run's predictions and do not go with --parts or --against: leave "
+            "one of them out."
+        )
     if parts and against is not None:
         raise UsageError("--parts measures one run and does not go with --against: leave one of them out.")
     if parts:
@@ -46,7 +58,7 @@ def test(
 
         print_parts(run, measure_run(run, split=split, device=device, **vars(data)))
     elif against is None:
-        print_results(run, test_run(run, split, data, device))
+        print_results(run, test_run(run, split, data, device, coverage=coverage, unknown=unknown))
     else:
         _compare(run, against, split, data, device)
 
@@ -56,8 +68,11 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     folder, split = open_run(path)[0].path, results["split"]
     low_high = results["intervals"]
     print(
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
-        f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}"
+        fold(
+            f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+            f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}",
+            hanging="  ",
+        )
     )
     rows = {
         "top-1": _percent(results["top1"], low_high["top1"]),
@@ -73,21 +88,55 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     if results["temperature"] != 1:
         calibrated = f"{_percent(results['ece_calibrated'])} at temperature {results['temperature']:.3g}"
         rows["calibration error"] += f", {calibrated}"
+    rows |= _open_set_rows(results)
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")
+        print(fold(f"  {name:<{width}}  {value}"))
     for notice in result_notices(results):
-        print(f"  {notice}")
-    print(f"results: {folder / f'{split}.json'}; tables and pictures: {folder / split}")
+        print(fold(f"  {notice}"))
+    print(f"results: {folder / f'{split}.json'}")
+    print(f"tables and pictures: {folder / split}")
 
 
-def test_run(path: str, split: str, data: TestedData, device: str) -> dict[str, Any]:
+def _open_set_rows(results: Mapping[str, Any]) -> dict[str, str]:
+    """Describe rejection, prediction sets and unknown images, where they were measured."""
+    rows = {}
+    if kept := results.get("rejection"):
+        rows["kept"] = (
+            f"{_percent(kept['kept'], kept['interval'])}, {kept['score']} at least {kept['threshold']:.4g}"
+        )
+        if kept["top1_kept"] is not None:
+            rows["kept"] += f"; top-1 of these {_percent(kept['top1_kept'])}"
+    if sets := results.get("sets"):
+        low, high = sets["expected"]
+        sizes = ", ".join(f"{size}: {count}" for size, count in sets["sizes"].items())
+        rows[f"coverage {sets['coverage']:g}"] = (
+            f"{_percent(sets['covered'], sets['interval'])}; {100 * low:.1f} to {100 * high:.1f} in 9 of 10 "
+            f"calibrations on {counted(sets['calibration_images'], 'image')}"
+        )
+        rows["classes per set"] = f"{sets['mean_size']:.2f} on average ({sizes})"
+    if unknown := results.get("unknown"):
+        left_out = f", {unknown['skipped']} left out that cannot be read" if unknown["skipped"] else ""
+        rows["unknown"] = f"{counted(unknown['n'], 'image')} of {unknown['folder']}{left_out}"
+        if "rejected" in unknown:
+            rows["unknown"] += f"; rejected: {_percent(unknown['rejected'], unknown['interval'])}"
+        rows |= {
+            f"  {name}": f"AUROC {_percent(found['auroc'])}, FPR95 {_percent(found['fpr95'])}, "
+            f"OSCR {_percent(found['oscr'])}"
+            for name, found in unknown["scores"].items()
+        }
+    return rows
+
+
+def test_run(path: str, split: str, data: TestedData, device: str, **measured: Any) -> dict[str, Any]:
     """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
     check_run(path)
 
-    from crossx.evaluation.run import test_run
+    with step("Loading PyTorch"):
+        from crossx.evaluation.run import test_run
 
-    return test_run(path, split=split, device=device, **vars(data))
+    with step("Testing the network"):
+        return test_run(path, split=split, device=device, **measured, **vars(data))
 
 
 def _compare(run: str, against: str, split: str, data: TestedData, device: str) -> None:
@@ -105,7 +154,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
     target = folders[0] / f"{split}_against_{folders[1].resolve().name}.json"
     write_json(target, result)
     low, high = result["interval"]["difference"]
-    print(
+    text = (
         f"{run}: {_percent(result['top1']['a'])} top-1\n"
         f"{against}: {_percent(result['top1']['b'])} top-1\n"
         f"difference: {100 * result['difference']:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}, 95% interval)\n"
@@ -113,6 +162,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
         f"McNemar's exact test p = {result['p_value']:.3g}\n"
         f"results: {target}"
     )
+    print(fold(text, hanging="  "))
 
 
 def is_tested(path: str, split: str, data: TestedData) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 from crossx.errors import UsageError, check_choice
@@ -40,11 +41,14 @@ class DataConfig:
     """Images to train and test on, and how they are prepared.
 
     Attributes:
-        dataset: Dataset name, see `crossx datasets list`; `folder` and `table` read your own images.
-        root: Folder of the unpacked dataset (`table`: the CSV or Parquet file).
+        dataset: Dataset name, see `crossx datasets list`; `folder`, `table`, `huggingface` and `webdataset` read your
+            own images.
+        root: Folder of the unpacked dataset (`table`: the CSV or Parquet file; `huggingface`: also USER/NAME).
         level: FGVC-Aircraft only: label by `variant` (the default), `family` or `manufacturer`.
         num_classes: Synthetic set only: number of classes to draw.
         images_per_class: Synthetic set only: number of images to draw per class.
+        image_column: `huggingface` only: the column of the images, if there are several.
+        label_column: `huggingface` and `webdataset` only: the column, or the field of a .json, with the label.
         image_size: Side of the network's square input, in pixels.
         resize_size: Size before the crop, in pixels: images are resized to a square of this side (600 in the
             released code, then cropped to 448; equal to image_size means no crop). By default the shorter side is
@@ -53,8 +57,7 @@ class DataConfig:
         crop_bottom: Rows cut off the bottom of each image first (20 removes FGVC-Aircraft's banner).
         val_fraction: Share of each class's training images held out for validation if the dataset has no official
             validation split; 0 holds out none.
-        test_fraction: Share of each class's images held out for testing if your own images (`folder`, `table`) have
-            no test split.
+        test_fraction: Share of each class's images held out for testing if your own images have no test split.
         split_seed: Seed of these two choices; independent of --seed, so that runs stay comparable.
         train_on: `train`, or `trainval` to train on the validation images too (the last epoch is then kept).
         augmentation: `crop` (random crop of the resized image), `resized_crop` (crop of random area and
@@ -83,6 +86,8 @@ class DataConfig:
     level: str | None = None
     num_classes: int | None = None
     images_per_class: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     image_size: int = 448
     resize_size: int | None = None
     interpolation: str | None = None
@@ -105,6 +110,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+
+    def with_absolute_root(self) -> DataConfig:
+        """Return the options with an absolute root, unless it is the name of a dataset on the Hub."""
+        if not self.root or (self.dataset == "huggingface" and not Path(self.root).exists()):
+            return self
+        return replace(self, root=str(Path(self.root).absolute()))
 
     def validate(self) -> None:
         """Check what can be checked without the data.

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from crossx.data.config import DataConfig
 from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
 from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
-from crossx.data.sampler import EpochSampler, EvaluationSampler
+from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
 from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.data.views import StoredViews
 from crossx.distributed import is_leader, world_size
 from crossx.errors import CrossXError, counted, first_few
 from crossx.runs import Preprocessing
@@ -149,12 +151,26 @@ class DataModule:
         """Return the loader of the test split."""
         return self.eval_loader("test")
 
-    def eval_loader(self, split: str, *, dealt: bool = True) -> ImageLoader:
+    def views_loader(self, draws: Sequence[Draw]) -> ImageLoader:
+        """Return a loader of these draws of the training images, in order, the same on every rank."""
+        dataset, _ = self._train_images()
+        return self._loader(dataset, draws, self.config.batch_size)
+
+    def stored_loader(self, stored: StoredViews, *, dealt: bool = True) -> ImageLoader:
+        """Return a training loader of maps instead of images, in the same order and batches as that of images."""
+        batch_size = self._train_batch(dealt)
+        sampler = self._train_sampler(stored.labels, batch_size, dealt)
+        return self._loader(stored, sampler, batch_size, workers=0)
+
+    def eval_loader(
+        self, split: str, *, dealt: bool = True, transform: Transform | None = None
+    ) -> ImageLoader:
         """Return a loader of one split without augmentation, in the order of its records.
 
         Args:
             split: Name of the split.
             dealt: Distribute the images over the ranks; False gives the calling rank all of them.
+            transform: Prepares the images; by default ``eval_transform``.
 
         Raises:
             CrossXError: If the split is empty.
@@ -165,7 +181,7 @@ class DataModule:
             raise CrossXError(
                 f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
             )
-        transform = eval_transform(self.preprocessing)
+        transform = transform or eval_transform(self.preprocessing)
         dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
         batch_size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
@@ -181,16 +197,25 @@ class DataModule:
             self.val_dataloader()
 
     def _train_loader(self, dealt: bool = True) -> ImageLoader:
+        dataset, labels = self._train_images()
+        batch_size = self._train_batch(dealt)
+        return self._loader(dataset, self._train_sampler(labels, batch_size, dealt), batch_size)
+
+    def _train_batch(self, dealt: bool) -> int:
+        return self.config.batch_size if dealt else self.config.batch_size * world_size()
+
+    def _train_sampler(self, labels: Sequence[int], batch_size: int, dealt: bool) -> EpochSampler:
+        return EpochSampler(labels, self.seed, self.config.sampling or "uniform", batch_size, dealt)
+
+    def _train_images(self) -> tuple[ImageDataset, list[int]]:
+        """Return the augmented training images, and their labels."""
         config, records = self.config, self.train_records()
-        batch_size = config.batch_size if dealt else config.batch_size * world_size()
         transform = train_transform(
             self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
         )
-        labels = [record.label for record in records]
-        sampler = EpochSampler(labels, self.seed, config.sampling or "uniform", batch_size, dealt)
         reader = self._reader("train", records, transform)
         dataset = ImageDataset(records, transform, self.seed, reader, self.parts)
-        return self._loader(dataset, sampler, batch_size)
+        return dataset, [record.label for record in records]
 
     def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
         kind = self.config.cache
@@ -204,11 +229,15 @@ class DataModule:
         return partial(self._caches[name].read, decode=transform.read)
 
     def _loader(
-        self, dataset: ImageDataset, sampler: EpochSampler | EvaluationSampler, batch_size: int
+        self,
+        dataset: ImageDataset | StoredViews,
+        sampler: EpochSampler | EvaluationSampler | Sequence[Draw],
+        batch_size: int,
+        workers: int | None = None,
     ) -> ImageLoader:
-        workers = self.num_workers
+        workers = self.num_workers if workers is None else workers
         return ImageLoader(
-            dataset,
+            cast(ImageDataset, dataset),
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate,

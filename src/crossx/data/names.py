@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from crossx.class_names import lookalikes as lookalikes
 from crossx.errors import first_few
 
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
-_LATIN = str.maketrans(
-    "асеорхуіјѕһԁԛԝАВЕКМНОРСТХІЈЅҮΑΒΕΖΗΙΚΜΝΟΡΤΥΧοι", "aceopxyijshdqwABEKMHOPCTXIJSYABEZHIKMNOPTYXoi"
-)
-"""Cyrillic and Greek letters -> the Latin letters that look the same."""
-_COPY = re.compile(r"(\s*(\([0-9]{1,2}\)|[-_ ]\s*(copy|copie|kopie|copia)(\s*[0-9]{1,2})?))+$")
-"""What a file manager adds to the name of a copy: ``red (1)``, ``red - Copy``."""
 _MISSING = frozenset({"nan", "none", "null", "n/a", "na", "<na>", "nat", "#n/a", "undefined"})
 _SHOWN = 5
 
@@ -81,18 +74,6 @@ def class_name(text: str) -> str:
     """
     escaped = _SURROGATE.sub(_escaped, text)
     return unicodedata.normalize("NFC", escaped.strip(_INVISIBLE).strip().strip(_INVISIBLE).strip())
-
-
-def lookalikes(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the groups of names that differ, but only in how one text is written.
-
-    The differences: case, blanks and underscores, the form of a number (``1``, ``1.0``, ``01``), invisible and
-    full-width characters, letters of another alphabet, and what marks a copy (``red (1)``, ``red - Copy``).
-    """
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in dict.fromkeys(names):
-        groups[_appearance(name)].append(name)
-    return [tuple(sorted(group)) for group in groups.values() if len(group) > 1]
 
 
 def quoted(names: Sequence[str]) -> list[str]:
@@ -181,15 +162,3 @@ def short_split_name(name: str) -> str | None:
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
-
-
-def _appearance(name: str) -> str:
-    text = unicodedata.normalize("NFKC", name)
-    text = "".join(character for character in text if unicodedata.category(character) not in ("Cf", "Cc"))
-    text = "".join(str(unicodedata.decimal(character, character)) for character in text)
-    text = _COPY.sub("", text.translate(_LATIN).casefold().strip()) or text
-    text = " ".join(re.split(r"[\s_-]+", text))
-    if not _NUMBER.fullmatch(text):
-        return text
-    whole, _, fraction = text.replace(",", ".").partition(".")
-    return f"{whole.lstrip('+0') or '0'}.{fraction.rstrip('0')}"

@@ -1,25 +1,40 @@
-"""Temperature scaling: probabilities that match the accuracy.
+"""Calibrate a network on held-out images: its probabilities, when it rejects an image, and its prediction sets.
 
-Guo et al., "On Calibration of Modern Neural Networks", 2017 (https://arxiv.org/abs/1706.04599), section 4.2:
-probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood on held-out images. The
-order of the classes, and so every prediction, is unchanged.
+Temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017, https://arxiv.org/abs/1706.04599,
+section 4.2): probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood. The
+order of the classes is unchanged.
+
+The threshold of rejection (``unknowns``) and those of prediction sets (``conformal``) depend on the views that a
+prediction averages over, so there is one for each of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossx.errors import CrossXError, UsageError
+from crossx.data.datamodule import DataModule
+from crossx.errors import CrossXError, UsageError, check_choice
+from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
-from crossx.evaluation.run import evaluate
+from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.progress import track
+from crossx.evaluation.run import check_finite
 from crossx.evaluation.subject import Subject
-from crossx.runs import Run, write_json
+from crossx.evaluation.unknowns import KEEP, SCORE, SCORES, keeping_threshold, mean_score
+from crossx.evaluation.views import CROPS, Views, has_crops, mean_probabilities, views_key
+from crossx.methods.base import Method
+from crossx.runs import PredictionSets, Rejection, Run, write_json
+
+MAX_VALUES = 50_000_000
+"""Logits of views to keep in memory; beyond, the thresholds are set on a part of the images, evenly spread."""
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -51,18 +66,125 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return 1 / float(brentq(derivative, 0, high))
 
 
-def describe_calibration(logits: Tensor, targets: Tensor, **images: str) -> dict[str, Any]:
-    """Fit the temperature and return the entry for ``run.json``.
+class ViewOutputs(NamedTuple):
+    """Logits of a network on the views of images, on the CPU.
+
+    Attributes:
+        logits: float32 (N, K), of the centre of each image.
+        targets: int64 (N,).
+        views: float32 (V, n, K), of all views, of images that ``chosen`` has.
+        chosen: bool (N,), all of them unless they are very many.
+        keys: Key of ``views_key`` -> which of the V views it averages over.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    views: Tensor
+    chosen: Tensor
+    keys: Mapping[str, Sequence[int]]
+
+
+class Calibration(NamedTuple):
+    """What ``calibrate_outputs`` finds, as in ``ModelSpec``, and its description for ``run.json``."""
+
+    temperature: float
+    rejection: Rejection | None
+    sets: PredictionSets | None
+    described: dict[str, Any]
+
+    def write(self, run: Run) -> None:
+        """Store it in the run's ``model.json``."""
+        spec = replace(
+            run.read_spec(), temperature=self.temperature, rejection=self.rejection, sets=self.sets
+        )
+        write_json(run.spec, spec.to_json())
+
+
+def evaluate_views(
+    method: Method, data: DataModule, split: str, device: str | torch.device, *, progress: str = ""
+) -> ViewOutputs:
+    """Run a network over all views of the images of a split; the calling rank does it.
 
     Args:
-        logits: (N, K).
-        targets: int64 (N,).
-        **images: The ``dataset`` and ``split`` of the images.
+        method: The network; it stays on ``device``, in evaluation mode.
+        data: The images.
+        split: Name of the split.
+        device: See ``select_device``.
+        progress: Title of the progress bar; empty for none.
+
+    Raises:
+        CrossXError: If the logits are not finite or GPU memory runs out.
+    """
+    crops = CROPS[-1] if has_crops(data.preprocessing) else 1
+    views = Views(data.preprocessing, flip=True, crops=crops)
+    network = TorchNetwork(method, data.normalize, device)
+    # five_crop ends with the centre, and each mirror image follows its crop
+    last = 2 * crops - 2
+    keys = {views_key(flip=False, crops=1): [last], views_key(flip=True, crops=1): [last, last + 1]}
+    if crops > 1:
+        keys[views_key(flip=False, crops=crops)] = [*range(0, 2 * crops, 2)]
+        keys[views_key(flip=True, crops=crops)] = [*range(2 * crops)]
+    stride = -(-len(data.index.split(split)) * method.num_classes * 2 * crops // MAX_VALUES)
+    centres, targets, chosen, others, start = [], [], [], [], 0
+    for images, labels in track(data.eval_loader(split, dealt=False, transform=views.transform), progress):
+        mask = torch.arange(start, start + len(images)) % stride == 0
+        start += len(images)
+        centre = network.logits(views.centres(images)).cpu()
+        if mask.any():
+            rows = [
+                centre[mask] if number == last else network.logits(view).cpu()
+                for number, view in enumerate(views.split(images[mask]))
+            ]
+            others.append(torch.stack(rows))  # V of (b, K) -> (V, b, K)
+        centres.append(centre)
+        targets.append(labels)
+        chosen.append(mask)
+    logits, all_views = torch.cat(centres), torch.cat(others, 1)
+    check_finite(logits)
+    check_finite(all_views.flatten(0, 1))
+    return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys)
+
+
+def calibrate_outputs(
+    outputs: ViewOutputs, *, score: str = SCORE, keep: float = KEEP, **images: str
+) -> Calibration:
+    """Fit the temperature, and set the thresholds of rejection and of prediction sets.
+
+    Args:
+        outputs: Logits on images that the network was not trained on.
+        score: Name of the score of rejection, see ``SCORES``.
+        keep: Share of the images to keep, above 0; 1 for no rejection.
+        **images: The ``dataset`` and ``split`` of the images, for the description.
 
     Returns:
-        ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``) without,
-        ``nll_calibrated`` and ``ece_calibrated`` with the temperature.
+        The calibration. There is no rejection if there are too few images, see ``keeping_threshold``. Its description
+        has ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``)
+        without, ``nll_calibrated`` and ``ece_calibrated`` with the temperature, and ``keep``, ``score`` and
+        ``threshold`` of the rejection of single views, or None.
     """
+    described = describe_temperature(outputs.logits, outputs.targets, **images)
+    temperature = described["temperature"]
+    targets = outputs.targets[outputs.chosen]
+    thresholds: dict[str, float] = {}
+    least: dict[str, tuple[float, ...]] = {}
+    for key, numbers in outputs.keys.items():
+        views = list(outputs.views[list(numbers)].double())
+        if keep < 1:
+            scores = mean_score(score, views).numpy()
+            threshold = keeping_threshold(scores, keep)
+            if threshold is not None:
+                thresholds[key] = threshold
+        probabilities = mean_probabilities(views, temperature)
+        own = probabilities.gather(1, targets[:, None])[:, 0]  # (n, K) -> (n,)
+        least[key] = least_probabilities(own.numpy())
+    count = len(targets)
+    rejection = Rejection(score, keep, count, thresholds) if thresholds else None
+    described |= {"score": score, "keep": keep, "threshold": thresholds.get(views_key(flip=False, crops=1))}
+    return Calibration(temperature, rejection, PredictionSets(count, least), described)
+
+
+def describe_temperature(logits: Tensor, targets: Tensor, **images: str) -> dict[str, Any]:
+    """Fit the temperature to logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
     temperature = fit_temperature(logits, targets)
     scaled = logits.double() / temperature
     return {
@@ -76,31 +198,35 @@ def describe_calibration(logits: Tensor, targets: Tensor, **images: str) -> dict
     }
 
 
-def write_temperature(run: Run, temperature: float) -> None:
-    """Store the temperature in the run's ``model.json``."""
-    write_json(run.spec, replace(run.read_spec(), temperature=temperature).to_json())
-
-
 def calibrate_run(
-    path: str | Path, *, split: str = "val", device: str = "auto", **options: Unpack[DataOptions]
-) -> dict[str, Any]:
-    """Fit the temperature of a run and store it in ``model.json``; ``run.json`` records on which images.
+    path: str | Path,
+    *,
+    split: str = "val",
+    device: str = "auto",
+    score: str = SCORE,
+    keep: float = KEEP,
+    **options: Unpack[DataOptions],
+) -> Calibration:
+    """Calibrate a run and store the result in ``model.json``; ``run.json`` records on which images.
 
     Args:
         path: A run folder; its selected weights are calibrated.
         split: ``val``, the images held out in training, or ``test``.
         device: See ``select_device``.
+        score: See ``calibrate_outputs``.
+        keep: See ``calibrate_outputs``.
         **options: See ``DataOptions``.
 
-    Returns:
-        See ``describe_calibration``.
-
     Raises:
-        UsageError: If ``path`` is a checkpoint file, or as ``Subject.open``.
+        UsageError: If ``path`` is a checkpoint file, for an unknown score or an impossible ``keep``, or as
+            ``Subject.open``.
         CrossXError: As ``Subject.open``, or if the network was trained on these images.
     """
     if Path(path).is_file():
         raise UsageError(f"{path}: only a run's selected weights have a temperature. Give the run folder.")
+    check_choice("score", score, tuple(SCORES))
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep must be above 0 and at most 1, not {keep}.")
     subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
     if subject.seen_in_training:
@@ -109,13 +235,8 @@ def calibrate_run(
             "--data.root and --data.dataset, or --split test."
         )
     data.check_images([split])
-    loader = data.eval_loader(split)
-    outputs = evaluate(
-        subject.method, loader, subject.device, normalize=data.normalize, progress="Calibrating"
-    )
-    described = describe_calibration(
-        outputs.logits, outputs.targets, dataset=data.config.dataset, split=split
-    )
-    write_temperature(subject.run, described["temperature"])
-    write_json(subject.run.info, {**subject.run.read_info(), "calibration": described})
-    return described
+    outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
+    found = calibrate_outputs(outputs, score=score, keep=keep, dataset=data.config.dataset, split=split)
+    found.write(subject.run)
+    write_json(subject.run.info, {**subject.run.read_info(), "calibration": found.described})
+    return found

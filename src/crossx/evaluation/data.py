@@ -72,6 +72,8 @@ def _data_config(
             level=None,
             num_classes=None,
             images_per_class=None,
+            image_column=None,
+            label_column=None,
             exclude=None,
         )
     if root is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from crossx.explain.plotting import BLUE, DARK_BLUE, DPI, VERMILION, save_png, shorten
 
 MAX_COUNTED_CLASSES = 20
-MAX_NAME_LENGTH = 32
+MAX_NAME_LENGTH = 48
 MAX_MATRIX_SIDE = 24.0
 """In inches; beyond it cells shrink, and only every n-th class is named."""
 

@@ -1,9 +1,10 @@
-"""Progress bars on stderr, shown only on a terminal and removed when the work is done."""
+"""Progress bars on stderr, shown only on a terminal and removed when the work is done; elsewhere there is a line."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -19,6 +20,8 @@ from rich.progress import (
 )
 from rich.progress import track as rich_track
 from rich.text import Text
+
+from crossx.terminal import SILENT, paused_steps, step
 
 T = TypeVar("T")
 
@@ -45,11 +48,15 @@ def progress_bar(*columns: ProgressColumn, enabled: bool = True, **options: Any)
     """Return a bar of these columns; options as for ``rich.progress.Progress``."""
     console = Console(stderr=True)
     return Progress(
-        *columns, console=console, transient=True, disable=not (enabled and console.is_terminal), **options
+        *columns, console=console, transient=True, disable=not (enabled and _shows(console)), **options
     )
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+def _shows(console: Console) -> bool:
+    return console.is_terminal and os.environ.get(SILENT) != "0"
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Show how many items, such as batches, are done.
 
     Args:
@@ -58,13 +65,17 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T
         total: Number of items, where ``items`` has no length.
     """
     console = Console(stderr=True)
-    return rich_track(
-        items, what, total, console=console, transient=True, disable=not (what and console.is_terminal)
-    )
+    if not (what and _shows(console)):
+        # while a pipe or a log gets a line
+        with step(what) if what else nullcontext():
+            yield from items
+        return
+    with paused_steps():
+        yield from rich_track(items, what, total, console=console, transient=True)
 
 
 @contextmanager
 def images_bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
     """Show a bar with rate and remaining time; yields it and its task, for ``update`` and ``advance``."""
-    with progress_bar(*COLUMNS) as bar:
+    with progress_bar(*COLUMNS) as bar, step(what) if bar.disable else paused_steps():
         yield bar, bar.add_task(what, total=total)

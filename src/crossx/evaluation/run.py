@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from crossx.errors import CrossXError
+from crossx.evaluation.conformal import least_probability
 from crossx.evaluation.examples import choose_examples, compute_maps, maps_path
 from crossx.evaluation.metrics import summarize
 from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.open_set import (
+    KEY,
+    describe_rejection,
+    describe_sets,
+    describe_unknown,
+    unknown_data,
+)
 from crossx.evaluation.plots import plot_confusion
 from crossx.evaluation.predictions import Predictions, predictions_path, relative_paths
 from crossx.evaluation.progress import track
@@ -71,16 +79,27 @@ def evaluate(
     joined = {name: torch.cat(batches) for name, batches in heads.items()}
     with torch.inference_mode():
         logits = method.combine_heads(joined)
+    check_finite(logits)
+    return Outputs(logits, joined, torch.cat(targets))
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ``CrossXError`` if any of the logits (N, K) is not finite."""
     broken = int((~logits.isfinite().all(dim=1)).sum())
     if broken:
         raise CrossXError(
             f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "
             "training diverged."
         )
-    return Outputs(logits, joined, torch.cat(targets))
 
 
-def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, Any]:
+def test_run(
+    path: str | Path,
+    *,
+    coverage: float | None = None,  # noqa: PT028  # not a pytest test
+    unknown: str | Path | None = None,  # noqa: PT028
+    **options: Unpack[SubjectOptions],
+) -> dict[str, Any]:
     """Test a run on one split of a dataset and write the results.
 
     Writes the result to ``OUTPUT/SPLIT.json``, and into ``OUTPUT/SPLIT/`` ``per_class.csv``, ``confusion.csv``,
@@ -89,18 +108,24 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
 
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
+        coverage: Coverage of prediction sets to measure.
+        unknown: A folder of images of none of the classes, to measure how well they are told apart.
         **options: See ``SubjectOptions``.
 
     Returns:
         The metrics of ``summarize`` and their provenance: method, backbone, weights, dataset, split, training seed and
-        how the checkpoint was selected.
+        how the checkpoint was selected. ``rejection``, ``sets`` and ``unknown``, where there is something to measure:
+        see ``open_set``.
 
     Raises:
-        UsageError: As ``Subject.open``.
+        UsageError: As ``Subject.open``, or if the run has no prediction sets of that coverage.
         CrossXError: As ``Subject.open``, or if images cannot be read or the logits are not finite.
     """
     subject = Subject.open(path, **options)
     data, spec, split = subject.data, subject.spec, subject.split
+    if coverage is not None:
+        least_probability(spec.sets, KEY, coverage, subject.run.path)
+    others = None if unknown is None else unknown_data(subject, unknown)
     data.check_images([split])
     outputs = evaluate(
         subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress="Testing"
@@ -116,6 +141,21 @@ def test_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str, A
         ),
         **subject.provenance(),
     }
+    logits, targets = outputs.logits, outputs.targets
+    if (rejection := describe_rejection(spec, logits, targets)) is not None:
+        results["rejection"] = rejection
+    if coverage is not None:
+        results["sets"] = describe_sets(spec, logits, targets, coverage, subject.run.path)
+    if others is not None:
+        found = evaluate(
+            subject.method, others.eval_loader("test"), subject.device, normalize=data.normalize,
+            progress="Testing unknown images",
+        )  # fmt: skip
+        results["unknown"] = {
+            "folder": str(unknown),
+            "skipped": len(others.skipped),
+            **describe_unknown(spec, logits, targets, found.logits),
+        }
     paths = relative_paths(data.index, split, data.config.root)
     predicted = Predictions(
         outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
@@ -157,7 +197,7 @@ def _write_files(
     write_confused_pairs(confusion, spec.classes, tables / "confused_pairs.csv")
     write_confusion(confusion, spec.classes, tables / "confusion.csv")
     title = f"{spec.method} on {results['dataset']}, {split}: top-1 {results['top1']:.1%}"
-    plot_confusion(confusion, spec.classes, tables / "confusion.png", title=title)
+    plot_confusion(confusion, spec.display_names, tables / "confusion.png", title=title)
     predicted.save(predictions_path(folder, split))
     # last: results exist only with all their files
     write_json(folder / f"{split}.json", results)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ CELL = 1.5
 """Side of an image in inches."""
 GAP, TEXT, HEADS, BAR = 0.06, 2.3, 0.55, 0.75
 """Inches between images, for the text left of a row, for the column titles, for the colour bar."""
+MAX_COLUMNS = 10
+"""Maps per line."""
 TEXT_WIDTH = 32
 """Characters per line of the text left of a row; longer names are cut."""
 
@@ -106,7 +110,9 @@ def figure(
         method = network
     else:
         method, spec = load_method(network)
-    class_names = spec.classes if spec else [f"class {number}" for number in range(method.num_classes)]
+    numbered = tuple(f"class {number}" for number in range(method.num_classes))
+    class_names = spec.display_names if spec else numbered
+    shown = dict(zip(spec.classes if spec else numbered, class_names, strict=True))
     statistics = method.backbone.data_config
     mean, std = (
         (spec.preprocessing.mean, spec.preprocessing.std) if spec else (statistics["mean"], statistics["std"])
@@ -116,7 +122,10 @@ def figure(
     )
     rows = []
     for number, image in enumerate(to_pixels(images, mean, std)):
-        name, label = names[number] if names else "", labels[number] if labels else None
+        name, label = (
+            names[number] if names else "",
+            shown.get(labels[number], labels[number]) if labels else None,
+        )
         text = caption(explanations[number], class_names, name=name, label=label)
         rows.append(FigureRow(image, explanations[number], text))
     return draw(rows, colormap=colormap, opacity=opacity)
@@ -130,13 +139,21 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> ND
 
 
 def caption(
-    explanation: Explanation, classes: Sequence[str], *, name: str = "", label: str | None = None
+    explanation: Explanation,
+    classes: Sequence[str],
+    *,
+    name: str = "",
+    label: str | None = None,
+    rejected: bool = False,
 ) -> str:
     """Return the text of a row: name, prediction with probability, true class, and the class of other class maps."""
     prediction = explanation.prediction
     lines = [name] if name else []
-    lines += [f"predicted, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
-    if label is not None:
+    what = "none of the classes, nearest" if rejected else "predicted"
+    lines += [f"{what}, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
+    if label is not None and rejected:
+        lines += ["it is:", label]
+    elif label is not None:
         lines += ["right"] if label == classes[prediction] else ["wrong, it is:", label]
     if explanation.target != prediction:
         lines += ["class maps of:", classes[explanation.target]]
@@ -144,79 +161,175 @@ def caption(
 
 
 def draw(
-    rows: Sequence[FigureRow], *, colormap: str = COLORMAP, opacity: float = OPACITY, cell: float = CELL
+    rows: Sequence[FigureRow],
+    *,
+    colormap: str = COLORMAP,
+    opacity: float = OPACITY,
+    cell: float = CELL,
+    across: int = 1,
 ) -> MapFigure:
     """Draw rows with the same kinds of maps: one column per stage and part, class maps below activation maps.
 
-    Regions that a method looks at again are numbered on the image, 1 is the best.
+    More than ``MAX_COLUMNS`` maps continue on the next line. Regions that a method looks at again are numbered on the
+    image, 1 is the best.
 
     Args:
         rows: At least one.
         colormap: See ``overlay``.
         opacity: See ``overlay``.
         cell: Side of an image in inches; the figure grows with the number of rows and columns.
+        across: Rows next to each other.
 
     Raises:
         UsageError: For an unknown colormap, or an opacity outside 0 to 1.
     """
-    names = list(rows[0].explanation.maps)
-    kinds = list(dict.fromkeys(_kind(name) for name in names))
-    columns = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
-    # the title is above the first map of a column, which may be a class map
-    titled = {stage: next(kind for kind in kinds if kind + stage in names) for stage in columns}
-    grid = _Grid(columns=1 + len(columns), lines=len(kinds) * len(rows), cell=cell)
+    layout = _layout(rows[0].explanation.maps)
+    grid = _Grid(layout, -(-len(rows) // across), min(across, len(rows)), cell)
     for number, row in enumerate(rows):
-        first = number * len(kinds)
-        grid.write(row.text, 0, first, size=8)
+        down, block = divmod(number, across)
         boxes = row.explanation.boxes
         image = row.image if boxes is None else outline(row.image, boxes)
-        grid.show(image, 0, first, title="image" if number == 0 else "")
-        for line, kind in enumerate(kinds, start=first):
-            if line > first:
-                grid.write(kind.strip(), 1, line, size=9)
-            for column, stage in enumerate(columns, start=1):
-                if (map_ := row.explanation.maps.get(kind + stage)) is not None:
+        for index, line in enumerate(layout.lines):
+            at = _Place(block, down, index)
+            if index == 0:
+                grid.write(row.text, at, 0, size=8)
+                grid.show(image, at, 0, "image" if layout.headed or down == 0 else "")
+            elif line.label:
+                grid.write(line.label, at, 1, size=9)
+            for column, name in enumerate(line.names, start=1):
+                if (map_ := row.explanation.maps.get(name)) is not None:
                     picture = overlay(row.image, map_, colormap=colormap, opacity=opacity)
-                    title = _title(kind, stage) if number == 0 and kind == titled[stage] else ""
-                    grid.show(picture, column, line, title)
+                    title = line.titles.get(name, "") if layout.headed or down == 0 else ""
+                    grid.show(picture, at, column, title)
     grid.add_colour_bar(check_colormap(colormap))
     return grid.figure
 
 
-class _Grid:
-    """A figure of square cells in columns and lines, with room for text left of them and for a colour bar."""
+def rows_that_fit(maps: Iterable[str], cell: float, width: float, height: float) -> tuple[int, int]:
+    """Return how many rows with these maps ``draw`` fits across and down a page, at least 1 each.
 
-    def __init__(self, columns: int, lines: int, cell: float) -> None:
-        self.cell, self.pitch = cell, cell + GAP
-        self.width, self.height = TEXT + columns * self.pitch + BAR, HEADS + lines * self.pitch
+    Args:
+        maps: Names of the maps of a row.
+        cell: See ``draw``.
+        width: Width of the page in inches.
+        height: Its height.
+    """
+    one = _Grid(_layout(maps), 1, 1, cell)
+    return max(1, int((width - BAR) / one.block_width)), max(1, int((height - HEADS) / one.row_height))
+
+
+class _Line(NamedTuple):
+    """A line of maps in a row: their names, their titles (name -> text), and the text left of them."""
+
+    names: list[str]
+    titles: dict[str, str]
+    label: str
+
+
+class _Layout(NamedTuple):
+    """The lines of a row, and whether every line of the figure has titles, not only those of the first row."""
+
+    lines: list[_Line]
+    headed: bool
+
+    @property
+    def columns(self) -> int:
+        return 1 + max(len(line.names) for line in self.lines)
+
+
+def _layout(maps: Iterable[str]) -> _Layout:
+    """Arrange the maps of an image: those of a kind next to each other, the kinds below each other."""
+    names = list(maps)
+    kinds = list(dict.fromkeys(map(_kind, names)))
+    columns = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
+    if len(columns) > MAX_COLUMNS:
+        wrapped = [
+            [kind + column for column in chunk]
+            for kind in kinds
+            for chunk in _chunks([column for column in columns if kind + column in names])
+        ]
+        return _Layout([_Line(chunk, {name: _title(name) for name in chunk}, "") for chunk in wrapped], True)
+    # the title is above the first map of a column, which may be a class map
+    first = {column: next(kind + column for kind in kinds if kind + column in names) for column in columns}
+    titles = {name: _title(name) for name in first.values()}
+    lines = [_Line([kind + column for column in columns], titles, kind.strip()) for kind in kinds]
+    return _Layout(lines or [_Line([], {}, "")], False)
+
+
+def _chunks(columns: Sequence[str]) -> list[list[str]]:
+    """Divide columns into lines of at most ``MAX_COLUMNS``, if possible between stages."""
+    stages = [
+        list(group) for _, group in itertools.groupby(columns, lambda name: name.partition(" part ")[0])
+    ]
+    chunks: list[list[str]] = [[]]
+    for stage in stages:
+        lines = -(-len(stage) // MAX_COLUMNS)
+        for piece in (
+            stage[index * len(stage) // lines : (index + 1) * len(stage) // lines] for index in range(lines)
+        ):
+            if len(chunks[-1]) + len(piece) > MAX_COLUMNS:
+                chunks.append([])
+            chunks[-1] += piece
+    return chunks
+
+
+class _Place(NamedTuple):
+    """A line of a row: the row's block across, its number down, and the line in it."""
+
+    block: int
+    down: int
+    line: int
+
+
+class _Grid:
+    """A figure of square cells in columns and lines, with room for text left of them and for a colour bar.
+
+    Args:
+        layout: The lines of a row.
+        down: Rows below each other.
+        across: Rows next to each other.
+        cell: Side of a cell in inches.
+    """
+
+    def __init__(self, layout: _Layout, down: int, across: int, cell: float) -> None:
+        self.cell, self.pitch, self.lines = cell, cell + GAP, len(layout.lines)
+        self.line_height = self.pitch + (HEADS if layout.headed else 0)
+        self.row_height = self.lines * self.line_height
+        self.block_width = TEXT + layout.columns * self.pitch
+        self.width = across * self.block_width + BAR
+        self.height = down * self.row_height + (0 if layout.headed else HEADS)
         self.figure = MapFigure(figsize=(self.width, self.height), dpi=DPI)
 
-    def show(self, picture: NDArray[np.uint8], column: int, line: int, title: str) -> None:
-        axes = self._axes(TEXT + column * self.pitch, line, self.cell)
+    def show(self, picture: NDArray[np.uint8], at: _Place, column: int, title: str) -> None:
+        axes = self._axes(self._left(at, column), at, self.cell)
         axes.imshow(picture)
         axes.set_axis_off()
         axes.set_title(title, fontsize=9, pad=4, parse_math=False)
 
-    def write(self, text: str, column: int, line: int, size: float) -> None:
+    def write(self, text: str, at: _Place, column: int, size: float) -> None:
         """Write left of a cell."""
-        x, y = TEXT + column * self.pitch - 2 * GAP, self._bottom(line) + self.cell / 2
+        x, y = self._left(at, column) - 2 * GAP, self._bottom(at) + self.cell / 2
         self.figure.text(
             x / self.width, y / self.height, text,
             fontsize=size, ha="right", va="center", linespacing=1.3, parse_math=False,
         )  # fmt: skip
 
     def add_colour_bar(self, colours: Colormap) -> None:
-        axes = self._axes(self.width - BAR + GAP, 0, 0.1)
+        axes = self._axes(self.width - BAR + GAP, _Place(0, 0, 0), 0.1)
         bar = self.figure.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=axes)
         bar.set_ticks([0, 1], labels=["lowest", "highest"])
         axes.tick_params(labelsize=7, length=2)
 
-    def _axes(self, left: float, line: int, width: float) -> Axes:
-        x, y, w, h = left, self._bottom(line), width, self.cell
+    def _axes(self, left: float, at: _Place, width: float) -> Axes:
+        x, y, w, h = left, self._bottom(at), width, self.cell
         return self.figure.add_axes((x / self.width, y / self.height, w / self.width, h / self.height))
 
-    def _bottom(self, line: int) -> float:
-        return self.height - HEADS - line * self.pitch - self.cell
+    def _left(self, at: _Place, column: int) -> float:
+        return at.block * self.block_width + TEXT + column * self.pitch
+
+    def _bottom(self, at: _Place) -> float:
+        lines = at.down * self.lines + at.line
+        return self.height - HEADS - lines * self.line_height - self.cell
 
 
 def _shortened(text: str) -> str:
@@ -225,8 +338,9 @@ def _shortened(text: str) -> str:
     return text if len(text) <= TEXT_WIDTH else f"{text[:half]}…{text[1 - half :]}"
 
 
-def _title(kind: str, stage: str) -> str:
-    return f"{kind.strip()}\n{stage}".strip().replace(" part ", "\npart ")
+def _title(name: str) -> str:
+    kind = _kind(name)
+    return f"{kind.strip()}\n{name.removeprefix(kind)}".strip().replace(" part ", "\npart ")
 
 
 def _kind(name: str) -> str:

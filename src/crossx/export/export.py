@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib.util
 import io
 import json
 import shutil
@@ -39,6 +38,7 @@ from crossx.export.verify import (
     prepared_batches,
     quantization_data,
 )
+from crossx.extras import require
 from crossx.methods.weights import load_method
 from crossx.predict.exported import (
     EXTRA_FILE,
@@ -209,6 +209,8 @@ def _build_graph(
     name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
 ) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
+    if kind.save is not _save_safetensors:
+        network.use_inference_form()
     # OpenVINO stores fp16 weights and chooses the arithmetic itself
     if precision == "fp16" and name != "openvino":
         network.method.half()
@@ -330,9 +332,7 @@ def _check_precision(name: str, kind: Format, precision: str) -> None:
         offered = ", ".join(other for other, its in _FORMATS.items() if its.quantize is not None)
         raise UsageError(f"--format {name} has no int8. Choose from: {offered}.")
     needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UsageError(f"--format {name} needs {', '.join(missing)}: pip install 'crossx[export]'.")
+    require(f"--format {name}", *needed, extra="export")
 
 
 def _opset(graph: Any) -> int | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from crossx.layers import MergedLogits, SeparateGates
+
 if TYPE_CHECKING:
     import onnx
     import openvino
@@ -50,10 +52,19 @@ def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.Mod
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            # quantised probabilities, in steps of 1/255, would not equal softmax(logits / T)
-            nodes_to_exclude=[node.name for node in graph.graph.node if node.op_type == "Softmax"],
+            nodes_to_exclude=[node.name for node in graph.graph.node if _stays_in_float(node)],
         )
         return onnx.load(path)
+
+
+def _stays_in_float(node: onnx.NodeProto) -> bool:
+    # quantised probabilities, in steps of 1/255, would not equal softmax(logits / T)
+    if node.op_type == "Softmax":
+        return True
+    modules = next(
+        (entry.value for entry in node.metadata_props if entry.key.endswith("class_hierarchy")), ""
+    )
+    return any(layer.__name__ in modules for layer in (SeparateGates, MergedLogits))
 
 
 def quantize_openvino(graph: openvino.Model, batches: Sequence[Tensor]) -> openvino.Model:

@@ -23,6 +23,7 @@ from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
 from crossx.layers.resize import shrink
+from crossx.layers.separate_parts import MergedLogits, SeparateGates, SeparateOSME, convolution
 from crossx.layers.tensor_sketch import TensorSketch
 from crossx.layers.zoom import box_mask, zoom
 
@@ -34,10 +35,13 @@ __all__ = [
     "FilterBank",
     "Gating",
     "MergedFeatures",
+    "MergedLogits",
     "Navigator",
     "OwnStatistics",
     "PartLinear",
     "ResidualOSME",
+    "SeparateGates",
+    "SeparateOSME",
     "TaylorSeriesKernel",
     "TensorSketch",
     "anchor_boxes",
@@ -45,6 +49,7 @@ __all__ = [
     "attention_pool",
     "box_mask",
     "channel_peaks",
+    "convolution",
     "crop_boxes",
     "energy_peaks",
     "evaluation_mode",

@@ -159,8 +159,8 @@ def tap_means(maps: Tensor, size: torch.Size, interpolation: Interpolation) -> T
     Returns:
         (P, B, 9, C), taps row by row.
     """
-    rows = _tap_windows(maps.shape[-2], size[0], interpolation, maps)
-    cols = _tap_windows(maps.shape[-1], size[1], interpolation, maps)
+    rows = tap_windows(maps.shape[-2], size[0], interpolation, maps)
+    cols = tap_windows(maps.shape[-1], size[1], interpolation, maps)
     # (3, 1, h, 1) * (3, 1, w) -> (3, 3, h, w) -> (9, h*w)
     windows = (rows[:, None, :, None] * cols[:, None]).flatten(2).flatten(0, 1)
     # parts first, as residual blocks leave them in memory: views without a copy
@@ -170,7 +170,7 @@ def tap_means(maps: Tensor, size: torch.Size, interpolation: Interpolation) -> T
     return means.view(*flat.shape[:2], KERNEL**2, -1)  # -> (P, B, 9, C)
 
 
-def _tap_windows(source: int, target: int, interpolation: Interpolation, like: Tensor) -> Tensor:
+def tap_windows(source: int, target: int, interpolation: Interpolation, like: Tensor) -> Tensor:
     """Return the averaging window of each tap, expressed in source positions before the resizing, (3, source)."""
     windows = like.new_ones(KERNEL, target)
     windows[0, -1] = 0

@@ -208,6 +208,16 @@ class Method(nn.Module, ABC):
         """Return the prediction, logits (B, K), for images (B, 3, H, W)."""
         return self.combine_heads(self.head_logits(images))
 
+    def inference_form(self, image_size: int) -> nn.Module:
+        """Return a network with the logits of ``forward`` that other runtimes compute faster; by default the method.
+
+        Exported graphs are made of it. The method itself may be used up.
+
+        Args:
+            image_size: Side in pixels of the images, the only size that the network has to accept.
+        """
+        return self
+
     def view(self, images: Tensor) -> Tensor:
         """Return the images (B, 3, H, W) as the backbone sees them: resized to ``view_size`` pixels if it is set."""
         return images if self.view_size is None else shrink(images, self.view_size)

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
 from crossx.errors import UsageError
@@ -15,6 +16,8 @@ from crossx.layers import (
     AffineView,
     Gating,
     MergedFeatures,
+    MergedLogits,
+    convolution,
     gate_maps,
     global_pool,
     recompute,
@@ -234,6 +237,10 @@ class CrossX(Method):
             maps[name] = torch.einsum("bpchw,bpc->bphw", shares, weights)  # (B, P, C, h, w) -> (B, P, h, w)
         return maps
 
+    def inference_form(self, image_size: int) -> nn.Module:
+        """Return the network without five-dimensional tensors, with the merge, its batch norm and its head in one."""
+        return SeparateCrossX(self, image_size) if type(self) is CrossX else self
+
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, concatenated, (B, D)."""
         # heads x (B, P, C) -> (B, sum of P*C)
@@ -322,6 +329,50 @@ class CrossX(Method):
     def _classify(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         # (B, P, C) -> (B, P*C) -> (B, K)
         return {name: self.heads[name](pooled.flatten(1)) for name, pooled in features.items()}
+
+
+class SeparateCrossX(nn.Module):
+    """A trained Cross-X for inference, whose parts are maps of their own.
+
+    Args:
+        method: The network; it shares its trunk and cannot be used afterwards.
+        image_size: Side of the images in pixels.
+    """
+
+    def __init__(self, method: CrossX, image_size: int) -> None:
+        super().__init__()
+        self.backbone = method.backbone
+        self.previous_pooling = method.previous_pooling
+        self.merge: MergedLogits | None = None
+        if method.merge is not None:
+            sizes = [method.backbone.map_size(image_size, stage) for stage in ("previous", "last")]
+            self.merge = MergedLogits(method.merge, cast(nn.Linear, method.heads["merged"]), *sizes)
+        # as convolutions, since some runtimes are slow on matrices of few rows
+        self.heads = nn.ModuleDict(
+            {
+                name: convolution(head.weight, head.bias)
+                for name, head in method.linear_heads().items()
+                if name != "merged"
+            }
+        )
+        self.backbone.separate_parts()
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K) for images (B, 3, H, W)."""
+        stages: Mapping[str, Sequence[Tensor]] = self.backbone(images)
+        logits: Tensor = self._logits("last", stages["last"], "avg")
+        if "previous" in self.heads:
+            logits = logits + self._logits("previous", stages["previous"], self.previous_pooling)
+        if self.merge is not None:
+            logits = logits + self.merge(stages["previous"], stages["last"])
+        return logits.flatten(1)  # (B, K, 1, 1) -> (B, K)
+
+    def _logits(self, name: str, maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
+        pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
+        # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1) -> (B, K, 1, 1)
+        logits: Tensor = self.heads[name](torch.cat([pool(part, 1) for part in maps], 1))
+        return logits
 
 
 def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:

@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from crossx.errors import CrossXError, UsageError, first_line
+from crossx.extras import require
 from crossx.methods.registry import import_methods, imported_methods
 from crossx.methods.weights import build_method, load_method
 from crossx.predict.attempt_counter import AttemptCounter
@@ -30,10 +29,9 @@ from crossx.predict.shards import Shard, predict_shard
 from crossx.runs import ModelSpec
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from ray import ObjectRef
     from ray.actor import ActorHandle
-
-_ANSWER = pa.schema([("number", pa.int64()), ("part", pa.large_binary()), ("error", pa.string())])
 
 CORES_PER_WORKER = 4
 """CPU cores per worker without a GPU, if the number of workers is not given."""
@@ -59,7 +57,7 @@ def predict_shards(
         device: ``auto`` (GPUs if the cluster has any), ``cpu`` or ``cuda``. A worker has one GPU.
         top: Classes per image.
         batch_size: Images per batch.
-        options: ``precision``, ``flip`` and ``crops`` of ``Predictor``.
+        options: ``precision``, and the ``PredictorOptions``.
 
     Yields:
         The number and the Parquet file of each shard, see ``predict_shard``, as they are finished.
@@ -72,6 +70,7 @@ def predict_shards(
         raise UsageError(f"--device {device}: Ray gives each worker its GPU. Choose from: auto, cpu, cuda.")
     method, spec = load_method(run)
     with ray_session():
+        import pyarrow as pa
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -144,13 +143,16 @@ class Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict the shard of a batch of one row with the columns ``number`` and ``shard``."""
+        import pyarrow as pa
+
         ((number, shard),) = (row.values() for row in batch.to_pylist())
         part, error = None, None
         try:
             part = self._predict(number, pickle.loads(shard))
         except CrossXError as failure:
             error = str(failure)
-        return pa.table([[number], [part], [error]], _ANSWER)
+        answer = pa.schema([("number", pa.int64()), ("part", pa.large_binary()), ("error", pa.string())])
+        return pa.table([[number], [part], [error]], answer)
 
     def _predict(self, number: int, shard: Shard) -> bytes:
         import ray
@@ -211,11 +213,10 @@ def ray_session() -> Iterator[None]:
     if address == "local":
         # 0 makes Ray use 127.0.0.1 as the machine's address
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UsageError("--engine ray needs Ray: pip install 'crossx[ray]'.") from error
+    require("--engine ray", "ray", extra="ray")
+    import ray
+    import ray.data
+
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -19,13 +19,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from crossx.errors import Stopped, UsageError, counted, unknown
+from crossx.extras import require
 from crossx.predict.cluster import predict_shards
 from crossx.predict.exported import exported_files, is_exported, require_trust
 from crossx.predict.identity import file_checksum
-from crossx.predict.predictor import Predictor
+from crossx.predict.predictor import Predictor, PredictorOptions
 from crossx.predict.shards import Shard, count_failed, find_collection, predict_shard
 from crossx.runs import atomic_path, locked_folder, open_run, read_json, storage_error, write_json
 
@@ -40,9 +41,11 @@ _FIXED = {
     "top": "another --top",
     "flip": "another --flip",
     "crops": "another --crops",
+    "accept": "another --accept",
+    "coverage": "another --coverage",
 }
-# for folders from before these options existed
-_DEFAULTS = {"flip": False, "crops": 1}
+# also for folders from before these options existed
+_DEFAULTS = {"flip": False, "crops": 1, "accept": "known", "coverage": None}
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,9 @@ def predict_collection(
     batch_size: int = 16,
     shard_size: int = SHARD_SIZE,
     precision: str = "auto",
-    flip: bool = False,
-    crops: int = 1,
     trust: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Unpack[PredictorOptions],
 ) -> Summary:
     """Predict a collection into a folder, resuming a stopped call.
 
@@ -92,19 +94,19 @@ def predict_collection(
         batch_size: Images per batch.
         shard_size: Images per file.
         precision: See ``Predictor.load``.
-        flip: See ``Predictor``.
-        crops: See ``Predictor``.
         trust: See ``Predictor.load``.
         progress: Called with the number of finished and of all images.
+        **options: See ``PredictorOptions``.
 
     Raises:
         Stopped: After Ctrl-C; finished shards are kept.
-        UsageError: If an option is not possible, or the folder holds other files.
+        UsageError: If an option is not possible, pyarrow is not installed, or the folder holds other files.
         CrossXError: If something is missing, damaged or cannot be written.
     """
     start = time.perf_counter()
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
+    require("a folder of predictions", "pyarrow", extra="parquet")
     if workers is not None and engine != "ray":
         raise UsageError("--workers requires --engine ray.")
     if engine == "ray" and is_exported(run):
@@ -126,19 +128,18 @@ def predict_collection(
         "collection": collection.fingerprint,
         "shard_size": shard_size,
         "top": top,
-        "flip": flip,
-        "crops": crops,
+        **{name: options.get(name, default) for name, default in _DEFAULTS.items()},
     }
-    options = {"precision": precision, "flip": flip, "crops": crops}
+    loading = {"precision": precision, **options}
     with locked_folder(folder, "predicting into it"):
         _prepare(folder, manifest)
         todo = {n: shard for n, shard in enumerate(collection.shards) if not _part(folder, n).exists()}
         left = sum(shard.size for shard in todo.values())
         done = collection.size - left
         parts = (
-            _predict_here(run, todo, device, top, batch_size, {**options, "trust": trust})
+            _predict_here(run, todo, device, top, batch_size, {**loading, "trust": trust})
             if engine == "local"
-            else predict_shards(run, todo, workers, device, top, batch_size, options)
+            else predict_shards(run, todo, workers, device, top, batch_size, loading)
         )
         try:
             progress(done, collection.size)

@@ -23,12 +23,18 @@ class Inference(nn.Module):
 
     def __init__(self, method: Method, spec: ModelSpec) -> None:
         super().__init__()
-        self.method = method
+        self.method: nn.Module = method
+        self.image_size = spec.preprocessing.image_size
         scale, offset = Normalize.constants(spec.preprocessing)
         self.register_buffer("scale", scale.view(3, 1, 1))
         self.register_buffer("offset", offset.view(3, 1, 1))
         self.temperature = spec.temperature
         self.eval()
+
+    def use_inference_form(self) -> None:
+        """Replace the method by ``Method.inference_form``, for a graph that another runtime executes."""
+        if isinstance(self.method, Method):
+            self.method = self.method.inference_form(self.image_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify decoded, resized and cropped images.

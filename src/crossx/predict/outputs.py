@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from crossx.errors import UsageError
 from crossx.evaluation.tables import write_table
+from crossx.extras import require
 from crossx.predict.results import Features, Prediction
 from crossx.runs import atomic_path, check_output_file
 from crossx.runs.spreadsheet import write_rows
@@ -18,54 +20,82 @@ from crossx.runs.spreadsheet import write_rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLE_COLUMNS = ("path", "label", "probability", "error", "rank")
-"""Columns of a table of predictions; ``rank`` only with more than one class per image."""
-
 GROUP_ROWS = 1024
 """Rows per row group of a Parquet file."""
 
-TableRow: TypeAlias = tuple[object, str | None, float | None, str | None, int | None]
+TableRow: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table of predictions has besides ``path, label, probability, error``.
+
+    Attributes:
+        top: Classes per image; above 1 there is one row per rank and a column ``rank``, from 1, empty for an error.
+        nearest: Whether images can be rejected: columns ``nearest``, the class also where ``label`` is empty because
+            the image is rejected, and ``score``.
+        candidates: Whether there are prediction sets: a column ``candidates``.
+    """
+
+    top: int = 1
+    nearest: bool = False
+    candidates: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all columns."""
+        more = (
+            *(["rank"] if self.top > 1 else []),
+            *(["nearest", "score"] if self.nearest else []),
+            *(["candidates"] if self.candidates else []),
+        )
+        return ("path", "label", "probability", "error", *more)
+
+
+ONE_CLASS = Columns()
+"""One class per image, no rejection and no sets."""
 
 
 def check_output(path: Path, suffixes: Iterable[str]) -> None:
     """Check that ``path`` has one of the suffixes and can be written.
 
     Raises:
-        UsageError: If it has another suffix or is a folder.
+        UsageError: If it has another suffix, is a folder, or needs a package that is not installed.
         CrossXError: If its folder cannot be written to.
     """
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{path}: must end in {' or '.join(suffixes)}.")
+    if path.suffix.lower() == ".parquet":
+        require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
     check_output_file(path)
 
 
-def write_predictions(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write predictions of ``iter_predict`` with the same ``top``, in the format of the file's suffix, see ``WRITERS``.
+def write_predictions(path: Path, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:
+    """Write predictions with the columns of their predictor, in the format of the file's suffix, see ``WRITERS``.
 
     Raises:
         CrossXError: If the file cannot be written.
     """
-    WRITERS[path.suffix.lower()](path, predictions, top)
+    WRITERS[path.suffix.lower()](path, predictions, columns)
 
 
-def write_csv(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write a CSV file: columns ``path, label, probability, error``.
+def write_csv(path: Path, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:
+    """Write a CSV file; candidates are separated by ``"; "``, see ``joined``.
 
-    With ``top`` above 1 there is one row per rank and a column ``rank``, from 1, empty for an error. Paths and labels
-    that a spreadsheet would take for formulas get an apostrophe, see ``crossx.runs.spreadsheet``.
+    Paths and labels that a spreadsheet would take for formulas get an apostrophe, see ``crossx.runs.spreadsheet``.
     """
-    write_table(path, _columns(top), _rows(predictions, top))
+    write_table(path, columns.names, _rows(predictions, columns))
 
 
-def print_csv(file: TextIO, predictions: Iterable[Prediction], top: int = 1) -> None:
+def print_csv(file: TextIO, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:
     """Write the lines of ``write_csv`` to an open file."""
-    write_rows(file, chain([_columns(top)], _rows(predictions, top)))
+    write_rows(file, chain([columns.names], _rows(predictions, columns)))
 
 
-def write_json_lines(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write one JSON object per line and image: ``path, label, probability, error``.
+def write_json_lines(path: Path, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:
+    """Write one JSON object per line and image, with the columns as keys, of the most probable class.
 
-    With ``top`` above 1 there is also ``top``, a list of objects ``label, probability``, best first.
+    With ``top`` above 1 there is ``top`` in place of ``rank``, a list of objects ``label, probability``, best first.
     """
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for prediction in predictions:
@@ -75,17 +105,21 @@ def write_json_lines(path: Path, predictions: Iterable[Prediction], top: int = 1
                 "probability": prediction.probability,
                 "error": prediction.error,
             }
-            if top > 1:
+            if columns.top > 1:
                 record["top"] = [
-                    {"label": label, "probability": value} for label, value in prediction.top[:top]
+                    {"label": label, "probability": value} for label, value in prediction.top[: columns.top]
                 ]
+            if columns.nearest:
+                record |= {"nearest": prediction.nearest, "score": prediction.score}
+            if columns.candidates:
+                record["candidates"] = prediction.candidates
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def write_parquet(path: Path, predictions: Iterable[Prediction], top: int = 1) -> None:
-    """Write a Parquet file with the columns and rows of ``write_csv``."""
-    rows = (row for one in predictions for row in table_rows(_text(one.path), one, top))
-    _write_groups(path, _schema(top), rows)
+def write_parquet(path: Path, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:
+    """Write a Parquet file with the columns and rows of ``write_csv``; candidates are a list."""
+    rows = (row for one in predictions for row in table_rows(_text(one.path), one, columns))
+    _write_groups(path, _schema(columns), rows)
 
 
 def write_features(path: Path, features: Iterable[Features], size: int) -> None:
@@ -104,44 +138,57 @@ def write_features(path: Path, features: Iterable[Features], size: int) -> None:
     _write_groups(path, schema, rows)
 
 
-def table_rows(name: object, prediction: Prediction, top: int) -> Iterator[TableRow]:
-    """Yield rows with ``TABLE_COLUMNS``: one per rank, or one with the error."""
+def table_rows(name: object, prediction: Prediction, columns: Columns) -> Iterator[TableRow]:
+    """Yield rows with the columns: one per rank, or one with the error."""
     if prediction.error is not None:
-        yield name, None, None, prediction.error, None
-    for rank, (label, probability) in enumerate(prediction.top[:top], start=1):
-        yield name, label, probability, None, rank
+        yield (name, None, None, prediction.error, *[None] * (len(columns.names) - 4))
+        return
+    for rank, (label, probability) in enumerate(prediction.top[: columns.top], start=1):
+        yield (
+            name,
+            None if prediction.rejected else label,
+            probability,
+            None,
+            *([rank] if columns.top > 1 else []),
+            *([label, prediction.score] if columns.nearest else []),
+            *([prediction.candidates] if columns.candidates else []),
+        )
 
 
-def to_table(rows: Sequence[TableRow], top: int) -> pa.Table:
+def to_table(rows: Sequence[TableRow], columns: Columns) -> pa.Table:
     """Return rows of ``table_rows`` as an Arrow table."""
-    return _table(rows, _schema(top))
+    return _table(rows, _schema(columns))
 
 
-WRITERS: Mapping[str, Callable[[Path, Iterable[Prediction], int], None]] = {
+def joined(names: Iterable[str]) -> str:
+    r"""Join class names by ``"; "`` for a field of a CSV file; in a name, ``;`` is ``\;`` and ``\`` is ``\\``."""
+    return "; ".join(name.replace("\\", r"\\").replace(";", r"\;") for name in names)
+
+
+WRITERS: Mapping[str, Callable[[Path, Iterable[Prediction], Columns], None]] = {
     ".csv": write_csv,
     ".jsonl": write_json_lines,
     ".parquet": write_parquet,
 }
 
 
-def _columns(top: int) -> tuple[str, ...]:
-    return TABLE_COLUMNS if top > 1 else TABLE_COLUMNS[:4]
-
-
-def _schema(top: int) -> pa.Schema:
+def _schema(columns: Columns) -> pa.Schema:
     import pyarrow as pa
 
-    kinds = (pa.string(), pa.string(), pa.float32(), pa.string(), pa.int32())
-    types = dict(zip(TABLE_COLUMNS, kinds, strict=True))
-    return pa.schema([(name, types[name]) for name in _columns(top)])
+    types = {
+        "probability": pa.float32(),
+        "rank": pa.int32(),
+        "score": pa.float32(),
+        "candidates": pa.list_(pa.string()),
+    }
+    return pa.schema([(name, types.get(name, pa.string())) for name in columns.names])
 
 
-def _rows(predictions: Iterable[Prediction], top: int) -> Iterator[Sequence[object]]:
-    width = len(_columns(top))
+def _rows(predictions: Iterable[Prediction], columns: Columns) -> Iterator[Sequence[object]]:
     for prediction in predictions:
         name = None if prediction.path is None else str(prediction.path)
-        for row in table_rows(name, prediction, top):
-            yield row[:width]
+        for row in table_rows(name, prediction, columns):
+            yield [joined(value) if isinstance(value, tuple) else value for value in row]
 
 
 def _table(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -14,22 +14,60 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, check_choice
+from crossx.evaluation.conformal import least_probability
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
+from crossx.evaluation.unknowns import mean_score
+from crossx.evaluation.views import Views, mean_probabilities
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
 from crossx.predict.exported import ExportedModel, exported_files, is_exported
 from crossx.predict.identity import WeightsFile
-from crossx.predict.inputs import ImageInput, OneImage, expand
+from crossx.predict.inputs import ImageInput, OneImage, decode, expand
+from crossx.predict.outputs import Columns
 from crossx.predict.prefetch import prefetch_batches
 from crossx.predict.results import ExplainedImage, Features, Neighbors, Prediction
-from crossx.predict.views import Views
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
 
 T = TypeVar("T")
+Accept = Literal["known", "all"]
+
+
+class PredictorOptions(TypedDict, total=False):
+    """How a ``Predictor`` makes its predictions.
+
+    Attributes:
+        flip: Whether to add the mirror image of each view; by default not.
+        crops: 1, the centre (the default), or 5, the four corners of the resized image's central square and its centre.
+        accept: ``known`` (the default): an image below the run's threshold is rejected, it shows none of the classes.
+            ``all``: every image gets a class.
+        coverage: Coverage of prediction sets, 0.5 to 0.99; by default there are none.
+    """
+
+    flip: bool
+    crops: int
+    accept: Accept
+    coverage: float | None
+
+
+class Answer(NamedTuple):
+    """The predicted classes of one prepared image; see ``Prediction``."""
+
+    top: tuple[tuple[str, float], ...]
+    rejected: bool = False
+    score: float | None = None
+    candidates: tuple[str, ...] | None = None
+
+
+class _Decided(NamedTuple):
+    """Probabilities (B, K), scores (B,) and whether each image is rejected, (B,); without a threshold None, not."""
+
+    probabilities: Tensor
+    scores: Tensor | None
+    rejected: Tensor
 
 
 class Predictor:
@@ -39,18 +77,22 @@ class Predictor:
     Krizhevsky et al. (2012, section 4.1). Probabilities rather than logits, since these are calibrated by the
     temperature, and a view without the object, whose classes are nearly equally probable, then has little weight.
 
+    An image whose score is below the run's threshold is rejected: its label is None, see
+    ``crossx.evaluation.unknowns``. The threshold is that of the views.
+
     Args:
         network: The trained network.
         spec: Its description, ``model.json`` of the run.
-        flip: Whether to add the mirror image of each view.
-        crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
         origin: The run and the weights file that the network was loaded from, if any.
+        **options: See ``PredictorOptions``.
 
     Attributes:
         weights: The file that ``load`` read the weights from; None for a network of ``from_method``.
+        rejection: Name of the score and its threshold; None if no image is rejected.
+        coverage: Coverage of the prediction sets; None if there are none.
 
     Raises:
-        UsageError: If the crops are not possible.
+        UsageError: If the crops are not possible, or the run has no prediction sets of that coverage.
     """
 
     def __init__(
@@ -58,13 +100,28 @@ class Predictor:
         network: Network,
         spec: ModelSpec,
         *,
-        flip: bool = False,
-        crops: int = 1,
         origin: tuple[Run, Path] | None = None,
+        **options: Unpack[PredictorOptions],
     ) -> None:
         self.network, self.spec, self.origin = network, spec, origin
         self.weights: WeightsFile | None = None
-        self._views = Views(spec.preprocessing, flip=flip, crops=crops)
+        self._views = Views(
+            spec.preprocessing, flip=options.get("flip", False), crops=options.get("crops", 1)
+        )
+        accept = options.get("accept", "known")
+        check_choice("accept", accept, get_args(Accept))
+        self.rejection: tuple[str, float] | None = None
+        if spec.rejection and accept == "known":
+            threshold = spec.rejection.thresholds.get(self._views.key)
+            if threshold is None:
+                raise UsageError(
+                    f"the run has no threshold for these views ({self._views.key}): `crossx calibrate RUN` sets them, "
+                    "or accept all images."
+                )
+            self.rejection = spec.rejection.score, threshold
+        self.coverage = options.get("coverage")
+        if self.coverage is not None:
+            self.check_coverage(self.coverage)
 
     @classmethod
     def load(
@@ -73,9 +130,8 @@ class Predictor:
         device: str | torch.device = "auto",
         *,
         precision: str = "auto",
-        flip: bool = False,
-        crops: int = 1,
         trust: bool = False,
+        **options: Unpack[PredictorOptions],
     ) -> Predictor:
         """Load a run (its selected weights), a checkpoint, a model on the Hub, or an exported file.
 
@@ -84,9 +140,8 @@ class Predictor:
                 of ``crossx export``, which runs on the CPU in its own precision.
             device: See ``select_device``.
             precision: See ``TorchNetwork``.
-            flip: See the class.
-            crops: See the class.
             trust: Whether to load a ``.pt2`` file, which can run any code; only for files that you made.
+            **options: See ``PredictorOptions``.
 
         Raises:
             UsageError: If the device does not exist, an option is not possible, or ``path`` is a ``.pt2`` file and
@@ -97,7 +152,7 @@ class Predictor:
             file = exported_files(Path(path))[-1]
             weights = WeightsFile(file) if file.is_file() else None
             model = ExportedModel.load(path, device, precision, trust=trust)
-            predictor = cls(model, model.spec, flip=flip, crops=crops)
+            predictor = cls(model, model.spec, **options)
             predictor.weights = weights
             return predictor
         # before the weights are read
@@ -105,9 +160,7 @@ class Predictor:
         origin = open_run(path)
         weights = WeightsFile(origin[1])
         method, spec = load_method(origin[1])
-        predictor = cls.from_method(
-            method, spec, chosen, precision=precision, flip=flip, crops=crops, origin=origin
-        )
+        predictor = cls.from_method(method, spec, chosen, precision=precision, origin=origin, **options)
         predictor.weights = weights
         return predictor
 
@@ -119,16 +172,15 @@ class Predictor:
         device: str | torch.device = "auto",
         *,
         precision: str = "auto",
-        flip: bool = False,
-        crops: int = 1,
         origin: tuple[Run, Path] | None = None,
+        **options: Unpack[PredictorOptions],
     ) -> Predictor:
         """Make a predictor of a trained method, which is moved to ``device`` and put into evaluation mode.
 
         Arguments and errors: as in ``load`` and the class.
         """
         network = TorchNetwork(method, Normalize(spec.preprocessing), device, precision=precision)
-        return cls(network, spec, flip=flip, crops=crops, origin=origin)
+        return cls(network, spec, origin=origin, **options)
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +211,10 @@ class Predictor:
     def classes(self) -> tuple[str, ...]:
         """The K class names in label order."""
         return self.spec.classes
+
+    def columns(self, top: int = 1) -> Columns:
+        """Return the columns of a table of predictions with ``top`` classes per image."""
+        return Columns(top, nearest=self.rejection is not None, candidates=self.coverage is not None)
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], top: int = 1, batch_size: int = 16
@@ -199,11 +255,19 @@ class Predictor:
 
         ``images`` is consumed only a few batches ahead.
         """
-        for path, answer in self._stream(images, batch_size, lambda batch: self.classify(batch, top)):
+        for path, answer in self._stream(images, batch_size, lambda batch: self.answer(batch, top)):
             if isinstance(answer, str):
                 yield Prediction(path, error=answer)
             else:
-                yield Prediction(path, *answer[0], top=answer)
+                label, probability = answer.top[0]
+                yield Prediction(
+                    path,
+                    None if answer.rejected else label,
+                    probability,
+                    top=answer.top,
+                    score=answer.score,
+                    candidates=answer.candidates,
+                )
 
     def iter_features(
         self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
@@ -275,17 +339,18 @@ class Predictor:
         """
         number = None if target is None else class_number(target, self.classes)
 
-        def explain(batch: Sequence[Tensor]) -> Iterable[tuple[Tensor, Explanation]]:
+        def explain(batch: Sequence[Tensor]) -> Iterable[tuple[Tensor, Explanation, bool]]:
             joined = batch_images(batch)
-            centres = self._views.centres(joined)
-            explanations = self.network.maps(centres, maps, number, self._probabilities(joined))
-            return zip(centres, explanations, strict=True)
+            centres, decided = self._views.centres(joined), self._decide(joined)
+            explanations = self.network.maps(centres, maps, number, decided.probabilities)
+            return zip(centres, explanations, decided.rejected.tolist(), strict=True)
 
         for path, answer in self._stream(expand(images), batch_size, explain):
             if isinstance(answer, str):
                 yield ExplainedImage(path, error=answer)
             else:
-                yield ExplainedImage(path, answer[0].permute(1, 2, 0).numpy(), answer[1])
+                # (3, S, S) -> (S, S, 3)
+                yield ExplainedImage(path, answer[0].permute(1, 2, 0).numpy(), answer[1], rejected=answer[2])
 
     def inputs(self, images: ImageInput | Iterable[ImageInput]) -> Tensor:
         """Return the network's input, float32 (B, 3, S, S), normalised, on ``device``.
@@ -327,11 +392,11 @@ class Predictor:
             ImageError: If it cannot be read or the crop is empty; ``reason`` says why, without the path.
             CrossXError: If it is not a supported image.
         """
-        return self._views.prepare(item)
+        return self._views.transform(self.read(item))
 
     def read(self, item: OneImage) -> Tensor:
         """Decode one image to uint8 RGB (3, H, W), which other methods take as an image; thread-safe."""
-        return self._views.read(item)
+        return self._views.transform.read(item) if isinstance(item, Path | bytes) else decode(item)
 
     @torch.inference_mode()
     def classify(
@@ -350,13 +415,60 @@ class Predictor:
         Raises:
             CrossXError: If the logits are not finite or the GPU is out of memory.
         """
+        return [answer.top for answer in self.answer(images, top)]
+
+    @torch.inference_mode()
+    def answer(
+        self, images: Sequence[Tensor] | Tensor, top: int = 1, coverages: Sequence[float | None] | None = None
+    ) -> list[Answer]:
+        """Classify prepared images as one batch; say which are rejected, and give their prediction sets.
+
+        Args:
+            images: As in ``classify``.
+            top: Classes per image, at most K.
+            coverages: Coverage of the prediction set of each image; by default that of the predictor.
+
+        Raises:
+            UsageError: As ``check_coverage``.
+            CrossXError: As ``classify``.
+        """
         if len(images) == 0:
             return []
-        values, indices = self._probabilities(images).topk(min(top, len(self.classes)))
+        coverages = [self.coverage] * len(images) if coverages is None else coverages
+        probabilities, scores, rejected = self._decide(images)
+        values, indices = probabilities.topk(min(top, len(self.classes)))
         return [
-            tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True))
-            for labels, row in zip(indices.tolist(), values.tolist(), strict=True)
+            Answer(
+                tuple((self.classes[i], value) for i, value in zip(labels, row, strict=True)),
+                reject,
+                score,
+                None if coverage is None else self._candidates(image, coverage),
+            )
+            for labels, row, reject, score, coverage, image in zip(
+                indices.tolist(),
+                values.tolist(),
+                rejected.tolist(),
+                [None] * len(images) if scores is None else scores.tolist(),
+                coverages,
+                probabilities,
+                strict=True,
+            )
         ]
+
+    def check_coverage(self, coverage: float) -> float:
+        """Return the least probability of a class in a prediction set.
+
+        Raises:
+            UsageError: If ``coverage`` is not from 0.5 to 0.99, or the run was not calibrated for it.
+        """
+        run = self.origin[0].path if self.origin else "the network"
+        return least_probability(self.spec.sets, self._views.key, coverage, run)
+
+    def _candidates(self, probabilities: Tensor, coverage: float) -> tuple[str, ...]:
+        """Return the classes of the prediction set, of probabilities (K,)."""
+        values, indices = probabilities.sort(descending=True, stable=True)
+        count = max(1, int((values >= self.check_coverage(coverage)).sum()))
+        return tuple(self.classes[i] for i in indices[:count].tolist())
 
     @torch.inference_mode()
     def features(self, images: Sequence[Tensor] | Tensor) -> Tensor:
@@ -381,13 +493,15 @@ class Predictor:
         return self.network.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
 
     @torch.inference_mode()
-    def _probabilities(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Return calibrated probabilities (B, K), on ``device``, of prepared images."""
-        views = [
-            (_require_finite(self.network.logits(view)) / self.spec.temperature).softmax(dim=1)
-            for view in self._views.split(images)
-        ]
-        return torch.stack(views).mean(dim=0)
+    def _decide(self, images: Sequence[Tensor] | Tensor) -> _Decided:
+        """Return calibrated probabilities, scores and rejections, on ``device``, of prepared images."""
+        views = [_require_finite(self.network.logits(view)) for view in self._views.split(images)]
+        probabilities = mean_probabilities(views, self.spec.temperature)
+        if self.rejection is None:
+            return _Decided(probabilities, None, torch.zeros(len(probabilities), dtype=torch.bool))
+        score, threshold = self.rejection
+        scores = mean_score(score, views)
+        return _Decided(probabilities, scores, scores < threshold)
 
     def _try_prepare(self, item: OneImage) -> Tensor | str:
         """Return the prepared image, or the error."""

@@ -19,10 +19,16 @@ class Prediction:
 
     Attributes:
         path: The image file; None for an image in memory.
-        label: Name of the most probable class; None for an error.
-        probability: Its calibrated probability, softmax(logits / temperature); None for an error.
+        label: Name of the most probable class; None for an error, and for an image that is rejected as one of none of
+            the classes.
+        probability: Calibrated probability of the most probable class, softmax(logits / temperature), also if the image
+            is rejected; None for an error.
         error: Why there is no prediction, on one line.
-        top: The most probable classes and their probabilities, best first.
+        top: The most probable classes and their probabilities, best first, also if the image is rejected.
+        score: The score that is below the threshold if the image is rejected, see ``crossx.evaluation.unknowns``; None
+            for an error, or if the run has no threshold.
+        candidates: The classes of the prediction set, most probable first, if a coverage was asked for, see
+            ``crossx.evaluation.conformal``; it supposes that the image shows one of the classes.
     """
 
     path: Path | None
@@ -30,6 +36,18 @@ class Prediction:
     probability: float | None = None
     error: str | None = None
     top: tuple[tuple[str, float], ...] = ()
+    score: float | None = None
+    candidates: tuple[str, ...] | None = None
+
+    @property
+    def nearest(self) -> str | None:
+        """Name of the most probable class, also if the image is rejected; None for an error."""
+        return self.top[0][0] if self.top else None
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the image is taken to show none of the classes."""
+        return self.label is None and self.error is None
 
 
 @dataclass(frozen=True)
@@ -41,12 +59,14 @@ class ExplainedImage:
         pixels: uint8 (S, S, 3), the network's input; None for an error.
         explanation: Prediction and maps; None for an error.
         error: Why there is no explanation, on one line.
+        rejected: Whether the image is taken to show none of the classes.
     """
 
     path: Path | None
     pixels: NDArray[np.uint8] | None = None
     explanation: Explanation | None = None
     error: str | None = None
+    rejected: bool = False
 
 
 @dataclass(frozen=True)

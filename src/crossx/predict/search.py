@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from crossx.errors import UsageError
+from crossx.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,12 +87,9 @@ class ApproximateIndex:
     def __init__(self, vectors: NDArray[np.float32]) -> None:
         import numpy as np
 
-        try:
-            from usearch.index import Index
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                "approximate neighbours need usearch: pip install 'crossx[neighbors]'."
-            ) from error
+        require("a search for approximate neighbours", "usearch", extra="neighbors")
+        from usearch.index import Index
+
         self._size = len(vectors)
         self._index: Any = Index(ndim=vectors.shape[1], metric="cos", dtype="f32")
         # one thread: with several the graph differs from run to run

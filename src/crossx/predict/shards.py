@@ -10,10 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, tee
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from crossx.data.images import find_images
 from crossx.data.readers.embedded import is_encoded_image
@@ -21,6 +18,9 @@ from crossx.data.readers.parquet_bounds import read_columns, read_footer, requir
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.predict.outputs import TableRow, table_rows, to_table, utf8
 from crossx.predict.predictor import Predictor
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_SHARDS_PER_GROUP = 16
 """Shards per row group above which it is split, although each of its shards then reads past the rows before it."""
@@ -109,6 +109,8 @@ class RowShard:
                 yield Entry(f"{self.name}:{lost}", b"", problem)
 
     def _entries(self) -> Iterator[Entry]:
+        import pyarrow.parquet as pq
+
         with pq.ParquetFile(self.file) as table:
             sizes = read_footer(self.file).rows
             ends = list(accumulate(sizes))
@@ -210,21 +212,26 @@ def find_collection(source: str | Path, shard_size: int) -> Collection:
 
 
 def predict_shard(predictor: Predictor, shard: Shard, top: int, batch_size: int) -> bytes:
-    """Predict a shard, and return a Parquet file with the columns and rows of ``write_csv``."""
+    """Predict a shard, and return a Parquet file with the columns and rows of ``write_parquet``."""
+    import pyarrow.parquet as pq
+
+    columns = predictor.columns(top)
     entries, ahead = tee(shard.read())
     predictions = predictor.iter_images((entry.image for entry in ahead), top, batch_size)
     rows: list[TableRow] = []
     for entry, prediction in zip(entries, predictions, strict=True):
         if entry.problem is not None:
             prediction = replace(prediction, error=entry.problem)
-        rows.extend(table_rows(entry.name, prediction, top))
+        rows.extend(table_rows(entry.name, prediction, columns))
     file = io.BytesIO()
-    pq.write_table(to_table(rows, top), file)
+    pq.write_table(to_table(rows, columns), file)
     return file.getvalue()
 
 
 def count_failed(part: Path) -> int:
     """Count the images without a prediction in a file of ``predict_shard``."""
+    import pyarrow.parquet as pq
+
     try:
         errors = pq.read_table(part, columns=["error"])["error"]
     except Exception as error:
@@ -252,6 +259,8 @@ def _is_table(path: Path) -> bool:
 
 def _read_table(file: Path, name: str, size: int) -> tuple[bytes, list[Shard]]:
     """Return the content of a Parquet file to fingerprint, and its shards."""
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(file) as table:
             image, label = _columns(file, table.schema_arrow)
@@ -289,6 +298,8 @@ def _columns(file: Path, schema: pa.Schema) -> tuple[str | None, str | None]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return any(

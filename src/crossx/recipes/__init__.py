@@ -27,6 +27,8 @@ from crossx.yaml import compose_yaml, dump_yaml, load_yaml, read_yaml
 SECTIONS = ("model", "data", "optim", "trainer")
 NETWORK = ("method", "backbone", "pretrained", "backbone_weights", "backbone_args")
 """Keys of ``model`` that are no options of the method. A recipe with another method than its bases takes only these."""
+PRESETS = {"fast": "finetune_fast", "balanced": "finetune_balanced", "best": "finetune_best"}
+"""Preset -> the recipe that it stands for; presets are names of recipes everywhere."""
 RELEASED = "_released"
 """Suffix of the recipes that follow the released code instead of the paper."""
 
@@ -141,7 +143,8 @@ def load_recipe(name: str | Path) -> Recipe:
     """Read a packaged recipe or a YAML file and fill in its bases.
 
     Args:
-        name: A packaged name (see ``list_recipes``), its model name (see ``model_names``) or the path of a YAML file.
+        name: A packaged name (see ``list_recipes``), its model name (see ``model_names``), a preset (see ``PRESETS``)
+            or the path of a YAML file.
 
     Raises:
         UsageError: If there is no such recipe or file, or the file is no valid recipe.
@@ -186,6 +189,7 @@ def _load_packaged(name: str) -> Recipe:
 
 
 def _load(name: str) -> Recipe:
+    name = PRESETS.get(name, name)
     if name in _packaged():
         return _load_packaged(name)
     path = Path(name)
@@ -193,7 +197,7 @@ def _load(name: str) -> Recipe:
     if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
         if name in model_names():
             return _load_packaged(model_names()[name])
-        hint = nearest(name, [*list_recipes(), *model_names()])
+        hint = nearest(name, [*list_recipes(), *PRESETS, *model_names()])
         raise UsageError(f"unknown recipe {name!r}.{hint} `crossx recipes` lists them; a file ends in .yaml.")
     return _parse(name, read_yaml(path, "; `crossx recipes` lists the packaged recipes"))
 

@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
-"""Margins of the drawing."""
+"""Margins of the drawing; on the left at least that, more for long labels."""
+DIGIT = 7
+"""Width of a digit of a tick's label."""
+MAX_CURVES = 4
+"""More curves in a group are divided into charts by the last word of their names, if possible."""
 MAX_POINTS = 400
 """Of longer curves only every n-th point is drawn."""
 MAX_DOTS = 60
@@ -53,13 +57,24 @@ class Series(NamedTuple):
 
 
 class LineChart(NamedTuple):
-    """Curves over epochs; ``kept`` is the coordinate of the epoch whose weights were kept, if known."""
+    """Curves over epochs.
+
+    Attributes:
+        title: Shown above.
+        description: The chart in words.
+        series: The curves.
+        x_ticks: Ticks of the epochs.
+        y_ticks: Ticks of the values.
+        left: Left margin of the drawing.
+        kept: Coordinate of the epoch whose weights were kept, if known.
+    """
 
     title: str
     description: str
     series: tuple[Series, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    left: float
     kept: float | None
 
 
@@ -89,7 +104,8 @@ def training_curves(
     """Draw every number of a training history, related ones in one chart.
 
     Names are ``SPLIT/WORD_WORD...`` or ``WORD...``. Those with the same first word share a chart, titled by the words
-    that they have in common. A curve that equals an earlier one everywhere is left out.
+    that they have in common; more than ``MAX_CURVES`` are divided by their last word, such as the stage. A curve that
+    equals an earlier one everywhere is left out.
 
     Args:
         history: One row per epoch.
@@ -103,9 +119,20 @@ def training_curves(
         if values not in seen:
             seen.add(values)
             groups.setdefault(_metric(name).split("_")[0], []).append(name)
+    divided = [chart for names in groups.values() for chart in _divided(names)]
     # numbers of several splits first
-    ordered = sorted(groups.values(), key=lambda names: len(set(map(_split, names))) == 1)
+    ordered = sorted(divided, key=lambda names: len(set(map(_split, names))) == 1)
     return [_chart(history, names, kept, {**titles, **TITLES}) for names in ordered]
+
+
+def _divided(names: Sequence[str]) -> list[list[str]]:
+    if len(names) <= MAX_CURVES:
+        return [list(names)]
+    by_end: dict[str, list[str]] = {}
+    for name in names:
+        by_end.setdefault(_metric(name).split("_")[-1], []).append(name)
+    readable = all(1 < len(charts) <= MAX_CURVES for charts in by_end.values())
+    return list(by_end.values()) if readable else [list(names)]
 
 
 def thinned(rows: Sequence[Mapping[str, float]], most: int) -> list[Mapping[str, float]]:
@@ -156,6 +183,9 @@ def _chart(
 ) -> LineChart:
     words = [_metric(name).split("_") for name in names]
     common = _shared_start(words)
+    # each label keeps a word of its own
+    most = min(map(len, words)) - len(common) - 1
+    ends = _shared_start([own[::-1] for own in words])[: max(0, most)][::-1]
     several_splits = len(set(map(_split, names))) > 1
     percent = all(_metric(name).startswith("top") for name in names)
     rows = thinned(history, MAX_POINTS)
@@ -163,10 +193,12 @@ def _chart(
     first, last = history[0]["epoch"], history[-1]["epoch"]
     # a single epoch would be a range of no width
     margin = 0 if last > first else 1
-    across = _Axis(first - margin, last + margin, LEFT, WIDTH - RIGHT)
     heights = [y for curve in curves for _, y in curve]
     marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(heights), max(heights))
     up = _Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
+    labels = [f"{100 * y:g}%" if percent else _short(y) for y in marks]
+    left = max(LEFT, 12 + DIGIT * max(map(len, labels)))
+    across = _Axis(first - margin, last + margin, left, WIDTH - RIGHT)
 
     def text(value: float) -> str:
         return f"{value:.1%}" if percent else f"{value:.4g}"
@@ -174,11 +206,12 @@ def _chart(
     series = []
     for name, own, curve in zip(names, words, curves, strict=True):
         split = _split(name)
-        label = " ".join([*([split] if several_splits else []), *own[len(common) :]]) or split or name
+        middle = own[len(common) : len(own) - len(ends)]
+        label = " ".join([*([split] if several_splits else []), *middle]) or split or name
         dots = [Dot(across.place(x), up.place(y), f"{label}, epoch {x:g}: {text(y)}") for x, y in curve]
         path = "M" + "L".join(f"{dot.x:g},{dot.y:g}" for dot in dots)
         series.append(Series(label, path, tuple(dots) if len(dots) <= MAX_DOTS else (), text(curve[-1][1])))
-    title = _title(common, titles)
+    title = ", ".join([_title(common, titles), *([" ".join(ends)] if ends else [])])
     ranges = "; ".join(
         f"{line.label} from {text(curve[0][1])} to {line.last}"
         for line, curve in zip(series, curves, strict=True)
@@ -189,9 +222,17 @@ def _chart(
         description=f"{title}, epochs {first:g} to {last:g}: {ranges}.",
         series=tuple(series),
         x_ticks=tuple(Tick(across.place(x), f"{x:g}") for x in epochs if first <= x <= last),
-        y_ticks=tuple(Tick(up.place(y), f"{100 * y:g}%" if percent else f"{y:.4g}") for y in marks),
+        y_ticks=tuple(Tick(up.place(y), label) for y, label in zip(marks, labels, strict=True)),
+        left=left,
         kept=across.place(kept) if kept is not None and first <= kept <= last else None,
     )
+
+
+def _short(value: float) -> str:
+    """Format a tick with few digits: ``2.5e-5`` for 0.000025."""
+    text = f"{value:.4g}"
+    mantissa, exponent, power = text.partition("e")
+    return f"{mantissa}e{int(power)}" if exponent else text
 
 
 def _title(words: Sequence[str], titles: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ BAR, WORST, MEAN = SKY_BLUE, VERMILION, DARK_BLUE
 MAX_NAMED = 20
 """Up to this many classes are all named; of more, only the ``NAMED_WORST`` worst."""
 NAMED_WORST = 12
-MAX_NAME_LENGTH = 34
+MAX_NAME_LENGTH = 48
 
 
 def plot_class_accuracy(rows: Sequence[ClassRow], path: Path, *, title: str) -> None:

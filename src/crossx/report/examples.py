@@ -123,10 +123,10 @@ def make_examples(
         shown = pictures.get(number)
         examples[number] = Example(
             path=str(run.paths[number]),
-            target=run.classes[run.targets[number]],
-            prediction=run.classes[run.predictions[number]],
+            target=run.names[run.targets[number]],
+            prediction=run.names[run.predictions[number]],
             top=[
-                (run.classes[label], float(probabilities[label]))
+                (run.names[label], float(probabilities[label]))
                 for label in np.argsort(-probabilities, kind="stable")[:TOP]
             ],
             image=data_uri(shown.image, side) if shown else None,

@@ -81,11 +81,16 @@ class RunResults(Answers):
         return self.spec.classes
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The K classes as people read them, in label order."""
+        return self.spec.display_names
+
+    @property
     def temperature(self) -> float:
         """The temperature that the run had when it was tested."""
         return float(self.results.get("temperature") or 1)
 
     @cached_property
     def class_rows(self) -> list[ClassRow]:
-        """One row per class that has images, in label order."""
-        return [row for row in class_table(self.confusion, self.classes) if row.n]
+        """One row per class that has images, in label order, with names as people read them."""
+        return [row for row in class_table(self.confusion, self.names) if row.n]

@@ -42,6 +42,34 @@ class Table:
         header, *rows = [[_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
         return self._format("pipe", header, rows)
 
+    def to_text(self, width: int | None) -> str:
+        """Return the table for a terminal: as Markdown if it fits, else with rows that continue on indented lines.
+
+        Args:
+            width: Characters per line; None for no limit. A cell that is longer is kept in one piece.
+        """
+        text = self.to_markdown()
+        if width is None or max(map(len, text.split("\n"))) <= width:
+            return text
+        rows = [tuple(" ".join(cell.split()) for cell in row) for row in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines: list[list[int]] = [[]]
+        used = 0
+        for column, needed in enumerate(widths):
+            if lines[-1] and used + 2 + needed > width:
+                lines.append([])
+            # a further line is indented
+            used = used + 2 + needed if lines[-1] else needed + (2 if len(lines) > 1 else 0)
+            lines[-1].append(column)
+        formatted = []
+        for row in rows:
+            for number, line in enumerate(lines):
+                cells = [row[column].ljust(widths[column]) for column in line]
+                formatted.append(f"{'  ' if number else ''}{'  '.join(cells)}".rstrip())
+        heads = len(lines)
+        rule = "-" * min(width, max(map(len, formatted)))
+        return "\n".join([*formatted[:heads], rule, *formatted[heads:]]) + "\n"
+
     def to_csv(self) -> str:
         """Return comma-separated values; formulas of spreadsheets get an apostrophe."""
         text = io.StringIO()

@@ -33,7 +33,7 @@ from crossx.runs.files import (
 )
 from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run
 from crossx.runs.locks import is_lock, locked_folder
-from crossx.runs.spec import SCHEMA, ModelSpec, Preprocessing
+from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
     "EXPORTED",
@@ -41,7 +41,9 @@ __all__ = [
     "PREDICTS_ALONE",
     "SCHEMA",
     "ModelSpec",
+    "PredictionSets",
     "Preprocessing",
+    "Rejection",
     "Run",
     "atomic_path",
     "check_output_file",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from crossx.class_names import display_names
 from crossx.errors import CrossXError
 
-SCHEMA = 1
-"""Version of ``model.json``; docs/upgrade.md says what it promises."""
+SCHEMA = 2
+"""Newest version of ``model.json`` that is read; docs/upgrade.md says what it promises. A file without anything that is
+new in schema 2, which is ``rejection``, is written as schema 1."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,37 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """When an image is taken to show none of the classes, see ``crossx.evaluation.unknowns``.
+
+    Attributes:
+        score: Name of a score that is high for images of the classes.
+        keep: Share of the images of the classes that the thresholds were set to keep.
+        images: Number of images that they were set on.
+        thresholds: Key of ``views.views_key`` -> the least score of an image that is kept.
+    """
+
+    score: str
+    keep: float
+    images: int
+    thresholds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PredictionSets:
+    """Which classes are in a prediction set, see ``crossx.evaluation.conformal``.
+
+    Attributes:
+        images: Number of calibration images.
+        least_probability: Key of ``views.views_key`` -> the least probability of a class in a set, for a coverage of
+            50%, 51%, ... as far as so many images allow, at most 99%.
+    """
+
+    images: int
+    least_probability: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """How to rebuild a trained network and prepare its input.
 
@@ -52,6 +86,8 @@ class ModelSpec:
         dataset: Name of the dataset of the labels.
         levels: Hierarchy of the classes, see ``DatasetIndex.levels``.
         temperature: T > 0 of temperature scaling: probabilities are softmax(logits / T). 1 if none was fitted.
+        rejection: When an image is of none of the classes; None if every image gets one.
+        sets: Which classes are in a prediction set; None if that was not calibrated.
     """
 
     method: str
@@ -63,10 +99,22 @@ class ModelSpec:
     dataset: str
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     temperature: float = 1.0
+    rejection: Rejection | None = None
+    sets: PredictionSets | None = None
+
+    @cached_property
+    def display_names(self) -> tuple[str, ...]:
+        """The classes as people read them, in label order: for pages, pictures and tables, not for files."""
+        return display_names(self.classes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dictionary for ``from_json``."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """Return a plain dictionary for ``from_json``, of the lowest schema that has everything in it."""
+        values = asdict(self)
+        for name in ("rejection", "sets"):
+            if values[name] is None:
+                del values[name]
+        # an earlier version, which ignores it, would give a class where this one gives none
+        return {"schema": 2 if self.rejection else 1, **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: Path) -> ModelSpec:
@@ -80,11 +128,12 @@ class ModelSpec:
         # neither True nor 1.0
         if type(schema) is not int or schema < 1:
             raise CrossXError(
-                f"{source}: not a model description of crossx (schema: should be {SCHEMA}, not {reprlib.repr(schema)})."
+                f"{source}: not a model description of crossx (schema: should be 1 to {SCHEMA}, not "
+                f"{reprlib.repr(schema)})."
             )
         if schema > SCHEMA:
             raise CrossXError(
-                f"{source}: schema {reprlib.repr(schema)}, this version of crossx reads {SCHEMA}: upgrade crossx."
+                f"{source}: schema {reprlib.repr(schema)}, this version of crossx reads 1 to {SCHEMA}: upgrade crossx."
             )
         # pydantic is slow to import, and `--help` does not need it
         from crossx.schema import check_model
@@ -102,4 +151,11 @@ class ModelSpec:
             dataset=values["dataset"],
             levels={name: tuple(groups) for name, groups in values.get("levels", {}).items()},
             temperature=float(values.get("temperature", 1.0)),
+            rejection=None if values.get("rejection") is None else Rejection(**values["rejection"]),
+            sets=None if values.get("sets") is None else _sets(values["sets"]),
         )
+
+
+def _sets(values: Mapping[str, Any]) -> PredictionSets:
+    least = {views: tuple(row) for views, row in values["least_probability"].items()}
+    return PredictionSets(values["images"], least)

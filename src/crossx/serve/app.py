@@ -183,9 +183,13 @@ def _add_network(app: FastAPI, service: Service, api_keys: Sequence[str]) -> Non
                                     "or a value is invalid.", "model": PredictResponse | Problem}},
     )  # fmt: skip
     async def predict(
-        request: Request, top: Annotated[int, Query(ge=1, description="Classes per image.")] = 5
+        request: Request,
+        top: Annotated[int, Query(ge=1, description="Classes per image.")] = 5,
+        coverage: Annotated[
+            float | None, Query(ge=0.5, le=0.99, description="Coverage of the prediction sets, such as 0.9.")
+        ] = None,
     ) -> Response:
-        answer = await service.predict(request, top)
+        answer = await service.predict(request, top, coverage)
         unreadable = all(prediction.error is not None for prediction in answer.predictions)
         return _json(answer, 422 if unreadable else 200)
 

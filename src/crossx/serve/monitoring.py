@@ -89,7 +89,7 @@ class Metrics:
             for number, name in enumerate(classes)
         }
         # a rate needs the zero before the first failure
-        for outcome in ("predicted", "unreadable"):
+        for outcome in ("predicted", "rejected", "unreadable"):
             self.images.labels(outcome)
         for route in ("/predict", "/explain"):
             for status in (200, 429, 500, 503, 504):
@@ -99,6 +99,11 @@ class Metrics:
         """Record the predicted class of an image."""
         self.images.labels("predicted").inc()
         self._by_class[label].inc()
+        self.confidence.observe(probability)
+
+    def observe_rejection(self, probability: float) -> None:
+        """Record an image of none of the classes."""
+        self.images.labels("rejected").inc()
         self.confidence.observe(probability)
 
     def observe_unreadable(self) -> None:

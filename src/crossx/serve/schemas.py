@@ -23,7 +23,14 @@ class ServiceInfo(BaseModel):
 
     model: ModelInfo
     classes: list[str] = Field(description="Class names in label order.")
+    display_names: list[str] = Field(description="The class names as the page shows them, in the same order.")
     temperature: float = Field(description="Probabilities are softmax(logits / temperature).")
+    rejects: bool = Field(
+        description="Whether `label` is null for an image of none of the classes; see `nearest`."
+    )
+    coverage: float | None = Field(
+        description="Coverage of `candidates`, unless the query `coverage` has another; null for none."
+    )
     explains: bool = Field(description="Whether /explain works; an exported network only predicts.")
     max_images: int = Field(description="Images per request.")
     max_upload_mb: int = Field(description="Megabytes (10^6 bytes) of a request's body.")
@@ -59,11 +66,23 @@ class ImagePrediction(BaseModel):
     """The prediction for one image, or why there is none."""
 
     name: str | None = Field(description="File name as sent by the client; null for base64.")
-    label: str | None = Field(default=None, description="The most probable class.")
-    probability: float | None = Field(default=None, description="Its calibrated probability.")
+    label: str | None = Field(
+        default=None, description="The most probable class; null for an image of none of the classes."
+    )
+    probability: float | None = Field(
+        default=None, description="Calibrated probability of the most probable class."
+    )
     top: list[Ranked] = Field(default=[], description="The most probable classes, best first.")
     neighbors: list[SimilarImage] | None = Field(
         default=None, description="The most similar training images, if the service has --neighbors."
+    )
+    nearest: str | None = Field(default=None, description="The most probable class, also if `label` is null.")
+    score: float | None = Field(
+        default=None, description="Below a threshold for an image of none of the classes; null without one."
+    )
+    candidates: list[str] | None = Field(
+        default=None,
+        description="With a coverage, the classes that have the image's own among them with that probability.",
     )
     error: str | None = Field(
         default=None, description="Why the image cannot be read; null if there is a prediction."

@@ -26,7 +26,7 @@ from crossx.explain.maps import Explanation, Kind
 from crossx.explain.overlays import layer
 from crossx.explain.plotting import save_png
 from crossx.predict.identity import Identity
-from crossx.predict.predictor import Predictor, class_number
+from crossx.predict.predictor import Answer, Predictor, class_number
 from crossx.predict.results import ExplainedImage, Neighbor
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
 from crossx.serve.fairness import Capacity, Flow, ShareError
@@ -49,12 +49,15 @@ T = TypeVar("T")
 EXPLAINED_TOP = 5
 """Classes in the prediction of an explanation."""
 
+_Prepared = tuple[Tensor, int, float | None]
+"""A prepared image, the number of classes to name, and the coverage of its prediction set."""
 
-class _Ranking(NamedTuple):
-    """The most probable classes of an image, and the training images most similar to it."""
 
-    best: tuple[tuple[str, float], ...]
-    near: tuple[Neighbor, ...] = ()
+class _Classified(NamedTuple):
+    """The answer to an image, and the training images most similar to it."""
+
+    answer: Answer
+    near: tuple[Neighbor, ...]
 
 
 class Service:
@@ -110,7 +113,9 @@ class Service:
         """The network, and the limits of a request."""
         spec, limits = self._predictor.spec, self.limits
         return ServiceInfo(
-            model=self._model, classes=list(spec.classes), temperature=spec.temperature,
+            model=self._model, classes=list(spec.classes), display_names=list(spec.display_names),
+            temperature=spec.temperature,
+            rejects=self._predictor.rejection is not None, coverage=self._predictor.coverage,
             explains=self._predictor.explains,
             max_images=limits.max_images, max_upload_mb=limits.max_upload_mb, max_pixels=limits.max_pixels,
         )  # fmt: skip
@@ -131,33 +136,46 @@ class Service:
         side = preprocessing.image_size
         image = torch.full((3, side + preprocessing.crop_bottom, side), 128, dtype=torch.uint8)
         grey = self._predictor.prepare(image)
-        (done,) = self._batcher.submit([lambda: (grey, 1)], self._classify)
+        (done,) = self._batcher.submit([lambda: (grey, 1, self._predictor.coverage)], self._classify)
         done.result()
 
-    async def predict(self, request: Request, top: int) -> PredictResponse:
+    async def predict(self, request: Request, top: int, coverage: float | None = None) -> PredictResponse:
         """Classify the images of a request; an image that cannot be read has ``error`` set.
 
         Args:
             request: The request with the images in its body.
             top: Classes per image, unless the body has ``top``.
+            coverage: Coverage of the prediction sets; by default that of the predictor.
 
         Raises:
-            HTTPException: See ``BodyReader.form``; 429 if the queue is full, 503 while stopping, 504 on a timeout.
+            HTTPException: See ``BodyReader.form``; 422 for a coverage that the network was not calibrated for, 429 if
+                the queue is full, 503 while stopping, 504 on a timeout.
             ClientDisconnect: If the client disconnects.
         """
+        if coverage is None:
+            coverage = self._predictor.coverage
+        else:
+            try:
+                self._predictor.check_coverage(coverage)
+            except UsageError as error:
+                raise HTTPException(422, str(error)) from error
         self._admit()
         async with self._bodies.form(request, self.limits.max_images) as form:
             uploads, top = form.uploads, form.top or top
             request.state.images = len(uploads)
-            results = await self._run(request, uploads, partial(self._prepare, top=top), self._classify)
-            near = [result.near if isinstance(result, _Ranking) else () for result in results]
+            prepare = partial(self._prepare, top=top, coverage=coverage)
+            classified = await self._run(request, uploads, prepare, self._classify)
+            results = [found.answer if isinstance(found, _Classified) else found for found in classified]
+            near = [found.near if isinstance(found, _Classified) else () for found in classified]
         predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
         if self._similar is not None:
             for prediction, neighbors in zip(predictions, near, strict=True):
                 prediction.neighbors = await run_in_threadpool(self._similar.describe, neighbors)
         for prediction in predictions:
-            if prediction.label is None or prediction.probability is None:
+            if prediction.probability is None:
                 self.metrics.observe_unreadable()
+            elif prediction.label is None:
+                self.metrics.observe_rejection(prediction.probability)
             else:
                 self.metrics.observe_prediction(prediction.label, prediction.probability)
         return PredictResponse(model=self._model, predictions=predictions)
@@ -200,7 +218,7 @@ class Service:
         request: Request,
         maps: Kind,
         target: str | None,
-        render: Callable[[Upload, NDArray[np.uint8], Explanation], T],
+        render: Callable[[Upload, ExplainedImage], T],
     ) -> T:
         if not self._predictor.explains:
             raise HTTPException(501, "an exported network only predicts: serve the run instead.")
@@ -222,8 +240,7 @@ class Service:
                     lambda checked: self._predictor.read(checked.data),
                     partial(self._explain_decoded, maps=maps, target=target),
                 )
-                pixels, explanation = _explained(explained)
-                drawn = self._drawing.submit(render, upload, pixels, explanation)
+                drawn = self._drawing.submit(render, upload, _explained(explained))
                 return await self._wait(request, asyncio.wrap_future(drawn), self._deadline())
 
     async def _run(
@@ -306,14 +323,17 @@ class Service:
             disconnected.cancel()
             work.cancel()
 
-    def _prepare(self, upload: CheckedUpload, top: int) -> tuple[Tensor, int]:
-        return self._predictor.prepare(upload.data), top
+    def _prepare(self, upload: CheckedUpload, top: int, coverage: float | None) -> _Prepared:
+        return self._predictor.prepare(upload.data), top, coverage
 
-    def _classify(self, batch: list[tuple[Tensor, int]]) -> list[_Ranking]:
-        images, tops = zip(*batch, strict=True)
-        ranked = self._predictor.classify(images, max(tops))
+    def _classify(self, batch: list[_Prepared]) -> list[_Classified]:
+        images, tops, coverages = zip(*batch, strict=True)
+        answers = self._predictor.answer(images, max(tops), coverages)
         near = self._similar.find(images) if self._similar is not None else [()] * len(images)
-        return [_Ranking(best[:top], found) for best, top, found in zip(ranked, tops, near, strict=True)]
+        return [
+            _Classified(answer._replace(top=answer.top[:top]), found)
+            for answer, top, found in zip(answers, tops, near, strict=True)
+        ]
 
     def _explain_decoded(
         self, images: list[Tensor], *, maps: Kind, target: str | None
@@ -323,21 +343,28 @@ class Service:
             raise ImageError(explained[0].error)
         return explained
 
-    def _figure(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> bytes:
+    def _figure(self, upload: Upload, explained: ExplainedImage) -> bytes:
         # draws with matplotlib's axes, which take a while to import
         from crossx.explain.figures import FigureRow, caption, draw
 
-        text = caption(explanation, self._predictor.classes, name=upload.name or "")
+        pixels, explanation = _parts(explained)
+        text = caption(
+            explanation,
+            self._predictor.spec.display_names,
+            name=upload.name or "",
+            rejected=explained.rejected,
+        )
         picture = io.BytesIO()
         save_png(draw([FigureRow(pixels, explanation, text)]), picture)
         return picture.getvalue()
 
-    def _layers(self, upload: Upload, pixels: NDArray[np.uint8], explanation: Explanation) -> ExplainResponse:
+    def _layers(self, upload: Upload, explained: ExplainedImage) -> ExplainResponse:
+        pixels, explanation = _parts(explained)
         order = np.argsort(-explanation.probabilities, kind="stable")[:EXPLAINED_TOP]
         best = tuple((self._predictor.classes[i], float(explanation.probabilities[i])) for i in order)
         height, width = pixels.shape[:2]
         return ExplainResponse(
-            prediction=_answer(upload.name, _Ranking(best)),
+            prediction=_answer(upload.name, Answer(best, explained.rejected)),
             target=self._predictor.classes[explanation.target],
             size=height,
             image=_png(pixels),
@@ -350,25 +377,37 @@ class Service:
         )
 
 
-def _answer(name: str | None, result: _Ranking | BaseException) -> ImagePrediction:
+def _answer(name: str | None, result: Answer | BaseException) -> ImagePrediction:
     if isinstance(result, ImageError):
         return ImagePrediction(name=name, error=result.reason)
     if isinstance(result, BaseException):
         raise result
-    top = [Ranked(label=label, probability=probability) for label, probability in result.best]
-    return ImagePrediction(name=name, label=top[0].label, probability=top[0].probability, top=top)
+    top = [Ranked(label=label, probability=probability) for label, probability in result.top]
+    return ImagePrediction(
+        name=name,
+        label=None if result.rejected else top[0].label,
+        probability=top[0].probability,
+        top=top,
+        nearest=top[0].label,
+        score=result.score,
+        candidates=None if result.candidates is None else list(result.candidates),
+    )
 
 
-def _explained(result: ExplainedImage | BaseException) -> tuple[NDArray[np.uint8], Explanation]:
+def _explained(result: ExplainedImage | BaseException) -> ExplainedImage:
     if isinstance(result, ImageError):
         raise HTTPException(422, f"the image {result.reason.rstrip('.')}.")
     if isinstance(result, UsageError):
         raise HTTPException(422, str(result))
     if isinstance(result, BaseException):
         raise result
-    assert result.pixels is not None
-    assert result.explanation is not None
-    return result.pixels, result.explanation
+    return result
+
+
+def _parts(explained: ExplainedImage) -> tuple[NDArray[np.uint8], Explanation]:
+    assert explained.pixels is not None
+    assert explained.explanation is not None
+    return explained.pixels, explained.explanation
 
 
 def _gathered(futures: Iterable[Future[T]]) -> asyncio.Future[list[T | BaseException]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, counted
+from crossx.extras import is_installed
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.suggestions import nearest
@@ -31,7 +33,6 @@ Precision = Literal["auto", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mix
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 ClipAlgorithm = Literal["norm", "value"]
 
-DEFAULT_LOGGERS: tuple[Logger, ...] = ("tensorboard", "csv")
 
 FITTED = "probe"
 """The method whose head is fitted before the first step, so that it needs no epoch; not with ``head: sgd``."""
@@ -49,6 +50,14 @@ LEFT_OUT = {
 """Arguments of Lightning's Trainer that do not exist here, and what to do instead."""
 
 T = TypeVar("T")
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_UNITS = re.compile(
+    r"(?=.)"
+    + r"\s*".join(
+        f"(?:(?P<{unit}>{_NUMBER})\\s*{unit[0]})?" for unit in ("days", "hours", "minutes", "seconds")
+    )
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +137,10 @@ class OptimConfig:
         fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
             the first step (LP-FT; Kumar et al., 2022); 0 is off. Needs heads that are linear in their features;
             other heads start at random.
+        freeze_stride: Keep the backbone's layers up to its map of this stride as pretrained: 8 for the map with an
+            eighth of the image's side. null trains all.
+        cached_views: Run the layers of freeze_stride only once for this many augmented views of each training image,
+            and train the others on the stored maps; 0 is off. Epoch e sees view e modulo cached_views.
         freeze_batch_norm: Keep the backbone's batch norms (statistics, scales, shifts) as pretrained.
         ema_decay: Decay of an exponential moving average of the weights, such as 0.999. Validation, checkpoints and
             the final model then use the average. null keeps no average.
@@ -137,6 +150,9 @@ class OptimConfig:
         selection: Which epoch's weights become the model: `best` (highest validation top-1; the last epoch if there
             are no validation images), `last`, or `best_on_test` (highest test top-1, as in the released code; test
             accuracy is then optimistic, and the results say so).
+        patience: End the training early after this many validations without a better one; 0 is off. Warm-up, frozen
+            epochs and phases that are still to come do not count, and a drop of the learning rate starts the count
+            over.
     """
 
     optimizer: Optimizer = "sgd"
@@ -161,12 +177,15 @@ class OptimConfig:
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
     fit_heads: int = 0
+    freeze_stride: int | None = None
+    cached_views: int = 0
     freeze_batch_norm: bool = False
     ema_decay: float | None = None
     channels_last: bool = True
     compile: bool = False
     recompute_activations: bool = False
     selection: Selection = "best"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         self.validate()
@@ -193,7 +212,7 @@ class OptimConfig:
             _check(option, getattr(self, option), "in [0, 1]", 0 <= getattr(self, option) <= 1)
         for option in (
             "weight_decay", "warmup_epochs", "warmup_steps", "new_layers_lr_factor", "mixup", "cutmix", "fit_heads",
-            "freeze_backbone_epochs",
+            "freeze_backbone_epochs", "cached_views", "patience",
         ):  # fmt: skip
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
@@ -205,12 +224,29 @@ class OptimConfig:
                 "optim.recompute_activations cannot be combined with optim.compile, which plans memory itself. Leave "
                 "one of them out."
             )
+        if self.freeze_stride is not None:
+            _check("freeze_stride", self.freeze_stride, "at least 1", self.freeze_stride >= 1)
+        if self.cached_views:
+            self._check_cached_views()
         if self.schedule == "multistep" and not self.milestones:
             raise UsageError("optim.schedule multistep needs optim.milestones, such as [15, 25].")
         if sorted(set(self.milestones)) != list(self.milestones) or min(self.milestones, default=1) < 1:
             raise UsageError(
                 f"optim.milestones must be increasing epochs, starting at 1, not {self.milestones}."
             )
+
+    def _check_cached_views(self) -> None:
+        if self.freeze_stride is None:
+            raise UsageError(
+                "optim.cached_views stores the maps of frozen layers: say which with optim.freeze_stride (8), or leave "
+                "it out."
+            )
+        for option in ("mixup", "cutmix", "compile", "recompute_activations"):
+            if getattr(self, option):
+                raise UsageError(
+                    f"optim.{option} cannot be combined with optim.cached_views, which trains on maps instead of "
+                    "images. Leave one of them out."
+                )
 
     def shortened_to(self, epochs: int) -> tuple[OptimConfig, list[str]]:
         """Shorten the phases that do not fit, so that a recipe also works with fewer epochs.
@@ -238,7 +274,33 @@ class OptimConfig:
                 f"optim.schedule {self.schedule} never drops the learning rate: its first drop is after epoch "
                 f"{first_drop} of {epochs}."
             )
+        elif first_drop is not None and 0 < self.patience < first_drop:
+            notes.append(
+                f"optim.patience {self.patience} may end the training before the learning rate first drops, after "
+                f"epoch {first_drop}."
+            )
+        if self.patience and self.schedule in ("cosine", "one_cycle"):
+            notes.append(
+                f"optim.patience may end the training while the learning rate of {self.schedule} is still high; most "
+                "of its accuracy comes at the end."
+            )
         return replace(self, **changed), notes
+
+    def in_proportion(self, epochs: int, of: int) -> OptimConfig:
+        """Return the options with everything that is counted in epochs in proportion to a shorter training.
+
+        Args:
+            epochs: Epochs of the shorter training.
+            of: Epochs that the options are meant for.
+        """
+        ratio = epochs / of
+        return replace(
+            self,
+            step_size=max(1, round(self.step_size * ratio)),
+            milestones=sorted({max(1, round(milestone * ratio)) for milestone in self.milestones}),
+            warmup_epochs=self.warmup_epochs * ratio,
+            freeze_backbone_epochs=round(self.freeze_backbone_epochs * ratio),
+        )
 
 
 @dataclass
@@ -249,7 +311,8 @@ class TrainerConfig:
         max_epochs: Number of epochs; 0, for heads that are fitted before the first step (method `probe`,
             optim.fit_heads), takes no step.
         max_steps: Stop after this many optimiser steps, even within an epoch; -1 is no limit.
-        max_time: Stop after this time, even within an epoch: `DD:HH:MM:SS`, or `{hours: 2, minutes: 30}`.
+        max_time: Train for at most this time: `1h30m`, `90s`, `HH:MM:SS`, `DD:HH:MM:SS` or `{hours: 2}`. After each
+            epoch, the number of epochs is planned from the time that they take, and the schedule with it.
         limit_train_batches: Batches per training epoch: a whole number, or a fraction such as 0.5.
         limit_val_batches: Batches per validation, likewise; 0 switches validation off.
         overfit_batches: Train on the same few batches every epoch (a whole number or a fraction), and validate on as
@@ -261,7 +324,8 @@ class TrainerConfig:
         checkpoint_every_n_steps: Also write a checkpoint every n optimiser steps, not only after each epoch.
         checkpoint_every_n_minutes: Also write a checkpoint when the last one is n minutes old.
         log_every_n_steps: Batches between two log entries; on a GPU also between two checks that the loss is finite.
-        logger: One or a list of tensorboard, csv, wandb and mlflow, or false; metrics.csv is always written.
+        logger: One or a list of tensorboard, csv, wandb and mlflow; true is tensorboard if it is installed, false none.
+            metrics.csv is always written.
         enable_progress_bar: Show a progress bar on a terminal, and a line per epoch.
         accelerator: `cpu`, `gpu`, ...; `auto` uses a GPU if there is one.
         devices: Number of devices, a list of their indices, or `auto` for all of them.
@@ -270,7 +334,8 @@ class TrainerConfig:
             `ddp_find_unused_parameters_true` is for methods that leave parameters without a gradient.
         sync_batchnorm: Compute batch norm statistics over all processes (GPUs only).
         precision: `32`, or mixed precision `bf16-mixed` or `16-mixed`; weights stay in float32. `auto`: `bf16-mixed` on
-            a processor with AMX or a GPU with bfloat16, else `32`; a resumed run keeps what it began with.
+            a processor with AMX or AVX512_BF16 or a GPU with bfloat16, else `32`; a resumed run keeps what it began
+            with.
         deterministic: Use deterministic kernels only; `warn` warns if there is none.
         benchmark: Let cuDNN search for its fastest kernels; null keeps PyTorch's setting.
         detect_anomaly: Find the operation that makes a gradient NaN (slow).
@@ -289,7 +354,7 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_n_minutes: float | None = None
     log_every_n_steps: int = 50
-    logger: list[Logger] | Logger | bool = field(default_factory=lambda: list(DEFAULT_LOGGERS))
+    logger: list[Logger] | Logger | bool = True
     enable_progress_bar: bool = True
     accelerator: Accelerator = "auto"
     devices: list[int] | str | int = "auto"
@@ -347,7 +412,7 @@ class TrainerConfig:
     def loggers(self) -> list[str]:
         """Names of the requested loggers."""
         if isinstance(self.logger, bool) or self.logger is None:
-            return list(DEFAULT_LOGGERS) if self.logger else []
+            return ["tensorboard", "csv"] if self.logger and is_installed("tensorboard") else []
         return [self.logger] if isinstance(self.logger, str) else [*self.logger]
 
     @property
@@ -357,17 +422,35 @@ class TrainerConfig:
         Raises:
             UsageError: If it cannot be parsed.
         """
-        if self.max_time is None:
-            return math.inf
-        try:
-            if not isinstance(self.max_time, str):
-                return timedelta(**self.max_time).total_seconds()
-            days, hours, minutes, seconds = map(int, self.max_time.split(":"))
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"trainer.max_time takes DD:HH:MM:SS, or a mapping such as {{hours: 2}}, not {self.max_time!r}."
-            ) from error
+        return math.inf if self.max_time is None else parse_time(self.max_time, "trainer.max_time")
+
+
+def parse_time(given: str | Mapping[str, float], option: str) -> float:
+    """Return a length of time in seconds.
+
+    Args:
+        given: ``1h30m`` (units d, h, m, s), ``HH:MM:SS``, ``DD:HH:MM:SS``, or arguments of ``timedelta``.
+        option: Its name, for the message.
+
+    Raises:
+        UsageError: If it cannot be parsed.
+    """
+    try:
+        if isinstance(given, Mapping):
+            return timedelta(**given).total_seconds()
+        if match := _UNITS.fullmatch(given.strip()):
+            parts = {unit: float(number) for unit, number in match.groupdict().items() if number}
+            return timedelta(**parts).total_seconds()
+        days, hours, minutes, seconds = map(
+            int, given.split(":") if given.count(":") == 3 else f"0:{given}".split(":")
+        )
+        if min(days, hours, minutes, seconds) < 0:
+            raise ValueError
         return timedelta(days, seconds, hours=hours, minutes=minutes).total_seconds()
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{option} takes a time such as 1h30m, HH:MM:SS or DD:HH:MM:SS, or {{hours: 2}}, not {given!r}."
+        ) from error
 
 
 @dataclass
@@ -381,6 +464,7 @@ class Config:
         trainer: Devices, length, logging and checkpoints.
         init: Start from the weights of this run (its folder or a checkpoint in it) or shared model (its folder or
             USER/NAME on the Hub) instead of `model.pretrained`: every layer that fits is taken.
+        tuned: How the options were chosen, as `crossx tune` writes it into best.yaml; results and report repeat it.
         seed: Seed of the initialisation, the order of images and everything random in training.
         output: The run folder to create; by default `runs/METHOD-DATASET-BACKBONE-sSEED`.
     """
@@ -390,6 +474,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     init: str | None = None
+    tuned: str | None = None
     seed: int = 0
     output: str | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
-from crossx.evaluation.calibration import describe_calibration, write_temperature
+from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
 from crossx.evaluation.run import evaluate
 from crossx.methods.weights import load_weights, save_weights
 from crossx.training.checkpoints import is_intact, read_checkpoint
@@ -30,22 +30,28 @@ def choose_monitor(config: Config, data: DataModule) -> str | None:
     Raises:
         UsageError: If the selection needs images that the dataset does not have.
     """
-    if config.optim.selection == "best_on_test":
-        if not data.index.split("test"):
-            raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
-        return "test/top1"
-    if config.optim.selection == "last" or not config.trainer.max_epochs:
-        return None
-    trainer, missing = config.trainer, ""
-    if not data.holds_out:
+    trainer, selection, missing = config.trainer, config.optim.selection, ""
+    on_test = selection == "best_on_test"
+    if on_test and not data.index.split("test"):
+        raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
+    if not trainer.max_epochs:
+        return "test/top1" if on_test else None
+    if not data.holds_out and not on_test:
         missing = "There are no validation images"
     elif trainer.limit_val_batches == 0:
         missing = "trainer.limit_val_batches 0 switches validation off"
     elif trainer.check_val_every_n_epoch > trainer.max_epochs:
         missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
-    if missing:
+    if missing and config.optim.patience:
+        raise UsageError(
+            f"optim.patience {config.optim.patience} needs validation after epochs. {missing}: change that, or leave "
+            "out the option."
+        )
+    if on_test:
+        return "test/top1"
+    if missing and selection == "best":
         log.warning("%s: the last epoch's weights become the model.", missing)
-    return None if missing else "val/top1"
+    return None if missing or selection == "last" else "val/top1"
 
 
 def describe_selection(loop: Loop) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def describe_selection(loop: Loop) -> dict[str, Any]:
 
 
 def finish(loop: Loop, info: dict[str, Any]) -> None:
-    """Save the selected weights as the model and fit its temperature; the first rank does it."""
+    """Save the selected weights as the model and calibrate it; the first rank does it."""
     if not is_leader():
         return
     loop.history.write()
@@ -104,18 +110,26 @@ def _warn_if_average_lags(loop: Loop) -> None:
 
 
 def _calibrate(loop: Loop) -> dict[str, Any] | None:
-    """Fit the temperature on the validation images; None if there are none."""
+    """Calibrate the model on the validation images; None if there are none."""
     data = loop.data
     if not data.holds_out:
-        log.warning("no validation images: the probabilities are not calibrated (temperature 1).")
+        log.warning(
+            "no validation images: the probabilities are not calibrated (temperature 1), and an image of none of the "
+            "classes gets one of them."
+        )
         return None
-    outputs = evaluate(
+    outputs = evaluate_views(
         loop.method,
-        data.eval_loader("val", dealt=False),  # the other ranks have left
+        data,
+        "val",
         loop.device,
-        normalize=data.normalize,
         progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
     )
-    described = describe_calibration(outputs.logits, outputs.targets, dataset=data.index.name, split="val")
-    write_temperature(loop.run_folder, described["temperature"])
-    return described
+    found = calibrate_outputs(outputs, dataset=data.index.name, split="val")
+    if found.rejection is None:
+        log.warning(
+            "%d validation images are too few for a threshold: an image of none of the classes gets one of them.",
+            len(outputs.targets),
+        )
+    found.write(loop.run_folder)
+    return found.described

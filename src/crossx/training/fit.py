@@ -60,6 +60,7 @@ from crossx.runs import (
 )
 from crossx.schema import check_backbone_args, check_model
 from crossx.suggestions import nearest
+from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
 from crossx.training.finish import choose_monitor, describe_selection, finish
@@ -145,6 +146,7 @@ def resume(
     max_epochs: int | None = None,
     max_steps: int | None = None,
     max_time: str | dict[str, int] | None = None,
+    patience: int | None = None,
 ) -> Run:
     """Continue a stopped run from its newest intact checkpoint, or train a finished one for longer.
 
@@ -159,6 +161,7 @@ def resume(
         max_epochs: See ``TrainerConfig``; by default as before. A finished run needs more than it has trained.
         max_steps: Likewise.
         max_time: Likewise; the time before counts.
+        patience: See ``OptimConfig``; by default as before. A run that it has ended needs more, or 0.
 
     Raises:
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
@@ -171,9 +174,10 @@ def resume(
         )
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
+    lengthens = bool(limits) or patience is not None
     with _interruptible(run), _locked(run.path):
         require_files(run)
-        if not restart and not limits:
+        if not restart and not lengthens:
             require_unfinished(run)
         saved = None if restart else read_saved(run, chosen)
         config = read_or_restore(run.config, lambda: read_whole_config(run), saved)
@@ -186,9 +190,12 @@ def resume(
         before: dict[str, Any] = {}
         if not restart:
             before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
-        if limits:
-            config = replace(config, trainer=replace(config.trainer, **limits))
-        if limits and not restart:
+        planned_for = config.trainer.seconds
+        if lengthens:
+            optim = config.optim if patience is None else replace(config.optim, patience=patience)
+            config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
+        if lengthens and not restart:
+            _require_other_end(run, config, before, patience, planned_for)
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
@@ -235,6 +242,25 @@ def _with_length(
     if not finished:
         return before
     return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
+
+
+def _require_other_end(
+    run: Run, config: Config, before: Mapping[str, Any], patience: int | None, planned_for: float
+) -> None:
+    """Check that what ended a run early would not end it at once again."""
+    ended = before.get("ended") or {}
+    if before.get("status") != "finished":
+        return
+    trained = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
+    if ended.get("by") == "patience" and patience is None:
+        raise UsageError(
+            f"{trained} optim.patience {config.optim.patience}: to train it for longer, give --optim.patience too (0 "
+            "switches it off)."
+        )
+    if ended.get("by") == "max_time" and config.trainer.seconds <= planned_for:
+        raise UsageError(
+            f"{trained} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
+        )
 
 
 def _train(
@@ -298,8 +324,9 @@ def _train(
             "leave out one of them."
         )
     data = DataModule(index, preprocessing, options, config.seed, parts)
-    data.check_images()
-    data.open_caches()
+    with step("Checking the images"):
+        data.check_images()
+        data.open_caches()
     info = _describe(config, data, transfer, exclude_file)
     if before is not None and checkpoint is not None:
         info = _continue_description(run, info, before)
@@ -335,7 +362,8 @@ def _train(
                 _write_excluded(run, config, index)
         with _recording_status(loop, info):
             loop.run()
-            finish(loop, info)
+            with step("Selecting the weights"):
+                finish(loop, info)
     return run
 
 
@@ -443,6 +471,7 @@ def _describe(
         "pretrained": config.model.pretrained and config.init is None,
         "backbone_weights": config.model.backbone_weights,
         "init": transfer.record() if transfer else None,
+        "tuned": config.tuned,
         "imports": [source.to_json() for source in imports],
         "dataset": data.index.name,
         "data_root": config.data.root,
@@ -481,7 +510,9 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
             # until a run that is trained for longer has its new model, the selection is that of the present one
             keeps = status != "finished" and model_before and model_before == _modified_at(weights)
             selection = info["selection"] if keeps else describe_selection(loop)
-            write_json(loop.run_folder.info, {**info, "status": status, "selection": selection})
+            ended = loop.ended if status == "finished" else None
+            values = {**info, "status": status, "selection": selection, "ended": ended}
+            write_json(loop.run_folder.info, values)
 
     record("running")
     ended = "failed"
@@ -549,15 +580,14 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    root, exclude = config.data.root, config.data.exclude
+    exclude = config.data.exclude
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
         # what does not exist may be a name on the Hub
         init=str(Path(init).absolute()) if init and Path(init).exists() else init,
         data=replace(
-            config.data,
-            root=str(Path(root).absolute()) if root else None,
+            config.data.with_absolute_root(),
             exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
         ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),

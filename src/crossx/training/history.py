@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from crossx.errors import CrossXError
 from crossx.runs import SCHEMA, Run, write_json, write_text
+from crossx.terminal import columns
 
 
 class History:
@@ -30,11 +32,13 @@ class History:
         rows: One row per epoch: ``epoch`` (from 1), ``step`` (optimiser steps), ``phase`` (its name, for methods with
             phases), ``train/...`` (means over the epoch, in training mode), ``lr`` (the highest at the first step),
             ``seconds`` since the start.
+        ended: Why the training is over (``by``), and after which ``epoch``; None before.
     """
 
     def __init__(self, run: Run, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         self.run = run
         self.rows: list[dict[str, Any]] = []
+        self.ended: dict[str, Any] | None = None
         self._mean_over_ranks = mean_over_ranks
         self._live: dict[str, float] = {}
         self._pending: list[Tensor] = []
@@ -134,17 +138,23 @@ class History:
         return row
 
     def line(self, epochs: int) -> str:
-        """Format the last row as one line."""
+        """Format the last row as one line, without what does not fit the terminal."""
         row = self.rows[-1]
-        phase = [row["phase"]] if "phase" in row else []
-        parts = [f"epoch {row['epoch']}/{epochs}", *phase, f"loss {row['train/loss']:.4f}"]
-        parts += [
-            f"{name.removesuffix('/top1')} {value:.2%}" for name, value in row.items() if "/top1" in name
-        ]
-        parts.append(f"lr {row['lr']:.2g}")
+        top1 = {name.removesuffix("/top1"): value for name, value in row.items() if name.endswith("/top1")}
         done = len(self.rows) - self._resumed_at
         left = (row["seconds"] - self._before) / done * (epochs - len(self.rows))
-        parts.append(f"{_duration(row['seconds'])}, {_duration(left)} left")
+        # held-out images first
+        parts = [
+            f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}",
+            *(f"{name} {100 * top1[name]:5.2f}%" for name in sorted(top1, key=lambda name: name == "train")),
+            f"{_duration(left)} left",
+            f"loss {row['train/loss']:.4g}",
+            *([row["phase"]] if "phase" in row else []),
+            f"lr {row['lr']:.2g}",
+        ]
+        width = columns(sys.stderr)
+        while width is not None and len("  ".join(parts)) > width and len(parts) > 2:
+            parts.pop()
         return "  ".join(parts)
 
     def write(self) -> None:
@@ -156,7 +166,8 @@ class History:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.run.path / "metrics.csv", text.getvalue())
-        write_json(self.run.path / "metrics.json", {"schema": SCHEMA, "epochs": self.rows})
+        values = {"schema": SCHEMA, "epochs": self.rows, "ended": self.ended}
+        write_json(self.run.path / "metrics.json", values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows and the current epoch's sums, so that a resumed run loses no value."""
@@ -201,4 +212,4 @@ class History:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

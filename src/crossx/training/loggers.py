@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import Logger
 
 from crossx.errors import UsageError
+from crossx.extras import require
 from crossx.runs import Run
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ def check_loggers(names: Iterable[str]) -> None:
         UsageError: If one is not.
     """
     for name in names:
-        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
-            raise UsageError(f"logger {name!r} is not installed: `pip install 'crossx[{name}]'`.")
+        if name != "csv":
+            require(f"logger {name!r}", name, extra=name)
 
 
 def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) -> list[Logger]:
@@ -68,7 +68,7 @@ def build_loggers(names: list[str], run: Run, run_id: str, steps_before: int) ->
                     )
                 )
     except ModuleNotFoundError as error:
-        raise UsageError(f"logger {name!r} is not installed: `pip install 'crossx[{name}]'`.") from error
+        raise UsageError(f"logger {name!r} needs {error.name}: pip install 'crossx[{name}]'.") from error
     return loggers
 
 

@@ -24,15 +24,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from crossx.backbones import synchronize_batch_norms
+from crossx.backbones import EarlyLayers, synchronize_batch_norms
 from crossx.data.datamodule import DataModule
 from crossx.data.sampler import derive_seed
-from crossx.errors import CrossXError, UsageError
+from crossx.data.views import StoredViews
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
 from crossx.runs import Run
+from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
-from crossx.training.config import Config, TrainerConfig
+from crossx.training.config import Config, OptimConfig, TrainerConfig
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
@@ -40,7 +42,9 @@ from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
+from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
+from crossx.training.views import store_views
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,8 @@ class Loop:
         step: Optimiser steps.
         best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
         phase: Name of the phase that was started last; None before the first.
+        epochs: Epochs of the whole training: ``max_epochs``, or fewer if ``max_time`` leaves no time for all of them.
+        ended: Why the training is over, and after which epoch; None before.
 
     Raises:
         UsageError: If the method or the machine does not support an option.
@@ -95,18 +101,23 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
         self.phase: str | None = None
+        self.ended: dict[str, Any] | None = None
+        self.epochs = self.options.max_epochs
+        if checkpoint is not None and checkpoint.get("plan", {}).get("limits") == self._limits():
+            self.epochs = checkpoint["plan"]["epochs"]
         self.fabric = build_fabric(self.options)
         data.processes = getattr(self.fabric.strategy, "num_processes", 1)
         counts = Counter(record.label for record in data.train_records())
         classes = range(len(data.index.classes))
-        self.optim, notes = config.optim.shortened_to(self.options.max_epochs)
-        for note in notes:
+        for note in config.optim.shortened_to(self.options.max_epochs)[1]:
             log.warning(note)
+        self.optim = self._options_for(self.epochs)
         self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
         self.has_phases = type(method).phase_at is not Method.phase_at
         if self.has_phases:
             self.task.check_phases(self.options.max_epochs)
         self.average: AveragedModel | None = None
+        self.stored: StoredViews | None = None
         self.history = History(run, self._mean_over_ranks if self.fabric.world_size > 1 else None)
         self.loggers = build_loggers(
             self.options.loggers, run, run_id, checkpoint["step"] if checkpoint else 0
@@ -124,9 +135,10 @@ class Loop:
         options = self.options
         try:
             with self.bar, torch.autograd.set_detect_anomaly(options.detect_anomaly):
-                while self.epoch < options.max_epochs and not (self.step and self._is_over()):
+                while (reason := self._end_reason()) is None:
                     self._train_epoch()
                     self._end_epoch(self._validate())
+                self.ended = self.history.ended = {"by": reason, "epoch": self.epoch}
                 if not options.max_epochs:
                     self._require_finite()
                     self._save()
@@ -141,8 +153,11 @@ class Loop:
         fabric.launch()
         self.device = fabric.device
         fabric.to_device(task)
+        if self.task.early is not None:
+            self._store_views(self.task.early)
         if saved is None:
-            self._prepare()
+            with task.skipping():
+                self._prepare()
         if optim.ema_decay is not None:
             self.average = AveragedModel(task, multi_avg_fn=self._update_average, use_buffers=True)
             # read at every step; on a GPU that would synchronise
@@ -154,7 +169,7 @@ class Loop:
         self.wrapped = Phase().trains
         if optim.compile:
             task.compile_objective()
-        self.train_loader: Any = self.data.train_dataloader()
+        self.train_loader: Any = self._train_loader()
         self.eval_split: Literal["val", "test"] = "val"
         self.eval_loader: Any = self.data.val_dataloader()
         if optim.selection == "best_on_test":
@@ -171,24 +186,64 @@ class Loop:
         if saved is not None:
             # an epoch that max_steps or max_time cut short counts as a whole one
             position = saved["epoch"] * steps + -(-saved["batch"] // options.accumulate_grad_batches)
-        skipped = position - (saved["step"] if saved else 0)
-        total = steps * options.max_epochs
+        self.steps_per_epoch, self.skipped = steps, position - (saved["step"] if saved else 0)
         optimizer = build_optimizer(self.method, optim)
-        self.scheduler = build_scheduler(
-            optimizer,
-            optim,
-            steps_per_epoch=steps,
-            # without an epoch no step follows, but one_cycle needs one
-            total_steps=max(1, min(total, options.max_steps + skipped) if options.max_steps >= 0 else total),
-        )
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self._build_scheduler(optimizer)
         if saved is not None:
             self._load(saved, optimizer, position)
-        self.optimizer = fabric.strategy.setup_optimizer(optimizer)
+        self.optimizer: Any = fabric.strategy.setup_optimizer(optimizer)
         self.history.start_clock()
         if self.transfer is not None:
             # from now on the run can be resumed without the other one
             self.transfer = None
             self._save()
+
+    def _limits(self) -> list[float]:
+        """Return the options on which the number of epochs depends."""
+        return [self.options.max_epochs, self.time_limit]
+
+    def _options_for(self, epochs: int) -> OptimConfig:
+        """Return the options of a training of so many epochs; fewer than ``max_epochs`` only for lack of time."""
+        optim, most = self.config.optim, self.options.max_epochs
+        optim = optim.in_proportion(epochs, most) if epochs < most else optim
+        return optim.shortened_to(epochs)[0]
+
+    def _build_scheduler(self, optimizer: Any) -> None:
+        total, most = self.steps_per_epoch * self.epochs, self.options.max_steps
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak
+        self.scheduler = build_scheduler(
+            optimizer,
+            self.optim,
+            steps_per_epoch=self.steps_per_epoch,
+            # without an epoch no step follows, but one_cycle needs one
+            total_steps=max(1, min(total, most + self.skipped) if most >= 0 else total),
+        )
+
+    def _plan_epochs(self) -> None:
+        """Plan the number of epochs from the time that they take, and fit schedule and phases to it."""
+        if self.time_limit == math.inf:
+            return
+        ends = torch.tensor([row["seconds"] for row in self.history.rows], dtype=torch.float64)
+        if self.fabric.world_size > 1:
+            # each rank has its own clock, and all have to agree
+            distributed.broadcast(ends := ends.to(self.device, torch.float32), 0)
+        most = self.options.max_epochs
+        epochs = epochs_in_time(self.epochs, most, ends.tolist(), self.time_limit)
+        if epochs == self.epochs:
+            return
+        self.epochs = epochs
+        if epochs <= self.epoch:
+            return
+        if self.fabric.is_global_zero:
+            log.info(
+                "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
+                self.options.max_time, epochs, counted(most, "epoch"), epochs,
+            )  # fmt: skip
+        self.optim = self.task.config = self._options_for(epochs)
+        self._build_scheduler(self.optimizer)
+        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
 
     def _prepare(self) -> None:
         # each rank reads all images, so nothing has to be gathered
@@ -206,6 +261,7 @@ class Loop:
             return
         if views and self.options.enable_progress_bar and self.fabric.is_global_zero:
             images = len(self.data.train_records())
+            erase_step()
             print(f"fitting the heads on frozen features: {images:,} images x {views}", file=sys.stderr)
         if views and not fit_heads(method, lambda: (batch[:2] for batch in self._all_batches(epochs=views))):
             if not self.options.max_epochs:
@@ -218,13 +274,37 @@ class Loop:
                 method.name,
             )
 
+    def _store_views(self, early: EarlyLayers) -> None:
+        """Run the frozen layers once per view, also on a resume: the maps are not part of the checkpoints."""
+        views = self.optim.cached_views
+        if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            images = len(self.data.train_records())
+            print(f"running the frozen layers once: {images:,} images x {views}", file=sys.stderr)
+        self.stored = store_views(
+            early, self.method, self.data, views, self.run_folder.path,
+            lambda batch: self._to_device(batch)[0].to(memory_format=self.task.memory_format),
+        )  # fmt: skip
+        self.task.takes_maps = True
+
+    def _train_loader(self, *, dealt: bool = True) -> Any:
+        if self.stored is not None:
+            return self.data.stored_loader(self.stored, dealt=dealt)
+        return self.data.train_dataloader() if dealt else self.data.whole_train_loader()
+
+    def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Move a training batch to the device: normalised images, or maps in float32, and targets."""
+        if self.stored is None:
+            return self.data.to_device(batch, self.device)
+        maps, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return maps.float(), targets
+
     def _all_batches(self, *, epochs: int = 1) -> Iterator[Any]:
         # a generator, so that no worker starts if the method prepares nothing
-        loader: Any = self.data.whole_train_loader()
+        loader = self._train_loader(dealt=False)
         for epoch in range(epochs):
             loader.sampler.set_epoch(epoch)
             for batch in loader:
-                yield self.data.to_device(batch, self.device)
+                yield self._to_device(batch)
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or of the training."""
@@ -232,7 +312,7 @@ class Loop:
         phase = self._start_phase()
         self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
         within = f" {phase.name}" if self.has_phases else ""
-        self.bar.start(f"epoch {self.epoch + 1}/{options.max_epochs}{within}", self.batches, self.batch)
+        self.bar.start(f"epoch {self.epoch + 1}/{self.epochs}{within}", self.batches, self.batch)
         if self.batch == 0:
             highest = max(group["lr"] for group in self.optimizer.param_groups)
             history.start_epoch(highest * phase.lr_factor, phase.name if self.has_phases else None)
@@ -243,7 +323,7 @@ class Loop:
                 # after the first batch, whatever random numbers the loader drew before
                 self._seed()
                 first = False
-            tensors = self.data.to_device(batch, self.device)
+            tensors = self._to_device(batch)
             self.batch += 1
             accumulates = self.batch % options.accumulate_grad_batches != 0 and self.batch < self.batches
             with self._synchronized(not accumulates):
@@ -268,14 +348,15 @@ class Loop:
     def _start_phase(self) -> Phase:
         """Set the phase of the epoch; if it is another one than before, let the method start it."""
         method = self.method
-        phase = method.phase_at(self.epoch, self.options.max_epochs)
+        phase = method.phase_at(self.epoch, self.epochs)
         self.task.start_epoch(self.epoch, phase)
         if phase.name != self.phase and type(method).start_phase is not Method.start_phase:
             seed_everything(derive_seed(self.config.seed, "phase", self.epoch) % 2**32, verbose=False)
             before = (
                 {key: value.clone() for key, value in self.task.state_dict().items()} if self.average else {}
             )
-            method.start_phase(phase, self._all_batches())
+            with self.task.skipping():
+                method.start_phase(phase, self._all_batches())
             if self.average is not None:
                 # an average of what it was with what it is would be neither
                 averages = self.average.module.state_dict()
@@ -317,8 +398,47 @@ class Loop:
 
     def _is_over(self) -> bool:
         """Return whether ``max_steps`` or ``max_time`` is reached."""
+        return self._out_of_steps() or self._out_of_time()
+
+    def _out_of_time(self) -> bool:
         timed = self.time_limit < math.inf
-        return self._out_of_steps() or (timed and self._on_any_rank(self.history.seconds >= self.time_limit))
+        return timed and self._on_any_rank(self.history.seconds >= self.time_limit)
+
+    def _end_reason(self) -> str | None:
+        """Return the option that ends the training after the present epoch, and say so if it ends early."""
+        most, by = self.options.max_epochs, None
+        if self.epoch >= self.epochs:
+            by = "max_epochs" if self.epochs == most else "max_time"
+        elif self.step and self._out_of_steps():
+            by = "max_steps"
+        elif self.patience.is_exhausted(self.history.rows, self.watched):
+            by = "patience"
+        elif self.step and self._out_of_time():
+            by = "max_time"
+        if self.epoch < most and self.fabric.is_global_zero:
+            if by == "patience":
+                waited = self.patience.waited(self.history.rows, self.watched)
+                log.info(
+                    "optim.patience %d: no better %s in %s, so the training ends after epoch %d of %d.",
+                    self.optim.patience, self.watched, counted(waited, "validation"), self.epoch, most,
+                )  # fmt: skip
+            elif by == "max_time":
+                log.info(
+                    "trainer.max_time %s: the training ends after epoch %d of %d.",
+                    self.options.max_time, self.epoch, most,
+                )  # fmt: skip
+        return by
+
+    @property
+    def watched(self) -> str:
+        """The metric that ``optim.patience`` looks at."""
+        return self.monitor or "val/top1"
+
+    @property
+    def patience(self) -> Patience:
+        """The count of ``optim.patience``."""
+        phases = [self.method.phase_at(epoch, self.epochs).name for epoch in range(self.epochs)]
+        return Patience(self.optim, phases, self.steps_per_epoch)
 
     def _out_of_steps(self) -> bool:
         return 0 <= self.options.max_steps <= self.step
@@ -370,7 +490,9 @@ class Loop:
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         if self.options.enable_progress_bar and self.fabric.is_global_zero:
-            print(history.line(self.options.max_epochs), file=sys.stderr)
+            erase_step()
+            print(history.line(self.epochs), file=sys.stderr)
+        self._plan_epochs()
         self._save(best=best)
         if self.fabric.is_global_zero:
             history.write()
@@ -417,6 +539,7 @@ class Loop:
             "scaler": self.fabric.strategy.precision.state_dict(),
             "history": self.history.state_dict(),
             "best": self.best,
+            "plan": {"epochs": self.epochs, "limits": self._limits()},
             "taken": None if self.method.taken is None else sorted(self.method.taken),
             "generators": generators,
             "files": self.files,
@@ -439,8 +562,10 @@ class Loop:
         self.fabric.strategy.precision.load_state_dict(saved["scaler"])
         self.history.load_state_dict(saved["history"])
 
-    def _continue_schedule(self, optimizer: torch.optim.Optimizer, position: int) -> None:
-        """Set the learning rates of a step. They differ from those of the checkpoint if the length has changed."""
+    def _continue_schedule(
+        self, optimizer: torch.optim.Optimizer, position: int, *, said: bool = True
+    ) -> None:
+        """Set the learning rates of a step. They differ from the present ones if the length has changed."""
         before = max(group["lr"] for group in optimizer.param_groups)
         # from the schedule of the present length, not from the checkpoint's: both are functions of the step
         state = self.scheduler.state_dict() | {"last_epoch": position - 1, "_step_count": position}
@@ -450,10 +575,10 @@ class Loop:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         now = max(group["lr"] for group in optimizer.param_groups)
-        if now != before and self.fabric.is_global_zero:
+        if said and now != before and self.fabric.is_global_zero:
             log.warning(
                 "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
-                self.optim.schedule, self.options.max_epochs, before, now,
+                self.optim.schedule, self.epochs, before, now,
             )  # fmt: skip
 
     def _seed(self) -> None:

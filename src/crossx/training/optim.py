@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from crossx.backbones import EarlyLayers
 from crossx.errors import UsageError
 from crossx.methods.base import Method, Phase
 from crossx.training.config import OptimConfig
@@ -18,7 +19,7 @@ ONE_CYCLE_RISE = 0.3
 
 
 def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
-    """Switch off gradients according to ``freeze_backbone`` and ``freeze_batch_norm``.
+    """Switch off gradients according to ``freeze_backbone``, ``freeze_stride`` and ``freeze_batch_norm``.
 
     Returns:
         The batch norm layers of the pretrained trunks to be kept in evaluation mode.
@@ -26,12 +27,32 @@ def freeze(method: Method, config: OptimConfig) -> list[nn.Module]:
     if config.freeze_backbone:
         for parameter in pretrained_parameters(method):
             parameter.requires_grad_(False)
-    if not (config.freeze_backbone or config.freeze_batch_norm):
-        return []
+    early = _early_modules(method, config)
+    frozen = {id(parameter) for module in early for parameter in module.parameters()}
+    for parameter in pretrained_parameters(method):
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
     norms = pretrained_norms(method)
+    if not (config.freeze_backbone or config.freeze_batch_norm):
+        norms = [norm for norm in norms if norm in early]
     for norm in norms:
         norm.requires_grad_(False)
     return norms
+
+
+def _early_modules(method: Method, config: OptimConfig) -> set[nn.Module]:
+    """Return the modules that ``freeze_stride`` keeps."""
+    if config.freeze_stride is None:
+        return set()
+    try:
+        layers = [
+            layer for trunk in method.trunks() for layer in EarlyLayers(trunk, config.freeze_stride).layers
+        ]
+    except UsageError as error:
+        raise UsageError(
+            f"optim.freeze_stride {config.freeze_stride}: {error} Give one of these, or null and optim.cached_views 0."
+        ) from error
+    return {module for layer in layers for module in layer.modules()}
 
 
 def pretrained_parameters(method: Method) -> list[nn.Parameter]:

@@ -16,8 +16,8 @@ CPUS = ("auto", "cpu")
 def resolve_precision(options: TrainerConfig) -> tuple[TrainerConfig, str]:
     """Replace the precision ``auto`` by the one that this machine computes fastest in.
 
-    That is ``bf16-mixed`` on a GPU with bfloat16 (compute capability 8 or above) and on a processor with AMX, else
-    ``32``. Without AMX, bfloat16 is slower than float32 on a CPU, even where AVX-512 has instructions for it.
+    That is ``bf16-mixed`` on a GPU with bfloat16 (compute capability 8 or above) and on a processor with AMX or
+    AVX512_BF16, else ``32``: a processor without these instructions is several times slower in bfloat16.
 
     Returns:
         The options, and the reason for the choice; empty if the precision was given.
@@ -41,13 +41,13 @@ def _choose(accelerator: str) -> tuple[Precision, str]:
             return "bf16-mixed", "the GPU computes in bfloat16"
         return "32", "the GPU has no bfloat16"
     if accelerator in CPUS:
-        if has_amx():
-            return "bf16-mixed", "the processor has AMX"
-        return "32", "the processor has no AMX"
+        if has_bfloat16():
+            return "bf16-mixed", "the processor computes in bfloat16"
+        return "32", "the processor has no bfloat16"
     return "32", f"accelerator {accelerator}"
 
 
-def has_amx() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in tiles (Intel AMX)."""
-    supported: bool = torch.cpu._is_amx_tile_supported()
+def has_bfloat16() -> bool:
+    """Whether this processor has instructions for products in bfloat16: AVX512_BF16, which AMX includes."""
+    supported: bool = torch.cpu._is_avx512_bf16_supported()
     return supported

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from crossx.evaluation.progress import progress_bar
+from crossx.terminal import paused_steps
 
 DRAWN_PER_SECOND = 4
 
@@ -34,13 +36,17 @@ class Bar:
         )
         self._task = self._progress.add_task("", numbers="")
         self._next = 0.0
+        self._steps = ExitStack()
 
     def __enter__(self) -> Bar:
+        if not self._progress.disable:
+            self._steps.enter_context(paused_steps())
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        self._steps.close()
 
     def start(self, description: str, total: int, done: int = 0) -> None:
         """Restart at ``done`` of ``total`` batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method, Phase
 from crossx.training.config import OptimConfig
 from crossx.training.optim import freeze, pretrained_norms, pretrained_parameters, untrained_norms
+from crossx.training.views import early_layers
 
 
 class Task(nn.Module):
@@ -42,6 +44,8 @@ class Task(nn.Module):
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         self.frozen_at_first = [p for p in pretrained_parameters(method) if p.requires_grad]
         self.frozen = False
+        self.early = early_layers(method, config)
+        self.takes_maps = False
         if config.recompute_activations:
             for trunk in method.trunks():
                 trunk.recompute_activations()
@@ -108,18 +112,23 @@ class Task(nn.Module):
         """Return the loss of a batch, and the metrics to report as scalars on the device.
 
         Args:
-            images: Normalised images (B, 3, H, W).
+            images: Normalised images (B, 3, H, W), or the maps of the early layers if ``takes_maps``.
             targets: int64 (B,).
             *parts: (B, N, 3), only for a method that uses parts.
         """
         if self.mix is not None:
             images, targets = self.mix(images, targets)
-        objective = self.objective(images.to(memory_format=self.memory_format), targets, *parts)
+        with self.skipping():
+            objective = self.objective(images.to(memory_format=self.memory_format), targets, *parts)
         # a mixed image counts as its dominant class
         labels = targets.argmax(1) if targets.ndim == 2 else targets  # (B, K) -> (B,)
         top1 = batch_mean((objective.logits.detach().argmax(1) == labels).float().mean(), len(labels))
         numbers = {"loss": objective.loss, **objective.terms, **objective.measures, "top1": top1}
         return objective.loss, {name: value.detach().float() for name, value in numbers.items()}
+
+    def skipping(self) -> AbstractContextManager[None]:
+        """Return a context in which the method takes stored maps in place of images, if ``takes_maps``."""
+        return self.early.skipped() if self.early is not None and self.takes_maps else nullcontext()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the prediction (B, K) in float32 for normalised images (B, 3, H, W)."""

@@ -15,19 +15,12 @@ from crossx.data.images import read_image
 from crossx.data.readers.table import read_table
 from crossx.errors import CrossXError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "crossx" / "embedded"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    paths = [tmp_path_factory.mktemp("images") / f"{number}.jpg" for number in range(8)]
-    for number, path in enumerate(paths):
-        layouts.write_image(path, number % 2, number)
-    return [path.read_bytes() for path in paths]
+@pytest.fixture(scope="module", name="images")
+def eight_images(images: list[bytes]) -> list[bytes]:
+    return images[:8]
 
 
 def write(folder: Path, metadata: dict[str, Any] | None = None, **columns: Any) -> Path:

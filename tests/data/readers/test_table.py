@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import os
 import re
 import tempfile
@@ -479,3 +480,47 @@ def test_lines_are_counted_from_the_separators_line(tmp_path: Path) -> None:
 def test_a_table_of_nothing_but_system_files(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match="all 2 rows name system files"):
         read_table(write(tmp_path, "path,label\n__MACOSX/._a,x\n._b,y\n"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "several"),
+    [
+        (["cat|dog", "dog;bird", "cat"], True),
+        (["['cat', 'dog']", "['dog']", "['cat', 'bird']"], True),
+        (["cat, dog", "dog, bird", "cat, bird", "cat"], True),
+        # a note says that it is one class
+        (["cat|dog", "dog", "cat", "cat|dog"], False),
+        (["Corvus corax, 1758", "Turdus merula, 1758", "Pica pica, 1758"], False),
+        (["Audi A4 (2012, red)", "Audi A5 (2012, red)", "BMW"], False),
+        (["cat;", "dog;", "bird;"], False),
+    ],
+)
+def test_tables_with_several_labels_per_image_are_refused(
+    tmp_path: Path, labels: list[str], several: bool
+) -> None:
+    path = tmp_path / "birds.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("path", "label"), *((f"{n}.jpg", label) for n, label in enumerate(labels))]
+        )
+    if several:
+        with pytest.raises(CrossXError, match=r"labels look like several, such as .* one label per image"):
+            read_table(path, test_fraction=0)
+    else:
+        assert len(read_table(path, test_fraction=0).classes) == len({*labels})
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_column_per_class_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"birds{suffix}"
+    columns = {"path": ["a.jpg", "b.jpg"], "cat": [1, 0], "dog": [1, 1], "size": [1, 5]}
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif suffix == ".csv":
+        path.write_text("path,cat,dog,size\na.jpg,1,1,1\nb.jpg,0,1,5\n")
+    else:
+        path.write_text("".join(json.dumps({k: v[n] for k, v in columns.items()}) + "\n" for n in range(2)))
+    with pytest.raises(
+        CrossXError, match=r"no column 'label', and 'cat', 'dog' hold only 0 and 1, .* one label per"
+    ):
+        read_table(path)

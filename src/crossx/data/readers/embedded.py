@@ -6,9 +6,9 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crossx.caches import cache_folder
 from crossx.data.readers.parquet_bounds import require_bounded
@@ -23,6 +23,20 @@ COLUMNS = ("image", "bytes", "img")
 _ROWS = 64
 
 log = logging.getLogger(__name__)
+
+
+class EncodedImage(NamedTuple):
+    """The bytes of an encoded image and its name, or the name of a file elsewhere."""
+
+    data: bytes | None
+    name: str | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> EncodedImage:
+        """Return what a row holds: bytes, or a mapping with ``bytes`` and ``path``."""
+        return cls(value["bytes"], value.get("path")) if isinstance(value, Mapping) else cls(value)
+
+
 _LIST = "files.json"
 
 
@@ -45,9 +59,9 @@ def is_encoded_image(kind: pa.DataType) -> bool:
 
 
 def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
-    """Return the image file of each row, unpacked into the cache unless they are there already.
+    """Return the image file of each row of a Parquet file, see ``unpack_images``.
 
-    A struct without bytes names a file, relative to the table's folder. A row without an image is None.
+    A struct without bytes names a file, relative to the table's folder.
 
     Args:
         path: The Parquet file.
@@ -55,11 +69,31 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
         column: The column of encoded images.
 
     Raises:
-        CrossXError: If the cache cannot be written or its list of files is damaged, or the images take more space than
-            the file's size explains, see ``parquet_bounds``.
+        CrossXError: As ``unpack_images``, or if the images take more space than the file's size explains, see
+            ``parquet_bounds``.
     """
     status = path.stat()
     key = repr((1, str(path.absolute()), status.st_size, status.st_mtime_ns, column))
+    return unpack_images(path, key, lambda: _read(path, table, column), path.parent)
+
+
+def unpack_images(
+    path: Path, key: str, read: Callable[[], Iterator[EncodedImage]], base: Path
+) -> list[Path | None]:
+    """Return the image file of each row, unpacked into the cache unless they are there already.
+
+    Args:
+        path: Where the images are from, for messages.
+        key: Text that changes when the images do.
+        read: Yields each row's encoded image, called only if they have to be unpacked.
+        base: Folder of images that are only named.
+
+    Returns:
+        A file per row; None for a row without an image.
+
+    Raises:
+        CrossXError: If the cache cannot be written or its list of files is damaged.
+    """
     folder = cache_folder() / "crossx" / "embedded" / hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
     if not folder.is_dir():
         log.info("Unpacking the images of %s into %s", path, folder)
@@ -68,7 +102,7 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
             with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
                 part = Path(temporary) / folder.name
                 part.mkdir()
-                names = list(_write(path, table, column, part))
+                names = [_write(number, image, part) for number, image in enumerate(read())]
                 write_json(part / _LIST, {"files": names})
                 if not folder.is_dir():  # else another process was faster
                     part.rename(folder)
@@ -77,32 +111,32 @@ def unpack(path: Path, table: pq.ParquetFile, column: str) -> list[Path | None]:
                 raise storage_error(folder, error) from error
     listed = read_json(folder / _LIST)
     return [
-        None if name is None else folder / name[1:] if name[0] == "+" else path.parent / name[1:]
+        None if name is None else folder / name[1:] if name[0] == "+" else base / name[1:]
         for name in listed["files"]
     ]
 
 
-def _write(path: Path, table: pq.ParquetFile, column: str, folder: Path) -> Iterator[str | None]:
-    """Write the images and yield, per row, ``+`` and the name in ``folder``, ``-`` and the name elsewhere, or None."""
+def _read(path: Path, table: pq.ParquetFile, column: str) -> Iterator[EncodedImage]:
     bounds = require_bounded(path, [column])
-    row = size = 0
+    size = 0
     for batch in table.iter_batches(bounds.rows(_ROWS), columns=[column]):
         for value in batch.column(0).to_pylist():
-            data, name = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
-            if data is None:
-                yield f"-{name}" if name else None
-            else:
-                size += len(data)
-                bounds.check(size)
-                plain = PurePosixPath(PureWindowsPath(name or "").name).name
-                target = (
-                    f"{row:07d}_{plain}"
-                    if 0 < len(os.fsencode(plain)) <= 200
-                    else f"{row:07d}{_suffix(data)}"
-                )
-                (folder / target).write_bytes(data)
-                yield f"+{target}"
-            row += 1
+            image = EncodedImage.of(value)
+            size += len(image.data or b"")
+            bounds.check(size)
+            yield image
+
+
+def _write(row: int, image: EncodedImage, folder: Path) -> str | None:
+    """Write an image; return ``+`` and its name in ``folder``, ``-`` and the name of one elsewhere, or None."""
+    data, name = image
+    if data is None:
+        return f"-{name}" if name else None
+    plain = PurePosixPath(PureWindowsPath(name or "").name).name
+    short = 0 < len(os.fsencode(plain)) <= 200
+    target = f"{row:07d}_{plain}" if short else f"{row:07d}{_suffix(data)}"
+    (folder / target).write_bytes(data)
+    return f"+{target}"
 
 
 def _suffix(data: bytes) -> str:

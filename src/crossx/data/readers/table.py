@@ -7,26 +7,30 @@ import csv
 import gzip
 import io
 import json
-import math
-import os
 import re
-import unicodedata
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossx.data.index import DatasetIndex, Record, hold_out_test
-from crossx.data.leftovers import is_system_path
-from crossx.data.names import class_name, class_notes, split_name, words_of
+from crossx.data.index import DatasetIndex
 from crossx.data.readers.embedded import image_column, unpack
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.data.readers.parsing import MAX_FILE
+from crossx.data.readers.rows import (
+    COLUMNS,
+    ONE_LABEL,
+    WANTED,
+    LabelTable,
+    field_text,
+    index_rows,
+    indicator_columns,
+    resolved,
+    split_notes,
+)
 from crossx.errors import CrossXError, UsageError, counted, first_few, first_line
-from crossx.runs import is_utf8
+from crossx.extras import require
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.suggestions import nearest
 from crossx.text import read_bytes
@@ -35,33 +39,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-COLUMNS = ("path", "label")
 SUFFIXES = (".csv", ".parquet", ".tsv", ".jsonl", ".ndjson")
 """Names of files that are tables wherever a path is given; text tables may also end in ``.gz``."""
 _TEXT_SUFFIXES = (*SUFFIXES, ".txt", ".tab")
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
-_SPLIT_WORDS = {
-    *[
-        "split",
-        "set",
-        "subset",
-        "fold",
-        "phase",
-        "usage",
-        "partition",
-        "mode",
-        "stage",
-        "dataset",
-        "kfold",
-        "cv",
-    ]
-}
-_SPLIT_MARKS = {
-    *["is", "in", "for", "use", "name", "data", "type", "id", "no"],
-    *_SPLIT_WORDS,
-}
-_ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]+://")
 _SAMPLE = 1000
 _SHOWN = 5
 
@@ -90,35 +72,7 @@ def read_table(path: Path, *, test_fraction: float = 0.2, split_seed: int = 0) -
             number.
         UsageError: If it is no table, or ``test_fraction`` is out of range.
     """
-    table = _read(path, COLUMNS)
-    has_split = "split" in table.columns
-    problems: list[str] = []
-    rows: list[_Row] = []
-    skipped: list[str] = []
-    for place, fields in table.rows:
-        name = (
-            fields["path"] if isinstance(fields["path"], Path) else _text(path, place, "path", fields["path"])
-        )
-        if isinstance(name, str) and is_system_path(name):
-            skipped.append(repr(name))
-            continue
-        label = class_name(_text(path, place, "label", fields["label"]))
-        split = _text(path, place, "split", fields["split"]) if has_split else "train"
-        file = _resolved(path.parent, name, place, problems) if name else None
-        rows.append(_Row(place, file, str(name), label, split, split_name(split)))
-    if not rows:
-        raise CrossXError(f"{path}: all {len(skipped):,} rows name system files. Fix the table.")
-    _check(path, rows, problems)
-    classes = _classes(path, rows)
-    labels = {name: label for label, name in enumerate(classes)}
-    records = [Record(row.file, labels[row.label], row.named[0]) for row in rows if row.file and row.named[0]]
-    if not has_split:
-        folder = records[0].path.parent if table.embedded else path.parent
-        records = hold_out_test(records, classes, folder, test_fraction, split_seed)
-    notes = [*table.notes, *class_notes(classes)]
-    if skipped:
-        notes.append(f"skipped {counted(len(skipped), 'row')} of system files: {first_few(skipped, _SHOWN)}")
-    return DatasetIndex(name="table", classes=tuple(classes), records=tuple(records), notes=tuple(notes))
+    return index_rows("table", path, _read(path, COLUMNS), test_fraction, split_seed)
 
 
 def read_paths(path: Path) -> list[Path]:
@@ -130,10 +84,10 @@ def read_paths(path: Path) -> list[Path]:
     """
     files, problems = [], list[str]()
     for place, fields in _read(path, ("path",)).rows:
-        name = _text(path, place, "path", fields["path"])
+        name = field_text(path, place, "path", fields["path"])
         if not name:
             raise CrossXError(f"{path}: {place}: path empty. Fix the table.")
-        files.append(_resolved(path.parent, name, place, problems))
+        files.append(resolved(path.parent, name, place, problems))
     if problems:
         raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
     return files
@@ -147,7 +101,7 @@ def read_names(path: Path) -> list[tuple[str, str]]:
         UsageError: If it is no table.
     """
     rows = _read(path, ("path",), may_be_empty=True).rows
-    return [(place, _text(path, place, "path", fields["path"])) for place, fields in rows]
+    return [(place, field_text(path, place, "path", fields["path"])) for place, fields in rows]
 
 
 def is_table(path: Path) -> bool:
@@ -156,27 +110,7 @@ def is_table(path: Path) -> bool:
     return name.suffix.lower() in SUFFIXES
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    place: str
-    file: Path | None
-    path: str
-    label: str
-    split: str
-    named: tuple[str | None, tuple[str, ...]]
-
-
-@dataclass
-class _Table:
-    """The columns in use, their rows (place, as an editor or viewer calls it, and fields), and notes."""
-
-    columns: Sequence[str]
-    rows: Iterable[tuple[str, Mapping[str, Any]]]
-    embedded: bool = False
-    notes: list[str] = field(default_factory=list)
-
-
-def _read(path: Path, required: Sequence[str], *, may_be_empty: bool = False) -> _Table:
+def _read(path: Path, required: Sequence[str], *, may_be_empty: bool = False) -> LabelTable:
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     if path.is_dir():
         raise UsageError(f"{path}: is a folder. --data.root takes the table itself.{_tables_in(path)}")
@@ -194,6 +128,7 @@ def _read(path: Path, required: Sequence[str], *, may_be_empty: bool = False) ->
         raise CrossXError(f"{path}: is a pipe or device, not a file.")
     try:
         if suffix == ".parquet":
+            require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
             table = _parquet(path, required)
         else:
             table = (_json_lines if suffix in (".jsonl", ".ndjson") else _csv)(path, _decoded(path), required)
@@ -241,7 +176,7 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
+def _csv(path: Path, text: str, required: Sequence[str]) -> LabelTable:
     given = re.match(r'"?sep=([^\r\n])"?(\r\n?|\n)', text, re.IGNORECASE)
     body = text[given.end() :] if given else text
     before = int(given is not None)
@@ -259,7 +194,11 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
                 f"{path}: the separator of {header[0]!r} is not known: a {', '.join(marks)} or {last} is."
             )
         columns = _columns(
-            path, header, required, f" The first line names the columns: {', '.join(required)}."
+            path,
+            header,
+            required,
+            lambda: _csv_columns(header, list(islice(reader, _SAMPLE))),
+            f" The first line names the columns: {', '.join(required)}.",
         )
         for fields in reader:
             if not any(value.strip() for value in fields[len(header) :]):
@@ -284,7 +223,11 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> _Table:
     # a table of predictions, see predict/outputs.py
     read = unescape_formula if {"probability", "error"} <= {*header} else str
     used = [(place, {name: read(fields[index]) for name, index in columns.items()}) for place, fields in rows]
-    return _Table(list(columns), used, notes=_split_notes(columns, others))
+    return LabelTable(list(columns), used, notes=split_notes(columns, others))
+
+
+def _csv_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    return {name: [row[index] for row in rows if index < len(row)] for index, name in enumerate(header)}
 
 
 def _separator(text: str, required: Sequence[str]) -> str:
@@ -298,7 +241,7 @@ def _separator(text: str, required: Sequence[str]) -> str:
     return max(fitting or _SEPARATORS, key=lambda mark: len(parts[mark]))
 
 
-def _json_lines(path: Path, text: str, required: Sequence[str]) -> _Table:
+def _json_lines(path: Path, text: str, required: Sequence[str]) -> LabelTable:
     rows: list[tuple[str, dict[str, Any]]] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -311,7 +254,12 @@ def _json_lines(path: Path, text: str, required: Sequence[str]) -> _Table:
             raise CrossXError(f"{path}: line {number}: is not a JSON object, one per line.")
         rows.append((f"line {number}", values))
     header = list(dict.fromkeys(name for _, values in rows for name in values))
-    columns = _columns(path, header, required)
+    columns = _columns(
+        path,
+        header,
+        required,
+        lambda: {name: [values.get(name) for _, values in rows[:_SAMPLE]] for name in header},
+    )
     others = {
         name: [values.get(name) for _, values in rows[:_SAMPLE]]
         for index, name in enumerate(header)
@@ -321,10 +269,10 @@ def _json_lines(path: Path, text: str, required: Sequence[str]) -> _Table:
         (place, {name: values.get(header[index]) for name, index in columns.items()})
         for place, values in rows
     ]
-    return _Table(list(columns), used, notes=_split_notes(columns, others))
+    return LabelTable(list(columns), used, notes=split_notes(columns, others))
 
 
-def _parquet(path: Path, required: Sequence[str]) -> _Table:
+def _parquet(path: Path, required: Sequence[str]) -> LabelTable:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -333,10 +281,10 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
             schema = file.schema_arrow
             image = image_column(schema) if "label" in required else None
             needed = [name for name in required if name != "path" or image is None]
-            columns = _columns(path, schema.names, needed)
+            columns = _columns(path, schema.names, needed, lambda: _plain_columns(path, file, schema))
             kinds = {name: schema.types[index] for name, index in columns.items()}
             for name, index in columns.items():
-                _require_text(path, name, schema.field(index))
+                require_text(path, name, schema.field(index))
             values = read_columns(path, file, {name: schema.names[index] for name, index in columns.items()})
             if image is not None:
                 values["path"] = unpack(path, file, schema.names[image])
@@ -365,8 +313,20 @@ def _parquet(path: Path, required: Sequence[str]) -> _Table:
         (f"row {number}", dict(zip(values, fields, strict=True)))
         for number, fields in enumerate(zip(*values.values(), strict=True), start=1)
     ]
-    notes = _split_notes(columns, others)
-    return _Table(list(columns), used, embedded=image is not None, notes=notes)
+    notes = split_notes(columns, others)
+    return LabelTable(list(columns), used, embedded=image is not None, notes=notes)
+
+
+def _plain_columns(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> dict[str, list[Any]]:
+    """Return the first values of the columns that are neither nested nor bytes."""
+    import pyarrow as pa
+
+    plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    return {
+        name: _first_values(path, file, name)
+        for name, kind in zip(schema.names, schema.types, strict=True)
+        if any(check(kind) for check in plain)
+    }
 
 
 def _first_values(path: Path, file: pq.ParquetFile, name: str) -> list[Any]:
@@ -390,7 +350,17 @@ def _class_labels(schema: pa.Schema, columns: Mapping[str, int]) -> list[str] | 
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _require_text(path: Path, name: str, field: pa.Field) -> None:
+def require_text(path: Path, name: str, field: pa.Field) -> None:
+    """Refuse a column whose type is neither text nor whole numbers.
+
+    Args:
+        path: The table, for the message.
+        name: ``path``, ``label`` or ``split``.
+        field: The column.
+
+    Raises:
+        CrossXError: If it holds lists, structs, dates or values of an extension type.
+    """
     import pyarrow as pa
 
     kind = field.type
@@ -400,14 +370,25 @@ def _require_text(path: Path, name: str, field: pa.Field) -> None:
     if isinstance(kind, pa.BaseExtensionType):  # one that is known in this process
         extension = str(kind)
     if pa.types.is_nested(value) or pa.types.is_temporal(value) or pa.types.is_interval(value) or extension:
-        raise CrossXError(f"{path}: column {name!r} holds {extension or kind}: {_WANTED[name]}.")
+        raise CrossXError(f"{path}: column {name!r} holds {extension or kind}: {WANTED[name]}.")
 
 
-def _columns(path: Path, header: Sequence[Any], required: Sequence[str], hint: str = "") -> dict[str, int]:
+def _columns(
+    path: Path,
+    header: Sequence[Any],
+    required: Sequence[str],
+    first_values: Callable[[], Mapping[str, Sequence[Any]]],
+    hint: str = "",
+) -> dict[str, int]:
     """Return column -> position; case and surrounding blanks are ignored."""
     names = [str(name).strip().lower() for name in header]
     found = ", ".join(repr(name) for name in header)
     for name in required:
+        if name == "label" and name not in names and (classes := indicator_columns(first_values())):
+            raise CrossXError(
+                f"{path}: there is no column 'label', and {first_few([repr(found) for found in classes], _SHOWN)} hold "
+                f"only 0 and 1, as columns of classes do: {ONE_LABEL}. Write the name of its class into a column label."
+            )
         if name not in names:
             raise CrossXError(
                 f"{path}: there is no column {name!r}.{nearest(name, [*header])} Columns found: {found or 'none'}."
@@ -418,148 +399,6 @@ def _columns(path: Path, header: Sequence[Any], required: Sequence[str], hint: s
         if names.count(name) > 1:
             raise CrossXError(f"{path}: two columns are called {name!r}. Columns found: {found}.")
     return {name: names.index(name) for name in columns}
-
-
-def _split_notes(columns: Mapping[str, int], others: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Return a note on columns that seem to be the split, if there is no column ``split``."""
-    if "split" in columns or "label" not in columns:
-        return []
-    found = [name for name, values in others.items() if _is_split(str(name), values)]
-    if not found:
-        return []
-    listed = first_few([repr(name) for name in found], _SHOWN)
-    return [
-        f"the column {listed} seems to be a split and is not read, since it is not called 'split': a random test split "
-        "is drawn. To use it, rename it and write train, val or test in it"
-        if len(found) == 1
-        else f"the columns {listed} seem to be splits and are not read, since none is called 'split': a random test "
-        "split is drawn. To use one, rename it and write train, val or test in it"
-    ]
-
-
-def _is_split(name: str, values: Sequence[Any]) -> bool:
-    """Return whether a column's name or values are those of a split."""
-    different = {
-        (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()
-        for value in values
-        if value is not None
-    } - {""}
-    if different and all(split_name(value)[0] and not split_name(value)[1] for value in different):
-        return True
-    words = words_of(name)
-    splits = [word for word in words if split_name(word)[0]]
-    known = splits or any(word in _SPLIT_WORDS or word.removesuffix("split") != word for word in words)
-    few = len(different) <= 20
-    return bool(
-        words and known and few and all(w in _SPLIT_MARKS or split_name(w)[0] or "split" in w for w in words)
-    )
-
-
-_WANTED = {
-    "path": "a path is text",
-    "label": "a label is text or a whole number, one per image",
-    "split": "a split is text",
-}
-
-
-def _text(path: Path, place: str, column: str, value: Any) -> str:
-    """Write a field as text, a whole number without ``.0`` (pandas stores it as a float next to empty fields).
-
-    Raises:
-        CrossXError: If it is something else than text, a whole number or a boolean.
-    """
-    kind = type(value).__name__
-    match value:
-        case None:
-            return ""
-        case str() if column == "path" and not is_utf8(value):
-            kind = "text that is not valid Unicode"
-        case str():
-            return value.strip()
-        case bool() | int():
-            return str(value)
-        case float() | Decimal():
-            if value != value:
-                return ""
-            if math.isfinite(value) and value == int(value):
-                return str(int(value))
-            kind = f"numbers with a fraction, such as {value}"
-        case bytes():
-            try:
-                return value.decode("utf-8").strip()
-            except UnicodeDecodeError:
-                kind = "bytes that are not UTF-8 text"
-        case list() | tuple():
-            kind = "lists"
-        case dict():
-            kind = "objects with fields"
-    raise CrossXError(f"{path}: {place}: column {column!r} holds {kind}: {_WANTED[column]}.")
-
-
-def _resolved(folder: Path, name: str | Path, place: str, problems: list[str]) -> Path:
-    """Return a row's file: as written, with backslashes as separators, or in another Unicode form.
-
-    Args:
-        folder: The table's folder.
-        name: The path in the table.
-        place: The row, for problems.
-        problems: A line is added for a URL or a path of a Windows drive.
-    """
-    file = folder / name
-    if (
-        isinstance(name, Path)
-        or (name.isascii() and "\\" not in name and ":" not in name)
-        or os.path.exists(file)
-    ):
-        return file
-    for text in (name, name.replace("\\", "/")):
-        for form in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
-            if os.path.isfile(folder / form):
-                return folder / form
-    if _ELSEWHERE.match(name):
-        what = "on a Windows drive: write paths below the table"
-        if "://" in name:
-            is_file = name.lower().startswith("file:")
-            what = f"a URL: {'write the path without file://' if is_file else 'download the images'}"
-        problems.append(f"{place}: {name!r} is {what}")
-    return file
-
-
-def _check(path: Path, rows: Sequence[_Row], problems: list[str]) -> None:
-    seen: dict[str, _Row] = {}
-    for row in rows:
-        empty = [name for name in (*COLUMNS, "split") if not getattr(row, name)]
-        if empty:
-            problems.append(f"{row.place}: {' and '.join(empty)} empty")
-            continue
-        split, rest = row.named
-        if split is None or rest:
-            problems.append(f"{row.place}: split {row.split!r} is not one of train, val, test")
-        elif split == "unclear":
-            problems.append(f"{row.place}: split {row.split!r} may be val or test: write one of these")
-        first = seen.setdefault(os.path.normpath(str(row.file)), row)
-        if first is not row:
-            other = f" with the label {first.label!r}, here {row.label!r}" if first.label != row.label else ""
-            problems.append(f"{row.place}: {row.path!r} is already in {first.place}{other}")
-    if problems:
-        raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
-
-
-def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
-    """Return the class names in label order, each with at least one training image."""
-    first: dict[str, _Row] = {}
-    for row in rows:
-        first.setdefault(row.label, row)
-    trained = {row.label for row in rows if row.named[0] == "train"}
-    unseen = [f"{label!r} ({row.place}, {row.split})" for label, row in first.items() if label not in trained]
-    if unseen:
-        raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
-    if len(first) == 1:
-        raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
-    # Python refuses to convert thousands of digits
-    if all(re.fullmatch(r"-?[0-9]{1,1000}", label) for label in first):
-        return sorted(first, key=lambda label: (int(label), label))
-    return sorted(first)
 
 
 def _tables_in(folder: Path) -> str:

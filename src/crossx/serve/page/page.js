@@ -1,9 +1,11 @@
 import { Failure, describe, explain, predict, useKey } from "./service.js";
 
 const MEGABYTE = 1_000_000;
+const PHOTO = -1;        // in place of a map's number: the picture without a map
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 
 let limits = null;       // the answer of GET /model
+let names = new Map();   // class -> its name as people read it
 let picture = null;      // the current file
 let maps = new Map();    // target, or null for the maps of the parts -> the answer of /explain
 let shown = null;        // the answer that is shown
@@ -98,8 +100,15 @@ async function look(options) {
   }
   say(`Classifying ${picture.name} …`);
   await keep(options);
-  const prediction = await predict(picture, options);
-  showPrediction(prediction);
+  await preview(options);
+  let prediction;
+  try {
+    prediction = await predict(picture, options);
+    showPrediction(prediction);
+  } catch (failure) {
+    if (!options.signal.aborted) at.result.hidden = true;
+    throw failure;
+  }
   showSimilar(prediction.neighbors ?? []);
   if (limits.explains) await showMaps(null, options);
 }
@@ -114,8 +123,30 @@ async function keep({ signal }) {
   picture = new File([content], name, { type });
 }
 
+// Show the whole picture at once. A format that the browser cannot draw, but the service may read, has no preview.
+async function preview({ signal }) {
+  const source = await new Promise((resolve) => {
+    const reader = new FileReader();
+    reader.addEventListener("loadend", () => resolve(reader.result));
+    reader.readAsDataURL(picture);
+  });
+  const image = Object.assign(new Image(), { src: source ?? "" });
+  const drawable = await image.decode().then(() => true, () => false);
+  signal.throwIfAborted();
+  at.looks.hidden = !drawable;
+  if (!drawable) return;
+  at.seen.src = source;
+  at.seen.alt = picture.name;
+  at.caption.textContent = picture.name;
+  at.overlay.hidden = true;
+  at.seen.classList.remove("grey");
+  at.regions.toggleAttribute("hidden", true);
+  at.result.hidden = false;
+}
+
 async function introduce(options) {
   limits = await describe(options);
+  names = new Map(limits.classes.map((label, number) => [label, limits.display_names[number]]));
   const { model, classes, explains, max_upload_mb: megabytes, max_pixels: pixels } = limits;
   at["key-form"].hidden = true;
   at["top-hint"].hidden = !explains;
@@ -177,17 +208,16 @@ function clear() {
   running.abort();
   say("");
   at.error.textContent = "";
-  at.result.hidden = true;
+  at.result.hidden = at.answer.hidden = at.named.hidden = at.looks.hidden = at.maps.hidden = true;
   picture = null;
   maps = new Map();
   shown = null;
 }
 
 function showPrediction({ label, probability, top }) {
-  at.named.replaceChildren(label, " ", made("span", { className: "quiet", textContent: percent(probability) }));
+  at.named.replaceChildren(named(label), " ", made("span", { className: "quiet number", textContent: percent(probability) }));
   at.top.replaceChildren(...top.map(ranked));
-  at.maps.hidden = at.looks.hidden = true;
-  at.result.hidden = false;
+  at.result.hidden = at.answer.hidden = at.named.hidden = false;
   at.named.focus();
 }
 
@@ -207,7 +237,7 @@ function ranked({ label, probability }) {
   bar.firstChild.style.width = `${100 * probability}%`;
   const button = made("button", { type: "button", value: label, disabled: !limits.explains });
   button.append(
-    made("span", { className: "label", textContent: label }), bar,
+    made("span", { className: "label", textContent: named(label) }), bar,
     made("span", { className: "number", textContent: percent(probability) }),
   );
   button.setAttribute("aria-pressed", "false");
@@ -225,16 +255,17 @@ at.back.addEventListener("click", async () => {
 
 async function showMaps(target, options) {
   if (!maps.has(target)) {
-    say(target === null ? "Computing where the network looks …" : `Computing the evidence for ${target} …`);
+    say(target === null ? "Computing where the network looks …" : `Computing the evidence for ${named(target)} …`);
     maps.set(target, await explain(picture, target, options));
   }
   const { image, overlays, size, boxes } = maps.get(target);
   // keep the same map selected when the class changes, for comparison
   const comparing = shown && shown.target !== null && target !== null;
-  const number = comparing ? chosen() : overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
+  const last = overlays.findIndex(({ stage }) => stage === overlays.at(-1).stage);
+  const number = comparing ? chosen() : shown || target !== null ? last : PHOTO;
   shown = { target, overlays };
 
-  at["maps-name"].textContent = target === null ? "Where the network looks" : `Evidence for ${target}`;
+  at["maps-name"].textContent = target === null ? "Where the network looks" : `Evidence for ${named(target)}`;
   at.back.hidden = target === null;
   for (const button of at.top.querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(button.value === target));
@@ -272,11 +303,16 @@ function framed(box, number, size) {
 
 at.outline.addEventListener("change", () => at.regions.toggleAttribute("hidden", !at.outline.checked));
 
-// The number of the selected map, -1 for the picture without a map.
+// The number of the selected map, or PHOTO.
 const chosen = () => Number(at.choices.querySelector(":checked").value);
 
 at.choices.addEventListener("change", () => choose(chosen()));
-at.strength.addEventListener("input", () => (at.overlay.style.opacity = at.strength.value / 100));
+at.strength.addEventListener("input", mix);
+
+function mix() {
+  at.overlay.style.opacity = at.strength.value / 100;
+  at.share.textContent = `${at.strength.value}%`;
+}
 
 function choose(number) {
   const map = shown.overlays[number];
@@ -295,7 +331,7 @@ function columns(image, overlays) {
     stages.set(map.stage, [...tiles, choice(image, number, text, nameOf(map), map.png)]);
   }
   at.choices.style.setProperty("--columns", 1 + stages.size);
-  const alone = column("picture", [choice(image, -1, "no map", "picture, no map")]);
+  const alone = column("picture", [choice(image, PHOTO, "no map", "picture, no map")]);
   return [alone, ...[...stages].map(([stage, tiles]) => column(stage, tiles))];
 }
 
@@ -316,6 +352,7 @@ function choice(image, number, text, name, map) {
   return label;
 }
 
+const named = (label) => names.get(label) ?? label;
 const nameOf = ({ stage, part }) => (part === null ? `${stage} map` : `${stage} part ${part}`);
 const png = (base64) => `data:image/png;base64,${base64}`;
 const made = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
@@ -324,6 +361,7 @@ const drawn = (tag, attributes = {}) => {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
 };
-const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
+const percent = (share) => (share > 0 && share < 0.001 ? "<\u00a00.1%" : `${(100 * share).toFixed(1)}%`);
 
+mix();  // a browser that restores the page keeps the slider's value
 attempt(introduce);

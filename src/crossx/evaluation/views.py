@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from crossx.data.geometry import resized_side
 from crossx.data.transforms import batch_images, eval_transform, square_transform
 from crossx.errors import UsageError
-from crossx.predict.inputs import OneImage, decode
 from crossx.runs import Preprocessing
 
 CROPS = (1, 5)
 
 
+def views_key(*, flip: bool, crops: int) -> str:
+    """Return the key in ``model.json`` of what was calibrated for these views: ``1``, ``1+flip``, ``5``, ``5+flip``."""
+    return f"{crops}+flip" if flip else str(crops)
+
+
+def has_crops(preprocessing: Preprocessing) -> bool:
+    """Whether the resized image is larger than the crop, so that 5 crops differ."""
+    return resized_side(preprocessing) > preprocessing.image_size
+
+
 class Views:
-    """Prepare images and split them into views.
+    """Split prepared images into views.
 
     Args:
         preprocessing: Preprocessing of the run.
         flip: Whether to add the mirror image of each view.
         crops: 1, the centre, or 5, the four corners of the resized image's central square and its centre.
+
+    Attributes:
+        transform: Prepares a decoded image, see ``Predictor.prepare``.
 
     Raises:
         UsageError: If the crops are not possible.
@@ -34,20 +46,17 @@ class Views:
         self._side = preprocessing.image_size
         if crops not in CROPS:
             raise UsageError(f"crops must be 1 or 5, not {crops}.")
-        if crops != 1 and resized_side(preprocessing) <= self._side:
+        if crops != 1 and not has_crops(preprocessing):
             raise UsageError(
                 f"crops: the run resizes images to the {self._side} pixels that it crops, so that 5 crops would be "
                 "one. Leave it at 1."
             )
-        self._transform = eval_transform(preprocessing) if crops == 1 else square_transform(preprocessing)
+        self.transform = eval_transform(preprocessing) if crops == 1 else square_transform(preprocessing)
 
-    def prepare(self, item: OneImage) -> Tensor:
-        """Decode, resize and crop an image; see ``Predictor.prepare``."""
-        return self._transform(self.read(item))
-
-    def read(self, item: OneImage) -> Tensor:
-        """Decode an image; ``prepare`` takes the result, too."""
-        return self._transform.read(item) if isinstance(item, Path | bytes) else decode(item)
+    @property
+    def key(self) -> str:
+        """See ``views_key``."""
+        return views_key(flip=self.flip, crops=self.crops)
 
     def split(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
         """Yield the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
@@ -61,3 +70,8 @@ class Views:
         """Return the centre crops, uint8 (B, 3, S, S), of a batch of prepared images."""
         batch = images if isinstance(images, Tensor) else batch_images(images)
         return batch if self.crops == 1 else vision.center_crop(batch, [self._side, self._side])
+
+
+def mean_probabilities(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Return the mean over the views of softmax(logits / temperature), (B, K), of their logits (B, K) each."""
+    return torch.stack([(logits / temperature).softmax(1) for logits in views]).mean(0)

@@ -1,0 +1,131 @@
+"""``crossx tune``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from crossx.cli.parser import File, Folder, Positive
+from crossx.errors import UsageError
+
+if TYPE_CHECKING:
+    from crossx.training.config import Config
+    from crossx.tuning.outcome import TrialResult, Tuned
+
+NOT_TAKEN = {
+    "--resume": "the same command resumes: leave out --resume.",
+    "--print_config": "`crossx fit --print_config` prints a configuration, --print_space the space.",
+}
+"""Options of ``crossx fit`` that a search does not take."""
+
+
+def tune(
+    *fit_options: str,
+    output: Folder | None = None,
+    space: File | None = None,
+    trials: Positive = 20,
+    max_time: Annotated[str, "TIME"] | None = None,
+    pruner: Literal["median", "hyperband", "none"] = "median",
+    jobs: Positive = 1,
+    print_space: bool = False,
+) -> int:
+    """Search learning rates, loss weights and augmentation on the validation images.
+
+    Trains up to --trials configurations, each as a run of its own, and writes the best as best.yaml, for
+    `crossx fit --config`. Trials that are worse than others at the same epoch are stopped. The test images are not
+    looked at. The same command continues where it was stopped, and takes more trials. Other options are those of
+    `crossx fit`, for every trial. Needs Optuna: pip install 'crossx[tune]'.
+
+    Args:
+        output: Folder for the trials and results.
+        space: YAML file with the options to search (default: learning rate, weight decay, augmentation and the loss
+            weights of the method; docs/tune.md).
+        trials: Trials in all, the first of which is the unchanged configuration.
+        max_time: Stop after this time, such as 2h or 00:30:00, earlier calls included.
+        pruner: What stops hopeless trials: median, hyperband or none.
+        jobs: Trials at the same time.
+        print_space: Print the space as YAML, to edit it, and exit.
+
+    Examples:
+        crossx tune --config finetune --data.root my_images --output runs/tuned --trials 20
+        crossx tune --config finetune --data.root my_images --print_space > space.yaml
+        crossx tune --config finetune --data.root my_images --space space.yaml --output runs/tuned --max_time 2h
+        crossx fit --config runs/tuned/best.yaml --output runs/best
+    """
+    for word in fit_options:
+        if reason := NOT_TAKEN.get(word.split("=", 1)[0]):
+            raise UsageError(reason)
+    from crossx.cli.fit_options import parse_fit, require_data
+
+    asked = parse_fit(fit_options)
+    base = asked.config
+    if print_space:
+        _print_space(space, base)
+        return 0
+    if output is None:
+        raise UsageError("the following arguments are required: --output; see `crossx tune --help`.")
+    require_data(base)
+    for note in asked.notes:
+        print(f"note: {note}")
+
+    from crossx.errors import counted
+    from crossx.tuning.search import tune as search
+
+    start, told = time.monotonic(), 0
+
+    def report(trial: TrialResult, best: TrialResult | None) -> None:
+        nonlocal told
+        told += 1
+        minutes = (time.monotonic() - start) / 60
+        outcome = f"failed: {trial.reason}" if trial.state == "failed" else _accuracy(trial)
+        after = f" after {counted(trial.epochs, 'epoch')}" if trial.state == "pruned" else ""
+        so_far = f" (best: trial {best.number}, {_accuracy(best)})" if best else ""
+        print(
+            f"trial {trial.number} of {trials}, {minutes:.0f} min: {trial.state}{after}, {outcome}{so_far}",
+            flush=True,
+        )
+
+    tuned = search(
+        base, output, space=space, trials=trials, max_time=max_time, pruner=pruner, jobs=jobs, report=report
+    )
+    _print_outcome(tuned)
+    return 0
+
+
+def _print_space(space: str | None, base: Config) -> None:
+    from crossx.tuning.space import default_space, read_space
+    from crossx.yaml import dump_yaml
+
+    found = read_space(Path(space), base) if space else default_space(base)
+    for name, values in found.describe().items():
+        print(f"{name}: {dump_yaml(values, flow=True).strip()}")
+
+
+def _accuracy(trial: TrialResult) -> str:
+    return "no validation" if trial.val_top1 is None else f"{trial.val_top1:.2%}"
+
+
+def _print_outcome(tuned: Tuned) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from crossx.tuning.results import build_table, short
+
+    built = build_table(tuned)
+    table = Table(*built.columns, box=None, pad_edge=False)
+    for row in built.rows:
+        table.add_row(*row, style="bold" if row[-1] == "best" else "")
+    console = Console()
+    # a narrow window breaks the lines, but no number must lose its end
+    console.width = max(60 + 12 * len(built.columns), console.width)
+    print()
+    console.print(table)
+    best = tuned.best
+    options = ", ".join(f"{name} {short(value)}" for name, value in best.values.items())
+    print(f"\nbest: trial {best.number}, {_accuracy(best)} top-1 on validation: {options}")
+    print(f"chosen: {tuned.sentence()}")
+    print(
+        f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex; chart: {tuned.folder / 'search.png'}"
+    )
+    print(f"next: crossx test {best.run}, or crossx fit --config {tuned.folder / 'best.yaml'} --output RUN")

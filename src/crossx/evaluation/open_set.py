@@ -1,0 +1,136 @@
+"""Test rejection and prediction sets of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossx.data.datamodule import DataModule
+from crossx.data.images import find_images
+from crossx.data.index import DatasetIndex, Record
+from crossx.errors import CrossXError
+from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets
+from crossx.evaluation.intervals import share_interval
+from crossx.evaluation.subject import Subject
+from crossx.evaluation.unknowns import SCORES, separation
+from crossx.evaluation.views import mean_probabilities, views_key
+from crossx.runs import ModelSpec
+
+KEY = views_key(flip=False, crops=1)
+"""Tests see one view of each image."""
+
+
+def describe_rejection(spec: ModelSpec, logits: Tensor, targets: Tensor) -> dict[str, Any] | None:
+    """Measure how many images of the classes are kept; None if the run has no threshold.
+
+    Args:
+        spec: Description of the run.
+        logits: (N, K), on images of the classes.
+        targets: int64 (N,).
+
+    Returns:
+        ``score``, ``threshold`` and ``keep`` of the run; ``kept``, the share of the images with at least this score,
+        its Clopper-Pearson ``interval``, and ``top1_kept``, the accuracy on them, None if there are none.
+    """
+    if spec.rejection is None or KEY not in spec.rejection.thresholds:
+        return None
+    score, threshold = spec.rejection.score, spec.rejection.thresholds[KEY]
+    kept = SCORES[score](logits) >= threshold
+    count = int(kept.sum())
+    correct = logits.argmax(1) == targets
+    return {
+        "score": score,
+        "threshold": threshold,
+        "keep": spec.rejection.keep,
+        "kept": count / len(kept),
+        "interval": list(share_interval(count, len(kept))),
+        "top1_kept": float(correct[kept].float().mean()) if count else None,
+    }
+
+
+def describe_sets(
+    spec: ModelSpec, logits: Tensor, targets: Tensor, coverage: float, run: Path
+) -> dict[str, Any]:
+    """Measure the coverage of prediction sets and their sizes.
+
+    Args:
+        spec: Description of the run.
+        logits: (N, K), on images of the classes.
+        targets: int64 (N,).
+        coverage: That of the sets.
+        run: The run, for errors.
+
+    Returns:
+        ``coverage``; ``covered``, the share of the images whose set has their class, and its Clopper-Pearson
+        ``interval``; ``mean_size``, and ``sizes``: classes per set, as text -> number of images; ``expected``, see
+        ``coverage_interval``, for the number of ``calibration_images``.
+
+    Raises:
+        UsageError: As ``least_probability``.
+    """
+    least = least_probability(spec.sets, KEY, coverage, run)
+    assert spec.sets is not None
+    probabilities = mean_probabilities([logits.double()], spec.temperature)
+    found = measure_sets(probabilities.numpy(), targets.numpy(), least)
+    count = int(found.covered.sum())
+    sizes, counts = torch.from_numpy(found.sizes).unique(return_counts=True)
+    return {
+        "coverage": coverage,
+        "covered": count / len(targets),
+        "interval": list(share_interval(count, len(targets))),
+        "mean_size": float(found.sizes.mean()),
+        "sizes": {str(size): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)},
+        "calibration_images": spec.sets.images,
+        "expected": list(coverage_interval(spec.sets.images, coverage)),
+    }
+
+
+def unknown_data(subject: Subject, folder: str | Path) -> DataModule:
+    """Return a loader of a folder of images of none of the classes; those that cannot be read are left out.
+
+    Raises:
+        CrossXError: If there is no such folder, or no image that can be read.
+    """
+    paths = find_images(Path(folder))
+    if not paths:
+        raise CrossXError(f"{folder}: there is no image in this folder or below it.")
+    index = DatasetIndex("unknown", ("unknown",), tuple(Record(path, 0, "test") for path in paths))
+    config = replace(subject.data.config, bad_images="skip")
+    data = DataModule(index, subject.spec.preprocessing, config, seed=0)
+    data.check_images(["test"])
+    if not data.index.records:
+        path, reason = data.skipped[0]
+        raise CrossXError(f"{folder}: no image can be read; {path}: {reason}.")
+    return data
+
+
+def describe_unknown(spec: ModelSpec, logits: Tensor, targets: Tensor, unknown: Tensor) -> dict[str, Any]:
+    """Measure how well images of the classes and others are separated.
+
+    Args:
+        spec: Description of the run.
+        logits: (N, K), on images of the classes.
+        targets: int64 (N,).
+        unknown: (M, K), on images of none of the classes.
+
+    Returns:
+        ``n``, M; ``scores``: name -> ``Separation``; and, if the run has a threshold, ``rejected``, the share of the
+        unknown images below it, with its Clopper-Pearson ``interval``.
+    """
+    correct = (logits.argmax(1) == targets).numpy()
+    results: dict[str, Any] = {
+        "n": len(unknown),
+        "scores": {
+            name: separation(score(logits.double()).numpy(), score(unknown.double()).numpy(), correct)
+            for name, score in SCORES.items()
+        },
+    }
+    if spec.rejection is not None and KEY in spec.rejection.thresholds:
+        below = SCORES[spec.rejection.score](unknown) < spec.rejection.thresholds[KEY]
+        results["rejected"] = float(below.float().mean())
+        results["interval"] = list(share_interval(int(below.sum()), len(below)))
+    return results

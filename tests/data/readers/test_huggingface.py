@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import layouts
+from crossx.data.images import read_image
+from crossx.data.readers.huggingface import read_huggingface
+from crossx.errors import CrossXError, UsageError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def offline(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def files(photos: list[Path]) -> list[Path]:
+    return photos
+
+
+BIRDS = ["wren", "robin"]
+
+
+def build(files: list[Path], labels: Any = None, feature: Any = None, **more: Any) -> Any:
+    labels = [number % 2 for number in range(len(files))] if labels is None else labels
+    features = {"image": datasets.Image(), "label": feature or datasets.ClassLabel(names=BIRDS)}
+    columns = {"image": [str(file) for file in files], "label": labels}
+    for name, (kind, values) in more.items():
+        features[name], columns[name] = kind, values
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def save(dataset: Any, folder: Path) -> Path:
+    # as bytes, without the paths of this machine
+    dataset.save_to_disk(str(folder))
+    return folder
+
+
+def test_every_row_has_its_image_and_the_name_of_its_class(tmp_path: Path, files: list[Path]) -> None:
+    root = save(build(files), tmp_path / "saved")
+    index = read_huggingface(root, test_fraction=0)
+    assert index.classes == ("robin", "wren")
+    assert [record.path.read_bytes() for record in index.records] == [file.read_bytes() for file in files]
+    assert [index.classes[record.label] for record in index.records] == BIRDS * 6
+    assert read_image(index.records[0].path).shape == (3, layouts.HEIGHT, layouts.WIDTH)
+    held_out = read_huggingface(root)
+    assert [len(held_out.split(split)) for split in ("train", "test")] == [10, 2]
+
+
+def test_splits_rows_that_were_selected_and_the_cache(tmp_path: Path, files: list[Path], cache: Path) -> None:
+    shuffled = build(files).shuffle(seed=1)
+    parts = {
+        "train": shuffled.select(range(6)),
+        "validation": shuffled.select([6, 7]),
+        "test": shuffled.select(range(8, 12)),
+    }
+    root = save(datasets.DatasetDict(parts), tmp_path / "saved")
+    index = read_huggingface(root)
+    assert [len(index.split(split)) for split in ("train", "val", "test")] == [6, 2, 4]
+    by_content = {file.read_bytes(): BIRDS[number % 2] for number, file in enumerate(files)}
+    assert all(
+        by_content[record.path.read_bytes()] == index.classes[record.label] for record in index.records
+    )
+    assert read_huggingface(root) == index
+    assert len(list(cache.iterdir())) == 1
+    with pytest.raises(CrossXError, match="may be val or test"):
+        read_huggingface(save(datasets.DatasetDict(train=shuffled, holdout=shuffled), tmp_path / "unclear"))
+
+
+def test_a_folder_of_parquet_as_on_the_hub(tmp_path: Path, files: list[Path]) -> None:
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for split, part in (("train", files[:8]), ("test", files[8:])):
+        dataset = build(part)
+        dataset = dataset.map(lambda row: {"image": row["image"]}, features=dataset.features)
+        dataset.to_parquet(str(tmp_path / f"hub/data/{split}-00000-of-00001.parquet"))
+    index = read_huggingface(tmp_path / "hub")
+    assert (index.classes, len(index.split("train")), len(index.split("test"))) == (("robin", "wren"), 8, 4)
+
+
+def test_columns_are_found_or_named(tmp_path: Path, files: list[Path]) -> None:
+    text = datasets.Value("string")
+    more = {
+        "mask": (datasets.Image(), [str(file) for file in reversed(files)]),
+        "genus": (datasets.ClassLabel(names=["a", "b", "c"]), [number % 3 for number in range(12)]),
+        "place": (text, ["x", "y", "z"] * 4),
+    }
+    root = save(build(files, **more), tmp_path / "saved")
+    assert read_huggingface(root, test_fraction=0).classes == ("robin", "wren")
+    assert read_huggingface(root, label_column="place").classes == ("x", "y", "z")
+    named = read_huggingface(root, label_column="genus", image_column="mask", test_fraction=0)
+    assert named.records[0].path.read_bytes() == files[-1].read_bytes()
+    for column, message in (("plase", "Did you mean 'place'"), ("image", "holds struct")):
+        with pytest.raises(CrossXError, match=message):
+            read_huggingface(root, label_column=column)
+    for column, message in (
+        ("place", "'place' holds no images"),
+        ("img", r"'img' is not there\..* Columns found"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_huggingface(root, image_column=column)
+    renamed = build(files, **more).rename_columns({"image": "front", "label": "kind"})
+    root = save(renamed, tmp_path / "renamed")
+    with pytest.raises(
+        UsageError, match=r"several columns hold images: front, mask\. Name one with --data\.image_column"
+    ):
+        read_huggingface(root)
+    with pytest.raises(
+        UsageError, match=r"several columns are labels: kind, genus\. Name one with --data\.label_column"
+    ):
+        read_huggingface(root, image_column="front")
+
+
+def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:
+    lists = datasets.Sequence(datasets.ClassLabel(names=BIRDS))
+    root = save(build(files, [[0, 1]] * 12, lists), tmp_path / "lists")
+    with pytest.raises(
+        CrossXError, match=r"'label' holds lists of labels: crossx classifies one label per image"
+    ):
+        read_huggingface(root)
+    root = save(build(files, ["wren;robin"] * 12, datasets.Value("string")), tmp_path / "joined")
+    with pytest.raises(CrossXError, match=r"12 of 12 labels look like several, such as 'wren;robin'"):
+        read_huggingface(root)
+    root = save(build(files, [0.5] * 12, datasets.Value("float32")), tmp_path / "floats")
+    with pytest.raises(CrossXError, match="numbers with a fraction"):
+        read_huggingface(root)
+    root = save(build(files, [None, *[1, 0] * 5, 1]), tmp_path / "missing")
+    with pytest.raises(CrossXError, match="row 1: label empty"):
+        read_huggingface(root)
+    root = save(build(files).remove_columns("label"), tmp_path / "unlabelled")
+    with pytest.raises(UsageError, match="no column is a label"):
+        read_huggingface(root)
+    root = save(build(files).remove_columns("image"), tmp_path / "blind")
+    with pytest.raises(UsageError, match="no column holds images"):
+        read_huggingface(root)
+    root = save(build([], []), tmp_path / "empty")
+    with pytest.raises(CrossXError, match=r"has no rows|cannot be read as a dataset"):
+        read_huggingface(root)
+
+
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = save(build(files), tmp_path / "saved")
+    arrow = next(root.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:2000])
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "file").touch()
+    for path in (root, tmp_path / "hollow", tmp_path / "file", tmp_path / "none", Path("me/no-such-birds")):
+        with pytest.raises(CrossXError, match=path.name) as refused:
+            read_huggingface(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_without_the_package_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"needs datasets: pip install 'crossx\[datasets\]'"):
+        read_huggingface(tmp_path)

@@ -1,0 +1,156 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crossx.cli.main import main
+from crossx.data.datamodule import DataModule
+from crossx.data.sampler import Draw
+from crossx.data.views import StoredViews
+from crossx.errors import CrossXError, UsageError
+from crossx.methods import create_method
+from crossx.training.checkpoints import read_checkpoint
+from crossx.training.config import OptimConfig
+from crossx.training.fit import fit, resume
+from crossx.training.task import Task
+
+FROZEN = {"freeze_stride": 8, "lr": 0.01, "schedule": "constant", "fit_heads": 2, "selection": "last"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["plain", pytest.param("crossx", marks=pytest.mark.slow), pytest.param("dfl", marks=pytest.mark.slow)],
+)
+def test_training_on_stored_maps_is_training_on_the_images(make_config, method, monkeypatch):
+    model = {"method": method}
+    images = fit(make_config("images", model=model, optim=FROZEN, trainer={"max_epochs": 2}))
+    loaded = []
+    to_device = DataModule.to_device
+
+    def counted(self, batch, device):
+        loaded.append(len(batch[1]))
+        return to_device(self, batch, device)
+
+    monkeypatch.setattr(DataModule, "to_device", counted)
+    stored = fit(
+        make_config("stored", model=model, optim=FROZEN | {"cached_views": 2}, trainer={"max_epochs": 2})
+    )
+    # both views of 27 images, then only the three validation images of each epoch
+    assert sum(loaded) == 2 * 27 + 2 * 3
+    expected, found = (
+        [epoch["train/loss"] for epoch in json.loads((run.path / "metrics.json").read_text())["epochs"]]
+        for run in (images, stored)
+    )
+    # the maps are stored in half precision
+    assert found == pytest.approx(expected, rel=0.02)
+    if method != "plain":
+        return  # small differences grow in its batch norms
+    expected, found = load_file(images.weights), load_file(stored.weights)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(make_config):
+    optim = FROZEN | {"cached_views": 2}
+    whole = fit(make_config("whole", optim=optim, trainer={"max_epochs": 3}))
+    part = fit(make_config("part", optim=optim, trainer={"max_epochs": 1}))
+    part = resume(part.path, max_epochs=3)
+    expected, found = (read_checkpoint(run.last)["state_dict"] for run in (whole, part))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not [path for path in part.path.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_freeze_stride_keeps_exactly_the_layers_before_the_map():
+    method = create_method("plain", backbone="test_resnet", num_classes=3)
+    task = Task(method, OptimConfig(freeze_stride=8), class_counts=[1, 1, 1])
+    trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    early = (
+        "backbone.trunk.conv1.",
+        "backbone.trunk.bn1.",
+        "backbone.trunk.layer1.",
+        "backbone.trunk.layer2.",
+    )
+    assert trained == {name for name, _ in method.named_parameters() if not name.startswith(early)}
+    kept = {name for name, module in method.named_modules() if module in task.frozen_norms}
+    norms = {name for name, module in method.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert kept == {name for name in norms if f"{name}.".startswith(early)}
+    assert not any(norm.training for norm in task.frozen_norms)
+
+
+def test_an_epoch_sees_its_view_of_each_image(tmp_path):
+    stored = StoredViews([5, 6, 7], 2, (4, 2, 3), tmp_path)
+    maps = torch.randn(6, 4, 2, 3)
+    stored.write(0, maps[:4])
+    stored.write(4, maps[4:])
+    assert StoredViews.order(3, 2) == [Draw(view, index) for view in (0, 1) for index in (0, 1, 2)]
+    for epoch, index, repeat in np.ndindex(4, 3, 2):
+        found, label = stored[Draw(epoch, index, repeat)]
+        assert label == [5, 6, 7][index]
+        assert torch.equal(found, maps[3 * ((epoch + repeat) % 2) + index].half())
+
+
+def test_maps_beyond_half_precision_stay_finite(tmp_path):
+    stored = StoredViews([0], 1, (1, 1, 2), tmp_path)
+    stored.write(0, torch.tensor([1e6, -1e6]).view(1, 1, 1, 2))
+    assert stored[Draw(0, 0)][0].flatten().tolist() == [65504.0, -65504.0]
+
+
+def test_too_little_room_is_one_line(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CrossXError, match=r"no room for 2\.0 GB .*fewer views") as raised:
+        StoredViews([0] * 1000, 10, (100, 10, 100), Path(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"cached_views": 2}}, "say which with optim.freeze_stride"),
+        ({"optim": {"cached_views": -1}}, "optim.cached_views must be at least 0"),
+        ({"optim": {"freeze_stride": 0}}, "optim.freeze_stride must be at least 1"),
+        ({"optim": FROZEN | {"cached_views": 2, "mixup": 0.4}}, "optim.mixup cannot be combined"),
+        ({"optim": FROZEN | {"cached_views": 2, "compile": True}}, "optim.compile cannot be combined"),
+        ({"optim": {"freeze_stride": 3}}, "optim.freeze_stride 3: .*it has: 2, 4, 8, 16"),
+        (
+            {
+                "optim": FROZEN | {"cached_views": 2},
+                "model": {"method": "ra_cnn"},
+                "data": {"num_workers": 0},
+            },
+            "Give --optim.cached_views 0",
+        ),
+        (
+            {"optim": FROZEN | {"cached_views": 2}, "model": {"method": "nts"}, "data": {"image_size": 128}},
+            "uses the images not only through its first layers. Give --optim.cached_views 0",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_training(make_config, sections, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        fit(make_config(**sections))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_fast_run_is_an_ordinary_run(images, tmp_path, capsys):
+    run = tmp_path / "run"
+    small = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--data.image_size", "64"]
+    small += ["--data.num_workers", "0", "--data.val_fraction", "0.2", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--preset", "fast", "--data.root", str(images), *small, "--output", str(run)]) == 0
+    assert main(["test", str(run)]) == 0
+    assert json.loads((run / "test.json").read_text())["n"] == 6
+    assert main(["report", str(run)]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "model.pt2")]) == 0
+    picture = next(images.rglob("*.png"), None) or next(images.rglob("*.jpg"))
+    assert main(["explain", str(run), str(picture), "--output", str(tmp_path / "maps")]) == 0
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "6"]) == 0
+    assert len(json.loads((run / "metrics.json").read_text())["epochs"]) == 6
