@@ -265,3 +265,23 @@ def test_the_sizes_of_an_installation_are_those_of_the_file() -> None:
 def printed(cell: dict[str, Any]) -> str:
     difference, low, high = (f"{100 * value:+.2f}" for value in cell["difference"])
     return f"{100 * cell['top1']:.2f} ({difference}; {low} to {high})"
+
+
+def test_the_table_of_the_audit_is_that_of_the_file() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/audit.json").read_text(encoding="utf-8"))["runs"].values()
+    expected = {
+        (f"`{run['backbone']}`", str(run["classes"])): [
+            f"{run[what][measure]:.2f}"
+            for what in ("labels", "duplicates")
+            for measure in ("precision", "recall")
+        ]
+        for run in runs
+    }
+    page = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    table = next(body for header, *body in tables(page) if "labels: precision" in header)
+    assert {(row[0], row[1]): row[2:] for row in table} == expected
+    whole = next(run["as_it_is"] for run in runs if run["classes"] == 80)
+    text = " ".join(page.split())
+    assert f"the {whole['images']:,} images have {whole['copies']} pairs of near-duplicates" in text
+    assert f"{whole['groups_across_splits']} of them across the official split" in text
+    assert f"{whole['label_issues']} labels are listed" in text
