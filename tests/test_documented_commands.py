@@ -25,13 +25,15 @@ PACKAGED = {"--config": list_recipes(), "--suite": list_suites()}
 def help_of(verb: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([verb, "--help"]) == 0
+        assert main([*verb.split(), "--help"]) == 0
     return printed.getvalue().split("\nexamples:")[0]
 
 
 @functools.cache
 def options_of(verb: str) -> set[str]:
     options = set(re.findall(r"(?<![\w-])--\w[\w.-]*\w", help_of(verb)))
+    if verb == "datasets":
+        return options | options_of("datasets check") | options_of("datasets audit")
     if verb in ("ablate", "tune"):
         return options | options_of("fit")
     if verb == "fit":

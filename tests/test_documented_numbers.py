@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
+from crossx.data.catalog import DATASETS
+from crossx.recipes import list_recipes, load_recipe
 from crossx.report.published import read_published
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +212,43 @@ def test_few_images_table_is_that_of_the_file() -> None:
         assert difference == f"{100 * found['difference'][0]:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
+def test_the_choice_of_a_method_quotes_the_results() -> None:
+    """Every cell of docs/which-method.md is that of the same variant and column in docs/results.md, or of its JSON."""
+    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    section = RESULTS.partition("## The compared methods\n")[2].partition("\n## ")[0]
+    header, *rows = next(tables(section))
+    results = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    measured = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text(encoding="utf-8"))[
+        "cells"
+    ]
+    _, (columns, *methods), (_, *images) = tables(page)
+    assert len(methods) > 10
+    for name, *cells in methods:
+        expected = [results[name][column].replace("**", "") for column in columns[1:]]
+        assert cells == expected, name
+    assert [row[0] for row in methods] == [
+        row["variant"] for row in sorted(results.values(), key=lambda row: row[columns[1]], reverse=True)
+        if row["variant"] != "`mamc-without-loss`"
+    ]  # fmt: skip
+    for count, *cells in images:
+        for cell, backbone in zip(cells, ("mobilenetv2_035", "tf_efficientnet_lite0"), strict=True):
+            found = measured[f"{backbone}/{count}/10/0"]
+            assert cell == f"{100 * found['top1']:.2f} ({100 * found['difference'][0]:+.2f})"
+
+
+def test_the_licences_are_those_of_timm_and_of_the_catalog() -> None:
+    timm = pytest.importorskip("timm")
+    weights, datasets = tables((ROOT / "docs" / "licences.md").read_text(encoding="utf-8"))
+    stated = {row[0].strip("`"): row[1] for row in weights[1:]}
+    assert stated == {name: timm.get_pretrained_cfg(name).license for name in stated}
+    used = {load_recipe(name).get("model", "backbone") for name in list_recipes()}
+    # the page says in words what timm does not state
+    assert {name for name in used if name and "." in name} == {*stated, "alexnet.tv_in1k"}
+    assert {row[0].strip("`"): row[1] for row in datasets[1:]} == {
+        name: info.licence for name, info in DATASETS.items() if info.licence != "yours"
+    }
+
+
 def test_the_sizes_of_an_installation_are_those_of_the_file() -> None:
     page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     measured = json.loads((ROOT / "benchmarks/results/install_size.json").read_text(encoding="utf-8"))["pypi"]
@@ -226,3 +265,23 @@ def test_the_sizes_of_an_installation_are_those_of_the_file() -> None:
 def printed(cell: dict[str, Any]) -> str:
     difference, low, high = (f"{100 * value:+.2f}" for value in cell["difference"])
     return f"{100 * cell['top1']:.2f} ({difference}; {low} to {high})"
+
+
+def test_the_table_of_the_audit_is_that_of_the_file() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/audit.json").read_text(encoding="utf-8"))["runs"].values()
+    expected = {
+        (f"`{run['backbone']}`", str(run["classes"])): [
+            f"{run[what][measure]:.2f}"
+            for what in ("labels", "duplicates")
+            for measure in ("precision", "recall")
+        ]
+        for run in runs
+    }
+    page = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    table = next(body for header, *body in tables(page) if "labels: precision" in header)
+    assert {(row[0], row[1]): row[2:] for row in table} == expected
+    whole = next(run["as_it_is"] for run in runs if run["classes"] == 80)
+    text = " ".join(page.split())
+    assert f"the {whole['images']:,} images have {whole['copies']} pairs of near-duplicates" in text
+    assert f"{whole['groups_across_splits']} of them across the official split" in text
+    assert f"{whole['label_issues']} labels are listed" in text

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 import crossx
+from crossx.audit.run import audit_dataset
 from crossx.methods import create_method, list_methods
 from crossx.predict.predictor import Predictor
 from crossx.training.config import Config
@@ -12,6 +13,7 @@ from crossx.training.fit import fit
 
 def test_public_names_are_those_of_the_rooms() -> None:
     assert crossx.Config is Config
+    assert crossx.audit_dataset is audit_dataset
     assert crossx.create_method is create_method
     assert crossx.list_methods is list_methods
     assert crossx.fit is fit

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crossx.audit.run import audit_dataset
     from crossx.methods import create_method, list_methods
     from crossx.predict.predictor import Predictor
     from crossx.training.config import Config
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     load = Predictor.load
     __version__: str
 
-__all__ = ["Config", "__version__", "create_method", "fit", "list_methods", "load", "tune"]
+__all__ = ["Config", "__version__", "audit_dataset", "create_method", "fit", "list_methods", "load", "tune"]
 
 _HOMES = {
     "Config": ("crossx.training.config", "Config"),
+    "audit_dataset": ("crossx.audit.run", "audit_dataset"),
     "create_method": ("crossx.methods", "create_method"),
     "fit": ("crossx.training.fit", "fit"),
     "list_methods": ("crossx.methods", "list_methods"),

@@ -46,12 +46,12 @@ def test_help_of_a_verb_imports_no_torch() -> None:
         "import sys\n"
         "from crossx.cli.main import VERBS, main\n"
         "heavy = {'torch', 'lightning', 'timm', 'numpy', 'pydantic', 'matplotlib', 'fastapi'}\n"
-        "for verb in [*VERBS, 'datasets check']:\n"
+        "for verb in [*VERBS, 'datasets check', 'datasets audit']:\n"
         "    main([*verb.split(), '--help'])\n"
         "    print(verb, sorted(heavy & {name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    assert done.stderr.splitlines() == [f"{verb} []" for verb in [*VERBS, "datasets check"]]
-    assert done.stdout.count("usage: crossx ") == len(VERBS) + 1
+    assert done.stderr.splitlines() == [f"{verb} []" for verb in [*VERBS, "datasets check", "datasets audit"]]
+    assert done.stdout.count("usage: crossx ") == len(VERBS) + 2
 
 
 def test_wrong_commands_import_no_torch(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("crossx 0.")
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "datasets check"])
+@pytest.mark.parametrize("verb", [*VERBS, "datasets check", "datasets audit"])
 def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -135,3 +136,14 @@ def test_wrong_input_is_one_line(
     assert shown.err.count("\n") == 1
     assert message in shown.err
     assert not list(place.rglob("report.html"))
+
+
+def test_the_page_shows_training_images_that_are_most_similar_to_mistakes(place: Path) -> None:
+    root = str(place / "images")
+    Path("tested/run.json").write_text(json.dumps({"data_root": root, "data": {"dataset": "folder"}}))
+    for count in (0, 3):
+        assert main(["report", "tested", "--neighbors", str(count), *QUICK]) == 0
+        page = Path("tested/test/report.html").read_text(encoding="utf-8")
+        mistakes = page.count("it is most like these training images")
+        assert (mistakes > 0) == (count > 0)
+        assert page.count("Training image of ") == 3 * mistakes

@@ -1,4 +1,4 @@
-"""``crossx datasets list`` and ``crossx datasets check NAME ROOT``."""
+"""``crossx datasets list``, ``crossx datasets check NAME ROOT`` and ``crossx datasets audit NAME ROOT``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated
 
 import jsonargparse
 
-from crossx.cli.parser import MAX_WIDTH, Name, Positive, build, call
-from crossx.data.catalog import DATASETS, DatasetInfo
+from crossx.cli.options import BatchSize, Device, check_run
+from crossx.cli.parser import MAX_WIDTH, Folder, Name, Positive, build, call
+from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
 from crossx.terminal import fold, page_width
 
-ACTIONS = ("list", "check")
+ACTIONS = ("list", "check", "audit")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DatasetOptions:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
+        test_images_per_class: Synthetic set only: number of test images per class.
         image_column: huggingface only: the column of the images, if there are several.
         label_column: huggingface and webdataset only: the column, or the field of a .json, with the label.
     """
@@ -33,6 +35,7 @@ class DatasetOptions:
     level: Name | None = None
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
+    test_images_per_class: Positive | None = None
     image_column: Name | None = None
     label_column: Name | None = None
 
@@ -41,21 +44,30 @@ def run(words: Sequence[str]) -> int:
     """Run the action that the first word names."""
     if words[:1] == ["check"]:
         return call(check, words[1:], "datasets check")
+    if words[:1] == ["audit"]:
+        return call(audit, words[1:], "datasets audit")
     return call(datasets, words, "datasets")
 
 
 def parser(words: Sequence[str]) -> jsonargparse.ArgumentParser:
     """Return the parser for completions after these words."""
-    return build(check, "datasets check") if words[:1] == ["check"] else build(datasets, "datasets")
+    if words[:1] == ["check"]:
+        return build(check, "datasets check")
+    if words[:1] == ["audit"]:
+        return build(audit, "datasets audit")
+    return build(datasets, "datasets")
 
 
-def datasets(action: Annotated[str, "list|check"]) -> None:
-    """List the datasets and where to get them, or check one on disk.
+def datasets(action: Annotated[str, "list|check|audit"]) -> None:
+    """List the datasets and where to get them, or check or audit one on disk.
 
     list: where to download each dataset, its licence, size, checksums and known defects.
 
     check NAME ROOT: count the images in ROOT, and name files that are missing, unreadable, duplicated or mislabelled
     (`crossx datasets check --help`).
+
+    audit NAME ROOT: also find near-duplicates, leakage between splits, probable label errors, outliers and poor images
+    (`crossx datasets audit --help`).
 
     Args:
         action: What to do.
@@ -63,6 +75,7 @@ def datasets(action: Annotated[str, "list|check"]) -> None:
     Examples:
         crossx datasets list
         crossx datasets check cub data/CUB_200_2011
+        crossx datasets audit cub data/CUB_200_2011
     """
     if action not in ACTIONS:
         raise UsageError(
@@ -104,8 +117,81 @@ def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data:
     return report.exit_code
 
 
+def audit(
+    name: Name,
+    root: Annotated[str, "ROOT"],
+    *,
+    output: Folder | None = None,
+    backbone: Name | None = None,
+    run: Annotated[str, "RUN"] | None = None,
+    checks: Sequence[Annotated[str, "CHECK"]] = ("duplicates", "labels", "outliers", "quality"),
+    exclude: Sequence[Annotated[str, "REASON"]] = ("unreadable", "leak", "duplicate", "label"),
+    json: bool = False,
+    data: DatasetOptions,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+) -> None:
+    """Find near-duplicates, leakage, label errors, outliers and poor images in a dataset.
+
+    Writes a page with the pictures (report.html), everything found (audit.json) and a list of images to leave out
+    (exclude.csv), which `crossx fit --data.exclude` takes. Needs crossx[audit].
+
+    Label errors are found by confident learning on predictions of images that the classifier was not fitted on:
+    logistic regression on frozen features of a pretrained backbone. With --run they come from that run, whose
+    predictions of images that it was trained on are not out-of-fold, and miss most errors there.
+
+    Args:
+        name: Dataset, see `crossx datasets list`.
+        root: Its folder (`table`: the CSV or Parquet file).
+        output: Folder for the results (default: audits/NAME); the embeddings are kept there for the next audit.
+        backbone: Pretrained timm model, local-dir:FOLDER or hf-hub:NAME for the embeddings (default:
+            resnet50.tv_in1k).
+        run: Take embeddings and predictions from this run instead.
+        checks: What to search for: duplicates, labels, outliers, quality.
+        exclude: Reasons for which images get into exclude.csv: unreadable, leak, duplicate, label, outlier, quality.
+        json: Print everything found as JSON.
+
+    Examples:
+        crossx datasets audit cub data/CUB_200_2011
+        crossx datasets audit folder my_images --output audits/mine
+        crossx datasets audit folder my_images --backbone local-dir:weights/mobilenetv2_035
+        crossx datasets audit folder my_images --run runs/mine --exclude leak duplicate
+    """
+    dataset_info(name)
+    if run is not None:
+        check_run(run)
+
+    from crossx.audit.run import audit_dataset
+    from crossx.evaluation.progress import images_bar
+
+    with images_bar("Auditing") as (bar, task):
+        found = audit_dataset(
+            name,
+            root,
+            output=output or f"audits/{name}",
+            backbone=backbone,
+            run=run,
+            checks=checks,
+            exclude=exclude,
+            device=device,
+            batch_size=batch_size,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+            **vars(data),
+        )
+    if json:
+        print(json_format.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    print(found.summary())
+    print(
+        f"report: {found.folder}/report.html; to leave images out: --data.exclude {found.folder}/exclude.csv"
+    )
+
+
 def _describe(info: DatasetInfo) -> Iterator[str]:
-    yield f"{info.name}: {info.title}"
+    width = min(MAX_WIDTH, page_width())
+    yield fold(f"{info.name}: {info.title}", hanging="  ", width=width)
     contents = ""
     if info.table1:
         classes, train, test = info.table1
@@ -120,6 +206,5 @@ def _describe(info: DatasetInfo) -> Iterator[str]:
     rows = [(name, value) for name, value in facts.items() if value]
     rows += [("checksum", f"{file} {checksum}") for file, checksum in info.checksums.items()]
     rows += [("defect", defect) for defect in info.defects]
-    width = min(MAX_WIDTH, page_width())
     for name, value in rows:
         yield fold(f"  {name:<8}  {value}", width=width)

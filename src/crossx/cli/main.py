@@ -34,8 +34,8 @@ from crossx.suggestions import nearest
 from crossx.terminal import columns, erase_step, fold, page_width, showing_steps
 
 VERBS = (
-    "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "export", "explain",
-    "share", "serve", "recipes", "datasets", "import-released", "new-method",
+    "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export",
+    "explain", "share", "serve", "recipes", "datasets", "import-released", "new-method",
 )  # fmt: skip
 IMPORTING = (
     "fit",
@@ -45,6 +45,7 @@ IMPORTING = (
     "report",
     "calibrate",
     "predict",
+    "neighbors",
     "export",
     "explain",
     "share",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
+from crossx.cli.parser import Natural
 from crossx.cli.test import is_tested, print_results, test_run
 from crossx.terminal import step
+
+if TYPE_CHECKING:
+    from crossx.report.examples import FindSimilar
 
 
 def report(
@@ -14,6 +20,7 @@ def report(
     *,
     output: Annotated[str, "FILE.html"] | None = None,
     split: Split = "test",
+    neighbors: Annotated[Natural, "K"] = 0,
     data: TestedData,
     device: Device = "auto",
 ) -> None:
@@ -25,10 +32,13 @@ def report(
 
     Args:
         output: The page (default: RUN/SPLIT/report.html).
+        neighbors: Show this many training images that are most similar to the mistakes of the most confused pairs
+            (their features are computed once and kept in the run).
 
     Examples:
         crossx report runs/mine
         crossx report runs/mine --output mine.html
+        crossx report runs/mine --neighbors 5
         crossx report runs/mine --split val --data.root /other/place/CUB_200_2011
     """
     check_run(run)
@@ -39,6 +49,29 @@ def report(
     report_path(run, split, output)
     if not is_tested(run, split, data):
         print_results(run, test_run(run, split, data, device))
+    find = _similar_finder(run, neighbors, data, device) if neighbors else None
     with step("Writing the report"):
-        page = report_run(run, split=split, output=output, device=device)
+        page = report_run(run, split=split, output=output, device=device, find_similar=find)
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def _similar_finder(run: str, top: int, data: TestedData, device: str) -> FindSimilar:
+    from crossx.evaluation.progress import images_bar
+    from crossx.predict.neighbors import NeighborIndex
+    from crossx.predict.predictor import Predictor
+    from crossx.report.examples import Similar
+
+    def find(files: Sequence[Path]) -> list[list[Similar]]:
+        predictor = Predictor.load(run, device)
+        with images_bar("Reading the training images") as (bar, task):
+            index = NeighborIndex.open(
+                predictor,
+                root=data.root,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        return [
+            [Similar(near.label, near.similarity, near.path) for near in found.neighbors]
+            for found in index.find(files, top)
+        ]
+
+    return find

@@ -71,6 +71,7 @@ def serve(
     port: Natural = 8000,
     model_name: Annotated[str, "NAME"] | None = None,
     model_version: Annotated[str, "VERSION"] | None = None,
+    neighbors: Annotated[Natural, "K"] = 0,
     inference: Inference,
     access: Access,
     limits: Limits,
@@ -86,6 +87,8 @@ def serve(
         port: Port to listen on; 0 takes any free one.
         model_name: Name in answers and metrics (default: of the run folder, the model on the Hub or the file).
         model_version: Version in answers and metrics (default: the run's id, or the commit on the Hub).
+        neighbors: Also answer with this many training images that are most similar, at most 10; needs a run folder and
+            its training images.
 
     Examples:
         crossx serve runs/mine
@@ -115,11 +118,19 @@ def serve(
         with step("Loading the network"):
             predictor = Predictor.load(run, **vars(inference))
         identity = identify(predictor, model_name, model_version)
+        similar = None
+        if neighbors:
+            from crossx.predict.neighbors import NeighborIndex
+            from crossx.serve.neighbors import SimilarImages, check_top
+
+            check_top(neighbors)
+            similar = SimilarImages(NeighborIndex.open(predictor), neighbors)
         log_as_json()
         address, port = listening.getsockname()[:2]
         app = create_app(
             predictor, limits, api_keys=keys, cors=access.cors,
             allowed_hosts=allowed_hosts(access.allowed_hosts, host, address), identity=identity,
+            similar=similar,
         )  # fmt: skip
         app.state.service.warm_up()
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"

@@ -28,7 +28,7 @@ from crossx.predict.identity import WeightsFile
 from crossx.predict.inputs import ImageInput, OneImage, decode, expand
 from crossx.predict.outputs import Columns
 from crossx.predict.prefetch import prefetch_batches
-from crossx.predict.results import ExplainedImage, Features, Prediction
+from crossx.predict.results import ExplainedImage, Features, Neighbors, Prediction
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
 
@@ -193,6 +193,11 @@ class Predictor:
         return self.network.precision
 
     @property
+    def views(self) -> tuple[int, bool]:
+        """Number of crops that are averaged over, and whether their mirror images are, too."""
+        return self._views.crops, self._views.flip
+
+    @property
     def explains(self) -> bool:
         """Whether ``iter_explain``, features and ``method`` work; an exported file only predicts."""
         return self.network.explains
@@ -273,6 +278,41 @@ class Predictor:
                 yield Features(path, error=answer)
             else:
                 yield Features(path, answer.numpy())
+
+    def neighbors(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        top: int = 5,
+        *,
+        root: str | Path | None = None,
+        approximate: bool | None = None,
+        batch_size: int = 16,
+    ) -> list[Neighbors]:
+        """Find the training images that are nearest to images by the cosine of their features.
+
+        The features of the training images are computed once and kept in the run folder; see ``NeighborIndex.open``.
+
+        Args:
+            images: See ``predict``.
+            top: Neighbours per image.
+            root: The training images' folder, if it has moved.
+            approximate: See ``make_index``.
+            batch_size: Images per batch.
+
+        Returns:
+            One result per image, in order; one that cannot be read has ``error`` set.
+
+        Raises:
+            UsageError: If the network is not that of a run folder, or a library is missing.
+            CrossXError: If the training images are no longer there, or as ``expand_paths``.
+        """
+        from crossx.predict.neighbors import NeighborIndex
+
+        if top < 1 or batch_size < 1:
+            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        items = expand(images)
+        index = NeighborIndex.open(self, root=root, approximate=approximate, batch_size=batch_size)
+        return list(index.find(items, top, batch_size))
 
     def iter_explain(
         self,

@@ -82,3 +82,35 @@ class Features:
     path: Path | None
     vector: NDArray[np.float32] | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A training image that is similar to an image.
+
+    Attributes:
+        path: Its file, which may no longer exist.
+        name: Its path relative to the root of the training data.
+        label: Name of its class.
+        similarity: Cosine of the features, -1 to 1.
+    """
+
+    path: Path
+    name: str
+    label: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The training images that are nearest to one image.
+
+    Attributes:
+        path: The image file; None for an image in memory.
+        neighbors: Nearest first.
+        error: Why there are none, on one line.
+    """
+
+    path: Path | None
+    neighbors: tuple[Neighbor, ...] = ()
+    error: str | None = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossx.data.images import ImageError, read_pixels
 from crossx.evaluation.examples import PAIRS as PAIRS
 from crossx.evaluation.examples import RIGHT as RIGHT
 from crossx.evaluation.examples import SEED as SEED
@@ -25,6 +27,8 @@ TOP = 3
 
 TILE_SIDE = 176
 """Longer side of a picture, in pixels."""
+SIMILAR_SIDE = 104
+"""Longer side of a similar training image, in pixels."""
 MAX_TILES = 160
 """More pictures are made smaller, so that together they take the space of this many."""
 QUALITY = 72
@@ -43,6 +47,38 @@ class Pictures(NamedTuple):
     image: NDArray[np.uint8]
     overlays: Mapping[str, Sequence[NDArray[np.uint8]]]
     has_boxes: bool = False
+
+
+class Similar(NamedTuple):
+    """A training image that is similar to an image.
+
+    Attributes:
+        label: Its class.
+        similarity: Cosine of the features.
+        path: Its file.
+    """
+
+    label: str
+    similarity: float
+    path: Path
+
+
+FindSimilar = Callable[[Sequence[Path]], Sequence[Sequence[Similar]]]
+"""Maps image files to the training images that are most similar to each, most similar first."""
+
+
+class SimilarTile(NamedTuple):
+    """A similar training image as the page shows it.
+
+    Attributes:
+        label: Its class.
+        similarity: Cosine of the features.
+        image: Data URI; None if it cannot be read.
+    """
+
+    label: str
+    similarity: float
+    image: str | None
 
 
 class Example(NamedTuple):
@@ -100,6 +136,18 @@ def make_examples(
             },
         )
     return examples
+
+
+def similar_tiles(found: Sequence[Similar]) -> list[SimilarTile]:
+    """Return training images as small pictures."""
+    tiles = []
+    for similar in found:
+        try:
+            image = data_uri(read_pixels(similar.path, min_side=SIMILAR_SIDE), SIMILAR_SIDE)
+        except ImageError:
+            image = None
+        tiles.append(SimilarTile(similar.label, similar.similarity, image))
+    return tiles
 
 
 def tile_side(tiles: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from crossx.data.images import printable
@@ -21,7 +21,7 @@ from crossx.evaluation.parts.verdict import verdict
 from crossx.method_source import curve_titles, is_imported
 from crossx.report import charts
 from crossx.report.confusion import confused_block, confusion_rows
-from crossx.report.examples import SEED, Pictures, ShownImages, make_examples
+from crossx.report.examples import SEED, Pictures, ShownImages, SimilarTile, make_examples
 from crossx.report.part_tables import part_tables
 from crossx.report.results import RunResults
 from crossx.report.tables import Table, cell
@@ -37,7 +37,11 @@ MAX_SKIPPED = 20
 
 
 def render(
-    run: RunResults, shown: ShownImages, pictures: Mapping[int, Pictures], notices: Sequence[str] = ()
+    run: RunResults,
+    shown: ShownImages,
+    pictures: Mapping[int, Pictures],
+    notices: Sequence[str] = (),
+    similar: Mapping[int, Sequence[SimilarTile]] | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -46,11 +50,12 @@ def render(
         shown: The images to show.
         pictures: Image number -> its pictures, for the images that have any.
         notices: What the reader should know first, one sentence each.
+        similar: Image number of a mistake -> the training images most similar to it.
     """
     rows = run.class_rows
     block = confused_block(run.confusion, BLOCK)
     kept = (run.info.get("selection") or {}).get("epoch")
-    template = _environment().get_template("page.html.j2")
+    template = page_environment().get_template("page.html.j2")
     return template.render(
         run=run,
         results=run.results,
@@ -67,6 +72,7 @@ def render(
         block=[run.names[label] for label in block],
         confusion=confusion_rows(run.confusion, run.names, block),
         shown=shown,
+        similar=similar or {},
         examples=make_examples(run, shown.images, pictures),
         has_pictures=bool(pictures),
         has_boxes=any(picture.has_boxes for picture in pictures.values()),
@@ -81,9 +87,10 @@ def render(
     )
 
 
-def _environment() -> Environment:
+def page_environment(*packages: str) -> Environment:
+    """Return the environment for the templates of this package and of ``packages``, which come first."""
     environment = Environment(
-        loader=PackageLoader("crossx.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "crossx.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

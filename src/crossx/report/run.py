@@ -15,7 +15,7 @@ from crossx.evaluation.data import read_data
 from crossx.evaluation.examples import ExampleMaps, choose_examples, compute_maps, maps_path
 from crossx.evaluation.predictions import relative_paths
 from crossx.explain.overlays import outline, overlay
-from crossx.report.examples import Pictures, tile_side
+from crossx.report.examples import FindSimilar, Pictures, SimilarTile, similar_tiles, tile_side
 from crossx.report.page import render
 from crossx.report.results import RunResults
 from crossx.runs import Run, check_output_file, open_run, write_text
@@ -45,7 +45,12 @@ def report_path(run: str | Path, split: str = "test", output: str | Path | None 
 
 
 def report_run(
-    run: str | Path, *, split: str = "test", output: str | Path | None = None, device: str = "auto"
+    run: str | Path,
+    *,
+    split: str = "test",
+    output: str | Path | None = None,
+    device: str = "auto",
+    find_similar: FindSimilar | None = None,
 ) -> Path:
     """Write the report of a run that was tested on ``split``.
 
@@ -56,6 +61,7 @@ def report_run(
         split: The split that it was tested on.
         output: The file; by default ``RUN/SPLIT/report.html``.
         device: See ``select_device``.
+        find_similar: Finds training images for the mistakes of the most confused pairs; None shows none.
 
     Returns:
         The file.
@@ -73,6 +79,7 @@ def report_run(
     tested = RunResults.read(opened, split)
     shown = choose_examples(tested)
     notices, pictures = [], {}
+    similar: dict[int, list[SimilarTile]] = {}
     try:
         files = _find_images(opened, tested, split, shown.images)
         maps = ExampleMaps.load(maps_path(opened.path, split), shown.images, tested)
@@ -80,10 +87,15 @@ def report_run(
             maps = _compute_maps(run, files, device)
         drawn = _draw(tested, files, maps)
         pictures = dict(zip(shown.images, drawn, strict=True))
+        if find_similar is not None:
+            mistakes = list(dict.fromkeys(taken for _, taken, _ in shown.pairs))
+            paths = dict(zip(shown.images, files, strict=True))
+            found = find_similar([paths[number] for number in mistakes])
+            similar = {number: similar_tiles(images) for number, images in zip(mistakes, found, strict=True)}
     except CrossXError as error:
         notices.append(f"The page has no pictures: {error}")
         log.warning("the page has no pictures: %s", error)
-    write_text(target, render(tested, shown, pictures, notices))
+    write_text(target, render(tested, shown, pictures, notices, similar))
     return target
 
 

@@ -48,6 +48,7 @@ class Run:
     checkpoints = _File("checkpoints")
     best = _File("checkpoints/best.ckpt")
     excluded = _File("exclude.csv")
+    neighbors = _File("neighbors.npz")
     last = _File("checkpoints/last.ckpt")
     previous = _File("checkpoints/previous.ckpt")
     checksums = _File("checkpoints/SHA256SUMS")

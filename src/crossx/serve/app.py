@@ -38,6 +38,7 @@ from crossx.serve.monitoring import (
     model_headers,
     problem,
 )
+from crossx.serve.neighbors import SimilarImages
 from crossx.serve.schemas import (
     ExplainResponse,
     Health,
@@ -84,6 +85,7 @@ def create_app(
     cors: Sequence[str] = (),
     allowed_hosts: Sequence[str] = (ANY,),
     identity: Identity | None = None,
+    similar: SimilarImages | None = None,
 ) -> FastAPI:
     """Create the HTTP application of a trained network.
 
@@ -95,11 +97,12 @@ def create_app(
         cors: Origins whose pages may call the service from a browser; ``*`` for all.
         allowed_hosts: Names by which clients may call the service, besides those of loopback; ``*`` for all.
         identity: Name, version and checksum of the network, by default those of ``identify``.
+        similar: Finds training images that are similar to those of a request; None leaves them out.
 
     Returns:
         The application; ``app.state.service`` is its ``Service``. Its lifespan ends when all requests are answered.
     """
-    service = Service(predictor, limits or Limits(), identity or identify(predictor))
+    service = Service(predictor, limits or Limits(), identity or identify(predictor), similar)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

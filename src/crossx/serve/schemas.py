@@ -53,6 +53,15 @@ class Ranked(BaseModel):
     probability: float
 
 
+class SimilarImage(BaseModel):
+    """A training image that is similar to the image."""
+
+    label: str
+    similarity: float = Field(description="Cosine of the features, -1 to 1.")
+    path: str = Field(description="Path relative to the folder of the training images.")
+    webp: str | None = Field(description="Base64-encoded thumbnail; null if the image is no longer there.")
+
+
 class ImagePrediction(BaseModel):
     """The prediction for one image, or why there is none."""
 
@@ -64,6 +73,9 @@ class ImagePrediction(BaseModel):
         default=None, description="Calibrated probability of the most probable class."
     )
     top: list[Ranked] = Field(default=[], description="The most probable classes, best first.")
+    neighbors: list[SimilarImage] | None = Field(
+        default=None, description="The most similar training images, if the service has --neighbors."
+    )
     nearest: str | None = Field(default=None, description="The most probable class, also if `label` is null.")
     score: float | None = Field(
         default=None, description="Below a threshold for an image of none of the classes; null without one."

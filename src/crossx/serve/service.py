@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from fastapi import HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.requests import ClientDisconnect
@@ -26,11 +27,12 @@ from crossx.explain.overlays import layer
 from crossx.explain.plotting import save_png
 from crossx.predict.identity import Identity
 from crossx.predict.predictor import Answer, Predictor, class_number
-from crossx.predict.results import ExplainedImage
+from crossx.predict.results import ExplainedImage, Neighbor
 from crossx.serve.batching import Batcher, ClosedError, QueueFullError
 from crossx.serve.fairness import Capacity, Flow, ShareError
 from crossx.serve.limits import Limits, share
 from crossx.serve.monitoring import Metrics
+from crossx.serve.neighbors import SimilarImages
 from crossx.serve.schemas import (
     ExplainResponse,
     ImagePrediction,
@@ -51,6 +53,13 @@ _Prepared = tuple[Tensor, int, float | None]
 """A prepared image, the number of classes to name, and the coverage of its prediction set."""
 
 
+class _Classified(NamedTuple):
+    """The answer to an image, and the training images most similar to it."""
+
+    answer: Answer
+    near: tuple[Neighbor, ...]
+
+
 class Service:
     """A predictor shared by concurrent requests.
 
@@ -58,12 +67,20 @@ class Service:
         predictor: The network; from now on only the service's own thread may use it.
         limits: Limits of the service.
         identity: The network's name, version and checksum.
+        similar: Finds training images that are similar to those of a request.
 
     Attributes:
         draining: Whether new requests are refused because the service is stopping.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits, identity: Identity) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        limits: Limits,
+        identity: Identity,
+        similar: SimilarImages | None = None,
+    ) -> None:
+        self._similar = similar
         self.limits, self.identity = limits, identity
         self.metrics = Metrics(
             identity,
@@ -147,8 +164,13 @@ class Service:
             uploads, top = form.uploads, form.top or top
             request.state.images = len(uploads)
             prepare = partial(self._prepare, top=top, coverage=coverage)
-            results = await self._run(request, uploads, prepare, self._classify)
+            classified = await self._run(request, uploads, prepare, self._classify)
+            results = [found.answer if isinstance(found, _Classified) else found for found in classified]
+            near = [found.near if isinstance(found, _Classified) else () for found in classified]
         predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
+        if self._similar is not None:
+            for prediction, neighbors in zip(predictions, near, strict=True):
+                prediction.neighbors = await run_in_threadpool(self._similar.describe, neighbors)
         for prediction in predictions:
             if prediction.probability is None:
                 self.metrics.observe_unreadable()
@@ -304,10 +326,14 @@ class Service:
     def _prepare(self, upload: CheckedUpload, top: int, coverage: float | None) -> _Prepared:
         return self._predictor.prepare(upload.data), top, coverage
 
-    def _classify(self, batch: list[_Prepared]) -> list[Answer]:
+    def _classify(self, batch: list[_Prepared]) -> list[_Classified]:
         images, tops, coverages = zip(*batch, strict=True)
         answers = self._predictor.answer(images, max(tops), coverages)
-        return [answer._replace(top=answer.top[:top]) for answer, top in zip(answers, tops, strict=True)]
+        near = self._similar.find(images) if self._similar is not None else [()] * len(images)
+        return [
+            _Classified(answer._replace(top=answer.top[:top]), found)
+            for answer, top, found in zip(answers, tops, near, strict=True)
+        ]
 
     def _explain_decoded(
         self, images: list[Tensor], *, maps: Kind, target: str | None

@@ -101,12 +101,15 @@ async function look(options) {
   say(`Classifying ${picture.name} …`);
   await keep(options);
   await preview(options);
+  let prediction;
   try {
-    showPrediction(await predict(picture, options));
+    prediction = await predict(picture, options);
+    showPrediction(prediction);
   } catch (failure) {
     if (!options.signal.aborted) at.result.hidden = true;
     throw failure;
   }
+  showSimilar(prediction.neighbors ?? []);
   if (limits.explains) await showMaps(null, options);
 }
 
@@ -211,11 +214,30 @@ function clear() {
   shown = null;
 }
 
-function showPrediction({ label, probability, top }) {
-  at.named.replaceChildren(named(label), " ", made("span", { className: "quiet number", textContent: percent(probability) }));
+function showPrediction({ label, probability, nearest, candidates, top }) {
+  const [name, note] = label === null
+    ? ["None of the classes", `most similar: ${named(nearest)}, ${percent(probability)}`]
+    : [named(label), percent(probability)];
+  const className = label === null ? "quiet" : "quiet number";
+  at.named.replaceChildren(name, " ", made("span", { className, textContent: note }));
+  // a set supposes that the picture shows one of the classes
+  at.candidates.hidden = !candidates || label === null;
+  if (candidates) {
+    at.candidates.textContent = `${Math.round(100 * limits.coverage)}% coverage: ${candidates.map(named).join("; ")}`;
+  }
   at.top.replaceChildren(...top.map(ranked));
   at.result.hidden = at.answer.hidden = at.named.hidden = false;
   at.named.focus();
+}
+
+function showSimilar(neighbors) {
+  at["similar-images"].replaceChildren(...neighbors.map(({ label, similarity, path, webp }) => {
+    const item = made("li", { title: path });
+    if (webp !== null) item.append(made("img", { src: `data:image/webp;base64,${webp}`, alt: "" }));
+    item.append(made("span", { textContent: label }), made("span", { className: "quiet", textContent: similarity.toFixed(2) }));
+    return item;
+  }));
+  at.similar.hidden = !neighbors.length;
 }
 
 function ranked({ label, probability }) {

@@ -1,0 +1,1 @@
+"""Audit a dataset: duplicates, leakage, label errors, outliers, image quality and class balance."""

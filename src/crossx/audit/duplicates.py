@@ -1,0 +1,178 @@
+"""Near-duplicates: candidates by embedding and perceptual hash, verified by their aligned detail."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.fft import dctn
+
+from crossx.audit.alignment import detail_correlation
+from crossx.predict.search import nearest
+
+NEIGHBOURS = 3
+"""Nearest images, by embedding and by hash, that are compared with each image."""
+HASH_AGREEMENT = 0.35
+"""Correlation of two hashes from which images are compared: four standard deviations of independent bits."""
+HASH_SIDE = 12
+"""Frequencies of the perceptual hash along each side."""
+LEAST, MOST = 0.8, 0.93
+"""Bounds of the correlation from which two images are one picture."""
+DEVIATIONS = 6.0
+"""How far above that of other pairs the correlation must be, in robust standard deviations of Fisher's z."""
+SAMPLE = 400
+"""Pairs of different images from which that distribution is estimated."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images that show the same picture.
+
+    Attributes:
+        first: Number of an image.
+        second: Number of a later image.
+        correlation: Of their aligned detail; 1 for identical files.
+    """
+
+    first: int
+    second: int
+    correlation: float
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Near-duplicates of a dataset.
+
+    Attributes:
+        pairs: Verified pairs, in the order of their images.
+        groups: Images connected by pairs, each group sorted.
+        threshold: Correlation from which a pair counts.
+        candidates: Number of pairs that were compared.
+        usual: Median correlation of pairs of different images; None if there were too few to tell.
+    """
+
+    pairs: tuple[Pair, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    threshold: float = LEAST
+    candidates: int = 0
+    usual: float | None = None
+
+
+def find_duplicates(
+    digests: Sequence[bytes],
+    thumbnails: NDArray[np.uint8],
+    vectors: NDArray[np.float32],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Duplicates:
+    """Find images that show one picture: recompressed, resized, slightly cropped, mirrored or of another brightness.
+
+    A pair counts if the correlation of its aligned detail is at least ``LEAST`` (two thirds of the detail's variance in
+    common) and ``DEVIATIONS`` above that of pairs drawn at random from the dataset, but ``MOST`` is always enough.
+
+    Args:
+        digests: Checksum of each of N files.
+        thumbnails: uint8 (N, SIDE, SIDE), grey, see ``alignment``.
+        vectors: float32 (N, D), embeddings of length 1.
+        progress: Called with the number of pairs compared and the total.
+    """
+    identical = _identical(digests)
+    # copies of a file need no comparison of their own
+    unique = np.array([number for number in range(len(digests)) if number not in identical], dtype=np.int64)
+    pairs = [Pair(first, copy, 1.0) for copy, first in identical.items()]
+    threshold, usual = _threshold(thumbnails[unique])
+    found = _candidates(thumbnails[unique], vectors[unique])
+    if len(found):
+        first, second = (torch.from_numpy(thumbnails[unique[found[:, side]]]) for side in (0, 1))
+        total = len(found)
+        scores = detail_correlation(
+            first, second, progress=None if progress is None else lambda done: progress(done, total)
+        )
+        pairs += [
+            Pair(int(unique[a]), int(unique[b]), round(float(score), 4))
+            for (a, b), score in zip(found, scores.tolist(), strict=True)
+            if score >= threshold
+        ]
+    pairs.sort(key=lambda pair: (pair.first, pair.second))
+    return Duplicates(tuple(pairs), _groups(pairs), threshold, len(found), usual)
+
+
+def perceptual_hash(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the signs of the low frequencies relative to their median (pHash), float32 (N, HASH_SIDE**2 - 1) of ±1."""
+    frequencies = dctn(thumbnails.astype(np.float32), axes=(1, 2), norm="ortho")
+    low = frequencies[:, :HASH_SIDE, :HASH_SIDE].reshape(len(thumbnails), -1)[:, 1:]  # without the mean
+    return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
+
+
+def _identical(digests: Sequence[bytes]) -> dict[int, int]:
+    """Return copy -> the first image with the same bytes."""
+    first: dict[bytes, int] = {}
+    return {
+        number: first[digest]
+        for number, digest in enumerate(digests)
+        if first.setdefault(digest, number) != number
+    }
+
+
+def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return pairs (M, 2) of nearest neighbours, the smaller number first, sorted."""
+    if len(thumbnails) < 2:
+        return np.zeros((0, 2), dtype=np.int64)
+    hashes = torch.from_numpy(perceptual_hash(thumbnails))
+    mirrored = torch.from_numpy(perceptual_hash(thumbnails[:, :, ::-1]))
+    embedded = torch.from_numpy(vectors)
+    found = []
+    least = HASH_AGREEMENT * hashes.shape[1]
+    for queries, keys, limit in (
+        (embedded, embedded, -2.0),
+        (hashes, hashes, least),
+        (mirrored, hashes, least),
+    ):
+        # one more, since an image is its own neighbour
+        products, places = nearest(queries, keys, NEIGHBOURS + 1)
+        own = torch.arange(len(places))[:, None].expand_as(places)
+        found.append(torch.stack([own, places], -1)[products > limit])  # (N, k, 2) -> (M, 2)
+    pairs: NDArray[np.int64] = torch.cat(found).sort(dim=1).values.numpy()
+    different: NDArray[np.int64] = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+    return different
+
+
+def _threshold(thumbnails: NDArray[np.uint8]) -> tuple[float, float | None]:
+    """Return the correlation from which a pair counts, and the median of pairs drawn at random."""
+    if len(thumbnails) < 20:
+        return LEAST, None
+    generator = np.random.default_rng(SEED)
+    number = min(SAMPLE, 4 * len(thumbnails))
+    first = generator.integers(0, len(thumbnails), number)
+    second = (first + generator.integers(1, len(thumbnails), number)) % len(thumbnails)
+    scores = detail_correlation(
+        torch.from_numpy(thumbnails[first]), torch.from_numpy(thumbnails[second]), all_levels=True
+    )
+    z = torch.atanh(scores.clamp(max=0.999)).numpy()
+    middle = float(np.median(z))
+    spread = 1.4826 * float(np.median(np.abs(z - middle)))
+    least = float(np.tanh(middle + DEVIATIONS * spread))
+    return round(min(max(LEAST, least), MOST), 4), round(float(np.tanh(middle)), 4)
+
+
+def _groups(pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
+    """Return the connected components of the pairs."""
+    parent: dict[int, int] = {}
+
+    def root(number: int) -> int:
+        while parent.setdefault(number, number) != number:
+            number = parent[number]
+        return number
+
+    for pair in pairs:
+        a, b = sorted((root(pair.first), root(pair.second)))
+        parent[b] = a
+    members: dict[int, list[int]] = defaultdict(list)
+    for number in sorted(parent):
+        members[root(number)].append(number)
+    return tuple(tuple(group) for _, group in sorted(members.items()))

@@ -1,0 +1,89 @@
+"""Predictions of a trained run on the images of an audit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crossx.data.index import DatasetIndex
+from crossx.errors import CrossXError
+from crossx.evaluation.classes import check_classes
+from crossx.evaluation.data import read_data
+from crossx.predict.predictor import Predictor
+from crossx.runs import open_run
+
+
+@dataclass(frozen=True)
+class RunPredictor:
+    """A run that predicts the images of a dataset with its classes.
+
+    Attributes:
+        predictor: Its network.
+        seen: Absolute paths of the images that it was trained on; None if that cannot be told.
+        index: The audited dataset.
+    """
+
+    predictor: Predictor
+    seen: frozenset[str] | None
+    index: DatasetIndex
+
+    @classmethod
+    def load(cls, path: str | Path, index: DatasetIndex, device: str) -> RunPredictor:
+        """Load a run.
+
+        Raises:
+            CrossXError: If it cannot be loaded, or the dataset has other classes.
+        """
+        open_run(path)
+        predictor = Predictor.load(path, device, precision="fp32")
+        check_classes(predictor.spec.classes, index.classes, index.name)
+        return cls(predictor, _training_images(path), index)
+
+    def trained_on(self, files: Sequence[Path]) -> NDArray[np.bool_]:
+        """Return which images (N,) the run was trained on; if that cannot be told, those that are not for testing."""
+        if self.seen is None:
+            tested = {record.path for record in self.index.split("test")}
+            return np.array([file not in tested for file in files], dtype=bool)
+        return np.array([os.path.realpath(file) in self.seen for file in files], dtype=bool)
+
+    def predict(
+        self, files: Sequence[Path], batch_size: int, progress: Callable[[int, int], None]
+    ) -> NDArray[np.float64]:
+        """Return calibrated probabilities (N, K) in the order of the dataset's classes.
+
+        Raises:
+            CrossXError: If an image cannot be read.
+        """
+        classes = self.predictor.classes
+        # the same names, perhaps in another form
+        rows = torch.zeros(len(files), len(classes), dtype=torch.float64)
+        number = {name: label for label, name in enumerate(classes)}
+        predictions = self.predictor.iter_images(files, len(classes), batch_size)
+        for done, prediction in enumerate(predictions, start=1):
+            if prediction.error is not None:
+                raise CrossXError(f"{prediction.path}: {prediction.error}")
+            for name, probability in prediction.top:
+                rows[done - 1, number[name]] = probability
+            progress(done, len(files))
+        probabilities: NDArray[np.float64] = rows.numpy()
+        return probabilities
+
+
+def _training_images(path: str | Path) -> frozenset[str] | None:
+    run, _ = open_run(path)
+    info = run.read_info()
+    try:
+        config, index = read_data(run, run.read_spec())
+    except CrossXError:
+        return None
+    index = index.with_validation(config.val_fraction, config.split_seed)
+    # the released checkpoints were trained on everything but test
+    on_all = config.train_on == "trainval" or info.get("status") == "imported"
+    splits = ("train", "val") if on_all else ("train",)
+    return frozenset(os.path.realpath(record.path) for record in index.records if record.split in splits)

@@ -1,0 +1,133 @@
+"""The whole audit, on drawn photographs with known defects."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cleanlab")
+pytest.importorskip("cleanvision")
+
+from crossx.audit.run import Audit, audit_dataset
+from crossx.cli.main import main
+from crossx.data.catalog import read_configured
+from crossx.data.config import DataConfig
+from crossx.errors import CrossXError
+from photographs import photograph
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def audit(photographs: Path, backbone: str, output: Path) -> Audit:
+    return audit_dataset("folder", photographs, output=output, backbone=backbone)
+
+
+def rows(output: Path) -> dict[str, tuple[str, str]]:
+    with (output / "exclude.csv").open(newline="") as file:
+        return {row["path"]: (row["reason"], row["detail"]) for row in csv.DictReader(file)}
+
+
+def test_copies_are_found_and_the_one_to_test_on_is_kept(audit: Audit) -> None:
+    groups = {frozenset(audit.paths[number] for number in group.images): group for group in audit.groups}
+    leak = groups[frozenset({"train/red/00.png", "test/red/cropped.jpg"})]
+    same = groups[frozenset({"train/red/01.png", "train/red/same.png"})]
+    conflict = groups[frozenset({"train/red/02.png", "train/blue/mirrored.png"})]
+    assert len(groups) == 3
+    assert [audit.paths[number] for number in leak.kept] == ["test/red/cropped.jpg"]
+    assert (leak.leak, same.leak, same.identical, conflict.conflict, conflict.kept) == (
+        True, False, True, True, (),
+    )  # fmt: skip
+
+
+def test_the_list_of_images_to_leave_out_is_taken_by_fit(
+    audit: Audit, output: Path, photographs: Path
+) -> None:
+    listed = rows(output)
+    assert listed["train/red/00.png"][0] == "leak"
+    assert listed["train/red/same.png"][0] == "duplicate"
+    assert listed["train/blue/broken.jpg"][0] == "unreadable"
+    assert {"train/red/02.png", "train/blue/mirrored.png"} <= listed.keys()
+    assert "test/red/cropped.jpg" not in listed
+    index = read_configured(DataConfig(root=str(photographs), exclude=str(output / "exclude.csv")))
+    assert {record.path.relative_to(photographs).as_posix() for record in index.excluded} == listed.keys()
+
+
+def test_poor_images_are_named(audit: Audit, output: Path) -> None:
+    dark = [audit.paths[number] for number, _ in audit.quality["dark"]]
+    assert dark == ["train/blue/dark.png"]
+    written = json.loads((output / "audit.json").read_text())
+    assert written == json.loads(json.dumps(audit.to_json()))
+    assert [row["path"] for row in written["quality"]["dark"]] == dark
+    assert written["unreadable"][0]["path"] == "train/blue/broken.jpg"
+    assert {row["class"]: row["test"] for row in written["classes"]} == {"blue": 6, "red": 7}
+
+
+def test_the_page_is_self_contained(audit: Audit, output: Path) -> None:
+    page = (output / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/webp") > 6
+    assert "in several splits" in page
+
+
+def test_a_second_audit_takes_the_embeddings_and_finds_the_same(
+    audit: Audit, photographs: Path, backbone: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossx.predict.predictor import Predictor
+
+    monkeypatch.setattr(Predictor, "iter_features", lambda *_: iter(()))
+    before = {file.name: file.read_bytes() for file in output.iterdir() if file.suffix != ".npz"}
+    again = audit_dataset("folder", photographs, output=output, backbone=backbone)
+    assert again == audit
+    assert {file.name: file.read_bytes() for file in output.iterdir() if file.suffix != ".npz"} == before
+
+
+def test_the_command_prints_a_summary(
+    photographs: Path, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output", str(tmp_path / "out"), "--backbone", backbone, "--checks", "duplicates"]
+    assert main(["datasets", "audit", "folder", str(photographs), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "3 copies in 3 groups, 1 of them in several splits (leakage), 1 under several labels" in printed
+    assert "0 probable label errors" in printed
+    assert "Not checked." in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 2), (3, 1)])
+def test_tiny_datasets_are_audited(classes: int, each: int, backbone: str, tmp_path: Path) -> None:
+    for label in range(classes):
+        (tmp_path / f"data/train/c{label}").mkdir(parents=True)
+        for number in range(each):
+            photograph(10 * label + number).save(tmp_path / f"data/train/c{label}/{number}.png")
+    found = audit_dataset("folder", tmp_path / "data", output=tmp_path / "out", backbone=backbone)
+    assert (found.groups, found.labels, found.outliers) == ((), (), ())
+    assert "exclude.csv</code> lists no image" in (tmp_path / "out/report.html").read_text()
+
+
+def test_predictions_of_training_images_are_said_not_to_be_out_of_fold(
+    photographs: Path, tmp_path: Path
+) -> None:
+    import layouts
+
+    root = tmp_path / "data"
+    shutil.copytree(photographs, root)
+    run = layouts.write_run(tmp_path / "run", classes=("blue", "red"))
+    (run / "run.json").write_text(
+        json.dumps({"data_root": str(root), "data": {"dataset": "folder", "val_fraction": 0.0}})
+    )
+    found = audit_dataset("folder", root, run=run, output=tmp_path / "out", checks=["labels"])
+    trained = {found.paths[number] for number in found.trained_on}
+    assert {path for path in found.paths if path.startswith("train/")} == trained
+    issues = found.to_json()["labels"]["issues"]
+    assert all(issue["out_of_fold"] == issue["path"].startswith("test/") for issue in issues)
+    other = layouts.write_run(tmp_path / "other", classes=("green", "red"))
+    with pytest.raises(CrossXError, match="other classes than the run"):
+        audit_dataset("folder", root, run=other)
