@@ -23,8 +23,12 @@ trainer: {max_epochs: 2, logger: false, accelerator: cpu}
 """
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+def example() -> tuple[str, list[str]]:
+    """Return the page's space, and the words of the command that searches it."""
+    text = PAGE.read_text(encoding="utf-8")
+    (space,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"^crossx (tune .*--space space\.yaml .*)$", text, re.MULTILINE)
+    return space, shlex.split(command)
 
 
 @pytest.mark.slow
@@ -33,9 +37,8 @@ def test_the_example_of_the_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(TINY)
-    Path("space.yaml").write_text(blocks("yaml")[0])
-    (command,) = (block for block in blocks("") if "--space space.yaml" in block)
-    words = shlex.split(command)[1:]
+    space, words = example()
+    Path("space.yaml").write_text(space)
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "trial 4 of 4, " in printed
