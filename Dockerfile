@@ -10,7 +10,7 @@ ENV PATH=/opt/crossx/bin:$PATH
 # PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the same without them.
 RUN pip install "torch>=2.10" "torchvision>=0.25" --index-url https://download.pytorch.org/whl/cpu
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY src src
 # what is installed has its version in pyproject.toml
 # hadolint ignore=DL3013

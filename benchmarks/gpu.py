@@ -137,7 +137,7 @@ def run(part: Part, seconds: float | None) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
             process.wait(STOP_SECONDS)
@@ -171,13 +171,13 @@ def report(output: Path, names: Sequence[str]) -> str:
             kind
         ](result)
         lines += ["", f"**{name}**", "", table(headers, rows)]
-    targets = [row for result in found.values() for row in _targets(result)]
-    if targets:
-        rows = [
-            [row["what"], _bound(row), f"{_value(row):.3g}", "yes" if row["reached"] else "no"]
-            for row in targets
-        ]
-        lines += ["", "**Targets**", "", table(["what", "target", "measured", "reached"], rows)]
+    rows = [
+        [name, row["what"], _bound(row), f"{_value(row):.3g}", "yes" if row["reached"] else "no"]
+        for name, result in found.items()
+        for row in _targets(result)
+    ]
+    if rows:
+        lines += ["", "**Targets**", "", table(["part", "what", "target", "measured", "reached"], rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -144,6 +144,8 @@ def read_samples(run: Path, data: Path, number: int) -> list[Sample]:
     predictions = Predictor.load(run, device="cpu").predict(chosen)
     samples: dict[int, Sample] = {}
     for path, prediction in zip(chosen, predictions, strict=True):
+        if prediction.rejected:
+            continue
         assert prediction.label is not None
         assert prediction.probability is not None
         key = round(prediction.probability / TOLERANCE / 3)

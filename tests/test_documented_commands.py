@@ -81,7 +81,7 @@ def test_commands_of_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_help_exist(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
-    examples = capsys.readouterr().out.split("\nexamples:\n")[1]
+    examples = capsys.readouterr().out.split("\nexamples:\n")[1].replace("\\\n", " ")
     found = [words for line in examples.splitlines() for words in commands_of(line)]
     assert found
     for name, *words in found:

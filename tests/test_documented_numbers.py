@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
+from crossx.data.catalog import DATASETS
+from crossx.recipes import list_recipes, load_recipe
 from crossx.report.published import read_published
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +210,43 @@ def test_few_images_table_is_that_of_the_file() -> None:
         assert probe == f"{100 * results['probes'][key]['top1']:.2f}"
         assert top1 == f"{100 * found['top1']:.2f}"
         assert difference == f"{100 * found['difference'][0]:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def test_the_choice_of_a_method_quotes_the_results() -> None:
+    """Every cell of docs/which-method.md is that of the same variant and column in docs/results.md, or of its JSON."""
+    page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    section = RESULTS.partition("## The compared methods\n")[2].partition("\n## ")[0]
+    header, *rows = next(tables(section))
+    results = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    measured = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text(encoding="utf-8"))[
+        "cells"
+    ]
+    _, (columns, *methods), (_, *images) = tables(page)
+    assert len(methods) > 10
+    for name, *cells in methods:
+        expected = [results[name][column].replace("**", "") for column in columns[1:]]
+        assert cells == expected, name
+    assert [row[0] for row in methods] == [
+        row["variant"] for row in sorted(results.values(), key=lambda row: row[columns[1]], reverse=True)
+        if row["variant"] != "`mamc-without-loss`"
+    ]  # fmt: skip
+    for count, *cells in images:
+        for cell, backbone in zip(cells, ("mobilenetv2_035", "tf_efficientnet_lite0"), strict=True):
+            found = measured[f"{backbone}/{count}/10/0"]
+            assert cell == f"{100 * found['top1']:.2f} ({100 * found['difference'][0]:+.2f})"
+
+
+def test_the_licences_are_those_of_timm_and_of_the_catalog() -> None:
+    timm = pytest.importorskip("timm")
+    weights, datasets = tables((ROOT / "docs" / "licences.md").read_text(encoding="utf-8"))
+    stated = {row[0].strip("`"): row[1] for row in weights[1:]}
+    assert stated == {name: timm.get_pretrained_cfg(name).license for name in stated}
+    used = {load_recipe(name).get("model", "backbone") for name in list_recipes()}
+    # the page says in words what timm does not state
+    assert {name for name in used if name and "." in name} == {*stated, "alexnet.tv_in1k"}
+    assert {row[0].strip("`"): row[1] for row in datasets[1:]} == {
+        name: info.licence for name, info in DATASETS.items() if info.licence != "yours"
+    }
 
 
 def test_the_sizes_of_an_installation_are_those_of_the_file() -> None:

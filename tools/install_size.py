@@ -23,7 +23,19 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "install_size.json"
-EXTRAS = ("parquet", "tensorboard", "serve", "explain", "export", "ray", "tune", "audit", "docs", "dev")
+EXTRAS = (
+    "parquet",
+    "tensorboard",
+    "serve",
+    "explain",
+    "export",
+    "ray",
+    "tune",
+    "datasets",
+    "audit",
+    "docs",
+    "dev",
+)
 TRAINING = ("lightning", "torchmetrics", "scipy")
 """Packages of the base without which ``predict`` and ``serve`` still work (tests/test_extras.py)."""
 GPU = ("nvidia-", "cuda-", "triton")

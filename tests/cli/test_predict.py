@@ -165,7 +165,7 @@ def test_a_folder_whose_name_has_a_suffix_ends_in_a_slash(run: str, place: Path)
 def test_ctrl_c_leaves_no_half_file(
     run: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    classify = Predictor.classify
+    answer = Predictor.answer
 
     batches = []
 
@@ -173,9 +173,9 @@ def test_ctrl_c_leaves_no_half_file(
         batches.append(list(place.glob(".out.csv.*")))
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return classify(predictor, *arguments)
+        return answer(predictor, *arguments)
 
-    monkeypatch.setattr(Predictor, "classify", interrupted)
+    monkeypatch.setattr(Predictor, "answer", interrupted)
     words = ["predict", run, "photos", "--data.batch_size", "2", "--output", "out.csv", "--device", "cpu"]
     assert main(words) == 130
     assert capsys.readouterr().err == "crossx predict: error: stopped by Ctrl-C.\n"

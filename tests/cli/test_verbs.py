@@ -58,6 +58,11 @@ def test_quickstart_trains_and_tests_both_and_draws_a_picture(started: tuple[Pat
     assert parts["verdict"] in " ".join(printed.split())
     with Image.open(output / "predictions.png") as picture:
         assert picture.width > picture.height > 200
+    with Image.open(output / "excitations.png") as picture:
+        # two excitations and their sum on three images
+        assert picture.width > 500 < picture.height
+    against = json.loads((output / "crossx/test_against_plain.json").read_text())
+    assert f"  difference {100 * against['difference']:+.1f} points (" in printed
 
 
 def too_long(text: str, width: int) -> list[str]:

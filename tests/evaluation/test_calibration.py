@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
-from crossx.evaluation.calibration import calibrate_run, fit_temperature
+from crossx.evaluation import calibration
+from crossx.evaluation.calibration import ViewOutputs, calibrate_outputs, calibrate_run, fit_temperature
 from crossx.evaluation.run import test_run
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, read_json, write_json
@@ -124,3 +125,117 @@ def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
     with pytest.raises(CrossXError, match="was trained on its val images"):
         calibrate_run(imported.path)
     assert calibrate_run(imported.path, split="test", device="cpu").described["split"] == "test"
+
+
+def test_every_view_has_its_own_thresholds(run, monkeypatch):
+    """Thresholds are order statistics of the scores and probabilities that the predictor gives with these views."""
+    root = write_folder(run.path.parent / "more", classes=3, images_per_class=40, split_folders=True)
+    found = calibrate_run(run.path, device="cpu", root=root, keep=0.9, score="energy")
+    spec = run.read_spec()
+    assert (spec.rejection, spec.sets) == (found.rejection, found.sets)
+    assert read_json(run.spec)["schema"] == 2
+    assert (spec.rejection.score, spec.rejection.keep, spec.rejection.images) == ("energy", 0.9, 30)
+    images = sorted((root / "val").rglob("*.jpg"))
+    for key, options in {
+        "1": {}, "1+flip": {"flip": True}, "5": {"crops": 5}, "5+flip": {"flip": True, "crops": 5},
+    }.items():  # fmt: skip
+        predictions = Predictor.load(run.path, "cpu", **options, coverage=0.9).predict(images, top=3)
+        scores = sorted(one.score for one in predictions)
+        # 31 x 0.1 = 3.1: the third smallest is kept
+        assert spec.rejection.thresholds[key] == pytest.approx(scores[2], rel=1e-5)
+        own = sorted((dict(one.top)[one.path.parent.name] for one in predictions), reverse=True)
+        # 31 x 0.9 = 27.9: 28 of them are covered
+        assert spec.sets.least_probability[key][40] == pytest.approx(own[27], rel=1e-5)
+        assert 26 <= sum(one.path.parent.name in one.candidates for one in predictions) <= 30
+        assert sum(one.rejected for one in predictions) in (2, 3)
+    assert (
+        set(spec.rejection.thresholds) == set(spec.sets.least_probability) == {"1", "1+flip", "5", "5+flip"}
+    )
+
+    # on a part of many images
+    monkeypatch.setattr(calibration, "MAX_VALUES", 3 * 10 * 10)
+    part = calibrate_run(run.path, device="cpu", root=root)
+    assert (part.sets.images, part.temperature) == (10, found.temperature)
+    assert part.rejection is None  # too few to keep 95%
+    assert read_json(run.spec)["schema"] == 1
+
+
+def test_few_images_have_no_threshold_and_say_so(run, capsys):
+    """Of 12 images, none can be below a threshold that keeps 95%; 92% is the most that sets can cover."""
+    assert main(["calibrate", str(run.path), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "rejection  none: every image gets a class, since to keep 0.95 needs 19 images or more\n" in said
+    assert "prediction sets  for a coverage of up to 0.92; for 0.9, it will be between " in said
+    assert run.read_spec().rejection is None
+    images = str(run.path.parent / "birds" / "test")
+    assert main(["predict", str(run.path), images, "--coverage", "0.95"]) == 2
+    assert "needs 19 calibration images, and" in capsys.readouterr().err
+    assert main(["calibrate", str(run.path), "--device", "cpu", "--keep", "0.9"]) == 0
+    assert "below" in capsys.readouterr().out
+    assert run.read_spec().rejection.images == 12
+    assert main(["calibrate", str(run.path), "--device", "cpu", "--keep", "1"]) == 0
+    assert "rejection  none: every image gets a class\n" in capsys.readouterr().out
+    assert run.read_spec().rejection is None
+
+
+def test_the_test_says_what_is_kept_covered_and_told_apart(run, tmp_path, capsys):
+    calibrate_run(run.path, device="cpu", keep=0.5, score="max_probability")
+    others = write_folder(tmp_path / "others", classes=1, images_per_class=5)
+    (others / "broken.jpg").touch()
+    words = ["test", str(run.path), "--device", "cpu", "--coverage", "0.9", "--unknown", str(others)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    results = read_json(run.path / "test.json")
+    with np.load(run.path / "test" / "predictions.npz") as saved:
+        logits, targets = saved["logits"].astype(float), saved["targets"]
+    spec = run.read_spec()
+    shares = np.exp(logits / spec.temperature)
+    shares /= shares.sum(1, keepdims=True)
+    largest = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).max(1)
+    kept = largest >= spec.rejection.thresholds["1"]
+    assert results["rejection"]["kept"] == pytest.approx(kept.mean())
+    if kept.any():
+        assert results["rejection"]["top1_kept"] == pytest.approx((logits.argmax(1) == targets)[kept].mean())
+    least = spec.sets.least_probability["1"][40]
+    own = shares[np.arange(len(targets)), targets]
+    assert results["sets"]["covered"] == pytest.approx(((own >= least) | (own == shares.max(1))).mean())
+    assert sum(results["sets"]["sizes"].values()) == len(targets)
+    low, high = results["sets"]["interval"]
+    assert low <= results["sets"]["covered"] <= high
+    assert (results["unknown"]["n"], results["unknown"]["skipped"]) == (5, 1)
+    unknown = [one.score for one in Predictor.load(run.path, "cpu").predict(others) if one.error is None]
+    wins = np.mean([[(k > u) + (k == u) / 2 for u in unknown] for k in largest])
+    assert results["unknown"]["scores"]["max_probability"]["auroc"] == pytest.approx(wins, abs=0.05)
+    for words in ("kept", "coverage 0.9", "classes per set", "5 images of", "1 left out", "AUROC", "OSCR"):
+        assert words in said
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "nan", "-0.1", "much"])
+@pytest.mark.parametrize("verb", ["predict", "test"])
+def test_coverages_that_cannot_be_are_refused(run, capsys, verb, value):
+    words = [verb, str(run.path), *(["x.jpg"] if verb == "predict" else []), f"--coverage={value}"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--coverage" in said
+    assert "from 0.5 to 0.99" in said
+
+
+def test_a_run_of_before_has_no_sets(run, capsys):
+    images = str(run.path.parent / "birds" / "test")
+    for words in (["predict", str(run.path), images], ["test", str(run.path)]):
+        assert main([*words, "--coverage", "0.9", "--device", "cpu"]) == 2
+        assert "has no prediction sets, which --coverage needs" in capsys.readouterr().err
+    assert main(["predict", str(run.path), images, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("path,label,probability,error\n")
+
+
+def test_one_class_has_a_threshold_and_sets_of_one():
+    """A dataset needs two classes, but a run may have one."""
+    logits = torch.linspace(-1, 1, 40)[:, None]
+    outputs = ViewOutputs(
+        logits, torch.zeros(40, dtype=torch.int64), logits[None], torch.ones(40, dtype=torch.bool), {"1": [0]}
+    )
+    found = calibrate_outputs(outputs, dataset="folder", split="val")
+    assert found.rejection.thresholds == {"1": pytest.approx(logits[1, 0].item())}
+    assert set(found.sets.least_probability["1"]) == {1.0}
+    assert found.temperature == 1

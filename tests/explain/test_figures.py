@@ -14,6 +14,7 @@ import layouts
 from crossx.explain import figure, overlay
 from crossx.explain.figures import BOX_COLOURS, FigureRow, caption, draw, layer, outline, to_pixels
 from crossx.explain.maps import Explanation
+from crossx.explain.overlays import overlay_parts
 from crossx.methods import create_method
 from crossx.methods.weights import load_method
 from refusals import refusal
@@ -42,6 +43,24 @@ def test_overlay_mixes_grey_and_colour() -> None:
     mixed = overlay(image, values, colormap="viridis", opacity=0.7)
     assert (mixed.dtype, mixed.shape) == (np.uint8, (12, 16, 3))
     assert np.abs(mixed - expected).max() <= 2
+
+
+def test_parts_have_the_colour_of_the_largest_map() -> None:
+    image = picture()
+    maps = np.random.default_rng(2).normal(size=(3, *image.shape[:2]))
+    mixed = overlay_parts(image, maps, opacity=0.4)
+    grey = np.asarray(Image.fromarray(image).convert("L")).astype(float)
+    seen = set()
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            scaled = [(m[y, x] - m.min()) / (m.max() - m.min()) for m in maps]
+            expected = np.repeat(grey[y, x], 3)
+            if max(scaled) > 0.5:
+                part = int(np.argmax(scaled))
+                seen.add(part)
+                expected = 0.6 * expected + 0.4 * np.array(ImageColor.getrgb(BOX_COLOURS[part]))
+            assert np.abs(mixed[y, x] - expected).max() <= 1.5
+    assert seen == {0, 1, 2}
 
 
 @pytest.mark.parametrize("scale", [1, -3])

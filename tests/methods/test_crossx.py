@@ -320,6 +320,7 @@ INFERENCE_FORMS: dict[str, dict[str, object]] = {
     "defaults": {},
     "more classes than channels": {"num_classes": 300, "interpolation": "nearest", "previous_pooling": "avg"},
     "competing gates": {"gates": "competing", "background": True, "num_parts": 3},
+    "spatial gates": {"gates": "spatial"},
     "one head": {"use_previous": False, "use_merged": False, "num_parts": 1},
     "two heads": {"use_previous": False},
 }

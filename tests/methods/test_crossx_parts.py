@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.layers import AffineView
-from crossx.losses import ClassificationLoss, c3s_loss
+from crossx.losses import ClassificationLoss, border_loss, c3s_loss
 from crossx.methods import CrossX, create_method
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, write_json
@@ -29,7 +29,17 @@ OPTIONS = {
     "part": {"part_weights": [0.5, 0.25, 0.125]},
 }
 ALL = {name: value for options in OPTIONS.values() for name, value in options.items()}
-CASES = {**OPTIONS, "all": ALL}
+SPATIAL = {
+    "gates": "spatial",
+    "concentration_weight": 10.0,
+    "border_weight": 2.0,
+    **{
+        name: value
+        for option in ("separation", "presence", "part")
+        for name, value in OPTIONS[option].items()
+    },
+}
+CASES = {**OPTIONS, "all": ALL, "spatial": SPATIAL}
 TARGETS = torch.tensor([0, 2, 1])
 
 every_option = pytest.mark.parametrize("case", CASES)
@@ -58,7 +68,7 @@ def naive_gates(method: CrossX, stage: str, u: Tensor) -> Tensor:
             for p in range(len(osme.excite_bias))
         ]
     )
-    if method.options["gates"] == "sigmoid":
+    if method.options["gates"] != "competing":
         return scores.sigmoid()
     powers = (method.options["gate_sharpness"] * scores).exp()
     return powers / powers.sum(0)
@@ -133,6 +143,91 @@ def test_terms_follow_their_equations(options: dict[str, object], parts: int) ->
         c3s = method.c3s_weights[name] * c3s_loss(features[name], centred=method.options["c3s_centred"])
         torch.testing.assert_close(objective.terms[f"c3s_{name}"], c3s)
     torch.testing.assert_close(objective.loss, sum(objective.terms.values()))
+
+
+def naive_shares(method: CrossX, last: Tensor, previous: Tensor) -> Tensor:
+    """The shares of the parts and the background in each position of one image, (P + 1, H, W)."""
+    larger = F.interpolate(last[None], size=previous.shape[1:], mode="bilinear")[0]
+    features = torch.cat([larger, previous])
+    prototypes = method.backbone.assignment.prototypes
+    shares = torch.empty(len(prototypes), *previous.shape[1:])
+    for y in range(shares.shape[1]):
+        for x in range(shares.shape[2]):
+            distances = ((features[:, y, x] - prototypes) ** 2).sum(1)
+            powers = (distances.min() - distances).exp()
+            shares[:, y, x] = powers / powers.sum()
+    return shares
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_spatial_gates_follow_their_equations(parts: int) -> None:
+    method = build(num_parts=parts, **SPATIAL).eval()
+    with torch.no_grad():
+        method.backbone.assignment.prototypes.mul_(0.2)  # shares far from 0 and 1
+    stages = method.backbone.ungated(images())
+    shares = torch.stack(
+        [naive_shares(method, *both) for both in zip(stages["last"], stages["previous"], strict=True)]
+    ).detach()
+    torch.testing.assert_close(method.backbone.assign(stages), shares, atol=1e-4, rtol=1e-3)
+    height, width = shares.shape[2:]
+    terms = method.objective(images(), TARGETS).terms
+    spread, outside = [], []
+    for a in shares.numpy():
+        for map_ in a[:-1]:
+            total = map_.sum()
+            y = sum(map_[i, j] * i / height for i in range(height) for j in range(width)) / total
+            x = sum(map_[i, j] * j / width for i in range(height) for j in range(width)) / total
+            spread += [
+                map_[i, j] * ((i / height - y) ** 2 + (j / width - x) ** 2)
+                for i in range(height)
+                for j in range(width)
+            ]
+        outside += [
+            a[:-1, i, j].sum()
+            for i in range(height)
+            for j in range(width)
+            if i in (0, height - 1) or j in (0, width - 1)
+        ]
+    assert terms["concentration"].item() == pytest.approx(10 * np.mean(spread), rel=1e-3)
+    assert terms["border"].item() == pytest.approx(2 * np.mean(outside), rel=1e-3)
+    attended = method.backbone(images())
+    for stage, weight in (("last", 0.5), ("previous", 0.25)):
+        presences, correlations = [], []
+        for n, u in enumerate(stages[stage]):
+            larger = F.interpolate(u[None], size=(height, width), mode="bilinear")[0]
+            gates = naive_gates(method, stage, u)
+            for p in range(parts):
+                expected = shares[n, p] * gates[p, :, None, None] * larger
+                torch.testing.assert_close(attended[stage][n, p], expected, rtol=1e-3, atol=1e-4)
+            whole = F.interpolate(u.clamp(min=0).mean(0)[None, None], size=(height, width), mode="bilinear")[
+                0, 0
+            ]
+            inner = (slice(1, height - 1), slice(1, width - 1))
+            presences += [((a * whole)[inner].max() / whole[inner].max()).item() for a in shares[n, :-1]]
+            weights = (whole * (1 - shares[n, -1])).flatten().detach().double().numpy()
+            r = np.cov(shares[n, :-1].flatten(1).double().numpy(), aweights=weights)
+            correlations += [
+                r[p, q] / math.sqrt(r[p, p] * r[q, q]) for p in range(parts) for q in range(p + 1, parts)
+            ]
+        assert terms[f"presence_{stage}"].item() == pytest.approx(weight * (1 - np.mean(presences)), abs=1e-4)
+        assert terms[f"separation_{stage}"].item() == pytest.approx(weight * np.mean(correlations), abs=1e-3)
+
+
+def test_spatial_gates_divide_a_single_stage_too() -> None:
+    method = build(use_previous=False, use_merged=False, **SPATIAL).eval()
+    stages = method.backbone.ungated(images())
+    shares = method.backbone.assign(stages)
+    assert shares.shape == (3, 3, *stages["last"].shape[2:])
+    torch.testing.assert_close(shares.sum(1), torch.ones_like(shares[:, 0]))
+    assert {name for name in method.objective(images(), TARGETS).terms if "previous" in name} == set()
+
+
+def test_parts_at_the_border_are_the_only_ones_that_its_term_sees() -> None:
+    background = torch.ones(2, 5, 4)
+    background[:, 1:-1, 1:-1] = 0
+    assert border_loss(background).item() == 0
+    assert border_loss(1 - background).item() == 1
+    assert border_loss(torch.full((1, 2, 3), 0.25)).item() == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["equivariance"], OPTIONS["equivariance"] | COMPETING])
@@ -311,6 +406,7 @@ def test_every_kind_of_backbone(backbone: str, size: int) -> None:
         ({"separation_weights": [1, 0]}, {"last", "previous"}),
         ({"presence_weights": [0, 1]}, {"last", "previous"}),
         ({"gates": "competing", "use_previous": False, "use_merged": False}, {"last"}),
+        ({"gates": "spatial"}, {"last", "previous"}),
     ],
 )
 def test_gates_are_on_the_map_where_the_shortcut_would_bypass_them(
@@ -344,6 +440,19 @@ def test_stages_without_gates_have_no_terms() -> None:
         ({"presence_weights": [0, 1], "osme_placement": "residual"}, "the shortcut would bypass"),
         ({"separation_weights": [1, 1], "num_parts": 1}, "separation_weights need num_parts 2 or more"),
         ({"c3s_centred": True, "num_parts": 1}, "c3s_centred needs num_parts 2 or more"),
+        ({"c3s_centred": True, "c3s_weights": [0, 0, 0]}, "c3s_centred changes nothing"),
+        (
+            {"c3s_centred": True, "c3s_weights": [0, 0.5, 0.5], "use_previous": False, "use_merged": False},
+            "c3s_centred changes nothing",
+        ),
+        ({"gate_sharpness": 3.0}, "gate_sharpness 3 needs competing gates"),
+        ({"gate_sharpness": 3.0, "gates": "spatial"}, "gate_sharpness 3 needs competing gates"),
+        ({"gates": "spatial", "background": True}, "spatial gates have one already"),
+        ({"gates": "spatial", "osme_placement": "residual"}, "the shortcut would bypass spatial gates"),
+        ({"concentration_weight": 1.0}, "concentration_weight needs spatial gates"),
+        ({"border_weight": 1.0, "gates": "competing"}, "border_weight needs spatial gates"),
+        ({"border_weight": math.nan, "gates": "spatial"}, "border_weight must be at least 0 and finite"),
+        ({"concentration_weight": -1.0, "gates": "spatial"}, "concentration_weight must be at least 0"),
         ({"separation_weights": [1.0]}, r"separation_weights takes 2 numbers \(last, previous\)"),
         ({"presence_weights": [1, 1, 1]}, "presence_weights takes 2 numbers"),
         ({"equivariance_weights": [-1, 1]}, "equivariance_weights must not be negative"),

@@ -426,7 +426,7 @@ def test_every_response_names_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(app.state.service._predictor, "classify", lambda *_: 1 / 0)
+        broken.setattr(app.state.service._predictor, "answer", lambda *_: 1 / 0)
         failed = client.post("/predict", files=files(images[0]))
     responses = [
         client.post("/predict", files=files(images[0])), client.post("/explain", files=files(images[0])),
@@ -468,7 +468,7 @@ def test_a_failure_of_the_network_is_500_and_passes(
     app: FastAPI, client: TestClient, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(app.state.service._predictor, "classify", lambda *_: 1 / 0)
+        broken.setattr(app.state.service._predictor, "answer", lambda *_: 1 / 0)
         told = problem(client.post("/predict", files=files(images[0])), 500)
     assert told == "internal error; see the service's log."
     assert client.post("/predict", files=files(images[0])).status_code == 200
@@ -587,14 +587,14 @@ def test_odd_requests_add_no_series(client: TestClient, images: list[Path]) -> N
 def held(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Make the network wait; return what says that it began, and what lets it go on."""
     began, gate = threading.Event(), threading.Event()
-    classify = app.state.service._predictor.classify
+    answer = app.state.service._predictor.answer
 
     def waiting(*arguments: Any) -> Any:
         began.set()
         assert gate.wait(PATIENCE)
-        return classify(*arguments)
+        return answer(*arguments)
 
-    monkeypatch.setattr(app.state.service._predictor, "classify", waiting)
+    monkeypatch.setattr(app.state.service._predictor, "answer", waiting)
     return began, gate
 
 

@@ -42,11 +42,11 @@ from crossx.serve.service import Service
 warm_up = Service.warm_up
 def hold(service):
     warm_up(service)
-    classify = service._predictor.classify
+    answer = service._predictor.answer
     def held(*arguments):
         sys.stdin.read()
-        return classify(*arguments)
-    service._predictor.classify = held
+        return answer(*arguments)
+    service._predictor.answer = held
 Service.warm_up = hold
 sys.exit(main(sys.argv[1:]))
 """

@@ -14,7 +14,7 @@ import layouts
 from crossx.evaluation.metrics import ClassRow
 from crossx.methods import create_method
 from crossx.methods.weights import describe, load_method
-from crossx.runs import Preprocessing, Run
+from crossx.runs import Preprocessing, Rejection, Run
 from crossx.share.model_card import CardData, CardFigure, check_license, write_card
 from refusals import refusal
 
@@ -96,6 +96,19 @@ def test_the_calibration_error_is_that_of_the_probabilities_given(
     (line,) = re.findall(r"^- .*(?:points on average|be trusted).*$", text, re.MULTILINE)
     assert expected in line
     assert ("| expected calibration error" in section(text, "Results")) == ("points" in line)
+
+
+def test_what_becomes_of_images_of_none_of_the_classes_is_told(method: Any) -> None:
+    known = measured(method)
+    assert "- It always predicts one of its 3 classes," in section(write_card(known), "Limits")
+    rejection = Rejection("max_logit", 0.95, 40, {"1": 3.0})
+    text = section(write_card(replace(known, spec=replace(known.spec, rejection=rejection))), "Limits")
+    assert "always predicts" not in text
+    assert (
+        "- An image whose score (max_logit) is below a threshold gets none of its 3 classes. The threshold keeps"
+        in text
+    )
+    assert "95% of the images of the classes" in text
 
 
 def section(text: str, head: str) -> str:

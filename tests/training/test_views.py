@@ -22,13 +22,8 @@ from crossx.training.task import Task
 FROZEN = {"freeze_stride": 8, "lr": 0.01, "schedule": "constant", "fit_heads": 2, "selection": "last"}
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["plain", pytest.param("crossx", marks=pytest.mark.slow), pytest.param("dfl", marks=pytest.mark.slow)],
-)
-def test_training_on_stored_maps_is_training_on_the_images(make_config, method, monkeypatch):
-    model = {"method": method}
-    images = fit(make_config("images", model=model, optim=FROZEN, trainer={"max_epochs": 2}))
+def test_training_on_stored_maps_is_training_on_the_images(make_config, monkeypatch):
+    images = fit(make_config("images", optim=FROZEN, trainer={"max_epochs": 2}))
     loaded = []
     to_device = DataModule.to_device
 
@@ -37,23 +32,35 @@ def test_training_on_stored_maps_is_training_on_the_images(make_config, method, 
         return to_device(self, batch, device)
 
     monkeypatch.setattr(DataModule, "to_device", counted)
-    stored = fit(
-        make_config("stored", model=model, optim=FROZEN | {"cached_views": 2}, trainer={"max_epochs": 2})
-    )
+    stored = fit(make_config("stored", optim=FROZEN | {"cached_views": 2}, trainer={"max_epochs": 2}))
     # both views of 27 images, then only the three validation images of each epoch
     assert sum(loaded) == 2 * 27 + 2 * 3
-    expected, found = (
-        [epoch["train/loss"] for epoch in json.loads((run.path / "metrics.json").read_text())["epochs"]]
-        for run in (images, stored)
-    )
-    # the maps are stored in half precision
-    assert found == pytest.approx(expected, rel=0.02)
-    if method != "plain":
-        return  # small differences grow in its batch norms
     expected, found = load_file(images.weights), load_file(stored.weights)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
+        # the maps are stored in half precision
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["plain", "crossx", "dfl"])
+def test_a_step_on_maps_is_the_step_on_their_images(name):
+    torch.manual_seed(0)
+    method = create_method(name, backbone="test_resnet", num_classes=3)
+    task = Task(method, OptimConfig(freeze_stride=8, cached_views=1), class_counts=[1, 1, 1])
+    images, targets = torch.randn(6, 3, 64, 64), torch.arange(6) % 3
+    start = {key: value.clone() for key, value in task.state_dict().items()}
+    gradients = []
+    for task.takes_maps in (False, True):
+        task.load_state_dict(start)
+        task.zero_grad()
+        with torch.no_grad():
+            batch = task.early(images) if task.takes_maps else images
+        task(batch, targets)[0].backward()
+        gradients.append({key: p.grad.clone() for key, p in task.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(value.any() for value in gradients[0].values())
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, msg=key)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make_config):

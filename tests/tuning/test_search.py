@@ -162,6 +162,7 @@ def test_no_combination_is_trained_twice(base: Config, tmp_path: Path, trained: 
     assert dict(tuned.best.values) == {"optim.lr": 0.1, "data.augmentation": "trivial"}
 
 
+@pytest.mark.slow
 def test_another_search_in_the_folder_is_refused(
     base: Config, space: Path, tmp_path: Path, trained: list[str]
 ) -> None:
@@ -189,6 +190,7 @@ def test_another_search_in_the_folder_is_refused(
         tune(base, tmp_path, space=space, trials=2)
 
 
+@pytest.mark.slow
 def test_failures(
     base: Config, space: Path, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,17 @@ from crossx.backbones.blocks import (
     resized,
 )
 from crossx.errors import UsageError, check_choice, first_line
-from crossx.layers import OSME, Gating, ResidualOSME, SeparateOSME, evaluation_mode, recompute
+from crossx.layers import (
+    OSME,
+    Gating,
+    PartAssignment,
+    ResidualOSME,
+    SeparateOSME,
+    enlarge,
+    evaluation_mode,
+    join_stages,
+    recompute,
+)
 
 Placement: TypeAlias = Literal["residual", "output"]
 Layer: TypeAlias = Literal["pooled", "fc6"]
@@ -74,6 +84,7 @@ class Backbone(nn.Module):
         self._previous = -1
         self._set_previous(previous_index([stage["reduction"] for stage in info]))
         self.osme = nn.ModuleDict()
+        self.assignment: PartAssignment | None = None
         self.stage_maps = nn.ModuleDict({stage: nn.Identity() for stage in self.channels})
         self._slots: dict[str, ResidualOSME] = {}
         self.recomputes = False
@@ -126,23 +137,24 @@ class Backbone(nn.Module):
             reduction: See ``OSME``.
             placement: ``residual`` gates F(x) inside the stage's last block, before the shortcut is added, and leaves
                 the rest of the trunk unchanged. ``output`` gates the stage's map. None chooses ``residual`` if the
-                backbone has suitable blocks and the gates do not compete.
+                backbone has suitable blocks and the gates are those of Eq. 1.
             gating: See ``OSME``.
 
         Raises:
-            UsageError: For ``residual`` on a backbone without such blocks or with competing gates, or invalid options
-                of OSME.
+            UsageError: For ``residual`` on a backbone without such blocks or with other gates, or invalid options of
+                OSME.
         """
         if placement is not None:
             check_choice("osme_placement", placement, get_args(Placement))
         osme = OSME(self.channels[stage], num_parts, reduction, gating)
-        competing = osme.gating.gates == "competing"
-        if placement == "output" or (placement is None and (self._steps is None or competing)):
+        other = osme.gating.gates != "sigmoid"
+        if placement == "output" or (placement is None and (self._steps is None or other)):
             self.osme[stage] = osme
             return
-        if competing:
+        if other:
             raise UsageError(
-                "osme_placement=residual: the shortcut would bypass competing gates; use output, their default."
+                f"osme_placement=residual: the shortcut would bypass {osme.gating.gates} gates; use output, their "
+                "default."
             )
         if self._steps is None:
             raise UsageError(
@@ -157,6 +169,15 @@ class Backbone(nn.Module):
             block.drop_path = None
         # a plain dict: as a second submodule, the slot would be in the state dict twice
         self._slots[stage] = slot
+
+    def attach_assignment(self, num_parts: int, detach: bool = False) -> None:
+        """Multiply all attention features with the shares of the parts in each position.
+
+        Call ``attach_osme`` before, with placement ``output``; ``detach`` as in ``PartAssignment``. Maps are enlarged
+        to the size of ``previous`` if it has attention features.
+        """
+        channels = sum(self.channels[stage] for stage in self.osme)
+        self.assignment = PartAssignment(channels, num_parts, detach)
 
     def separate_parts(self) -> None:
         """Make ``forward`` return the attention features of a stage as P maps (B, C, h, w), for inference only."""
@@ -174,7 +195,7 @@ class Backbone(nn.Module):
         A stage with OSME has attention features, (B, P, C, h, w), instead.
         """
         maps = self.ungated(images)
-        return self.excite(maps, self.gates(maps))
+        return self.excite(maps, self.gates(maps), self.assign(maps))
 
     def ungated(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps of ``forward`` before the gates of placement ``output``."""
@@ -184,11 +205,29 @@ class Backbone(nn.Module):
         """Return stage -> gates (B, M, C) of placement ``output``, for the result of ``ungated``; see ``OSME``."""
         return {stage: osme.gates(maps[stage]) for stage, osme in self._gated()}
 
-    def excite(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what ``forward`` does, for the results of ``ungated`` and ``gates``."""
+    def assign(self, maps: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the shares of the parts and of the background in each position, float32 (B, P + 1, h, w).
+
+        They are the same for all stages, at the resolution of the largest map with attention features. None without
+        ``attach_assignment``.
+        """
+        if self.assignment is None:
+            return None
+        if "previous" in self.osme:
+            return cast(Tensor, self.assignment(join_stages(maps["last"], maps["previous"])))
+        return cast(Tensor, self.assignment(maps["last"]))
+
+    def excite(
+        self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor], shares: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return what ``forward`` does, for the results of ``ungated``, ``gates`` and ``assign``."""
         excited = dict(maps)
         for stage, osme in self._gated():
-            excited[stage] = osme.excite(maps[stage], gates[stage])  # (B, C, h, w) -> (B, P, C, h, w)
+            u = maps[stage] if shares is None else enlarge(maps[stage], shares)
+            excited[stage] = osme.excite(u, gates[stage])  # (B, C, h, w) -> (B, P, C, h, w)
+            if shares is not None:
+                # (B, P + 1, h, w) -> (B, P, 1, h, w)
+                excited[stage] = excited[stage] * shares[:, :-1, None].to(u)
         return {stage: self.stage_maps[stage](map_) for stage, map_ in excited.items()}
 
     def clone(self) -> Backbone:
@@ -369,7 +408,7 @@ class Backbone(nn.Module):
     def _probe(self, size: int, stage: str = "last") -> torch.Size:
         """Return (h, w) of a stage's map for one empty image, run in evaluation mode."""
         with evaluation_mode(self), torch.inference_mode():
-            maps = self.forward(next(self.parameters()).new_zeros(1, 3, size, size))
+            maps = self.ungated(next(self.parameters()).new_zeros(1, 3, size, size))
         return maps[stage].shape[-2:]
 
     def _run_trunk(self, images: Tensor) -> dict[str, Tensor]:

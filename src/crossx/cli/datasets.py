@@ -27,6 +27,7 @@ class DatasetOptions:
         level: FGVC-Aircraft only: label by variant, family or manufacturer.
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
+        test_images_per_class: Synthetic set only: number of test images per class.
         image_column: huggingface only: the column of the images, if there are several.
         label_column: huggingface and webdataset only: the column, or the field of a .json, with the label.
     """
@@ -34,6 +35,7 @@ class DatasetOptions:
     level: Name | None = None
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
+    test_images_per_class: Positive | None = None
     image_column: Name | None = None
     label_column: Name | None = None
 
@@ -188,7 +190,8 @@ def audit(
 
 
 def _describe(info: DatasetInfo) -> Iterator[str]:
-    yield f"{info.name}: {info.title}"
+    width = min(MAX_WIDTH, page_width())
+    yield fold(f"{info.name}: {info.title}", hanging="  ", width=width)
     contents = ""
     if info.table1:
         classes, train, test = info.table1
@@ -203,6 +206,5 @@ def _describe(info: DatasetInfo) -> Iterator[str]:
     rows = [(name, value) for name, value in facts.items() if value]
     rows += [("checksum", f"{file} {checksum}") for file, checksum in info.checksums.items()]
     rows += [("defect", defect) for defect in info.defects]
-    width = min(MAX_WIDTH, page_width())
     for name, value in rows:
         yield fold(f"  {name:<8}  {value}", width=width)

@@ -176,7 +176,6 @@ def _options(method: str) -> Iterator[Option]:
     yield Option("resume", text, None, resume, "--resume", "RUN")
     yield Option("restart", bool, False, restart, "--restart", flag=True)
     yield Option("init", text, None, option_helps(Config)["init"], "--init", "RUN")
-    yield Option("tuned", text, None, option_helps(Config)["tuned"], "--tuned", "TEXT")
     yield Option("output", text, None, output, "--output", "RUN")
     yield Option("seed", int, Config().seed, option_helps(Config)["seed"], "--seed")
     print_config = "Print the configuration as YAML and exit."
@@ -188,6 +187,8 @@ def _options(method: str) -> Iterator[Option]:
     yield from dataclass_options(DataConfig, "data.", yaml=True)
     yield from dataclass_options(OptimConfig, "optim.", yaml=True)
     yield from dataclass_options(TrainerConfig, "trainer.", yaml=True)
+    tuned = option_helps(Config)["tuned"]
+    yield Option("tuned", text, None, tuned, "--tuned", "TEXT", group="Where the options are from")
     yield dataclasses.replace(IMPORT_OPTION, group="A method of your own")
 
 

@@ -56,12 +56,14 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns that do not fit follow below, with the names of the rows."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    room = (columns() or WIDTH) - 2 - widths[0] - 2 - widths[1]
+    # without annotated parts no row counts images
+    kept = [1] if any(row[1] for row in rows[1:]) else []
+    room = (columns() or WIDTH) - 2 - widths[0] - sum(2 + widths[column] for column in kept)
     at_once = max(1, room // (2 + max(widths[2:])))
     for first in range(2, len(widths), at_once):
         block = range(first, min(first + at_once, len(widths)))
         for row in rows:
-            cells = [row[column].rjust(widths[column]) for column in (1, *block)]
+            cells = [row[column].rjust(widths[column]) for column in (*kept, *block)]
             print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
 
 
@@ -72,7 +74,10 @@ def _stage_lines(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines += [
             ("correlation", _value(diversity["correlation"])),
             ("overlap of foci", f"{_value(overlap)}, by chance {overlap['chance']:.3f}"),
-            ("difference follows", f"{_value(follows)}; below 0 the frame, above 0 the image"),
+            (
+                "difference follows",
+                f"{_value(follows)}; below 0 the frame, above 0 the image (if exactly, {follows['possible']:.3f})",
+            ),
         ]
     if (consistency := measured["consistency"]) is not None:
         for name, agreement in (
@@ -88,10 +93,12 @@ def _stage_lines(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
     if (keypoints := measured["keypoints"]) is not None:
         for name in ("nmi", "ari"):
-            value = keypoints[name]
-            lines.append((f"keypoint {name.upper()}", f"{_value(value)}, {_levels(value)}"))
+            if (value := keypoints[name]) is not None:
+                lines.append((f"keypoint {name.upper()}", f"{_value(value)}, {_levels(value)}"))
         if (error := keypoints["error"]) is not None:
             lines.append(("keypoint error", f"{_value(error)} of the box, {_levels(error)}"))
+        elif why := keypoints.get("error_not_measured"):
+            lines.append(("keypoint error", f"not measured: {why}"))
     if (prototypes := measured["prototypes"]) is not None:
         for name, value in prototypes.items():
             lines.append((name, f"{_value(value)}, by chance {value['chance']:.3f}"))

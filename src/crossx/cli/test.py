@@ -139,9 +139,18 @@ def test_run(path: str, split: str, data: TestedData, device: str, **measured: A
         return test_run(path, split=split, device=device, **measured, **vars(data))
 
 
-def _compare(run: str, against: str, split: str, data: TestedData, device: str) -> None:
+def compare(run: str | Path, against: str | Path, split: str) -> tuple[dict[str, Any], Path]:
+    """Compare two tested runs, see ``compare_runs``; return the result and the file that has it."""
     from crossx.evaluation.comparison import compare_runs
 
+    folders = [open_run(path)[0].path for path in (run, against)]
+    result = compare_runs(run, against, split)
+    target = folders[0] / f"{split}_against_{folders[1].resolve().name}.json"
+    write_json(target, result)
+    return result, target
+
+
+def _compare(run: str, against: str, split: str, data: TestedData, device: str) -> None:
     folders = [open_run(path)[0].path for path in (run, against)]
     if folders[0].resolve() == folders[1].resolve():
         raise UsageError(
@@ -150,9 +159,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
     for path in (run, against):
         if not is_tested(path, split, data):
             print_results(path, test_run(path, split, data, device))
-    result = compare_runs(run, against, split)
-    target = folders[0] / f"{split}_against_{folders[1].resolve().name}.json"
-    write_json(target, result)
+    result, target = compare(run, against, split)
     low, high = result["interval"]["difference"]
     text = (
         f"{run}: {_percent(result['top1']['a'])} top-1\n"

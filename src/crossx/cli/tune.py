@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.parser import File, Folder, Positive
 from crossx.errors import UsageError
+from crossx.terminal import columns, erase_step, fold, fold_command, step
 
 if TYPE_CHECKING:
     from crossx.training.config import Config
@@ -67,7 +68,7 @@ def tune(
         raise UsageError("the following arguments are required: --output; see `crossx tune --help`.")
     require_data(base)
     for note in asked.notes:
-        print(f"note: {note}")
+        print(fold(f"note: {note}", hanging="  "))
 
     from crossx.errors import counted
     from crossx.tuning.search import tune as search
@@ -81,14 +82,21 @@ def tune(
         outcome = f"failed: {trial.reason}" if trial.state == "failed" else _accuracy(trial)
         after = f" after {counted(trial.epochs, 'epoch')}" if trial.state == "pruned" else ""
         so_far = f" (best: trial {best.number}, {_accuracy(best)})" if best else ""
-        print(
-            f"trial {trial.number} of {trials}, {minutes:.0f} min: {trial.state}{after}, {outcome}{so_far}",
-            flush=True,
-        )
+        line = f"trial {trial.number} of {trials}, {minutes:.0f} min: {trial.state}{after}, {outcome}{so_far}"
+        erase_step()
+        print(fold(line, hanging="  "), flush=True)
 
-    tuned = search(
-        base, output, space=space, trials=trials, max_time=max_time, pruner=pruner, jobs=jobs, report=report
-    )
+    with step(f"Training, at most {counted(trials, 'trial')}; each has a log in {output}"):
+        tuned = search(
+            base,
+            output,
+            space=space,
+            trials=trials,
+            max_time=max_time,
+            pruner=pruner,
+            jobs=jobs,
+            report=report,
+        )
     _print_outcome(tuned)
     return 0
 
@@ -99,7 +107,7 @@ def _print_space(space: str | None, base: Config) -> None:
 
     found = read_space(Path(space), base) if space else default_space(base)
     for name, values in found.describe().items():
-        print(f"{name}: {dump_yaml(values, flow=True).strip()}")
+        print(fold(f"{name}: {dump_yaml(values, flow=True).strip()}", hanging="  "))
 
 
 def _accuracy(trial: TrialResult) -> str:
@@ -107,25 +115,14 @@ def _accuracy(trial: TrialResult) -> str:
 
 
 def _print_outcome(tuned: Tuned) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from crossx.tuning.results import build_table, short
 
-    built = build_table(tuned)
-    table = Table(*built.columns, box=None, pad_edge=False)
-    for row in built.rows:
-        table.add_row(*row, style="bold" if row[-1] == "best" else "")
-    console = Console()
-    # a narrow window breaks the lines, but no number must lose its end
-    console.width = max(60 + 12 * len(built.columns), console.width)
-    print()
-    console.print(table)
+    print(f"\n{build_table(tuned).to_text(columns())}", end="")
     best = tuned.best
     options = ", ".join(f"{name} {short(value)}" for name, value in best.values.items())
-    print(f"\nbest: trial {best.number}, {_accuracy(best)} top-1 on validation: {options}")
-    print(f"chosen: {tuned.sentence()}")
-    print(
-        f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex; chart: {tuned.folder / 'search.png'}"
-    )
-    print(f"next: crossx test {best.run}, or crossx fit --config {tuned.folder / 'best.yaml'} --output RUN")
+    text = f"\nbest: trial {best.number}, {_accuracy(best)} top-1 on validation: {options}\nchosen: {tuned.sentence()}"
+    print(fold(text, hanging="  "))
+    print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
+    print(f"chart: {tuned.folder / 'search.png'}")
+    print(f"next: crossx test {best.run}")
+    print(fold_command(f"or: crossx fit --config {tuned.folder / 'best.yaml'} --output RUN"))

@@ -140,7 +140,14 @@ def configured_root(config: DataConfig) -> Path:
 
 def _reader_options(config: DataConfig) -> dict[str, Any]:
     names = (
-        *("level", "num_classes", "images_per_class", "image_column", "label_column"),
+        *(
+            "level",
+            "num_classes",
+            "images_per_class",
+            "test_images_per_class",
+            "image_column",
+            "label_column",
+        ),
         *("test_fraction", "split_seed"),
     )
     return {name: getattr(config, name) for name in names}

@@ -24,6 +24,7 @@ _LEAST = {
     "num_workers": 0,
     "num_classes": 2,
     "images_per_class": 1,
+    "test_images_per_class": 1,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "interpolation": ("bilinear", "bicubic"),
@@ -47,6 +48,8 @@ class DataConfig:
         level: FGVC-Aircraft only: label by `variant` (the default), `family` or `manufacturer`.
         num_classes: Synthetic set only: number of classes to draw.
         images_per_class: Synthetic set only: number of images to draw per class.
+        test_images_per_class: Synthetic set only: number of test images to draw per class; by default a third of
+            images_per_class. The training images stay the same.
         image_column: `huggingface` only: the column of the images, if there are several.
         label_column: `huggingface` and `webdataset` only: the column, or the field of a .json, with the label.
         image_size: Side of the network's square input, in pixels.
@@ -86,6 +89,7 @@ class DataConfig:
     level: str | None = None
     num_classes: int | None = None
     images_per_class: int | None = None
+    test_images_per_class: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     image_size: int = 448

@@ -72,6 +72,7 @@ def _data_config(
             level=None,
             num_classes=None,
             images_per_class=None,
+            test_images_per_class=None,
             image_column=None,
             label_column=None,
             exclude=None,

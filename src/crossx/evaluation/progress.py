@@ -37,7 +37,7 @@ class RateColumn(ProgressColumn):
 
 COLUMNS = (
     TextColumn("{task.description}"),
-    BarColumn(),
+    BarColumn(10),
     MofNCompleteColumn(),
     RateColumn(),
     TimeRemainingColumn(),

@@ -21,6 +21,8 @@ COLORMAP = "inferno"
 (https://matplotlib.org/stable/users/explain/colors/colormaps.html)."""
 
 OPACITY = 0.5
+FOCUS = 0.5
+"""Scaled value of a map above which it looks at a pixel."""
 BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
@@ -54,6 +56,39 @@ def overlay(
     grey = (image @ np.array(LUMA))[..., None]
     mixed: NDArray[np.float64] = (1 - share) * grey + share * 255 * _coloured(map_, image.shape[:2], colormap)
     return mixed.round().astype(np.uint8)
+
+
+def overlay_parts(
+    image: NDArray[np.uint8], maps: NDArray[Any], *, opacity: float = OPACITY
+) -> NDArray[np.uint8]:
+    """Colour each pixel by the map that is largest there, over the grey image.
+
+    Each map is scaled to [0, 1] by its minimum and maximum and resized to the image bilinearly. Pixels where none
+    exceeds ``FOCUS`` keep their grey, as keypoints in the part measures belong to the background there.
+
+    Args:
+        image: uint8 (H, W, 3).
+        maps: (P, h, w), finite; map p has the colour ``part_colour(p)``.
+        opacity: Of the colour, from 0 to 1.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        UsageError: For an opacity outside 0 to 1.
+    """
+    share = check_opacity(opacity)
+    scaled = np.stack([_resized(map_, image.shape[:2]) for map_ in maps])
+    colours = np.array([matplotlib.colors.to_rgb(part_colour(number)) for number in range(len(maps))])
+    picture = np.repeat((image @ np.array(LUMA))[..., None], 3, axis=2)
+    shown = scaled.max(0) > FOCUS
+    picture[shown] = (1 - share) * picture[shown] + share * 255 * colours[scaled.argmax(0)[shown]]
+    return picture.round().astype(np.uint8)
+
+
+def part_colour(number: int) -> str:
+    """Return the colour of a part, counted from 0."""
+    return BOX_COLOURS[number % len(BOX_COLOURS)]
 
 
 def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
@@ -114,12 +149,18 @@ def layer(
 
 def _coloured(map_: NDArray[Any], size: tuple[int, int], colormap: str) -> NDArray[np.float64]:
     """Return the colours (H, W, 3), from 0 to 1, of a map scaled to [0, 1] and resized."""
+    colours: NDArray[np.float64] = check_colormap(colormap)(_resized(map_, size))[..., :3]
+    return colours
+
+
+def _resized(map_: NDArray[Any], size: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return a map scaled to [0, 1] and resized to ``size``."""
     values = np.asarray(map_, dtype=np.float64)
     low, high = values.min(), values.max()
     unit = (values - low) / (high - low if high > low else 1)
     down, across = (_interpolation(before, after) for before, after in zip(values.shape, size, strict=True))
-    colours: NDArray[np.float64] = check_colormap(colormap)(down @ unit @ across.T)[..., :3]
-    return colours
+    resized: NDArray[np.float64] = down @ unit @ across.T
+    return resized
 
 
 def _interpolation(before: int, after: int) -> NDArray[np.float64]:

@@ -19,6 +19,13 @@ from crossx.layers.modes import evaluation_mode
 from crossx.layers.navigator import Navigator
 from crossx.layers.osme import OSME, Gating, ResidualOSME, gate_maps
 from crossx.layers.own_statistics import OwnStatistics, without_statistics
+from crossx.layers.part_assignment import (
+    PartAssignment,
+    draw_prototypes,
+    enlarge,
+    join_stages,
+    prototype_scores,
+)
 from crossx.layers.part_linear import PartLinear
 from crossx.layers.pooling import global_pool
 from crossx.layers.recompute import recompute
@@ -38,6 +45,7 @@ __all__ = [
     "MergedLogits",
     "Navigator",
     "OwnStatistics",
+    "PartAssignment",
     "PartLinear",
     "ResidualOSME",
     "SeparateGates",
@@ -51,13 +59,17 @@ __all__ = [
     "channel_peaks",
     "convolution",
     "crop_boxes",
+    "draw_prototypes",
     "energy_peaks",
+    "enlarge",
     "evaluation_mode",
     "gate_maps",
     "global_pool",
     "join_normalized",
+    "join_stages",
     "object_box",
     "peak_boxes",
+    "prototype_scores",
     "recompute",
     "select_boxes",
     "shrink",

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from crossx.distributed import at_least_float32
 from crossx.errors import UsageError, check_choice
 
-Gates: TypeAlias = Literal["sigmoid", "competing"]
+Gates: TypeAlias = Literal["sigmoid", "competing", "spatial"]
 
-
+SHARPNESS = 10.0
 MAX_SHARPNESS = 10_000
 """Far beyond a choice of one gate per channel; scores times much more are not finite."""
 
@@ -27,7 +27,8 @@ class Gating:
 
     Attributes:
         gates: ``sigmoid``: ``m_p = sigmoid(s_p)`` (Eq. 1). ``competing``: ``m_p = softmax over p of
-            (sharpness * s_p)``, so that the gates of a channel add up to 1. Not in the paper.
+            (sharpness * s_p)``, so that the gates of a channel add up to 1. ``spatial``: those of ``sigmoid``, for maps
+            that are divided among the parts by ``PartAssignment``. The last two are not in the paper.
         sharpness: Factor of the scores of competing gates; the larger it is, the fewer channels are shared.
         background: Whether one more gate, the last, competes for channels that no part takes.
 
@@ -36,7 +37,7 @@ class Gating:
     """
 
     gates: Gates = "sigmoid"
-    sharpness: float = 10.0
+    sharpness: float = SHARPNESS
     background: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +46,12 @@ class Gating:
             raise UsageError(
                 f"gate_sharpness must be above 0 and at most {MAX_SHARPNESS}, not {self.sharpness}."
             )
+        if self.gates != "competing" and self.sharpness != SHARPNESS:
+            raise UsageError(
+                f"gate_sharpness {self.sharpness:g} needs competing gates: --model.gates competing."
+            )
+        if self.background and self.gates == "spatial":
+            raise UsageError("background: spatial gates have one already; leave it out.")
         if self.background and self.gates != "competing":
             raise UsageError("background needs competing gates: --model.gates competing.")
 
@@ -102,7 +109,7 @@ class OSME(nn.Module):
         # (B, C) -> (B, M, hidden) -> (B, M, C)
         hidden = F.relu(torch.einsum("bc,phc->bph", z, self.squeeze_weight) + self.squeeze_bias)
         scores = torch.einsum("bph,pch->bpc", hidden, self.excite_weight) + self.excite_bias
-        if self.gating.gates == "sigmoid":
+        if self.gating.gates != "competing":
             return torch.sigmoid(scores)
         return (self.gating.sharpness * at_least_float32(scores)).softmax(1).to(scores.dtype)
 

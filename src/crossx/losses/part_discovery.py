@@ -7,6 +7,8 @@ background. In a process group each loss is the rank's part of that of the whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,12 +79,18 @@ def presence_loss(maps: Tensor, border: int = 2) -> Tensor:
     """
     maps = at_least_float32(maps)
     window = [min(WINDOW, side) for side in maps.shape[2:]]
-    top, left = (
-        max(0, min(border, (side - own) // 2)) for side, own in zip(maps.shape[2:], window, strict=True)
-    )
-    inner = maps[:, :, top : maps.shape[2] - top, left : maps.shape[3] - left]
+    inner = _inner(maps, border, window)
     strongest = F.avg_pool2d(inner, window, stride=1).amax((2, 3))  # (B, M, h, w) -> (B, M)
     return 1 - gather_over_ranks(strongest)[0].amax(0).mean()
+
+
+def _inner(maps: Tensor, border: int, window: Sequence[int]) -> Tensor:
+    """Cut positions off each edge of maps (..., h, w), fewer where less than the window would remain."""
+    height, width = maps.shape[-2:]
+    top, left = (
+        max(0, min(border, (side - own) // 2)) for side, own in zip((height, width), window, strict=True)
+    )
+    return maps[..., top : height - top, left : width - left]
 
 
 def relative_presence(maps: Tensor, everything: Tensor) -> Tensor:
@@ -97,6 +105,40 @@ def relative_presence(maps: Tensor, everything: Tensor) -> Tensor:
     window = [min(WINDOW, side) for side in everything.shape[1:]]
     strongest = F.avg_pool2d(everything[:, None], window, stride=1).amax((1, 2, 3))  # (B, h, w) -> (B,)
     return maps / strongest.clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None, None]
+
+
+def image_presence_loss(shares: Tensor, everything: Tensor, border: int = 1) -> Tensor:
+    """Return 1 minus the presence of each part in each image, averaged over parts and images.
+
+    The presence is ``max_i a_p(i) O(i) / max_i O(i)``: 1 if the part has a most active position of the image to itself.
+    ``presence_loss`` is over the batch instead, so that a part may be absent from images. An image without activation
+    counts as 1.
+
+    Args:
+        shares: a, (B, P, h, w).
+        everything: O, activation of the whole object, not negative, (B, h, w).
+        border: Positions at each edge that do not count, fewer on maps of less than three rows or columns. Networks
+            tell a corner from all else by the padding, so that a part could stay there.
+    """
+    shares, everything = (_inner(maps, border, (1, 1)) for maps in (shares, everything))
+    strongest = everything.amax((1, 2)).clamp(min=torch.finfo(everything.dtype).tiny)  # (B, h, w) -> (B,)
+    present = (shares * everything[:, None]).amax((2, 3)) / strongest[:, None]  # (B, P, h, w) -> (B, P)
+    return batch_mean(1 - present.mean(), len(shares))
+
+
+def border_loss(background: Tensor) -> Tensor:
+    """Return the share of all parts together in the outermost positions, averaged over positions and images.
+
+    Objects are seldom at the border of an image: what looks like the border is background, also elsewhere.
+    ``background_presence_loss`` asks for some background near the border only.
+
+    Args:
+        background: Share of the background, (B, h, w).
+    """
+    parts = 1 - at_least_float32(background)
+    border = torch.ones_like(parts[0])
+    border[1:-1, 1:-1] = 0
+    return batch_mean((parts * border).sum((1, 2)).mean() / border.sum(), len(background))
 
 
 def background_presence_loss(background: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
+from crossx.distributed import at_least_float32
 from crossx.errors import UsageError
 from crossx.layers import (
     AffineView,
@@ -18,6 +19,7 @@ from crossx.layers import (
     MergedFeatures,
     MergedLogits,
     convolution,
+    enlarge,
     gate_maps,
     global_pool,
     recompute,
@@ -29,6 +31,9 @@ from crossx.layers.pooling import Pooling, pooled_shares
 from crossx.losses import (
     C3SLoss,
     CrossLayerLoss,
+    border_loss,
+    centroid_concentration_loss,
+    image_presence_loss,
     part_correlations,
     presence_loss,
     relative_presence,
@@ -71,15 +76,20 @@ class CrossX(Method):
             released code's for CUB on ResNet-50; the paper prints no values.
         cross_layer_weights: lambda of Eq. 11 for ``previous`` and ``merged``; 0 turns a term off. Released code: 1.
         detach_teacher: Whether CL's gradients stop at the logits of stage L (they do not in the released code).
-        gates: ``sigmoid`` (Eq. 1), or ``competing``: a softmax over the excitations for each channel.
+        gates: ``sigmoid`` (Eq. 1), ``competing``: a softmax over the excitations for each channel, or ``spatial``: Eq.
+            1 times a softmax over the excitations and a background for each position, the same in both stages.
         gate_sharpness: Factor of the scores of competing gates.
         background: Whether one more competing gate, without head and C3S, takes channels that belong to no part.
         c3s_centred: Whether C3S uses features minus their mean over images and excitations.
         separation_weights: For ``last`` and ``previous``, weight of the correlation of the maps of two gates.
-        presence_weights: For ``last`` and ``previous``, weight of the absence of excitations from the batch.
+        presence_weights: For ``last`` and ``previous``, weight of the absence of excitations from the batch, with
+            spatial gates from each image.
         equivariance_weights: For ``last`` and ``previous``, weight of the difference between the maps of an image and
             of a random affine view of it, which takes a second pass of the trunk.
         part_weights: For ``last``, ``previous`` and ``merged``, weight of the cross-entropy of each part alone.
+        concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
+        border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
+        detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
     """
 
     curve_titles: ClassVar = Method.curve_titles | {
@@ -90,6 +100,8 @@ class CrossX(Method):
         "presence": "Absence of excitations",
         "equivariance": "Change under affine views",
         "part": "Classification of each part alone",
+        "concentration": "Spread of the parts",
+        "border": "Parts at the border",
     }
 
     citation = """\
@@ -127,6 +139,9 @@ class CrossX(Method):
         presence_weights: Sequence[float] = (0.0, 0.0),
         equivariance_weights: Sequence[float] = (0.0, 0.0),
         part_weights: Sequence[float] = (0.0, 0.0, 0.0),
+        concentration_weight: float = 0.0,
+        border_weight: float = 0.0,
+        detach_assignment: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
 
@@ -152,6 +167,17 @@ class CrossX(Method):
             )
         if num_parts < 2 and c3s_centred:
             raise UsageError("c3s_centred needs num_parts 2 or more: S of a single centred part is 0.")
+        used = {"last": True, "previous": use_previous, "merged": use_merged}
+        if c3s_centred and not any(self.c3s_weights[name] for name, has_head in used.items() if has_head):
+            raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
+        self.concentration_weight, self.border_weight = concentration_weight, border_weight
+        for name, weight in (("concentration", concentration_weight), ("border", border_weight)):
+            if not 0 <= weight < math.inf:
+                raise UsageError(f"{name}_weight must be at least 0 and finite, not {weight}.")
+            if weight and gates != "spatial":
+                raise UsageError(f"{name}_weight needs spatial gates: --model.gates spatial.")
+        if detach_assignment and gates != "spatial":
+            raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
         self.num_parts = num_parts
         self.previous_pooling: Pooling = previous_pooling
         self.heads = nn.ModuleDict()
@@ -159,6 +185,8 @@ class CrossX(Method):
         backbone.attach_osme("last", num_parts, reductions[0], osme_placement, gating)
         if use_previous or use_merged:
             backbone.attach_osme("previous", num_parts, reductions[1], osme_placement, gating)
+        if gates == "spatial":
+            backbone.attach_assignment(num_parts, detach_assignment)
         backbone.drop_head()
         self.heads["last"] = nn.Linear(num_parts * last, num_classes)
         if use_previous:
@@ -197,7 +225,8 @@ class CrossX(Method):
         """
         maps = self.backbone.ungated(images)
         gates = self.backbone.gates(maps)
-        stages = self.backbone.excite(maps, gates)
+        shares = self.backbone.assign(maps)
+        stages = self.backbone.excite(maps, gates, shares)
         features = self._pool(stages)
         heads = self._classify(features)
         logits = self.combine_heads(heads)
@@ -209,7 +238,7 @@ class CrossX(Method):
             if weight:
                 terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
             measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
-        terms |= self._gate_terms(maps, gates)
+        terms |= self._gate_terms(maps, gates) if shares is None else self._share_terms(maps, shares)
         terms |= self._view_terms(images, stages)
         terms |= self._part_terms(features, targets)
         return Objective.of(terms, logits, measures)
@@ -238,8 +267,12 @@ class CrossX(Method):
         return maps
 
     def inference_form(self, image_size: int) -> nn.Module:
-        """Return the network without five-dimensional tensors, with the merge, its batch norm and its head in one."""
-        return SeparateCrossX(self, image_size) if type(self) is CrossX else self
+        """Return the network without five-dimensional tensors, with the merge, its batch norm and its head in one.
+
+        With spatial gates it is the network itself.
+        """
+        separable = type(self) is CrossX and self.backbone.assignment is None
+        return SeparateCrossX(self, image_size) if separable else self
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features of all heads, concatenated, (B, D)."""
@@ -274,6 +307,28 @@ class CrossX(Method):
                 terms[f"presence_{stage}"] = presence * presence_loss(
                     relative_presence(looks[:, : self.num_parts], everything), border=0
                 )
+        return terms
+
+    def _share_terms(self, maps: Mapping[str, Tensor], shares: Tensor) -> dict[str, Tensor]:
+        """Return the terms on the shares a of spatial gates, (B, P + 1, h, w): all but those of the views."""
+        parts, background = shares[:, :-1], shares[:, -1]
+        terms = {}
+        if weight := self.concentration_weight:
+            terms["concentration"] = weight * centroid_concentration_loss(parts)
+        if weight := self.border_weight:
+            terms["border"] = weight * border_loss(background)
+        for stage in self.backbone.osme:
+            separation, presence = self.separation_weights[stage], self.presence_weights[stage]
+            if not (separation or presence):
+                continue
+            u = at_least_float32(maps[stage].detach())
+            # (B, C, h', w') -> (B, 1, h', w') -> (B, h, w)
+            everything = enlarge(u.relu().mean(1, keepdim=True), shares)[:, 0]
+            if separation:
+                foreground = everything * (1 - background.detach())
+                terms[f"separation_{stage}"] = separation * separation_loss(parts, foreground)
+            if presence:
+                terms[f"presence_{stage}"] = presence * image_presence_loss(parts, everything)
         return terms
 
     def _view_terms(self, images: Tensor, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:

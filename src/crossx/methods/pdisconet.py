@@ -8,12 +8,11 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
 from crossx.errors import UsageError, check_choice
-from crossx.layers import AffineView
+from crossx.layers import AffineView, draw_prototypes, join_stages, prototype_scores
 from crossx.losses import (
     assignment_entropy_loss,
     background_presence_loss,
@@ -191,9 +190,7 @@ class PDiscoNet(Method):
             backbone.freeze_after_previous()
         stages = ("last", "previous") if features == "both" else (features,)
         channels = sum(backbone.channels[stage] for stage in stages)
-        # that of the authors' 1 x 1 convolution
-        bound = channels**-0.5
-        self.prototypes = nn.Parameter(torch.empty(num_parts + 1, channels).uniform_(-bound, bound))
+        self.prototypes = nn.Parameter(draw_prototypes(num_parts + 1, channels))
         self.modulation: nn.Parameter | nn.LayerNorm | None = None
         if modulation == "weights":
             self.modulation = nn.Parameter(torch.ones(num_parts, channels))
@@ -273,20 +270,12 @@ class PDiscoNet(Method):
 
     def _assign(self, images: Tensor) -> Assignment:
         stages = self.backbone(images)
-        if self.features == "both":
-            last = F.interpolate(stages["last"], size=stages["previous"].shape[-2:], mode="bilinear")
-            features = torch.cat([last, stages["previous"]], 1)
-        else:
-            features = stages[self.features]
-        # no autocast: the softmax of squared distances magnifies rounding
-        with torch.autocast(images.device.type, enabled=False):
-            prototypes = at_least_float32(self.prototypes)
-            # -|z - p|^2 = 2 z p - |p|^2 - |z|^2, of which the last is the same for all parts
-            kernels = 2 * prototypes[..., None, None]  # (P + 1, C) -> (P + 1, C, 1, 1)
-            scores = F.conv2d(at_least_float32(features), kernels, -prototypes.square().sum(1))
-            if self.gumbel and self.training:
-                scores = scores - torch.empty_like(scores).exponential_().log()
-            return Assignment(features, scores.softmax(1))
+        both = self.features == "both"
+        features = join_stages(stages["last"], stages["previous"]) if both else stages[self.features]
+        scores = prototype_scores(features, self.prototypes)
+        if self.gumbel and self.training:
+            scores = scores - torch.empty_like(scores).exponential_().log()
+        return Assignment(features, scores.softmax(1))
 
     def _pool(self, features: Tensor, maps: Tensor) -> Tensor:
         """Return the mean over all positions of the features times the shares, (B, P + 1, C)."""

@@ -87,6 +87,27 @@ def test_images_do_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
         assert record.path.read_bytes() == twin.path.read_bytes()
 
 
+@pytest.mark.parametrize("number", [1, 4])
+def test_the_number_of_test_images_changes_no_other_image(tmp_path: Path, number: int) -> None:
+    options = {**SMALL, "num_classes": 2, "images_per_class": 6}
+    usual = read_synthetic(tmp_path / "usual", **options)
+    asked = read_synthetic(tmp_path / "asked", **options, test_images_per_class=number)
+    for label in range(len(asked.classes)):
+        before, after = (
+            {r.path.name: r for r in index.records if r.label == label} for index in (usual, asked)
+        )
+        assert [r.split for r in after.values()].count("test") == number
+        assert [r.path.name for r in after.values() if r.split == "train"] == [
+            r.path.name for r in before.values() if r.split == "train"
+        ]
+        for name in before.keys() & after.keys():
+            assert before[name].split == after[name].split
+            assert before[name].path.read_bytes() == after[name].path.read_bytes()
+    assert read_synthetic(tmp_path / "asked", **options, test_images_per_class=number) == asked
+    with pytest.raises(CrossXError, match=rf"test_images_per_class is {number}, not None"):
+        read_synthetic(tmp_path / "asked", **options)
+
+
 def test_reads_what_it_drew(tmp_path: Path) -> None:
     root = tmp_path / "not" / "there"
     drawn = read_synthetic(root, num_classes=8, images_per_class=6, image_size=48)
@@ -208,7 +229,14 @@ def test_images_of_a_class_vary_more_than_one_part() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_classes", 1), ("num_classes", 10**9), ("images_per_class", 2), ("seed", -1), ("image_size", 16)],
+    [
+        ("num_classes", 1),
+        ("num_classes", 10**9),
+        ("images_per_class", 2),
+        ("test_images_per_class", 0),
+        ("seed", -1),
+        ("image_size", 16),
+    ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, option: str, value: int) -> None:
     with pytest.raises(UsageError, match=rf"data\.{option} .* must be at (least|most) \d+, not {value}\."):

@@ -54,7 +54,9 @@ def test_every_row_has_its_image_and_the_name_of_its_class(tmp_path: Path, files
     assert [len(held_out.split(split)) for split in ("train", "test")] == [10, 2]
 
 
-def test_splits_rows_that_were_selected_and_the_cache(tmp_path: Path, files: list[Path], cache: Path) -> None:
+def test_splits_rows_that_were_selected_and_the_cache(
+    tmp_path: Path, files: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shuffled = build(files).shuffle(seed=1)
     parts = {
         "train": shuffled.select(range(6)),
@@ -69,6 +71,8 @@ def test_splits_rows_that_were_selected_and_the_cache(tmp_path: Path, files: lis
         by_content[record.path.read_bytes()] == index.classes[record.label] for record in index.records
     )
     assert read_huggingface(root) == index
+    monkeypatch.chdir(tmp_path)
+    assert read_huggingface(Path("saved")) == index
     assert len(list(cache.iterdir())) == 1
     with pytest.raises(CrossXError, match="may be val or test"):
         read_huggingface(save(datasets.DatasetDict(train=shuffled, holdout=shuffled), tmp_path / "unclear"))

@@ -128,6 +128,32 @@ def test_regression_against_scikit_learn():
     assert summarize_errors(np.full((25, 2), np.nan), errors, errors, Bootstrap(25)) is None
 
 
+@pytest.mark.parametrize(("images", "measured"), [(5, False), (7, False), (8, True)])
+def test_an_exact_fit_is_not_measured(images, measured):
+    """Six regressors and the mean fit seven images exactly, whatever the keypoints are."""
+    test, train = regression_data(9, 2), regression_data(images, 3)
+    for of_images in (test, train):
+        of_images[3][:] = True
+    generator = np.random.default_rng(0)
+    train[1][:] = True
+    train[2][:] = generator.random(train[2].shape)
+    inputs, outputs = StandardScaler(), StandardScaler()
+    fit = inputs.fit_transform(train[0].reshape(images, 6))
+    model = LinearRegression(fit_intercept=False).fit(fit, outputs.fit_transform(train[2][:, 0]))
+    residual = np.abs(model.predict(fit) - outputs.transform(train[2][:, 0])).max()
+    assert (residual > 1e-6) == measured
+    assert np.isfinite(regression_errors(*test, train)).all() == measured
+    assert np.isfinite(regression_errors(*test, train)).any() == measured
+
+
+def test_one_part_has_no_agreement():
+    labels = torch.tensor([[0], [1], [0]])
+    assert keypoint_agreement(labels, labels, torch.ones(3, 1, dtype=torch.bool), 3, Bootstrap(3)) == {
+        "nmi": None,
+        "ari": None,
+    }
+
+
 def test_constant_centroids_predict_the_mean():
     test, train = regression_data(9, 2), regression_data(30, 3)
     constant = (np.full((9, 3, 2), 0.3), np.ones((9, 3), bool), *test[2:])

@@ -9,6 +9,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
+from crossx.cli.part_results import print_parts
 from crossx.data.catalog import read_dataset
 from crossx.data.images import read_image, read_size
 from crossx.data.transforms import Normalize, eval_crop_place, eval_transform
@@ -16,6 +17,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.parts.run import measure_run
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
+from crossx.report.part_tables import part_tables
 from crossx.runs import Preprocessing, Run, read_json, write_json
 from layouts import write_cub, write_folder, write_nabirds
 from slow import slow_except
@@ -161,10 +163,31 @@ def test_validation_images(tmp_path, birds):
     assert (run.path / "val_parts.json").is_file()
 
 
-def test_images_without_parts(tmp_path):
+def test_a_regression_on_the_measured_or_on_too_few_images_is_not_measured(tmp_path, birds, capsys):
+    run = write_run(tmp_path / "run", "synthetic", birds, "pdisconet", **DRAWN)
+    reasons = {}
+    for split in ("train", "test"):
+        results = measure_run(run.path, split=split)
+        json.dumps(results, allow_nan=False)
+        keypoints = results["stages"]["parts"]["keypoints"]
+        assert keypoints["error"] is None
+        reasons[split] = keypoints["error_not_measured"]
+        print_parts(run.path, results)
+        assert f"keypoint error       not measured: {reasons[split]}" in capsys.readouterr().out
+        assert part_tables(results)
+    assert reasons == {
+        "train": "the images are those of the regression",
+        "test": "12 images for 16 regressors",
+    }
+
+
+def test_images_without_parts(tmp_path, capsys):
     run = write_run(tmp_path / "own", "folder", write_folder(tmp_path / "images", split_folders=True))
     results = measure_run(run.path)
     json.dumps(results, allow_nan=False)
+    print_parts(run.path, results)
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if "last 1" in line]
+    assert "images" not in header
     assert results["parts"] == {}
     assert "excitations" in results["verdict"]
     for stage in results["stages"].values():

@@ -205,6 +205,10 @@ def test_an_oracle_finds_parts():
     assert error["value"] < 0.05 < error["frame"] < 2 * error["chance"]
     assert summary["prototypes"]["consistency"]["value"] == 1 > summary["prototypes"]["consistency"]["chance"]
     assert summary["diversity"]["follows"]["interval"][0] > 0.3
+    # it moves exactly with the image, but for what bilinear views change
+    assert summary["diversity"]["follows"]["possible"] == pytest.approx(
+        summary["diversity"]["follows"]["value"], rel=0.1
+    )
     for excitation in summary["excitations"]:
         assert excitation["upside_down"]["value"] == pytest.approx(1, abs=1e-5)
         assert excitation["upside_down"]["frame"] == pytest.approx(

@@ -44,6 +44,8 @@ class SyntheticSpec:
     Attributes:
         num_classes: Number of classes, at least 2.
         images_per_class: Images per class, at least 3; every third one is a test image.
+        test_images_per_class: Test images per class, if it is another number: further ones are drawn, which changes
+            neither the training images nor the other test images.
         seed: Seed of the classes and of every image.
         image_size: Side of the square images, in pixels, at least 32.
     """
@@ -52,11 +54,18 @@ class SyntheticSpec:
     images_per_class: int = 60
     seed: int = 0
     image_size: int = 128
+    test_images_per_class: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_classes", 2), ("images_per_class", 3), ("seed", 0), ("image_size", 32)):
+        for name, least in (
+            ("num_classes", 2),
+            ("images_per_class", 3),
+            ("seed", 0),
+            ("image_size", 32),
+            ("test_images_per_class", 1),
+        ):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise UsageError(
                     f"data.{name} of the synthetic dataset must be at least {least}, not {value}."
                 )
@@ -65,9 +74,29 @@ class SyntheticSpec:
                 f"data.num_classes of the synthetic dataset must be at most {MAX_CLASSES}, not {self.num_classes}."
             )
 
+    def splits(self) -> list[tuple[int, str]]:
+        """Return the number, which determines the image, and the split of each image of a class."""
+        numbers = range(self.images_per_class)
+        test = [number for number in numbers if number % 3 == 2]
+        if self.test_images_per_class is not None:
+            further = range(self.images_per_class, self.images_per_class + self.test_images_per_class)
+            test = [*test, *further][: self.test_images_per_class]
+        train = [(number, "train") for number in numbers if number % 3 != 2]
+        return sorted([*train, *((number, "test") for number in test)])
+
+    def recorded(self) -> dict[str, int]:
+        """Return the arguments as ``index.json`` holds them: without those that are not given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 def read_synthetic(
-    root: Path, *, num_classes: int = 12, images_per_class: int = 60, seed: int = 0, image_size: int = 128
+    root: Path,
+    *,
+    num_classes: int = 12,
+    images_per_class: int = 60,
+    seed: int = 0,
+    image_size: int = 128,
+    test_images_per_class: int | None = None,
 ) -> DatasetIndex:
     """Read the synthetic set in ``root``; draw it first if the folder is missing or empty.
 
@@ -78,14 +107,14 @@ def read_synthetic(
         UsageError: If a number is out of range.
         CrossXError: If ``root`` holds something else or a set drawn with other arguments, or cannot be written.
     """
-    spec = SyntheticSpec(num_classes, images_per_class, seed, image_size)
+    spec = SyntheticSpec(num_classes, images_per_class, seed, image_size, test_images_per_class)
     root = Path(root)
     if root.exists() and not root.is_dir():
         raise CrossXError(
             f"{root}: there is a file where the synthetic dataset's folder is needed. Choose another --data.root."
         )
     if not root.exists() or not any(root.iterdir()):
-        number = num_classes * images_per_class
+        number = num_classes * len(spec.splits())
         _log.info("Drawing %d images of %d classes into %s", number, num_classes, root)
         draw_dataset(root, spec, workers=len(os.sched_getaffinity(0)))
     return _read(root, spec)
@@ -135,7 +164,7 @@ def _draw(folder: Path, spec: SyntheticSpec, workers: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        **asdict(spec),
+        **spec.recorded(),
         "classes": [{"name": name, **values} for name, values in zip(names, attributes, strict=True)],
         "records": [record for records in drawn for record in records],
     }
@@ -146,7 +175,7 @@ def _draw_class(
 ) -> list[dict[str, Any]]:
     (root / folder).mkdir(parents=True)
     records = []
-    for image in range(spec.images_per_class):
+    for image, split in spec.splits():
         picture = draw_picture(attributes, np.random.default_rng([spec.seed, label, image]), spec.image_size)
         path = f"{folder}/{image + 1:04d}.jpg"
         picture.image.save(root / path, quality=95, subsampling=0)
@@ -154,7 +183,7 @@ def _draw_class(
             {
                 "path": path,
                 "label": label,
-                "split": "test" if image % 3 == 2 else "train",
+                "split": split,
                 "box": [round(value, 2) for value in picture.box],
                 "parts": {name: [round(value, 2) for value in box] for name, box in picture.parts.items()},
             }

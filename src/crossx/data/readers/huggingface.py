@@ -181,10 +181,11 @@ def _key(root: Path, parts: Mapping[str, Any], image: str) -> str:
     """Return text that changes when the images do."""
     state = []
     for name, part in parts.items():
-        files = [Path(file["filename"]) for file in part.cache_files]
+        files = [Path(file["filename"]).absolute() for file in part.cache_files]
         sizes = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         state.append((name, part._fingerprint, len(part), sizes))
-    return repr((1, str(root), image, state))
+    where = root.absolute() if root.exists() else root
+    return repr((1, str(where), image, state))
 
 
 def _base(root: Path) -> Path:

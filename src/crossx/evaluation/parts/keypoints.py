@@ -84,7 +84,7 @@ def keypoint_agreement(
     """Return NMI and ARI of the labels at visible keypoints with the parts, over all images.
 
     ``chance`` is their mean over permutations of the labels among the visible keypoints of each image, and ``frame``
-    the value of labels that ignore the image.
+    the value of labels that ignore the image. None each if a single part is visible, which no labels can tell apart.
 
     Args:
         labels: int64 (N, K), from ``label_keypoints``.
@@ -99,6 +99,8 @@ def keypoint_agreement(
         # (N, K) -> (N, K, L) -> (N, L, K)
         return (F.one_hot(chosen, num_labels) * visible[..., None]).transpose(1, 2)
 
+    if int(visible.any(0).sum()) < 2:
+        return {"nmi": None, "ari": None}
     of_images = tables(labels)
     table, frame = of_images.sum(0), tables(of_frame).sum(0)
     resampled = torch.from_numpy(bootstrap.totals(of_images.double().numpy()))
@@ -148,6 +150,11 @@ def find_centroids(maps: Tensor, image_size: int, *, are_shares: bool) -> tuple[
     return centroids(mass(maps), image_size), torch.ones(maps.shape[:2], dtype=torch.bool, device=maps.device)
 
 
+def exact(images: int, regressors: int) -> bool:
+    """Return whether a regression fits that many images exactly: standardising takes one degree of freedom."""
+    return images - 1 <= regressors
+
+
 def regression_errors(
     centres: NDArray[np.float64],
     active: NDArray[np.bool_],
@@ -159,7 +166,8 @@ def regression_errors(
 
     For each keypoint, a linear regression without intercept from the standardised centroids of all parts to its
     standardised coordinates, fitted on the images of ``fitted_on`` that show it. Centroids of parts that are not active
-    are 0 after standardisation. A keypoint that no image of ``fitted_on`` shows has no prediction.
+    are 0 after standardisation. A keypoint that too few images of ``fitted_on`` show has no prediction: the regression
+    would fit them exactly.
 
     Args:
         centres: (N, P, 2) in units of the object's box, from its corner.
@@ -172,7 +180,7 @@ def regression_errors(
     fit_centres, fit_active, fit_points, fit_visible = fitted_on
     for k in range(visible.shape[1]):
         chosen, asked = fit_visible[:, k], visible[:, k]
-        if not chosen.any() or not asked.any():
+        if exact(int(chosen.sum()), 2 * centres.shape[1]) or not asked.any():
             continue
         inputs, outputs = _flat(fit_centres[chosen]), fit_points[chosen, k]
         mean, scale = _standardization(inputs)

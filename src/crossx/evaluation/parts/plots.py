@@ -190,7 +190,6 @@ def _headline(stage: str, measured: Mapping[str, Any]) -> str:
         text += f"   correlation {diversity['correlation']['value']:.2f}"
     if consistency is not None:
         text += f"   NMI {consistency['nmi']:.3f} (chance {consistency['chance']:.3f})"
-    if keypoints := measured.get("keypoints"):
-        nmi = keypoints["nmi"]
+    if nmi := (measured.get("keypoints") or {}).get("nmi"):
         text += f"   keypoint NMI {nmi['value']:.3f} (chance {nmi['chance']:.3f}, frame {nmi['frame']:.3f})"
     return text

@@ -164,7 +164,7 @@ def _fit(subject: Subject, places: Places) -> dict[str, Fitted]:
     fitted = {}
     for stage, batches in located.items():
         centroids, active = (torch.cat(column) for column in zip(*batches, strict=True))
-        fitted[stage] = Fitted(centroids, active, parts, objects)
+        fitted[stage] = Fitted(centroids, active, parts, objects, subject.split == "train")
     return fitted
 
 

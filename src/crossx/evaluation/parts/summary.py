@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crossx.errors import counted
 from crossx.evaluation.parts import keypoints
 from crossx.evaluation.parts.measures import Bootstrap, summarize_parts
 from crossx.evaluation.parts.prototypes import summarize_prototypes
@@ -46,12 +47,14 @@ class Fitted(NamedTuple):
         active: bool (M, P).
         parts: K regions per image.
         objects: One region per image.
+        measured: Whether these are the images that are measured.
     """
 
     centroids: Tensor
     active: Tensor
     parts: CropRegions
     objects: CropRegions
+    measured: bool = False
 
 
 @dataclass
@@ -87,7 +90,8 @@ def summarize_stage(measured: Measured, places: Places, fitted: Fitted | None) -
         ``interval``, ``frame`` and ``symmetry`` (see ``measure_views``), ``follows``, ``flat`` (share of images in
         which its map is constant), and its correlation with each of ``POSITION_MAPS`` and with ``other_images``;
         ``diversity`` has ``follows`` and ``other_images`` of the differences. With parts, ``keypoints`` (``nmi``,
-        ``ari`` and ``error``) and ``prototypes`` (``consistency`` and ``stability``), else None.
+        ``ari`` and ``error``, None or with ``error_not_measured`` where they cannot be measured) and ``prototypes``
+        (``consistency`` and ``stability``), else None.
     """
     measures = {name: torch.cat([batch[name] for batch in measured.batches]) for name in measured.batches[0]}
     maps = measures.pop("thumbnails")
@@ -133,7 +137,9 @@ def _add_views(
             excitation[name] = bootstrap.mean(arrays[name][:, p])
     if summary["diversity"] is not None:
         of_differences = likeness(differences(maps)).mean(1).numpy()
-        summary["diversity"]["follows"] = bootstrap.mean(arrays["difference_follows"])
+        summary["diversity"]["follows"] = bootstrap.mean(arrays["difference_follows"]) | {
+            "possible": float(arrays["difference_possible"].mean())
+        }
         summary["diversity"]["other_images"] = bootstrap.mean(of_differences)
 
 
@@ -150,12 +156,16 @@ def _summarize_keypoints(
     agreement = keypoints.keypoint_agreement(
         located["labels"], of_frame, places.parts.visible, len(scores), bootstrap
     )
-    return {**agreement, "error": _error(located, places, fitted, bootstrap) if fitted else None}
+    error, why = _error(located, places, fitted, bootstrap) if fitted else (None, None)
+    return {**agreement, "error": error, **({"error_not_measured": why} if why else {})}
 
 
 def _error(
     located: dict[str, Tensor], places: Places, fitted: Fitted, bootstrap: Bootstrap
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the keypoint error, or why it is not measured."""
+    if fitted.measured:
+        return None, "the images are those of the regression"
     here = places.parts, places.objects, places.side
     there = fitted.parts, fitted.objects, places.side
 
@@ -174,7 +184,10 @@ def _error(
     of_frame = errors(*constant(places.side / 2, n), *constant(places.side / 2, m))
     nothing, fit_nothing = constant(0.0, n)[1] & False, constant(0.0, m)[1] & False
     by_chance = errors(constant(0.0, n)[0], nothing, constant(0.0, m)[0], fit_nothing)
-    return keypoints.summarize_errors(measured, by_chance, of_frame, bootstrap)
+    error = keypoints.summarize_errors(measured, by_chance, of_frame, bootstrap)
+    most, regressors = int(fitted.parts.visible.sum(0).max()), 2 * fitted.centroids.shape[1]
+    few = error is None and keypoints.exact(most, regressors)
+    return error, f"{counted(most, 'image')} for {regressors} regressors" if few else None
 
 
 def _in_boxes(

@@ -95,7 +95,8 @@ def measure_views(maps: Tensor, seen: Mapping[str, Tensor], image_size: Sequence
         of the maps as they are (``VIEW_frame``); and between these two (``VIEW_symmetry``). ``follows`` is the mean of
         ``VIEW`` - ``VIEW_frame`` over the views: above 0 for maps that move with the image, below 0 for maps that stay
         in place. For P > 1 ``difference_follows`` (B,) is the same for the differences between the maps, see
-        ``differences``, averaged over the maps.
+        ``differences``, averaged over the maps, and ``difference_possible`` (B,) what it would be if they moved exactly
+        with the image: a view that changes a map little, as a tilt does, cannot show much.
     """
     measures: dict[str, Tensor] = {}
     for name, of_view in seen.items():
@@ -106,11 +107,13 @@ def measure_views(maps: Tensor, seen: Mapping[str, Tensor], image_size: Sequence
     measures["follows"] = torch.stack([measures[name] - measures[f"{name}_frame"] for name in seen]).mean(0)
     if maps.shape[1] > 1:
         between = differences(maps)
-        margins = []
+        margins, possible = [], []
         for name, of_view in seen.items():
             moved, kept, here = _in_view(name, between, differences(of_view), image_size)
             margins.append((correlation(kept, moved) - correlation(kept, here)).mean(1))
+            possible.append(1 - correlation(moved, here).mean(1))
         measures["difference_follows"] = torch.stack(margins).mean(0)
+        measures["difference_possible"] = torch.stack(possible).mean(0)
     return measures
 
 

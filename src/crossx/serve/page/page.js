@@ -214,8 +214,17 @@ function clear() {
   shown = null;
 }
 
-function showPrediction({ label, probability, top }) {
-  at.named.replaceChildren(named(label), " ", made("span", { className: "quiet number", textContent: percent(probability) }));
+function showPrediction({ label, probability, nearest, candidates, top }) {
+  const [name, note] = label === null
+    ? ["None of the classes", `most similar: ${named(nearest)}, ${percent(probability)}`]
+    : [named(label), percent(probability)];
+  const className = label === null ? "quiet" : "quiet number";
+  at.named.replaceChildren(name, " ", made("span", { className, textContent: note }));
+  // a set supposes that the picture shows one of the classes
+  at.candidates.hidden = !candidates || label === null;
+  if (candidates) {
+    at.candidates.textContent = `${Math.round(100 * limits.coverage)}% coverage: ${candidates.map(named).join("; ")}`;
+  }
   at.top.replaceChildren(...top.map(ranked));
   at.result.hidden = at.answer.hidden = at.named.hidden = false;
   at.named.focus();

@@ -1,0 +1,257 @@
+"""Images of none of the classes, and prediction sets: compare scores and kinds of sets on trained runs.
+
+    python benchmarks/unknowns.py --prepare $CROSSX_DATA/cub80 --output out/open
+    crossx fit --config plain_mobilenetv2_160 --data.dataset table --data.root out/open/known.csv \\
+      --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --output out/runs/plain-50
+    python benchmarks/unknowns.py out/runs/plain-50 --near out/open/near --far out/open/far/images
+    python benchmarks/unknowns.py out/runs/crossx-80 --output benchmarks/results/prediction_sets.json
+
+``--prepare`` draws 50 of the species of a folder in the layout of CUB-200-2011 (seed 0): ``known.csv`` lists their
+images for ``--data.dataset table``, ``near`` has links to the test images of the others, and ``far`` drawn birds.
+
+For each score of ``crossx.evaluation.unknowns`` and for the distance to the k-th nearest training image: AUROC, FPR95
+and OSCR of the run's test images against ``near`` and ``far``, and the shares of each that are kept by the threshold
+that keeps 95% of the validation images. For each kind of prediction set: coverage and size on the test images for a
+coverage of 90%, calibrated on the validation images; and the mean and standard deviation over 500 random
+calibrations on as many test images, measured on the others. Logits and features are kept in RUN/unknowns.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from crossx.data.drawn.synthetic import read_synthetic
+from crossx.evaluation.calibration import fit_temperature
+from crossx.evaluation.open_set import unknown_data
+from crossx.evaluation.subject import Subject
+from crossx.evaluation.unknowns import SCORES, keeping_threshold, neighbor_scores, separation
+from harness import RESULTS, table, write
+
+KNOWN = 50
+NEIGHBORS = (1, 5, 20)
+COVERAGE = 0.9
+REPEATS = 500
+RAPS_FREE, RAPS_PENALTY = 2, 0.01
+Array = NDArray[np.float64]
+
+
+def prepare(root: Path, output: Path) -> None:
+    """Write the table of known species and the folders of unknown images."""
+    names, images, labels, train = (
+        dict(line.split(maxsplit=1) for line in (root / file).read_text(encoding="utf-8").splitlines())
+        for file in ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
+    )
+    known = set(random.Random(0).sample(sorted(names, key=int), KNOWN))
+    output.mkdir(parents=True)
+    with (output / "known.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "split"])
+        for number, path in images.items():
+            image, label = (root / "images" / path).resolve(), labels[number]
+            if label in known:
+                rows.writerow([image, names[label], "train" if train[number] == "1" else "test"])
+            elif train[number] == "0":
+                link = output / "near" / path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(image)
+    read_synthetic(output / "far", num_classes=24, images_per_class=12, seed=0, image_size=227)
+
+
+@torch.inference_mode()
+def compute(run: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """Return logits, features and targets of each split and folder, from RUN/unknowns.pt if they are there."""
+    cache = run / "unknowns.pt"
+    if cache.is_file():
+        found: dict[str, Any] = torch.load(cache, weights_only=True)
+        return found
+    subject = Subject.open(run, split="test")
+    network = subject.network
+    loaders = {split: subject.data.eval_loader(split) for split in ("train", "val", "test")}
+    loaders |= {name: unknown_data(subject, path).eval_loader("test") for name, path in folders.items()}
+    found = {}
+    for name, loader in loaders.items():
+        logits, features, targets = [], [], []
+        for images, labels in loader:
+            inputs = network.inputs(images)
+            logits.append(network.method(inputs))
+            features.append(normalize(network.method.embeddings(inputs)))
+            targets.append(labels)
+        found[name] = {
+            "logits": torch.cat(logits), "features": torch.cat(features), "targets": torch.cat(targets)
+        }  # fmt: skip
+    torch.save(found, cache)
+    return found
+
+
+def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
+    """Return name -> scores of a split or folder."""
+
+    def of_logits(score: Callable[[Tensor], Tensor]) -> Callable[[str], Array]:
+        return lambda name: score(found[name]["logits"].double()).numpy()
+
+    def of_neighbors(k: int) -> Callable[[str], Array]:
+        known = found["train"]["features"]
+        return lambda name: neighbor_scores(found[name]["features"], known, k).double().numpy()
+
+    return {name: of_logits(score) for name, score in SCORES.items()} | {
+        f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS
+    }
+
+
+def compare_scores(found: dict[str, Any], folders: list[str]) -> dict[str, Any]:
+    test = found["test"]
+    correct = (test["logits"].argmax(1) == test["targets"]).numpy()
+    results: dict[str, Any] = {}
+    for name, score in all_scores(found).items():
+        threshold = keeping_threshold(score("val"))
+        own = score("test")
+        results[name] = {"kept": {"test": float((own >= threshold).mean())}}
+        for folder in folders:
+            others = score(folder)
+            results[name][folder] = separation(own, others, correct)
+            results[name]["kept"][folder] = float((others >= threshold).mean())
+    return results
+
+
+def lac(probabilities: Array) -> Array:
+    """1 - p: Sadinle et al. 2019."""
+    return 1 - probabilities
+
+
+def lac_not_empty(probabilities: Array) -> Array:
+    """The same, with the most probable class always in the set, as crossx has it."""
+    scores = 1 - probabilities
+    scores[np.arange(len(scores)), probabilities.argmax(1)] = 0
+    return scores
+
+
+def aps(probabilities: Array, penalty: float = 0, free: int = 0) -> Array:
+    """Sum of the probabilities down to the class, without a random part: Romano et al. 2020."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    sums = np.cumsum(np.take_along_axis(probabilities, order, 1), axis=1)
+    sums += penalty * np.maximum(np.arange(1, probabilities.shape[1] + 1) - free, 0)
+    scores = np.empty_like(sums)
+    np.put_along_axis(scores, order, sums, 1)
+    return scores
+
+
+def raps(probabilities: Array) -> Array:
+    """The same with a penalty for large sets: Angelopoulos et al. 2021."""
+    return aps(probabilities, RAPS_PENALTY, RAPS_FREE)
+
+
+def quantile(scores: Array) -> float:
+    rank = -(-(len(scores) + 1) * round(100 * COVERAGE) // 100)
+    return float(np.partition(scores, rank - 1)[rank - 1])
+
+
+def compare_sets(found: dict[str, Any]) -> dict[str, Any]:
+    val, test = found["val"], found["test"]
+    temperature = fit_temperature(val["logits"], val["targets"])
+    shares = {
+        name: (part["logits"].double() / temperature).softmax(1).numpy()
+        for name, part in (("val", val), ("test", test))
+    }
+    labels = {name: found[name]["targets"].numpy() for name in shares}
+    generator = np.random.default_rng(0)
+    shuffles = [generator.permutation(len(labels["test"])) for _ in range(REPEATS)]
+    calibration = len(labels["val"])
+    results: dict[str, Any] = {"calibration_images": calibration, "test_images": len(labels["test"])}
+    for kind in (lac, lac_not_empty, aps, raps):
+        scores = {name: kind(values.copy()) for name, values in shares.items()}
+        own = {name: scores[name][np.arange(len(scores[name])), labels[name]] for name in scores}
+        limit = quantile(own["val"])
+        sizes = (scores["test"] <= limit).sum(1)
+        repeated = [
+            float((own["test"][order[calibration:]] <= quantile(own["test"][order[:calibration]])).mean())
+            for order in shuffles
+        ]
+        per_class = [
+            float((own["test"][labels["test"] == label] <= limit).mean())
+            for label in np.unique(labels["test"])
+        ]
+        results[kind.__name__] = {
+            "coverage": float((own["test"] <= limit).mean()),
+            "mean_size": float(sizes.mean()),
+            "largest": int(sizes.max()),
+            "empty": float((sizes == 0).mean()),
+            "single": float((sizes == 1).mean()),
+            "worst_class": min(per_class),
+            "mean_of_random_calibrations": float(np.mean(repeated)),
+            "deviation_of_random_calibrations": float(np.std(repeated)),
+        }
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="dataset in the layout of CUB-200-2011")
+    parser.add_argument("--near", type=Path, metavar="DIR", help="images of similar classes")
+    parser.add_argument("--far", type=Path, metavar="DIR", help="images of something else")
+    parser.add_argument("--output", type=Path, default=RESULTS / "unknowns.json")
+    arguments = parser.parse_args()
+    if arguments.prepare:
+        prepare(arguments.prepare, arguments.output)
+        return
+    folders = {name: path for name in ("near", "far") if (path := getattr(arguments, name))}
+    runs: dict[str, Any] = {}
+    for run in arguments.runs:
+        found = compute(run, folders)
+        test = found["test"]
+        runs[run.name] = {
+            "images": {name: len(part["targets"]) for name, part in found.items()},
+            "classes": test["logits"].shape[1],
+            "top1": float((test["logits"].argmax(1) == test["targets"]).float().mean()),
+            "scores": compare_scores(found, list(folders)),
+            "sets": compare_sets(found),
+        }
+        for folder in folders:
+            rows = [
+                [name, *(f"{100 * values[folder][key]:.1f}" for key in ("auroc", "fpr95", "oscr")),
+                 f"{100 * values['kept']['test']:.1f}", f"{100 * (1 - values['kept'][folder]):.1f}"]
+                for name, values in runs[run.name]["scores"].items()
+            ]  # fmt: skip
+            print(f"\n{run.name}, {folder}, top-1 {100 * runs[run.name]['top1']:.2f}")
+            print(table(["score", "AUROC", "FPR95", "OSCR", "test kept", f"{folder} rejected"], rows))
+        rows = [
+            [name, *(f"{100 * values[key]:.2f}" for key in ("coverage", "single", "empty", "worst_class")),
+             f"{values['mean_size']:.2f}", values["largest"],
+             f"{100 * values['mean_of_random_calibrations']:.2f} ± "
+             f"{100 * values['deviation_of_random_calibrations']:.2f}"]
+            for name, values in runs[run.name]["sets"].items() if isinstance(values, dict)
+        ]  # fmt: skip
+        print(f"\n{run.name}, {runs[run.name]['sets']['calibration_images']} calibration images")
+        print(
+            table(
+                [
+                    "sets",
+                    "coverage",
+                    "one class",
+                    "none",
+                    "worst class",
+                    "size",
+                    "largest",
+                    "random calibrations",
+                ],
+                rows,
+            )
+        )
+    write(arguments.output, {"coverage": COVERAGE, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
