@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("cleanlab")
 pytest.importorskip("sklearn")
 
-from crossx.audit.labels import find_label_issues, large_enough, out_of_fold
+from crossx.audit.labels import find_label_issues, large_enough, out_of_fold, random_posterior
 
 
 def clusters(classes: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -67,3 +67,17 @@ def test_the_same_twice() -> None:
     vectors, labels = clusters(4, 10)
     first, second = (out_of_fold(vectors, labels, np.arange(40), 4) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_labels_drawn_at_random_are_told_from_those_that_follow_the_predictions() -> None:
+    """Predictions that are right on average, and a tenth of the labels drawn from the other classes."""
+    generator = np.random.default_rng(1)
+    probabilities = generator.dirichlet(np.full(10, 0.1), 4000)
+    labels = np.array([generator.choice(10, p=row) for row in probabilities])
+    drawn = generator.random(4000) < 0.1
+    labels[drawn] = (labels[drawn] + generator.integers(1, 10, drawn.sum())) % 10
+    posterior = random_posterior(labels, probabilities)
+    # the temperature takes up a part of the share
+    assert 0.03 < posterior.mean() < 0.12
+    assert posterior[drawn].mean() > 10 * posterior[~drawn].mean()
+    assert drawn[posterior > 0.5].mean() > 0.5

@@ -18,6 +18,9 @@ FOLDS = 5
 MIN_IMAGES = 5
 """Images of a class, near-duplicates counted once, below which its labels are not judged."""
 SEED = 0
+LEAST_POSTERIOR = 0.05
+"""Probability that a label was drawn at random from which it is reported; see ``random_posterior``."""
+TEMPERATURES = np.geomspace(0.25, 4, 33)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,9 @@ def find_label_issues(
     """Find labels that are probably wrong by confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068).
 
     cleanlab estimates how many labels are wrong from the predictions that are confident for their class, and takes the
-    images with the lowest probability of their label. Those whose label is still the most probable class are left out.
+    images with the lowest probability of their label. Of these, an image is left out if its label is still the most
+    probable class, or if ``random_posterior`` is below ``LEAST_POSTERIOR``: where classes are hard to tell apart,
+    cleanlab takes many mistakes of the classifier for errors of the labels.
 
     Args:
         labels: int64 (N,).
@@ -121,10 +126,11 @@ def find_label_issues(
             return_indices_ranked_by="self_confidence",
             n_jobs=1,
         )
+    posterior = random_posterior(given, narrowed)
     issues = []
     for number in ranked:
         image, suggested = int(chosen[number]), int(probabilities[chosen[number]].argmax())
-        if suggested != labels[image]:
+        if suggested != labels[image] and posterior[number] >= LEAST_POSTERIOR:
             issues.append(
                 LabelIssue(
                     image,
@@ -134,6 +140,30 @@ def find_label_issues(
                 )
             )
     return sorted(issues, key=lambda issue: (issue.given, issue.image))
+
+
+def random_posterior(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how probable it is that each label (N,) was drawn at random from the other classes.
+
+    The model: a share of the labels was drawn at random, the others follow the predictions (N, K), whose temperature is
+    fitted to the labels. The share is estimated by expectation maximisation, rather too low, since the temperature
+    takes up a part of it.
+    """
+    rows, classes = np.arange(len(labels)), probabilities.shape[1]
+    logarithms = np.log(probabilities + 1e-12)
+
+    def likely(temperature: float) -> NDArray[np.float64]:
+        powers = np.exp(logarithms / temperature)
+        chosen: NDArray[np.float64] = powers[rows, labels] / powers.sum(axis=1)
+        return chosen
+
+    given = likely(min(TEMPERATURES, key=lambda value: -np.log(likely(value) + 1e-12).mean()))
+    share = 0.05
+    for _ in range(200):
+        random = share * (1 - given) / (classes - 1)
+        posterior: NDArray[np.float64] = random / (random + (1 - share) * given + 1e-300)
+        share = max(float(posterior.mean()), 1e-3)
+    return posterior
 
 
 def large_enough(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
