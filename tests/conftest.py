@@ -18,6 +18,8 @@ settings.load_profile("crossx")
 
 # What takes longer than a second here would be named on stderr, which tests read.
 os.environ.setdefault("CROSSX_PROGRESS", "0")
+# readline, which pytest imports, gives the worker processes a width.
+os.environ.pop("COLUMNS", None)
 
 # Tests are offline, and some import OpenVINO themselves; see ``without_telemetry``.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

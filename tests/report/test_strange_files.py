@@ -46,7 +46,7 @@ STRANGE: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def templates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "_environment", functools.cache(page_module._environment))
+    monkeypatch.setattr(page_module, "page_environment", functools.cache(page_module.page_environment))
     monkeypatch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
 
 

@@ -161,9 +161,10 @@ def require_one_label(path: Path, labels: Sequence[str]) -> None:
     several = [label for label in labels if _LIST.fullmatch(label) or len(_parts(label, _SEVERAL)) > 1]
     if 2 * len(several) <= len(labels):
         several = [label for label in labels if len(_parts(label, _COMMA)) > 1]
-        # `Corvus corax, 1758` is one name: each has parts of its own
-        parts = {part for label in {*labels} for part in _parts(label, _COMMA)}
-        if len(parts) > len({*labels}):
+        # `Corvus corax, 1758` is one name: few of its parts are in other names
+        of_names = [{*_parts(label, _COMMA)} for label in {*labels}]
+        parts = set().union(*of_names)
+        if len(parts) > len(of_names) or len(parts) == sum(map(len, of_names)):
             several = []
     if 2 * len(several) > len(labels):
         raise CrossXError(
