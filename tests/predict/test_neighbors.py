@@ -93,6 +93,57 @@ def test_the_index_is_kept_until_weights_or_images_change(place: Path, counted: 
     assert compute() == 11
 
 
+def test_an_index_that_cannot_be_written_is_read(
+    place: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise CrossXError(f"{path}: cannot be written.")
+
+    predictor = crossx.load(place / "run", "cpu")
+    NeighborIndex.open(predictor)
+    monkeypatch.setattr("crossx.runs.check_output_file", refuse)
+    counted.clear()
+    NeighborIndex.open(predictor)
+    assert (counted, caplog.text) == ([], "")
+    (place / "run/neighbors.npz").unlink()
+    NeighborIndex.open(predictor)
+    assert sum(counted) == 12
+    assert "the index is not kept" in caplog.text
+
+
+def test_an_unfinished_index_is_finished(place: Path) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    NeighborIndex.open(predictor)
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in ("network", "keys", "vectors")}
+    np.savez(file, **kept)
+    NeighborIndex.open(predictor)
+    (place / "images").rename(place / "elsewhere")
+    assert len(NeighborIndex.open(predictor).names) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": np.full(12, 2)},
+        {"labels": np.full(12, -1)},
+        {"labels": np.zeros(12)},
+        {"names": np.zeros(12)},
+        {"names": np.full((12, 1), "a")},
+        {"vectors": np.zeros((12, 3), np.float16)},
+    ],
+)
+def test_an_index_that_does_not_fit_is_not_used(place: Path, change: dict) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    NeighborIndex.open(predictor)
+    with np.load(file) as arrays:
+        kept = dict(arrays)
+    np.savez(file, **kept | change)
+    (place / "images").rename(place / "elsewhere")
+    with pytest.raises(CrossXError, match="its training images cannot be read"):
+        NeighborIndex.open(predictor)
+
+
 def test_without_the_images_the_index_is_enough_and_without_both_it_fails(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -38,6 +38,7 @@ def embed(
     keys: Sequence[bytes],
     cache: Path | None = None,
     *,
+    writable: bool = True,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
     unreadable: dict[bytes, str] | None = None,
@@ -49,6 +50,7 @@ def embed(
         files: N images.
         keys: What identifies the content of each; images with the same one are computed once. All have one length.
         cache: File in which the features are kept, with those of the same network that it has.
+        writable: Whether to write it; else it is only read.
         batch_size: Images per step.
         progress: Called with the number of images done and the total.
         unreadable: If given, keys of images that cannot be read are added with the reason, instead of an error.
@@ -77,7 +79,7 @@ def embed(
             done += 1
             if progress is not None:
                 progress(done, total)
-        if cache is not None and known:
+        if cache is not None and writable and known:
             write_features(cache, network, known)
     return {key: known[key] for key in keys if key in known}
 
