@@ -278,6 +278,7 @@ class CalibrationFile(StrictModel):
     n: Count | None = None
     split: Text | None = None
     dataset: Text | None = None
+    data_root: LongText | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
 
 
