@@ -70,6 +70,8 @@ def test_an_image_of_the_training_is_its_own_neighbour(place: Path) -> None:
     (found,) = crossx.load(place / "run", "cpu").neighbors(file, top=1)
     assert (found.neighbors[0].path, found.neighbors[0].label) == (file, "wren")
     assert found.neighbors[0].similarity == pytest.approx(1, abs=2e-3)
+    index = NeighborIndex.open(crossx.load(place / "run", "cpu"))
+    assert index.nearest(1.001 * index.index._vectors[:1].numpy(), 1)[0][0].similarity == 1
 
 
 def test_the_index_is_kept_until_weights_or_images_change(place: Path, counted: list[int]) -> None:

@@ -166,6 +166,12 @@ def test_the_service_answers_null(run: Run, photos: Path) -> None:
         explained = client.post("/explain?format=json", files=[files[rejected]]).json()["prediction"]
         assert (explained["label"], explained["nearest"]) == (None, expected[rejected].nearest)
         counted = client.get("/metrics").text
+        predictor.spec = replace(predictor.spec, sets=None)
+        refused = client.post("/predict?coverage=0.8", files=files[:1])
+        assert (refused.status_code, refused.json()["detail"]) == (
+            422,
+            "query.coverage: the network was not calibrated for 0.8.",
+        )
     assert 'crossx_images_total{outcome="rejected"} 6.0' in counted
 
 

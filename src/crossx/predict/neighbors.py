@@ -83,7 +83,7 @@ class NeighborIndex:
             if stored is None:
                 raise CrossXError(
                     f"{run.path}: its training images cannot be read ({first_line(error)}). Give their folder as "
-                    "--data.root."
+                    "--data.root of `crossx neighbors`, which keeps an index in the run."
                 ) from error
             log.warning(
                 "the training images cannot be read (%s): the neighbours are those of the index in %s.",
@@ -119,7 +119,8 @@ class NeighborIndex:
     def _neighbor(self, place: int, similarity: float) -> Neighbor:
         name = self.names[place]
         label = self.predictor.classes[self.labels[place]]
-        return Neighbor(self.base / name, name, label, round(similarity, 6))
+        # features are kept in half precision, so that their length is not exactly 1
+        return Neighbor(self.base / name, name, label, round(min(max(similarity, -1.0), 1.0), 6))
 
 
 def _run_of(predictor: Predictor) -> Run:
