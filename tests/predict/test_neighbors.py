@@ -113,6 +113,21 @@ def test_an_index_that_cannot_be_written_is_read(
     assert "the index is not kept" in caplog.text
 
 
+@pytest.mark.parametrize("shape", [(12, 3), (12,), (12, 3, 2)])
+@pytest.mark.parametrize("length", [5, 32])
+def test_features_that_do_not_fit_are_computed_again(place: Path, shape: tuple, length: int) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    before = NeighborIndex.open(predictor).index.search(
+        np.eye(1, predictor.feature_size, dtype=np.float32), 3
+    )
+    with np.load(file) as arrays:
+        kept = dict(arrays)
+    np.savez(file, **kept | {"keys": kept["keys"][:, :length], "vectors": np.zeros(shape, np.float16)})
+    after = NeighborIndex.open(predictor).index.search(np.eye(1, predictor.feature_size, dtype=np.float32), 3)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_an_unfinished_index_is_finished(place: Path) -> None:
     predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
     NeighborIndex.open(predictor)

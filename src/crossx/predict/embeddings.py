@@ -63,6 +63,10 @@ def embed(
     """
     network = network_digest(predictor)
     known = read_features(cache, network) if cache is not None else {}
+    if known:
+        # a file of unknown origin may have others
+        shapes = {(len(key), predictor.feature_size) for key in keys}
+        known = {key: vector for key, vector in known.items() if (len(key), *vector.shape) in shapes}
     pending = list({key: file for file, key in zip(files, keys, strict=True) if key not in known}.items())
     done = len({*keys}) - len(pending)
     total = done + len(pending)
