@@ -107,8 +107,19 @@ class RejectionFile(ExactModel):
 class SetsFile(ExactModel):
     """``sets`` of ``model.json``, see ``crossx.runs.PredictionSets``."""
 
-    images: Count
+    images: Annotated[int, Field(ge=1, le=2**53)]
     least_probability: Annotated[dict[_VIEWS, _row(Share, 50)], Field(min_length=1)]  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _guaranteed_and_decreasing(self) -> SetsFile:
+        # n images guarantee n / (n + 1)
+        most = 100 * self.images // (self.images + 1) - 49
+        for views, row in self.least_probability.items():
+            if len(row) > most:
+                raise ValueError(f"least_probability.{views} has {len(row)} numbers for {self.images} images")
+            if list(row) != sorted(row, reverse=True):
+                raise ValueError(f"least_probability.{views} increases")
+        return self
 
 
 class ModelFile(StrictModel):
@@ -278,6 +289,7 @@ class CalibrationFile(StrictModel):
     n: Count | None = None
     split: Text | None = None
     dataset: Text | None = None
+    data_root: LongText | None = None
     temperature: Annotated[float, Field(gt=0)] | None = None
 
 

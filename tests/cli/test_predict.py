@@ -76,6 +76,8 @@ def test_ctrl_c_says_how_to_go_on(
         (["photos", "--output", "out.json"], "For a folder of that name write out.json/."),
         (["photos", "--features", "out.npy"], "out.npy: must end in .parquet."),
         (["photos", "--features", "out.parquet", "--top", "2"], "--top belongs to predictions"),
+        (["photos", "--features", "out.parquet", "--coverage", "0.9"], "--coverage belongs to predictions"),
+        (["photos", "--features", "out.parquet", "--accept", "all"], "--accept belongs to predictions"),
         (
             ["photos", "--features", "out.parquet", "--output", "out.csv"],
             "--features does not go with --output: leave one of them out.",

@@ -9,6 +9,7 @@ import pytest
 
 import layouts
 from crossx.cli.main import main
+from crossx.errors import CrossXError
 
 QUICK = ["--device", "cpu", "--data.num_workers", "0"]
 
@@ -147,3 +148,19 @@ def test_the_page_shows_training_images_that_are_most_similar_to_mistakes(place:
         mistakes = page.count("it is most like these training images")
         assert (mistakes > 0) == (count > 0)
         assert page.count("Training image of ") == 3 * mistakes
+
+
+def test_the_paths_of_an_index_without_its_images_are_not_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise CrossXError("the training images are gone")
+
+    run = {"data_root": str(place / "images"), "data": {"dataset": "folder"}}
+    Path("tested/run.json").write_text(json.dumps(run))
+    assert main(["report", "tested", "--neighbors", "3", *QUICK]) == 0
+    monkeypatch.setattr("crossx.predict.neighbors._training_images", fail)
+    assert main(["report", "tested", "--neighbors", "3", *QUICK]) == 0
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "it is most like these training images" in page
+    assert "Training image of " not in page

@@ -210,6 +210,15 @@ def test_the_test_says_what_is_kept_covered_and_told_apart(run, tmp_path, capsys
         assert words in said
 
 
+def test_results_on_the_images_of_the_calibration_say_so(run, tmp_path, capsys):
+    other = shutil.copytree(run.path.parent / "birds", tmp_path / "other")
+    words = ["test", str(run.path), "--device", "cpu"]
+    for split, root, said in (("test", None, True), ("val", None, False), ("test", other, False)):
+        calibrate_run(run.path, split=split, device="cpu", **({} if root is None else {"root": root}))
+        assert main(words) == 0
+        assert ("These images were calibrated on" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "nan", "-0.1", "much"])
 @pytest.mark.parametrize("verb", ["predict", "test"])
 def test_coverages_that_cannot_be_are_refused(run, capsys, verb, value):

@@ -70,6 +70,8 @@ def test_an_image_of_the_training_is_its_own_neighbour(place: Path) -> None:
     (found,) = crossx.load(place / "run", "cpu").neighbors(file, top=1)
     assert (found.neighbors[0].path, found.neighbors[0].label) == (file, "wren")
     assert found.neighbors[0].similarity == pytest.approx(1, abs=2e-3)
+    index = NeighborIndex.open(crossx.load(place / "run", "cpu"))
+    assert index.nearest(1.001 * index.index._vectors[:1].numpy(), 1)[0][0].similarity == 1
 
 
 def test_the_index_is_kept_until_weights_or_images_change(place: Path, counted: list[int]) -> None:
@@ -91,6 +93,72 @@ def test_the_index_is_kept_until_weights_or_images_change(place: Path, counted: 
     assert compute() == 0
     (place / "run/neighbors.npz").write_bytes(b"damaged")
     assert compute() == 11
+
+
+def test_an_index_that_cannot_be_written_is_read(
+    place: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise CrossXError(f"{path}: cannot be written.")
+
+    predictor = crossx.load(place / "run", "cpu")
+    NeighborIndex.open(predictor)
+    monkeypatch.setattr("crossx.runs.check_output_file", refuse)
+    counted.clear()
+    NeighborIndex.open(predictor)
+    assert (counted, caplog.text) == ([], "")
+    (place / "run/neighbors.npz").unlink()
+    NeighborIndex.open(predictor)
+    assert sum(counted) == 12
+    assert "the index is not kept" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(12, 3), (12,), (12, 3, 2)])
+@pytest.mark.parametrize("length", [5, 32])
+def test_features_that_do_not_fit_are_computed_again(place: Path, shape: tuple, length: int) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    before = NeighborIndex.open(predictor).index.search(
+        np.eye(1, predictor.feature_size, dtype=np.float32), 3
+    )
+    with np.load(file) as arrays:
+        kept = dict(arrays)
+    np.savez(file, **kept | {"keys": kept["keys"][:, :length], "vectors": np.zeros(shape, np.float16)})
+    after = NeighborIndex.open(predictor).index.search(np.eye(1, predictor.feature_size, dtype=np.float32), 3)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_unfinished_index_is_finished(place: Path) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    NeighborIndex.open(predictor)
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in ("network", "keys", "vectors")}
+    np.savez(file, **kept)
+    NeighborIndex.open(predictor)
+    (place / "images").rename(place / "elsewhere")
+    assert len(NeighborIndex.open(predictor).names) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": np.full(12, 2)},
+        {"labels": np.full(12, -1)},
+        {"labels": np.zeros(12)},
+        {"names": np.zeros(12)},
+        {"names": np.full((12, 1), "a")},
+        {"vectors": np.zeros((12, 3), np.float16)},
+    ],
+)
+def test_an_index_that_does_not_fit_is_not_used(place: Path, change: dict) -> None:
+    predictor, file = crossx.load(place / "run", "cpu"), place / "run/neighbors.npz"
+    NeighborIndex.open(predictor)
+    with np.load(file) as arrays:
+        kept = dict(arrays)
+    np.savez(file, **kept | change)
+    (place / "images").rename(place / "elsewhere")
+    with pytest.raises(CrossXError, match="its training images cannot be read"):
+        NeighborIndex.open(predictor)
 
 
 def test_without_the_images_the_index_is_enough_and_without_both_it_fails(

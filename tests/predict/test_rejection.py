@@ -5,12 +5,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from crossx.cli.main import main
-from crossx.errors import UsageError
+from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.conformal import least_probabilities
 from crossx.export.export import export_run
 from crossx.predict.collection import predict_collection
 from crossx.predict.outputs import joined
@@ -166,6 +168,12 @@ def test_the_service_answers_null(run: Run, photos: Path) -> None:
         explained = client.post("/explain?format=json", files=[files[rejected]]).json()["prediction"]
         assert (explained["label"], explained["nearest"]) == (None, expected[rejected].nearest)
         counted = client.get("/metrics").text
+        predictor.spec = replace(predictor.spec, sets=None)
+        refused = client.post("/predict?coverage=0.8", files=files[:1])
+        assert (refused.status_code, refused.json()["detail"]) == (
+            422,
+            "query.coverage: the network was not calibrated for 0.8.",
+        )
     assert 'crossx_images_total{outcome="rejected"} 6.0' in counted
 
 
@@ -181,3 +189,24 @@ def test_a_rejection_that_cannot_be_is_refused(run: Run, tmp_path: Path, change:
     write_json(tmp_path / "model.json", {**values, "rejection": {**values["rejection"], **change}})
     with pytest.raises(Exception, match=r"model.json: not a model description of crossx .rejection"):
         Run(tmp_path).read_spec()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": 0}, {"images": 98}, {"least_probability": {"1": [0.1, 0.2]}}, {"least_probability": {"1": [2.0]}},
+        {"least_probability": {}},
+    ],
+)  # fmt: skip
+def test_sets_that_cannot_be_are_refused(run: Run, tmp_path: Path, change: dict) -> None:
+    values = read_json(run.spec)
+    write_json(tmp_path / "model.json", {**values, "sets": {**values["sets"], **change}})
+    with pytest.raises(CrossXError, match=r"model.json: not a model description of crossx .sets"):
+        Run(tmp_path).read_spec()
+
+
+@pytest.mark.parametrize("images", [1, 9, 19, 98, 99, 500])
+def test_sets_of_any_number_of_images_can_be_read(run: Run, tmp_path: Path, images: int) -> None:
+    sets = PredictionSets(images, {"1": least_probabilities(np.linspace(0, 1, images))})
+    write_json(tmp_path / "model.json", replace(run.read_spec(), sets=sets).to_json())
+    assert Run(tmp_path).read_spec().sets == sets

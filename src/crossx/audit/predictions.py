@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crossx.data.index import DatasetIndex
+from crossx.data.catalog import base_folder, configured_root
+from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
 from crossx.evaluation.classes import check_classes
 from crossx.evaluation.data import read_data
@@ -25,16 +26,19 @@ class RunPredictor:
 
     Attributes:
         predictor: Its network.
-        seen: Absolute paths of the images that it was trained on; None if that cannot be told.
+        seen: Paths of the images that it was trained on, absolute and relative to their folder; None if that cannot be
+            told.
         index: The audited dataset.
+        base: The folder of its images.
     """
 
     predictor: Predictor
     seen: frozenset[str] | None
     index: DatasetIndex
+    base: Path
 
     @classmethod
-    def load(cls, path: str | Path, index: DatasetIndex, device: str) -> RunPredictor:
+    def load(cls, path: str | Path, index: DatasetIndex, base: Path, device: str) -> RunPredictor:
         """Load a run.
 
         Raises:
@@ -43,14 +47,18 @@ class RunPredictor:
         open_run(path)
         predictor = Predictor.load(path, device, precision="fp32")
         check_classes(predictor.spec.classes, index.classes, index.name)
-        return cls(predictor, _training_images(path), index)
+        return cls(predictor, _training_images(path), index, base)
 
     def trained_on(self, files: Sequence[Path]) -> NDArray[np.bool_]:
-        """Return which images (N,) the run was trained on; if that cannot be told, those that are not for testing."""
+        """Return which images (N,) the run was trained on; if that cannot be told, those that are not for testing.
+
+        An image of the same name in another folder counts, too: the dataset may have been copied or moved.
+        """
         if self.seen is None:
             tested = {record.path for record in self.index.split("test")}
             return np.array([file not in tested for file in files], dtype=bool)
-        return np.array([os.path.realpath(file) in self.seen for file in files], dtype=bool)
+        names = ((os.path.realpath(file), relative_path(file, self.base)) for file in files)
+        return np.array([not self.seen.isdisjoint(pair) for pair in names], dtype=bool)
 
     def predict(
         self, files: Sequence[Path], batch_size: int, progress: Callable[[int, int], None]
@@ -86,4 +94,6 @@ def _training_images(path: str | Path) -> frozenset[str] | None:
     # the released checkpoints were trained on everything but test
     on_all = config.train_on == "trainval" or info.get("status") == "imported"
     splits = ("train", "val") if on_all else ("train",)
-    return frozenset(os.path.realpath(record.path) for record in index.records if record.split in splits)
+    trained = [record.path for record in index.records if record.split in splits]
+    base = base_folder(configured_root(config))
+    return frozenset(map(os.path.realpath, trained)) | {relative_path(file, base) for file in trained}

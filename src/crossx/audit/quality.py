@@ -24,6 +24,8 @@ DEVIATIONS = 3.5
 that Iglewicz and Hoaglin (1993) recommend for the modified z-score."""
 LEAST_IMAGES = 30
 """Images below which no outlier is reported."""
+LEAST_DISTANCE = 1e-4
+"""Mean distance below which an image has so many copies that it says nothing about how far apart images usually are."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def find_outliers(vectors: NDArray[np.float32]) -> tuple[list[Outlier], float | 
         vectors: float32 (N, D), embeddings of length 1.
 
     Returns:
-        The outliers, farthest first, and the distance from which an image is one; None if there are too few images.
+        The outliers, farthest first, and the distance from which an image is one; None if there are too few images
+        without many copies.
     """
     if len(vectors) < LEAST_IMAGES:
         return [], None
@@ -105,9 +108,12 @@ def find_outliers(vectors: NDArray[np.float32]) -> tuple[list[Outlier], float | 
     others = places != torch.arange(len(vectors))[:, None]
     # of images with many identical copies, the image itself may not be among its neighbours
     distances = ((1 - similarities) * others).sum(1) / others.sum(1)
-    logarithms = np.log(distances.clamp(min=1e-6).numpy())
-    middle = float(np.median(logarithms))
-    spread = 1.4826 * float(np.median(np.abs(logarithms - middle)))
+    apart = (distances > LEAST_DISTANCE).numpy()
+    if apart.sum() < LEAST_IMAGES:
+        return [], None
+    logarithms = np.log(distances.clamp(min=LEAST_DISTANCE).numpy())
+    middle = float(np.median(logarithms[apart]))
+    spread = 1.4826 * float(np.median(np.abs(logarithms[apart] - middle)))
     threshold = float(np.exp(middle + DEVIATIONS * spread))
     far = np.flatnonzero(logarithms > middle + DEVIATIONS * spread)
     outliers = [

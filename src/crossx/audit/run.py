@@ -218,16 +218,22 @@ class Audit:
             labels += f" ({memorised} of images that the run was trained on: not out-of-fold)"
         if self.not_judged:
             labels += f"; {counted(len(self.not_judged), 'class')} too small to judge"
+        found = {
+            "duplicates": f"{counted(copies, 'copy') if copies == 1 else f'{copies:,} copies'} in "
+            f"{counted(len(self.groups), 'group')}, {len(self.leaks):,} of them in several splits (leakage), "
+            f"{conflicts:,} under several labels",
+            "labels": labels,
+            "outliers": counted(len(self.outliers), "image"),
+            "quality": flagged or "nothing found",
+        }
         lines = [
             f"{self.dataset} in {self.root}: {counted(len(self.records), 'image')}, "
             f"{counted(len(self.classes), 'class')}",
             f"  unreadable   {counted(len(self.unreadable), 'image')}",
-            f"  duplicates   {counted(copies, 'copy') if copies == 1 else f'{copies:,} copies'} in "
-            f"{counted(len(self.groups), 'group')}, {len(self.leaks):,} of them in several splits (leakage), "
-            f"{conflicts:,} under several labels",
-            f"  labels       {labels}",
-            f"  outliers     {counted(len(self.outliers), 'image')}",
-            f"  quality      {flagged or 'nothing found'}",
+            *(
+                f"  {check:<11}  {found[check] if check in self.checks else 'not checked'}"
+                for check in CHECKS
+            ),
             f"  classes      {smallest:,} training images in the smallest"
             + (f", {ratio:g} times as many in the largest" if (ratio := self.imbalance()) else ""),
         ]
@@ -287,9 +293,9 @@ def audit_dataset(
     from crossx.audit.predictions import RunPredictor
     from crossx.predict.embeddings import embed
 
-    classifier = RunPredictor.load(run, index, device) if run is not None else None
-    predictor = classifier.predictor if classifier else load_backbone(backbone or BACKBONE, device)
     base = base_folder(place)
+    classifier = RunPredictor.load(run, index, base, device) if run is not None else None
+    predictor = classifier.predictor if classifier else load_backbone(backbone or BACKBONE, device)
     images = _read_images(index, base, lambda done, total: step("Reading images", done, total))
     files = [record.path for record in images.records]
     known = embed(

@@ -75,6 +75,7 @@ def neighbors(
 
     from crossx.evaluation.progress import images_bar
     from crossx.predict.neighbors import NeighborIndex
+    from crossx.predict.outputs import utf8
     from crossx.predict.predictor import Predictor
 
     predictor = Predictor.load(run, device)
@@ -91,12 +92,12 @@ def neighbors(
     for found in index.find(files, top, batch_size):
         failed += found.error is not None
         if found.error is not None:
-            rows.append({"path": str(found.path), "error": found.error})
+            rows.append({"path": utf8(str(found.path)), "error": found.error})
         rows += [
             {
-                "path": str(found.path),
+                "path": utf8(str(found.path)),
                 "rank": rank,
-                "neighbor": neighbor.name,
+                "neighbor": utf8(neighbor.name),
                 "label": neighbor.label,
                 "similarity": round(neighbor.similarity, 4),
             }

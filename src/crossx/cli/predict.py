@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -88,10 +88,8 @@ def predict(
     """
     if features is not None and output is not None:
         raise UsageError("--features does not go with --output: leave one of them out.")
-    if features is not None and top != 1:
-        raise UsageError(
-            "--top belongs to predictions and does not go with --features: leave one of them out."
-        )
+    if features is not None:
+        inference = _for_features(top, inference)
     if output is not None and _is_folder(output):
         return _predict_collection(run, images, output, top, batch_size, inference, collection)
     for name, value in vars(collection).items():
@@ -138,6 +136,20 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
         return codecs.lookup_error("backslashreplace")(error)
+
+
+def _for_features(top: int, inference: Inference) -> Inference:
+    """Return the options of features, which need no threshold; refuse those of predictions."""
+    for name, given in (
+        ("--top", top != 1),
+        ("--accept", inference.accept != "known"),
+        ("--coverage", inference.coverage is not None),
+    ):
+        if given:
+            raise UsageError(
+                f"{name} belongs to predictions and does not go with --features: leave one of them out."
+            )
+    return replace(inference, accept="all")
 
 
 def _is_folder(output: str) -> bool:

@@ -70,7 +70,11 @@ def _similar_finder(run: str, top: int, data: TestedData, device: str) -> FindSi
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         return [
-            [Similar(near.label, near.similarity, near.path) for near in found.neighbors]
+            [
+                # a path of an index whose images are gone may be of another machine
+                Similar(near.label, near.similarity, near.path if index.has_images else None)
+                for near in found.neighbors
+            ]
             for found in index.find(files, top)
         ]
 

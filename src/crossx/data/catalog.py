@@ -100,7 +100,7 @@ def read_dataset(name: str, root: str | Path | None, **options: Any) -> DatasetI
     reader = getattr(importlib.import_module(module), function)
     accepted = list(inspect.signature(reader).parameters)[1:]
     given = {key: value for key, value in options.items() if value is not None}
-    for key in given.keys() - SHARED_OPTIONS - set(accepted):
+    for key in sorted(given.keys() - SHARED_OPTIONS - set(accepted)):
         takes = f"It takes {', '.join(accepted)}." if accepted else "It takes none."
         raise UsageError(f"dataset {name!r} has no option {key!r}.{nearest(key, accepted)} {takes}")
     given = {key: value for key, value in given.items() if key in accepted}

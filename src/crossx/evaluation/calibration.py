@@ -146,7 +146,7 @@ def evaluate_views(
 
 
 def calibrate_outputs(
-    outputs: ViewOutputs, *, score: str = SCORE, keep: float = KEEP, **images: str
+    outputs: ViewOutputs, *, score: str = SCORE, keep: float = KEEP, **images: str | None
 ) -> Calibration:
     """Fit the temperature, and set the thresholds of rejection and of prediction sets.
 
@@ -154,7 +154,7 @@ def calibrate_outputs(
         outputs: Logits on images that the network was not trained on.
         score: Name of the score of rejection, see ``SCORES``.
         keep: Share of the images to keep, above 0; 1 for no rejection.
-        **images: The ``dataset`` and ``split`` of the images, for the description.
+        **images: The ``dataset``, ``data_root`` and ``split`` of the images, for the description.
 
     Returns:
         The calibration. There is no rejection if there are too few images, see ``keeping_threshold``. Its description
@@ -183,7 +183,7 @@ def calibrate_outputs(
     return Calibration(temperature, rejection, PredictionSets(count, least), described)
 
 
-def describe_temperature(logits: Tensor, targets: Tensor, **images: str) -> dict[str, Any]:
+def describe_temperature(logits: Tensor, targets: Tensor, **images: str | None) -> dict[str, Any]:
     """Fit the temperature to logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
     temperature = fit_temperature(logits, targets)
     scaled = logits.double() / temperature
@@ -236,7 +236,14 @@ def calibrate_run(
         )
     data.check_images([split])
     outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
-    found = calibrate_outputs(outputs, score=score, keep=keep, dataset=data.config.dataset, split=split)
+    found = calibrate_outputs(
+        outputs,
+        score=score,
+        keep=keep,
+        dataset=data.config.dataset,
+        data_root=data.config.root,
+        split=split,
+    )
     found.write(subject.run)
     write_json(subject.run.info, {**subject.run.read_info(), "calibration": found.described})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,4 +23,20 @@ def result_notices(results: Mapping[str, Any]) -> list[str]:
         notices.append(f"The run is not finished ({results['run_status']}): these are {which}.")
     if results.get("seen_in_training"):
         notices.append("These images were trained on: the numbers say nothing about new images.")
+    elif _calibrated_on(results):
+        notices.append(
+            "These images were calibrated on: the calibration error with the temperature, the images kept and the "
+            "coverage say nothing about new images."
+        )
     return notices
+
+
+def _calibrated_on(results: Mapping[str, Any]) -> bool:
+    calibration = results.get("calibration") or {}
+    root = results.get("data_root")
+    return (
+        any(results.get(key) is not None for key in ("ece_calibrated", "rejection", "sets"))
+        and all(calibration.get(key) == results.get(key) is not None for key in ("dataset", "split"))
+        # runs of before do not say which folder it was
+        and os.path.abspath(calibration.get("data_root", root) or "") == os.path.abspath(root or "")
+    )

@@ -38,6 +38,7 @@ def embed(
     keys: Sequence[bytes],
     cache: Path | None = None,
     *,
+    writable: bool = True,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
     unreadable: dict[bytes, str] | None = None,
@@ -49,6 +50,7 @@ def embed(
         files: N images.
         keys: What identifies the content of each; images with the same one are computed once. All have one length.
         cache: File in which the features are kept, with those of the same network that it has.
+        writable: Whether to write it; else it is only read.
         batch_size: Images per step.
         progress: Called with the number of images done and the total.
         unreadable: If given, keys of images that cannot be read are added with the reason, instead of an error.
@@ -61,6 +63,10 @@ def embed(
     """
     network = network_digest(predictor)
     known = read_features(cache, network) if cache is not None else {}
+    if known:
+        # a file of unknown origin may have others
+        shapes = {(len(key), predictor.feature_size) for key in keys}
+        known = {key: vector for key, vector in known.items() if (len(key), *vector.shape) in shapes}
     pending = list({key: file for file, key in zip(files, keys, strict=True) if key not in known}.items())
     done = len({*keys}) - len(pending)
     total = done + len(pending)
@@ -77,7 +83,7 @@ def embed(
             done += 1
             if progress is not None:
                 progress(done, total)
-        if cache is not None and known:
+        if cache is not None and writable and known:
             write_features(cache, network, known)
     return {key: known[key] for key in keys if key in known}
 

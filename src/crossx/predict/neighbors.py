@@ -79,11 +79,11 @@ class NeighborIndex:
         try:
             records, base = _training_images(run, predictor, root)
         except CrossXError as error:
-            stored = _read_index(run, network_digest(predictor))
+            stored = _read_index(run, predictor)
             if stored is None:
                 raise CrossXError(
                     f"{run.path}: its training images cannot be read ({first_line(error)}). Give their folder as "
-                    "--data.root."
+                    "--data.root of `crossx neighbors`, which keeps an index in the run."
                 ) from error
             log.warning(
                 "the training images cannot be read (%s): the neighbours are those of the index in %s.",
@@ -119,7 +119,8 @@ class NeighborIndex:
     def _neighbor(self, place: int, similarity: float) -> Neighbor:
         name = self.names[place]
         label = self.predictor.classes[self.labels[place]]
-        return Neighbor(self.base / name, name, label, round(similarity, 6))
+        # features are kept in half precision, so that their length is not exactly 1
+        return Neighbor(self.base / name, name, label, round(min(max(similarity, -1.0), 1.0), 6))
 
 
 def _run_of(predictor: Predictor) -> Run:
@@ -157,13 +158,14 @@ def _compute(
     names = [relative_path(record.path.absolute(), base) for record in records]
     keys = [_key(name, record.path) for name, record in zip(names, records, strict=True)]
     unreadable: dict[bytes, str] = {}
-    network = network_digest(predictor)
-    before = set(read_features(run.neighbors, network))
+    before = _read_index(run, predictor)
+    problem = _write_problem(run)
     known = embed(
         predictor,
         [record.path for record in records],
         keys,
-        _writable(run),
+        run.neighbors,
+        writable=problem is None,
         batch_size=batch_size,
         progress=progress,
         unreadable=unreadable,
@@ -176,12 +178,17 @@ def _compute(
     names = [names[number] for number in used]
     labels = np.array([records[number].label for number in used], dtype=np.int64)
     stored = {keys[number]: known[keys[number]] for number in used}
-    if before != set(stored) and (file := _writable(run)) is not None:
+    vectors = np.stack(list(stored.values())).astype(np.float32)
+    if _is_same(before, names, labels, vectors):
+        pass
+    elif problem is not None:
+        log.warning("the index is not kept: %s", problem)
+    else:
         write_features(
-            file, network, stored,
+            run.neighbors, network_digest(predictor), stored,
             names=np.array(names, dtype=np.str_), labels=labels, base=np.array(str(base)),
         )  # fmt: skip
-    return names, labels, np.stack(list(stored.values())).astype(np.float32)
+    return names, labels, vectors
 
 
 def _key(name: str, path: Path) -> bytes:
@@ -194,28 +201,44 @@ def _key(name: str, path: Path) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-def _writable(run: Run) -> Path | None:
+def _write_problem(run: Run) -> CrossXError | None:
     from crossx.runs import check_output_file
 
     try:
         check_output_file(run.neighbors)
     except CrossXError as error:
-        log.warning("the index is not kept: %s", error)
-        return None
-    return run.neighbors
+        return error
+    return None
 
 
 def _read_index(
-    run: Run, network: str
+    run: Run, predictor: Predictor
 ) -> tuple[list[str], NDArray[np.int64], NDArray[np.float32], Path] | None:
-    vectors = list(read_features(run.neighbors, network).values())
-    if not vectors:
+    """Return names, labels, features and folder; None for an index that is unfinished, damaged or does not fit."""
+    vectors = list(read_features(run.neighbors, network_digest(predictor)).values())
+    if not vectors or vectors[0].shape != (predictor.feature_size,):
         return None
     try:
         with np.load(run.neighbors, allow_pickle=False) as arrays:
             names, labels, base = arrays["names"], arrays["labels"], arrays["base"]
     except Exception:  # an index that was not finished, or is damaged
         return None
-    if not len(names) == len(labels) == len(vectors):
+    if names.shape != labels.shape or names.shape != (len(vectors),) or names.dtype.kind != "U":
         return None
-    return names.tolist(), labels.astype(np.int64), np.stack(vectors).astype(np.float32), Path(str(base))
+    if labels.dtype != np.int64 or labels.min() < 0 or labels.max() >= len(predictor.classes):
+        return None
+    return names.tolist(), labels, np.stack(vectors).astype(np.float32), Path(str(base))
+
+
+def _is_same(
+    before: tuple[list[str], NDArray[np.int64], NDArray[np.float32], Path] | None,
+    names: Sequence[str],
+    labels: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+) -> bool:
+    return (
+        before is not None
+        and before[0] == names
+        and np.array_equal(before[1], labels)
+        and np.array_equal(before[2], vectors)
+    )

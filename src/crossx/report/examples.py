@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -55,12 +56,12 @@ class Similar(NamedTuple):
     Attributes:
         label: Its class.
         similarity: Cosine of the features.
-        path: Its file.
+        path: Its file; None if it is no longer there.
     """
 
     label: str
     similarity: float
-    path: Path
+    path: Path | None
 
 
 FindSimilar = Callable[[Sequence[Path]], Sequence[Sequence[Similar]]]
@@ -142,10 +143,10 @@ def similar_tiles(found: Sequence[Similar]) -> list[SimilarTile]:
     """Return training images as small pictures."""
     tiles = []
     for similar in found:
-        try:
-            image = data_uri(read_pixels(similar.path, min_side=SIMILAR_SIDE), SIMILAR_SIDE)
-        except ImageError:
-            image = None
+        image = None
+        if similar.path is not None:
+            with contextlib.suppress(ImageError):
+                image = data_uri(read_pixels(similar.path, min_side=SIMILAR_SIDE), SIMILAR_SIDE)
         tiles.append(SimilarTile(similar.label, similar.similarity, image))
     return tiles
 

@@ -158,7 +158,10 @@ class Service:
             try:
                 self._predictor.check_coverage(coverage)
             except UsageError as error:
-                raise HTTPException(422, str(error)) from error
+                # which names the run's folder and an option of the command
+                raise HTTPException(
+                    422, f"query.coverage: the network was not calibrated for {coverage:g}."
+                ) from error
         self._admit()
         async with self._bodies.form(request, self.limits.max_images) as form:
             uploads, top = form.uploads, form.top or top

@@ -125,7 +125,7 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
         loop.device,
         progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
     )
-    found = calibrate_outputs(outputs, dataset=data.index.name, split="val")
+    found = calibrate_outputs(outputs, dataset=data.index.name, data_root=data.config.root, split="val")
     if found.rejection is None:
         log.warning(
             "%d validation images are too few for a threshold: an image of none of the classes gets one of them.",
