@@ -153,6 +153,9 @@ class Loop:
         fabric.launch()
         self.device = fabric.device
         fabric.to_device(task)
+        if saved is not None:
+            # before anything is computed with them
+            task.load_state_dict(saved["trained"] or saved["state_dict"])
         if self.task.early is not None:
             self._store_views(self.task.early)
         if saved is None:
@@ -552,7 +555,6 @@ class Loop:
         )
         # checkpoints of versions without phases have none
         self.phase = saved.get("phase", Phase().name)
-        self.task.load_state_dict(saved["trained"] or saved["state_dict"])
         if self.average is not None:
             self.average.module.load_state_dict(saved["state_dict"])
             self.average.n_averaged.fill_(saved["averaged"])

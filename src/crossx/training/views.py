@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def store_views(
             images = prepare(batch)
             maps = early(images)
             if stored is None:
-                _check(early, method, images[:2])
+                _check(early, method, images[:2], labels[:2])
                 stored = StoredViews(labels, views, maps.shape[1:], folder)
             stored.write(first, maps)
             first += len(maps)
@@ -74,8 +74,14 @@ def store_views(
     return stored
 
 
-def _check(early: EarlyLayers, method: Method, images: Tensor) -> None:
-    if not can_skip(early, method, images):
+def _check(early: EarlyLayers, method: Method, images: Tensor, labels: Sequence[int]) -> None:
+    targets = torch.tensor(labels, device=images.device)
+
+    def compute(images: Tensor) -> list[Tensor]:
+        # the terms too, some of which are of views of the images
+        return [method(images), *method.objective(images, targets).terms.values()]
+
+    if not can_skip(early, method, images, compute):
         raise UsageError(
             f"method {method.name!r} on backbone {method.backbone.name!r} uses the images not only through its first "
             f"layers. {WITHOUT}"
