@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -39,7 +40,7 @@ from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
-from crossx.training.optim import build_optimizer, build_scheduler
+from crossx.training.optim import build_optimizer, build_scheduler, rise_fits
 from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
@@ -214,14 +215,15 @@ class Loop:
 
     def _build_scheduler(self, optimizer: Any) -> None:
         total, most = self.steps_per_epoch * self.epochs, self.options.max_steps
+        # without an epoch no step follows, but one_cycle needs one
+        total = max(1, min(total, most + self.skipped) if most >= 0 else total)
         for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak
+        if self.epochs < self.options.max_epochs and not rise_fits(self.optim, self.steps_per_epoch, total):
+            # too late for an error
+            self.optim = replace(self.optim, warmup_epochs=0.0, warmup_steps=0)
         self.scheduler = build_scheduler(
-            optimizer,
-            self.optim,
-            steps_per_epoch=self.steps_per_epoch,
-            # without an epoch no step follows, but one_cycle needs one
-            total_steps=max(1, min(total, most + self.skipped) if most >= 0 else total),
+            optimizer, self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=total
         )
 
     def _plan_epochs(self) -> None:
@@ -244,8 +246,9 @@ class Loop:
                 "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
                 self.options.max_time, epochs, counted(most, "epoch"), epochs,
             )  # fmt: skip
-        self.optim = self.task.config = self._options_for(epochs)
+        self.optim = self._options_for(epochs)
         self._build_scheduler(self.optimizer)
+        self.task.config = self.optim
         self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
 
     def _prepare(self) -> None:
