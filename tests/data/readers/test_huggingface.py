@@ -122,6 +122,10 @@ def test_columns_are_found_or_named(tmp_path: Path, files: list[Path]) -> None:
 
 
 def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:
+    odd = datasets.DatasetDict({"train": build(files), "extra": build(files)})
+    odd.save_to_disk(tmp_path / "odd")
+    with pytest.raises(CrossXError, match="split extra, row 1: split 'extra' is not one of train, val, test"):
+        read_huggingface(tmp_path / "odd")
     lists = datasets.Sequence(datasets.ClassLabel(names=BIRDS))
     root = save(build(files, [[0, 1]] * 12, lists), tmp_path / "lists")
     with pytest.raises(
