@@ -45,7 +45,7 @@ from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
-from crossx.training.views import store_views
+from crossx.training.views import check_early_layers, store_views
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ class Loop:
             log.warning(note)
         self.optim = self._options_for(self.epochs)
         self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
+        if self.task.early is not None:
+            check_early_layers(self.task.early, method, data.preprocessing.image_size)
         self.has_phases = type(method).phase_at is not Method.phase_at
         if self.has_phases:
             self.task.check_phases(self.options.max_epochs)
