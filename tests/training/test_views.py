@@ -143,6 +143,13 @@ def test_too_little_room_is_one_line(tmp_path, monkeypatch):
             {"optim": FROZEN | {"cached_views": 2}, "model": {"method": "nts"}, "data": {"image_size": 128}},
             "uses the images not only through its first layers. Give --optim.cached_views 0",
         ),
+        (
+            {
+                "optim": FROZEN | {"cached_views": 2, "freeze_stride": 16},
+                "model": {"method": "crossx", "options": {"osme_placement": "residual"}},
+            },
+            "has layers of its own up to the map of optim.freeze_stride 16.*cached_views 0",
+        ),
         # their views are of images, and no prediction depends on them
         (
             {"optim": FROZEN | {"cached_views": 2}, "model": {"method": "pdisconet"}},

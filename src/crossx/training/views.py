@@ -20,7 +20,7 @@ WITHOUT = "Give --optim.cached_views 0."
 
 
 def early_layers(method: Method, config: OptimConfig) -> EarlyLayers | None:
-    """Return the layers that ``cached_views`` runs only once; None if it is off.
+    """Return the layers that ``cached_views`` runs only once, for a method with frozen layers; None if it is off.
 
     Raises:
         UsageError: If the method does not support it.
@@ -32,7 +32,14 @@ def early_layers(method: Method, config: OptimConfig) -> EarlyLayers | None:
     trunks = method.trunks()
     if len(trunks) != 1:
         raise UsageError(f"method {method.name!r} has {len(trunks)} trunks. {WITHOUT}")
-    return EarlyLayers(trunks[0], config.freeze_stride)
+    early = EarlyLayers(trunks[0], config.freeze_stride)
+    # such as gates within the last block
+    if any(parameter.requires_grad for parameter in early.parameters()):
+        raise UsageError(
+            f"method {method.name!r} has layers of its own up to the map of optim.freeze_stride {config.freeze_stride}, "
+            f"which would not be trained. Give a smaller stride, or {WITHOUT[0].lower()}{WITHOUT[1:]}"
+        )
+    return early
 
 
 @torch.no_grad()
