@@ -36,8 +36,9 @@ def early_layers(method: Method, config: OptimConfig) -> EarlyLayers | None:
     # such as gates within the last block
     if any(parameter.requires_grad for parameter in early.parameters()):
         raise UsageError(
-            f"method {method.name!r} has layers of its own up to the map of optim.freeze_stride {config.freeze_stride}, "
-            f"which would not be trained. Give a smaller stride, or {WITHOUT[0].lower()}{WITHOUT[1:]}"
+            f"method {method.name!r} has layers of its own up to the map of optim.freeze_stride "
+            f"{config.freeze_stride}, which would not be trained. Give a smaller stride, or "
+            "--optim.cached_views 0."
         )
     return early
 
