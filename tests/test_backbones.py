@@ -465,5 +465,7 @@ def test_early_layers_need_a_map_of_their_stride() -> None:
 def test_a_network_that_uses_the_images_itself_cannot_skip_layers() -> None:
     backbone = build("test_resnet")
     early, images = EarlyLayers(backbone, 8), torch.randn(2, 3, 64, 64) + 1
-    assert can_skip(early, _Features(backbone), images)
-    assert not can_skip(early, _Features(backbone, shift=1.0), images)
+    network, other = _Features(backbone), _Features(backbone, shift=1.0)
+    assert can_skip(early, network, images, lambda images: [network(images)])
+    assert not can_skip(early, other, images, lambda images: [other(images)])
+    assert not can_skip(early, network, images, lambda images: [network(images), network(images.flip(3))])

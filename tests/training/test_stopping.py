@@ -138,6 +138,8 @@ def test_patience_ends_a_run_as_finished_with_its_best_model(make_config, monkey
         UsageError, match=r"ended after 5 epochs by optim\.patience 3: .*give --optim\.patience"
     ):
         resume(run.path, max_epochs=9)
+    with pytest.raises(UsageError, match="more, or 0"):
+        resume(run.path, patience=3)
 
 
 @pytest.mark.slow
@@ -235,3 +237,14 @@ def test_a_killed_timed_run_keeps_its_plan(make_config, monkeypatch, schedule):
         with pytest.raises(RuntimeError, match="power cut"):
             fit(config)
     assert_same_run(resume(config.run_path()), whole)
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 60}])
+def test_a_rise_that_does_not_fit_the_time_does_not_end_the_training(make_config, monkeypatch, warmup):
+    monkeypatch.setattr(
+        History, "seconds", property(lambda self: 10.0 * len(self.rows) + 2.0 * self._batches)
+    )
+    optim = {"schedule": "one_cycle", **warmup}
+    run = fit(make_config("timed", optim=optim, trainer={"max_epochs": 30, "max_time": "25s"}))
+    assert run.read_info()["ended"] == {"by": "max_time", "epoch": len(history(run))}
+    assert 2 <= len(history(run)) <= 3

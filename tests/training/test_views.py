@@ -63,10 +63,14 @@ def test_a_step_on_maps_is_the_step_on_their_images(name):
         torch.testing.assert_close(gradients[1][key], value, msg=key)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(make_config):
-    optim = FROZEN | {"cached_views": 2}
-    whole = fit(make_config("whole", optim=optim, trainer={"max_epochs": 3}))
-    part = fit(make_config("part", optim=optim, trainer={"max_epochs": 1}))
+def test_a_resumed_run_equals_an_uninterrupted_one(make_config, tmp_path):
+    torch.manual_seed(7)
+    # weights that the seed of the run does not draw
+    trunk = create_method("plain", backbone="test_resnet", num_classes=3).backbone.trunk
+    torch.save(trunk.state_dict(), weights := tmp_path / "trunk.pth")
+    changes = {"model": {"backbone_weights": str(weights)}, "optim": FROZEN | {"cached_views": 2}}
+    whole = fit(make_config("whole", **changes, trainer={"max_epochs": 3}))
+    part = fit(make_config("part", **changes, trainer={"max_epochs": 1}))
     part = resume(part.path, max_epochs=3)
     expected, found = (read_checkpoint(run.last)["state_dict"] for run in (whole, part))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -139,12 +143,34 @@ def test_too_little_room_is_one_line(tmp_path, monkeypatch):
             {"optim": FROZEN | {"cached_views": 2}, "model": {"method": "nts"}, "data": {"image_size": 128}},
             "uses the images not only through its first layers. Give --optim.cached_views 0",
         ),
+        (
+            {
+                "optim": FROZEN | {"cached_views": 2, "freeze_stride": 16},
+                "model": {"method": "crossx", "options": {"osme_placement": "residual"}},
+            },
+            "has layers of its own up to the map of optim.freeze_stride 16.*cached_views 0",
+        ),
+        # their views are of images, and no prediction depends on them
+        (
+            {"optim": FROZEN | {"cached_views": 2}, "model": {"method": "pdisconet"}},
+            "uses the images not only through its first layers. Give --optim.cached_views 0",
+        ),
+        (
+            {
+                "optim": FROZEN | {"cached_views": 2},
+                "model": {"method": "crossx", "options": {"equivariance_weights": [0.0, 0.1]}},
+            },
+            "uses the images not only through its first layers. Give --optim.cached_views 0",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_training(make_config, sections, message):
     with pytest.raises(UsageError, match=message) as raised:
-        fit(make_config(**sections))
+        fit(config := make_config(**sections))
     assert "\n" not in str(raised.value)
+    if "cached_views 0" in message:
+        # the same --output can be given again
+        assert not config.run_path().exists()
 
 
 @pytest.mark.slow

@@ -133,3 +133,21 @@ def test_drawn_numbers_have_few_digits_and_stay_within_the_bounds():
     assert values.rounded(0.123456) == 0.123
     assert values.rounded(0.9996) == 0.9996
     assert Range(1, 3, whole=True).rounded(2) == 2
+
+
+def test_numbers_of_a_narrow_range_or_with_a_step_keep_their_digits():
+    average = Range(0.99, 0.9999, whole=False)
+    assert [average.rounded(value) for value in (0.99951234, 0.9996789)] == [0.99951, 0.99968]
+    assert Range(0.0, 1000.0, whole=False, step=0.5).rounded(123.5) == 123.5
+    assert Range(0.0, 1.0, whole=False).rounded(0.0) == 0.0
+
+
+def test_every_length_is_validated_after_its_last_epoch(tmp_path: Path):
+    base = Config(
+        model=ModelConfig(method="plain", backbone="test_resnet", pretrained=False),
+        data=DataConfig(dataset="synthetic"),
+        trainer=TrainerConfig(max_epochs=4, check_val_every_n_epoch=2),
+    )
+    (path := tmp_path / "space.yaml").write_text("trainer.max_epochs: [4, 5]")
+    # `tune` checks these before the first trial
+    assert [config.trainer.max_epochs for config in read_space(path, base).check(base)] == [4, 5]

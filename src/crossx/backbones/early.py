@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -82,23 +82,37 @@ def _layers_up_to(backbone: Backbone, stage: str) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def can_skip(early: EarlyLayers, network: nn.Module, images: Tensor) -> bool:
+def can_skip(
+    early: EarlyLayers, network: nn.Module, images: Tensor, compute: Callable[[Tensor], Sequence[Tensor]]
+) -> bool:
     """Whether a network computes the same from the map of its trunk's early layers as from the images.
 
     It does not if the trunk does more than to run these layers one after the other, or if the network uses the images
-    for something else.
+    for something else, such as crops or views of them.
 
     Args:
         early: The early layers of the network's only trunk.
-        network: Maps images (B, 3, H, W) to a tensor.
-        images: Normalised images to try it with.
+        network: The network, which is set to evaluation mode for the time.
+        images: Normalised images (B, 3, H, W) to try it with.
+        compute: What the network computes from images or maps.
     """
+    inputs: list[Tensor] = []
+    hook = early.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with evaluation_mode(network):
-        expected = network(images)
+        try:
+            expected = compute(images)
+        finally:
+            hook.remove()
+        # a crop or a view of the images cannot be made of their maps
+        if not all(torch.equal(given, images) for given in inputs):
+            return False
         try:
             maps = early(images)
             with early.skipped():
-                found = network(maps)
+                found = compute(maps)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    return len(found) == len(expected) and all(
+        own.shape == other.shape and torch.allclose(own, other, rtol=1e-3, atol=1e-3, equal_nan=True)
+        for own, other in zip(found, expected, strict=True)
+    )

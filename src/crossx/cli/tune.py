@@ -73,16 +73,16 @@ def tune(
     from crossx.errors import counted
     from crossx.tuning.search import tune as search
 
-    start, told = time.monotonic(), 0
+    start = time.monotonic()
 
     def report(trial: TrialResult, best: TrialResult | None) -> None:
-        nonlocal told
-        told += 1
         minutes = (time.monotonic() - start) / 60
-        outcome = f"failed: {trial.reason}" if trial.state == "failed" else _accuracy(trial)
+        outcome = trial.reason if trial.state == "failed" else _accuracy(trial)
+        # a proposal that repeats another one has a number too
+        of = f" of {trials}" if trial.number <= trials else ""
         after = f" after {counted(trial.epochs, 'epoch')}" if trial.state == "pruned" else ""
         so_far = f" (best: trial {best.number}, {_accuracy(best)})" if best else ""
-        line = f"trial {trial.number} of {trials}, {minutes:.0f} min: {trial.state}{after}, {outcome}{so_far}"
+        line = f"trial {trial.number}{of}, {minutes:.0f} min: {trial.state}{after}, {outcome}{so_far}"
         erase_step()
         print(fold(line, hanging="  "), flush=True)
 

@@ -62,7 +62,7 @@ class CrossX(Method):
         reduction: Channels per hidden unit of a gate: one number, or one for ``last`` and one for ``previous``.
             SE uses 16; the released code uses 256 on ResNet-50, and 128 and 64 on SENet-50.
         osme_placement: ``residual``: inside the stage's last residual block; ``output``: on the stage's map. Default:
-            ``residual`` if the backbone has such blocks, but ``output`` with competing gates, separation or presence.
+            ``residual`` if the backbone has such blocks, but ``output`` with other gates, separation or presence.
         use_previous: Whether stage L-1 has a head (+GMP or +GAP in the ablation).
         use_merged: Whether the merged features have a head (+FP in the ablation).
         previous_pooling: Pooling of stage L-1: ``max`` (GMP; in the paper for birds) or ``avg`` (GAP; for cars, dogs

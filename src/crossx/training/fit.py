@@ -190,12 +190,12 @@ def resume(
         before: dict[str, Any] = {}
         if not restart:
             before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
-        planned_for = config.trainer.seconds
+        planned_for, waited_for = config.trainer.seconds, config.optim.patience
         if lengthens:
             optim = config.optim if patience is None else replace(config.optim, patience=patience)
             config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
         if lengthens and not restart:
-            _require_other_end(run, config, before, patience, planned_for)
+            _require_other_end(run, config, before, planned_for, waited_for)
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
@@ -245,17 +245,17 @@ def _with_length(
 
 
 def _require_other_end(
-    run: Run, config: Config, before: Mapping[str, Any], patience: int | None, planned_for: float
+    run: Run, config: Config, before: Mapping[str, Any], planned_for: float, waited_for: int
 ) -> None:
     """Check that what ended a run early would not end it at once again."""
     ended = before.get("ended") or {}
     if before.get("status") != "finished":
         return
     trained = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
-    if ended.get("by") == "patience" and patience is None:
+    if ended.get("by") == "patience" and 0 < config.optim.patience <= waited_for:
         raise UsageError(
-            f"{trained} optim.patience {config.optim.patience}: to train it for longer, give --optim.patience too (0 "
-            "switches it off)."
+            f"{trained} optim.patience {waited_for}: to train it for longer, give --optim.patience too: more, or 0, "
+            "which switches it off."
         )
     if ended.get("by") == "max_time" and config.trainer.seconds <= planned_for:
         raise UsageError(

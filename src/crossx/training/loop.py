@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -39,12 +40,12 @@ from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
-from crossx.training.optim import build_optimizer, build_scheduler
+from crossx.training.optim import build_optimizer, build_scheduler, rise_fits
 from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
-from crossx.training.views import store_views
+from crossx.training.views import check_early_layers, store_views
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ class Loop:
             log.warning(note)
         self.optim = self._options_for(self.epochs)
         self.task = Task(method, self.optim, class_counts=[counts[label] for label in classes])
+        if self.task.early is not None:
+            check_early_layers(self.task.early, method, data.preprocessing.image_size)
         self.has_phases = type(method).phase_at is not Method.phase_at
         if self.has_phases:
             self.task.check_phases(self.options.max_epochs)
@@ -153,6 +156,9 @@ class Loop:
         fabric.launch()
         self.device = fabric.device
         fabric.to_device(task)
+        if saved is not None:
+            # before anything is computed with them
+            task.load_state_dict(saved["trained"] or saved["state_dict"])
         if self.task.early is not None:
             self._store_views(self.task.early)
         if saved is None:
@@ -211,14 +217,15 @@ class Loop:
 
     def _build_scheduler(self, optimizer: Any) -> None:
         total, most = self.steps_per_epoch * self.epochs, self.options.max_steps
+        # without an epoch no step follows, but one_cycle needs one
+        total = max(1, min(total, most + self.skipped) if most >= 0 else total)
         for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak
+        if self.epochs < self.options.max_epochs and not rise_fits(self.optim, self.steps_per_epoch, total):
+            # too late for an error
+            self.optim = replace(self.optim, warmup_epochs=0.0, warmup_steps=0)
         self.scheduler = build_scheduler(
-            optimizer,
-            self.optim,
-            steps_per_epoch=self.steps_per_epoch,
-            # without an epoch no step follows, but one_cycle needs one
-            total_steps=max(1, min(total, most + self.skipped) if most >= 0 else total),
+            optimizer, self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=total
         )
 
     def _plan_epochs(self) -> None:
@@ -241,8 +248,9 @@ class Loop:
                 "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
                 self.options.max_time, epochs, counted(most, "epoch"), epochs,
             )  # fmt: skip
-        self.optim = self.task.config = self._options_for(epochs)
+        self.optim = self._options_for(epochs)
         self._build_scheduler(self.optimizer)
+        self.task.config = self.optim
         self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
 
     def _prepare(self) -> None:
@@ -552,7 +560,6 @@ class Loop:
         )
         # checkpoints of versions without phases have none
         self.phase = saved.get("phase", Phase().name)
-        self.task.load_state_dict(saved["trained"] or saved["state_dict"])
         if self.average is not None:
             self.average.module.load_state_dict(saved["state_dict"])
             self.average.n_averaged.fill_(saved["averaged"])

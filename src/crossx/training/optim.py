@@ -134,7 +134,7 @@ def build_scheduler(
     """
     if config.schedule == "one_cycle":
         warmup = warmup_steps(config, steps_per_epoch)
-        if warmup and not 1 < warmup < total_steps:
+        if not rise_fits(config, steps_per_epoch, total_steps):
             option = "warmup_epochs" if config.warmup_epochs else "warmup_steps"
             raise UsageError(
                 f"optim.{option} {getattr(config, option):g} is {warmup:g} of {total_steps} steps; with one_cycle "
@@ -156,6 +156,12 @@ def build_scheduler(
 def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> float:
     """Return the number of warm-up steps, which may be fractional."""
     return config.warmup_epochs * steps_per_epoch or config.warmup_steps
+
+
+def rise_fits(config: OptimConfig, steps_per_epoch: int, total_steps: int) -> bool:
+    """Whether the rising part that is given for ``one_cycle``, if any, fits into the training."""
+    warmup = warmup_steps(config, steps_per_epoch)
+    return config.schedule != "one_cycle" or not warmup or 1 < warmup < total_steps
 
 
 def lr_factor(step: int, config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> float:

@@ -20,7 +20,7 @@ WITHOUT = "Give --optim.cached_views 0."
 
 
 def early_layers(method: Method, config: OptimConfig) -> EarlyLayers | None:
-    """Return the layers that ``cached_views`` runs only once; None if it is off.
+    """Return the layers that ``cached_views`` runs only once, for a method with frozen layers; None if it is off.
 
     Raises:
         UsageError: If the method does not support it.
@@ -32,7 +32,41 @@ def early_layers(method: Method, config: OptimConfig) -> EarlyLayers | None:
     trunks = method.trunks()
     if len(trunks) != 1:
         raise UsageError(f"method {method.name!r} has {len(trunks)} trunks. {WITHOUT}")
-    return EarlyLayers(trunks[0], config.freeze_stride)
+    early = EarlyLayers(trunks[0], config.freeze_stride)
+    # such as gates within the last block
+    if any(parameter.requires_grad for parameter in early.parameters()):
+        raise UsageError(
+            f"method {method.name!r} has layers of its own up to the map of optim.freeze_stride "
+            f"{config.freeze_stride}, which would not be trained. Give a smaller stride, or "
+            "--optim.cached_views 0."
+        )
+    return early
+
+
+@torch.no_grad()
+def check_early_layers(early: EarlyLayers, method: Method, image_size: int) -> None:
+    """Check that a network computes the same from the maps of its early layers as from images.
+
+    Args:
+        early: The layers.
+        method: The network that they belong to, on the CPU.
+        image_size: Side of the images in pixels.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(2)
+
+    def compute(images: Tensor) -> list[Tensor]:
+        # the terms too, some of which are of views of the images
+        return [method(images), *method.objective(images, targets).terms.values()]
+
+    if not can_skip(early, method, images, compute):
+        raise UsageError(
+            f"method {method.name!r} on backbone {method.backbone.name!r} uses the images not only through its first "
+            f"layers. {WITHOUT}"
+        )
 
 
 @torch.no_grad()
@@ -55,7 +89,6 @@ def store_views(
         prepare: Turns a batch into normalised images (B, 3, H, W) on the device.
 
     Raises:
-        UsageError: If the network does not compute the same from the maps as from the images.
         CrossXError: If there is no room for the maps, or an image cannot be read.
     """
     labels = [record.label for record in data.train_records()]
@@ -66,17 +99,8 @@ def store_views(
             images = prepare(batch)
             maps = early(images)
             if stored is None:
-                _check(early, method, images[:2])
                 stored = StoredViews(labels, views, maps.shape[1:], folder)
             stored.write(first, maps)
             first += len(maps)
     assert stored is not None
     return stored
-
-
-def _check(early: EarlyLayers, method: Method, images: Tensor) -> None:
-    if not can_skip(early, method, images):
-        raise UsageError(
-            f"method {method.name!r} on backbone {method.backbone.name!r} uses the images not only through its first "
-            f"layers. {WITHOUT}"
-        )

@@ -21,7 +21,7 @@ from crossx.yaml import dump_yaml, load_yaml, read_yaml
 
 RANGE = ("low", "high", "log", "step")
 DIGITS = 3
-"""Significant digits of a drawn number."""
+"""Significant digits of a drawn number, or of its range or step if that is smaller."""
 MAX_CHOICES = 100
 
 FIXED = {
@@ -44,6 +44,8 @@ FIXED = {
     "method": "tune each method by itself, or compare them with `crossx ablate`",
 }  # fmt: skip
 """Options that are not searched, and why."""
+_CHECKED = ("data.image_size", "optim.mixup", "optim.cutmix", "trainer.max_epochs")
+"""Options of which each value is tried on the network and the data, next to those of ``model``."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Range:
 
     def rounded(self, value: float) -> float:
         """Return a drawn number with few digits, within the bounds."""
-        return value if self.whole else min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
+        if self.whole or not value:
+            return value
+        # near 1, as of a moving average, the digits of the range count
+        finest = self.step or min(abs(value), self.high - self.low)
+        decimals = DIGITS - 1 - math.floor(math.log10(finest))
+        return min(max(round(value, decimals), self.low), self.high)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Space:
         return {name: values.describe() for name, values in self.options.items()}
 
     def check(self, base: Config) -> list[Config]:
-        """Check each value alone; return the configurations that have another network or other images than ``base``.
+        """Check each value alone; return the configurations that have another network, images or length than ``base``.
 
         Raises:
             UsageError: If a value cannot work, naming the option.
@@ -136,7 +143,7 @@ class Space:
                     config = apply_changes(base, changes_of({name: value}))
                 except UsageError as error:
                     raise UsageError(f"{self.source}: {name}: {error}") from error
-                if name.startswith("model.") or name in ("data.image_size", "optim.mixup", "optim.cutmix"):
+                if name.startswith("model.") or name in _CHECKED:
                     others.append(config)
         return others
 

@@ -88,6 +88,28 @@ def test_a_folder_of_parquet_as_on_the_hub(tmp_path: Path, files: list[Path]) ->
     assert (index.classes, len(index.split("train")), len(index.split("test"))) == (("robin", "wren"), 8, 4)
 
 
+def test_a_folder_named_like_a_loader_and_a_revision_on_the_hub(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, file in enumerate(files):
+        folder = tmp_path / "imagefolder" / BIRDS[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(file.read_bytes())
+    (tmp_path / "wren").mkdir()
+    (tmp_path / "wren/other.jpg").write_bytes(files[0].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert len(read_huggingface(Path("imagefolder")).records) == len(files)
+    asked = []
+
+    def load_dataset(*path: str, **options: str | None) -> datasets.Dataset:
+        asked.append((*path, options))
+        return build(files)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read_huggingface(Path("me/birds@v2"))
+    assert asked == [("me/birds", {"revision": "v2"})]
+
+
 def test_columns_are_found_or_named(tmp_path: Path, files: list[Path]) -> None:
     text = datasets.Value("string")
     more = {
@@ -122,6 +144,10 @@ def test_columns_are_found_or_named(tmp_path: Path, files: list[Path]) -> None:
 
 
 def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:
+    odd = datasets.DatasetDict({"train": build(files), "extra": build(files)})
+    odd.save_to_disk(tmp_path / "odd")
+    with pytest.raises(CrossXError, match="split extra, row 1: split 'extra' is not one of train, val, test"):
+        read_huggingface(tmp_path / "odd")
     lists = datasets.Sequence(datasets.ClassLabel(names=BIRDS))
     root = save(build(files, [[0, 1]] * 12, lists), tmp_path / "lists")
     with pytest.raises(

@@ -88,6 +88,30 @@ def test_names_of_numbered_classes_folders_of_splits_and_other_members(
     (tmp_path / "data/classnames.txt").write_text("wren\n")
     with pytest.raises(CrossXError, match="sample 001: class 1, but only 1 class have names"):
         read_webdataset(tmp_path / "data")
+    for names, message in (
+        ("wren\n\nrobin\n", "line 2 is empty"),
+        ("wren\nwren\n\n", "'wren' names two classes, 0 and 1"),
+    ):
+        (tmp_path / "data/classnames.txt").write_text(names)
+        with pytest.raises(CrossXError, match=message):
+            read_webdataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("label", "message"), [(1.0, None), (-1, "class -1, but only 2 classes have names")])
+def test_numbers_in_json_are_numbers_of_names(
+    tmp_path: Path, images: list[bytes], label: float, message: str | None
+) -> None:
+    (tmp_path / "classes.txt").write_text("wren\nrobin\n\n")
+    members = {}
+    for number, image in enumerate(images[:4]):
+        text = json.dumps({"label": label if number % 2 else 0})
+        members |= {f"{number}.jpg": image, f"{number}.json": text.encode()}
+    path = write(tmp_path / "one.tar", members)
+    if message is None:
+        assert read_webdataset(path).classes == ("robin", "wren")
+    else:
+        with pytest.raises(CrossXError, match=message):
+            read_webdataset(path)
 
 
 def test_a_field_of_json_is_chosen(tmp_path: Path, images: list[bytes]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import DatasetIndex
-from crossx.data.names import split_name
 from crossx.data.readers.embedded import COLUMNS as IMAGE_COLUMNS
 from crossx.data.readers.embedded import EncodedImage, is_encoded_image, unpack_images
 from crossx.data.readers.rows import ONE_LABEL, LabelTable, index_rows
@@ -73,13 +72,12 @@ def read_huggingface(
             if names is not None:
                 value = names[value] if value is not None and 0 <= value < len(names) else None
             place = f"split {name}, row {number}" if name else f"row {number}"
-            rows.append((place, {"label": value, "split": split_name(name)[0] and name}))
+            rows.append((place, {"label": value, "split": name}))
     files = unpack_images(
         root, _key(root, parts, image), lambda: _images(parts, image, datasets), _base(root)
     )
     for (_, fields), file in zip(rows, files, strict=True):
         fields["path"] = file
-        fields["split"] = fields["split"] or ""
     columns = ("path", "label", *(("split",) if several else ()))
     return index_rows(
         "huggingface", root, LabelTable(columns, rows, embedded=True), test_fraction, split_seed
@@ -92,14 +90,19 @@ def _load(root: Path, datasets: Any) -> Any:
             f"{root}: is a file. --data.root takes the folder of save_to_disk, or a name on the Hub."
         )
     on_hub = not root.exists()
-    if on_hub and (root.is_absolute() or HubModel.parse(str(root)) is None):
+    name = HubModel.parse(str(root)) if on_hub and not root.is_absolute() else None
+    if on_hub and name is None:
         raise CrossXError(
             f"{root}: no such folder. --data.root takes the folder of save_to_disk, or a name on the Hub."
         )
     saved = any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
     datasets.disable_progress_bars()
     try:
-        return datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
+        if name is not None:
+            return datasets.load_dataset(name.repository, revision=name.revision)
+        # a relative path may be the name of a loader of the package, such as imagefolder
+        folder = str(root.absolute())
+        return datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder)
     except MemoryError:
         raise
     except Exception as error:  # the package, Arrow and the client of the Hub raise many kinds of errors
@@ -116,7 +119,9 @@ def _image_column(root: Path, part: Any, schema: pa.Schema, asked: str | None, d
     if asked is not None:
         if asked not in encoded:
             problem = (
-                "holds no images" if asked in schema.names else f"is not there.{nearest(asked, schema.names)}"
+                "holds no images."
+                if asked in schema.names
+                else f"is not there.{nearest(asked, schema.names)}"
             )
             raise UsageError(f"{root}: data.image_column {asked!r} {problem} {_found(schema)}")
         return asked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ MAX_IMAGE, MAX_LABEL = 512 << 20, 1 << 20
 """Bytes of the largest image and of the largest label that are read."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _BLOCK = 512
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
 _SHOWN = 5
 
 
@@ -238,9 +240,11 @@ def _label(sample: _Sample, column: str | None, names: list[str]) -> Any:
             f"{sample.shard}: {sample.place}: the label in .{kind} is not UTF-8 text."
         ) from error
     value: Any = _json_field(sample, text, column) if kind == "json" else text
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     number = str(value)
-    if names and not isinstance(value, bool) and number.isascii() and number.isdigit() and len(number) < 10:
-        if int(number) >= len(names):
+    if names and not isinstance(value, bool) and _NUMBER.fullmatch(number):
+        if not 0 <= int(number) < len(names):
             raise CrossXError(
                 f"{sample.shard}: {sample.place}: class {number}, but only {counted(len(names), 'class')} have names."
             )
@@ -272,5 +276,19 @@ def _class_names(folder: Path) -> list[str]:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise CrossXError(f"{path}: cannot be read ({first_line(error)}).") from error
-            return [line.strip() for line in lines if line.strip()]
+            names = [line.strip() for line in "\n".join(lines).rstrip().split("\n")]
+            _check_names(path, names)
+            return names
     return []
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Check that the number of a line is the class of its name, and of no other."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if not name:
+            raise CrossXError(f"{path}: line {number + 1} is empty. Each line names the class of its number.")
+        if first.setdefault(name, number) != number:
+            raise CrossXError(
+                f"{path}: {printable(name)!r} names two classes, {first[name]} and {number}, which would become one."
+            )
