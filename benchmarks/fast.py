@@ -3,7 +3,7 @@
     python benchmarks/fast.py --data.dataset cub --data.root $CROSSX_DATA/cub80 \\
       --model.backbone local-dir:$CROSSX_DATA/weights/tf_efficientnet_lite0 --seeds 0 1 2
 
-Runs `crossx fit`, `test`, `calibrate` and `export` for each seed, each as a process of its own, and measures its wall
+Runs `crossx fit`, which also calibrates, `test` and `export` for each seed, each as a process of its own, and measures its wall
 time and the processor time, user and system, of it and the processes that it starts. Options that are not listed below
 are passed on to `crossx fit`. Time in the first seconds of a process is that of the imports. What is already in the
 JSON file with the same options is not measured again; `--output` chooses another file. The temperature is fitted on
@@ -62,13 +62,12 @@ def without_folder(word: str) -> str:
 
 
 def measure(preset: str, fit_options: Sequence[str], seed: int, export: str) -> dict[str, Any]:
-    """Run the four commands in a temporary folder."""
+    """Run the commands in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         run, file = Path(folder) / "run", Path(folder) / f"model{ENDINGS[export]}"
         commands: dict[str, list[str]] = {
             "fit": ["--preset", preset, *fit_options, "--seed", str(seed), "--output", str(run)],
             "test": [str(run)],
-            "calibrate": [str(run)],
             "export": [str(run), "--format", export, "--output", str(file)],
         }
         steps = {verb: timed([verb, *words]) for verb, words in commands.items()}

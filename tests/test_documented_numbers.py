@@ -285,3 +285,22 @@ def test_the_table_of_the_audit_is_that_of_the_file() -> None:
     assert f"the {whole['images']:,} images have {whole['copies']} pairs of near-duplicates" in text
     assert f"{whole['groups_across_splits']} of them across the official split" in text
     assert f"{whole['label_issues']} labels are listed" in text
+
+
+def test_the_presets_are_those_of_the_benchmark() -> None:
+    section = RESULTS.split("## Presets\n")[1].split("\n## ")[0]
+    presets = json.loads((ROOT / "benchmarks" / "results" / "fast.json").read_text(encoding="utf-8"))[
+        "presets"
+    ]
+    rows = [row for rows in tables(section) for row in rows[1:] if row[0].startswith("`fast`")]
+    assert len(rows) == len(presets) == 2
+    for row, entry in zip(rows, presets, strict=True):
+        assert entry["options"][-1] in row[0]
+        found = entry["summary"]
+        expected = [f"{100 * found['top1']:.2f}", f"{100 * found['ece']:.2f}"]
+        assert row[1:] == [
+            *expected,
+            ", ".join(entry["runs"]),
+            f"{found['wall_s']:.0f}",
+            f"{found['cpu_s']:.0f}",
+        ]
