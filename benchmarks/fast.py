@@ -3,12 +3,12 @@
     python benchmarks/fast.py --data.dataset cub --data.root $CROSSX_DATA/cub80 \\
       --model.backbone local-dir:$CROSSX_DATA/weights/tf_efficientnet_lite0 --seeds 0 1 2
 
-Runs `crossx fit`, which also calibrates, `test` and `export` for each seed, each as a process of its own, and measures its wall
-time and the processor time, user and system, of it and the processes that it starts. Options that are not listed below
-are passed on to `crossx fit`. Time in the first seconds of a process is that of the imports. What is already in the
-JSON file with the same options is not measured again; `--output` chooses another file. The temperature is fitted on
-the validation images, accuracy and calibration error are those of the test images. Needs `pip install -e ".[export]"`
-for ONNX and OpenVINO.
+Runs `crossx fit`, which also calibrates, `test` and `export` for each seed, each as a process of its own, and measures
+its wall time and the processor time, user and system, of it and the processes that it starts. Options that are not
+listed below are passed on to `crossx fit`. Time in the first seconds of a process is that of the imports. What is
+already in the JSON file with the same options is not measured again; `--output` chooses another file. The temperature
+is fitted on the validation images, accuracy and calibration error are those of the test images. Needs
+`pip install -e ".[export]"` for ONNX and OpenVINO.
 """
 
 from __future__ import annotations
