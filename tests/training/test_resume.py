@@ -78,6 +78,8 @@ def assert_same_run(run, reference):
             # copies of the run's files, which name the run's own options and the state of the working folder
             if not name.startswith("/files/")
             and not name.endswith("seconds")
+            # the best epoch may be from before the run was given more of them
+            and not (path == "best" and name.startswith("/plan/"))
             and not _equal(value, second.get(name))
         ]
         assert first.keys() == second.keys()
