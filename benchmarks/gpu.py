@@ -271,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not arguments.dry_run and not torch.cuda.is_available():
         options.error("no GPU was found; --dry-run tries everything on the CPU")
     if arguments.dry_run and arguments.output == RESULTS / "gpu":
-        options.error("--dry-run needs --output: its figures are none to keep")
+        options.error("--dry-run needs --output: its figures mean nothing")
     arguments.output.mkdir(parents=True, exist_ok=True)
     todo = [part for part in known if part.name not in done and part.name in (arguments.part or [part.name])]
     left = run_all(todo, arguments.output, arguments.minutes)

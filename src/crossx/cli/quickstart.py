@@ -130,7 +130,7 @@ def draw_excitations(run_folder: Path, target: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from crossx.explain.overlays import OPACITY, overlay, overlay_parts, part_colour
+    from crossx.explain.overlays import overlay, overlay_parts, part_colour
     from crossx.explain.plotting import save_png
     from crossx.predict.predictor import Predictor
     from crossx.report.results import RunResults
@@ -151,11 +151,11 @@ def draw_excitations(run_folder: Path, target: Path) -> None:
     figure = Figure(figsize=(1.9 * len(some), 1.9 * len(names) + 0.9), layout="constrained")
     grid = figure.subplots(len(names), len(some), squeeze=False)
     for column, (n, image, of_image) in enumerate(zip(some, pixels, maps, strict=True)):
-        pictures = [overlay_parts(image, of_image, opacity=OPACITY), *(overlay(image, m) for m in of_image)]
+        pictures = [overlay_parts(image, of_image), *(overlay(image, m) for m in of_image)]
         for axes, picture in zip(grid[:, column], pictures, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-        name = textwrap.fill(tested.classes[labels[n]], 26, break_on_hyphens=False)
+        name = textwrap.fill(tested.names[labels[n]], 26, break_on_hyphens=False)
         grid[0, column].set_title(name, fontsize=8, parse_math=False)
     for axes, name in zip(grid[:, 0], names, strict=True):
         axes.set_ylabel(name, fontsize=9)
@@ -169,8 +169,8 @@ def _maps_of_first_stage(maps: Mapping[str, NDArray[np.float32]]) -> NDArray[np.
     """Stack the maps of the parts of the first stage, (P, h, w); names as in ``Explanation``."""
     import numpy as np
 
-    stage = next(iter(maps)).split(" part ")[0]
-    return np.stack([map_ for name, map_ in maps.items() if name.split(" part ")[0] == stage])
+    stage = next(iter(maps)).partition(" part ")[0]
+    return np.stack([map_ for name, map_ in maps.items() if name.partition(" part ")[0] == stage])
 
 
 def _print_outcome(

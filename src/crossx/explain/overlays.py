@@ -22,7 +22,7 @@ COLORMAP = "inferno"
 
 OPACITY = 0.5
 FOCUS = 0.5
-"""Scaled value of a map above which it looks at a pixel."""
+"""Scaled value above which a map counts as looking at a pixel."""
 BOX_COLOURS = (VERMILION, SKY_BLUE, YELLOW, GREEN, PURPLE, ORANGE)
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in grey (ITU-R BT.601, as Pillow's mode L)."""
@@ -87,7 +87,7 @@ def overlay_parts(
 
 
 def part_colour(number: int) -> str:
-    """Return the colour of a part, counted from 0."""
+    """Return the colour of a part or box, counted from 0."""
     return BOX_COLOURS[number % len(BOX_COLOURS)]
 
 
@@ -107,7 +107,7 @@ def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
     side = min(height, width)
     # last box first, so that the first is on top
     shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
-    colours = [BOX_COLOURS[number % len(BOX_COLOURS)] for number in range(len(boxes))][::-1]
+    colours = [part_colour(number) for number in range(len(boxes))][::-1]
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.truetype(findfont("DejaVu Sans"), max(8, side // 14))

@@ -211,7 +211,7 @@ class Method(nn.Module, ABC):
     def inference_form(self, image_size: int) -> nn.Module:
         """Return a network with the logits of ``forward`` that other runtimes compute faster; by default the method.
 
-        Exported graphs are made of it. The method itself may be used up.
+        Exported graphs are made from it. The method itself may be unusable afterwards.
 
         Args:
             image_size: Side in pixels of the images, the only size that the network has to accept.

@@ -44,8 +44,8 @@ class SyntheticSpec:
     Attributes:
         num_classes: Number of classes, at least 2.
         images_per_class: Images per class, at least 3; every third one is a test image.
-        test_images_per_class: Test images per class, if it is another number: further ones are drawn, which changes
-            neither the training images nor the other test images.
+        test_images_per_class: Test images per class, by default every third image. If there are too few, further
+            ones are drawn; the training images and the other test images stay the same.
         seed: Seed of the classes and of every image.
         image_size: Side of the square images, in pixels, at least 32.
     """
@@ -85,7 +85,7 @@ class SyntheticSpec:
         return sorted([*train, *((number, "test") for number in test)])
 
     def recorded(self) -> dict[str, int]:
-        """Return the arguments as ``index.json`` holds them: without those that are not given."""
+        """Return the arguments as ``index.json`` holds them: without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

@@ -84,7 +84,7 @@ def keypoint_agreement(
     """Return NMI and ARI of the labels at visible keypoints with the parts, over all images.
 
     ``chance`` is their mean over permutations of the labels among the visible keypoints of each image, and ``frame``
-    the value of labels that ignore the image. None each if a single part is visible, which no labels can tell apart.
+    the value of labels that ignore the image. Both are None if fewer than two keypoints are ever visible.
 
     Args:
         labels: int64 (N, K), from ``label_keypoints``.
