@@ -63,9 +63,10 @@ from crossx.suggestions import nearest
 from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
+from crossx.training.fabric import quiet_lightning
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loggers import check_loggers
-from crossx.training.loop import Loop, quiet_lightning
+from crossx.training.loop import Loop
 from crossx.training.precision import resolve_precision
 from crossx.training.recovery import (
     clear,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import sys
 import time
 import warnings
@@ -13,12 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.fabric import seed_everything
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,13 +32,13 @@ from crossx.methods.start import Transfer
 from crossx.runs import Run
 from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
-from crossx.training.config import Config, OptimConfig, TrainerConfig
+from crossx.training.config import Config, OptimConfig
+from crossx.training.fabric import build_fabric
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler, rise_fits
-from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
@@ -627,36 +624,6 @@ class Loop:
             process.kill()
 
 
-def build_fabric(options: TrainerConfig) -> Fabric:
-    """Build Lightning's Fabric, which manages devices, processes and precision.
-
-    Raises:
-        UsageError: If the machine lacks the requested devices or precision.
-    """
-    on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
-    cores = os.cpu_count() or 1
-    # Lightning itself checks the number of GPUs
-    if on_cpu and str(options.devices).isdecimal() and int(options.devices) > cores:  # type: ignore[arg-type]
-        raise UsageError(
-            f"trainer.devices {options.devices}: there is no GPU, and the CPU has {cores} cores."
-        )
-    if options.benchmark is not None or options.deterministic:
-        torch.backends.cudnn.benchmark = bool(options.benchmark)
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        return Fabric(
-            accelerator=options.accelerator,
-            strategy=options.strategy,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            precision=cast(Any, resolve_precision(options)[0].precision),
-        )
-    except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-
-
 @contextmanager
 def _scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
     """Multiply the learning rates, and restore on exit those that the schedule has set."""
@@ -667,22 +634,6 @@ def _scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
     yield
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's notices and advice."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _limit(split: str, limit: int | float, loader: Sized) -> int:

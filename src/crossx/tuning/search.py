@@ -32,7 +32,8 @@ from crossx.ablation.tuning import read_validation
 from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
 from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
-from crossx.training.config import Config, parse_time
+from crossx.training.config import Config
+from crossx.training.durations import parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
 from crossx.tuning.results import write_results
 from crossx.tuning.space import Choices, Range, Space, changes_of, default_space, read_space, shown
