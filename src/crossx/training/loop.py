@@ -70,7 +70,6 @@ class Loop:
         best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
         phase: Name of the phase that was started last; None before the first.
         epochs: Epochs of the whole training: ``max_epochs``, or fewer if ``max_time`` leaves no time for all of them.
-        ended: Why the training is over, and after which epoch; None before.
 
     Raises:
         UsageError: If the method or the machine does not support an option.
@@ -99,7 +98,6 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
         self.phase: str | None = None
-        self.ended: dict[str, Any] | None = None
         self.epochs = self.options.max_epochs
         if checkpoint is not None and checkpoint.get("plan", {}).get("limits") == self._limits():
             self.epochs = checkpoint["plan"]["epochs"]
@@ -138,7 +136,7 @@ class Loop:
                 while (reason := self._end_reason()) is None:
                     self._train_epoch()
                     self._end_epoch(self._validate())
-                self.ended = self.history.ended = {"by": reason, "epoch": self.epoch}
+                self.history.ended = {"by": reason, "epoch": self.epoch}
                 if not options.max_epochs:
                     self._require_finite()
                     self._save()
@@ -248,7 +246,7 @@ class Loop:
         self.optim = self._options_for(epochs)
         self._build_scheduler(self.optimizer)
         self.task.config = self.optim
-        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
+        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, warns=False)
 
     def _prepare(self) -> None:
         # each rank reads all images, so nothing has to be gathered
@@ -567,7 +565,7 @@ class Loop:
         self.history.load_state_dict(saved["history"])
 
     def _continue_schedule(
-        self, optimizer: torch.optim.Optimizer, position: int, *, said: bool = True
+        self, optimizer: torch.optim.Optimizer, position: int, *, warns: bool = True
     ) -> None:
         """Set the learning rates of a step. They differ from the present ones if the length has changed."""
         before = max(group["lr"] for group in optimizer.param_groups)
@@ -579,7 +577,7 @@ class Loop:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         now = max(group["lr"] for group in optimizer.param_groups)
-        if said and now != before and self.fabric.is_global_zero:
+        if warns and now != before and self.fabric.is_global_zero:
             log.warning(
                 "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
                 self.optim.schedule, self.epochs, before, now,
