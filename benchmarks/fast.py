@@ -99,8 +99,8 @@ def timed(words: Sequence[str]) -> dict[str, float]:
 def summarize(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Return means over the seeds, with Student's 95% interval of the accuracy and of the wall time."""
     top1 = [run["top1"] for run in runs.values()]
-    wall = [sum(step["wall_s"] for step in run["steps"].values()) for run in runs.values()]
-    cpu = [sum(step["cpu_s"] for step in run["steps"].values()) for run in runs.values()]
+    wall = [total(run, "wall_s") for run in runs.values()]
+    cpu = [total(run, "cpu_s") for run in runs.values()]
     return {
         "seeds": len(runs),
         "top1": statistics.mean(top1),
@@ -112,35 +112,39 @@ def summarize(runs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def total(run: Mapping[str, Any], quantity: str) -> float:
+    """Return the sum of a quantity over the commands."""
+    return sum(step[quantity] for step in run["steps"].values())
+
+
+def with_interval(mean: float, interval: Sequence[float] | None, form: str) -> str:
+    """Return a mean and its interval, which a single run does not have."""
+    return f"{mean:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
+
+
 def shown(runs: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Return a table with a row per seed and one of the means."""
     verbs = list(next(iter(runs.values()))["steps"])
     rows: list[list[str]] = []
     for seed, run in runs.items():
-        steps = run["steps"].values()
         rows.append(
             [
                 f"seed {seed}",
                 f"{run['top1']:.2%}",
                 f"{run['ece']:.2%}",
-                *(f"{step['wall_s']:.0f}" for step in steps),
-                f"{sum(step['wall_s'] for step in steps):.0f}",
-                f"{sum(step['cpu_s'] for step in steps):.0f}",
+                *(f"{step['wall_s']:.0f}" for step in run["steps"].values()),
+                f"{total(run, 'wall_s'):.0f}",
+                f"{total(run, 'cpu_s'):.0f}",
             ]
         )
-    intervals = [
-        f" ({low:{form}} to {high:{form}})" if interval else ""
-        for interval, form in ((summary["top1_interval"], ".2%"), (summary["wall_s_interval"], ".0f"))
-        for low, high in [interval or (0, 0)]
-    ]
     means = [statistics.mean(run["steps"][verb]["wall_s"] for run in runs.values()) for verb in verbs]
     rows.append(
         [
             "mean",
-            f"{summary['top1']:.2%}{intervals[0]}",
+            with_interval(summary["top1"], summary["top1_interval"], ".2%"),
             f"{summary['ece']:.2%}",
             *(f"{mean:.0f}" for mean in means),
-            f"{summary['wall_s']:.0f}{intervals[1]}",
+            with_interval(summary["wall_s"], summary["wall_s_interval"], ".0f"),
             f"{summary['cpu_s']:.0f}",
         ]
     )

@@ -46,7 +46,8 @@ from crossx.data.transforms import preprocessing_for
 from crossx.methods.base import Method
 from crossx.runs import Run
 from crossx.training.config import Config, ModelConfig
-from crossx.training.loop import Loop, quiet_lightning
+from crossx.training.fabric import quiet_lightning
+from crossx.training.loop import Loop
 from crossx.training.optim import build_optimizer, build_scheduler
 from crossx.training.task import Task
 from harness import Timing, parser, ratios, synchronize, table, write

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
@@ -19,6 +17,7 @@ from crossx.extras import is_installed
 from crossx.recipes import Recipe, load_recipe
 from crossx.runs import read_config
 from crossx.suggestions import nearest
+from crossx.training.durations import parse_time
 from crossx.yaml import dump_yaml
 
 Optimizer = Literal["sgd", "adamw"]
@@ -50,14 +49,6 @@ LEFT_OUT = {
 """Arguments of Lightning's Trainer that do not exist here, and what to do instead."""
 
 T = TypeVar("T")
-
-_NUMBER = r"\d+(?:\.\d+)?"
-_UNITS = re.compile(
-    r"(?=.)"
-    + r"\s*".join(
-        f"(?:(?P<{unit}>{_NUMBER})\\s*{unit[0]})?" for unit in ("days", "hours", "minutes", "seconds")
-    )
-)
 
 log = logging.getLogger(__name__)
 
@@ -423,34 +414,6 @@ class TrainerConfig:
             UsageError: If it cannot be parsed.
         """
         return math.inf if self.max_time is None else parse_time(self.max_time, "trainer.max_time")
-
-
-def parse_time(given: str | Mapping[str, float], option: str) -> float:
-    """Return a length of time in seconds.
-
-    Args:
-        given: ``1h30m`` (units d, h, m, s), ``HH:MM:SS``, ``DD:HH:MM:SS``, or arguments of ``timedelta``.
-        option: Its name, for the message.
-
-    Raises:
-        UsageError: If it cannot be parsed.
-    """
-    try:
-        if isinstance(given, Mapping):
-            return timedelta(**given).total_seconds()
-        if match := _UNITS.fullmatch(given.strip()):
-            parts = {unit: float(number) for unit, number in match.groupdict().items() if number}
-            return timedelta(**parts).total_seconds()
-        days, hours, minutes, seconds = map(
-            int, given.split(":") if given.count(":") == 3 else f"0:{given}".split(":")
-        )
-        if min(days, hours, minutes, seconds) < 0:
-            raise ValueError
-        return timedelta(days, seconds, hours=hours, minutes=minutes).total_seconds()
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{option} takes a time such as 1h30m, HH:MM:SS or DD:HH:MM:SS, or {{hours: 2}}, not {given!r}."
-        ) from error
 
 
 @dataclass

@@ -63,9 +63,10 @@ from crossx.suggestions import nearest
 from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
+from crossx.training.fabric import quiet_lightning
 from crossx.training.finish import choose_monitor, describe_selection, finish
 from crossx.training.loggers import check_loggers
-from crossx.training.loop import Loop, quiet_lightning
+from crossx.training.loop import Loop
 from crossx.training.precision import resolve_precision
 from crossx.training.recovery import (
     clear,
@@ -190,12 +191,12 @@ def resume(
         before: dict[str, Any] = {}
         if not restart:
             before = read_or_restore(run.info, lambda: read_existing_info(run), saved, before)
-        planned_for, waited_for = config.trainer.seconds, config.optim.patience
+        former = config
         if lengthens:
             optim = config.optim if patience is None else replace(config.optim, patience=patience)
             config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
         if lengthens and not restart:
-            _require_other_end(run, config, before, planned_for, waited_for)
+            _require_other_end(run, config, former, before)
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
@@ -244,22 +245,21 @@ def _with_length(
     return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
 
 
-def _require_other_end(
-    run: Run, config: Config, before: Mapping[str, Any], planned_for: float, waited_for: int
-) -> None:
-    """Check that what ended a run early would not end it at once again."""
+def _require_other_end(run: Run, config: Config, former: Config, before: Mapping[str, Any]) -> None:
+    """Check that what ended a run early would not end it at once again, given the former options."""
     ended = before.get("ended") or {}
     if before.get("status") != "finished":
         return
-    trained = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
-    if ended.get("by") == "patience" and 0 < config.optim.patience <= waited_for:
+    start = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
+    waited = former.optim.patience
+    if ended.get("by") == "patience" and 0 < config.optim.patience <= waited:
         raise UsageError(
-            f"{trained} optim.patience {waited_for}: to train it for longer, give --optim.patience too: more, or 0, "
+            f"{start} optim.patience {waited}: to train it for longer, give --optim.patience too: more, or 0, "
             "which switches it off."
         )
-    if ended.get("by") == "max_time" and config.trainer.seconds <= planned_for:
+    if ended.get("by") == "max_time" and config.trainer.seconds <= former.trainer.seconds:
         raise UsageError(
-            f"{trained} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
+            f"{start} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
         )
 
 
@@ -510,7 +510,7 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
             # until a run that is trained for longer has its new model, the selection is that of the present one
             keeps = status != "finished" and model_before and model_before == _modified_at(weights)
             selection = info["selection"] if keeps else describe_selection(loop)
-            ended = loop.ended if status == "finished" else None
+            ended = loop.history.ended if status == "finished" else None
             values = {**info, "status": status, "selection": selection, "ended": ended}
             write_json(loop.run_folder.info, values)
 

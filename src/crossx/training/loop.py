@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import sys
 import time
 import warnings
@@ -13,12 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.fabric import seed_everything
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,13 +32,13 @@ from crossx.methods.start import Transfer
 from crossx.runs import Run
 from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
-from crossx.training.config import Config, OptimConfig, TrainerConfig
+from crossx.training.config import Config, OptimConfig
+from crossx.training.fabric import build_fabric
 from crossx.training.generators import generator_states, set_generator_states
 from crossx.training.heads import fit_heads
 from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler, rise_fits
-from crossx.training.precision import resolve_precision
 from crossx.training.progress import Bar
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
@@ -73,7 +70,6 @@ class Loop:
         best: ``epoch`` (counted from 1) and ``value`` of the best epoch; empty before there is one.
         phase: Name of the phase that was started last; None before the first.
         epochs: Epochs of the whole training: ``max_epochs``, or fewer if ``max_time`` leaves no time for all of them.
-        ended: Why the training is over, and after which epoch; None before.
 
     Raises:
         UsageError: If the method or the machine does not support an option.
@@ -102,7 +98,6 @@ class Loop:
         self.epoch = self.batch = self.step = 0
         self.best: dict[str, float] = {}
         self.phase: str | None = None
-        self.ended: dict[str, Any] | None = None
         self.epochs = self.options.max_epochs
         if checkpoint is not None and checkpoint.get("plan", {}).get("limits") == self._limits():
             self.epochs = checkpoint["plan"]["epochs"]
@@ -141,7 +136,7 @@ class Loop:
                 while (reason := self._end_reason()) is None:
                     self._train_epoch()
                     self._end_epoch(self._validate())
-                self.ended = self.history.ended = {"by": reason, "epoch": self.epoch}
+                self.history.ended = {"by": reason, "epoch": self.epoch}
                 if not options.max_epochs:
                     self._require_finite()
                     self._save()
@@ -251,7 +246,7 @@ class Loop:
         self.optim = self._options_for(epochs)
         self._build_scheduler(self.optimizer)
         self.task.config = self.optim
-        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, said=False)
+        self._continue_schedule(self.optimizer, self.epoch * self.steps_per_epoch, warns=False)
 
     def _prepare(self) -> None:
         # each rank reads all images, so nothing has to be gathered
@@ -570,7 +565,7 @@ class Loop:
         self.history.load_state_dict(saved["history"])
 
     def _continue_schedule(
-        self, optimizer: torch.optim.Optimizer, position: int, *, said: bool = True
+        self, optimizer: torch.optim.Optimizer, position: int, *, warns: bool = True
     ) -> None:
         """Set the learning rates of a step. They differ from the present ones if the length has changed."""
         before = max(group["lr"] for group in optimizer.param_groups)
@@ -582,7 +577,7 @@ class Loop:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         now = max(group["lr"] for group in optimizer.param_groups)
-        if said and now != before and self.fabric.is_global_zero:
+        if warns and now != before and self.fabric.is_global_zero:
             log.warning(
                 "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
                 self.optim.schedule, self.epochs, before, now,
@@ -627,36 +622,6 @@ class Loop:
             process.kill()
 
 
-def build_fabric(options: TrainerConfig) -> Fabric:
-    """Build Lightning's Fabric, which manages devices, processes and precision.
-
-    Raises:
-        UsageError: If the machine lacks the requested devices or precision.
-    """
-    on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
-    cores = os.cpu_count() or 1
-    # Lightning itself checks the number of GPUs
-    if on_cpu and str(options.devices).isdecimal() and int(options.devices) > cores:  # type: ignore[arg-type]
-        raise UsageError(
-            f"trainer.devices {options.devices}: there is no GPU, and the CPU has {cores} cores."
-        )
-    if options.benchmark is not None or options.deterministic:
-        torch.backends.cudnn.benchmark = bool(options.benchmark)
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        return Fabric(
-            accelerator=options.accelerator,
-            strategy=options.strategy,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            precision=cast(Any, resolve_precision(options)[0].precision),
-        )
-    except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-
-
 @contextmanager
 def _scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
     """Multiply the learning rates, and restore on exit those that the schedule has set."""
@@ -667,22 +632,6 @@ def _scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
     yield
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's notices and advice."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _limit(split: str, limit: int | float, loader: Sized) -> int:

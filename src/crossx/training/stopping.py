@@ -28,9 +28,6 @@ class Patience:
         optim: The options, ``patience`` of which is the number of validations.
         phases: Name of the phase of each epoch.
         steps_per_epoch: Optimiser steps in one epoch.
-
-    Attributes:
-        starts: Epochs, counted from 0, at which the count starts.
     """
 
     optim: OptimConfig

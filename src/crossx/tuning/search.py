@@ -16,11 +16,12 @@ was stopped and continued equals one that was not.
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -31,7 +32,8 @@ from crossx.ablation.tuning import read_validation
 from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
 from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
-from crossx.training.config import Config, parse_time
+from crossx.training.config import Config
+from crossx.training.durations import parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
 from crossx.tuning.results import write_results
 from crossx.tuning.space import Choices, Range, Space, changes_of, default_space, read_space, shown
@@ -117,7 +119,6 @@ class _Search:
     pruner: Pruner
     jobs: int
     report: Callable[[TrialResult, TrialResult | None], None]
-    reasons: dict[int, str] = field(default_factory=dict)
 
     def run(self) -> Tuned:
         self.study = _open_study(self.folder / JOURNAL, self._build_pruner())
@@ -209,8 +210,8 @@ class _Search:
                 return trial
             trial.set_user_attr("repeats", tried.index(values))
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if self.space.size < float("inf"):
-                left = [values for values in self.space.combinations() if values not in tried]
+            if (combinations := self.space.combinations()) is not None:
+                left = [values for values in combinations if values not in tried]
                 if not left:
                     return None
                 self.study.enqueue_trial(self._encoded(random.Random(number).choice(left)))
@@ -377,12 +378,12 @@ def _check_same(folder: Path, config: Config, space: Space, pruner: str) -> None
         if folder.is_dir() and any(not is_lock(file) for file in folder.iterdir()):
             raise UsageError(f"{folder} is not empty. Choose another --output.")
         return
-    old, new = read_json(path), _describe(config, space, pruner)
-    # as JSON gives them back
+    # as JSON gives it back
+    old, new = read_json(path), json.loads(json.dumps(_describe(config, space, pruner)))
     for part in ("training", "space"):
         before, now = old.get(part) or {}, new[part]
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != _plain(now.get(key)):
+            if before.get(key) != now.get(key):
                 what = "searches" if part == "space" else "has"
                 raise UsageError(
                     f"{folder}: this search {what} {key} {shown(before.get(key))}, and now it is "
@@ -392,9 +393,3 @@ def _check_same(folder: Path, config: Config, space: Space, pruner: str) -> None
         raise UsageError(
             f"{folder}: this search has the pruner {old.get('pruner')}: choose another --output."
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

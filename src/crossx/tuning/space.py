@@ -27,9 +27,8 @@ MAX_CHOICES = 100
 FIXED = {
     **dict.fromkeys(
         (
-            "dataset", "root", "level", "num_classes", "images_per_class", "image_column", "label_column",
-            "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images",
-            "exclude",
+            "dataset", "root", "level", "num_classes", "images_per_class", "test_images_per_class", "image_column",
+            "label_column", "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images", "exclude",
         ),
         "it decides on which images the trials are compared",
     ),
@@ -117,14 +116,6 @@ class Space:
     options: Mapping[str, Choices | Range]
     source: str
 
-    @property
-    def size(self) -> float:
-        """Number of different configurations; infinite with a range of numbers that are not whole."""
-        return math.prod(
-            len(values.values) if isinstance(values, Choices) else math.inf
-            for values in self.options.values()
-        )
-
     def describe(self) -> dict[str, Any]:
         """Return option -> values, in the format of a file."""
         return {name: values.describe() for name, values in self.options.items()}
@@ -162,12 +153,12 @@ class Space:
                     return None
         return now
 
-    def combinations(self) -> list[dict[str, Any]]:
-        """Return every configuration of a space of choices only."""
-        values = [choices.values for choices in self.options.values() if isinstance(choices, Choices)]
-        return [
-            dict(zip(self.options, combination, strict=True)) for combination in itertools.product(*values)
-        ]
+    def combinations(self) -> list[dict[str, Any]] | None:
+        """Return all combinations of the values; None if there is a range."""
+        choices = [values.values for values in self.options.values() if isinstance(values, Choices)]
+        if len(choices) < len(self.options):
+            return None
+        return [dict(zip(self.options, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def read_space(path: Path, base: Config) -> Space:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLUMNS = ("image", "bytes", "img")
 """Columns of encoded images, the first that is there."""
 _ROWS = 64
+_LIST = "files.json"
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,6 @@ class EncodedImage(NamedTuple):
     def of(cls, value: Any) -> EncodedImage:
         """Return what a row holds: bytes, or a mapping with ``bytes`` and ``path``."""
         return cls(value["bytes"], value.get("path")) if isinstance(value, Mapping) else cls(value)
-
-
-_LIST = "files.json"
 
 
 def image_column(schema: pa.Schema) -> int | None:

@@ -20,26 +20,16 @@ from crossx.runs import is_utf8
 
 COLUMNS = ("path", "label")
 ONE_LABEL = "crossx classifies one label per image"
+WANTED = {
+    "path": "a path is text",
+    "label": f"a label is text or a whole number, and {ONE_LABEL}",
+    "split": "a split is text",
+}
+"""What a column takes."""
 _SPLIT_WORDS = {
-    *[
-        "split",
-        "set",
-        "subset",
-        "fold",
-        "phase",
-        "usage",
-        "partition",
-        "mode",
-        "stage",
-        "dataset",
-        "kfold",
-        "cv",
-    ]
-}
-_SPLIT_MARKS = {
-    *["is", "in", "for", "use", "name", "data", "type", "id", "no"],
-    *_SPLIT_WORDS,
-}
+    "split", "set", "subset", "fold", "phase", "usage", "partition", "mode", "stage", "dataset", "kfold", "cv",
+}  # fmt: skip
+_SPLIT_MARKS = {"is", "in", "for", "use", "name", "data", "type", "id", "no", *_SPLIT_WORDS}
 _ELSEWHERE = re.compile(r"[A-Za-z]:[\\/]|\\\\|[A-Za-z][A-Za-z0-9+.-]+://")
 _SEVERAL = re.compile(r"\s*[;|]\s*")
 _COMMA = re.compile(r"\s*,\s*")
@@ -189,13 +179,6 @@ def indicator_columns(columns: Mapping[str, Sequence[Any]]) -> list[str]:
 
 def _is_indicator(value: Any) -> bool:
     return str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false")
-
-
-WANTED = {
-    "path": "a path is text",
-    "label": f"a label is text or a whole number, and {ONE_LABEL}",
-    "split": "a split is text",
-}
 
 
 def field_text(path: Path, place: str, column: str, value: Any) -> str:

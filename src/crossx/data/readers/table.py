@@ -254,17 +254,10 @@ def _json_lines(path: Path, text: str, required: Sequence[str]) -> LabelTable:
             raise CrossXError(f"{path}: line {number}: is not a JSON object, one per line.")
         rows.append((f"line {number}", values))
     header = list(dict.fromkeys(name for _, values in rows for name in values))
-    columns = _columns(
-        path,
-        header,
-        required,
-        lambda: {name: [values.get(name) for _, values in rows[:_SAMPLE]] for name in header},
-    )
-    others = {
-        name: [values.get(name) for _, values in rows[:_SAMPLE]]
-        for index, name in enumerate(header)
-        if index not in columns.values()
-    }
+    first_values = {name: [values.get(name) for _, values in rows[:_SAMPLE]] for name in header}
+    columns = _columns(path, header, required, lambda: first_values)
+    used_names = {header[index] for index in columns.values()}
+    others = {name: values for name, values in first_values.items() if name not in used_names}
     used = [
         (place, {name: values.get(header[index]) for name, index in columns.items()})
         for place, values in rows

@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -210,21 +211,13 @@ def _add(shard: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, samples
 
 def _images(samples: list[_Sample]) -> Iterator[EncodedImage]:
     """Yield the images of the samples, which are in the order of the shards."""
-    file, opened = None, None
-    try:
-        for sample in samples:
-            if sample.shard != opened:
-                if file is not None:
-                    file.close()
-                file, opened = sample.shard.open("rb"), sample.shard
-            assert file is not None
-            assert sample.image is not None
-            name, offset, size = sample.image
-            file.seek(offset)
-            yield EncodedImage(file.read(size), name)
-    finally:
-        if file is not None:
-            file.close()
+    for shard, members in groupby(samples, lambda sample: sample.shard):
+        with shard.open("rb") as file:
+            for sample in members:
+                assert sample.image is not None
+                name, offset, size = sample.image
+                file.seek(offset)
+                yield EncodedImage(file.read(size), name)
 
 
 def _label(sample: _Sample, column: str | None, names: list[str]) -> Any:
