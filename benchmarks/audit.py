@@ -24,7 +24,8 @@ from typing import Any
 
 from PIL import Image, ImageEnhance
 
-from crossx.audit.run import Audit, audit_dataset
+from crossx.audit.result import Audit
+from crossx.audit.run import audit_dataset
 from crossx.cli.memory import keep_freed_memory
 from crossx.data.catalog import read_dataset
 from harness import RESULTS, write
