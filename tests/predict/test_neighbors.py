@@ -103,7 +103,7 @@ def test_an_index_that_cannot_be_written_is_read(
 
     predictor = crossx.load(place / "run", "cpu")
     NeighborIndex.open(predictor)
-    monkeypatch.setattr("crossx.runs.check_output_file", refuse)
+    monkeypatch.setattr("crossx.predict.neighbors.check_output_file", refuse)
     counted.clear()
     NeighborIndex.open(predictor)
     assert (counted, caplog.text) == ([], "")
@@ -111,6 +111,19 @@ def test_an_index_that_cannot_be_written_is_read(
     NeighborIndex.open(predictor)
     assert sum(counted) == 12
     assert "the index is not kept" in caplog.text
+
+
+def test_the_images_are_those_of_the_training(place: Path) -> None:
+    def count(train_on: str = "train", **info: str) -> int:
+        data = {"dataset": "folder", "train_on": train_on}
+        written = {"data_root": str(place / "images"), "data": data, **info}
+        (place / "run/run.json").write_text(json.dumps(written))
+        return len(NeighborIndex.open(crossx.load(place / "run", "cpu")).names)
+
+    assert count() == 12
+    assert count("trainval") == 18
+    # the released checkpoints were trained on everything but test
+    assert count(status="imported") == 18
 
 
 @pytest.mark.parametrize("shape", [(12, 3), (12,), (12, 3, 2)])
