@@ -109,7 +109,7 @@ def describe(found: Audit) -> dict[str, Any]:
         "accuracy": found.accuracy,
         "label_issues": len(found.labels),
         "groups": len(found.groups),
-        "copies": sum(len(group.images) - 1 for group in found.groups),
+        "copies": found.copies,
         "groups_across_splits": len(found.leaks),
         "threshold": found.duplicates.threshold,
         "outliers": len(found.outliers),

@@ -17,7 +17,7 @@ from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
 from crossx.predict.neighbors import NeighborIndex
 from crossx.predict.predictor import Predictor
-from crossx.predict.search import make_index, nearest
+from crossx.predict.search import make_index, nearest_vectors
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_network_without_a_run_is_refused(place: Path) -> None:
 
 def test_equal_products_are_in_the_order_of_the_vectors() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    products, places = nearest(torch.tensor([[1.0, 0.0]]), vectors, 3)
+    products, places = nearest_vectors(torch.tensor([[1.0, 0.0]]), vectors, 3)
     assert places.tolist() == [[0, 2, 3]]
     assert products.tolist() == [[1, 1, 1]]
 

@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from crossx.audit.alignment import detail_correlation
-from crossx.predict.search import nearest
+from crossx.predict.search import nearest_vectors
 
 NEIGHBOURS = 3
 """Nearest images, by embedding and by hash, that are compared with each image."""
@@ -136,9 +136,9 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.float32]) -> 
         (mirrored, hashes, least),
     ):
         # one more, since an image is its own neighbour
-        products, places = nearest(queries, keys, NEIGHBOURS + 1)
-        own = torch.arange(len(places))[:, None].expand_as(places)
-        found.append(torch.stack([own, places], -1)[products > limit])  # (N, k, 2) -> (M, 2)
+        products, positions = nearest_vectors(queries, keys, NEIGHBOURS + 1)
+        own = torch.arange(len(positions))[:, None].expand_as(positions)
+        found.append(torch.stack([own, positions], -1)[products > limit])  # (N, k, 2) -> (M, 2)
     pairs: NDArray[np.int64] = torch.cat(found).sort(dim=1).values.numpy()
     different: NDArray[np.int64] = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
     return different

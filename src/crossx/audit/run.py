@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -185,11 +186,11 @@ def _judge_labels(
 
 
 def _describe_groups(duplicates: Duplicates, images: Images) -> Iterator[DuplicateGroup]:
+    first = {number: group[0] for group in duplicates.groups for number in group}
+    scores: dict[int, list[float]] = defaultdict(list)
+    for pair in duplicates.pairs:
+        scores[first[pair.first]].append(pair.correlation)
     for group in duplicates.groups:
-        members = set(group)
-        scores = [
-            pair.correlation for pair in duplicates.pairs if pair.first in members or pair.second in members
-        ]
         records = [images.records[number] for number in group]
         conflict = len({record.label for record in records}) > 1
         best = min(
@@ -204,7 +205,7 @@ def _describe_groups(duplicates: Duplicates, images: Images) -> Iterator[Duplica
             images=group,
             kept=() if conflict else (best,),
             identical=len({images.digests[number] for number in group}) == 1,
-            correlation=min(scores),
+            correlation=min(scores[group[0]]),
             leak=len({record.split for record in records}) > 1,
             conflict=conflict,
         )
