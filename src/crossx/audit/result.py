@@ -114,7 +114,7 @@ class Audit:
 
     @cached_property
     def excluded(self) -> tuple[tuple[str, str, str], ...]:
-        """Path, reason and detail of each row of ``exclude.csv``: each image once per reason."""
+        """Path, reason and detail of each row of ``exclude.csv``."""
         return tuple(row for row in self._exclusions() if row[1] in self.reasons)
 
     def exclude_counts(self) -> dict[str, int]:
