@@ -24,7 +24,8 @@ from typing import Any
 
 from PIL import Image, ImageEnhance
 
-from crossx.audit.run import Audit, audit_dataset
+from crossx.audit.result import Audit
+from crossx.audit.run import audit_dataset
 from crossx.cli.memory import keep_freed_memory
 from crossx.data.catalog import read_dataset
 from harness import RESULTS, write
@@ -108,7 +109,7 @@ def describe(found: Audit) -> dict[str, Any]:
         "accuracy": found.accuracy,
         "label_issues": len(found.labels),
         "groups": len(found.groups),
-        "copies": sum(len(group.images) - 1 for group in found.groups),
+        "copies": found.copies,
         "groups_across_splits": len(found.leaks),
         "threshold": found.duplicates.threshold,
         "outliers": len(found.outliers),

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("cleanlab")
 pytest.importorskip("cleanvision")
 
-from crossx.audit.run import Audit, audit_dataset
+from crossx.audit.result import Audit
+from crossx.audit.run import audit_dataset
 from crossx.cli.main import main
 from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig

@@ -17,7 +17,7 @@ from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
 from crossx.predict.neighbors import NeighborIndex
 from crossx.predict.predictor import Predictor
-from crossx.predict.search import make_index, nearest
+from crossx.predict.search import make_index, nearest_vectors
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_an_index_that_cannot_be_written_is_read(
 
     predictor = crossx.load(place / "run", "cpu")
     NeighborIndex.open(predictor)
-    monkeypatch.setattr("crossx.runs.check_output_file", refuse)
+    monkeypatch.setattr("crossx.predict.neighbors.check_output_file", refuse)
     counted.clear()
     NeighborIndex.open(predictor)
     assert (counted, caplog.text) == ([], "")
@@ -111,6 +111,19 @@ def test_an_index_that_cannot_be_written_is_read(
     NeighborIndex.open(predictor)
     assert sum(counted) == 12
     assert "the index is not kept" in caplog.text
+
+
+def test_the_images_are_those_of_the_training(place: Path) -> None:
+    def count(train_on: str = "train", **info: str) -> int:
+        data = {"dataset": "folder", "train_on": train_on}
+        written = {"data_root": str(place / "images"), "data": data, **info}
+        (place / "run/run.json").write_text(json.dumps(written))
+        return len(NeighborIndex.open(crossx.load(place / "run", "cpu")).names)
+
+    assert count() == 12
+    assert count("trainval") == 18
+    # the released checkpoints were trained on everything but test
+    assert count(status="imported") == 18
 
 
 @pytest.mark.parametrize("shape", [(12, 3), (12,), (12, 3, 2)])
@@ -188,7 +201,7 @@ def test_a_network_without_a_run_is_refused(place: Path) -> None:
 
 def test_equal_products_are_in_the_order_of_the_vectors() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    products, places = nearest(torch.tensor([[1.0, 0.0]]), vectors, 3)
+    products, places = nearest_vectors(torch.tensor([[1.0, 0.0]]), vectors, 3)
     assert places.tolist() == [[0, 2, 3]]
     assert products.tolist() == [[1, 1, 1]]
 

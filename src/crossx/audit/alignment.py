@@ -1,9 +1,9 @@
 """How well one image explains another after the best scaling and shift: the test of a near-duplicate.
 
 A copy that was recompressed, resized, slightly cropped, mirrored or made brighter has the same detail as its original,
-at another place and contrast. Two photographs of one species have the same colours and outline but not the same detail.
-So both images are aligned by least squares on their grey values (Gauss-Newton over a pyramid; Lucas and Kanade 1981,
-with the gain and offset of Baker and Matthews 2004, https://doi.org/10.1023/B:VISI.0000011205.11775.fd), and the
+shifted and at another contrast. Two photographs of one species have the same colours and outline but not the same
+detail. So both images are aligned by least squares on their grey values (Gauss-Newton over a pyramid; Lucas and Kanade
+1981, with the gain and offset of Baker and Matthews 2004, https://doi.org/10.1023/B:VISI.0000011205.11775.fd), and the
 correlation of what remains without their low frequencies is measured.
 """
 
@@ -23,7 +23,7 @@ PYRAMID = ((16, 6), (32, 8), (64, 6))
 STARTS = (1.0, 0.87, 1.15)
 """Scales that the coarsest level starts from: none, and of a crop in either image."""
 COARSE, MIDDLE = 0.55, 0.4
-"""Correlation after the first level, and of the detail after the second, below which a pair is given up."""
+"""Correlation after the first level, and of the detail after the second, below which a pair is abandoned."""
 MIN_OVERLAP = 0.5
 """Least share of the first image that the second covers."""
 BATCH = 256
@@ -60,35 +60,35 @@ def detail_correlation(
 
 def _aligned_correlation(first: Tensor, second: Tensor, all_levels: bool) -> Tensor:
     scores = torch.zeros(len(first))
-    left = torch.arange(len(first))
+    remaining = torch.arange(len(first))
     (side, steps), *finer = PYRAMID
     a, b = _level(first, side), _level(second, side)
-    starts = [_align(a, b, _start(len(a), scale), steps) for scale in STARTS]
-    agreements = torch.stack([_agreement(a, b, place) for place in starts])  # (starts, P)
+    starts = [_align(a, b, _initial_warps(len(a), scale), steps) for scale in STARTS]
+    agreements = torch.stack([_agreement(a, b, warps) for warps in starts])  # (starts, P)
     best = agreements.argmax(0)
-    places = torch.stack(starts)[best, left]  # (starts, P, 4) -> (P, 4)
+    warps = torch.stack(starts)[best, remaining]  # (starts, P, 4) -> (P, 4)
     keep = agreements.amax(0) > (-math.inf if all_levels else COARSE)
-    left, places = left[keep], places[keep]
+    remaining, warps = remaining[keep], warps[keep]
     for side, steps in finer:
-        if not len(left):
+        if not len(remaining):
             return scores
-        a, b = _level(first[left], side), _level(second[left], side)
-        places = _align(a, b, places, steps)
+        a, b = _level(first[remaining], side), _level(second[remaining], side)
+        warps = _align(a, b, warps, steps)
         if side < SIDE and not all_levels:
-            keep = _agreement(_band(a), _band(b), places) > MIDDLE
-            left, places = left[keep], places[keep]
-    if len(left):
-        scores[left] = _agreement(_band(first[left]), _band(second[left]), places)
+            keep = _agreement(_band(a), _band(b), warps) > MIDDLE
+            remaining, warps = remaining[keep], warps[keep]
+    if len(remaining):
+        scores[remaining] = _agreement(_band(first[remaining]), _band(second[remaining]), warps)
     return scores.clamp(min=0)
 
 
-def _align(first: Tensor, second: Tensor, places: Tensor, steps: int) -> Tensor:
-    """Improve places by Gauss-Newton steps.
+def _align(first: Tensor, second: Tensor, warps: Tensor, steps: int) -> Tensor:
+    """Improve warps by Gauss-Newton steps.
 
     Args:
         first: float32 (P, 1, S, S).
         second: Likewise.
-        places: (P, 4): scale and shift along x and y that map the first image's coordinates, from -1 to 1, to the
+        warps: (P, 4): scale and shift along x and y that map the first image's coordinates, from -1 to 1, to the
             second's.
         steps: Number of steps.
     """
@@ -102,7 +102,7 @@ def _align(first: Tensor, second: Tensor, places: Tensor, steps: int) -> Tensor:
     y, x = (axis.flatten() for axis in torch.meshgrid(ticks, ticks, indexing="ij"))
     target = first.flatten(1)  # (P, 1, S, S) -> (P, S*S)
     for _ in range(steps):
-        moved, inside = _moved(layers, places)
+        moved, inside = _warp(layers, warps)
         values, gradient_x, gradient_y = moved.flatten(2).unbind(1)  # (P, 3, S, S) -> 3 of (P, S*S)
         weight = inside.flatten(1)
         # first = gain * (second + gradient * change) + offset, linear in gain * change, gain and offset
@@ -112,22 +112,22 @@ def _align(first: Tensor, second: Tensor, places: Tensor, steps: int) -> Tensor:
         damping = 1e-4 * torch.diag_embed(squares.diagonal(dim1=1, dim2=2)) + 1e-6 * torch.eye(6)
         solution = torch.linalg.solve(squares + damping, system.mT @ (target * weight)[..., None])[..., 0]
         gain = solution[:, 4:5].clamp(min=0.05)
-        places = places + (solution[:, :4] / gain).clamp(-0.1, 0.1)
-        places = torch.cat([places[:, :2].clamp(0.7, 1.4), places[:, 2:].clamp(-0.4, 0.4)], 1)
-    return places
+        warps = warps + (solution[:, :4] / gain).clamp(-0.1, 0.1)
+        warps = torch.cat([warps[:, :2].clamp(0.7, 1.4), warps[:, 2:].clamp(-0.4, 0.4)], 1)
+    return warps
 
 
-def _moved(images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images (P, C, S, S) at their places, and where they are defined, (P, 1, S, S)."""
-    matrix = torch.diag_embed(places[:, :2])  # (P, 2) -> (P, 2, 2)
-    grid = affine_grid(torch.cat([matrix, places[:, 2:, None]], 2), list(images.shape), align_corners=False)
+def _warp(images: Tensor, warps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return warped images (P, C, S, S), and where they are defined, (P, 1, S, S)."""
+    matrix = torch.diag_embed(warps[:, :2])  # (P, 2) -> (P, 2, 2)
+    grid = affine_grid(torch.cat([matrix, warps[:, 2:, None]], 2), list(images.shape), align_corners=False)
     moved = grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return moved, (grid.abs() <= 1).all(-1)[:, None].to(images.dtype)
 
 
-def _agreement(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
+def _agreement(first: Tensor, second: Tensor, warps: Tensor) -> Tensor:
     """Return the correlation (P,) of images (P, 1, S, S) in their overlap; 0 if that is small or without contrast."""
-    moved, inside = _moved(second, places)
+    moved, inside = _warp(second, warps)
     count = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)
     a, b = (
         (image - (image * inside).sum((1, 2, 3), keepdim=True) / count) * inside for image in (first, moved)
@@ -139,7 +139,7 @@ def _agreement(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
     return torch.where(flat | (inside.mean((1, 2, 3)) < MIN_OVERLAP), 0, correlation)
 
 
-def _start(count: int, scale: float) -> Tensor:
+def _initial_warps(count: int, scale: float) -> Tensor:
     return torch.tensor([scale, scale, 0.0, 0.0]).repeat(count, 1)
 
 

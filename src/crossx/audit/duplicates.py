@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from crossx.audit.alignment import detail_correlation
-from crossx.predict.search import nearest
+from crossx.predict.search import nearest_vectors
 
 NEIGHBOURS = 3
 """Nearest images, by embedding and by hash, that are compared with each image."""
@@ -99,7 +101,7 @@ def find_duplicates(
             if score >= threshold
         ]
     pairs.sort(key=lambda pair: (pair.first, pair.second))
-    return Duplicates(tuple(pairs), _groups(pairs), threshold, len(found), usual)
+    return Duplicates(tuple(pairs), _groups(pairs, len(digests)), threshold, len(found), usual)
 
 
 def perceptual_hash(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -134,9 +136,9 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.float32]) -> 
         (mirrored, hashes, least),
     ):
         # one more, since an image is its own neighbour
-        products, places = nearest(queries, keys, NEIGHBOURS + 1)
-        own = torch.arange(len(places))[:, None].expand_as(places)
-        found.append(torch.stack([own, places], -1)[products > limit])  # (N, k, 2) -> (M, 2)
+        products, positions = nearest_vectors(queries, keys, NEIGHBOURS + 1)
+        own = torch.arange(len(positions))[:, None].expand_as(positions)
+        found.append(torch.stack([own, positions], -1)[products > limit])  # (N, k, 2) -> (M, 2)
     pairs: NDArray[np.int64] = torch.cat(found).sort(dim=1).values.numpy()
     different: NDArray[np.int64] = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
     return different
@@ -160,19 +162,11 @@ def _threshold(thumbnails: NDArray[np.uint8]) -> tuple[float, float | None]:
     return round(min(max(LEAST, least), MOST), 4), round(float(np.tanh(middle)), 4)
 
 
-def _groups(pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
-    """Return the connected components of the pairs."""
-    parent: dict[int, int] = {}
-
-    def root(number: int) -> int:
-        while parent.setdefault(number, number) != number:
-            number = parent[number]
-        return number
-
-    for pair in pairs:
-        a, b = sorted((root(pair.first), root(pair.second)))
-        parent[b] = a
+def _groups(pairs: Sequence[Pair], count: int) -> tuple[tuple[int, ...], ...]:
+    """Return the connected components of several of ``count`` images, by their first image."""
+    first, second = ([getattr(pair, end) for pair in pairs] for end in ("first", "second"))
+    graph = coo_array((np.ones(len(pairs), dtype=np.int8), (first, second)), shape=(count, count))
     members: dict[int, list[int]] = defaultdict(list)
-    for number in sorted(parent):
-        members[root(number)].append(number)
-    return tuple(tuple(group) for _, group in sorted(members.items()))
+    for image, component in enumerate(connected_components(graph, directed=False)[1].tolist()):
+        members[component].append(image)
+    return tuple(tuple(group) for group in members.values() if len(group) > 1)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 from crossx.audit.quality import ISSUES
+from crossx.audit.result import Audit, DuplicateGroup
 from crossx.data.images import read_pixels
 from crossx.data.index import SPLITS
 from crossx.report.examples import data_uri
 from crossx.report.page import page_environment
-
-if TYPE_CHECKING:
-    from crossx.audit.run import Audit, DuplicateGroup
 
 SIDE = 128
 """Longer side of a picture, in pixels."""
@@ -68,10 +64,6 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
             largest=largest,
             splits=[split for split in SPLITS if any(row[split] for row in counts)],
             members=MAX_MEMBERS,
-            copies=sum(len(group.images) - 1 for group in audit.groups),
-            conflicts=sum(group.conflict for group in audit.groups),
-            memorised=sum(issue.image in audit.trained_on for issue in audit.labels),
-            reasons=_reasons(audit.excluded),
             version=metadata.version("crossx"),
         )
     )
@@ -87,7 +79,3 @@ def _draw(audit: Audit, numbers: Sequence[int], progress: Callable[[int, int], N
         pictures[number] = data_uri(read_pixels(audit.records[number].path, min_side=SIDE), SIDE)
         progress(done, len(numbers))
     return pictures
-
-
-def _reasons(excluded: Sequence[tuple[str, str, str]]) -> dict[str, int]:
-    return dict(Counter(reason for _, reason, _ in excluded))

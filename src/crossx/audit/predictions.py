@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crossx.data.catalog import base_folder, configured_root
 from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
 from crossx.evaluation.classes import check_classes
-from crossx.evaluation.data import read_data
+from crossx.evaluation.data import training_records
 from crossx.predict.predictor import Predictor
 from crossx.runs import open_run
 
@@ -26,8 +25,8 @@ class RunPredictor:
 
     Attributes:
         predictor: Its network.
-        seen: Paths of the images that it was trained on, absolute and relative to their folder; None if that cannot be
-            told.
+        seen: Paths of the images that it was trained on, absolute and relative to their folder; None if that is
+            unknown.
         index: The audited dataset.
         base: The folder of its images.
     """
@@ -50,7 +49,7 @@ class RunPredictor:
         return cls(predictor, _training_images(path), index, base)
 
     def trained_on(self, files: Sequence[Path]) -> NDArray[np.bool_]:
-        """Return which images (N,) the run was trained on; if that cannot be told, those that are not for testing.
+        """Return which images (N,) the run was trained on; if that is unknown, those that are not for testing.
 
         An image of the same name in another folder counts, too: the dataset may have been copied or moved.
         """
@@ -85,15 +84,9 @@ class RunPredictor:
 
 def _training_images(path: str | Path) -> frozenset[str] | None:
     run, _ = open_run(path)
-    info = run.read_info()
     try:
-        config, index = read_data(run, run.read_spec())
+        records, base = training_records(run, run.read_spec())
     except CrossXError:
         return None
-    index = index.with_validation(config.val_fraction, config.split_seed)
-    # the released checkpoints were trained on everything but test
-    on_all = config.train_on == "trainval" or info.get("status") == "imported"
-    splits = ("train", "val") if on_all else ("train",)
-    trained = [record.path for record in index.records if record.split in splits]
-    base = base_folder(configured_root(config))
+    trained = [record.path for record in records]
     return frozenset(map(os.path.realpath, trained)) | {relative_path(file, base) for file in trained}

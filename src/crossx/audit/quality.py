@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossx.data.images import read_pixels
-from crossx.predict.search import nearest
+from crossx.predict.search import nearest_vectors
 
 ISSUES = ("dark", "light", "blurry", "low_information", "odd_aspect_ratio", "odd_size", "grayscale")
 """Names of cleanvision, at its default thresholds."""
@@ -104,8 +104,8 @@ def find_outliers(vectors: NDArray[np.float32]) -> tuple[list[Outlier], float | 
     if len(vectors) < LEAST_IMAGES:
         return [], None
     embedded = torch.from_numpy(vectors)
-    similarities, places = nearest(embedded, embedded, NEIGHBOURS + 1)
-    others = places != torch.arange(len(vectors))[:, None]
+    similarities, positions = nearest_vectors(embedded, embedded, NEIGHBOURS + 1)
+    others = positions != torch.arange(len(vectors))[:, None]
     # of images with many identical copies, the image itself may not be among its neighbours
     distances = ((1 - similarities) * others).sum(1) / others.sum(1)
     apart = (distances > LEAST_DISTANCE).numpy()
@@ -117,7 +117,7 @@ def find_outliers(vectors: NDArray[np.float32]) -> tuple[list[Outlier], float | 
     threshold = float(np.exp(middle + DEVIATIONS * spread))
     far = np.flatnonzero(logarithms > middle + DEVIATIONS * spread)
     outliers = [
-        Outlier(int(image), round(float(distances[image]), 4), int(places[image][others[image]][0]))
+        Outlier(int(image), round(float(distances[image]), 4), int(positions[image][others[image]][0]))
         for image in far
     ]
     return sorted(outliers, key=lambda outlier: (-outlier.distance, outlier.image)), round(threshold, 4)

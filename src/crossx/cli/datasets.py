@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jsonargparse
 
+from crossx.audit.result import CHECKS, EXCLUDED
 from crossx.cli.options import BatchSize, Device, check_run
 from crossx.cli.parser import MAX_WIDTH, Folder, Name, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
@@ -124,8 +125,8 @@ def audit(
     output: Folder | None = None,
     backbone: Name | None = None,
     run: Annotated[str, "RUN"] | None = None,
-    checks: Sequence[Annotated[str, "CHECK"]] = ("duplicates", "labels", "outliers", "quality"),
-    exclude: Sequence[Annotated[str, "REASON"]] = ("unreadable", "leak", "duplicate", "label"),
+    checks: Sequence[Annotated[str, "CHECK"]] = CHECKS,
+    exclude: Sequence[Annotated[str, "REASON"]] = EXCLUDED,
     json: bool = False,
     data: DatasetOptions,
     batch_size: BatchSize = 32,

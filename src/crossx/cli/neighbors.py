@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -74,9 +73,12 @@ def neighbors(
     check_run(run)
 
     from crossx.evaluation.progress import images_bar
+    from crossx.evaluation.tables import write_table
     from crossx.predict.neighbors import NeighborIndex
     from crossx.predict.outputs import utf8
     from crossx.predict.predictor import Predictor
+    from crossx.runs import write_text
+    from crossx.runs.spreadsheet import write_rows
 
     predictor = Predictor.load(run, device)
     with images_bar("Reading the training images") as (bar, task):
@@ -103,13 +105,14 @@ def neighbors(
             }
             for rank, neighbor in enumerate(found.neighbors, start=1)
         ]
-    text = _as_json_lines(rows) if target and target.suffix.lower() == ".jsonl" else _as_csv(rows)
+    table = [[row.get(name) for name in COLUMNS] for row in rows]
     if target is None:
-        print(text, end="")
+        write_rows(sys.stdout, [COLUMNS, *table])
     else:
-        from crossx.runs import write_text
-
-        write_text(target, text)
+        if target.suffix.lower() == ".csv":
+            write_table(target, COLUMNS, table)
+        else:
+            write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{counted(len(files), 'image')}, {failed} failed: {target}")
     if failed:
         sys.stdout.flush()
@@ -118,15 +121,3 @@ def neighbors(
             file=sys.stderr,
         )
     return 1 if failed else 0
-
-
-def _as_csv(rows: Sequence[dict[str, object]]) -> str:
-    from crossx.runs.spreadsheet import write_rows
-
-    text = io.StringIO(newline="")
-    write_rows(text, [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
-    return text.getvalue()
-
-
-def _as_json_lines(rows: Sequence[dict[str, object]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

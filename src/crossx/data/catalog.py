@@ -134,8 +134,7 @@ def read_configured(config: DataConfig, *, other_images: bool = False) -> Datase
 
 def configured_root(config: DataConfig) -> Path:
     """Return where ``read_configured`` looks; raises what ``dataset_root`` raises."""
-    given = {key: value for key, value in _reader_options(config).items() if value is not None}
-    return dataset_root(config.dataset, config.root, given)
+    return dataset_root(config.dataset, config.root, _reader_options(config))
 
 
 def _reader_options(config: DataConfig) -> dict[str, Any]:
@@ -169,8 +168,5 @@ def dataset_root(name: str, root: str | Path | None, options: Mapping[str, Any])
     if name != "synthetic":
         raise UsageError(f"dataset {name!r} needs --data.root: {dataset_info(name).download}.")
     # One folder per set: the reader refuses a folder that was drawn with other options.
-    return (
-        cache_folder()
-        / "crossx"
-        / "-".join(["synthetic", *(f"{key}={options[key]}" for key in sorted({*options} - SHARED_OPTIONS))])
-    )
+    given = sorted({key for key, value in options.items() if value is not None} - SHARED_OPTIONS)
+    return cache_folder() / "crossx" / "-".join(["synthetic", *(f"{key}={options[key]}" for key in given)])

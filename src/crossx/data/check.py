@@ -112,7 +112,7 @@ def check_dataset(
     """
     info = dataset_info(name)
     index = read_dataset(name, root, **options)
-    place = dataset_root(name, root, {key: value for key, value in options.items() if value is not None})
+    place = dataset_root(name, root, options)
     broken, digests, bits = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
     mislabelled, leaked, duplicates = _identical(index, digests)
     problems = [*_missing_and_unreadable(broken), *mislabelled, *leaked, *_without_images(index, "train")]

@@ -47,17 +47,17 @@ def exclude(index: DatasetIndex, file: Path, base: Path, *, strict: bool = True)
         raise _unknown_paths(index, file, base, unknown, len(names), list(known))
     kept = tuple(record for record in index.records if record.path not in chosen)
     excluded = tuple(record for record in index.records if record.path in chosen)
-    gone = {split: _vanished(index, kept, split) for split in SPLITS}
-    if gone["train"]:
+    emptied = {split: _emptied_classes(index, kept, split) for split in SPLITS}
+    if emptied["train"]:
         raise CrossXError(
-            f"{file}: leaves {counted(len(gone['train']), 'class')} without training images: "
-            f"{first_few(gone['train'], _SHOWN)}. Take some of their images out of the file, or remove these classes "
-            "from the dataset."
+            f"{file}: leaves {counted(len(emptied['train']), 'class')} without training images: "
+            f"{first_few(emptied['train'], _SHOWN)}. Take some of their images out of the file, or remove these "
+            "classes from the dataset."
         )
     notes = [f"{file}: {_describe(excluded)} left out"]
     notes += [
         f"{file}: leaves {counted(len(names), 'class')} without {split} images: {first_few(names, _SHOWN)}"
-        for split, names in gone.items()
+        for split, names in emptied.items()
         if names
     ]
     return replace(index, records=kept, excluded=excluded, notes=(*index.notes, *notes))
@@ -117,7 +117,7 @@ def _unknown_paths(
     )
 
 
-def _vanished(index: DatasetIndex, kept: Iterable[Record], split: str) -> list[str]:
+def _emptied_classes(index: DatasetIndex, kept: Iterable[Record], split: str) -> list[str]:
     before = {record.label for record in index.records if record.split == split}
     after = {record.label for record in kept if record.split == split}
     return [repr(index.classes[label]) for label in sorted(before - after)]

@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from crossx.data.catalog import read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured
 from crossx.data.config import DataConfig
-from crossx.data.index import DatasetIndex
+from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError, first_line
 from crossx.evaluation.classes import check_classes
 from crossx.runs import ModelSpec, Run
@@ -43,6 +43,33 @@ def read_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> tupl
     index = read_configured(config, other_images=True)
     check_classes(spec.classes, index.classes, index.name)
     return config, index
+
+
+def trained_splits(run: Run, config: DataConfig) -> tuple[str, ...]:
+    """Return the splits whose images a run was trained on."""
+    # the released checkpoints were trained on everything but test
+    on_all = config.train_on == "trainval" or run.read_info().get("status") == "imported"
+    return ("train", "val") if on_all else ("train",)
+
+
+def training_records(
+    run: Run, spec: ModelSpec, root: str | Path | None = None
+) -> tuple[tuple[Record, ...], Path]:
+    """Return the images that a run was trained on, each once, and the folder that their paths are relative to.
+
+    Args:
+        run: The run.
+        spec: Its model.
+        root: The images' folder or table, if it has moved.
+
+    Raises:
+        CrossXError: As ``read_data``.
+    """
+    config, index = read_data(run, spec, root=root)
+    index = index.with_validation(config.val_fraction, config.split_seed)
+    splits = trained_splits(run, config)
+    records = {record.path: record for record in index.records if record.split in splits}
+    return tuple(records.values()), base_folder(configured_root(config))
 
 
 def _data_config(

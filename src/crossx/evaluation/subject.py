@@ -13,7 +13,7 @@ from crossx.data.datamodule import DataModule
 from crossx.data.images import printable
 from crossx.data.index import SPLITS
 from crossx.errors import CrossXError, unknown
-from crossx.evaluation.data import DataOptions, read_data
+from crossx.evaluation.data import DataOptions, read_data, trained_splits
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork
 from crossx.methods.base import Method
@@ -106,10 +106,8 @@ class Subject:
     @property
     def seen_in_training(self) -> bool:
         """Whether the network was trained on these images."""
-        # the released checkpoints were trained on everything but test
-        on_all = self.data.config.train_on == "trainval" or self.run.read_info().get("status") == "imported"
-        seen = self.split == "train" or (self.split == "val" and on_all)
-        return seen and self.data.config.dataset == self.spec.dataset
+        config = self.data.config
+        return self.split in trained_splits(self.run, config) and config.dataset == self.spec.dataset
 
     def provenance(self) -> dict[str, Any]:
         """Return the origin of the results, for JSON; call it after the images have been checked."""

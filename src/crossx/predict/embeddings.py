@@ -68,8 +68,8 @@ def embed(
         shapes = {(len(key), predictor.feature_size) for key in keys}
         known = {key: vector for key, vector in known.items() if (len(key), *vector.shape) in shapes}
     pending = list({key: file for file, key in zip(files, keys, strict=True) if key not in known}.items())
-    done = len({*keys}) - len(pending)
-    total = done + len(pending)
+    total = len({*keys})
+    done = total - len(pending)
     for start in range(0, len(pending), CHUNK):
         part = pending[start : start + CHUNK]
         computed = predictor.iter_features([file for _, file in part], batch_size)

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.data.catalog import base_folder, configured_root
 from crossx.data.index import Record, relative_path
 from crossx.errors import CrossXError, UsageError, counted, first_line
-from crossx.evaluation.data import read_data
+from crossx.evaluation.data import training_records
 from crossx.predict.embeddings import embed, network_digest, read_features, write_features
 from crossx.predict.inputs import OneImage
 from crossx.predict.results import Neighbor, Neighbors
 from crossx.predict.search import VectorIndex, make_index
-from crossx.runs import Run
+from crossx.runs import Run, check_output_file
 
 if TYPE_CHECKING:
     from crossx.predict.predictor import Predictor
@@ -134,17 +133,14 @@ def _run_of(predictor: Predictor) -> Run:
     return run
 
 
-def _training_images(run: Run, predictor: Predictor, root: str | Path | None) -> tuple[list[Record], Path]:
-    """Return the images that the run was trained on, each once, and their folder."""
-    config, index = read_data(run, predictor.spec, root=root)
-    index = index.with_validation(config.val_fraction, config.split_seed)
-    splits = ("train", "val") if config.train_on == "trainval" else ("train",)
-    records = {record.path: record for record in index.records if record.split in splits}
-    base = base_folder(configured_root(config)).absolute()
-    missing = [path for path in records if not path.is_file()]
-    if records and len(missing) == len(records):
+def _training_images(
+    run: Run, predictor: Predictor, root: str | Path | None
+) -> tuple[Sequence[Record], Path]:
+    records, base = training_records(run, predictor.spec, root)
+    base = base.absolute()
+    if records and not any(record.path.is_file() for record in records):
         raise CrossXError(f"none of {counted(len(records), 'training image')} is in {base}")
-    return list(records.values()), base
+    return records, base
 
 
 def _compute(
@@ -202,8 +198,6 @@ def _key(name: str, path: Path) -> bytes:
 
 
 def _write_problem(run: Run) -> CrossXError | None:
-    from crossx.runs import check_output_file
-
     try:
         check_output_file(run.neighbors)
     except CrossXError as error:

@@ -27,7 +27,7 @@ class VectorIndex(Protocol):
 
 
 @torch.inference_mode()
-def nearest(queries: Tensor, vectors: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def nearest_vectors(queries: Tensor, vectors: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Find the largest inner products, exactly.
 
     Equal products are in the order of the vectors.
@@ -45,17 +45,17 @@ def nearest(queries: Tensor, vectors: Tensor, top: int) -> tuple[Tensor, Tensor]
     found = [_largest(block @ vectors.T, count) for block in queries.split(rows)]
     if not found:
         return queries.new_zeros(0, count), torch.zeros(0, count, dtype=torch.int64)
-    products, places = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return products, places
+    products, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return products, positions
 
 
 def _largest(products: Tensor, count: int) -> tuple[Tensor, Tensor]:
     # topk leaves the order of equal values open
-    values, places = products.topk(count)
-    order = places.argsort(dim=1)
-    values, places = values.gather(1, order), places.gather(1, order)
+    values, positions = products.topk(count)
+    order = positions.argsort(dim=1)
+    values, positions = values.gather(1, order), positions.gather(1, order)
     order = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, order), places.gather(1, order)
+    return values.gather(1, order), positions.gather(1, order)
 
 
 class ExactIndex:
@@ -70,8 +70,8 @@ class ExactIndex:
 
     def search(self, queries: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return similarities and positions, see ``VectorIndex``."""
-        products, places = nearest(torch.from_numpy(queries), self._vectors, top)
-        return products.numpy(), places.numpy()
+        products, positions = nearest_vectors(torch.from_numpy(queries), self._vectors, top)
+        return products.numpy(), positions.numpy()
 
 
 class ApproximateIndex:
