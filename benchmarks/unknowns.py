@@ -35,7 +35,7 @@ from crossx.data.drawn.synthetic import read_synthetic
 from crossx.evaluation.calibration import fit_temperature
 from crossx.evaluation.open_set import unknown_data
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import SCORES, keeping_threshold, neighbor_scores, separation
+from crossx.evaluation.unknowns import SCORES, keeping_threshold, separation
 from harness import RESULTS, table, write
 
 KNOWN = 50
@@ -92,6 +92,18 @@ def compute(run: Path, folders: dict[str, Path]) -> dict[str, Any]:
         }  # fmt: skip
     torch.save(found, cache)
     return found
+
+
+def neighbor_scores(features: Tensor, known: Tensor, neighbors: int) -> Tensor:
+    """Return the negative distance of each image to its k-th nearest training image, (B,): Sun et al. 2022.
+
+    Args:
+        features: (B, D), L2-normalised.
+        known: (N, D), those of the training images.
+        neighbors: k, at most N; of exactly so many training images one is the k-th nearest.
+    """
+    similarity = (features @ known.T).topk(neighbors).values[:, -1]  # (B, D) @ (D, N) -> (B, N) -> (B,)
+    return -(2 - 2 * similarity).clamp(min=0).sqrt()
 
 
 def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:

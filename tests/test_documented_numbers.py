@@ -304,3 +304,38 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
             f"{found['wall_s']:.0f}",
             f"{found['cpu_s']:.0f}",
         ]
+
+
+def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
+    runs = {
+        name: run
+        for file in ("unknowns", "prediction_sets")
+        for name, run in json.loads(
+            (ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8")
+        )["runs"].items()
+    }
+    scores, sets = [], []
+    for name, run in runs.items():
+        network = {"plain": "plain", "crossx": "Cross-X"}[name.partition("-")[0]]
+        for score, found in run["scores"].items():
+            if "near" in found:
+                k = re.fullmatch(r"neighbors, k = (\d+)", score)
+                shown = [f"k = {k[1]} neighbour" if k else f"`{score}`"]
+                for folder in ("near", "far"):
+                    shown += [f"{100 * found[folder][measure]:.1f}" for measure in ("auroc", "fpr95", "oscr")]
+                    shown.append(f"{100 * (1 - found['kept'][folder]):.1f}")
+                scores.append([f"{network} ({100 * run['top1']:.2f})", *shown])
+        where = f"{network}, {run['classes']} species, {run['sets']['calibration_images']} images"
+        kinds = {"lac": "LAC", "lac_not_empty": "LAC, never empty (crossx)", "aps": "APS", "raps": "RAPS"}
+        for kind, title in kinds.items():
+            found = run["sets"][kind]
+            shares = [f"{100 * found['coverage']:.2f}%"]
+            shares += [f"{100 * found[share]:.1f}%" for share in ("single", "empty")]
+            shares.append(f"{100 * found['worst_class']:.0f}%")
+            mean, deviation = (100 * found[f"{of}_of_random_calibrations"] for of in ("mean", "deviation"))
+            sizes = [f"{found['mean_size']:.2f}", str(found["largest"])]
+            sets.append([where, title, *shares, *sizes, f"{mean:.2f}% ± {deviation:.2f}"])
+    page = tables((ROOT / "docs" / "unknowns.md").read_text(encoding="utf-8"))
+    shown_tables = {header[0]: body for header, *body in page}
+    assert shown_tables["network"] == scores
+    assert shown_tables["run"] == sets

@@ -104,7 +104,7 @@ def test_a_terminal_shows_the_seconds_and_erases_them(
     assert capsys.readouterr().err.endswith("\r\x1b[2K")
 
 
-def test_nothing_is_said_in_python_or_where_it_is_switched_off(
+def test_no_step_is_shown_in_python_or_where_it_is_switched_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "PATIENCE", 0.0)

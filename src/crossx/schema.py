@@ -284,7 +284,7 @@ class SelectionFile(StrictModel):
 
 
 class CalibrationFile(StrictModel):
-    """Data that the temperature was fitted on."""
+    """``calibration`` of ``run.json``: the images that the run was calibrated on, and the temperature."""
 
     n: Count | None = None
     split: Text | None = None

@@ -59,15 +59,16 @@ def _folded(line: str, hanging: str, width: int) -> str:
     if len(line) <= width:
         return line
     indent = line[: len(line) - len(line.lstrip())]
-    # words that are aligned stay so
+    # keep the words of a table aligned
     parts = re.split(r"(?<=\S)( {2,})(?=\S)", line.strip())
     first = "".join(parts[:-1])
     if first and len(first) < width // 2 and not hanging:
         hanging = " " * len(first)
     lines = textwrap.wrap(
         line.strip(), width, initial_indent=indent, subsequent_indent=indent + hanging,
-        break_long_words=False, break_on_hyphens=False, replace_whitespace=False, drop_whitespace=True,
+        break_long_words=False, break_on_hyphens=False, replace_whitespace=False,
     )  # fmt: skip
+    # a long word is indented as far as it fits
     return "\n".join(
         piece if len(piece) <= width else " " * max(0, width - len(piece.strip())) + piece.strip()
         for piece in lines
@@ -109,7 +110,6 @@ class _Steps:
         self._shown = ""
         self._lock = threading.RLock()
         self._changed = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def push(self, name: str) -> None:
         with self._lock:
@@ -139,8 +139,7 @@ class _Steps:
         if not self._names or self._paused:
             return
         self._changed = threading.Event()
-        self._thread = threading.Thread(target=self._show, args=(self._names[-1], self._changed), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._show, args=(self._names[-1], self._changed), daemon=True).start()
 
     def _show(self, name: str, ended: threading.Event) -> None:
         seconds = 0.0
@@ -178,7 +177,7 @@ os.register_at_fork(after_in_child=_forget_steps)
 @contextlib.contextmanager
 def showing_steps() -> Iterator[None]:
     """Show the steps of what runs inside, see ``step``; for the command, not for Python's users."""
-    # of several processes, the first speaks
+    # of several processes, only the first shows them
     first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
     before, _steps.enabled = _steps.enabled, first and os.environ.get(SILENT) != "0"
     try:
@@ -189,9 +188,9 @@ def showing_steps() -> Iterator[None]:
 
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
-    """Say on stderr what takes long: on a terminal with its seconds, until it is done, else as one line.
+    """Show a step on stderr: on a terminal with its seconds until it is done, elsewhere as one line.
 
-    Nothing is shown of what takes less than a second, or outside ``showing_steps``. Steps may be nested.
+    A step of less than a second is not shown, and none outside ``showing_steps``. Steps may be nested.
 
     Args:
         name: Such as ``Loading the network``.

@@ -10,6 +10,7 @@ import pytest
 import layouts
 from crossx.cli.main import main
 from crossx.errors import CrossXError
+from crossx.report.examples import Similar, similar_tiles
 
 QUICK = ["--device", "cpu", "--data.num_workers", "0"]
 
@@ -148,6 +149,21 @@ def test_the_page_shows_training_images_that_are_most_similar_to_mistakes(place:
         mistakes = page.count("it is most like these training images")
         assert (mistakes > 0) == (count > 0)
         assert page.count("Training image of ") == 3 * mistakes
+
+
+def test_similar_training_images_have_names_that_people_read(place: Path) -> None:
+    shown = similar_tiles([Similar("012.Blue_Jay", 0.5, None)], {"012.Blue_Jay": "Blue Jay"})
+    assert shown == [("Blue Jay", 0.5, None)]
+
+
+def test_a_page_without_training_images_has_pictures(place: Path) -> None:
+    for name in ("run.json", "neighbors.npz"):
+        Path("tested", name).unlink(missing_ok=True)
+    assert main(["report", "tested", "--neighbors", "3", *QUICK]) == 0
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "The page has no similar training images: " in page
+    assert "The page has no pictures" not in page
+    assert "data:image/webp" in page
 
 
 def test_the_paths_of_an_index_without_its_images_are_not_read(

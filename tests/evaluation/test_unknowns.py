@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score, roc_curve
-from sklearn.neighbors import NearestNeighbors
-from torch.nn import functional as F
 
 from crossx.errors import UsageError
 from crossx.evaluation.unknowns import (
@@ -19,7 +17,6 @@ from crossx.evaluation.unknowns import (
     images_to_keep,
     keeping_threshold,
     mean_score,
-    neighbor_scores,
     separation,
 )
 
@@ -79,15 +76,6 @@ def test_scores_are_those_of_scipy() -> None:
         np.testing.assert_allclose(
             mean_score(name, views).numpy(), sum(SCORES[name](view).numpy() for view in views) / 3
         )
-
-
-@pytest.mark.parametrize("neighbors", [1, 3, 20])
-def test_neighbors_are_those_of_scikit_learn(neighbors: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    known, features = (F.normalize(torch.randn(n, 8, generator=generator)) for n in (20, 7))
-    distances, _ = NearestNeighbors(n_neighbors=neighbors).fit(known.numpy()).kneighbors(features.numpy())
-    found = neighbor_scores(features, known, neighbors)
-    np.testing.assert_allclose(found.numpy(), -distances[:, -1], rtol=1e-4)
 
 
 @given(n=st.integers(1, 120), percent=st.integers(1, 99), seed=st.integers(0, 99))

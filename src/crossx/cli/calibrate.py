@@ -79,13 +79,12 @@ def _rejection(found: Calibration, keep: float) -> str:
 
 
 def _sets(found: Calibration) -> str:
-    from crossx.evaluation.conformal import PERCENTS, coverage_interval, images_needed
+    from crossx.evaluation.conformal import PERCENTS, coverage_interval
 
     assert found.sets is not None
     count = found.sets.images
+    # a coverage of 0.5 needs one image
     rows = max(map(len, found.sets.least_probability.values()))
-    if not rows:
-        return f"none: a coverage of 0.5 needs {images_needed(0.5)} image"
     most = PERCENTS[rows - 1] / 100
     shown = min(SHOWN_COVERAGE, most)
     low, high = coverage_interval(count, shown)

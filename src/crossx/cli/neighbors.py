@@ -7,11 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import BatchSize, Device, RunPath, check_run
 from crossx.cli.parser import Folder, Positive
 from crossx.errors import UsageError, counted
+
+if TYPE_CHECKING:
+    from crossx.predict.neighbors import NeighborIndex
+    from crossx.predict.predictor import Predictor
 
 FILES = (".csv", ".jsonl")
 COLUMNS = ("path", "rank", "neighbor", "label", "similarity", "error")
@@ -72,23 +76,14 @@ def neighbors(
     files = expand_paths(images)
     check_run(run)
 
-    from crossx.evaluation.progress import images_bar
     from crossx.evaluation.tables import write_table
-    from crossx.predict.neighbors import NeighborIndex
     from crossx.predict.outputs import utf8
     from crossx.predict.predictor import Predictor
     from crossx.runs import write_text
     from crossx.runs.spreadsheet import write_rows
 
     predictor = Predictor.load(run, device)
-    with images_bar("Reading the training images") as (bar, task):
-        index = NeighborIndex.open(
-            predictor,
-            root=data.root,
-            approximate=approximate or None,
-            batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    index = open_index(predictor, root=data.root, approximate=approximate or None, batch_size=batch_size)
     rows: list[dict[str, object]] = []
     failed = 0
     for found in index.find(files, top, batch_size):
@@ -121,3 +116,16 @@ def neighbors(
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def open_index(predictor: Predictor, **options: Any) -> NeighborIndex:
+    """Open the index of a run with a progress bar; options as for ``NeighborIndex.open``."""
+    from crossx.evaluation.progress import images_bar
+    from crossx.predict.neighbors import NeighborIndex
+
+    with images_bar("Reading the training images") as (bar, task):
+        return NeighborIndex.open(
+            predictor,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     )
     print(fold(text, hanging="  "))
     if results["verdict"]:
-        print(textwrap.fill(results["verdict"], columns() or WIDTH))
+        print(fold(results["verdict"], width=columns() or WIDTH))
     if results["parts"]:
         print(fold(OF_PARTS))
     print(fold(OF_VIEWS))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from crossx.cli.neighbors import open_index
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Natural
 from crossx.cli.test import is_tested, print_results, test_run
@@ -56,19 +57,11 @@ def report(
 
 
 def _similar_finder(run: str, top: int, data: TestedData, device: str) -> FindSimilar:
-    from crossx.evaluation.progress import images_bar
-    from crossx.predict.neighbors import NeighborIndex
     from crossx.predict.predictor import Predictor
     from crossx.report.examples import Similar
 
     def find(files: Sequence[Path]) -> list[list[Similar]]:
-        predictor = Predictor.load(run, device)
-        with images_bar("Reading the training images") as (bar, task):
-            index = NeighborIndex.open(
-                predictor,
-                root=data.root,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        index = open_index(Predictor.load(run, device), root=data.root)
         return [
             [
                 # a path of an index whose images are gone may be of another machine

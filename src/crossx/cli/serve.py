@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from crossx.cli.neighbors import open_index
 from crossx.cli.options import Inference, PredictorPath, check_run
 from crossx.cli.parser import File, Natural
 from crossx.errors import CrossXError, UsageError
@@ -120,11 +121,10 @@ def serve(
         identity = identify(predictor, model_name, model_version)
         similar = None
         if neighbors:
-            from crossx.predict.neighbors import NeighborIndex
             from crossx.serve.neighbors import SimilarImages, check_top
 
             check_top(neighbors)
-            similar = SimilarImages(NeighborIndex.open(predictor), neighbors)
+            similar = SimilarImages(open_index(predictor), neighbors)
         log_as_json()
         address, port = listening.getsockname()[:2]
         app = create_app(

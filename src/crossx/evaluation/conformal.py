@@ -37,7 +37,7 @@ def least_probabilities(probabilities: NDArray[np.float64]) -> tuple[float, ...]
         Decreasing; shorter than ``PERCENTS`` if n is too small: 99% needs 99 images.
     """
     descending = -np.sort(-probabilities)
-    ranks = [-(-(len(descending) + 1) * percent // 100) for percent in PERCENTS]
+    ranks = [_rank(len(descending), percent) for percent in PERCENTS]
     return tuple(float(descending[rank - 1]) for rank in ranks if rank <= len(descending))
 
 
@@ -91,7 +91,7 @@ def images_needed(coverage: float) -> int:
 
 
 def coverage_interval(images: int, coverage: float, *, confidence: float = 0.9) -> Interval:
-    """Return between which coverages on new images a calibration is, with a stated probability.
+    """Return an interval that has a calibration's coverage on new images with a stated probability.
 
     The coverage of a calibration on n images, on average over new images, has a beta distribution with parameters k and
     n + 1 - k for k = ceil((n + 1) c), if no two probabilities are equal (Vovk, "Conditional Validity of Inductive
@@ -99,9 +99,14 @@ def coverage_interval(images: int, coverage: float, *, confidence: float = 0.9) 
     """
     from scipy import stats
 
-    rank = -(-(images + 1) * percent_of(coverage) // 100)
+    rank = _rank(images, percent_of(coverage))
     low, high = stats.beta(rank, images + 1 - rank).interval(confidence)
     return Interval(float(low), float(high))
+
+
+def _rank(images: int, percent: int) -> int:
+    """Return how many of the calibration images are to be covered, ceil((n + 1) c); more than n if n is too small."""
+    return -(-(images + 1) * percent // 100)
 
 
 class SetResults(NamedTuple):

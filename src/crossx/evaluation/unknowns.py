@@ -10,9 +10,8 @@ higher if the image shows one of the classes, so that an image below a threshold
   Need", 2022, https://arxiv.org/abs/2110.06207).
 - ``energy``: log sum exp of the logits, the negative free energy (Liu et al., "Energy-based Out-of-distribution
   Detection", 2020, https://arxiv.org/abs/2010.03759).
-- the negative distance to the k-th nearest training image, ``neighbor_scores`` (Sun et al., "Out-of-Distribution
-  Detection with Deep Nearest Neighbors", 2022, https://arxiv.org/abs/2204.06507), which needs the features of all
-  training images.
+
+benchmarks/unknowns.py compares them with the distance to the nearest training images.
 """
 
 from __future__ import annotations
@@ -39,18 +38,6 @@ SCORE = "max_logit"
 """Score of rejection, unless another is asked for; docs/unknowns.md compares them."""
 KEEP = 0.95
 """Share of the images of the classes to keep, unless another is asked for."""
-
-
-def neighbor_scores(features: Tensor, known: Tensor, neighbors: int) -> Tensor:
-    """Return the negative distance of each image to its k-th nearest training image, (B,).
-
-    Args:
-        features: (B, D), L2-normalised.
-        known: (N, D), those of the training images.
-        neighbors: k, at most N; of exactly so many training images one is the k-th nearest.
-    """
-    similarity = (features @ known.T).topk(neighbors).values[:, -1]  # (B, D) @ (D, N) -> (B, N) -> (B,)
-    return -(2 - 2 * similarity).clamp(min=0).sqrt()
 
 
 def keeping_threshold(scores: NDArray[np.float64], keep: float = KEEP) -> float | None:

@@ -149,8 +149,11 @@ def caption(
     """Return the text of a row: name, prediction with probability, true class, and the class of other class maps."""
     prediction = explanation.prediction
     lines = [name] if name else []
-    what = ["none of the classes;", "nearest"] if rejected else ["predicted"]
-    lines += [*what[:-1], f"{what[-1]}, {explanation.probabilities[prediction]:.0%}:", classes[prediction]]
+    probability = f"{explanation.probabilities[prediction]:.0%}"
+    if rejected:
+        lines += ["none of the classes;", f"nearest, {probability}:", classes[prediction]]
+    else:
+        lines += [f"predicted, {probability}:", classes[prediction]]
     if label is not None and rejected:
         lines += ["it is:", label]
     elif label is not None:

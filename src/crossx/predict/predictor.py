@@ -121,7 +121,7 @@ class Predictor:
             self.rejection = spec.rejection.score, threshold
         self.coverage = options.get("coverage")
         if self.coverage is not None:
-            self.check_coverage(self.coverage)
+            self.least_probability(self.coverage)
 
     @classmethod
     def load(
@@ -429,7 +429,7 @@ class Predictor:
             coverages: Coverage of the prediction set of each image; by default that of the predictor.
 
         Raises:
-            UsageError: As ``check_coverage``.
+            UsageError: As ``least_probability``.
             CrossXError: As ``classify``.
         """
         if len(images) == 0:
@@ -455,8 +455,8 @@ class Predictor:
             )
         ]
 
-    def check_coverage(self, coverage: float) -> float:
-        """Return the least probability of a class in a prediction set.
+    def least_probability(self, coverage: float) -> float:
+        """Return the least probability of a class in a prediction set of this coverage.
 
         Raises:
             UsageError: If ``coverage`` is not from 0.5 to 0.99, or the run was not calibrated for it.
@@ -467,7 +467,7 @@ class Predictor:
     def _candidates(self, probabilities: Tensor, coverage: float) -> tuple[str, ...]:
         """Return the classes of the prediction set, of probabilities (K,)."""
         values, indices = probabilities.sort(descending=True, stable=True)
-        count = max(1, int((values >= self.check_coverage(coverage)).sum()))
+        count = max(1, int((values >= self.least_probability(coverage)).sum()))
         return tuple(self.classes[i] for i in indices[:count].tolist())
 
     @torch.inference_mode()

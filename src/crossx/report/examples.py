@@ -72,7 +72,7 @@ class SimilarTile(NamedTuple):
     """A similar training image as the page shows it.
 
     Attributes:
-        label: Its class.
+        label: Name of its class as people read it.
         similarity: Cosine of the features.
         image: Data URI; None if it cannot be read.
     """
@@ -139,15 +139,15 @@ def make_examples(
     return examples
 
 
-def similar_tiles(found: Sequence[Similar]) -> list[SimilarTile]:
-    """Return training images as small pictures."""
+def similar_tiles(found: Sequence[Similar], names: Mapping[str, str]) -> list[SimilarTile]:
+    """Return training images as small pictures; ``names`` are those of the classes as people read them."""
     tiles = []
     for similar in found:
         image = None
         if similar.path is not None:
             with contextlib.suppress(ImageError):
                 image = data_uri(read_pixels(similar.path, min_side=SIMILAR_SIDE), SIMILAR_SIDE)
-        tiles.append(SimilarTile(similar.label, similar.similarity, image))
+        tiles.append(SimilarTile(names[similar.label], similar.similarity, image))
     return tiles
 
 

@@ -80,6 +80,7 @@ def report_run(
     shown = choose_examples(tested)
     notices, pictures = [], {}
     similar: dict[int, list[SimilarTile]] = {}
+    what = "pictures"
     try:
         files = _find_images(opened, tested, split, shown.images)
         maps = ExampleMaps.load(maps_path(opened.path, split), shown.images, tested)
@@ -88,13 +89,17 @@ def report_run(
         drawn = _draw(tested, files, maps)
         pictures = dict(zip(shown.images, drawn, strict=True))
         if find_similar is not None:
+            what = "similar training images"
             mistakes = list(dict.fromkeys(taken for _, taken, _ in shown.pairs))
             paths = dict(zip(shown.images, files, strict=True))
             found = find_similar([paths[number] for number in mistakes])
-            similar = {number: similar_tiles(images) for number, images in zip(mistakes, found, strict=True)}
+            names = dict(zip(tested.classes, tested.names, strict=True))
+            similar = {
+                number: similar_tiles(images, names) for number, images in zip(mistakes, found, strict=True)
+            }
     except CrossXError as error:
-        notices.append(f"The page has no pictures: {error}")
-        log.warning("the page has no pictures: %s", error)
+        notices.append(f"The page has no {what}: {error}")
+        log.warning("the page has no %s: %s", what, error)
     write_text(target, render(tested, shown, pictures, notices, similar))
     return target
 

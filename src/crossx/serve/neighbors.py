@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from crossx.data.images import ImageError, printable, read_pixels
 from crossx.errors import UsageError
@@ -41,10 +41,9 @@ class SimilarImages:
         self._index, self._top = index, top
         self._thumbnail = lru_cache(CACHED)(thumbnail)
 
-    def find(self, images: Sequence[object]) -> list[tuple[Neighbor, ...]]:
+    def find(self, images: Sequence[Tensor]) -> list[tuple[Neighbor, ...]]:
         """Return the training images most similar to each prepared image; only for the network's thread."""
-        features = self._index.predictor.features(images)  # type: ignore[arg-type]
-        return self._index.nearest(features.numpy().astype(np.float32), self._top)
+        return self._index.nearest(self._index.predictor.features(images).numpy(), self._top)
 
     def describe(self, neighbors: Sequence[Neighbor]) -> list[SimilarImage]:
         """Return what the answer says about them, with thumbnails of those that can be read."""

@@ -156,7 +156,7 @@ class Service:
             coverage = self._predictor.coverage
         else:
             try:
-                self._predictor.check_coverage(coverage)
+                self._predictor.least_probability(coverage)
             except UsageError as error:
                 # which names the run's folder and an option of the command
                 raise HTTPException(
@@ -168,12 +168,13 @@ class Service:
             request.state.images = len(uploads)
             prepare = partial(self._prepare, top=top, coverage=coverage)
             classified = await self._run(request, uploads, prepare, self._classify)
-            results = [found.answer if isinstance(found, _Classified) else found for found in classified]
-            near = [found.near if isinstance(found, _Classified) else () for found in classified]
-        predictions = [_answer(upload.name, result) for upload, result in zip(uploads, results, strict=True)]
-        if self._similar is not None:
-            for prediction, neighbors in zip(predictions, near, strict=True):
-                prediction.neighbors = await run_in_threadpool(self._similar.describe, neighbors)
+        predictions = []
+        for upload, found in zip(uploads, classified, strict=True):
+            result, near = found if isinstance(found, _Classified) else (found, ())
+            prediction = _answer(upload.name, result)
+            if self._similar is not None:
+                prediction.neighbors = await run_in_threadpool(self._similar.describe, near)
+            predictions.append(prediction)
         for prediction in predictions:
             if prediction.probability is None:
                 self.metrics.observe_unreadable()

@@ -234,7 +234,7 @@ function showSimilar(neighbors) {
   at["similar-images"].replaceChildren(...neighbors.map(({ label, similarity, path, webp }) => {
     const item = made("li", { title: path });
     if (webp !== null) item.append(made("img", { src: `data:image/webp;base64,${webp}`, alt: "" }));
-    item.append(made("span", { textContent: label }), made("span", { className: "quiet", textContent: similarity.toFixed(2) }));
+    item.append(made("span", { textContent: named(label) }), made("span", { className: "quiet", textContent: similarity.toFixed(2) }));
     return item;
   }));
   at.similar.hidden = !neighbors.length;
