@@ -115,7 +115,8 @@ def _accuracy(trial: TrialResult) -> str:
 
 
 def _print_outcome(tuned: Tuned) -> None:
-    from crossx.tuning.results import build_table, short
+    from crossx.tuning.results import build_table
+    from crossx.tuning.space import short
 
     print(f"\n{build_table(tuned).to_text(columns())}", end="")
     best = tuned.best
@@ -123,6 +124,6 @@ def _print_outcome(tuned: Tuned) -> None:
     text = f"\nbest: trial {best.number}, {_accuracy(best)} top-1 on validation: {options}\nchosen: {tuned.sentence()}"
     print(fold(text, hanging="  "))
     print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
-    print(f"chart: {tuned.folder / 'search.png'}")
+    print(f"report: {tuned.folder / 'report.html'}; chart: search.png")
     print(f"next: crossx test {best.run}")
     print(fold_command(f"or: crossx fit --config {tuned.folder / 'best.yaml'} --output RUN"))
