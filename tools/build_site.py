@@ -31,8 +31,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Evaluate": ("docs/report.md", "docs/explain.md", "docs/parts.md", "docs/unknowns.md", "docs/ablation.md"),
     "Predict and deploy": (
-        "docs/predict.md", "docs/neighbors.md", "docs/collections.md", "docs/export.md", "docs/serve.md", "docs/share.md",
-        "docs/kubernetes.md", "docs/upgrade.md",
+        "docs/predict.md", "docs/neighbors.md", "docs/collections.md", "docs/export.md", "docs/serve.md",
+        "docs/share.md", "docs/kubernetes.md", "docs/upgrade.md",
     ),
     "Guides": (),
     "Methods": (),
