@@ -168,7 +168,7 @@ def datasets(paths: Sequence[Path]) -> dict[str, Dataset[tuple[Tensor, int]]]:
         "released": Released(paths),
         "fast": ImageDataset(records, fast, 0, fast.read),
         "strict": ImageDataset(records, strict, 0, strict.read),
-        "fast, ram cache": ImageDataset(records, fast, 0, partial(cache.read, decode=fast.read)),
+        "fast, ram cache": ImageDataset(records, fast, 0, partial(cache.read, prepare=fast.read)),
     }
 
 

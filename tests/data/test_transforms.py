@@ -316,11 +316,34 @@ def test_jpegs_are_decoded_at_full_size_where_a_smaller_one_would_not_do():
     for transform in (
         eval_transform(prep(pipeline="strict")),
         eval_transform(prep(crop_bottom=20)),
-        train_transform(prep(), "resized_crop"),
-        train_transform(prep(), "trivial"),
+        train_transform(prep(60), "resized_crop"),
+        train_transform(prep(60), "trivial"),
     ):
         assert read_shape(transform, data) == (480, 640)
-    assert read_shape(eval_transform(prep()), jpeg(picture(481, 640))) == (481, 640)
+    assert read_shape(eval_transform(prep()), jpeg(picture(481, 643))) == (240, 321)
+
+
+@pytest.mark.parametrize("augmentation", ["resized_crop", "trivial"])
+def test_small_crops_of_a_jpeg_decoded_smaller_are_not_enlarged_and_differ_little(augmentation):
+    image = picture(924, 924)
+    data = jpeg(image)
+    transform = train_transform(prep(), augmentation)
+    assert read_shape(transform, data) == (231, 231)
+    crop = transform.steps[2].args[1]
+    decoded, sides = transform.read(data), []
+    torch.manual_seed(0)
+    for drawn in range(2000):
+        region = crop.make_params([decoded])
+        place = [region[name] for name in ("top", "left", "height", "width")]
+        sides.append(min(place[2:]))
+        if drawn % 200 == 0:
+            small, large = (
+                v2.functional.crop(whole, *(scale * length for length in place))
+                for whole, scale in ((decoded, 1), (image, 4))
+            )
+            small, large = (resized_by_pillow(one, (56, 56), "bilinear") for one in (small, large))
+            assert difference(small, large)[1] < 2
+    assert 56 <= min(sides) < 60
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

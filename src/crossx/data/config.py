@@ -70,8 +70,10 @@ class DataConfig:
         pipeline: `fast`, or `strict` to decode and resize with Pillow only, for the pixels of the released code. `fast`
             differs from them by at most one grey level (bicubic: a few), and by more in large JPEGs, which it decodes
             at half, a quarter or an eighth of their size.
-        cache: Keep decoded images: `none`, `ram`, or `disk` (in $XDG_CACHE_HOME/crossx/decoded, also for later runs).
-            The space is reserved and reported before training; an image is stored when it is first read.
+        cache: Keep images as they are before the first random step, resized or decoded: `none`, `ram`, or `disk` (also
+            for later runs). The space is reserved and reported before training; an image is stored when it is first
+            read.
+        cache_folder: Folder of `data.cache disk`; by default $XDG_CACHE_HOME/crossx/decoded.
         batch_size: Images per training step and device.
         eval_batch_size: Images per step in validation and testing; by default batch_size.
         num_workers: Processes that load images; by default one per CPU core, at most 8. They do not affect the images.
@@ -105,6 +107,7 @@ class DataConfig:
     random_erasing: float = 0.0
     pipeline: Pipeline = "fast"
     cache: Cache = "none"
+    cache_folder: str | None = None
     batch_size: int = 32
     eval_batch_size: int | None = None
     num_workers: int | None = None
@@ -144,6 +147,10 @@ class DataConfig:
         for option, choices in _CHOICES.items():
             if option in given:
                 check_choice(f"data.{option}", given[option], choices)
+        if self.cache_folder is not None and self.cache != "disk":
+            raise UsageError(
+                "data.cache_folder is the folder of data.cache disk: give --data.cache disk too, or leave it out."
+            )
         if self.sampling == "pairs" and self.batch_size % 2:
             raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
 

@@ -20,11 +20,11 @@ from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
 from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
-from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.data.transforms import CachedForm, Normalize, Transform, eval_transform, train_transform
 from crossx.data.views import StoredViews
 from crossx.distributed import is_leader, world_size
 from crossx.errors import CrossXError, counted, first_few
-from crossx.runs import Preprocessing
+from crossx.runs import Preprocessing, user_path
 
 MAX_WORKERS = 8
 MAX_LISTED = 10
@@ -69,7 +69,7 @@ class DataModule:
         self.skipped: list[tuple[Path, str]] = []
         self.processes = 1
         self.normalize = Normalize(preprocessing)
-        self._caches: dict[str, PixelCache] = {}
+        self._caches: dict[str, tuple[PixelCache, CachedForm]] = {}
 
     def to_device(self, batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
         """Move a batch to a device and convert its images to normalised float32."""
@@ -181,8 +181,10 @@ class DataModule:
             raise CrossXError(
                 f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
             )
-        transform = transform or eval_transform(self.preprocessing)
-        dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
+        if transform is None:
+            transform = eval_transform(self.preprocessing)
+            self._open_cache(split, records, transform)
+        dataset = self._dataset(split, records, transform)
         batch_size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
 
@@ -213,20 +215,38 @@ class DataModule:
         transform = train_transform(
             self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
         )
-        reader = self._reader("train", records, transform)
-        dataset = ImageDataset(records, transform, self.seed, reader, self.parts)
+        # parts move with each step
+        self._open_cache("train", records, transform, decoded_only=bool(self.parts))
+        dataset = self._dataset("train", records, transform, self.parts)
         return dataset, [record.label for record in records]
 
-    def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
-        kind = self.config.cache
-        if kind == "none":
-            return transform.read
-        if name not in self._caches:
-            paths = [record.path for record in records]
-            self._caches[name], summary = open_cache(kind, name, paths, transform)
-            if is_leader():
-                log.info(summary)
-        return partial(self._caches[name].read, decode=transform.read)
+    def _dataset(
+        self, name: str, records: Sequence[Record], transform: Transform, parts: Sequence[str] = ()
+    ) -> ImageDataset:
+        """Return images that are read from the cache ``name``, if there is one with what ``transform`` needs."""
+        read: Callable[[Path], Tensor] = transform.read
+        if name in self._caches:
+            cache, kept = self._caches[name]
+            for form in transform.forms():
+                if form.key == kept.key:
+                    transform, read = form.then, partial(cache.read, prepare=form.read)
+        return ImageDataset(records, transform, self.seed, read, parts)
+
+    def _open_cache(
+        self, name: str, records: Sequence[Record], transform: Transform, *, decoded_only: bool = False
+    ) -> None:
+        """Open a cache, if one is configured and it is not open yet."""
+        kind, folder = self.config.cache, self.config.cache_folder
+        if kind == "none" or name in self._caches:
+            return
+        paths = [record.path for record in records]
+        place = user_path(folder) if folder else None
+        cache, form, summary = open_cache(
+            kind, name, paths, transform, folder=place, decoded_only=decoded_only
+        )
+        self._caches[name] = cache, form
+        if is_leader():
+            log.info(summary)
 
     def _loader(
         self,

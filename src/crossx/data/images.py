@@ -100,7 +100,8 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
     Args:
         source: The file or its bytes.
         min_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (without the highest frequencies), as
-            long as its shorter side keeps this many pixels and both sides stay whole numbers.
+            long as its shorter side keeps this many pixels. What is left over at the right and the bottom, less than
+            a pixel of the result, is cut off.
         pillow: Decode with Pillow only, at full size.
 
     Returns:
@@ -346,6 +347,9 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
         )
     except ValueError:
         return None
+    if height % factor or width % factor:
+        # the last row and column are partly padding of the JPEG's blocks
+        pixels = np.ascontiguousarray(pixels[: max(1, height // factor), : max(1, width // factor)])
     if data.rfind(b"Exif\0\0") < 0 and data.rfind(b"tiff:Orientation") < 0:  # twice as fast as find
         return pixels
     with _opened(data, ("JPEG",), header=True) as image:
@@ -361,13 +365,9 @@ def _jpeg_bytes(path: str | Path) -> bytes:
 
 
 def _scale(width: int, height: int, min_side: int | None) -> int:
-    """Return the largest divisor of both sides that keeps ``min_side``."""
+    """Return the largest scale at which the shorter side keeps ``min_side``."""
     for scale in (8, 4, 2):
-        if (
-            min_side is not None
-            and width % scale == height % scale == 0
-            and min(width, height) // scale >= min_side
-        ):
+        if min_side is not None and min(width, height) // scale >= min_side:
             return scale
     return 1
 

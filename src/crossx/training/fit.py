@@ -580,7 +580,7 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    exclude = config.data.exclude
+    exclude, cache = config.data.exclude, config.data.cache_folder
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
@@ -589,6 +589,7 @@ def _with_absolute_paths(config: Config) -> Config:
         data=replace(
             config.data.with_absolute_root(),
             exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
+            cache_folder=str(user_path(cache).absolute()) if cache is not None else None,
         ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )
