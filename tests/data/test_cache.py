@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crossx.data import cache as module
-from crossx.data.cache import PixelCache, open_cache
+from crossx.data import datamodule
+from crossx.data.cache import PixelCache, open_cache, stored_images
 from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.images import ImageError, read_image
@@ -192,7 +193,7 @@ TRANSFORMS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     made=st.sampled_from(sorted(TRANSFORMS)),
     size=st.tuples(st.integers(1, 400), st.integers(1, 400)),
@@ -297,6 +298,53 @@ def test_processes_that_fill_a_cache_at_the_same_time_agree(paths):
     cache, _, _ = opened("disk", paths)
     for path in paths:
         assert torch.equal(cache.read(path, fail), read_image(path))
+
+
+def test_what_an_earlier_run_has_stored_is_known(paths, cache_home):
+    assert stored_images(paths, TRANSFORM) == set()
+    assert not cache_home.exists()
+    cache, form, _ = open_cache("disk", "train", paths, TRANSFORM)
+    for path in paths[:4]:
+        cache.read(path, form.read)
+    assert stored_images(paths, TRANSFORM) == set(paths[:4])
+    assert stored_images(paths[:4], TRANSFORM) == set()
+    assert stored_images(paths, eval_transform(replace(PREPROCESSING, image_size=33))) == set()
+    (file,) = cache_home.iterdir()
+    with file.open("r+b") as damaged:
+        damaged.seek(8 * len(paths) + 5)
+        damaged.write(b"?")
+    assert stored_images(paths, TRANSFORM) == set(paths[1:4])
+
+
+def test_images_in_the_cache_of_an_earlier_run_are_not_checked_again(paths, monkeypatch):
+    inspect, seen = datamodule.inspect_image, []
+
+    def recorded(path):
+        seen.append(path)
+        return inspect(path)
+
+    def check(read):
+        records = tuple(Record(path, number % 2, "train") for number, path in enumerate(paths))
+        config = DataConfig(
+            image_size=32, batch_size=4, num_workers=0, cache="disk", val_fraction=0.25, bad_images="skip"
+        )
+        data = DataModule(DatasetIndex("birds", ("auk", "jay"), records), PREPROCESSING, config, seed=0)
+        seen.clear()
+        data.check_images()
+        data.open_caches()
+        for loader in (data.train_dataloader(), data.val_dataloader()) if read else ():
+            list(loader)
+        return data
+
+    monkeypatch.setattr(datamodule, "inspect_image", recorded)
+    check(read=True)
+    assert sorted(seen) == sorted(paths)
+    check(read=False)
+    assert sorted(seen) == [path for path in sorted(paths) if path.suffix == ".png"]
+    paths[0].write_bytes(paths[0].read_bytes()[:-200])
+    assert [path for path, _ in check(read=False).skipped] == [paths[0]]
+    paths[0].write_bytes(b"")
+    assert [path for path, _ in check(read=False).skipped] == [paths[0]]
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])

@@ -70,16 +70,22 @@ class PixelCache:
         words = self._words[start : start + _words(height, width)]
         flat = words.view(torch.uint8)[: 3 * height * width]
         pixels = flat.view(height, width, 3).permute(2, 0, 1)  # (H*W*3,) -> (H, W, 3) -> (3, H, W)
-        if self._checked[number]:
-            return pixels
-        if self._words[number] != _checksum(words):
+        if not self.holds(path):
             image = prepare(path)
             if image.shape != pixels.shape:
                 return image  # the header does not match the image
             pixels.copy_(image)
             self._words[number] = _checksum(words)
-        self._checked[number] = True
+            self._checked[number] = True
         return pixels
+
+    def holds(self, path: Path) -> bool:
+        """Return whether an image is stored, and intact."""
+        number, start, height, width = self._entries[path]
+        if not self._checked[number]:
+            words = self._words[start : start + _words(height, width)]
+            self._checked[number] = self._words[number] == _checksum(words)
+        return bool(self._checked[number])
 
     def _map(self) -> Tensor:
         return torch.from_file(self._path, shared=True, size=self._length, dtype=torch.int64)
@@ -122,21 +128,17 @@ def open_cache(
         ImageError: If an image's header cannot be read, or ``crop_bottom`` leaves nothing of it.
         UsageError: If there is not enough space or no permission to write.
     """
-    decoded = {path: transform.size(path) for path in paths}
-    forms = transform.forms(decoded_only=decoded_only)
-    sizes = {form.name: _sizes(form, decoded) for form in forms}
-    needed = {name: _bytes(found) for name, found in sizes.items()}
-    forms = tuple(form for form in forms if needed[form.name] <= MAX_GROWTH * needed["decoded"])
     folder = default_folder() if folder is None else folder
     where = "memory" if kind == "ram" else str(folder)
-    for form in forms:
-        count = counted(len(decoded), f"{form.name} {name} image")
-        summary = f"data.cache {kind}: {count} take{'s' * (len(decoded) == 1)} {_shown(needed[form.name])}"
+    for form, sizes in _possible(paths, transform, decoded_only=decoded_only):
+        needed = _bytes(sizes)
+        count = counted(len(sizes), f"{form.name} {name} image")
+        summary = f"data.cache {kind}: {count} take{'s' * (len(sizes) == 1)} {_shown(needed)}"
         try:
-            file = folder / f"{_key(sizes[form.name], form)}.bin" if kind == "disk" else None
+            file = _file(folder, sizes, form) if kind == "disk" else None
             free = _free_memory() if file is None else _free_disk(file)
-            if needed[form.name] <= free:
-                return _open(sizes[form.name], file), form, f"{summary} in {file or where}."
+            if needed <= free:
+                return _open(sizes, file), form, f"{summary} in {file or where}."
         except OSError as error:
             raise UsageError(
                 f"{summary}, and {where} cannot hold them ({error.strerror}): {_ADVICE[kind]}."
@@ -144,6 +146,25 @@ def open_cache(
     raise UsageError(
         f"{summary}, and {where} has room for {_shown(free)}{_others(kind, folder)}: {_ADVICE[kind]}."
     )
+
+
+def stored_images(
+    paths: Iterable[Path], transform: Transform, *, folder: Path | None = None, decoded_only: bool = False
+) -> set[Path]:
+    """Return the images that an earlier run has stored on disk, and which can therefore be read.
+
+    Takes the arguments of ``open_cache``, and reserves nothing.
+
+    Raises:
+        ImageError: As ``open_cache``.
+    """
+    for form, sizes in _possible(paths, transform, decoded_only=decoded_only):
+        file = _file(default_folder() if folder is None else folder, sizes, form)
+        with suppress(OSError):
+            if file.stat().st_size == _bytes(sizes):
+                cache = PixelCache(sizes, file)
+                return {path for path in sizes if cache.holds(path)}
+    return set()
 
 
 def default_folder() -> Path:
@@ -161,6 +182,20 @@ def _open(sizes: Mapping[Path, tuple[int, int]], file: Path | None) -> PixelCach
             with suppress(OSError):
                 file.unlink(missing_ok=True)
         raise
+
+
+def _possible(
+    paths: Iterable[Path], transform: Transform, *, decoded_only: bool
+) -> list[tuple[CachedForm, dict[Path, tuple[int, int]]]]:
+    """Return the forms that are worth their space, the best first, with the sizes of the images."""
+    decoded = {path: transform.size(path) for path in paths}
+    forms = [(form, _sizes(form, decoded)) for form in transform.forms(decoded_only=decoded_only)]
+    limit = MAX_GROWTH * _bytes(decoded)
+    return [(form, sizes) for form, sizes in forms if _bytes(sizes) <= limit]
+
+
+def _file(folder: Path, sizes: Mapping[Path, tuple[int, int]], form: CachedForm) -> Path:
+    return folder / f"{_key(sizes, form)}.bin"
 
 
 def _sizes(form: CachedForm, decoded: Mapping[Path, tuple[int, int]]) -> dict[Path, tuple[int, int]]:
