@@ -3,6 +3,7 @@ import logging
 
 import pytest
 
+from crossx.cli.fit import _print_outcome
 from crossx.training import stages as module
 from crossx.training.fit import fit
 from crossx.training.stages import (
@@ -100,7 +101,7 @@ def test_the_table_adds_up(clock):
     ]
 
 
-def test_a_training_writes_its_profile_and_hints_at_the_cache(make_config, monkeypatch, caplog):
+def test_a_training_writes_its_profile_and_hints_at_the_cache(make_config, monkeypatch, caplog, capsys):
     monkeypatch.setattr(module, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(module, "MIN_SHARE", 0.0)
     caplog.set_level(logging.WARNING, "crossx")
@@ -115,3 +116,5 @@ def test_a_training_writes_its_profile_and_hints_at_the_cache(make_config, monke
     assert times[UPDATE] == updates
     assert times[VALIDATION] == times[FILES] == 2
     assert sum(row["seconds"] for row in profile["stages"]) == pytest.approx(profile["seconds"])
+    _print_outcome(run)
+    assert "\n".join(profile_table(profile)) in capsys.readouterr().out
