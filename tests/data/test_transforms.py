@@ -434,15 +434,16 @@ def test_a_mark_is_where_its_place_in_the_crop_is_said_to_be(case):
         assert crop.sum() == 0
 
 
-def test_a_jpeg_decoded_smaller_ends_at_the_same_place():
-    image = np.zeros((960, 1280, 3), np.uint8)
+@pytest.mark.parametrize(("height", "width"), [(960, 1280), (961, 1281)])
+def test_a_jpeg_decoded_smaller_ends_at_the_same_place(height, width):
+    image = np.zeros((height, width, 3), np.uint8)
     image[320:400, 600:680] = 255
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95)
     transform = eval_transform(prep(112))
     small = transform.read(buffer.getvalue())
     assert small.shape[1:] == (480, 640)
-    centre = eval_crop_place(prep(112), 960, 1280)(torch.tensor([640.0, 360.0]))
+    centre = eval_crop_place(prep(112), height, width)(torch.tensor([640.0, 360.0]))
     light = (transform(small).int() - 20).clamp(min=0)
     torch.testing.assert_close(centre_of_light(light).float(), centre, atol=0.15, rtol=0)
 
