@@ -89,7 +89,8 @@ def mutate(data: bytes, seeds: list[bytes], target: Target, generator: random.Ra
             case 8 if size:
                 length = generator.choice((1, 4, 16))
                 result[start:start] = result[start : start + length] * generator.choice((1, 2, 50))
-    return bytes(result[: 1 << 20])
+    content = bytes(result[: 1 << 20])
+    return target.repair(content) if target.repair and generator.random() < 0.8 else content
 
 
 class Forks:

@@ -34,6 +34,7 @@ class Target:
         read: Reads the layout in a folder.
         tokens: What is inserted into the files.
         tail: Whether most mutations hit the end of a file, where its index is.
+        repair: Makes checksums right again, in most mutants.
     """
 
     write: Callable[[Path], object]
@@ -41,6 +42,7 @@ class Target:
     read: Read
     tokens: tuple[bytes, ...] = ()
     tail: bool = False
+    repair: Callable[[bytes], bytes] | None = None
 
 
 NUMBERS = tuple(
@@ -77,6 +79,15 @@ PARQUET = (
     struct.pack("<i", -1),
     struct.pack("<q", 2**62),
 )
+TAR = (
+    *TEXT, b"\0" * 100, b"\0" * 512, b"\x80" + b"\0" * 11, b"\xff" * 12, b"77777777777\0", b"00000000000\0", b"0000000-001\0", b"ustar\0" b"00", b"ustar  \0",
+    b"././@LongLink", b"././@PaxHeader", b"25 GNU.sparse.major=1\n", b"26 GNU.sparse.map=0,9,0,1\n", b"18 path=../../a.jpg\n", b"13 size=999\n", b"16 size=1e400999\n",
+    b"9999 path=x\n", b"0 path=x\n", b"22 hdrcharset=BINARY\n", b".jpg", b".cls", b".json", b".txt", b"LKSxgX0123456", b"/", b"..",
+)  # fmt: skip
+ARROW = (
+    *JSON, *PARQUET, b"ARROW1", struct.pack("<i", 2**31 - 1), struct.pack("<q", -1), struct.pack("<q", 2**40), struct.pack("<h", -1), b'"../../x"', b'"fingerprint"',
+    b"ClassLabel", b"Image", b"Value", b"List", b"Sequence", b"string", b"int64", b"data-00000-of-00001.arrow", b'{"_type": "Image"}', b'{"dtype": "string", "_type": "Value"}',
+)  # fmt: skip
 MAT = (
     b"\xff" * 4,
     b"\x7f" * 4,
@@ -238,6 +249,20 @@ def embedded(path: Path) -> None:
             all_of(lambda: read_tables(path), lambda: collection(path))
         finally:
             shutil.rmtree(cache, ignore_errors=True)
+
+
+def cached(name: str) -> Read:
+    """Read a dataset whose images are unpacked into the cache, with a cache of its own."""
+
+    def read(path: Path) -> None:
+        cache = path.parent / "cache"
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)):
+            try:
+                archive(name)(path)
+            finally:
+                shutil.rmtree(cache, ignore_errors=True)
+
+    return read
 
 
 def class_table(path: Path) -> object:
@@ -530,6 +555,76 @@ def write_embedded(path: Path) -> None:
     )
 
 
+SHARDS = ("train-000.tar", "test-000.tar", "classnames.txt")
+
+
+def write_shards(path: Path) -> None:
+    import io
+    import tarfile
+
+    layouts.write_image(path.parent / "image.jpg", 0, 0, (24, 20))
+    image = (path.parent / "image.jpg").read_bytes()
+    (path / "classnames.txt").write_text("wren\nrobin\n")
+    for name, form in zip(SHARDS, (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT), strict=False):
+        with tarfile.open(path / name, "w", format=form) as archive:
+            for number in range(4):
+                # the longest has a header of its own
+                key = f"{number:03d}" if number else f"{'long/' * 30}\u00e9"
+                label = {"cls": b"1", "txt": b"wren", "json": b'{"label": 0}'}
+                kind = ("cls", "txt", "json", "cls")[number]
+                for extension, content in (("jpg", image), (kind, label[kind])):
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def sum_headers(content: bytes) -> bytes:
+    """Return a tar file whose headers have their checksums."""
+    result = bytearray(content)
+    for start in range(0, len(result) - 511, 512):
+        if result[start + 257 : start + 262] == b"ustar":
+            result[start + 148 : start + 156] = b" " * 8
+            total = sum(result[start : start + 512])
+            result[start + 148 : start + 156] = b"%06o\0 " % total
+    return bytes(result)
+
+
+SAVED = (
+    "dataset_dict.json", "train/state.json", "train/dataset_info.json", "train/data-00000-of-00001.arrow",
+)  # fmt: skip
+
+
+def write_saved(path: Path) -> None:
+    import datasets
+
+    layouts.write_image(path.parent / "image.jpg", 0, 0, (24, 20))
+    image = (path.parent / "image.jpg").read_bytes()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["wren", "robin"])}
+    )
+    rows = {
+        "image": [{"bytes": image + bytes([n]), "path": f"{n}.jpg"} for n in range(6)],
+        "label": [0, 1] * 3,
+    }
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(path))
+
+
+def write_loadable(path: Path) -> None:
+    (path / "data").mkdir()
+    write_embedded(path / "data")
+    (path / "data/bytes.parquet").unlink()
+    (path / "data/struct.parquet").rename(path / "data/train.parquet")
+
+
+def loadable(path: Path) -> None:
+    import datasets
+
+    with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", path.parent / "cache" / "hub"):
+        cached("huggingface")(path)
+
+
 CUB = (
     "classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/parts.txt", "parts/part_locs.txt",
 )  # fmt: skip
@@ -566,6 +661,9 @@ TARGETS = {
     ),
     "lists": Target(write_lists, LISTS, lambda path: all_of(*(functools.partial(listed, path / name) for name in LISTS)), TEXT),
     "embedded": Target(write_embedded, EMBEDDED, separate(embedded), PARQUET, tail=True),
+    "webdataset": Target(write_shards, SHARDS, cached("webdataset"), TAR, repair=sum_headers),
+    "huggingface": Target(write_saved, SAVED, cached("huggingface"), ARROW),
+    "loadable": Target(write_loadable, ("data/train.parquet",), loadable, PARQUET, tail=True),
     "outputs": Target(write_outputs, OUTPUTS, separate(outputs), (*CSV, *JSON, *PARQUET)),
     "classes": Target(write_class_table, ("test/per_class.csv",), class_table, CSV),
     "images": Target(write_pictures, PICTURES, separate(pictured), IMAGE),

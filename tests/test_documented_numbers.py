@@ -238,7 +238,7 @@ def test_the_choice_of_a_method_quotes_the_results() -> None:
 
 def test_the_licences_are_those_of_timm_and_of_the_catalog() -> None:
     timm = pytest.importorskip("timm")
-    weights, datasets = tables((ROOT / "docs" / "licences.md").read_text(encoding="utf-8"))
+    weights, datasets, _ = tables((ROOT / "docs" / "licences.md").read_text(encoding="utf-8"))
     stated = {row[0].strip("`"): row[1] for row in weights[1:]}
     assert stated == {name: timm.get_pretrained_cfg(name).license for name in stated}
     used = {load_recipe(name).get("model", "backbone") for name in list_recipes()}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import layouts
 from crossx import recipes
+from crossx.cli.fit_options import parse_fit
 from crossx.data.catalog import read_dataset
 from crossx.data.datamodule import DataModule
 from crossx.data.index import DatasetIndex
@@ -454,3 +455,31 @@ def test_own_file_builds_on_a_model_name(tmp_path: Path) -> None:
 def test_a_misspelt_model_name_is_suggested() -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'crossx_resnet50\.cub_448'"):
         load_recipe("crossx_resnet50.cub_44")
+
+
+def test_the_note_of_a_search_names_what_was_changed_afterwards(tmp_path: Path) -> None:
+    sentence = "the best of 9 trials of `crossx tune`"
+    best = Config.from_recipe("finetune", tuned=sentence, optim={"lr": 0.02})
+    (file := tmp_path / "best.yaml").write_text(best.to_yaml())
+
+    def note(*words: str) -> str | None:
+        return parse_fit(["--config", str(file), *words]).config.tuned
+
+    assert note("--seed", "3", "--data.root", "elsewhere", "--optim.lr", "0.02") == sentence
+    assert note("--optim.lr", "0.1") == f"{sentence}; changed afterwards: optim.lr"
+    # num_parts is an option of the former method
+    changed = note("--model.method", "plain") or ""
+    assert "model.method" in changed
+    assert "model.num_parts" in changed
+    assert Config.from_recipe(file, optim={"lr": 0.1}).tuned == f"{sentence}; changed afterwards: optim.lr"
+    assert Config.from_recipe(file, data={"root": "elsewhere"}).tuned == sentence
+
+    decay = best.optim.weight_decay
+    (own := tmp_path / "own.yaml").write_text(f"base: {file}\noptim: {{lr: 0.1, weight_decay: {decay}}}")
+    config = Config.from_recipe(own, trainer={"max_epochs": 1})
+    assert config.tuned == f"{sentence}; changed afterwards: optim.lr; changed afterwards: trainer.max_epochs"
+    # the configuration of a run keeps its note
+    own.write_text(config.to_yaml())
+    assert Config.from_recipe(own).tuned == config.tuned
+    own.write_text(f"base: {file}\ntuned: by hand\noptim: {{lr: 0.1}}")
+    assert Config.from_recipe(own).tuned == "by hand"

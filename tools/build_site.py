@@ -26,12 +26,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Tutorials": ("docs/tutorials/photos.md", "docs/tutorials/paper.md", "docs/own-method.md"),
     "Choose": ("docs/which-method.md", "docs/comparison.md", "docs/licences.md"),
     "Data and training": (
-        "docs/install.md", "docs/data.md", "docs/training.md", "docs/tune.md", "docs/scaling.md", "docs/synthetic.md",
+        "docs/install.md", "docs/data.md", "docs/audit.md", "docs/training.md", "docs/tune.md", "docs/scaling.md",
+        "docs/synthetic.md",
     ),
-    "Evaluate": ("docs/report.md", "docs/explain.md", "docs/parts.md", "docs/ablation.md"),
+    "Evaluate": ("docs/report.md", "docs/explain.md", "docs/parts.md", "docs/unknowns.md", "docs/ablation.md"),
     "Predict and deploy": (
-        "docs/predict.md", "docs/collections.md", "docs/export.md", "docs/serve.md", "docs/share.md",
-        "docs/kubernetes.md", "docs/upgrade.md",
+        "docs/predict.md", "docs/neighbors.md", "docs/collections.md", "docs/export.md", "docs/serve.md",
+        "docs/share.md", "docs/kubernetes.md", "docs/upgrade.md",
     ),
     "Guides": (),
     "Methods": (),

@@ -33,6 +33,7 @@ EXTRAS = (
     "tune",
     "datasets",
     "audit",
+    "neighbors",
     "docs",
     "dev",
 )

@@ -18,7 +18,7 @@ def test_wrong_options_are_refused(photographs: Path, backbone: str, tmp_path: P
         audit_dataset("folder", photographs, exclude=["blurry"])
     with pytest.raises(UsageError, match=r"unknown check 'label'.*Did you mean 'labels'"):
         audit_dataset("folder", photographs, checks=["label"])
-    with pytest.raises(UsageError, match="--backbone and --run do not go together"):
+    with pytest.raises(UsageError, match="--backbone and --run cannot be combined"):
         audit_dataset("folder", photographs, backbone=backbone, run="runs/mine")
     with pytest.raises(UsageError, match="is in the dataset's folder"):
         audit_dataset("folder", photographs, output=photographs / "audit", backbone=backbone)

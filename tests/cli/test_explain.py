@@ -220,7 +220,7 @@ def test_what_the_image_shows_is_the_evaluation_crop(
         (
             2,
             ["RUN", "photos", "--class", "wren"],
-            "--class belongs to class maps: give --maps class or --maps both.",
+            "--class needs class maps: give --maps class or --maps both.",
         ),
         (2, ["RUN", "photos", "--colormap", "viridi"], "unknown colormap 'viridi'. Did you mean 'viridis'?"),
         (2, ["RUN", "photos", "--opacity", "2"], "--opacity takes a number from 0 to 1, not '2'."),

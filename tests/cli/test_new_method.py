@@ -68,7 +68,7 @@ def test_the_package_is_complete(name: str, tmp_path: Path) -> None:
         ("class", "a word of Python"),
         ("plain", "there is a method of this name already"),
         ("quickstart", "there is a recipe of this name already"),
-        ("x" * 41, "has 41 characters; 40 are the most"),
+        ("x" * 41, "has 41 characters; at most 40 are allowed"),
     ],
 )
 def test_names_are_checked(name: str, words: str) -> None:

@@ -62,9 +62,9 @@ def test_ctrl_c_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["photos", "--engine", "ray"], "--engine belongs to a folder of predictions: give --output DIR."),
-        (["photos", "--workers", "2", "--output", "x.csv"], "--workers belongs to a folder of predictions"),
-        (["photos", "--shard_size", "2", "--output", "x.CSV"], "--shard_size belongs to a folder"),
+        (["photos", "--engine", "ray"], "--engine needs a folder of predictions: give --output DIR."),
+        (["photos", "--workers", "2", "--output", "x.csv"], "--workers needs a folder of predictions"),
+        (["photos", "--shard_size", "2", "--output", "x.CSV"], "--shard_size needs a folder"),
         (
             ["photos", "more", "--output", "out"],
             "--output out takes one folder or Parquet file, not 2 paths.",
@@ -80,7 +80,7 @@ def test_ctrl_c_says_how_to_go_on(
         (["photos", "--features", "out.parquet", "--accept", "all"], "--accept belongs to predictions"),
         (
             ["photos", "--features", "out.parquet", "--output", "out.csv"],
-            "--features does not go with --output: leave one of them out.",
+            "--features cannot be combined with --output: leave one of them out.",
         ),
         (["photos", "--precision", "fp8"], "unknown precision 'fp8'."),
         (["photos", "--crops", "3"], "--crops takes 1, 5, not '3'."),
@@ -125,7 +125,7 @@ def test_an_empty_list_on_stdin_is_an_error(
 ) -> None:
     lines_on_stdin(monkeypatch, b"\n")
     assert main(["predict", run, "photos", "-", "--device", "cpu"]) == 1
-    assert capsys.readouterr() == ("", "crossx predict: error: standard input: no file is listed there.\n")
+    assert capsys.readouterr() == ("", "crossx predict: error: standard input: lists no files.\n")
 
 
 def test_a_file_says_how_many_and_how_fast(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,9 +88,9 @@ def refused(hub: Hub, run: str, capsys: pytest.CaptureFixture[str]) -> Callable[
     [
         (2, "share RUN", "give either --output DIR or --hub USER/NAME."),
         (2, "share RUN --output a --hub me/a", "give either"),
-        (2, "share RUN --output a --private", "--private belongs to --hub"),
+        (2, "share RUN --output a --private", "--private needs --hub"),
         (2, "share RUN --hub birds", "'birds' names no repository"),
-        (2, "share RUN --output a --license CC_BY", "license 'CC_BY' is no identifier"),
+        (2, "share RUN --output a --license CC_BY", "license 'CC_BY' is not a licence identifier"),
         (2, "share RUN --output .", ".: holds other files (bird.jpg)"),
         (1, "share nowhere --output a", "nowhere: no such run folder or checkpoint file"),
         (1, "share RUN --output a --figure none.jpg", "none.jpg: no such file"),

@@ -223,7 +223,11 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
         (1, "test nowhere", "nowhere: no such run folder or checkpoint file"),
         (2, "test run --split tets", "unknown split 'tets'"),
         (1, "test run --against no_run", "no_run: not a run folder"),
-        (2, "test run --parts --against run", "--parts measures one run and does not go with --against"),
+        (
+            2,
+            "test run --parts --against run",
+            "--parts measures one run and cannot be combined with --against",
+        ),
         (2, "test run --against run/checkpoints/last.ckpt", "a run folder holds the results of one network"),
         (1, "predict no_weights own", "no_weights: the run has no weights yet"),
         (1, "predict run nowhere.jpg", "nowhere.jpg: no such file or folder"),

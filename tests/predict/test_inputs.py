@@ -185,5 +185,5 @@ def test_names_in_lists_are_kept_as_they_are(tmp_path, monkeypatch):
     "content", [b"", b"\n\n", b"\r\n", b" \n", b"\0", b"# none\n", b"\xef\xbb\xbf", b"\xff\xfe"]
 )
 def test_an_empty_list_is_an_error(content, tmp_path):
-    with pytest.raises(CrossXError, match=r"^standard input: no file is listed there\.$"):
+    with pytest.raises(CrossXError, match=r"^standard input: lists no files\.$"):
         read_list(content, "standard input")

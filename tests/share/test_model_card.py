@@ -280,7 +280,7 @@ def test_commands_name_the_repository_and_figures_are_shown(method: Any) -> None
 
 @pytest.mark.parametrize("license", ["Apache 2.0", "", "mit\nlicense: x", "CC BY"])
 def test_a_licence_that_is_no_identifier_is_refused(license: str) -> None:
-    assert "is no identifier of the Hub" in refusal(check_license, license)
+    assert "is not a licence identifier of the Hub" in refusal(check_license, license)
 
 
 def test_card_data_are_those_of_the_run_folder(tmp_path: Path) -> None:

@@ -252,10 +252,13 @@ def test_steps_end_within_an_epoch_that_is_then_not_validated(make_config):
     assert run.read_info()["selection"]["epoch"] == 1
 
 
-def test_time_ends_within_an_epoch_that_is_then_validated(make_config):
-    run = fit(make_config(trainer={"max_time": {"microseconds": 1}}))
+@pytest.mark.parametrize("every", [1, 3])
+def test_time_ends_within_an_epoch_that_is_then_validated(make_config, every):
+    trainer = {"max_time": {"microseconds": 1}, "check_val_every_n_epoch": every}
+    run = fit(make_config(trainer=trainer))
     assert [(row["step"], bool(row["val/top1"])) for row in rows(run)] == [("1", True)]
-    assert run.read_info()["status"] == "finished"
+    assert (run.read_info()["status"], run.read_info()["selection"]["epoch"]) == ("finished", 1)
+    assert read_checkpoint(run.best)["history"]["rows"][-1]["val/top1"] == float(rows(run)[0]["val/top1"])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -219,6 +219,18 @@ def test_the_schedule_of_a_timed_run_is_that_of_the_epochs_that_fit(make_config,
 
 
 @pytest.mark.slow
+def test_the_epoch_that_the_time_makes_the_last_is_validated(make_config, monkeypatch):
+    clock = property(lambda self: 10.0 * len(self.rows) + 2.0 * self._batches)
+    monkeypatch.setattr(History, "seconds", clock)
+    run = fit(
+        make_config("timed", trainer={"max_time": "1m", "max_epochs": 30, "check_val_every_n_epoch": 4})
+    )
+    assert [row["epoch"] for row in history(run) if row.get("val/top1") is not None] == [4, 6]
+    selection = run.read_info()["selection"]
+    assert selection["value"] == max(row.get("val/top1") or 0 for row in history(run))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["one_cycle", "step"])
 def test_a_killed_timed_run_keeps_its_plan(make_config, monkeypatch, schedule):
     clock = property(lambda self: 10.0 * len(self.rows) + 2.0 * self._batches)

@@ -116,6 +116,10 @@ def test_the_best_on_validation_is_found_written_and_named(
     assert (results["best"], results["metric"], len(results["trials"])) == (tuned.best.number, "val/top1", 12)
     assert sentence in (tmp_path / "out/table.md").read_text()
     assert (tmp_path / "out/search.png").stat().st_size > 0
+    assert (
+        f"best validation accuracy</dt><dd>{tuned.best.val_top1:.2%}"
+        in (tmp_path / "out/report.html").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -138,6 +142,9 @@ def test_a_search_that_was_stopped_continues_as_one_that_was_not(
         patch.setattr(runner.Processes, "_call", stopped)
         with pytest.raises(Stopped, match="stopped after 3 of 7 trials; the same command continues"):
             tune(base, tmp_path / "parts", space=space, trials=7)
+    # of what was complete when it was stopped
+    assert len(values(tmp_path / "parts")) == 4
+    assert "stopped</dt><dd>1<" in (tmp_path / "parts/report.html").read_text()
     # as a kill leaves it that hits in the middle of a line
     with (tmp_path / "parts/journal.log").open("a") as journal:
         journal.write('{"op_code": 8, "trial')
@@ -160,6 +167,23 @@ def test_no_combination_is_trained_twice(base: Config, tmp_path: Path, trained: 
     found = {(trial.values["optim.lr"], trial.values["data.augmentation"]) for trial in tuned.trials}
     assert len(tuned.trials) == len(found) == len(trained) == 4
     assert dict(tuned.best.values) == {"optim.lr": 0.1, "data.augmentation": "trivial"}
+
+
+@pytest.mark.slow
+def test_the_option_that_makes_the_difference_is_the_most_important(
+    base: Config, tmp_path: Path, trained: list[str]
+) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("optim.momentum: {low: 0.5, high: 0.9}\noptim.lr: {low: 1e-4, high: 1, log: true}\n")
+    few = tune(base, tmp_path / "out", space=path, trials=9, pruner="none")
+    assert dict(few.importances) == {}
+    tuned = tune(base, tmp_path / "out", space=path, trials=20, pruner="none")
+    assert sum(tuned.importances.values()) == pytest.approx(1)
+    # the stand-in trains as if momentum made no difference
+    assert tuned.importances["optim.lr"] > 0.7
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["importances"] == dict(tuned.importances)
+    assert 0 < results["seconds"] == tuned.seconds
 
 
 @pytest.mark.slow

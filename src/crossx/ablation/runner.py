@@ -29,7 +29,7 @@ from typing import Any
 
 from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError, sigterm_interrupts
-from crossx.recipes import SECTIONS
+from crossx.recipes import NEUTRAL, SECTIONS
 from crossx.runs import Run, write_text
 from crossx.schema import check_backbone_args
 from crossx.training.config import Config
@@ -38,18 +38,6 @@ from crossx.yaml import load_yaml
 SPLIT = "test"
 WATCHED_EVERY = 0.5
 """Seconds between two looks at a training."""
-
-_NEUTRAL = (
-    "data.root",
-    "data.num_workers",
-    "data.cache",
-    "data.eval_batch_size",
-    "trainer.enable_progress_bar",
-    "trainer.logger",
-    "trainer.checkpoint_every_n_steps",
-    "trainer.checkpoint_every_n_minutes",
-)
-"""Options that may differ between two calls: paths, and options that change only the speed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -446,4 +434,4 @@ def _flatten(config: Config) -> dict[str, Any]:
     flat = {f"{section}.{key}": value for section in SECTIONS for key, value in values[section].items()}
     # a run's own configuration has the absolute path
     flat["init"] = config.init and str(Path(config.init).absolute())
-    return {key: value for key, value in flat.items() if key not in _NEUTRAL}
+    return {key: value for key, value in flat.items() if key not in NEUTRAL}

@@ -70,7 +70,7 @@ def audit_dataset(
             if name_given not in choices:
                 raise unknown(kind, name_given, choices)
     if backbone is not None and run is not None:
-        raise UsageError("--backbone and --run do not go together: embeddings are those of one of them.")
+        raise UsageError("--backbone and --run cannot be combined: the embeddings come from one of them.")
     index = read_dataset(name, root, **options)
     place = dataset_root(name, root, options)
     folder = _check_output(output, place)

@@ -72,7 +72,7 @@ def explain(
         crossx explain runs/mine bird.jpg --output maps --maps class --class "Cape May Warbler"
     """
     if target is not None and maps == "activation":
-        raise UsageError("--class belongs to class maps: give --maps class or --maps both.")
+        raise UsageError("--class needs class maps: give --maps class or --maps both.")
     if os.path.isdir(output) and (names := sorted(os.listdir(output))):
         raise UsageError(
             f"{output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."

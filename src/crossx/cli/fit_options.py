@@ -122,8 +122,13 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     given = {key: values[key] for key in ("init", "tuned", "seed", "output", *SECTIONS)}
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
+    config = Config.from_dict(given)
+    if recipe and config.tuned:
+        options = method_options.method_options(recipe_method(recipe))
+        defaults = {option.name.removeprefix("model."): option.default for option in options}
+        config = config.with_changes_noted(recipe, defaults)
     return FitArguments(
-        Config.from_dict(given),
+        config,
         recipe=name,
         notes=tuple(notes),
         print_config=values["print_config"],

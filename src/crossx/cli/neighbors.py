@@ -43,7 +43,7 @@ def neighbors(
     batch_size: BatchSize = 16,
     device: Device = "auto",
 ) -> int:
-    """Find the training images that are most similar to images.
+    """Find the training images most similar to given images.
 
     The images are compared by the cosine of the run's features. Those of the training images are computed once and
     kept in the run folder (neighbors.npz); images that have changed since, and all after further training, are computed

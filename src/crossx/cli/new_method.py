@@ -59,7 +59,7 @@ def check_name(name: str) -> None:
             f"{name!r} is not the name of a method.{hint} It has lower-case letters, digits and _, as in a_b2."
         )
     if len(name) > MAX_NAME:
-        raise UsageError(f"{name!r}: has {len(name)} characters; {MAX_NAME} are the most.")
+        raise UsageError(f"{name!r}: has {len(name)} characters; at most {MAX_NAME} are allowed.")
     if keyword.iskeyword(name):
         raise UsageError(f"{name!r}: is a word of Python. Choose another name.")
     if name in method_options.list_methods():

@@ -87,14 +87,14 @@ def predict(
         crossx predict runs/mine archive.parquet --engine ray --workers 4 --output predictions/
     """
     if features is not None and output is not None:
-        raise UsageError("--features does not go with --output: leave one of them out.")
+        raise UsageError("--features cannot be combined with --output: leave one of them out.")
     if features is not None:
         inference = _for_features(top, inference)
     if output is not None and _is_folder(output):
         return _predict_collection(run, images, output, top, batch_size, inference, collection)
     for name, value in vars(collection).items():
         if value is not None:
-            raise UsageError(f"--{name} belongs to a folder of predictions: give --output DIR.")
+            raise UsageError(f"--{name} needs a folder of predictions: give --output DIR.")
 
     from crossx.predict import outputs
 
@@ -147,7 +147,7 @@ def _for_features(top: int, inference: Inference) -> Inference:
     ):
         if given:
             raise UsageError(
-                f"{name} belongs to predictions and does not go with --features: leave one of them out."
+                f"{name} belongs to predictions and cannot be combined with --features: leave one of them out."
             )
     return replace(inference, accept="all")
 

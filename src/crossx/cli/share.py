@@ -51,7 +51,7 @@ def share(
     if bool(output) == bool(hub):
         raise UsageError("give either --output DIR or --hub USER/NAME.")
     if private and not hub:
-        raise UsageError("--private belongs to --hub USER/NAME.")
+        raise UsageError("--private needs --hub USER/NAME.")
 
     check_run(run)
 

@@ -47,11 +47,13 @@ def test(
     """
     if (coverage is not None or unknown is not None) and (parts or against is not None):
         raise UsageError(
-            "--coverage and --unknown measure one run's predictions and do not go with --parts or --against: leave "
-            "one of them out."
+            "--coverage and --unknown measure one run's predictions and cannot be combined with --parts or --against: "
+            "leave one of them out."
         )
     if parts and against is not None:
-        raise UsageError("--parts measures one run and does not go with --against: leave one of them out.")
+        raise UsageError(
+            "--parts measures one run and cannot be combined with --against: leave one of them out."
+        )
     if parts:
         from crossx.cli.part_results import print_parts
         from crossx.evaluation.parts.run import measure_run

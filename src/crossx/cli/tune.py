@@ -33,18 +33,19 @@ def tune(
 ) -> int:
     """Search learning rates, loss weights and augmentation on the validation images.
 
-    Trains up to --trials configurations, each as a run of its own, and writes the best as best.yaml, for
-    `crossx fit --config`. Trials that are worse than others at the same epoch are stopped. The test images are not
-    looked at. The same command continues where it was stopped, and takes more trials. Other options are those of
-    `crossx fit`, for every trial. Needs Optuna: pip install 'crossx[tune]'.
+    Trains up to --trials configurations, each as a run of its own, and writes a report and the best configuration,
+    best.yaml, for `crossx fit --config`. Trials that are worse than others at the same epoch are stopped. The test
+    images are not looked at. Give the same command again to continue a search that was stopped, or with more
+    --trials to extend it. Other options are those of `crossx fit`, for every trial. Needs Optuna: pip install
+    'crossx[tune]'.
 
     Args:
         output: Folder for the trials and results.
         space: YAML file with the options to search (default: learning rate, weight decay, augmentation and the loss
             weights of the method; docs/tune.md).
-        trials: Trials in all, the first of which is the unchanged configuration.
+        trials: Total number of trials, the first of which is the unchanged configuration.
         max_time: Stop after this time, such as 2h or 00:30:00, earlier calls included.
-        pruner: What stops hopeless trials: median, hyperband or none.
+        pruner: How unpromising trials are stopped early: median, hyperband or none.
         jobs: Trials at the same time.
         print_space: Print the space as YAML, to edit it, and exit.
 
@@ -115,7 +116,8 @@ def _accuracy(trial: TrialResult) -> str:
 
 
 def _print_outcome(tuned: Tuned) -> None:
-    from crossx.tuning.results import build_table, short
+    from crossx.tuning.results import build_table
+    from crossx.tuning.space import short
 
     print(f"\n{build_table(tuned).to_text(columns())}", end="")
     best = tuned.best
@@ -123,6 +125,6 @@ def _print_outcome(tuned: Tuned) -> None:
     text = f"\nbest: trial {best.number}, {_accuracy(best)} top-1 on validation: {options}\nchosen: {tuned.sentence()}"
     print(fold(text, hanging="  "))
     print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
-    print(f"chart: {tuned.folder / 'search.png'}")
+    print(f"report: {tuned.folder / 'report.html'}; chart: search.png")
     print(f"next: crossx test {best.run}")
     print(fold_command(f"or: crossx fit --config {tuned.folder / 'best.yaml'} --output RUN"))

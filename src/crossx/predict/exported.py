@@ -250,7 +250,7 @@ def _read_openvino(file: Path) -> tuple[str, Compute]:
     with file.open("rb") as opened:
         # OpenVINO goes by the content: ONNX under this name could name weights in other folders
         if not opened.read(64).lstrip().startswith(b"<"):
-            raise CrossXError(f"{file}: is no OpenVINO file: it is not XML.")
+            raise CrossXError(f"{file}: is not an OpenVINO file (it is not XML).")
     core = openvino.Core()
     model = core.read_model(file)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None

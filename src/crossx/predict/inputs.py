@@ -76,7 +76,7 @@ def read_list(content: bytes, source: str, folder: Path | None = None) -> list[P
         if path is not None and (os.path.lexists(path) or not bare.startswith("#")):
             files.append(path)
     if not files:
-        raise CrossXError(f"{source}: no file is listed there.")
+        raise CrossXError(f"{source}: lists no files.")
     return files
 
 
@@ -135,13 +135,13 @@ def _local(given: str | Path, where: str = "") -> Path:
     """Return the path of a file on this machine."""
     text = str(given)
     if not text:
-        raise CrossXError(f"{where}an empty name is no file.")
+        raise CrossXError(f"{where}an empty name is not a file.")
     if (_URL.match(text) or re.match(r"https?:/", text)) and not os.path.lexists(text):
         if text.lower().startswith("file:"):
             try:
                 return Path(os.fsdecode(unquote_to_bytes(os.fsencode(urlsplit(text).path))))
             except ValueError as error:
-                raise CrossXError(f"{where}{text!r}: is no address of a file ({error}).") from error
+                raise CrossXError(f"{where}{text!r}: is not the address of a file ({error}).") from error
         raise CrossXError(
             f"{where}{text}: files are read, not addresses: download it first (curl -O), then give the file."
         )

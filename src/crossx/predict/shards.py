@@ -207,7 +207,7 @@ def find_collection(source: str | Path, shard_size: int) -> Collection:
         digest.update(content)
         shards.extend(cut)
     if not shards:
-        raise CrossXError(f"{given}: there is no row in the Parquet files.")
+        raise CrossXError(f"{given}: the Parquet files have no rows.")
     return Collection(given.absolute(), tuple(shards), digest.hexdigest())
 
 

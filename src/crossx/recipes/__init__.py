@@ -12,7 +12,7 @@ The model that a recipe trains has a timm-style name, ``architecture.tag``, whic
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,8 +32,22 @@ PRESETS = {"fast": "finetune_fast", "balanced": "finetune_balanced", "best": "fi
 RELEASED = "_released"
 """Suffix of the recipes that follow the released code instead of the paper."""
 
+NEUTRAL = (
+    "data.root",
+    "data.num_workers",
+    "data.cache",
+    "data.eval_batch_size",
+    "trainer.enable_progress_bar",
+    "trainer.logger",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+)
+"""Options that two trainings with the same result may have different: paths, and options that change only the speed."""
+
 Key: TypeAlias = tuple[str, ...]
 """``("seed",)`` or ``("optim", "lr")``."""
+
+_TUNED: Key = ("tuned",)
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,12 @@ def load_recipe(name: str | Path) -> Recipe:
     return _resolve(str(name), ())
 
 
+def tuned_then_changed(tuned: str, changed: Sequence[str]) -> str:
+    """Return the note of a search on its best options, with those that were changed afterwards."""
+    changed = [option for option in changed if option not in NEUTRAL]
+    return f"{tuned}; changed afterwards: {', '.join(changed)}" if changed else tuned
+
+
 def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     if name in parents:
         raise UsageError(f"recipe {parents[-1]!r}: its base {name!r} is based on it in turn.")
@@ -172,9 +192,15 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
     ):
         # without the options of the method that the bases train
         settings = {key: value for key, value in settings.items() if key[0] != "model" or key[1] in NETWORK}
-    return Recipe(
-        name, recipe.description, recipe.bases, settings | dict(recipe.settings), recipe.published_as
-    )
+    merged = settings | dict(recipe.settings)
+    if isinstance(tuned := merged.get(_TUNED, Setting(None)).value, str) and _TUNED not in recipe.settings:
+        changed = [
+            ".".join(key)
+            for key, setting in recipe.settings.items()
+            if key[0] in SECTIONS and (key not in settings or settings[key].value != setting.value)
+        ]
+        merged[_TUNED] = Setting(tuned_then_changed(tuned, changed))
+    return Recipe(name, recipe.description, recipe.bases, merged, recipe.published_as)
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -32,6 +32,9 @@ TITLES = {"loss": "Loss", "top1": "Accuracy (top-1)", "lr": "Learning rate"}
 """Titles of the curves that every training has; a method names its own terms (``Method.curve_titles``)."""
 
 
+Mark = Literal["line", "dot", "ring", "halo"]
+
+
 class Tick(NamedTuple):
     """A tick of an axis: its coordinate and text."""
 
@@ -48,25 +51,35 @@ class Dot(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A curve: its name, SVG path data, its dots if there are few, and its last value as text."""
+    """A curve, or points without a curve.
+
+    Attributes:
+        label: Its name.
+        path: SVG path data; empty for points without a curve.
+        dots: Its points, if they are few or without a curve.
+        last: Its last value as text.
+        mark: How the points are drawn, see ``Group``.
+    """
 
     label: str
     path: str
     dots: tuple[Dot, ...]
     last: str
+    mark: Mark = "line"
 
 
-class LineChart(NamedTuple):
-    """Curves over epochs.
+class Chart(NamedTuple):
+    """Curves or points, over epochs or another number.
 
     Attributes:
         title: Shown above.
         description: The chart in words.
-        series: The curves.
-        x_ticks: Ticks of the epochs.
+        series: The curves or points.
+        x_ticks: Ticks of the horizontal axis.
         y_ticks: Ticks of the values.
         left: Left margin of the drawing.
         kept: Coordinate of the epoch whose weights were kept, if known.
+        x_title: What the horizontal axis shows.
     """
 
     title: str
@@ -75,7 +88,22 @@ class LineChart(NamedTuple):
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     left: float
-    kept: float | None
+    kept: float | None = None
+    x_title: str = "epoch"
+
+
+class Group(NamedTuple):
+    """What ``accuracy_chart`` draws alike.
+
+    Attributes:
+        label: Its name.
+        curves: Points (x, accuracy, tooltip) of each curve.
+        mark: ``line`` joins the points of a curve; ``dot``, ``ring`` and ``halo``, a larger ring, are at each point.
+    """
+
+    label: str
+    curves: Sequence[Sequence[tuple[float, float, str]]]
+    mark: Mark = "dot"
 
 
 class Bin(NamedTuple):
@@ -100,7 +128,7 @@ def training_curves(
     history: Sequence[Mapping[str, float]],
     kept: int | None = None,
     titles: Mapping[str, str] = MappingProxyType({}),
-) -> list[LineChart]:
+) -> list[Chart]:
     """Draw every number of a training history, related ones in one chart.
 
     Names are ``SPLIT/WORD_WORD...`` or ``WORD...``. Those with the same first word share a chart, titled by the words
@@ -180,7 +208,7 @@ class _Axis(NamedTuple):
 
 def _chart(
     history: Sequence[Mapping[str, float]], names: Sequence[str], kept: int | None, titles: Mapping[str, str]
-) -> LineChart:
+) -> Chart:
     words = [_metric(name).split("_") for name in names]
     common = _shared_start(words)
     # each label keeps a word of its own
@@ -193,11 +221,7 @@ def _chart(
     first, last = history[0]["epoch"], history[-1]["epoch"]
     # a single epoch would be a range of no width
     margin = 0 if last > first else 1
-    heights = [y for curve in curves for _, y in curve]
-    marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(heights), max(heights))
-    up = _Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
-    labels = [f"{100 * y:g}%" if percent else _short(y) for y in marks]
-    left = max(LEFT, 12 + DIGIT * max(map(len, labels)))
+    up, y_ticks, left = _upward([y for curve in curves for _, y in curve], percent=percent)
     across = _Axis(first - margin, last + margin, left, WIDTH - RIGHT)
 
     def text(value: float) -> str:
@@ -209,23 +233,79 @@ def _chart(
         middle = own[len(common) : len(own) - len(ends)]
         label = " ".join([*([split] if several_splits else []), *middle]) or split or name
         dots = [Dot(across.place(x), up.place(y), f"{label}, epoch {x:g}: {text(y)}") for x, y in curve]
-        path = "M" + "L".join(f"{dot.x:g},{dot.y:g}" for dot in dots)
-        series.append(Series(label, path, tuple(dots) if len(dots) <= MAX_DOTS else (), text(curve[-1][1])))
+        series.append(
+            Series(label, _path(dots), tuple(dots) if len(dots) <= MAX_DOTS else (), text(curve[-1][1]))
+        )
     title = ", ".join([_title(common, titles), *([" ".join(ends)] if ends else [])])
     ranges = "; ".join(
         f"{line.label} from {text(curve[0][1])} to {line.last}"
         for line, curve in zip(series, curves, strict=True)
     )
-    epochs = MaxNLocator(6, integer=True).tick_values(first, last)
-    return LineChart(
+    return Chart(
         title=title,
         description=f"{title}, epochs {first:g} to {last:g}: {ranges}.",
         series=tuple(series),
-        x_ticks=tuple(Tick(across.place(x), f"{x:g}") for x in epochs if first <= x <= last),
-        y_ticks=tuple(Tick(up.place(y), label) for y, label in zip(marks, labels, strict=True)),
+        x_ticks=tuple(Tick(across.place(x), text) for x, text in whole_ticks(first, last)),
+        y_ticks=y_ticks,
         left=left,
         kept=across.place(kept) if kept is not None and first <= kept <= last else None,
     )
+
+
+def accuracy_chart(
+    title: str,
+    groups: Sequence[Group],
+    span: tuple[float, float],
+    ticks: Sequence[tuple[float, str]],
+    *,
+    x_title: str = "",
+) -> Chart:
+    """Draw accuracies over a number.
+
+    Args:
+        title: Shown above.
+        groups: At least one, each with at least one point.
+        span: Ends of the horizontal axis, different numbers.
+        ticks: Its ticks: number and text.
+        x_title: What it shows, in one word.
+    """
+    heights = [y for group in groups for curve in group.curves for _, y, _ in curve]
+    up, y_ticks, left = _upward(heights, percent=True)
+    across = _Axis(*span, left, WIDTH - RIGHT)
+    series = []
+    for group in groups:
+        drawn = [[Dot(across.place(x), up.place(y), text) for x, y, text in curve] for curve in group.curves]
+        path = "".join(map(_path, drawn)) if group.mark == "line" else ""
+        dots = () if group.mark == "line" else tuple(dot for curve in drawn for dot in curve)
+        series.append(Series(group.label, path, dots, "", group.mark))
+    return Chart(
+        title=title,
+        description=f"{title}: from {min(heights):.1%} to {max(heights):.1%}. The numbers are in the table.",
+        series=tuple(series),
+        x_ticks=tuple(Tick(across.place(x), text) for x, text in ticks),
+        y_ticks=y_ticks,
+        left=left,
+        x_title=x_title,
+    )
+
+
+def whole_ticks(first: float, last: float) -> list[tuple[float, str]]:
+    """Return ticks at whole numbers from ``first`` to ``last``, number and text."""
+    ticks = MaxNLocator(6, integer=True).tick_values(first, last)
+    return [(float(x), f"{x:g}") for x in ticks if first <= x <= last]
+
+
+def _upward(heights: Sequence[float], *, percent: bool) -> tuple[_Axis, tuple[Tick, ...], float]:
+    """Return the vertical axis, its ticks, and the left margin that their labels need."""
+    marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(heights), max(heights))
+    axis = _Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
+    labels = [f"{100 * y:g}%" if percent else _short(y) for y in marks]
+    ticks = tuple(Tick(axis.place(y), label) for y, label in zip(marks, labels, strict=True))
+    return axis, ticks, max(LEFT, 12 + DIGIT * max(map(len, labels)))
+
+
+def _path(dots: Sequence[Dot]) -> str:
+    return "M" + "L".join(f"{dot.x:g},{dot.y:g}" for dot in dots)
 
 
 def _short(value: float) -> str:

@@ -26,7 +26,7 @@ CACHED = 4096
 
 
 class SimilarImages:
-    """Finds the training images that are most similar to images of requests.
+    """Finds the training images most similar to the images of a request.
 
     Args:
         index: The training images.

@@ -173,7 +173,7 @@ def check_license(license: str | None) -> None:
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise UsageError(
-            f"license {license!r} is no identifier of the Hub. Choose one of "
+            f"license {license!r} is not a licence identifier of the Hub. Choose one of "
             "https://huggingface.co/docs/hub/repositories-licenses, such as apache-2.0 or cc-by-nc-4.0."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice, counted
 from crossx.extras import is_installed
-from crossx.recipes import Recipe, load_recipe
+from crossx.recipes import SECTIONS, Recipe, load_recipe, tuned_then_changed
 from crossx.runs import read_config
 from crossx.suggestions import nearest
 from crossx.training.durations import parse_time
@@ -431,6 +432,7 @@ class Config:
         init: Start from the weights of this run (its folder or a checkpoint in it) or shared model (its folder or
             USER/NAME on the Hub) instead of `model.pretrained`: every layer that fits is taken.
         tuned: How the options were chosen, as `crossx tune` writes it into best.yaml; results and report repeat it.
+            Options that a recipe, the command or Python changes afterwards are added.
         seed: Seed of the initialisation, the order of images and everything random in training.
         output: The run folder to create; by default `runs/METHOD-DATASET-BACKBONE-sSEED`.
     """
@@ -532,7 +534,27 @@ class Config:
             notes += scale_resize(recipe, values["data"])
         for note in notes:
             log.info(note)
-        return cls.from_dict(values)
+        return cls.from_dict(values).with_changes_noted(recipe)
+
+    def with_changes_noted(self, recipe: Recipe, defaults: Mapping[str, Any] | None = None) -> Config:
+        """Return this configuration, whose note on a search names the options that differ from those of its recipe.
+
+        Args:
+            recipe: Where this configuration is from.
+            defaults: Values of the method's options that the recipe may have left out.
+        """
+        if self.tuned is None or self.tuned != recipe.get("tuned"):
+            return self
+        before, after = Config.from_dict(recipe.to_dict()).to_dict(), self.to_dict()
+        before["model"] = {**(defaults or {}), **before["model"]}
+        changed = [
+            f"{section}.{option}"
+            for section in SECTIONS
+            for option in {**before[section], **after[section]}
+            # as JSON, in which a tuple is a list
+            if json.dumps(before[section].get(option)) != json.dumps(after[section].get(option))
+        ]
+        return replace(self, tuned=tuned_then_changed(self.tuned, changed))
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, in the order of the fields."""

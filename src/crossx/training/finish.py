@@ -114,8 +114,8 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
     data = loop.data
     if not data.holds_out:
         log.warning(
-            "no validation images: the probabilities are not calibrated (temperature 1), and an image of none of the "
-            "classes gets one of them."
+            "no validation images: the probabilities are not calibrated (temperature 1), and images of unknown classes "
+            "are not rejected."
         )
         return None
     outputs = evaluate_views(
@@ -128,7 +128,7 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
     found = calibrate_outputs(outputs, dataset=data.index.name, data_root=data.config.root, split="val")
     if found.rejection is None:
         log.warning(
-            "%d validation images are too few for a threshold: an image of none of the classes gets one of them.",
+            "%d validation images are too few for a threshold: images of unknown classes are not rejected.",
             len(outputs.targets),
         )
     found.write(loop.run_folder)

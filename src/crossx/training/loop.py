@@ -153,8 +153,10 @@ class Loop:
                 while (reason := self._end_reason()) is None:
                     self._train_epoch()
                     with self.stages(VALIDATION):
-                        evaluated = self._validate()
+                        evaluated = self._validate() if self._is_validated() else {}
                     self._end_epoch(evaluated)
+                if reason == "max_time":
+                    self._validate_last()
                 self.history.ended = {"by": reason, "epoch": self.epoch}
                 if not options.max_epochs:
                     self._require_finite()
@@ -473,15 +475,30 @@ class Loop:
     def _out_of_steps(self) -> bool:
         return 0 <= self.options.max_steps <= self.step
 
+    def _is_validated(self) -> bool:
+        """Return whether the present epoch is one that is validated."""
+        within = self.batch < self.batches and self._out_of_steps()
+        due = (self.epoch + 1) % self.options.check_val_every_n_epoch == 0
+        return due and not within and self.eval_batches > 0
+
+    def _validate_last(self) -> None:
+        """Validate the epoch after which the time was over, if ``check_val_every_n_epoch`` passed it over."""
+        row = self.history.rows[-1]
+        if not self.eval_batches or f"{self.eval_split}/top1" in row:
+            return
+        found = self._validate()
+        row |= found | {"seconds": round(self.history.seconds, 2)}
+        log_all(self.loggers, found, self.step)
+        best = self._update_best(row)
+        self._show_epoch()
+        self._save(best=best)
+
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        """Return loss and top-1 on the evaluated split; empty after epochs without validation.
+        """Return loss and top-1 on the evaluated split.
 
         The loss is plain cross-entropy, comparable between methods and options.
         """
-        within = self.batch < self.batches and self._out_of_steps()
-        if within or not self.eval_batches or (self.epoch + 1) % self.options.check_val_every_n_epoch:
-            return {}
         evaluated: Any = self.average.module if self.average else self.task
         evaluated.eval()
         if self.fabric.world_size > 1:
@@ -516,15 +533,10 @@ class Loop:
         row = history.end_epoch(self.step, evaluated)
         self._require_finite()
         self.epoch, self.batch = self.epoch + 1, 0
-        value = row.get(self.monitor) if self.monitor else None
-        best = False
-        if value is not None and (not self.best or value >= self.best["value"]):
-            best, self.best = True, {"epoch": row["epoch"], "value": value}
+        best = self._update_best(row)
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
-        if self.options.enable_progress_bar and self.fabric.is_global_zero:
-            erase_step()
-            print(history.line(self.epochs), file=sys.stderr)
+        self._show_epoch()
         self._hint_at_waiting()
         self._plan_epochs()
         with self.stages(FILES):
@@ -551,6 +563,19 @@ class Loop:
                 "decodes and resizes them only once.",
                 100 * waited,
             )
+
+    def _update_best(self, row: Mapping[str, Any]) -> bool:
+        """Return whether an epoch is the best so far; if so, keep it as that."""
+        value = row.get(self.monitor) if self.monitor else None
+        if value is None or (self.best and value < self.best["value"]):
+            return False
+        self.best = {"epoch": row["epoch"], "value": value}
+        return True
+
+    def _show_epoch(self) -> None:
+        if self.options.enable_progress_bar and self.fabric.is_global_zero:
+            erase_step()
+            print(self.history.line(self.epochs), file=sys.stderr)
 
     def _require_finite(self) -> None:
         tensors = [tensor for tensor in self._weights().values() if tensor.is_floating_point()]

@@ -52,6 +52,10 @@ class Tuned:
         space: What was searched.
         folder: The folder of the search.
         images: Number of validation images that chose; None if unknown.
+        unchanged: The values of the configuration that was searched from; None if the space does not have them.
+        seconds: Time that the search took, all calls together.
+        importances: Option -> its share in what distinguishes the best complete trials, by Optuna's PED-ANOVA, the
+            largest first; empty with too few complete trials.
     """
 
     best: TrialResult
@@ -60,6 +64,9 @@ class Tuned:
     space: Space
     folder: Path
     images: int | None
+    unchanged: Mapping[str, Any] | None
+    seconds: float
+    importances: Mapping[str, float]
 
     @property
     def run(self) -> Run:

@@ -12,14 +12,17 @@ from crossx.explain.plotting import DARK_BLUE, DPI, SKY_BLUE, VERMILION, save_pn
 from crossx.report.tables import Table, percent
 from crossx.runs import SCHEMA, Run, write_json, write_text
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned
-from crossx.tuning.space import Choices, Range, shown
+from crossx.tuning.page import render
+from crossx.tuning.space import Choices, Range, short
 
 PANELS = 4
 """Panels per row of the chart."""
 
 
 def write_results(tuned: Tuned) -> None:
-    """Write ``best.yaml``, ``results.json``, ``table.*`` and ``search.png``, and note the choice in the best run.
+    """Write the results of a search, and note the choice in the best run.
+
+    The files are ``best.yaml``, ``results.json``, ``table.*``, ``search.png`` and ``report.html``.
 
     Raises:
         CrossXError: If one cannot be written.
@@ -34,6 +37,8 @@ def write_results(tuned: Tuned) -> None:
             "choice": tuned.sentence(),
             "space": tuned.space.describe(),
             "best": best.number,
+            "seconds": tuned.seconds,
+            "importances": dict(tuned.importances),
             "trials": [
                 {
                     "number": trial.number,
@@ -51,6 +56,7 @@ def write_results(tuned: Tuned) -> None:
     )
     build_table(tuned).write(folder / "table")
     plot_search(tuned, folder / "search.png")
+    write_text(folder / "report.html", render(tuned, build_table(tuned)))
     for trial in tuned.trials:
         _note_choice(Run(trial.run), tuned.sentence() if trial is best else None)
 
@@ -76,11 +82,6 @@ def build_table(tuned: Tuned) -> Table:
     )
     columns = options if len(set(options)) == len(options) else names
     return Table(["trial", *columns, "val", "epochs", "state"], rows, caption)
-
-
-def short(value: object) -> str:
-    """Return a value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else shown(value)
 
 
 def plot_search(tuned: Tuned, path: Path) -> None:

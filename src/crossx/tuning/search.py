@@ -7,7 +7,7 @@
       journal.log        Optuna's storage, from which the same command continues
       trial-N/           the run folder of trial N, with trial-N.yaml and trial-N.log
       best.yaml          the best configuration, for `crossx fit --config`
-      results.json, table.md, .csv, .tex, search.png
+      results.json, table.md, .csv, .tex, search.png, report.html
 
 Suggestions depend only on the seed, the number of the trial and the results so far, so that with one job a search that
 was stopped and continued equals one that was not.
@@ -46,6 +46,8 @@ STARTUP = 8
 """Trials that are drawn at random before the sampler models the results."""
 PRUNED_AFTER = 4
 """Complete trials before the median prunes."""
+MEASURABLE = 10
+"""Complete trials from which importances are computed."""
 POLL = 0.2
 DESCRIPTION, JOURNAL = "tune.json", "journal.log"
 
@@ -145,6 +147,9 @@ class _Search:
                         break
             except KeyboardInterrupt as interrupt:
                 processes.stop()
+                self._keep_time()
+                if self._counted(("COMPLETE",)):
+                    write_results(self._outcome())
                 ended = len(self._counted(("COMPLETE", "PRUNED", "FAIL")))
                 raise Stopped(
                     f"stopped after {ended} of {counted(self.trials, 'trial')}; the same command continues from there."
@@ -153,13 +158,16 @@ class _Search:
                 processes.stop()
                 raise
             finally:
-                self.study.set_user_attr("seconds", self._elapsed())
+                self._keep_time()
         tuned = self._outcome()
         write_results(tuned)
         return tuned
 
     def _elapsed(self) -> float:
         return self.before + monotonic() - self.started
+
+    def _keep_time(self) -> None:
+        self.study.set_user_attr("seconds", self._elapsed())
 
     def _build_pruner(self) -> optuna.pruners.BasePruner:
         import optuna
@@ -287,7 +295,7 @@ class _Search:
         else:
             trial.set_user_attr("reason", reason)
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        self.study.set_user_attr("seconds", self._elapsed())
+        self._keep_time()
         results = self._results()
         self.report(next(result for result in results if result.number == trial.number + 1), best_of(results))
 
@@ -322,8 +330,31 @@ class _Search:
             )
         config = apply_changes(self.base, changes_of(best.values))
         images = (Run(best.run).read_info().get("images") or {}).get("val")
-        tuned = Tuned(best, config, results, self.space, self.folder, images)
+        tuned = Tuned(
+            best,
+            config,
+            results,
+            self.space,
+            self.folder,
+            images,
+            self.space.values_of(self.base),
+            self.study.user_attrs["seconds"],
+            self._importances(),
+        )
         return replace(tuned, config=replace(config, tuned=tuned.sentence()))
+
+    def _importances(self) -> dict[str, float]:
+        import optuna
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+        complete = self._counted(("COMPLETE",))
+        if len(complete) < MEASURABLE:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Optuna advises at least five trials among the best
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / len(complete)))
+            return get_param_importances(self.study, evaluator=evaluator, params=[*self.space.options])
 
 
 def _rows(training: Trial) -> list[dict[str, Any]]:

@@ -221,6 +221,11 @@ def shown(value: Any) -> str:
     return dump_yaml(value, flow=True).strip()
 
 
+def short(value: object) -> str:
+    """Return a value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else shown(value)
+
+
 def _with_present(entry: Any, name: str, base: Config) -> Any:
     """Add the present value to a packaged list, so that the space has the unchanged configuration."""
     now = _present(base, name)

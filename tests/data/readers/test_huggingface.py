@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,24 @@ def test_what_cannot_be_read_is_one_line(
         with pytest.raises(CrossXError, match=path.name) as refused:
             read_huggingface(path)
         assert "\n" not in str(refused.value)
+
+
+def test_an_arrow_file_whose_offsets_lie_is_refused(tmp_path: Path, files: list[Path]) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [{"bytes": file.read_bytes(), "path": "a\0b.jpg"} for file in files], "label": BIRDS * 6}
+    root = save(datasets.Dataset.from_dict(rows, features=features), tmp_path / "saved")
+    # a name that no file can have is not that of the unpacked image
+    assert len(read_huggingface(root).records) == len(files)
+    (path,) = root.glob("*.arrow")
+    ends = itertools.accumulate(map(len, BIRDS * 6), initial=0)
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    for lie in (2**31 - 1, 3):
+        content = path.read_bytes()
+        assert content.count(offsets) == 1
+        path.write_bytes(content.replace(offsets, offsets[:-4] + lie.to_bytes(4, "little")))
+        with pytest.raises(CrossXError, match=r"saved: its Arrow file is damaged \(.*\)\. Copy it again\."):
+            read_huggingface(root)
+        path.write_bytes(content)
 
 
 def test_without_the_package_the_error_names_the_extra(

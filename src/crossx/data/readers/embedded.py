@@ -131,8 +131,8 @@ def _write(row: int, image: EncodedImage, folder: Path) -> str | None:
     if data is None:
         return f"-{name}" if name else None
     plain = PurePosixPath(PureWindowsPath(name or "").name).name
-    short = 0 < len(os.fsencode(plain)) <= 200
-    target = f"{row:07d}_{plain}" if short else f"{row:07d}{_suffix(data)}"
+    is_name = 0 < len(os.fsencode(plain)) <= 200 and "\0" not in plain
+    target = f"{row:07d}_{plain}" if is_name else f"{row:07d}{_suffix(data)}"
     (folder / target).write_bytes(data)
     return f"+{target}"
 

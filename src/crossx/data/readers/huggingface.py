@@ -56,6 +56,8 @@ def read_huggingface(
     parts = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
     if not parts or not any(map(len, parts.values())):
         raise CrossXError(f"{root}: the dataset has no rows.")
+    for name, part in parts.items():
+        _check_arrow(root, name, part)
     several = len(parts) > 1
     first = next(iter(parts.values()))
     for name, part in parts.items():
@@ -108,6 +110,18 @@ def _load(root: Path, datasets: Any) -> Any:
     except Exception as error:  # the package, Arrow and the client of the Hub raise many kinds of errors
         where = "on the Hub, or the Hub cannot be reached" if on_hub else "as a dataset"
         raise CrossXError(f"{root}: cannot be read {where} ({first_line(error)}).") from error
+
+
+def _check_arrow(root: Path, name: str, part: datasets.Dataset) -> None:
+    """Check the offsets, codes and text of a split, which Arrow reads as they are in the file."""
+    import pyarrow as pa
+
+    for table in filter(None, (part._data, part._indices)):
+        try:
+            table.table.validate(full=True)
+        except pa.ArrowException as error:
+            where = f"split {name!r} is" if name else "its Arrow file is"
+            raise CrossXError(f"{root}: {where} damaged ({first_line(error)}). Copy it again.") from error
 
 
 def _image_column(root: Path, part: Any, schema: pa.Schema, asked: str | None, datasets: Any) -> str:
