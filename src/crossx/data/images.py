@@ -65,6 +65,11 @@ _ORIENTATIONS = {
 
 _BITS_PER_SAMPLE = 258  # TIFF tag
 
+_HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
+)
+"""https://nokiatech.github.io/heif/technical.html"""
+
 _NO_RANGE = (
     "its pixels are signed or have 32 bits, without a fixed range: save it with 8 or 16 bits per channel"
 )
@@ -410,10 +415,14 @@ def _unidentified(source: ImageSource) -> str:
     else:
         with open(source, "rb") as file:
             start = file.read(64)
-    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
         return "is a HEIC image, which is not read: convert it to JPEG"
-    if start.lstrip().startswith(b"<"):
-        return "is a text file (HTML, XML or SVG), not an image"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the image: run `git lfs pull`"
+    if start.startswith(b"%PDF"):
+        return "is a PDF file, not an image"
+    if start.lstrip().startswith((b"<", b'{"')):
+        return "is a text file (HTML, XML, SVG or JSON), not an image"
     if not start.strip(b"\0"):
         return "holds only zeros where an image should start"
     return "is not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image, or its header is broken"
