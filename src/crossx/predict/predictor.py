@@ -278,7 +278,11 @@ class Predictor:
         self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
     ) -> Iterator[Features]:
         """Yield the features of images, see ``features``; arguments and errors as in ``iter_predict``."""
-        for path, answer in self._stream(expand(images), batch_size, self.features):
+        return self.iter_image_features(expand(images), batch_size)
+
+    def iter_image_features(self, images: Iterable[OneImage], batch_size: int = 16) -> Iterator[Features]:
+        """Yield features as ``iter_features`` does, but without expanding or checking paths; see ``iter_images``."""
+        for path, answer in self._stream(images, batch_size, self.features):
             if isinstance(answer, str):
                 yield Features(path, error=answer)
             else:
