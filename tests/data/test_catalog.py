@@ -111,7 +111,7 @@ def test_nothing_is_drawn_where_a_set_is_only_looked_at(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for root, problem in ((tmp_path / "typo", "no such folder"), (tmp_path / "empty", "is empty")):
         for reader in (read_existing, check_dataset):
-            with pytest.raises(CrossXError, match=rf"{root}: {problem}\. Only `crossx fit` draws"):
+            with pytest.raises(CrossXError, match=rf"{root}: {problem}\. `crossx fit` draws"):
                 reader("synthetic", root, **sizes)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     drawn = read_dataset("synthetic", tmp_path / "drawn", **sizes)
