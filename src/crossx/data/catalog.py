@@ -128,7 +128,9 @@ def require_drawn(name: str, root: str | Path | None) -> None:
     folder = user_path(root)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         problem = "is empty" if folder.exists() else "no such folder"
-        raise CrossXError(f"{folder}: {problem}. `crossx fit` draws the synthetic dataset; here it is only read.")
+        raise CrossXError(
+            f"{folder}: {problem}. `crossx fit` draws the synthetic dataset; here it is only read."
+        )
 
 
 def read_configured(config: DataConfig, *, other_images: bool = False) -> DatasetIndex:
