@@ -11,12 +11,12 @@
 ``--prepare`` draws 50 of the species of a folder in the layout of CUB-200-2011 (seed 0): ``known.csv`` lists their
 images for ``--data.dataset table``, ``near`` has links to the test images of the others, and ``far`` drawn birds.
 
-For each score of ``crossx.evaluation.unknowns``, for the distance to the k-th nearest training image and for the cosine
-to the nearest mean of a class: AUROC, FPR95 and OSCR of the run's test images against each folder, and the shares of
-each that are kept by the threshold that keeps 95% of the validation images. For each kind of prediction set: coverage
-and size on the test images for a coverage of 90%, calibrated on the validation images; and the mean and standard
-deviation over 500 random calibrations on as many test images, measured on the others. Logits and features are kept in
-RUN/unknowns.pt.
+For each score of ``crossx.evaluation.unknowns``, a combination of two of them, the distance to the k-th nearest
+training image and the cosine to the nearest mean of a class: AUROC, FPR95 and OSCR of the run's test images against
+each folder, and the shares of each that are kept by the threshold that keeps 95% of the validation images. For each
+kind of prediction set: coverage and size on the test images for a coverage of 90%, calibrated on the validation images;
+and the mean and standard deviation over 500 random calibrations on as many test images, measured on the others. Logits
+and features are kept in RUN/unknowns.pt.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from harness import RESULTS, table, write
 
 KNOWN = 50
 NEIGHBORS = (1, 5, 20)
+COMBINED = ("max_probability", "energy")
 COVERAGE = 0.9
 REPEATS = 500
 RAPS_FREE, RAPS_PENALTY = 2, 0.01
@@ -122,6 +123,23 @@ def class_mean_scores(features: Tensor, known: Tensor, labels: Tensor) -> Tensor
     return (features @ normalize(means).T).amax(1)  # (B, D) @ (D, K) -> (B, K) -> (B,)
 
 
+def combined_scores(references: list[Array], scores: list[Array]) -> Array:
+    """Return Fisher's combination of several scores, the sum of the logarithms of their p-values, (B,).
+
+    The p-value of a score is the share of the validation images that have no higher one; see Magesh et al.,
+    "Multiple Testing Framework for Out-of-Distribution Detection", 2022, https://arxiv.org/abs/2206.09522.
+
+    Args:
+        references: Of each score, those of the validation images, (n,).
+        scores: Of each score, those of the images, (B,).
+    """
+    total = np.zeros(len(scores[0]))
+    for reference, values in zip(references, scores, strict=True):
+        below = np.searchsorted(np.sort(reference), values, "right")
+        total += np.log((below + 1) / (len(reference) + 1))
+    return total
+
+
 def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
     """Return name -> scores of a split or folder."""
 
@@ -137,8 +155,14 @@ def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
         means = class_mean_scores(found[name]["features"], train["features"], train["targets"])
         return means.double().numpy()
 
+    parts = [of_logits(SCORES[name]) for name in COMBINED]
     return (
         {name: of_logits(score) for name, score in SCORES.items()}
+        | {
+            " and ".join(COMBINED): lambda name: combined_scores(
+                [part("val") for part in parts], [part(name) for part in parts]
+            )
+        }
         | {f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS}
         | {"class means": of_means}
     )
