@@ -229,7 +229,9 @@ def scaled_note(bits: Iterable[int | None]) -> str | None:
 
 
 def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
-    """Return every image file in a folder and its subfolders, links followed, sorted by relative path.
+    """Return every image file in a folder and its subfolders, sorted by relative path.
+
+    Links are followed, except to folders that were searched before or have ``folder`` in them.
 
     The file name decides (``IMAGE_SUFFIXES``). What is hidden or what archives, cameras, editors and network drives
     leave behind (``leftovers.is_leftover``) is skipped, folders with everything in them.
@@ -242,7 +244,9 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         CrossXError: If a folder cannot be listed.
     """
     found: list[Path] = []
-    visited: set[tuple[int, int]] = set()
+    # a link to a folder above would bring in the images of other classes
+    above = [path for path in Path(os.path.realpath(folder)).parents if path.exists()]
+    visited = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
     for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_listing_error):
         status = os.stat(directory)
         if (status.st_dev, status.st_ino) in visited:
@@ -256,6 +260,13 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
         found.extend(Path(directory, name) for name in names if is_image_name(name))
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def leads_up(path: Path) -> bool:
+    """Return whether a path is a link to a folder that it is in."""
+    if not path.is_symlink():
+        return False
+    return Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path))
 
 
 def is_image_name(name: str) -> bool:
