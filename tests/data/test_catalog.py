@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import layouts
-from crossx.data.catalog import DATASETS, dataset_root, read_dataset
-from crossx.errors import UsageError
+from crossx.data.catalog import DATASETS, dataset_root, read_dataset, read_existing
+from crossx.data.check import check_dataset
+from crossx.errors import CrossXError, UsageError
 
 ARCHIVES = ("cub", "nabirds", "cars", "dogs", "aircraft")
 
@@ -103,6 +104,18 @@ def test_option_of_another_dataset(name: str, options: dict[str, object], messag
     with pytest.raises(UsageError) as caught:
         read_dataset(name, "anywhere", **options)
     assert message in str(caught.value)
+
+
+def test_nothing_is_drawn_where_a_set_is_only_looked_at(tmp_path: Path) -> None:
+    sizes = {"num_classes": 2, "images_per_class": 3}
+    (tmp_path / "empty").mkdir()
+    for root, problem in ((tmp_path / "typo", "no such folder"), (tmp_path / "empty", "is empty")):
+        for reader in (read_existing, check_dataset):
+            with pytest.raises(CrossXError, match=rf"{root}: {problem}\. `crossx fit` draws"):
+                reader("synthetic", root, **sizes)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    drawn = read_dataset("synthetic", tmp_path / "drawn", **sizes)
+    assert read_existing("synthetic", tmp_path / "drawn", **sizes) == drawn
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "synthetic"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
+from crossx.errors import counted
 from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def _print_report(report: ExportReport) -> None:
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
     print(
         fold(
-            f"against eager float32 on {compared.images} images ({compared.source}): logits differ by at most "
-            f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
+            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): logits differ by at "
+            f"most {compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
             hanging="  ",
         )
     )

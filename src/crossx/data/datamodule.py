@@ -102,12 +102,14 @@ class DataModule:
         ]
         if (note := scaled_note(bits for _, bits in found)) and is_leader():
             log.warning("%s.", note)
+        listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
+        found_bad = f"{len(bad):,} of {counted(len(paths), 'image')} cannot be read"
         if bad and self.config.bad_images == "stop":
-            listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
             raise CrossXError(
-                f"{len(bad):,} of {counted(len(records), 'image')} cannot be read: {listed}. Replace them, or leave "
-                "them out with --data.bad_images skip."
+                f"{found_bad}: {listed}. Replace them, or leave them out with --data.bad_images skip."
             )
+        if bad and is_leader():
+            log.warning("%s and %s left out: %s.", found_bad, "is" if len(bad) == 1 else "are", listed)
         self.skipped += bad
         left_out = {path for path, _ in bad}
         kept = tuple(record for record in self.index.records if record.path not in left_out)

@@ -65,6 +65,11 @@ _ORIENTATIONS = {
 
 _BITS_PER_SAMPLE = 258  # TIFF tag
 
+_HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
+)
+"""https://nokiatech.github.io/heif/technical.html"""
+
 _NO_RANGE = (
     "its pixels are signed or have 32 bits, without a fixed range: save it with 8 or 16 bits per channel"
 )
@@ -225,7 +230,9 @@ def scaled_note(bits: Iterable[int | None]) -> str | None:
 
 
 def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
-    """Return every image file in a folder and its subfolders, links followed, sorted by relative path.
+    """Return every image file in a folder and its subfolders, sorted by relative path.
+
+    Links are followed, except to folders that were searched before or have ``folder`` in them.
 
     The file name decides (``IMAGE_SUFFIXES``). What is hidden or what archives, cameras, editors and network drives
     leave behind (``leftovers.is_leftover``) is skipped, folders with everything in them.
@@ -238,7 +245,9 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         CrossXError: If a folder cannot be listed.
     """
     found: list[Path] = []
-    visited: set[tuple[int, int]] = set()
+    # a link to a folder above would bring in the images of other classes
+    above = [path for path in Path(os.path.realpath(folder)).parents if path.exists()]
+    visited = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
     for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_listing_error):
         status = os.stat(directory)
         if (status.st_dev, status.st_ino) in visited:
@@ -252,6 +261,13 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
         found.extend(Path(directory, name) for name in names if is_image_name(name))
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def leads_up(path: Path) -> bool:
+    """Return whether a path is a link to a folder that it is in."""
+    if not path.is_symlink():
+        return False
+    return Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path))
 
 
 def is_image_name(name: str) -> bool:
@@ -410,10 +426,14 @@ def _unidentified(source: ImageSource) -> str:
     else:
         with open(source, "rb") as file:
             start = file.read(64)
-    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
         return "is a HEIC image, which is not read: convert it to JPEG"
-    if start.lstrip().startswith(b"<"):
-        return "is a text file (HTML, XML or SVG), not an image"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the image: run `git lfs pull`"
+    if start.startswith(b"%PDF"):
+        return "is a PDF file, not an image"
+    if start.lstrip().startswith((b"<", b'{"')):
+        return "is a text file (HTML, XML, SVG or JSON), not an image"
     if not start.strip(b"\0"):
         return "holds only zeros where an image should start"
     return "is not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image, or its header is broken"

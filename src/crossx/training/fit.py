@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 
-from crossx.data.catalog import base_folder, configured_root, read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured, require_drawn
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.exclude import write_excluded, written_path
@@ -187,6 +187,7 @@ def resume(
         if config.data.exclude is not None and run.excluded.is_file():
             config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
         if root is not None:
+            require_drawn(config.data.dataset, root)
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
         if not restart:
