@@ -97,7 +97,9 @@ def test_options_of_the_drawn_set_reach_it(tmp_path: Path) -> None:
     assert [record.path.read_bytes() for record in index.records] == [
         record.path.read_bytes() for record in same.records
     ]
-    assert index.classes == same.classes != read_synthetic(tmp_path / "other", **{**options, "seed": 0}).classes
+    assert (
+        index.classes == same.classes != read_synthetic(tmp_path / "other", **{**options, "seed": 0}).classes
+    )
     with pytest.raises(CrossXError, match=r"seed is 4, not 0"):
         read_configured(replace(config, seed=None))
 
