@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import layouts
-from crossx.data.catalog import DATASETS, dataset_root, read_dataset, read_existing
+from crossx.data.catalog import DATASETS, dataset_root, read_configured, read_dataset, read_existing
 from crossx.data.check import check_dataset
+from crossx.data.config import DataConfig
+from crossx.data.drawn.synthetic import read_synthetic
 from crossx.errors import CrossXError, UsageError
 
 ARCHIVES = ("cub", "nabirds", "cars", "dogs", "aircraft")
@@ -85,6 +88,21 @@ def test_options_reach_the_reader(tmp_path: Path) -> None:
     assert len(read_dataset("folder", root, test_fraction=0.5).split("test")) == 10
     archive = layouts.write_aircraft(tmp_path / "aircraft", classes=4)
     assert len(read_dataset("aircraft", archive, level="family").classes) == 2
+
+
+def test_options_of_the_drawn_set_reach_it(tmp_path: Path) -> None:
+    options = {"num_classes": 2, "images_per_class": 3, "test_images_per_class": 2, "seed": 4}
+    config = DataConfig(dataset="synthetic", root=str(tmp_path / "configured"), **options)
+    index = read_configured(config)
+    same = read_synthetic(tmp_path / "read", **options)
+    assert [record.path.read_bytes() for record in index.records] == [
+        record.path.read_bytes() for record in same.records
+    ]
+    assert (
+        index.classes == same.classes != read_synthetic(tmp_path / "other", **{**options, "seed": 0}).classes
+    )
+    with pytest.raises(CrossXError, match=r"seed is 4, not 0"):
+        read_configured(replace(config, seed=None))
 
 
 def test_unknown_dataset_names_the_nearest() -> None:

@@ -169,6 +169,7 @@ def _reader_options(config: DataConfig) -> dict[str, Any]:
             "num_classes",
             "images_per_class",
             "test_images_per_class",
+            "seed",
             "image_column",
             "label_column",
         ),

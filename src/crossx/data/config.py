@@ -25,6 +25,7 @@ _LEAST = {
     "num_classes": 2,
     "images_per_class": 1,
     "test_images_per_class": 1,
+    "seed": 0,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "interpolation": ("bilinear", "bicubic"),
@@ -50,6 +51,7 @@ class DataConfig:
         images_per_class: Synthetic set only: number of images to draw per class.
         test_images_per_class: Synthetic set only: number of test images to draw per class; by default a third of
             images_per_class. The training images stay the same.
+        seed: Synthetic set only: seed of the drawn classes and images, 0 by default; independent of --seed.
         image_column: `huggingface` only: the column of the images, if there are several.
         label_column: `huggingface` and `webdataset` only: the column, or the field of a .json, with the label.
         image_size: Side of the network's square input, in pixels.
@@ -92,6 +94,7 @@ class DataConfig:
     num_classes: int | None = None
     images_per_class: int | None = None
     test_images_per_class: int | None = None
+    seed: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     image_size: int = 448

@@ -102,6 +102,7 @@ def _data_config(
             num_classes=None,
             images_per_class=None,
             test_images_per_class=None,
+            seed=None,
             image_column=None,
             label_column=None,
             exclude=None,
