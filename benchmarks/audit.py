@@ -3,6 +3,8 @@
     python benchmarks/audit.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/mobilenetv2_035
     python benchmarks/audit.py --root $CROSSX_DATA/cub80 --backbone $CROSSX_DATA/weights/tf_efficientnet_lite0 \\
       --classes 20
+    python benchmarks/audit.py --dataset folder --root $FLOWERS --title flowers \\
+      --backbone $CROSSX_DATA/weights/tf_efficientnet_lite0
 
 The images are audited as they are; duplicates that are found then may be real, and are not counted later. Then 5% of
 the labels are replaced by another class drawn at random, and copies of 2% of the images are added, each changed in one
@@ -131,10 +133,12 @@ def groups_of(found: Audit) -> list[frozenset[str]]:
     return [frozenset(str(found.records[number].path) for number in group.images) for group in found.groups]
 
 
-def measure(root: Path, backbone: str, classes: int | None, seed: int, cache: Path | None) -> dict[str, Any]:
-    index = read_dataset("cub", str(root))
+def measure(
+    dataset: str, root: Path, backbone: str, classes: int | None, seed: int, cache: Path | None
+) -> dict[str, Any]:
+    index = read_dataset(dataset, str(root))
     rows = [
-        Row(str(record.path.resolve()), index.classes[record.label], record.split)
+        Row(str(record.path.absolute()), index.classes[record.label], record.split)
         for record in index.records
         if classes is None or record.label < classes
     ]
@@ -174,7 +178,7 @@ def measure(root: Path, backbone: str, classes: int | None, seed: int, cache: Pa
         "as_it_is": describe(before)
         | {
             "duplicates": sorted(
-                sorted(str(Path(path).relative_to(root.resolve())) for path in group)
+                sorted(str(Path(path).relative_to(root.absolute())) for path in group)
                 for group in groups_of(before)
             )
         },
@@ -197,7 +201,9 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--root", type=Path, required=True, help="CUB-200-2011, or classes of it")
+    options.add_argument("--root", type=Path, required=True, help="folder of the dataset")
+    options.add_argument("--dataset", default="cub", help="name of its reader (default: cub)")
+    options.add_argument("--title", help="name of the dataset in the results, unless it is CUB-200-2011")
     options.add_argument("--backbone", required=True, help="folder of a pretrained timm model")
     options.add_argument("--classes", type=int, help="audit the first classes only")
     options.add_argument("--seeds", type=int, nargs="+", default=[0], help="of what is planted")
@@ -206,8 +212,11 @@ def main() -> None:
     arguments = options.parse_args()
     results = json.loads(arguments.output.read_text())["runs"] if arguments.output.is_file() else {}
     for seed in arguments.seeds:
-        found = measure(arguments.root, arguments.backbone, arguments.classes, seed, arguments.cache)
-        results[f"{found['backbone']}/{found['classes']}/{seed}"] = found
+        found = measure(
+            arguments.dataset, arguments.root, arguments.backbone, arguments.classes, seed, arguments.cache
+        )
+        start = f"{arguments.title}/" if arguments.title else ""
+        results[f"{start}{found['backbone']}/{found['classes']}/{seed}"] = found
         for what in ("labels", "duplicates"):
             print(
                 f"{found['backbone']}, {found['classes']} classes, seed {seed}: {what} {found[what]}",

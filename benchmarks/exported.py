@@ -96,11 +96,11 @@ def backends(
                 open_openvino(stem.with_suffix(".onnx"), precision.replace("fp", "f")),
             )
     if "onnxruntime int8" in wanted:
-        onnx.save(quantize_onnx(graph, [pixels]), stem.with_suffix(".int8.onnx"))
+        onnx.save(quantize_onnx(graph, [pixels]).graph, stem.with_suffix(".int8.onnx"))
         yield "onnxruntime int8", open_onnxruntime(stem.with_suffix(".int8.onnx"))
     if "openvino int8" in wanted:
         model = openvino.Core().read_model(stem.with_suffix(".onnx"))
-        openvino.save_model(quantize_openvino(model, [pixels]), stem.with_suffix(".xml"))
+        openvino.save_model(quantize_openvino(model, [pixels]).graph, stem.with_suffix(".xml"))
         yield "openvino int8", open_openvino(stem.with_suffix(".xml"), "f32")
 
 

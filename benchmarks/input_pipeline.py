@@ -8,17 +8,20 @@ photographs at this size (without CROSSX_DATA: synthetic images). Candidates, al
 - ``released``: the transforms of the released code: Pillow, Resize((600, 600)), RandomCrop(448), flip, ToTensor,
   Normalize;
 - ``fast``, ``strict``: the work of a crossx data worker per image, without normalisation, which is done on the device;
-- ``fast, ram cache``: the same with all images already decoded;
+- ``fast, cache decoded``, ``fast, cache resized``: the same with all images in ``data.cache``, in each form;
 - ``decode: ...``: only decoding to uint8 RGB, with each installed library.
 
-The script also measures a DataLoader with two workers, the cost of normalisation, and the differences between ``fast``
-and ``strict``.
+These, normalisation and photographs of 12 megapixels are measured in CPU time, so that other programs on the machine
+matter less; a DataLoader with two workers, and reading files that are not in the page cache, in time on the clock. The
+script also measures the differences between ``fast`` and ``strict``.
 """
 
 from __future__ import annotations
 
 import os
+import tarfile
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,7 +51,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FAST = Preprocessing(448, 600, "bilinear", MEAN, STD)
 STRICT = replace(FAST, pipeline="strict")
 SIZE = (500, 375)
-LARGE = (3200, 2400)
+LARGE = (4000, 3000)
+PHOTOGRAPHS = Preprocessing(384, None, "bilinear", MEAN, STD)
+"""As in the recipe ``finetune``."""
 BATCH = 32
 
 
@@ -83,7 +88,9 @@ def main() -> None:
     options.add_argument(
         "--qualities", type=int, nargs="+", default=[75, 90], help="JPEG qualities (default: 75 90)"
     )
-    options.add_argument("--loader-runs", type=int, default=5, help="rounds with workers (default: 5)")
+    options.add_argument(
+        "--loader-runs", type=int, default=5, help="rounds with workers, 0 for none (default: 5)"
+    )
     options.add_argument("--differences", type=int, default=400, help="images to compare (default: 400)")
     arguments = options.parse_args()
     torch.set_num_threads(1)
@@ -103,6 +110,7 @@ def main() -> None:
             photographs[:: max(1, len(photographs) // arguments.differences)]
         )
         results["large"] = measure_large(photographs, Path(folder) / "large", arguments.runs)
+    results["shards"] = measure_shards(photographs, arguments.runs)
     write(arguments.output, results)
 
 
@@ -163,17 +171,25 @@ def datasets(paths: Sequence[Path]) -> dict[str, Dataset[tuple[Tensor, int]]]:
     """Return name -> pipeline, all with random crops and flips."""
     records = [Record(path, 0, "train") for path in paths]
     fast, strict = (train_transform(preprocessing, "crop") for preprocessing in (FAST, STRICT))
-    cache = PixelCache({path: fast.size(path) for path in paths})
     return {
         "released": Released(paths),
         "fast": ImageDataset(records, fast, 0, fast.read),
         "strict": ImageDataset(records, strict, 0, strict.read),
-        "fast, ram cache": ImageDataset(records, fast, 0, partial(cache.read, decode=fast.read)),
+        **{f"fast, cache {form}": dataset for form, dataset in cached(paths, fast).items()},
     }
 
 
+def cached(paths: Sequence[Path], transform: Transform) -> dict[str, ImageDataset]:
+    """Return name -> images that are read from a cache in memory, for each form."""
+    records, found = [Record(path, 0, "train") for path in paths], {}
+    for form in transform.forms():
+        cache = PixelCache({path: form.size(transform.size(path)) for path in paths})
+        found[form.name] = ImageDataset(records, form.then, 0, partial(cache.read, prepare=form.read))
+    return found
+
+
 def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[str, Any]:
-    """Time one core, then a DataLoader with two workers."""
+    """Measure the CPU time of one core, then a DataLoader with two workers."""
     count = len(paths)
     pipelines = datasets(paths)
     candidates: dict[str, Callable[[], object]] = {
@@ -181,7 +197,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
     }
     for name, decode in decoders().items():
         candidates[f"decode: {name}"] = partial(_decode_all, decode, paths)
-    timings = interleave(candidates, arguments.runs)
+    timings = interleave(candidates, arguments.runs, clock=time.process_time)
     fastest = min(
         (name for name in timings if name.startswith("decode")), key=lambda name: timings[name].median
     )
@@ -199,7 +215,17 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
         for name, timing in timings.items()
     ]
     print(table(["", "ms per image", "images/s", "speed / released", "decoding time / its time"], rows))
+    one_core = _described(timings, against_released, against_decoding, count)
+    found = {"bytes_an_image": size, "fastest_decoder": fastest, "one_core": one_core}
+    return found | measure_loaders(pipelines, count, arguments.loader_runs)
 
+
+def measure_loaders(
+    pipelines: dict[str, Dataset[tuple[Tensor, int]]], count: int, runs: int
+) -> dict[str, Any]:
+    """Time a DataLoader with two workers; nothing without ``runs``."""
+    if not runs:
+        return {}
     loaders = {
         name: DataLoader(
             pipeline,
@@ -210,9 +236,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
         )
         for name, pipeline in pipelines.items()
     }
-    by_workers = interleave(
-        {name: partial(_exhaust, loader) for name, loader in loaders.items()}, arguments.loader_runs
-    )
+    by_workers = interleave({name: partial(_exhaust, loader) for name, loader in loaders.items()}, runs)
     speedups = ratios(by_workers, "released")
     rows = [
         [name, f"{count / timing.median:,.0f}", f"{1 / speedups[name].median:.2f}"]
@@ -220,12 +244,7 @@ def measure_speed(paths: Sequence[Path], quality: int, arguments: Any) -> dict[s
     ]
     print(f"\nDataLoader, 2 workers, batches of {BATCH}, {count} images per epoch\n")
     print(table(["", "images/s", "speed / released"], rows))
-    return {
-        "bytes_an_image": size,
-        "fastest_decoder": fastest,
-        "one_core": _described(timings, against_released, against_decoding, count),
-        "two_workers": _described(by_workers, speedups, None, count),
-    }
+    return {"two_workers": _described(by_workers, speedups, None, count)}
 
 
 def measure_normalize(runs: int) -> dict[str, Any]:
@@ -246,6 +265,7 @@ def measure_normalize(runs: int) -> dict[str, Any]:
             f"on the device ({device})": on_device,
         },
         runs,
+        clock=time.process_time if device == "cpu" else time.perf_counter,
     )
     print("\nNormalisation, ms per image\n")
     rows = [[name, f"{1000 * timing.median / BATCH:.4f}"] for name, timing in timings.items()]
@@ -273,30 +293,87 @@ def measure_differences(photographs: Sequence[Path]) -> dict[str, Any]:
 
 
 def measure_large(photographs: Sequence[Path], folder: Path, runs: int) -> dict[str, Any]:
-    """Measure the gain and the differences from decoding large JPEGs at half their size."""
-    paths = write_mosaics(photographs, folder, 4, 90, LARGE)
-    fast, strict = eval_transform(FAST), eval_transform(STRICT)
-    full = replace(fast, min_side=None)
+    """Measure what decoding large JPEGs at reduced size and keeping them in a cache gain, and the differences."""
+    paths = write_mosaics(photographs, folder, 8, 90, LARGE)
+    records = [Record(path, 0, "train") for path in paths]
+    transforms = {name: train_transform(PHOTOGRAPHS, name) for name in ("crop", "resized_crop")}
+    candidates: dict[str, ImageDataset] = {}
+    for name, used in transforms.items():
+        for variant, one in ((name, used), (f"{name}, at full size", replace(used, min_side=None))):
+            candidates[variant] = ImageDataset(records, one, 0, one.read)
+        candidates |= {f"{name}, cache {form}": dataset for form, dataset in cached(paths, used).items()}
+    small = replace(PHOTOGRAPHS, image_size=160)
+    used = train_transform(small, "resized_crop")
+    for variant, one in (
+        ("at 160 pixels", used),
+        ("at 160 pixels, at full size", replace(used, min_side=None)),
+    ):
+        candidates[f"resized_crop {variant}"] = ImageDataset(records, one, 0, one.read)
+    exact = train_transform(replace(PHOTOGRAPHS, pipeline="strict"), "crop")
+    candidates["strict"] = ImageDataset(records, exact, 0, exact.read)
     timings = interleave(
-        {
-            name: partial(_decode_all, lambda path, used=used: used(used.read(path)), paths)
-            for name, used in (("fast", fast), ("fast at full size", full), ("strict", strict))
-        },
+        {name: partial(_read_all, dataset, len(paths)) for name, dataset in candidates.items()},
         runs,
+        clock=time.process_time,
     )
+    fast, strict = (eval_transform(replace(PHOTOGRAPHS, pipeline=name)) for name in ("fast", "strict"))
     differences = _differences(fast, strict, paths)
-    width, height = fast.size(paths[0])[::-1]
-    print(f"\n{LARGE[0]} x {LARGE[1]} pixels, decoded at {width} x {height}\n")
-    rows = [[name, f"{1000 * timing.median / len(paths):.1f}"] for name, timing in timings.items()]
+    sizes = {
+        "crop": fast.size(paths[0])[::-1],
+        "resized_crop": transforms["resized_crop"].size(paths[0])[::-1],
+        "resized_crop at 160 pixels": used.size(paths[0])[::-1],
+    }
+    print(f"\n{LARGE[0]} x {LARGE[1]} pixels, decoded at {sizes}; one core\n")
+    rows = [[name, f"{1000 * timing.median / len(paths):.2f}"] for name, timing in timings.items()]
     print(table(["", "ms per image"], rows))
     print("\n" + table(list(differences), [[f"{value:.2g}" for value in differences.values()]]))
     return {
         "size": LARGE,
         "images": len(paths),
-        "decoded_size": (width, height),
+        "decoded_sizes": sizes,
         "timings": {name: timing.to_json() for name, timing in timings.items()},
         "differences": differences,
     }
+
+
+def measure_shards(photographs: Sequence[Path], runs: int) -> dict[str, Any]:
+    """Time reading what is not in the page cache: a shard from start to end, and the same files in random order."""
+    count = min(2000, len(photographs))
+    seconds: dict[str, list[float]] = {"shard from start to end": [], "files in random order": []}
+    # not in memory
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        shard, files = Path(name) / "0.tar", [Path(name) / f"{number}.jpg" for number in range(count)]
+        with tarfile.open(shard, "w") as archive:
+            for path, file in zip(photographs, files, strict=False):
+                archive.add(path, file.name)
+                file.write_bytes(path.read_bytes())
+        for number in range(runs):
+            order = np.random.default_rng(number).permutation(count)
+            _evict([shard, *files])
+            start = time.perf_counter()
+            with tarfile.open(shard) as archive:
+                for member in archive:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    content.read()
+            between = time.perf_counter()
+            for index in order:
+                files[index].read_bytes()
+            seconds["shard from start to end"].append(between - start)
+            seconds["files in random order"].append(time.perf_counter() - between)
+    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    print(f"\nReading {count} files of cub80 from the disk\n")
+    rows = [[name, f"{1000 * timing.median / count:.3f}"] for name, timing in timings.items()]
+    print(table(["", "ms per image"], rows))
+    return {"images": count, **{name: timing.to_json() for name, timing in timings.items()}}
+
+
+def _evict(paths: Sequence[Path]) -> None:
+    """Remove files from the page cache."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _differences(one: Transform, other: Transform, paths: Sequence[Path]) -> dict[str, float]:

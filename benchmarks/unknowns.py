@@ -5,15 +5,18 @@
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --output out/runs/plain-50
     python benchmarks/unknowns.py out/runs/plain-50 --near out/open/near --far out/open/far/images
     python benchmarks/unknowns.py out/runs/crossx-80 --output benchmarks/results/prediction_sets.json
+    python benchmarks/unknowns.py out/runs/fast --others flowers=$FLOWERS/test cats=$PETS/test/cats \\
+      --output benchmarks/results/unknown_photographs.json
 
 ``--prepare`` draws 50 of the species of a folder in the layout of CUB-200-2011 (seed 0): ``known.csv`` lists their
 images for ``--data.dataset table``, ``near`` has links to the test images of the others, and ``far`` drawn birds.
 
-For each score of ``crossx.evaluation.unknowns`` and for the distance to the k-th nearest training image: AUROC, FPR95
-and OSCR of the run's test images against ``near`` and ``far``, and the shares of each that are kept by the threshold
-that keeps 95% of the validation images. For each kind of prediction set: coverage and size on the test images for a
-coverage of 90%, calibrated on the validation images; and the mean and standard deviation over 500 random
-calibrations on as many test images, measured on the others. Logits and features are kept in RUN/unknowns.pt.
+For each score of ``crossx.evaluation.unknowns``, a combination of two of them, the distance to the k-th nearest
+training image and the cosine to the nearest mean of a class: AUROC, FPR95 and OSCR of the run's test images against
+each folder, and the shares of each that are kept by the threshold that keeps 95% of the validation images. For each
+kind of prediction set: coverage and size on the test images for a coverage of 90%, calibrated on the validation images;
+and the mean and standard deviation over 500 random calibrations on as many test images, measured on the others. Logits
+and features are kept in RUN/unknowns.pt.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from harness import RESULTS, table, write
 
 KNOWN = 50
 NEIGHBORS = (1, 5, 20)
+COMBINED = ("max_probability", "energy")
 COVERAGE = 0.9
 REPEATS = 500
 RAPS_FREE, RAPS_PENALTY = 2, 0.01
@@ -70,17 +74,18 @@ def prepare(root: Path, output: Path) -> None:
 
 @torch.inference_mode()
 def compute(run: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """Return logits, features and targets of each split and folder, from RUN/unknowns.pt if they are there."""
+    """Return logits, features and targets of each split and folder, from RUN/unknowns.pt where they are there."""
     cache = run / "unknowns.pt"
-    if cache.is_file():
-        found: dict[str, Any] = torch.load(cache, weights_only=True)
+    found: dict[str, Any] = torch.load(cache, weights_only=True) if cache.is_file() else {}
+    if {"train", "val", "test", *folders} <= {*found}:
         return found
     subject = Subject.open(run, split="test")
     network = subject.network
     loaders = {split: subject.data.eval_loader(split) for split in ("train", "val", "test")}
     loaders |= {name: unknown_data(subject, path).eval_loader("test") for name, path in folders.items()}
-    found = {}
     for name, loader in loaders.items():
+        if name in found:
+            continue
         logits, features, targets = [], [], []
         for images, labels in loader:
             inputs = network.inputs(images)
@@ -90,7 +95,7 @@ def compute(run: Path, folders: dict[str, Path]) -> dict[str, Any]:
         found[name] = {
             "logits": torch.cat(logits), "features": torch.cat(features), "targets": torch.cat(targets)
         }  # fmt: skip
-    torch.save(found, cache)
+        torch.save(found, cache)
     return found
 
 
@@ -106,6 +111,35 @@ def neighbor_scores(features: Tensor, known: Tensor, neighbors: int) -> Tensor:
     return -(2 - 2 * similarity).clamp(min=0).sqrt()
 
 
+def class_mean_scores(features: Tensor, known: Tensor, labels: Tensor) -> Tensor:
+    """Return the cosine of each image to the nearest mean of a class's training images, (B,).
+
+    Args:
+        features: (B, D), L2-normalised.
+        known: (N, D), those of the training images.
+        labels: (N,), their classes.
+    """
+    means = torch.stack([known[labels == label].mean(0) for label in labels.unique()])
+    return (features @ normalize(means).T).amax(1)  # (B, D) @ (D, K) -> (B, K) -> (B,)
+
+
+def combined_scores(references: list[Array], scores: list[Array]) -> Array:
+    """Return Fisher's combination of several scores, the sum of the logarithms of their p-values, (B,).
+
+    The p-value of a score is the share of the validation images that have no higher one; see Magesh et al.,
+    "Multiple Testing Framework for Out-of-Distribution Detection", 2022, https://arxiv.org/abs/2206.09522.
+
+    Args:
+        references: Of each score, those of the validation images, (n,).
+        scores: Of each score, those of the images, (B,).
+    """
+    total = np.zeros(len(scores[0]))
+    for reference, values in zip(references, scores, strict=True):
+        below = np.searchsorted(np.sort(reference), values, "right")
+        total += np.log((below + 1) / (len(reference) + 1))
+    return total
+
+
 def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
     """Return name -> scores of a split or folder."""
 
@@ -116,9 +150,22 @@ def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
         known = found["train"]["features"]
         return lambda name: neighbor_scores(found[name]["features"], known, k).double().numpy()
 
-    return {name: of_logits(score) for name, score in SCORES.items()} | {
-        f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS
-    }
+    def of_means(name: str) -> Array:
+        train = found["train"]
+        means = class_mean_scores(found[name]["features"], train["features"], train["targets"])
+        return means.double().numpy()
+
+    parts = [of_logits(SCORES[name]) for name in COMBINED]
+    return (
+        {name: of_logits(score) for name, score in SCORES.items()}
+        | {
+            " and ".join(COMBINED): lambda name: combined_scores(
+                [part("val") for part in parts], [part(name) for part in parts]
+            )
+        }
+        | {f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS}
+        | {"class means": of_means}
+    )
 
 
 def compare_scores(found: dict[str, Any], folders: list[str]) -> dict[str, Any]:
@@ -214,12 +261,16 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="dataset in the layout of CUB-200-2011")
     parser.add_argument("--near", type=Path, metavar="DIR", help="images of similar classes")
     parser.add_argument("--far", type=Path, metavar="DIR", help="images of something else")
+    parser.add_argument(
+        "--others", nargs="+", default=[], metavar="NAME=DIR", help="further images of none of the classes"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "unknowns.json")
     arguments = parser.parse_args()
     if arguments.prepare:
         prepare(arguments.prepare, arguments.output)
         return
     folders = {name: path for name in ("near", "far") if (path := getattr(arguments, name))}
+    folders |= {name: Path(path) for name, path in (word.split("=", 1) for word in arguments.others)}
     runs: dict[str, Any] = {}
     for run in arguments.runs:
         found = compute(run, folders)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pty
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 
@@ -87,6 +88,21 @@ def test_a_long_step_is_one_line_of_a_log(capsys: pytest.CaptureFixture[str]) ->
         with step("Reading"):
             assert wait_for(capsys, "\n") == "Reading …\n"
         assert wait_for(capsys, "\n") == "Loading …\n"
+
+
+@pytest.mark.usefixtures("shown")
+def test_a_step_is_not_repeated_after_an_inner_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with step("Testing"):
+        wait_for(capsys, "Testing …\n")
+        with step("Reading"):
+            wait_for(capsys, "Reading …\n")
+        # its thread ends without a line
+        for thread in [thread for thread in threading.enumerate() if "_show" in thread.name]:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+        assert capsys.readouterr().err == ""
+        with step("Reading"):
+            assert wait_for(capsys, "\n") == "Reading …\n"
 
 
 @pytest.mark.usefixtures("shown")

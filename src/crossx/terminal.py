@@ -106,6 +106,7 @@ class _Steps:
     def __init__(self) -> None:
         self.enabled = False
         self._names: list[str] = []
+        self._logged: list[bool] = []
         self._paused = 0
         self._shown = ""
         self._lock = threading.RLock()
@@ -114,11 +115,13 @@ class _Steps:
     def push(self, name: str) -> None:
         with self._lock:
             self._names.append(name)
+            self._logged.append(False)
             self._restart()
 
     def pop(self) -> None:
         with self._lock:
             self._names.pop()
+            self._logged.pop()
             self.erase()
             self._restart()
 
@@ -149,8 +152,10 @@ class _Steps:
                 if ended.is_set():
                     return
                 if not _is_terminal():
-                    # once, as a line of a log
-                    self._write(f"{name} …\n")
+                    # as a line of a log, once: not again after an inner step
+                    if not self._logged[-1]:
+                        self._write(f"{name} …\n")
+                    self._logged[-1] = True
                     return
                 text = f"{name} … {seconds:.0f} s"
                 self._write(f"{_ERASE_LINE}{text[: (columns(sys.stderr) or STANDARD_WIDTH) - 1]}")

@@ -84,7 +84,7 @@ def test_a_second_audit_takes_the_embeddings_and_finds_the_same(
 ) -> None:
     from crossx.predict.predictor import Predictor
 
-    monkeypatch.setattr(Predictor, "iter_features", lambda *_: iter(()))
+    monkeypatch.setattr(Predictor, "iter_image_features", lambda *_: iter(()))
     before = {file.name: file.read_bytes() for file in output.iterdir() if file.suffix != ".npz"}
     again = audit_dataset("folder", photographs, output=output, backbone=backbone)
     assert again == audit

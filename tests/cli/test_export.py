@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 import layouts
+from crossx.cli.export import _print_control
 from crossx.cli.main import main
+from crossx.evaluation.intervals import Interval
+from crossx.export.export import ControlledAccuracy
+from crossx.export.verify import Accuracy
 
 
 def test_says_what_it_wrote_and_how_it_compares(
@@ -50,8 +54,13 @@ def test_predict_takes_the_file(run: str, place: Path, capsys: pytest.CaptureFix
         (["--output", "x.pt2", "--precison", "fp16"], "Did you mean '--precision'?"),
         (
             ["--output", "x.pt2", "--calibration", "9"],
-            "--calibration and --accuracy require --precision int8.",
+            "--calibration, --accuracy and --max-drop require --precision int8.",
         ),
+        (
+            ["--output", "x.onnx", "--precision", "int8", "--max-drop", "-1"],
+            "--max-drop takes a number of at least 0, not '-1'",
+        ),
+        (["--output", "x.onnx", "--max_drop", "1"], "Did you mean '--max-drop'?"),
         (["--output", "folder.pt2"], "folder.pt2 is a folder: give the name of a file."),
     ],
 )
@@ -90,3 +99,22 @@ def test_what_needs_the_network_refuses_an_exported_file(
     assert "Give the run" in line
     assert not Path("shared").exists()
     assert not Path("features.parquet").exists()
+
+
+def test_says_which_layers_stay_in_float(capsys: pytest.CaptureFixture[str]) -> None:
+    interval = Interval(0.0, 0.0)
+    accuracy = Accuracy("val", 160, 0.9, 0.9, interval, 160, interval, 160)
+    layers = tuple(f"blocks.{number}" for number in range(12))
+    _print_control(ControlledAccuracy(0.5, accuracy, layers, layers[:9], trained_on=True))
+    shown = capsys.readouterr()
+    assert shown.out == (
+        "top-1 on 160 validation images: 90.00% before, 90.00% after (--max-drop 0.5 points); 9 of 12 layers back in "
+        "float: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4, blocks.5, blocks.6, blocks.7 and 1 more\n"
+    )
+    first, second = shown.err.splitlines()
+    assert first == "note: one of 160 images is 0.62 points, so --max-drop 0.5 lets none be lost."
+    assert second.startswith("note: the run was trained on its validation images, too")
+    _print_control(ControlledAccuracy(1.0, accuracy, layers, (), trained_on=False))
+    shown = capsys.readouterr()
+    assert shown.out.endswith("0 of 12 layers back in float\n")
+    assert shown.err == ""

@@ -6,13 +6,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import layouts
-from crossx.data.catalog import DATASETS, dataset_root, read_dataset
-from crossx.errors import UsageError
+from crossx.data.catalog import DATASETS, dataset_root, read_configured, read_dataset, read_existing
+from crossx.data.check import check_dataset
+from crossx.data.config import DataConfig
+from crossx.data.drawn.synthetic import read_synthetic
+from crossx.errors import CrossXError, UsageError
 
 ARCHIVES = ("cub", "nabirds", "cars", "dogs", "aircraft")
 
@@ -86,6 +90,21 @@ def test_options_reach_the_reader(tmp_path: Path) -> None:
     assert len(read_dataset("aircraft", archive, level="family").classes) == 2
 
 
+def test_options_of_the_drawn_set_reach_it(tmp_path: Path) -> None:
+    options = {"num_classes": 2, "images_per_class": 3, "test_images_per_class": 2, "seed": 4}
+    config = DataConfig(dataset="synthetic", root=str(tmp_path / "configured"), **options)
+    index = read_configured(config)
+    same = read_synthetic(tmp_path / "read", **options)
+    assert [record.path.read_bytes() for record in index.records] == [
+        record.path.read_bytes() for record in same.records
+    ]
+    assert (
+        index.classes == same.classes != read_synthetic(tmp_path / "other", **{**options, "seed": 0}).classes
+    )
+    with pytest.raises(CrossXError, match=r"seed is 4, not 0"):
+        read_configured(replace(config, seed=None))
+
+
 def test_unknown_dataset_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"unknown dataset 'cubs'\. Did you mean 'cub'\?"):
         read_dataset("cubs", "anywhere")
@@ -103,6 +122,18 @@ def test_option_of_another_dataset(name: str, options: dict[str, object], messag
     with pytest.raises(UsageError) as caught:
         read_dataset(name, "anywhere", **options)
     assert message in str(caught.value)
+
+
+def test_nothing_is_drawn_where_a_set_is_only_looked_at(tmp_path: Path) -> None:
+    sizes = {"num_classes": 2, "images_per_class": 3}
+    (tmp_path / "empty").mkdir()
+    for root, problem in ((tmp_path / "typo", "no such folder"), (tmp_path / "empty", "is empty")):
+        for reader in (read_existing, check_dataset):
+            with pytest.raises(CrossXError, match=rf"{root}: {problem}\. `crossx fit` draws"):
+                reader("synthetic", root, **sizes)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    drawn = read_dataset("synthetic", tmp_path / "drawn", **sizes)
+    assert read_existing("synthetic", tmp_path / "drawn", **sizes) == drawn
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "synthetic"])

@@ -42,6 +42,7 @@ def test_every_field_is_documented():
         ("augmentation", "crops", "Did you mean 'crop'?"),
         ("sampling", "balance", "Did you mean 'balanced'?"),
         ("bad_images", "ignore", "Choose from: skip, stop."),
+        ("cache_folder", "scratch", "give --data.cache disk too"),
     ],
 )
 def test_what_cannot_work_is_told_in_one_line(option, value, told):

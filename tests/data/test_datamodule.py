@@ -135,12 +135,14 @@ def test_long_list_of_bad_images_is_cut(tmp_path):
     assert str(error.value).count("is empty") == 10
 
 
-def test_bad_images_are_skipped_and_reported(tmp_path):
+def test_bad_images_are_skipped_and_reported(tmp_path, caplog):
     data = make(make_index(tmp_path, test=(2, 1, 2)), bad_images="skip", val_fraction=0)
     break_images(tmp_path)
     data.check_images()
     assert {path.name for path, _ in data.skipped} == {"train_0_0.png", "train_1_1.png", "test_2_0.png"}
     assert all(reason for _, reason in data.skipped)
+    assert "3 of 17 images cannot be read and are left out: " in caplog.text
+    assert all(f"{path}: {reason}" in caplog.text for path, reason in data.skipped)
     assert targets_of(data.train_dataloader()) == {0: 3, 1: 3, 2: 4}
     assert targets_of(data.test_dataloader()) == {0: 2, 1: 1, 2: 1}
 

@@ -126,9 +126,9 @@ def test_decoded_size_is_known_from_the_header(
     data = encoded(photograph().resize(size), file_format, exif=exif)
     shape = read_image(data, min_side=min_side).shape[1:]
     assert read_size(data, min_side=min_side) == tuple(shape)
-    scale = min(size) // min(shape)
-    assert sorted(size) == sorted(scale * side for side in shape)
+    scale = next(scale for scale in (1, 2, 4, 8) if sorted(side // scale for side in size) == sorted(shape))
     assert scale == 1 or (file_format == "JPEG" and min(shape) >= min_side)
+    assert scale == 8 or file_format != "JPEG" or min(size) // (2 * scale) < min_side
     assert read_size(data, min_side=min_side, pillow=True) == tuple(read_image(data).shape[1:])
 
 
@@ -396,6 +396,10 @@ def test_random_bytes_are_refused(data: bytes) -> None:
         (b"\0" * 5000, "only zeros"),
         (b"<!DOCTYPE html><p>404 Not Found</p>", "text file"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc", "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF file"),
+        (b'{"error": "not found"}\n', "text file (HTML, XML, SVG or JSON)"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG"),
         (encoded(photograph(), "JPEG")[:-400], "truncated"),
     ],
@@ -470,6 +474,24 @@ def test_find_images(tmp_path: Path) -> None:
         path.touch()
     (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
     assert find_images(tmp_path) == [tmp_path / name for name in wanted]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    for name in ("root/a/1.jpg", "root/b/2.jpg", "elsewhere/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    a = tmp_path / "root/a"
+    (a / "up").symlink_to("..")
+    (a / "further").symlink_to(tmp_path)
+    (a / "other").symlink_to(tmp_path / "elsewhere")
+    assert find_images(a) == [a / "1.jpg", a / "other/3.jpg"]
+    assert find_images(Path(os.path.relpath(a))) == [
+        Path(os.path.relpath(a)) / "1.jpg",
+        Path(os.path.relpath(a)) / "other/3.jpg",
+    ]
+    linked = tmp_path / "linked"
+    linked.symlink_to(a)
+    assert find_images(linked) == [linked / "1.jpg", linked / "other/3.jpg"]
 
 
 def test_find_images_in_a_missing_folder(tmp_path: Path) -> None:

@@ -316,11 +316,34 @@ def test_jpegs_are_decoded_at_full_size_where_a_smaller_one_would_not_do():
     for transform in (
         eval_transform(prep(pipeline="strict")),
         eval_transform(prep(crop_bottom=20)),
-        train_transform(prep(), "resized_crop"),
-        train_transform(prep(), "trivial"),
+        train_transform(prep(60), "resized_crop"),
+        train_transform(prep(60), "trivial"),
     ):
         assert read_shape(transform, data) == (480, 640)
-    assert read_shape(eval_transform(prep()), jpeg(picture(481, 640))) == (481, 640)
+    assert read_shape(eval_transform(prep()), jpeg(picture(481, 643))) == (240, 321)
+
+
+@pytest.mark.parametrize("augmentation", ["resized_crop", "trivial"])
+def test_small_crops_of_a_jpeg_decoded_smaller_are_not_enlarged_and_differ_little(augmentation):
+    image = picture(924, 924)
+    data = jpeg(image)
+    transform = train_transform(prep(), augmentation)
+    assert read_shape(transform, data) == (231, 231)
+    crop = transform.steps[2].args[1]
+    decoded, sides = transform.read(data), []
+    torch.manual_seed(0)
+    for drawn in range(2000):
+        region = crop.make_params([decoded])
+        place = [region[name] for name in ("top", "left", "height", "width")]
+        sides.append(min(place[2:]))
+        if drawn % 200 == 0:
+            small, large = (
+                v2.functional.crop(whole, *(scale * length for length in place))
+                for whole, scale in ((decoded, 1), (image, 4))
+            )
+            small, large = (resized_by_pillow(one, (56, 56), "bilinear") for one in (small, large))
+            assert difference(small, large)[1] < 2
+    assert 56 <= min(sides) < 60
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -411,15 +434,16 @@ def test_a_mark_is_where_its_place_in_the_crop_is_said_to_be(case):
         assert crop.sum() == 0
 
 
-def test_a_jpeg_decoded_smaller_ends_at_the_same_place():
-    image = np.zeros((960, 1280, 3), np.uint8)
+@pytest.mark.parametrize(("height", "width"), [(960, 1280), (961, 1281)])
+def test_a_jpeg_decoded_smaller_ends_at_the_same_place(height, width):
+    image = np.zeros((height, width, 3), np.uint8)
     image[320:400, 600:680] = 255
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95)
     transform = eval_transform(prep(112))
     small = transform.read(buffer.getvalue())
     assert small.shape[1:] == (480, 640)
-    centre = eval_crop_place(prep(112), 960, 1280)(torch.tensor([640.0, 360.0]))
+    centre = eval_crop_place(prep(112), height, width)(torch.tensor([640.0, 360.0]))
     light = (transform(small).int() - 20).clamp(min=0)
     torch.testing.assert_close(centre_of_light(light).float(), centre, atol=0.15, rtol=0)
 

@@ -1,5 +1,7 @@
 """Prediction sets against their definition, and their guarantee by counting."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from crossx.evaluation.conformal import (
     least_probabilities,
     least_probability,
     measure_sets,
+    weakness,
 )
 from crossx.runs import PredictionSets
 
@@ -75,3 +78,19 @@ def test_the_interval_of_the_coverage_holds_nine_tenths_of_the_calibrations() ->
         0.9, abs=0.03
     )
     assert np.mean(coverages) == pytest.approx(0.9, abs=0.005)
+
+
+def test_a_coverage_from_few_images_is_called_weak() -> None:
+    generator = np.random.default_rng(0)
+    for images in (12, 40, 300):
+        coverages = [
+            1 - least_probabilities(generator.random(images))[90 - PERCENTS.start] for _ in range(1500)
+        ]
+        warned = weakness(images, 0.9)
+        assert (warned is not None) == (np.quantile(coverages, 0.05) < 0.85)
+        if warned is not None:
+            low, high = (round(100 * value) for value in np.quantile(coverages, [0.05, 0.95]))
+            shown = re.search(r"between (\d+)% and (\d+)%", warned)
+            assert shown is not None
+            assert [int(shown[1]), int(shown[2])] == pytest.approx([low, high], abs=2)
+            assert f"calibrated on {images} images only: instead of 90%" in warned

@@ -2,7 +2,9 @@
 
 import errno
 import functools
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -20,8 +22,10 @@ from torch import Tensor
 
 import layouts
 from crossx.data.images import find_images
+from crossx.evaluation.intervals import Interval
 from crossx.export import export as export_module
-from crossx.export.export import ExportReport, export_run
+from crossx.export.export import ControlledAccuracy, ExportReport, export_run
+from crossx.export.verify import Accuracy
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported, without_telemetry
@@ -206,6 +210,76 @@ def test_few_images_are_refused_for_int8(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["onnx", "openvino"])
+def test_max_drop_tells_what_was_kept(format_: str, run: Path, tmp_path: Path) -> None:
+    require(format_, "int8")
+    pytest.importorskip("nncf")
+    photos = layouts.write_folder(tmp_path / "photos", classes=3, images_per_class=150)
+    output = tmp_path / f"network{SUFFIXES[format_]}"
+    report = export_run(
+        run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, max_drop=100
+    )
+    control = report.control
+    assert control is not None
+    assert (control.max_drop, control.reverted, control.trained_on) == (100, (), False)
+    assert (control.accuracy.split, control.accuracy.images) == ("val", 36)
+    # the convolutions and heads of the network
+    assert "backbone.trunk.conv1" in control.layers
+    assert len({*control.layers}) == len(control.layers) > 10
+    described = ExportedModel.load(output).description["control"]
+    assert described["accuracy"]["after"] == control.accuracy.after
+    assert described["layers"] == list(control.layers)
+
+
+def test_max_drop_needs_validation_images(run: Path, many: Path, tmp_path: Path) -> None:
+    require("onnx")
+    pytest.importorskip("nncf")
+    options = {"root": many, "dataset": "folder", "max_drop": 0.2}
+    message = refusal(export_run, run, tmp_path / "x.onnx", precision="int8", **options)
+    assert message.startswith("dataset 'folder' has 12 validation images for --max-drop, and 32 are needed. ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_format_without_nncf_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("onnx")
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "nncf" else found(name))
+    message = refusal(export_run, run, tmp_path / "x.onnx", precision="int8", max_drop=1)
+    assert message == "--max-drop needs nncf: pip install 'crossx[export]'."
+
+
+def kept(before: float, after: float, reverted: int) -> ControlledAccuracy:
+    """The accuracy on 200 images of a network of four layers."""
+    names = ("a", "b", "c", "d")
+    interval = Interval(0.0, 0.0)
+    accuracy = Accuracy("val", 200, before, after, interval, 200, interval, 100)
+    return ControlledAccuracy(0.5, accuracy, names, names[:reverted], trained_on=False)
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (kept(0.9, 0.895, 3), None),
+        (kept(0.9, 0.95, 0), None),
+        (
+            kept(0.9, 0.89, 3),
+            "x.onnx: not written, int8 loses 1.00 points of top-1 accuracy on 200 validation images with 3 of 4 layers "
+            "in float, more than --max-drop 0.5. Allow more",
+        ),
+        (
+            kept(0.9, 0.9, 4),
+            "x.onnx: not written, int8 keeps --max-drop 0.5 on 200 validation images only with every layer in float. ",
+        ),
+    ],
+)
+def test_an_accuracy_that_is_not_kept_is_refused(control: ControlledAccuracy, message: str | None) -> None:
+    if message is None:
+        export_module._require_kept(Path("x.onnx"), control)
+    else:
+        assert refusal(export_module._require_kept, Path("x.onnx"), control).startswith(message)
+
+
 class OpenVINOError(RuntimeError):
     """An exporter's own error without a reason."""
 
@@ -261,6 +335,17 @@ def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: P
             "x.pt2",
             {"precision": "int8"},
             "--format torch-export has no int8. Choose from: onnx, openvino.",
+        ),
+        ("x.onnx", {"max_drop": 0.5}, "--calibration, --accuracy and --max-drop require --precision int8."),
+        (
+            "x.onnx",
+            {"precision": "int8", "max_drop": 101},
+            "--max-drop takes percentage points, from 0 to 100, not 101.",
+        ),
+        (
+            "x.onnx",
+            {"precision": "int8", "max_drop": math.nan},
+            "--max-drop takes percentage points, from 0 to 100, not nan.",
         ),
         ("x.safetensors", {"images": "missing"}, "missing"),
         ("x.safetensors", {"root": "missing"}, "missing"),

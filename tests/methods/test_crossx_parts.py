@@ -39,7 +39,8 @@ SPATIAL = {
         for name, value in OPTIONS[option].items()
     },
 }
-CASES = {**OPTIONS, "all": ALL, "spatial": SPATIAL}
+WHOLE = SPATIAL | {"whole": True}
+CASES = {**OPTIONS, "all": ALL, "spatial": SPATIAL, "whole": WHOLE}
 TARGETS = torch.tensor([0, 2, 1])
 
 every_option = pytest.mark.parametrize("case", CASES)
@@ -213,6 +214,40 @@ def test_spatial_gates_follow_their_equations(parts: int) -> None:
         assert terms[f"separation_{stage}"].item() == pytest.approx(weight * np.mean(correlations), abs=1e-3)
 
 
+def test_the_whole_is_one_more_excitation_of_every_position() -> None:
+    method = build(num_parts=2, **WHOLE, equivariance_weights=[0.5, 0.25]).eval()
+    stages, attended, maps = (
+        of(images()) for of in (method.backbone.ungated, method.backbone, method.activation_maps)
+    )
+    for stage in ("last", "previous"):
+        for n, u in enumerate(stages[stage]):
+            gate = naive_gates(method, stage, u)[2]
+            larger = F.interpolate(u[None], size=attended[stage].shape[3:], mode="bilinear")[0]
+            torch.testing.assert_close(attended[stage][n, 2], gate[:, None, None] * larger)
+        # the maps, and what is compared with them, are those of the parts
+        torch.testing.assert_close(maps[stage], attended[stage][:, :2].clamp(min=0).mean(2))
+    terms = method.objective(images(), TARGETS).terms
+    for name, features in method.part_features(images()).items():
+        assert features.shape[1] == 3
+        losses = []
+        for p in range(3):
+            alone = torch.zeros_like(features)
+            alone[:, p] = features[:, p]
+            losses.append(F.cross_entropy(method.heads[name](alone.flatten(1)), TARGETS))
+        expected = method.part_weights[name] * sum(losses) / 3
+        torch.testing.assert_close(terms[f"part_{name}"], expected)
+        c3s = method.c3s_weights[name] * c3s_loss(features[:, :2])
+        torch.testing.assert_close(terms[f"c3s_{name}"], c3s)
+    # of the terms on maps, none sees the whole
+    with torch.no_grad():
+        for osme in method.backbone.osme.values():
+            osme.excite_bias[2] += 1
+    changed = method.objective(images(), TARGETS).terms
+    for name in ("concentration", "border", "separation_last", "presence_last", "equivariance_last"):
+        assert torch.equal(changed[name], terms[name])
+    assert not torch.equal(changed["part_last"], terms["part_last"])
+
+
 def test_spatial_gates_divide_a_single_stage_too() -> None:
     method = build(use_previous=False, use_merged=False, **SPATIAL).eval()
     stages = method.backbone.ungated(images())
@@ -329,8 +364,9 @@ def test_heads_see_the_features_and_class_maps_are_exact(case: str) -> None:
     for name, of_head in method.head_logits(images()).items():
         expected = of_head.gather(1, TARGETS[:, None])[:, 0] - method.heads[name].bias[TARGETS]
         torch.testing.assert_close(maps[name].mean((2, 3)).sum(1), expected, rtol=1e-4, atol=1e-5)
-        assert maps[name].shape == method.activation_maps(images())[name].shape
-        assert maps[name].shape[1] == 2
+        looks = method.activation_maps(images())[name]
+        assert looks.shape[1] == 2
+        assert maps[name].shape == (3, 2 + (case == "whole"), *looks.shape[2:])
 
 
 @all_options
@@ -449,6 +485,8 @@ def test_stages_without_gates_have_no_terms() -> None:
         ({"gate_sharpness": 3.0, "gates": "spatial"}, "gate_sharpness 3 needs competing gates"),
         ({"gates": "spatial", "background": True}, "spatial gates have one already"),
         ({"gates": "spatial", "osme_placement": "residual"}, "the shortcut would bypass spatial gates"),
+        ({"whole": True}, "whole needs spatial gates"),
+        ({"whole": True, "gates": "competing"}, "whole needs spatial gates"),
         ({"concentration_weight": 1.0}, "concentration_weight needs spatial gates"),
         ({"border_weight": 1.0, "gates": "competing"}, "border_weight needs spatial gates"),
         ({"border_weight": math.nan, "gates": "spatial"}, "border_weight must be at least 0 and finite"),

@@ -126,6 +126,21 @@ def test_the_images_are_those_of_the_training(place: Path) -> None:
     assert count(status="imported") == 18
 
 
+def test_training_images_that_cannot_be_read_are_left_out(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = crossx.load(place / "run", "cpu")
+    whole = NeighborIndex.open(predictor)
+    empty, gone = (place / "images" / name for name in whole.names[:2])
+    empty.write_bytes(b"")
+    gone.unlink()
+    # a table lists an image that is gone
+    gone.symlink_to("nowhere.jpg")
+    index = NeighborIndex.open(predictor)
+    assert list(index.names) == list(whole.names[2:])
+    assert "2 training images cannot be read and are left out" in caplog.text
+
+
 @pytest.mark.parametrize("shape", [(12, 3), (12,), (12, 3, 2)])
 @pytest.mark.parametrize("length", [5, 32])
 def test_features_that_do_not_fit_are_computed_again(place: Path, shape: tuple, length: int) -> None:

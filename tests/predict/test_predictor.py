@@ -312,7 +312,9 @@ def test_explanations_have_the_probabilities_of_all_views(predictor, images):
         assert CLASSES[one.explanation.target] == expected.label
 
 
-@pytest.mark.parametrize("call", ["iter_predict", "iter_images", "iter_features", "iter_explain"])
+@pytest.mark.parametrize(
+    "call", ["iter_predict", "iter_images", "iter_features", "iter_image_features", "iter_explain"]
+)
 def test_a_batch_of_none_is_refused(predictor, images, call):
     assert "batch_size" in refusal(lambda: next(getattr(predictor, call)(images, batch_size=0)))
 

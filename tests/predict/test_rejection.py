@@ -77,8 +77,11 @@ def test_a_run_without_thresholds_for_the_views_is_refused(run: Run) -> None:
         Predictor.load(run.path, "cpu", accept="some")
 
 
-def test_every_file_says_the_same(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_every_file_says_the_same(
+    run: Run, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     predictions = Predictor.load(run.path, "cpu", coverage=0.9).predict(photos, top=2)
+    assert "will cover between" in caplog.text
     least = 0.36
     for one in predictions:
         if one.error is None:

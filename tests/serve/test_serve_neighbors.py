@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_answers_have_the_nearest_training_images_with_small_pictures(place: Pat
     assert answer[0]["neighbors"][0]["path"] == "train/wren/large.jpg"
     assert answer[2]["error"] is not None
     assert answer[2]["neighbors"] == []
+
+
+def test_no_folder_of_the_server_is_in_an_answer(place: Path) -> None:
+    predictor = Predictor.load(place / "run", "cpu")
+    index = NeighborIndex.open(predictor)
+    # as of a table that lists images elsewhere
+    names = [str(index.base / name) for name in index.names]
+    names[0] = f"../images/{index.names[0]}"
+    similar = SimilarImages(replace(index, names=names), 3)
+    described = similar.describe([index._neighbor(number, 1.0) for number in range(2)])
+    assert [one.path for one in described] == index.names[:2]
+    elsewhere = replace(index, names=names)
+    described = similar.describe([elsewhere._neighbor(number, 1.0) for number in range(2)])
+    assert [one.path for one in described] == [Path(name).name for name in names[:2]]
+    assert all(one.webp for one in described)
 
 
 def test_a_number_that_is_too_large_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

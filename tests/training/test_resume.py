@@ -261,12 +261,15 @@ def test_a_resumed_run_is_not_prepared_again(make_config, monkeypatch):
     assert_same_run(resume(config.run_path()), whole)
 
 
-def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch):
+def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch, tmp_path):
     whole = fit(make_config("whole", **RANDOM))
     interrupt(monkeypatch, 2, crash)
     config = make_config("killed", **RANDOM)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(config)
+    with pytest.raises(CrossXError, match="typo: no such folder"):
+        resume(config.run_path(), root=tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
     assert_same_run(resume(config.run_path()), whole)
 
 

@@ -16,7 +16,7 @@ from crossx.audit.images import Images, read_images
 from crossx.audit.labels import LabelIssue, find_label_issues, large_enough, out_of_fold
 from crossx.audit.quality import find_outliers, find_quality_issues
 from crossx.audit.result import CHECKS, EXCLUDED, REASONS, Audit, DuplicateGroup
-from crossx.data.catalog import base_folder, dataset_root, read_dataset
+from crossx.data.catalog import base_folder, dataset_root, read_existing
 from crossx.data.exclude import write_excluded
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError, unknown
@@ -71,7 +71,7 @@ def audit_dataset(
                 raise unknown(kind, name_given, choices)
     if backbone is not None and run is not None:
         raise UsageError("--backbone and --run cannot be combined: the embeddings come from one of them.")
-    index = read_dataset(name, root, **options)
+    index = read_existing(name, root, **options)
     place = dataset_root(name, root, options)
     folder = _check_output(output, place)
     step = progress or (lambda what, done, total: None)

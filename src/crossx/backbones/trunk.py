@@ -170,14 +170,14 @@ class Backbone(nn.Module):
         # a plain dict: as a second submodule, the slot would be in the state dict twice
         self._slots[stage] = slot
 
-    def attach_assignment(self, num_parts: int, detach: bool = False) -> None:
+    def attach_assignment(self, num_parts: int, detach: bool = False, whole: bool = False) -> None:
         """Multiply all attention features with the shares of the parts in each position.
 
-        Call ``attach_osme`` before, with placement ``output``; ``detach`` as in ``PartAssignment``. Maps are enlarged
-        to the size of ``previous`` if it has attention features.
+        Call ``attach_osme`` before, with placement ``output`` and one more part if ``whole``; ``detach`` and ``whole``
+        as in ``PartAssignment``. Maps are enlarged to the size of ``previous`` if it has attention features.
         """
         channels = sum(self.channels[stage] for stage in self.osme)
-        self.assignment = PartAssignment(channels, num_parts, detach)
+        self.assignment = PartAssignment(channels, num_parts, detach, whole)
 
     def separate_parts(self) -> None:
         """Make ``forward`` return the attention features of a stage as P maps (B, C, h, w), for inference only."""
@@ -222,12 +222,12 @@ class Backbone(nn.Module):
     ) -> dict[str, Tensor]:
         """Return what ``forward`` does, for the results of ``ungated``, ``gates`` and ``assign``."""
         excited = dict(maps)
+        weights = None if self.assignment is None or shares is None else self.assignment.weights(shares)
         for stage, osme in self._gated():
-            u = maps[stage] if shares is None else enlarge(maps[stage], shares)
+            u = maps[stage] if weights is None else enlarge(maps[stage], weights)
             excited[stage] = osme.excite(u, gates[stage])  # (B, C, h, w) -> (B, P, C, h, w)
-            if shares is not None:
-                # (B, P + 1, h, w) -> (B, P, 1, h, w)
-                excited[stage] = excited[stage] * shares[:, :-1, None].to(u)
+            if weights is not None:
+                excited[stage] = excited[stage] * weights[:, :, None].to(u)  # (B, P, h, w) -> (B, P, 1, h, w)
         return {stage: self.stage_maps[stage](map_) for stage, map_ in excited.items()}
 
     def clone(self) -> Backbone:

@@ -46,10 +46,10 @@ def calibrate(
     """
     check_run(run)
 
-    with step("Calibrating the network"):
+    with step("Loading PyTorch"):
         from crossx.evaluation.calibration import calibrate_run
 
-        found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
+    found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
     described = found.described
     text = (
         f"temperature {found.temperature:.4g}, "

@@ -11,7 +11,7 @@ import jsonargparse
 
 from crossx.audit.result import CHECKS, EXCLUDED
 from crossx.cli.options import BatchSize, Device, check_run
-from crossx.cli.parser import MAX_WIDTH, Folder, Name, Positive, build, call
+from crossx.cli.parser import MAX_WIDTH, Folder, Name, Natural, Positive, build, call
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
@@ -29,6 +29,7 @@ class DatasetOptions:
         num_classes: Synthetic set only: number of classes.
         images_per_class: Synthetic set only: number of images per class.
         test_images_per_class: Synthetic set only: number of test images per class.
+        seed: Synthetic set only: seed of the drawn classes and images.
         image_column: huggingface only: the column of the images, if there are several.
         label_column: huggingface and webdataset only: the column, or the field of a .json, with the label.
     """
@@ -37,6 +38,7 @@ class DatasetOptions:
     num_classes: Positive | None = None
     images_per_class: Positive | None = None
     test_images_per_class: Positive | None = None
+    seed: Natural | None = None
     image_column: Name | None = None
     label_column: Name | None = None
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
+from crossx.errors import counted
 from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
-    from crossx.export.export import ExportReport
+    from crossx.export.export import ControlledAccuracy, ExportReport
+
+SHOWN_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Quantization:
     Attributes:
         calibration: Validation images to take the ranges of the activations from, at least 32 (default: 300).
         accuracy: Images of the test split to measure the accuracy on, at least 32 (default: all).
+        max_drop: Percentage points of top-1 accuracy that may be lost on the validation images, such as 0.5: layers
+            that cost more stay in float, and if that is not enough no file is left (default: no layer does).
     """
 
     calibration: Positive | None = None
     accuracy: Positive | None = None
+    max_drop: Annotated[Tolerance, "--max-drop"] | None = None
 
 
 def export(
@@ -70,6 +76,7 @@ def export(
     Examples:
         crossx export runs/mine --output mine.onnx
         crossx export runs/mine --format openvino --precision int8 --output mine.xml
+        crossx export runs/mine --output mine.xml --precision int8 --max-drop 0.5
         crossx export runs/mine --output mine.pt2 --precision fp16 --images photos/
         crossx predict mine.onnx bird.jpg
     """
@@ -90,6 +97,7 @@ def export(
             tolerance=tolerance,
             calibration_images=quantization.calibration,
             accuracy_images=quantization.accuracy,
+            max_drop=quantization.max_drop,
         )
     _print_report(report)
 
@@ -111,13 +119,15 @@ def _print_report(report: ExportReport) -> None:
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
     print(
         fold(
-            f"against eager float32 on {compared.images} images ({compared.source}): logits differ by at most "
-            f"{compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
+            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): logits differ by at "
+            f"most {compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
             hanging="  ",
         )
     )
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
+    if control := report.control:
+        _print_control(control)
     if accuracy := report.accuracy:
         low, high = accuracy.lost
         print(
@@ -135,3 +145,35 @@ def _print_report(report: ExportReport) -> None:
                 f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
                 file=sys.stderr,
             )
+        if report.control and 100 * (accuracy.before - accuracy.after) > report.control.max_drop:
+            print(
+                f"note: that is more than --max-drop {report.control.max_drop:g}, which holds for the validation "
+                "images; more of them would tell.",
+                file=sys.stderr,
+            )
+
+
+def _print_control(control: ControlledAccuracy) -> None:
+    from crossx.errors import counted, first_few
+
+    accuracy, reverted = control.accuracy, control.reverted
+    names = f": {first_few(reverted, SHOWN_LAYERS)}" if reverted else ""
+    print(
+        fold(
+            f"top-1 on {accuracy.images} validation images: {accuracy.before:.2%} before, {accuracy.after:.2%} after "
+            f"(--max-drop {control.max_drop:g} points); {len(reverted)} of {counted(len(control.layers), 'layer')} "
+            f"back in float{names}",
+            hanging="  ",
+        )
+    )
+    if control.max_drop * accuracy.images < 100:
+        print(
+            f"note: one of {accuracy.images} images is {100 / accuracy.images:.2f} points, so --max-drop "
+            f"{control.max_drop:g} lets none be lost.",
+            file=sys.stderr,
+        )
+    if control.trained_on:
+        print(
+            "note: the run was trained on its validation images, too, on which int8 may lose less than on others.",
+            file=sys.stderr,
+        )

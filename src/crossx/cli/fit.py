@@ -11,7 +11,7 @@ from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
-from crossx.runs import Run, find_run, free_folder, open_run
+from crossx.runs import Run, find_run, free_folder, open_run, read_json
 from crossx.terminal import fold, step
 from crossx.training.config import Config
 
@@ -101,5 +101,9 @@ def _print_outcome(done: Run) -> None:
     else:
         epoch = selection.get("epoch")
         print(f"last epoch {epoch:.0f}" if epoch else "only the heads were fitted")
+    if Config.from_yaml(done.config).trainer.profile:
+        from crossx.training.stages import profile_table
+
+        print("\n".join(["", *profile_table(read_json(done.profile)), ""]))
     print(f"weights: {weights}")
     print(f"next: crossx test {done.path}")

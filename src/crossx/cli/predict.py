@@ -112,7 +112,7 @@ def predict(
         predictor = Predictor.load(run, **vars(inference))
     if features is not None:
         size = predictor.feature_size
-        vectors = predictor.iter_features(files, batch_size)
+        vectors = predictor.iter_image_features(files, batch_size)
         return _write(
             features, vectors, len(files), lambda path, rows: outputs.write_features(path, rows, size)
         )

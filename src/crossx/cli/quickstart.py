@@ -81,8 +81,7 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
     arguments += ["--seed", str(seed), "--output", str(folder)]
     _show(["fit", *arguments])
     fit(arguments)
-    with step("Testing the network"):
-        return Trained(folder, test_run(folder))
+    return Trained(folder, test_run(folder))
 
 
 def _show(words: Sequence[str]) -> None:

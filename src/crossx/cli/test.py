@@ -137,8 +137,7 @@ def test_run(path: str, split: str, data: TestedData, device: str, **measured: A
     with step("Loading PyTorch"):
         from crossx.evaluation.run import test_run
 
-    with step("Testing the network"):
-        return test_run(path, split=split, device=device, **measured, **vars(data))
+    return test_run(path, split=split, device=device, **measured, **vars(data))
 
 
 def compare(run: str | Path, against: str | Path, split: str) -> tuple[dict[str, Any], Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from crossx.caches import cache_folder
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
-from crossx.errors import UsageError, unknown
+from crossx.errors import CrossXError, UsageError, unknown
 from crossx.runs import user_path
 from crossx.suggestions import nearest
 from crossx.yaml import load_yaml
@@ -108,6 +108,31 @@ def read_dataset(name: str, root: str | Path | None, **options: Any) -> DatasetI
     return index
 
 
+def read_existing(name: str, root: str | Path | None, **options: Any) -> DatasetIndex:
+    """Read a dataset as ``read_dataset`` does, but never draw ``synthetic`` in a given root.
+
+    For whatever looks at a dataset and does not train on it: there, a folder that does not exist is a typing error.
+
+    Raises:
+        CrossXError: As ``read_dataset``, and if nothing has been drawn in the root.
+        UsageError: As ``read_dataset``.
+    """
+    require_drawn(name, root)
+    return read_dataset(name, root, **options)
+
+
+def require_drawn(name: str, root: str | Path | None) -> None:
+    """Raise ``CrossXError`` if the dataset is ``synthetic`` and nothing has been drawn in the given root."""
+    if name != "synthetic" or root is None:
+        return
+    folder = user_path(root)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        problem = "is empty" if folder.exists() else "no such folder"
+        raise CrossXError(
+            f"{folder}: {problem}. `crossx fit` draws the synthetic dataset; here it is only read."
+        )
+
+
 def read_configured(config: DataConfig, *, other_images: bool = False) -> DatasetIndex:
     """Read the dataset that the ``--data.*`` options name, without the images that ``config.exclude`` lists.
 
@@ -144,6 +169,7 @@ def _reader_options(config: DataConfig) -> dict[str, Any]:
             "num_classes",
             "images_per_class",
             "test_images_per_class",
+            "seed",
             "image_column",
             "label_column",
         ),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_dataset
+from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_existing
 from crossx.data.images import find_images, inspect_image, is_image_name, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.errors import counted
@@ -111,7 +111,7 @@ def check_dataset(
         CrossXError: If the lists cannot be read.
     """
     info = dataset_info(name)
-    index = read_dataset(name, root, **options)
+    index = read_existing(name, root, **options)
     place = dataset_root(name, root, options)
     broken, digests, bits = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
     mislabelled, leaked, duplicates = _identical(index, digests)

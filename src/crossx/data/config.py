@@ -25,6 +25,7 @@ _LEAST = {
     "num_classes": 2,
     "images_per_class": 1,
     "test_images_per_class": 1,
+    "seed": 0,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "interpolation": ("bilinear", "bicubic"),
@@ -50,6 +51,7 @@ class DataConfig:
         images_per_class: Synthetic set only: number of images to draw per class.
         test_images_per_class: Synthetic set only: number of test images to draw per class; by default a third of
             images_per_class. The training images stay the same.
+        seed: Synthetic set only: seed of the drawn classes and images, 0 by default; independent of --seed.
         image_column: `huggingface` only: the column of the images, if there are several.
         label_column: `huggingface` and `webdataset` only: the column, or the field of a .json, with the label.
         image_size: Side of the network's square input, in pixels.
@@ -70,8 +72,10 @@ class DataConfig:
         pipeline: `fast`, or `strict` to decode and resize with Pillow only, for the pixels of the released code. `fast`
             differs from them by at most one grey level (bicubic: a few), and by more in large JPEGs, which it decodes
             at half, a quarter or an eighth of their size.
-        cache: Keep decoded images: `none`, `ram`, or `disk` (in $XDG_CACHE_HOME/crossx/decoded, also for later runs).
-            The space is reserved and reported before training; an image is stored when it is first read.
+        cache: Keep images as they are before the first random step, resized or decoded: `none`, `ram`, or `disk` (also
+            for later runs). The space is reserved and reported before training; an image is stored when it is first
+            read.
+        cache_folder: Folder of `data.cache disk`; by default $XDG_CACHE_HOME/crossx/decoded.
         batch_size: Images per training step and device.
         eval_batch_size: Images per step in validation and testing; by default batch_size.
         num_workers: Processes that load images; by default one per CPU core, at most 8. They do not affect the images.
@@ -90,6 +94,7 @@ class DataConfig:
     num_classes: int | None = None
     images_per_class: int | None = None
     test_images_per_class: int | None = None
+    seed: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     image_size: int = 448
@@ -105,6 +110,7 @@ class DataConfig:
     random_erasing: float = 0.0
     pipeline: Pipeline = "fast"
     cache: Cache = "none"
+    cache_folder: str | None = None
     batch_size: int = 32
     eval_batch_size: int | None = None
     num_workers: int | None = None
@@ -144,6 +150,10 @@ class DataConfig:
         for option, choices in _CHOICES.items():
             if option in given:
                 check_choice(f"data.{option}", given[option], choices)
+        if self.cache_folder is not None and self.cache != "disk":
+            raise UsageError(
+                "data.cache_folder is the folder of data.cache disk: give --data.cache disk too, or leave it out."
+            )
         if self.sampling == "pairs" and self.batch_size % 2:
             raise UsageError(f"data.batch_size must be even for data.sampling pairs, not {self.batch_size}.")
 

@@ -14,17 +14,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from crossx.data.cache import PixelCache, open_cache
+from crossx.data.cache import PixelCache, open_cache, stored_images
 from crossx.data.config import DataConfig
 from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
-from crossx.data.images import inspect_image, printable, scaled_note
+from crossx.data.images import ImageError, inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
-from crossx.data.transforms import Normalize, Transform, eval_transform, train_transform
+from crossx.data.transforms import CachedForm, Normalize, Transform, eval_transform, train_transform
 from crossx.data.views import StoredViews
 from crossx.distributed import is_leader, world_size
 from crossx.errors import CrossXError, counted, first_few
-from crossx.runs import Preprocessing
+from crossx.runs import Preprocessing, user_path
 
 MAX_WORKERS = 8
 MAX_LISTED = 10
@@ -69,7 +69,7 @@ class DataModule:
         self.skipped: list[tuple[Path, str]] = []
         self.processes = 1
         self.normalize = Normalize(preprocessing)
-        self._caches: dict[str, PixelCache] = {}
+        self._caches: dict[str, tuple[PixelCache, CachedForm]] = {}
 
     def to_device(self, batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
         """Move a batch to a device and convert its images to normalised float32."""
@@ -84,7 +84,7 @@ class DataModule:
         return max(1, min(MAX_WORKERS, _cores() // self.processes))
 
     def check_images(self, splits: Sequence[str] = SPLITS) -> None:
-        """Decode every image of ``splits`` once, before training.
+        """Decode every image of ``splits`` once, before training, except JPEGs in the cache of an earlier run.
 
         With ``bad_images: skip`` unreadable images are moved from ``index`` to ``skipped``.
 
@@ -92,7 +92,8 @@ class DataModule:
             CrossXError: If images cannot be read and ``bad_images`` is ``stop``; the first ten are named.
         """
         records = [record for record in self.index.records if record.split in splits]
-        paths = [record.path for record in records]
+        stored = self._stored()
+        paths = [record.path for record in records if record.path not in stored]
         # Pillow releases the interpreter lock: threads are as fast as processes and start at once
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             found = list(pool.map(inspect_image, paths))
@@ -101,16 +102,40 @@ class DataModule:
         ]
         if (note := scaled_note(bits for _, bits in found)) and is_leader():
             log.warning("%s.", note)
+        listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
+        found_bad = f"{len(bad):,} of {counted(len(paths), 'image')} cannot be read"
         if bad and self.config.bad_images == "stop":
-            listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
             raise CrossXError(
-                f"{len(bad):,} of {counted(len(paths), 'image')} cannot be read: {listed}. Replace them, or leave "
-                "them out with --data.bad_images skip."
+                f"{found_bad}: {listed}. Replace them, or leave them out with --data.bad_images skip."
             )
+        if bad and is_leader():
+            log.warning("%s and %s left out: %s.", found_bad, "is" if len(bad) == 1 else "are", listed)
         self.skipped += bad
         left_out = {path for path, _ in bad}
         kept = tuple(record for record in self.index.records if record.path not in left_out)
         self.index = replace(self.index, records=kept)
+
+    def _stored(self) -> set[Path]:
+        """Return the JPEGs that an earlier run has stored in ``data.cache disk``."""
+        if self.config.cache != "disk":
+            return set()
+        training = self._train_splits()
+        found = set()
+        for splits, transform, parts in (
+            (training, self._train_transform(), self.parts),
+            (("val",) if self.holds_out else (), eval_transform(self.preprocessing), ()),
+        ):
+            paths = [record.path for record in self.index.records if record.split in splits]
+            try:
+                found |= stored_images(paths, transform, folder=self._cache_folder, decoded_only=bool(parts))
+            except ImageError:
+                # told with all others that cannot be read
+                continue
+        # of other formats, the bits in use are counted
+        return {path for path in found if path.suffix.lower() in (".jpg", ".jpeg")}
+
+    def _train_splits(self) -> tuple[str, ...]:
+        return ("train", "val") if self.config.train_on == "trainval" else ("train",)
 
     def train_records(self) -> tuple[Record, ...]:
         """Return the records to train on, see ``config.train_on``.
@@ -118,7 +143,7 @@ class DataModule:
         Raises:
             CrossXError: If a class has none, since it could never be predicted.
         """
-        splits = ("train", "val") if self.config.train_on == "trainval" else ("train",)
+        splits = self._train_splits()
         records = tuple(record for record in self.index.records if record.split in splits)
         trained = {record.label for record in records}
         missing = [repr(name) for label, name in enumerate(self.index.classes) if label not in trained]
@@ -181,8 +206,10 @@ class DataModule:
             raise CrossXError(
                 f"dataset {self.index.name!r} has no {split} images; it has: {', '.join(present) or 'none at all'}."
             )
-        transform = transform or eval_transform(self.preprocessing)
-        dataset = ImageDataset(records, transform, self.seed, self._reader(split, records, transform))
+        if transform is None:
+            transform = eval_transform(self.preprocessing)
+            self._open_cache(split, records, transform)
+        dataset = self._dataset(split, records, transform)
         batch_size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
 
@@ -209,24 +236,48 @@ class DataModule:
 
     def _train_images(self) -> tuple[ImageDataset, list[int]]:
         """Return the augmented training images, and their labels."""
-        config, records = self.config, self.train_records()
-        transform = train_transform(
-            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
-        )
-        reader = self._reader("train", records, transform)
-        dataset = ImageDataset(records, transform, self.seed, reader, self.parts)
+        records, transform = self.train_records(), self._train_transform()
+        # parts move with each step
+        self._open_cache("train", records, transform, decoded_only=bool(self.parts))
+        dataset = self._dataset("train", records, transform, self.parts)
         return dataset, [record.label for record in records]
 
-    def _reader(self, name: str, records: Sequence[Record], transform: Transform) -> Callable[[Path], Tensor]:
+    def _train_transform(self) -> Transform:
+        config = self.config
+        return train_transform(
+            self.preprocessing, config.augmentation, hflip=config.hflip, random_erasing=config.random_erasing
+        )
+
+    def _dataset(
+        self, name: str, records: Sequence[Record], transform: Transform, parts: Sequence[str] = ()
+    ) -> ImageDataset:
+        """Return images that are read from the cache ``name``, if there is one with what ``transform`` needs."""
+        read: Callable[[Path], Tensor] = transform.read
+        if name in self._caches:
+            cache, kept = self._caches[name]
+            for form in transform.forms():
+                if form.key == kept.key:
+                    transform, read = form.then, partial(cache.read, prepare=form.read)
+        return ImageDataset(records, transform, self.seed, read, parts)
+
+    @property
+    def _cache_folder(self) -> Path | None:
+        return user_path(self.config.cache_folder) if self.config.cache_folder else None
+
+    def _open_cache(
+        self, name: str, records: Sequence[Record], transform: Transform, *, decoded_only: bool = False
+    ) -> None:
+        """Open a cache, if one is configured and it is not open yet."""
         kind = self.config.cache
-        if kind == "none":
-            return transform.read
-        if name not in self._caches:
-            paths = [record.path for record in records]
-            self._caches[name], summary = open_cache(kind, name, paths, transform)
-            if is_leader():
-                log.info(summary)
-        return partial(self._caches[name].read, decode=transform.read)
+        if kind == "none" or name in self._caches:
+            return
+        paths = [record.path for record in records]
+        cache, form, summary = open_cache(
+            kind, name, paths, transform, folder=self._cache_folder, decoded_only=decoded_only
+        )
+        self._caches[name] = cache, form
+        if is_leader():
+            log.info(summary)
 
     def _loader(
         self,

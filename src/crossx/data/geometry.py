@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,12 @@ CROP_FRACTION = 0.875
 MAX_ASPECT = 8
 """Longer images are cropped to this aspect ratio around their centre before resizing: enlarging the shorter side of
 1 x 5000 pixels to 512 would fill the memory."""
+
+SMALLEST_CROP = 0.08
+"""Smallest share of the area that ``resized_crop`` keeps (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842)."""
+
+MAX_STRETCH = 4 / 3
+"""Largest ratio of the two sides of such a crop."""
 
 DECODE_MARGIN = 2
 """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as their sides are this many times the resized sides.
@@ -67,11 +74,20 @@ def resized_side(preprocessing: Preprocessing) -> int:
     return preprocessing.resize_size or int(preprocessing.image_size / CROP_FRACTION)
 
 
-def min_decoded_side(preprocessing: Preprocessing) -> int | None:
-    """Return the minimum length of a JPEG's shorter side after decoding; None for its full size."""
+def min_decoded_side(preprocessing: Preprocessing, *, small_crops: bool = False) -> int | None:
+    """Return the minimum length of a JPEG's shorter side after decoding; None for its full size.
+
+    Args:
+        preprocessing: That of the network.
+        small_crops: Whether crops of ``SMALLEST_CROP`` are taken, whose sides then keep ``image_size`` pixels.
+    """
     # a banner may end between two pixels of a smaller image
-    whole = preprocessing.pipeline == "strict" or preprocessing.crop_bottom > 0
-    return None if whole else DECODE_MARGIN * resized_side(preprocessing)
+    if preprocessing.pipeline == "strict" or preprocessing.crop_bottom > 0:
+        return None
+    least = DECODE_MARGIN * resized_side(preprocessing)
+    if small_crops:
+        least = max(least, math.ceil(preprocessing.image_size * math.sqrt(MAX_STRETCH / SMALLEST_CROP)))
+    return least
 
 
 def resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]:
@@ -80,6 +96,18 @@ def resized_size(preprocessing: Preprocessing, size: Sequence[int]) -> list[int]
     if preprocessing.resize_size is not None:
         return [side, side]
     return [int(side * length / min(size)) for length in size]
+
+
+def whole_size(preprocessing: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a whole image of this height and width after resizing.
+
+    Raises:
+        ImageError: If ``crop_bottom`` leaves nothing.
+    """
+    height, width = size
+    limits = aspect_limits(height_without_bottom(height, preprocessing.crop_bottom), width)
+    height, width = resized_size(preprocessing, [length for _, length in limits])
+    return height, width
 
 
 def centred(spare: int) -> int:

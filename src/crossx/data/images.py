@@ -65,6 +65,11 @@ _ORIENTATIONS = {
 
 _BITS_PER_SAMPLE = 258  # TIFF tag
 
+_HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
+)
+"""https://nokiatech.github.io/heif/technical.html"""
+
 _NO_RANGE = (
     "its pixels are signed or have 32 bits, without a fixed range: save it with 8 or 16 bits per channel"
 )
@@ -100,7 +105,8 @@ def read_image(source: ImageSource, *, min_side: int | None = None, pillow: bool
     Args:
         source: The file or its bytes.
         min_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (without the highest frequencies), as
-            long as its shorter side keeps this many pixels and both sides stay whole numbers.
+            long as its shorter side keeps this many pixels. What is left over at the right and the bottom, less than
+            a pixel of the result, is cut off.
         pillow: Decode with Pillow only, at full size.
 
     Returns:
@@ -224,7 +230,9 @@ def scaled_note(bits: Iterable[int | None]) -> str | None:
 
 
 def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
-    """Return every image file in a folder and its subfolders, links followed, sorted by relative path.
+    """Return every image file in a folder and its subfolders, sorted by relative path.
+
+    Links are followed, except to folders that were searched before or have ``folder`` in them.
 
     The file name decides (``IMAGE_SUFFIXES``). What is hidden or what archives, cameras, editors and network drives
     leave behind (``leftovers.is_leftover``) is skipped, folders with everything in them.
@@ -237,7 +245,9 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         CrossXError: If a folder cannot be listed.
     """
     found: list[Path] = []
-    visited: set[tuple[int, int]] = set()
+    # a link to a folder above would bring in the images of other classes
+    above = [path for path in Path(os.path.realpath(folder)).parents if path.exists()]
+    visited = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
     for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_listing_error):
         status = os.stat(directory)
         if (status.st_dev, status.st_ino) in visited:
@@ -251,6 +261,13 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
         found.extend(Path(directory, name) for name in names if is_image_name(name))
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def leads_up(path: Path) -> bool:
+    """Return whether a path is a link to a folder that it is in."""
+    if not path.is_symlink():
+        return False
+    return Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path))
 
 
 def is_image_name(name: str) -> bool:
@@ -346,6 +363,9 @@ def _jpeg_pixels(source: ImageSource, scale: Callable[[int, int], int]) -> NDArr
         )
     except ValueError:
         return None
+    if height % factor or width % factor:
+        # the last row and column are partly padding of the JPEG's blocks
+        pixels = np.ascontiguousarray(pixels[: max(1, height // factor), : max(1, width // factor)])
     if data.rfind(b"Exif\0\0") < 0 and data.rfind(b"tiff:Orientation") < 0:  # twice as fast as find
         return pixels
     with _opened(data, ("JPEG",), header=True) as image:
@@ -361,13 +381,9 @@ def _jpeg_bytes(path: str | Path) -> bytes:
 
 
 def _scale(width: int, height: int, min_side: int | None) -> int:
-    """Return the largest divisor of both sides that keeps ``min_side``."""
+    """Return the largest scale at which the shorter side keeps ``min_side``."""
     for scale in (8, 4, 2):
-        if (
-            min_side is not None
-            and width % scale == height % scale == 0
-            and min(width, height) // scale >= min_side
-        ):
+        if min_side is not None and min(width, height) // scale >= min_side:
             return scale
     return 1
 
@@ -410,10 +426,14 @@ def _unidentified(source: ImageSource) -> str:
     else:
         with open(source, "rb") as file:
             start = file.read(64)
-    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
         return "is a HEIC image, which is not read: convert it to JPEG"
-    if start.lstrip().startswith(b"<"):
-        return "is a text file (HTML, XML or SVG), not an image"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the image: run `git lfs pull`"
+    if start.startswith(b"%PDF"):
+        return "is a PDF file, not an image"
+    if start.lstrip().startswith((b"<", b'{"')):
+        return "is a text file (HTML, XML, SVG or JSON), not an image"
     if not start.strip(b"\0"):
         return "holds only zeros where an image should start"
     return "is not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image, or its header is broken"

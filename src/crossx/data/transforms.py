@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from crossx.data.config import Augmentation, DataConfig
 from crossx.data.geometry import DECODE_MARGIN as DECODE_MARGIN
 from crossx.data.geometry import MAX_ASPECT as MAX_ASPECT
 from crossx.data.geometry import (
+    MAX_STRETCH,
+    SMALLEST_CROP,
     aspect_limits,
     centred,
     height_without_bottom,
     min_decoded_side,
     resized_side,
     resized_size,
+    whole_size,
 )
 from crossx.data.images import ImageSource, read_image, read_size
 from crossx.data.parts import PartPoints
@@ -49,11 +52,17 @@ class Transform:
         steps: Applied to the decoded image, in order.
         min_side: Minimum length of a JPEG's shorter side after decoding; None decodes at full size.
         strict: Decode with Pillow only.
+        fixed: Steps without random numbers that resize the whole image, for a cache; empty if there are none.
+        then: The steps after ``fixed``; together they have the result of ``steps``, bit for bit.
+        fixed_size: Maps height and width of the decoded image to those after ``fixed``.
     """
 
     steps: tuple[Step, ...]
     min_side: int | None
     strict: bool
+    fixed: tuple[Step, ...] = ()
+    then: tuple[Step, ...] = ()
+    fixed_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None
 
     def read(self, source: ImageSource) -> Tensor:
         """Decode an image at the size that the steps need, see ``read_image``."""
@@ -71,6 +80,58 @@ class Transform:
         for step in self.steps:
             image = step(image, parts)
         return image
+
+    def forms(self, *, decoded_only: bool = False) -> tuple[CachedForm, ...]:
+        """Return the forms in which a cache may keep the images: ``resized``, if possible, and ``decoded``."""
+        reading = (self.min_side, self.strict)
+        decoded = CachedForm("decoded", repr(reading), Transform((), *reading), self)
+        if decoded_only or self.fixed_size is None:
+            return (decoded,)
+        fixed, then = Transform(self.fixed, *reading), Transform(self.then, *reading)
+        key = repr((reading, [_described(step) for step in self.fixed]))
+        return CachedForm("resized", key, fixed, then, self.fixed_size), decoded
+
+
+@dataclass(frozen=True)
+class CachedForm:
+    """A form in which a cache keeps images.
+
+    Attributes:
+        name: ``decoded`` or ``resized``.
+        key: Text that is the same for the same pixels of an image.
+        first: What is done before an image is kept.
+        then: What is left to do.
+        resized: Maps height and width of the decoded image to those in this form; None keeps them.
+    """
+
+    name: Literal["decoded", "resized"]
+    key: str
+    first: Transform
+    then: Transform
+    resized: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+
+    def read(self, source: ImageSource) -> Tensor:
+        """Return an image in this form, uint8 (3, H, W).
+
+        Raises:
+            ImageError: As ``read_image``.
+        """
+        return self.first(self.first.read(source))
+
+    def size(self, decoded: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width in this form of an image that is decoded at this height and width."""
+        return decoded if self.resized is None else self.resized(decoded)
+
+
+def _described(step: Any) -> tuple[object, ...]:
+    """Return name and arguments of a step, without mean and std, which do not change the pixels."""
+    if not isinstance(step, partial):
+        return (step.__name__,)
+    arguments = [
+        replace(value, mean=(0, 0, 0), std=(1, 1, 1)) if isinstance(value, Preprocessing) else value
+        for value in step.args
+    ]
+    return (step.func.__name__, *arguments, sorted(step.keywords.items()))
 
 
 class Normalize:
@@ -159,7 +220,8 @@ def eval_crop_place(preprocessing: Preprocessing, height: int, width: int) -> Cr
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the deterministic transform of evaluation: resize, then centre crop."""
-    return _transform(preprocessing, partial(_resize_and_crop, preprocessing, random=False))
+    resize = partial(_resize_and_crop, preprocessing, random=False)
+    return _transform(preprocessing, resize, fixed=resize, fixed_size=partial(_crop_size, preprocessing))
 
 
 def square_transform(preprocessing: Preprocessing) -> Transform:
@@ -188,10 +250,6 @@ def train_transform(
             (https://arxiv.org/abs/1708.04896).
     """
     steps: list[Step] = []
-    if augmentation == "crop":
-        steps.append(partial(_resize_and_crop, preprocessing, random=True))
-    else:
-        steps.append(partial(_crop_and_resize, preprocessing, v2.RandomResizedCrop(preprocessing.image_size)))
     if hflip:
         steps.append(partial(_flip, probability=hflip))
     if augmentation == "trivial":
@@ -200,16 +258,54 @@ def train_transform(
     if random_erasing:
         mean_colour = [round(255 * mean) for mean in preprocessing.mean]
         steps.append(partial(_erase, v2.RandomErasing(random_erasing, value=mean_colour)))
-    return _transform(preprocessing, *steps, small_crops=augmentation != "crop")
-
-
-def _transform(preprocessing: Preprocessing, *steps: Step, small_crops: bool = False) -> Transform:
-    return Transform(
-        (partial(_cut_bottom, rows=preprocessing.crop_bottom), _limit_aspect, *steps),
-        # small crops need the detail
-        min_side=None if small_crops else min_decoded_side(preprocessing),
-        strict=preprocessing.pipeline == "strict",
+    if augmentation == "crop":
+        return _transform(
+            preprocessing,
+            partial(_resize_and_crop, preprocessing, random=True),
+            *steps,
+            fixed=partial(_resize_whole, preprocessing),
+            then=(partial(_crop, side=preprocessing.image_size), *steps),
+            fixed_size=partial(whole_size, preprocessing),
+        )
+    crop = v2.RandomResizedCrop(
+        preprocessing.image_size, scale=(SMALLEST_CROP, 1), ratio=(1 / MAX_STRETCH, MAX_STRETCH)
     )
+    first = partial(_crop_and_resize, preprocessing, crop)
+    return _transform(
+        preprocessing, first, *steps, min_side=min_decoded_side(preprocessing, small_crops=True)
+    )
+
+
+def _transform(
+    preprocessing: Preprocessing, *steps: Step, fixed: Step | None = None, **options: Any
+) -> Transform:
+    first = (partial(_cut_bottom, rows=preprocessing.crop_bottom), _limit_aspect)
+    options = {
+        "min_side": min_decoded_side(preprocessing),
+        "strict": preprocessing.pipeline == "strict",
+        "fixed": () if fixed is None else (*first, fixed),
+        **options,
+    }
+    return Transform((*first, *steps), **options)
+
+
+def _crop_size(preprocessing: Preprocessing, decoded: tuple[int, int]) -> tuple[int, int]:
+    height_without_bottom(decoded[0], preprocessing.crop_bottom)
+    return preprocessing.image_size, preprocessing.image_size
+
+
+def _resize_whole(preprocessing: Preprocessing, image: Tensor, parts: PartPoints | None) -> Tensor:
+    return _resize(preprocessing, image, resized_size(preprocessing, image.shape[-2:]))
+
+
+def _crop(image: Tensor, parts: PartPoints | None, *, side: int) -> Tensor:
+    for axis in (1, 2):
+        image = image.narrow(axis, _random_start(image.shape[axis] - side), side)
+    return image
+
+
+def _random_start(spare: int) -> int:
+    return int(torch.randint(spare + 1, ())) if spare else 0
 
 
 def _resize_and_crop(
@@ -224,7 +320,7 @@ def _resize_and_crop(
     crop = preprocessing.image_size if crop is None else crop
     size = resized_size(preprocessing, image.shape[-2:])
     spare = [length - crop for length in size]
-    starts = [int(torch.randint(more + 1, ())) if random and more else centred(more) for more in spare]
+    starts = [_random_start(more) if random else centred(more) for more in spare]
     if parts is not None:
         height, width = (after / before for after, before in zip(size, image.shape[-2:], strict=True))
         parts.move(scale=(width, height), shift=(-starts[1], -starts[0]), size=(crop, crop))

@@ -32,6 +32,7 @@ from crossx.evaluation.unknowns import KEEP, SCORE, SCORES, keeping_threshold, m
 from crossx.evaluation.views import CROPS, Views, has_crops, mean_probabilities, views_key
 from crossx.methods.base import Method
 from crossx.runs import PredictionSets, Rejection, Run, write_json
+from crossx.terminal import step
 
 MAX_VALUES = 50_000_000
 """Logits of views to keep in memory; beyond, the thresholds are set on a part of the images, evenly spread."""
@@ -227,14 +228,16 @@ def calibrate_run(
     check_choice("score", score, tuple(SCORES))
     if not 0 < keep <= 1:
         raise UsageError(f"keep must be above 0 and at most 1, not {keep}.")
-    subject = Subject.open(path, split=split, device=device, **options)
+    with step("Loading the network"):
+        subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
     if subject.seen_in_training:
         raise CrossXError(
             f"{path}: was trained on its {split} images, on which it is overconfident. Give others with "
             "--data.root and --data.dataset, or --split test."
         )
-    data.check_images([split])
+    with step("Checking the images"):
+        data.check_images([split])
     outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
     found = calibrate_outputs(
         outputs,

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.errors import UsageError
+from crossx.errors import UsageError, counted
 from crossx.evaluation.intervals import Interval
 from crossx.runs import PredictionSets
 
 PERCENTS = range(50, 100)
 """Coverages that are calibrated, in percent."""
+TOLERABLE = 0.05
+"""How far the coverage of a calibration may be below the one asked for, in 19 of 20 cases, without a warning."""
 
 
 def least_probabilities(probabilities: NDArray[np.float64]) -> tuple[float, ...]:
@@ -102,6 +104,18 @@ def coverage_interval(images: int, coverage: float, *, confidence: float = 0.9) 
     rank = _rank(images, percent_of(coverage))
     low, high = stats.beta(rank, images + 1 - rank).interval(confidence)
     return Interval(float(low), float(high))
+
+
+def weakness(images: int, coverage: float) -> str | None:
+    """Say how far below its coverage a calibration on so few images may be; None if that is at most ``TOLERABLE``."""
+    low, high = coverage_interval(images, coverage)
+    if low >= coverage - TOLERABLE:
+        return None
+    return (
+        f"the prediction sets were calibrated on {counted(images, 'image')} only: instead of {coverage:.0%}, they will "
+        f"cover between {low:.0%} and {high:.0%} of new images, in 9 of 10 calibrations. `crossx calibrate RUN "
+        "--data.root DIR` takes more images"
+    )
 
 
 def _rank(images: int, percent: int) -> int:

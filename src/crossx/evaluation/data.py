@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from crossx.data.catalog import base_folder, configured_root, read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured, require_drawn
 from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError, first_line
@@ -40,6 +40,8 @@ def read_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> tupl
     config = _data_config(run.read_info(), spec, **options)
     if config.exclude is not None and run.excluded.is_file():
         config = replace(config, exclude=str(run.excluded))
+    if options.get("root") is not None:
+        require_drawn(config.dataset, config.root)
     index = read_configured(config, other_images=True)
     check_classes(spec.classes, index.classes, index.name)
     return config, index
@@ -100,6 +102,7 @@ def _data_config(
             num_classes=None,
             images_per_class=None,
             test_images_per_class=None,
+            seed=None,
             image_column=None,
             label_column=None,
             exclude=None,

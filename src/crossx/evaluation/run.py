@@ -30,6 +30,7 @@ from crossx.evaluation.subject import Subject, SubjectOptions
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
 from crossx.methods.base import Method
 from crossx.runs import ModelSpec, write_json
+from crossx.terminal import step
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,14 @@ def test_run(
         UsageError: As ``Subject.open``, or if the run has no prediction sets of that coverage.
         CrossXError: As ``Subject.open``, or if images cannot be read or the logits are not finite.
     """
-    subject = Subject.open(path, **options)
+    with step("Loading the network"):
+        subject = Subject.open(path, **options)
     data, spec, split = subject.data, subject.spec, subject.split
     if coverage is not None:
         least_probability(spec.sets, KEY, coverage, subject.run.path)
-    others = None if unknown is None else unknown_data(subject, unknown)
-    data.check_images([split])
+    with step("Checking the images"):
+        others = None if unknown is None else unknown_data(subject, unknown)
+        data.check_images([split])
     outputs = evaluate(
         subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress="Testing"
     )
@@ -160,8 +163,9 @@ def test_run(
     predicted = Predictions(
         outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
     )
-    _write_example_maps(subject, predicted)
-    _write_files(subject.output, split, predicted, spec, results)
+    with step("Writing the results"):
+        _write_example_maps(subject, predicted)
+        _write_files(subject.output, split, predicted, spec, results)
     return results
 
 

@@ -12,6 +12,8 @@ import json
 import shutil
 import tempfile
 import warnings
+from ast import literal_eval
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -23,14 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crossx.data.transforms import Normalize
-from crossx.errors import CrossXError, UsageError, first_line, unknown
+from crossx.errors import CrossXError, UsageError, counted, first_line, unknown
+from crossx.evaluation.data import trained_splits
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.subject import open_data
-from crossx.export.quantize import quantize_onnx, quantize_openvino
+from crossx.export.quantize import Control, Quantized, quantize_onnx, quantize_openvino
 from crossx.export.verify import (
     MIN_QUANTIZED,
     Accuracy,
     Comparison,
+    LabelledBatches,
     QuantizationData,
     compare,
     images_to_compare,
@@ -60,6 +64,8 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-2}
 int8 the loss of top-1 accuracy."""
 
 CALIBRATION_IMAGES = 300
+ROUNDING = 1e-6
+"""Of differences of accuracies, in percentage points."""
 NEARLY_FULL = 1 << 20
 """Bytes that are left on a disk that is taken for full."""
 
@@ -72,15 +78,37 @@ class Format:
         build: Maps a network and an example input to a graph.
         save: Writes a graph, given its JSON description and precision.
         needs: Required packages.
-        quantize: Maps a graph and images to an int8 graph; None if the format has no int8.
+        quantize: Maps a graph, images and, on request, the accuracy to keep to an int8 graph; None if the format has
+            no int8.
         quantize_needs: Further packages required for int8.
+        control_needs: Further packages required to keep the accuracy.
     """
 
     build: Callable[[nn.Module, Tensor], Any]
     save: Callable[[Any, str, str, Path], None]
     needs: tuple[str, ...] = ()
-    quantize: Callable[[Any, Sequence[Tensor]], Any] | None = None
+    quantize: Callable[[Any, Sequence[Tensor], Control | None], Quantized] | None = None
     quantize_needs: tuple[str, ...] = ()
+    control_needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ControlledAccuracy:
+    """How the accuracy of int8 was kept.
+
+    Attributes:
+        max_drop: The accepted loss of top-1 accuracy, in percentage points.
+        accuracy: The accuracy on the validation images before and after.
+        layers: Names of the layers with int8 weights before layers were reverted.
+        reverted: Names of those that compute in float again.
+        trained_on: Whether the run was trained on the validation images, too.
+    """
+
+    max_drop: float
+    accuracy: Accuracy
+    layers: tuple[str, ...]
+    reverted: tuple[str, ...]
+    trained_on: bool
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class ExportReport:
         comparison: Comparison of the logits.
         tolerance: The accepted difference, see ``TOLERANCES``.
         accuracy: Accuracy before and after int8 quantisation.
+        control: How the accuracy was kept, with ``max_drop``.
     """
 
     files: tuple[Path, ...]
@@ -100,6 +129,7 @@ class ExportReport:
     comparison: Comparison
     tolerance: float
     accuracy: Accuracy | None
+    control: ControlledAccuracy | None = None
 
 
 def export_run(
@@ -114,6 +144,7 @@ def export_run(
     tolerance: float | None = None,
     calibration_images: int | None = None,
     accuracy_images: int | None = None,
+    max_drop: float | None = None,
 ) -> ExportReport:
     """Export a run for any batch size, and verify the file against the network in eager float32.
 
@@ -130,18 +161,22 @@ def export_run(
         calibration_images: For int8, number of images to calibrate on, at least ``MIN_QUANTIZED``; by default
             ``CALIBRATION_IMAGES``.
         accuracy_images: For int8, number of images to measure accuracy on, likewise; by default the whole test split.
+        max_drop: For int8, the accepted loss of top-1 accuracy on the validation images, in percentage points. Layers
+            that cost more stay in float.
 
     Raises:
         UsageError: If the options do not fit together, or a package is missing.
         CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the file
-            differs by more than ``tolerance``; then no file is left.
+            differs by more than ``tolerance`` or loses more than ``max_drop``; then no file is left.
     """
     output = Path(output)
     name = _format_of(output, format)
     kind = _FORMATS[name]
-    _check_precision(name, kind, precision)
-    if precision != "int8" and (calibration_images is not None or accuracy_images is not None):
-        raise UsageError("--calibration and --accuracy require --precision int8.")
+    _check_precision(name, kind, precision, controlled=max_drop is not None)
+    if precision != "int8" and not (calibration_images is accuracy_images is max_drop is None):
+        raise UsageError("--calibration, --accuracy and --max-drop require --precision int8.")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise UsageError(f"--max-drop takes percentage points, from 0 to 100, not {max_drop:g}.")
     for option, number in (("calibration", calibration_images), ("accuracy", accuracy_images)):
         if number is not None and number < MIN_QUANTIZED:
             raise UsageError(
@@ -154,11 +189,16 @@ def export_run(
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
-    quantized = None
+    chosen = quantized = None
     if precision == "int8":
-        quantized = quantization_data(read(), calibration_images or CALIBRATION_IMAGES, accuracy_images)
+        chosen = quantization_data(
+            read(), calibration_images or CALIBRATION_IMAGES, accuracy_images, controlled=max_drop is not None
+        )
 
-    graph = _build_graph(name, Inference(copy.deepcopy(method), spec), spec, precision, quantized)
+    graph = _build_graph(name, Inference(copy.deepcopy(method), spec), spec, precision)
+    if chosen is not None:
+        quantized = _quantize(kind, graph, chosen, spec, max_drop)
+        graph = quantized.graph
     reference = TorchNetwork(method, Normalize(spec.preprocessing), "cpu")
     description = describe_export(spec, name, precision, _opset(graph))
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
@@ -166,12 +206,22 @@ def export_run(
         _save(kind, graph, description, precision, file, output)
         model = ExportedModel.load(file, trust=True)  # written just now
         comparison = compare(model, reference, compared, source)
-        accuracy = (
-            None if quantized is None else measure_accuracy(model, reference, quantized, spec.preprocessing)
-        )
         allowed = TOLERANCES[precision] if tolerance is None else tolerance
-        _require(output, comparison, accuracy, allowed)
-        if accuracy is not None:
+        accuracy = control = None
+        if chosen is None:
+            _require_same(output, comparison, allowed)
+        else:
+            assert quantized is not None
+            measure = partial(measure_accuracy, model, reference, spec.preprocessing, len(chosen.calibration))
+            if max_drop is not None:
+                seen = "val" in trained_splits(run, read().config)
+                control = ControlledAccuracy(
+                    max_drop, measure(chosen.controlled), quantized.layers, quantized.reverted, seen
+                )
+                _require_kept(output, control)
+                description["control"] = asdict(control)
+            accuracy = measure(chosen.measured)
+            _require_accurate(output, accuracy, allowed)
             description["accuracy"] = asdict(accuracy)
             _save(kind, graph, description, precision, file, output)
         # .bin before .xml, which needs it
@@ -180,7 +230,7 @@ def export_run(
             with atomic_path(output.parent / part.name) as temporary:
                 part.replace(temporary)
     files = tuple(output.parent / part.name for part in reversed(parts))
-    return ExportReport(files, description, comparison, allowed, accuracy)
+    return ExportReport(files, description, comparison, allowed, accuracy, control)
 
 
 def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUTPUTS) -> onnx.ModelProto:
@@ -202,12 +252,29 @@ def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUT
     )
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
+    _name_nodes(graph)
     return graph
 
 
-def _build_graph(
-    name: str, network: Inference, spec: ModelSpec, precision: str, quantized: QuantizationData | None
-) -> Any:
+def _name_nodes(graph: onnx.ModelProto) -> None:
+    """Name nodes after the method's modules: ``backbone.trunk.conv1``, ``backbone.trunk.act1/Relu``."""
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    seen: Counter[str] = Counter()
+    for node in graph.graph.node:
+        # a batch norm is fused into the convolution, whose weight still has its name
+        weight = next((name for name in node.input[1:2] if name in weights and name.endswith(".weight")), "")
+        scopes = next(
+            (entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes")), "[]"
+        )
+        # the last one is the operator
+        module = next((name for name in reversed(literal_eval(scopes)[:-1]) if name), "")
+        name = weight.removesuffix(".weight") or "/".join(filter(None, (module, node.op_type)))
+        name = name.removeprefix("method.")
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def _build_graph(name: str, network: Inference, spec: ModelSpec, precision: str) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
     if kind.save is not _save_safetensors:
         network.use_inference_form()
@@ -219,18 +286,36 @@ def _build_graph(
         # warnings of torch.export and the converters about their internals
         warnings.simplefilter("ignore")
         try:
-            graph = kind.build(network, example)
+            return kind.build(network, example)
         except OSError as error:
             raise storage_error(Path(tempfile.gettempdir()), error) from error
         except Exception as error:  # exporters raise many types for unsupported networks
             raise CrossXError(
                 f"method {spec.method!r} on {spec.backbone!r} cannot be exported to {name} ({first_line(error)})."
             ) from error
-        if quantized is not None:
-            assert kind.quantize is not None
-            paths = [record.path for record in quantized.calibration]
-            graph = kind.quantize(graph, list(prepared_batches(paths, spec.preprocessing)))
-    return graph
+
+
+def _quantize(
+    kind: Format, graph: Any, images: QuantizationData, spec: ModelSpec, max_drop: float | None
+) -> Quantized:
+    assert kind.quantize is not None
+    batches = list(prepared_batches([record.path for record in images.calibration], spec.preprocessing))
+    control = None
+    if max_drop is not None:
+        control = Control(LabelledBatches(images.controlled, spec.preprocessing), max_drop / 100)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind.quantize(graph, batches, control)
+    except CrossXError:
+        raise
+    except OSError as error:
+        raise storage_error(Path(tempfile.gettempdir()), error) from error
+    except Exception as error:  # quantisers raise many types for unsupported networks
+        raise CrossXError(
+            f"method {spec.method!r} on {spec.backbone!r} cannot be quantized to int8 ({first_line(error)}). Use "
+            "--precision fp16."
+        ) from error
 
 
 def _save(
@@ -305,7 +390,7 @@ def _save_safetensors(graph: Inference, description: str, precision: str, file: 
 
 _ONNX = ("onnx", "onnxscript")
 _FORMATS = {
-    "onnx": Format(export_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx),
+    "onnx": Format(export_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx, control_needs=("nncf",)),
     "openvino": Format(_build_openvino, _save_openvino, (*_ONNX, "openvino"), quantize_openvino, ("nncf",)),
     "torch-export": Format(_build_torch_export, _save_torch_export),
     "safetensors": Format(_keep_network, _save_safetensors),
@@ -325,7 +410,7 @@ def _format_of(output: Path, given: str | None) -> str:
     return named
 
 
-def _check_precision(name: str, kind: Format, precision: str) -> None:
+def _check_precision(name: str, kind: Format, precision: str, *, controlled: bool) -> None:
     if precision not in TOLERANCES:
         raise unknown("precision", precision, TOLERANCES)
     if precision == "int8" and kind.quantize is None:
@@ -333,6 +418,8 @@ def _check_precision(name: str, kind: Format, precision: str) -> None:
         raise UsageError(f"--format {name} has no int8. Choose from: {offered}.")
     needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
     require(f"--format {name}", *needed, extra="export")
+    if controlled:
+        require("--max-drop", *kind.control_needs, extra="export")
 
 
 def _opset(graph: Any) -> int | None:
@@ -341,19 +428,40 @@ def _opset(graph: Any) -> int | None:
     return next((entry.version for entry in imports if not entry.domain), None)
 
 
-def _require(output: Path, comparison: Comparison, accuracy: Accuracy | None, allowed: float) -> None:
-    """Raise ``CrossXError`` if the difference exceeds the tolerance or is NaN."""
-    if accuracy is not None:
-        lost, (low, high) = accuracy.before - accuracy.after, accuracy.lost
-        if not lost <= allowed:
-            raise CrossXError(
-                f"{output}: not written, int8 loses {lost:.2%} of top-1 accuracy ({low:.2%} to {high:.2%}, 95% "
-                f"interval) on {accuracy.images} images ({accuracy.before:.2%} before, {accuracy.after:.2%} after), "
-                f"more than the tolerance, {allowed:.2%}. Try more --calibration images or --precision fp16, or allow "
-                "it with --tolerance."
-            )
-    elif not comparison.difference <= allowed:
+def _require_same(output: Path, comparison: Comparison, allowed: float) -> None:
+    """Raise ``CrossXError`` if the difference of the logits exceeds the tolerance or is NaN."""
+    if not comparison.difference <= allowed:
         raise CrossXError(
             f"{output}: not written, its logits differ from those of eager float32 by {comparison.difference:.1e} of "
             f"the largest, more than the tolerance of {allowed:.1e} ({comparison.source})."
+        )
+
+
+def _require_accurate(output: Path, accuracy: Accuracy, allowed: float) -> None:
+    """Raise ``CrossXError`` if the accuracy lost exceeds the tolerance."""
+    (low, high) = accuracy.lost
+    if not accuracy.before - accuracy.after <= allowed:
+        raise CrossXError(
+            f"{output}: not written, int8 loses {accuracy.before - accuracy.after:.2%} of top-1 accuracy ({low:.2%} to "
+            f"{high:.2%}, 95% interval) on {accuracy.images} images ({accuracy.before:.2%} before, "
+            f"{accuracy.after:.2%} after), more than the tolerance, {allowed:.2%}. Try --max-drop, more --calibration "
+            "images or --precision fp16, or allow it with --tolerance."
+        )
+
+
+def _require_kept(output: Path, control: ControlledAccuracy) -> None:
+    """Raise ``CrossXError`` if the accuracy was not kept, or only by leaving every layer in float."""
+    accuracy, reverted = control.accuracy, len(control.reverted)
+    lost = 100 * (accuracy.before - accuracy.after)
+    on = f"{accuracy.images} validation images"
+    if lost > control.max_drop + ROUNDING:
+        raise CrossXError(
+            f"{output}: not written, int8 loses {lost:.2f} points of top-1 accuracy on {on} with {reverted} of "
+            f"{counted(len(control.layers), 'layer')} in float, more than --max-drop {control.max_drop:g}. Allow more, "
+            "try more --calibration images, or use --precision fp16."
+        )
+    if reverted == len(control.layers):
+        raise CrossXError(
+            f"{output}: not written, int8 keeps --max-drop {control.max_drop:g} on {on} only with every layer in "
+            "float. Allow more, try more --calibration images, or use --precision fp16."
         )

@@ -1,34 +1,80 @@
-"""Post-training quantisation to int8, calibrated on real images."""
+"""Post-training quantisation to int8, calibrated on real images and, on request, with control of the accuracy."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from crossx.layers import MergedLogits, SeparateGates
+from crossx.predict.exported import open_session, without_telemetry
 
 if TYPE_CHECKING:
     import onnx
     import openvino
 
+Classify: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""Images, (B, 3, S, S), to probabilities, (B, K)."""
 
-def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelProto:
-    """Quantise a graph to per-channel int8 weights and uint8 activations, in ONNX's QDQ format.
+TIE = 1e-6
+"""Weight of the true class's probability in the controlled accuracy; far less than one image counts."""
+RANKED_BATCHES = 20
+"""Batches to rank the layers on by their effect on the accuracy."""
 
-    Weights use 7 bits: processors without VNNI or AMX add two products in 16 bits, which could overflow otherwise
-    (``reduce_range``, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+
+@dataclass(frozen=True)
+class Control:
+    """The accuracy that int8 must keep.
+
+    Attributes:
+        batches: Images, uint8 (B, 3, S, S), and their class indices, (B,); read many times.
+        max_drop: The accepted loss of top-1 accuracy on them, such as 0.002.
+    """
+
+    batches: Iterable[tuple[Tensor, Tensor]]
+    max_drop: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised graph.
+
+    Attributes:
+        graph: The graph.
+        layers: Names of the layers with int8 weights before layers were reverted.
+        reverted: Names of those that are in float again, to keep the accuracy.
+    """
+
+    graph: Any
+    layers: tuple[str, ...]
+    reverted: tuple[str, ...] = ()
+
+
+def quantize_onnx(
+    graph: onnx.ModelProto, batches: Sequence[Tensor], control: Control | None = None
+) -> Quantized:
+    """Quantise a graph to int8 weights and activations in ONNX's QDQ format.
+
+    By ONNX Runtime, with control of the accuracy by NNCF. ONNX Runtime's weights use 7 bits: processors without VNNI or
+    AMX add two products in 16 bits, which could overflow otherwise (``reduce_range``,
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). So do NNCF's.
 
     Args:
         graph: A graph of ``export_onnx``.
         batches: Images to calibrate on, uint8 (B, 3, S, S).
+        control: The accuracy to keep; layers that cost too much of it stay in float.
     """
+    if control is not None:
+        return _quantize_with_nncf(graph, batches, control, _onnx)
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -54,7 +100,142 @@ def quantize_onnx(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.Mod
             weight_type=QuantType.QInt8,
             nodes_to_exclude=[node.name for node in graph.graph.node if _stays_in_float(node)],
         )
-        return onnx.load(path)
+        quantized = onnx.load(path)
+    return Quantized(quantized, _onnx_layers(quantized))
+
+
+def quantize_openvino(
+    graph: openvino.Model, batches: Sequence[Tensor], control: Control | None = None
+) -> Quantized:
+    """Quantise a graph to int8 weights and activations with NNCF; arguments as in ``quantize_onnx``."""
+    return _quantize_with_nncf(graph, batches, control, _openvino)
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """What NNCF needs to know about a format.
+
+    Attributes:
+        item: Turns images into what NNCF passes to the network.
+        classify: Turns what NNCF passes to the validation function into a function of images.
+        layers: Names the layers with int8 weights.
+        read: Reads the fully quantised network, which NNCF writes.
+        suffix: Suffix of its file.
+        parameters: NNCF's advanced parameters of the quantisation.
+    """
+
+    item: Callable[[NDArray[np.uint8]], Any]
+    classify: Callable[[Any], Classify]
+    layers: Callable[[Any], tuple[str, ...]]
+    read: Callable[[Path], Any]
+    suffix: str
+    parameters: Any = None
+
+
+def _quantize_with_nncf(
+    graph: Any, batches: Sequence[Tensor], control: Control | None, runtime: Callable[[], _Runtime]
+) -> Quantized:
+    without_telemetry()
+    import nncf
+
+    own = runtime()
+    images = [own.item(image[None].contiguous().numpy()) for batch in batches for image in batch]
+    options = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(images)}
+    nncf.set_log_level(logging.ERROR)
+    if control is None:
+        with _quiet():
+            quantized = nncf.quantize(
+                graph, nncf.Dataset(images), advanced_parameters=own.parameters, **options
+            )
+        return Quantized(quantized, own.layers(quantized))
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        quantized = nncf.quantize_with_accuracy_control(
+            graph,
+            nncf.Dataset(images),
+            nncf.Dataset(control.batches),
+            lambda model, items: _accuracy(own.classify(model), items),
+            # rounding, and the share of the probabilities
+            max_drop=control.max_drop + 2 * TIE,
+            drop_type=nncf.DropType.ABSOLUTE,
+            advanced_quantization_parameters=own.parameters,
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=RANKED_BATCHES, intermediate_model_dir=folder
+            ),
+            **options,
+        )
+        first = own.layers(own.read(Path(folder) / f"intermediate_model{own.suffix}"))
+    left = set(own.layers(quantized))
+    return Quantized(quantized, first, tuple(name for name in first if name not in left))
+
+
+def _accuracy(classify: Classify, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
+    """Return the top-1 accuracy, with ties broken by the mean probability of the true class, and that per batch."""
+    per_batch, sizes = [], []
+    for images, targets in batches:
+        probabilities, labels = classify(images.contiguous().numpy()), targets.numpy()
+        right = probabilities.argmax(1) == labels
+        # the ties are below the precision of float32
+        true_class = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+        per_batch.append(float((right + TIE * true_class).mean()))
+        sizes.append(len(labels))
+    return float(np.average(per_batch, weights=sizes)), per_batch
+
+
+def _openvino() -> _Runtime:
+    import openvino
+
+    def classify(compiled: Any) -> Classify:
+        return lambda images: compiled(images)["probabilities"]
+
+    return _Runtime(lambda images: images, classify, _openvino_layers, openvino.Core().read_model, ".xml")
+
+
+def _onnx() -> _Runtime:
+    import nncf
+    import onnx
+    from nncf.quantization.advanced_parameters import QuantizationParameters
+
+    def classify(graph: onnx.ModelProto) -> Classify:
+        session = open_session(graph.SerializeToString())
+        return lambda images: session.run(["probabilities"], {"images": images})[0]
+
+    # ONNX Runtime computes a convolution in float if its input has a scale per channel
+    parameters = nncf.AdvancedQuantizationParameters(
+        activations_quantization_params=QuantizationParameters(per_channel=False)
+    )
+    return _Runtime(lambda images: {"images": images}, classify, _onnx_layers, onnx.load, ".onnx", parameters)
+
+
+def _openvino_layers(graph: openvino.Model) -> tuple[str, ...]:
+    """Name the layers with int8 weights."""
+    return tuple(
+        op.get_friendly_name().removesuffix("/WithoutBiases")
+        for op in graph.get_ordered_ops()
+        if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul") and _has_int8_weights(op)
+    )
+
+
+def _has_int8_weights(op: Any) -> bool:
+    node, quantized = op.input_value(1).get_node(), False
+    while node.get_type_name() in ("Convert", "FakeQuantize", "Multiply", "Reshape", "Subtract", "Transpose"):
+        quantized |= node.get_type_name() == "FakeQuantize"
+        node = node.input_value(0).get_node()
+    # stored as int8, or as float that is rounded to int8 values
+    return node.get_type_name() == "Constant" and (
+        quantized or node.get_element_type().to_string() in ("i8", "u8")
+    )
+
+
+def _onnx_layers(graph: onnx.ModelProto) -> tuple[str, ...]:
+    dequantized = {
+        output for node in graph.graph.node if node.op_type == "DequantizeLinear" for output in node.output
+    }
+    return tuple(
+        node.name
+        for node in graph.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in dequantized
+    )
 
 
 def _stays_in_float(node: onnx.NodeProto) -> bool:
@@ -65,18 +246,6 @@ def _stays_in_float(node: onnx.NodeProto) -> bool:
         (entry.value for entry in node.metadata_props if entry.key.endswith("class_hierarchy")), ""
     )
     return any(layer.__name__ in modules for layer in (SeparateGates, MergedLogits))
-
-
-def quantize_openvino(graph: openvino.Model, batches: Sequence[Tensor]) -> openvino.Model:
-    """Quantise a graph to int8 weights and activations with NNCF; arguments as in ``quantize_onnx``."""
-    import nncf
-
-    images = [image[None].contiguous().numpy() for batch in batches for image in batch]
-    nncf.set_log_level(logging.ERROR)
-    with _quiet():
-        return nncf.quantize(
-            graph, nncf.Dataset(images), preset=nncf.QuantizationPreset.MIXED, subset_size=len(images)
-        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from crossx.data.datamodule import DataModule
 from crossx.data.images import find_images, image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network
 from crossx.evaluation.progress import track
@@ -59,7 +59,7 @@ class Accuracy:
         lost: Interval of the accuracy lost, see ``matched_interval``.
         same_class: Images with the same predicted class.
         agreement: Interval of the share of such images, see ``share_interval``.
-        calibration_images: Number of calibration images, which are different ones.
+        calibration_images: Number of calibration images.
     """
 
     split: str
@@ -74,17 +74,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class QuantizationData:
-    """Disjoint images for int8 calibration and for measuring its accuracy.
+    """Images for int8; those of ``measured`` are used for nothing else.
 
     Attributes:
         calibration: Images to calibrate on.
         measured: Images to measure accuracy on.
-        split: Split of ``measured``.
+        controlled: Images on which the accuracy must be kept; none without accuracy control.
     """
 
     calibration: tuple[Record, ...]
     measured: tuple[Record, ...]
-    split: str
+    controlled: tuple[Record, ...] = ()
 
 
 def images_to_compare(
@@ -133,16 +133,19 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
     return Comparison(len(images), source, float(difference), same)
 
 
-def quantization_data(data: DataModule, calibration: int, measured: int | None) -> QuantizationData:
+def quantization_data(
+    data: DataModule, calibration: int, measured: int | None, *, controlled: bool = False
+) -> QuantizationData:
     """Choose images for int8: calibration on validation images, accuracy on the test split.
 
-    With fewer than ``MIN_QUANTIZED`` validation images, training images are added; without a test split, half of the
-    validation images are measured.
+    With fewer than ``MIN_QUANTIZED`` validation images, training images are added to calibrate on; without a test
+    split, half of the images are measured.
 
     Args:
         data: The dataset.
         calibration: Number of images to calibrate on.
         measured: Number of images to measure accuracy on; None for all.
+        controlled: Whether to control the accuracy, on all validation images that are not measured.
 
     Raises:
         CrossXError: If images cannot be read (and the run does not skip them), or there are too few.
@@ -161,33 +164,59 @@ def quantization_data(data: DataModule, calibration: int, measured: int | None) 
             f"measure its accuracy, and {MIN_QUANTIZED} of each are needed. Give a larger one with --data.root, or use "
             "--precision fp16."
         )
-    return QuantizationData(tuple(chosen), tuple(measurable), measurable[0].split)
+    validation = tuple(record for record in candidates if record.split == "val")
+    if controlled and len(validation) < MIN_QUANTIZED:
+        raise CrossXError(
+            f"dataset {data.index.name!r} has {counted(len(validation), 'validation image')} for --max-drop, and "
+            f"{MIN_QUANTIZED} are needed. Give a dataset that has them with --data.root, or leave out --max-drop."
+        )
+    return QuantizationData(tuple(chosen), tuple(measurable), validation if controlled else ())
 
 
 def measure_accuracy(
-    model: Network, reference: Network, images: QuantizationData, preprocessing: Preprocessing
+    model: Network,
+    reference: Network,
+    preprocessing: Preprocessing,
+    calibration_images: int,
+    records: Sequence[Record],
 ) -> Accuracy:
-    """Measure the top-1 accuracy of a quantised file and of the original network."""
-    records = images.measured
-    answers, references = [], []
-    paths = [record.path for record in records]
-    for batch in track(prepared_batches(paths, preprocessing), "Measuring", total=-(-len(records) // BATCH)):
-        answers.append(model.logits(batch).argmax(1))
-        references.append(reference.logits(batch).argmax(1))
-    found, expected = torch.cat(answers), torch.cat(references)
-    targets = torch.tensor([record.label for record in records])
+    """Measure the top-1 accuracy of a quantised file and of the original network on the images of a split."""
+    answers, references, labels = [], [], []
+    for images, targets in track(LabelledBatches(records, preprocessing), "Measuring"):
+        answers.append(model.logits(images).argmax(1))
+        references.append(reference.logits(images).argmax(1))
+        labels.append(targets)
+    found, expected, targets = torch.cat(answers), torch.cat(references), torch.cat(labels)
     right_before, right_after = (expected == targets).numpy(), (found == targets).numpy()
     same = int((found == expected).sum())
     return Accuracy(
-        split=images.split,
+        split=records[0].split,
         images=len(records),
         before=float(right_before.mean()),
         after=float(right_after.mean()),
         lost=matched_interval(right_before, right_after),
         same_class=same,
         agreement=share_interval(same, len(records)),
-        calibration_images=len(images.calibration),
+        calibration_images=calibration_images,
     )
+
+
+@dataclass(frozen=True)
+class LabelledBatches:
+    """Batches of images, uint8 (B, 3, S, S), and their class indices, (B,); read again on each iteration."""
+
+    records: Sequence[Record]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.records) // BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches."""
+        labels = torch.tensor([record.label for record in self.records]).split(BATCH)
+        paths = [record.path for record in self.records]
+        yield from zip(prepared_batches(paths, self.preprocessing), labels, strict=True)
 
 
 def prepared_batches(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Tensor]:

@@ -57,14 +57,20 @@ class PartAssignment(nn.Module):
         channels: C of the features that are compared with the prototypes.
         num_parts: P.
         detach: Whether the shares train only the prototypes, and not the features that are compared with them.
+        whole: Whether one more excitation, the last, has every position to itself (``weights``).
     """
 
-    def __init__(self, channels: int, num_parts: int, detach: bool = False) -> None:
+    def __init__(self, channels: int, num_parts: int, detach: bool = False, whole: bool = False) -> None:
         super().__init__()
-        self.detach = detach
+        self.detach, self.whole = detach, whole
         self.prototypes = nn.Parameter(draw_prototypes(num_parts + 1, channels))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return shares of sum 1, float32 (B, P + 1, h, w), the background's last, for features (B, C, h, w)."""
         compared = features.detach() if self.detach else features
         return prototype_scores(compared, self.prototypes).softmax(1)
+
+    def weights(self, shares: Tensor) -> Tensor:
+        """Return what the excitations multiply a map with, (B, P [+ 1], h, w), for the result of ``forward``."""
+        parts = shares[:, :-1]
+        return torch.cat((parts, torch.ones_like(shares[:, :1])), 1) if self.whole else parts

@@ -90,6 +90,7 @@ class CrossX(Method):
         concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
         border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
         detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
+        whole: Of spatial gates: whether the heads also get one more excitation, which sees every position.
     """
 
     curve_titles: ClassVar = Method.curve_titles | {
@@ -142,6 +143,7 @@ class CrossX(Method):
         concentration_weight: float = 0.0,
         border_weight: float = 0.0,
         detach_assignment: bool = False,
+        whole: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
 
@@ -178,28 +180,36 @@ class CrossX(Method):
                 raise UsageError(f"{name}_weight needs spatial gates: --model.gates spatial.")
         if detach_assignment and gates != "spatial":
             raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
+        if whole and gates != "spatial":
+            raise UsageError(
+                "whole needs spatial gates: --model.gates spatial; others see every position anyway."
+            )
         self.num_parts = num_parts
+        self.num_excitations = excitations = num_parts + whole
         self.previous_pooling: Pooling = previous_pooling
         self.heads = nn.ModuleDict()
         last, previous = backbone.channels["last"], backbone.channels["previous"]
-        backbone.attach_osme("last", num_parts, reductions[0], osme_placement, gating)
+        backbone.attach_osme("last", excitations, reductions[0], osme_placement, gating)
         if use_previous or use_merged:
-            backbone.attach_osme("previous", num_parts, reductions[1], osme_placement, gating)
+            backbone.attach_osme("previous", excitations, reductions[1], osme_placement, gating)
         if gates == "spatial":
-            backbone.attach_assignment(num_parts, detach_assignment)
+            backbone.attach_assignment(num_parts, detach_assignment, whole)
         backbone.drop_head()
-        self.heads["last"] = nn.Linear(num_parts * last, num_classes)
+        self.heads["last"] = nn.Linear(excitations * last, num_classes)
         if use_previous:
-            self.heads["previous"] = nn.Linear(num_parts * previous, num_classes)
+            self.heads["previous"] = nn.Linear(excitations * previous, num_classes)
         self.merge: MergedFeatures | None = None
         if use_merged:
-            self.merge = MergedFeatures(last, previous, num_parts, interpolation, merged_statistics)
-            self.heads["merged"] = nn.Linear(num_parts * previous, num_classes)
+            self.merge = MergedFeatures(last, previous, excitations, interpolation, merged_statistics)
+            self.heads["merged"] = nn.Linear(excitations * previous, num_classes)
         self.c3s = C3SLoss(c3s_form, diagonal_weight, c3s_centred)
         self.cross_layer = CrossLayerLoss(detach_teacher)
 
     def part_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W)."""
+        """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W).
+
+        With ``whole`` there are P + 1, those of the whole last; so in all features and class maps below.
+        """
         return self._pool(self.backbone(images))
 
     def _pool(self, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,7 +244,8 @@ class CrossX(Method):
         measures: dict[str, Tensor] = {}
         for name, pooled in features.items():
             weight = self.c3s_weights[name]
-            s = part_correlations(pooled if weight else pooled.detach())
+            parts = pooled[:, : self.num_parts]
+            s = part_correlations(parts if weight else parts.detach())
             if weight:
                 terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
             measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
@@ -250,8 +261,11 @@ class CrossX(Method):
         stages of MobileNetV2, end in a batch norm: half of what a channel says has a negative sign, and the mean over
         channels would be a sum with arbitrary signs, in which opposite responses cancel.
         """
-        # (B, P, C, h, w) -> (B, P, h, w)
-        return {name: features.relu().mean(2) for name, features in self._attention_features(images).items()}
+        return {name: self._looks(features) for name, features in self._attention_features(images).items()}
+
+    def _looks(self, features: Tensor) -> Tensor:
+        """Return the channel means of ReLU(U_p) of the parts, without the whole, (B, P, h, w)."""
+        return features[:, : self.num_parts].relu().mean(2)  # (B, P [+ 1], C, h, w) -> (B, P, h, w)
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return head name -> (B, P, h, w), one map per part; see ``Method``.
@@ -347,18 +361,17 @@ class CrossX(Method):
         terms = {}
         for stage, weight in weights.items():
             if stages[stage].ndim == 5:
-                # (B, P, C, h, w) -> (B, P, h, w)
-                here, there = (features.relu().mean(2) for features in (stages[stage], seen[stage]))
+                here, there = self._looks(stages[stage]), self._looks(seen[stage])
                 shown = view.undo(torch.ones_like(here[:, :1]))[:, 0]
                 terms[f"equivariance_{stage}"] = weight * view_loss(here, view.undo(there), shown)
         return terms
 
     def _part_terms(self, features: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Return ``part_*``: the mean cross-entropy of a head that is given one part, and zeros for the others."""
+        """Return ``part_*``: the mean cross-entropy of a head that sees one excitation, and zeros for the others."""
         terms = {}
         for name, head in self.linear_heads().items():
             if weight := self.part_weights[name]:
-                weights = head.weight.unflatten(1, (self.num_parts, -1))  # (K, P*C) -> (K, P, C)
+                weights = head.weight.unflatten(1, (self.num_excitations, -1))  # (K, P*C) -> (K, P, C)
                 # (B, P, C) and (K, P, C) -> (P, B, K)
                 logits = torch.einsum("bpc,kpc->pbk", features[name], weights) + head.bias
                 losses = [self.criterion(part, targets) for part in logits.unbind(0)]

@@ -72,7 +72,7 @@ def embed(
     done = total - len(pending)
     for start in range(0, len(pending), CHUNK):
         part = pending[start : start + CHUNK]
-        computed = predictor.iter_features([file for _, file in part], batch_size)
+        computed = predictor.iter_image_features([file for _, file in part], batch_size)
         for (key, file), features in zip(part, computed, strict=True):
             if features.vector is not None:
                 known[key] = features.vector.astype(np.float16)

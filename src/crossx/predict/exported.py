@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,9 @@ from crossx.methods.base import Method
 from crossx.methods.weights import load_network
 from crossx.predict.inference import Inference
 from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
@@ -227,13 +230,18 @@ def exported_files(file: Path) -> list[Path]:
     return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
 
 
-def _read_onnx(file: Path) -> tuple[str, Compute]:
+def open_session(network: Path | bytes) -> onnxruntime.InferenceSession:
+    """Open an ONNX file, or its content, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+
+
+def _read_onnx(file: Path) -> tuple[str, Compute]:
+    session = open_session(file)
     text = session.get_modelmeta().custom_metadata_map.get(KEY)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class NeighborIndex:
             top: Neighbours per image, at most N.
             batch_size: Images per step.
         """
-        for features in self.predictor.iter_features(images, batch_size):
+        for features in self.predictor.iter_image_features(images, batch_size):
             if features.vector is None:
                 yield Neighbors(features.path, error=features.error)
             else:

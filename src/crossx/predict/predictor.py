@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
 from crossx.errors import CrossXError, UsageError, check_choice
-from crossx.evaluation.conformal import least_probability
+from crossx.evaluation.conformal import least_probability, weakness
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
 from crossx.evaluation.unknowns import mean_score
@@ -31,6 +32,8 @@ from crossx.predict.prefetch import prefetch_batches
 from crossx.predict.results import ExplainedImage, Features, Neighbors, Prediction
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Accept = Literal["known", "all"]
@@ -122,6 +125,8 @@ class Predictor:
         self.coverage = options.get("coverage")
         if self.coverage is not None:
             self.least_probability(self.coverage)
+            if spec.sets and (warning := weakness(spec.sets.images, self.coverage)):
+                log.warning("%s.", warning)
 
     @classmethod
     def load(
@@ -273,7 +278,11 @@ class Predictor:
         self, images: ImageInput | Iterable[ImageInput], batch_size: int = 16
     ) -> Iterator[Features]:
         """Yield the features of images, see ``features``; arguments and errors as in ``iter_predict``."""
-        for path, answer in self._stream(expand(images), batch_size, self.features):
+        return self.iter_image_features(expand(images), batch_size)
+
+    def iter_image_features(self, images: Iterable[OneImage], batch_size: int = 16) -> Iterator[Features]:
+        """Yield features as ``iter_features`` does, but without expanding or checking paths; see ``iter_images``."""
+        for path, answer in self._stream(images, batch_size, self.features):
             if isinstance(answer, str):
                 yield Features(path, error=answer)
             else:

@@ -49,6 +49,7 @@ class Run:
     best = _File("checkpoints/best.ckpt")
     excluded = _File("exclude.csv")
     neighbors = _File("neighbors.npz")
+    profile = _File("profile.json")
     last = _File("checkpoints/last.ckpt")
     previous = _File("checkpoints/previous.ckpt")
     checksums = _File("checkpoints/SHA256SUMS")

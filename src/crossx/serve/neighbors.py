@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from torch import Tensor
@@ -51,11 +51,17 @@ class SimilarImages:
             SimilarImage(
                 label=neighbor.label,
                 similarity=neighbor.similarity,
-                path=printable(neighbor.name),
+                path=printable(_public_name(neighbor.name)),
                 webp=self._thumbnail(neighbor.path) if self._index.has_images else None,
             )
             for neighbor in neighbors
         ]
+
+
+def _public_name(name: str) -> str:
+    """Return a path below the training images' folder as it is, and only the file's name of one elsewhere."""
+    path = PurePosixPath(name)
+    return path.name if path.is_absolute() or ".." in path.parts else name
 
 
 def check_top(top: int) -> None:

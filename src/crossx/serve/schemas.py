@@ -58,7 +58,9 @@ class SimilarImage(BaseModel):
 
     label: str
     similarity: float = Field(description="Cosine of the features, -1 to 1.")
-    path: str = Field(description="Path relative to the folder of the training images.")
+    path: str = Field(
+        description="Path relative to the folder of the training images; of an image elsewhere only the file's name."
+    )
     webp: str | None = Field(description="Base64-encoded thumbnail; null if the image is no longer there.")
 
 

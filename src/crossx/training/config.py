@@ -331,6 +331,8 @@ class TrainerConfig:
         deterministic: Use deterministic kernels only; `warn` warns if there is none.
         benchmark: Let cuDNN search for its fastest kernels; null keeps PyTorch's setting.
         detect_anomaly: Find the operation that makes a gradient NaN (slow).
+        profile: Measure how long each stage takes and how long the training waits for images; printed at the end and
+            written to profile.json.
     """
 
     max_epochs: int = 30
@@ -357,6 +359,7 @@ class TrainerConfig:
     deterministic: bool | Literal["warn"] = False
     benchmark: bool | None = None
     detect_anomaly: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         # YAML reads 32 as a number

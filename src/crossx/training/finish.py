@@ -7,7 +7,7 @@ from typing import Any
 
 from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
 from crossx.evaluation.run import evaluate
 from crossx.methods.weights import load_weights, save_weights
@@ -128,8 +128,8 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
     found = calibrate_outputs(outputs, dataset=data.index.name, data_root=data.config.root, split="val")
     if found.rejection is None:
         log.warning(
-            "%d validation images are too few for a threshold: images of unknown classes are not rejected.",
-            len(outputs.targets),
+            "%s: too few for a threshold, so images of unknown classes are not rejected.",
+            counted(len(outputs.targets), "validation image"),
         )
     found.write(loop.run_folder)
     return found.described

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 
-from crossx.data.catalog import base_folder, configured_root, read_configured
+from crossx.data.catalog import base_folder, configured_root, read_configured, require_drawn
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.exclude import write_excluded, written_path
@@ -187,6 +187,7 @@ def resume(
         if config.data.exclude is not None and run.excluded.is_file():
             config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
         if root is not None:
+            require_drawn(config.data.dataset, root)
             config = _with_absolute_paths(replace(config, data=replace(config.data, root=str(root))))
         before: dict[str, Any] = {}
         if not restart:
@@ -580,7 +581,7 @@ def _require_empty(path: Path) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Make paths absolute, since a run is also resumed and tested from other working folders."""
-    exclude = config.data.exclude
+    exclude, cache = config.data.exclude, config.data.cache_folder
     weights, init = config.model.backbone_weights, config.init
     return replace(
         config,
@@ -589,6 +590,7 @@ def _with_absolute_paths(config: Config) -> Config:
         data=replace(
             config.data.with_absolute_root(),
             exclude=str(user_path(exclude).absolute()) if exclude is not None else None,
+            cache_folder=str(user_path(cache).absolute()) if cache is not None else None,
         ),
         model=replace(config.model, backbone_weights=str(Path(weights).absolute()) if weights else None),
     )

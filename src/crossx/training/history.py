@@ -33,6 +33,7 @@ class History:
             phases), ``train/...`` (means over the epoch, in training mode), ``lr`` (the highest at the first step),
             ``seconds`` since the start.
         ended: Why the training is over (``by``), and after which ``epoch``; None before.
+        resumed_at: Number of rows before a resume.
     """
 
     def __init__(self, run: Run, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -45,7 +46,7 @@ class History:
         self._sizes: list[float] = []
         self._newest: list[float] = []
         self._before = 0.0
-        self._resumed_at = 0
+        self.resumed_at = 0
         self._started = time.monotonic()
         self._open(0.0)
 
@@ -60,7 +61,7 @@ class History:
     def start_clock(self) -> None:
         """Start counting ``seconds``, on top of those before a resume."""
         self._started = time.monotonic()
-        self._resumed_at = len(self.rows)
+        self.resumed_at = len(self.rows)
 
     @property
     def seconds(self) -> float:
@@ -141,7 +142,7 @@ class History:
         """Format the last row as one line, without what does not fit the terminal."""
         row = self.rows[-1]
         top1 = {name.removesuffix("/top1"): value for name, value in row.items() if name.endswith("/top1")}
-        done = len(self.rows) - self._resumed_at
+        done = len(self.rows) - self.resumed_at
         left = (row["seconds"] - self._before) / done * (epochs - len(self.rows))
         # held-out images first
         parts = [

@@ -29,7 +29,7 @@ from crossx.data.views import StoredViews
 from crossx.errors import CrossXError, UsageError, counted
 from crossx.methods.base import Method, Phase
 from crossx.methods.start import Transfer
-from crossx.runs import Run
+from crossx.runs import SCHEMA, Run, write_json
 from crossx.terminal import erase_step
 from crossx.training.checkpoints import FORMAT, write_checkpoint
 from crossx.training.config import Config, OptimConfig
@@ -40,6 +40,18 @@ from crossx.training.history import History
 from crossx.training.loggers import build_loggers, finalize_all, log_all
 from crossx.training.optim import build_optimizer, build_scheduler, rise_fits
 from crossx.training.progress import Bar
+from crossx.training.stages import (
+    BACKWARD,
+    COPY,
+    FILES,
+    FIRST_WAIT,
+    FORWARD,
+    UPDATE,
+    VALIDATION,
+    VALIDATION_WAIT,
+    WAIT,
+    Stages,
+)
 from crossx.training.stopping import Patience, epochs_in_time
 from crossx.training.task import Task
 from crossx.training.views import check_early_layers, store_views
@@ -122,6 +134,7 @@ class Loop:
         )
         self.bar = Bar(self.options.enable_progress_bar and self.fabric.is_global_zero, self.history.shown)
         self.saved_at = time.monotonic()
+        self.stages = Stages()
 
     def run(self) -> None:
         """Train to the end.
@@ -131,11 +144,17 @@ class Loop:
         """
         self._set_up()
         options = self.options
+        if options.profile and self.device.type == "cuda":
+            # otherwise the time of a kernel counts to the stage that happens to wait for it
+            self.stages = Stages(torch.cuda.synchronize)
+        self.stages.restart()
         try:
             with self.bar, torch.autograd.set_detect_anomaly(options.detect_anomaly):
                 while (reason := self._end_reason()) is None:
                     self._train_epoch()
-                    self._end_epoch(self._validate() if self._is_validated() else {})
+                    with self.stages(VALIDATION):
+                        evaluated = self._validate() if self._is_validated() else {}
+                    self._end_epoch(evaluated)
                 if reason == "max_time":
                     self._validate_last()
                 self.history.ended = {"by": reason, "epoch": self.epoch}
@@ -145,6 +164,9 @@ class Loop:
         except BaseException:
             finalize_all(self.loggers, "failed")
             raise
+        if options.profile and self.fabric.is_global_zero:
+            profile = {"workers": self.data.num_workers, **self.stages.to_json()}
+            write_json(self.run_folder.profile, {"schema": SCHEMA, **profile})
         finalize_all(self.loggers, "success")
 
     def _set_up(self) -> None:
@@ -313,7 +335,7 @@ class Loop:
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or of the training."""
-        options, history = self.options, self.history
+        options, history, stages = self.options, self.history, self.stages
         phase = self._start_phase()
         self.train_loader.sampler.set_epoch(0 if options.overfit_batches else self.epoch, self.batch)
         within = f" {phase.name}" if self.has_phases else ""
@@ -323,20 +345,24 @@ class Loop:
             history.start_epoch(highest * phase.lr_factor, phase.name if self.has_phases else None)
         loader, first = iter(self.train_loader), True
         while self.batch < self.batches:
-            batch = next(loader)
+            with stages(FIRST_WAIT if first else WAIT):
+                batch = next(loader)
             if first:
                 # after the first batch, whatever random numbers the loader drew before
                 self._seed()
                 first = False
-            tensors = self._to_device(batch)
+            with stages(COPY):
+                tensors = self._to_device(batch)
             self.batch += 1
             accumulates = self.batch % options.accumulate_grad_batches != 0 and self.batch < self.batches
             with self._synchronized(not accumulates):
-                with self.fabric.autocast():
+                with stages(FORWARD), self.fabric.autocast():
                     loss, numbers = self.module(*tensors)
-                self.fabric.backward(loss / options.accumulate_grad_batches)
+                with stages(BACKWARD):
+                    self.fabric.backward(loss / options.accumulate_grad_batches)
             if not accumulates:
-                self._step()
+                with stages(UPDATE):
+                    self._step()
             history.add(numbers, len(tensors[0]))
             logs = options.log_every_n_steps > 0 and self.batch % options.log_every_n_steps == 0
             if logs or self.device.type == "cpu":
@@ -348,7 +374,8 @@ class Loop:
                 break
             if not accumulates and self.batch < self.batches and self._is_checkpoint_due():
                 history.collect(self.epoch * self.batches)
-                self._save()
+                with stages(FILES):
+                    self._save()
 
     def _start_phase(self) -> Phase:
         """Set the phase of the epoch; if it is another one than before, let the method start it."""
@@ -483,7 +510,10 @@ class Loop:
             self.device
         )
         self.bar.start("validating", self.eval_batches)
-        for done, batch in zip(range(1, self.eval_batches + 1), self.eval_loader, strict=False):
+        loader = iter(self.eval_loader)
+        for done in range(1, self.eval_batches + 1):
+            with self.stages(VALIDATION_WAIT):
+                batch = next(loader)
             images, targets = self.data.to_device(batch, self.device)
             with self.fabric.autocast():
                 logits = evaluated.logits(images)
@@ -507,10 +537,32 @@ class Loop:
         unlogged = ("step", "phase")
         log_all(self.loggers, {name: value for name, value in row.items() if name not in unlogged}, self.step)
         self._show_epoch()
+        self._hint_at_waiting()
         self._plan_epochs()
-        self._save(best=best)
-        if self.fabric.is_global_zero:
-            history.write()
+        with self.stages(FILES):
+            self._save(best=best)
+            if self.fabric.is_global_zero:
+                history.write()
+
+    def _hint_at_waiting(self) -> None:
+        # on a GPU the loop is ahead of the device, so that its waiting costs nothing, unless stages wait for the device
+        counts = self.device.type == "cpu" or self.options.profile
+        if (
+            len(self.history.rows) - self.history.resumed_at > 1
+            or not counts
+            or self.data.config.cache != "none"
+        ):
+            return
+        if (
+            self.fabric.is_global_zero
+            and self.stored is None
+            and (waited := self.stages.waited()) is not None
+        ):
+            log.warning(
+                "the steps of this epoch waited for images for %.0f%% of their time: --data.cache ram or disk "
+                "decodes and resizes them only once.",
+                100 * waited,
+            )
 
     def _update_best(self, row: Mapping[str, Any]) -> bool:
         """Return whether an epoch is the best so far; if so, keep it as that."""

@@ -123,7 +123,7 @@ def has_progress(run: Run, info: Mapping[str, Any]) -> bool:
 
 def clear(run: Run) -> None:
     """Delete what an earlier training in this folder has written, its TensorBoard events included."""
-    for path in (run.checkpoints, run.weights, *_histories(run), run.path / "tensorboard"):
+    for path in (run.checkpoints, run.weights, run.profile, *_histories(run), run.path / "tensorboard"):
         if path.exists():
             # at once, so that a kill leaves no folder with some of its files
             path.rename(path.with_name(f".{path.name}.old.tmp"))

@@ -27,8 +27,9 @@ MAX_CHOICES = 100
 FIXED = {
     **dict.fromkeys(
         (
-            "dataset", "root", "level", "num_classes", "images_per_class", "test_images_per_class", "image_column",
-            "label_column", "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images", "exclude",
+            "dataset", "root", "level", "num_classes", "images_per_class", "test_images_per_class", "seed",
+            "image_column", "label_column", "val_fraction", "test_fraction", "split_seed", "train_on", "bad_images",
+            "exclude",
         ),
         "it decides on which images the trials are compared",
     ),

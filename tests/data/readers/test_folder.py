@@ -215,6 +215,17 @@ def test_train_alone_has_no_test_split(tmp_path: Path) -> None:
     assert {record.split for record in read_folder(tmp_path).records} == {"train"}
 
 
+def test_links_to_folders_above_add_no_images(tmp_path: Path) -> None:
+    root = touch(
+        tmp_path / "root", *(f"{name}/{number}.jpg" for name in ("wren", "robin") for number in range(4))
+    )
+    expected = read_folder(root, test_fraction=0)
+    (root / "wren/up").symlink_to("..")
+    (root / "loop").symlink_to(".")
+    (root / "above").symlink_to(tmp_path)
+    assert read_folder(root, test_fraction=0) == expected
+
+
 def test_nested_linked_hidden_and_other_files(tmp_path: Path) -> None:
     elsewhere = touch(tmp_path / "elsewhere", "x.png")
     root = touch(

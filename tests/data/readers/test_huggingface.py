@@ -144,6 +144,30 @@ def test_columns_are_found_or_named(tmp_path: Path, files: list[Path]) -> None:
         read_huggingface(root, image_column="front")
 
 
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path, files: list[Path]) -> None:
+    whole = build(files)
+    labelled = read_huggingface(save(datasets.DatasetDict(train=whole), tmp_path / "labelled"))
+    hidden = build(files, [-1] * len(files))
+    for number, test in enumerate((hidden, build(files, [None] * len(files)), whole.remove_columns("label"))):
+        root = save(datasets.DatasetDict(train=whole, test=test), tmp_path / f"hidden{number}")
+        index = read_huggingface(root)
+        assert index.notes == ("split 'test' has no labels and is left out",)
+        assert [record.split for record in index.records] == [record.split for record in labelled.records]
+    root = save(datasets.DatasetDict(train=whole, validation=whole, test=hidden), tmp_path / "three")
+    index = read_huggingface(root)
+    assert [len(index.split(split)) for split in ("train", "val", "test")] == [12, 12, 0]
+    for name, parts in (
+        ("some", {"train": whole, "test": build(files, [*[-1] * 11, 1])}),
+        ("training", {"train": hidden, "test": whole}),
+        ("all", {"train": hidden, "test": hidden}),
+    ):
+        with pytest.raises(CrossXError, match=r"split .*, row 1: label empty"):
+            read_huggingface(save(datasets.DatasetDict(parts), tmp_path / name))
+    other = build(files, BIRDS * 6, datasets.Value("string"))
+    with pytest.raises(CrossXError, match="split 'test' has other columns 'image' and 'label'"):
+        read_huggingface(save(datasets.DatasetDict(train=whole, test=other), tmp_path / "other"))
+
+
 def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:
     odd = datasets.DatasetDict({"train": build(files), "extra": build(files)})
     odd.save_to_disk(tmp_path / "odd")

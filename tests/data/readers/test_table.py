@@ -499,6 +499,10 @@ def test_a_table_of_nothing_but_system_files(tmp_path: Path) -> None:
         (["Corvus corax, 1758", "Turdus merula, 1758", "Pica pica, 1758"], False),
         (["Audi A4 (2012, red)", "Audi A5 (2012, red)", "BMW"], False),
         (["cat;", "dog;", "bird;"], False),
+        (["car, red", "car, blue", "bus, red", "bus, blue"], False),
+        (["wren, male", "wren, female", "wren, juvenile", "robin"], False),
+        (["wren, male, adult", "wren, female, adult", "robin, male, adult"], False),
+        (["car, red", "car, blue", "red, bus", "bus, blue"], True),
     ],
 )
 def test_tables_with_several_labels_per_image_are_refused(
@@ -514,6 +518,12 @@ def test_tables_with_several_labels_per_image_are_refused(
             read_table(path, test_fraction=0)
     else:
         assert len(read_table(path, test_fraction=0).classes) == len({*labels})
+
+
+def test_a_note_on_names_with_recurring_parts(tmp_path: Path) -> None:
+    text = 'path,label\n1.jpg,"car, red"\n2.jpg,"car, blue"\n3.jpg,"bus, red"\n4.jpg,"bus, blue"\n'
+    (note,) = read_table(write(tmp_path, text), test_fraction=0).notes
+    assert note.startswith("labels such as 'car, red' are each read as the name of one class")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crossx.data.images import find_images, is_image_name, printable
+from crossx.data.images import find_images, is_image_name, leads_up, printable
 from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_leftover
 from crossx.data.names import (
@@ -244,7 +244,7 @@ def _subfolders(folder: Path, found: _Found | None = None) -> list[Path]:
         children = _children(folder)
         if found is not None:
             found.skipped.extend(path for path in children if _is_skipped(path))
-        return [path for path in children if not _is_skipped(path) and path.is_dir()]
+        return [path for path in children if not _is_skipped(path) and path.is_dir() and not leads_up(path)]
     except OSError as error:
         raise CrossXError(f"{printable(folder)}: the folder cannot be listed ({error.strerror}).") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import DatasetIndex
+from crossx.data.names import split_name
 from crossx.data.readers.embedded import COLUMNS as IMAGE_COLUMNS
 from crossx.data.readers.embedded import EncodedImage, is_encoded_image, unpack_images
 from crossx.data.readers.rows import ONE_LABEL, LabelTable, index_rows
@@ -34,7 +35,8 @@ def read_huggingface(
     """Read what ``Dataset.save_to_disk`` wrote, a folder that ``load_dataset`` reads, or a dataset on the Hub.
 
     Splits are those of the dataset under their usual names (``names.split_name``); a single one is divided as a folder
-    without splits. The images are unpacked into the cache once.
+    without splits. A split without any label, as test splits of benchmarks are published, is left out. The images are
+    unpacked into the cache once.
 
     Args:
         root: The folder, or ``user/name`` on the Hub.
@@ -58,15 +60,20 @@ def read_huggingface(
         raise CrossXError(f"{root}: the dataset has no rows.")
     for name, part in parts.items():
         _check_arrow(root, name, part)
-    several = len(parts) > 1
-    first = next(iter(parts.values()))
-    for name, part in parts.items():
-        if part.features.type != first.features.type:
-            raise CrossXError(f"{root}: split {name!r} has other columns than the first one.")
+    # a test split may lack the labels
+    trained = [part for name, part in parts.items() if split_name(name)[0] == "train"]
+    first = next(iter([*trained, *parts.values()]))
     schema = first.features.arrow_schema
     image = _image_column(root, first, schema, image_column, datasets)
     label = _label_column(root, first, schema, label_column, image, datasets)
     require_text(root, "label", schema.field(label))
+    parts, notes = _labelled(parts, label)
+    for name, part in parts.items():
+        if any(part.features.get(column) != first.features[column] for column in (image, label)):
+            raise CrossXError(
+                f"{root}: split {name!r} has other columns {image!r} and {label!r} than the first one."
+            )
+    several = len(parts) > 1
     rows: list[tuple[str, dict[str, Any]]] = []
     for name, part in parts.items():
         names = _class_names(part.features[label])
@@ -81,9 +88,8 @@ def read_huggingface(
     for (_, fields), file in zip(rows, files, strict=True):
         fields["path"] = file
     columns = ("path", "label", *(("split",) if several else ()))
-    return index_rows(
-        "huggingface", root, LabelTable(columns, rows, embedded=True), test_fraction, split_seed
-    )
+    table = LabelTable(columns, rows, embedded=True, notes=notes)
+    return index_rows("huggingface", root, table, test_fraction, split_seed)
 
 
 def _load(root: Path, datasets: Any) -> Any:
@@ -185,6 +191,19 @@ def _found(schema: pa.Schema) -> str:
 def _class_names(feature: Any) -> list[str] | None:
     names = getattr(feature, "names", None)
     return [str(name) for name in names] if isinstance(names, Sequence) else None
+
+
+def _labelled(parts: dict[str, Any], label: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits without those for testing that have no label (-1 or null), and a note on each of these."""
+    unlabelled = [
+        name
+        for name, part in parts.items()
+        if len(parts) > 1
+        and split_name(name)[0] != "train"
+        and (label not in part.features or all(value in (None, -1, "") for value in part.unique(label)))
+    ]
+    notes = [f"split {name!r} has no labels and is left out" for name in unlabelled]
+    return {name: part for name, part in parts.items() if name not in unlabelled}, notes
 
 
 def _images(parts: Mapping[str, datasets.Dataset], image: str, datasets: Any) -> Iterator[EncodedImage]:

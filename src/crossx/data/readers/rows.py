@@ -84,14 +84,14 @@ def index_rows(
     if not rows:
         raise CrossXError(f"{path}: all {len(skipped):,} rows name system files. Fix the table.")
     _check(path, rows, problems)
-    require_one_label(path, [row.label for row in rows])
+    label_notes = require_one_label(path, [row.label for row in rows])
     classes = _classes(path, rows)
     labels = {name: label for label, name in enumerate(classes)}
     records = [Record(row.file, labels[row.label], row.named[0]) for row in rows if row.file and row.named[0]]
     if not has_split:
         folder = records[0].path.parent if table.embedded else path.parent
         records = hold_out_test(records, classes, folder, test_fraction, split_seed)
-    notes = [*table.notes, *class_notes(classes)]
+    notes = [*table.notes, *label_notes, *class_notes(classes)]
     if skipped:
         notes.append(f"skipped {counted(len(skipped), 'row')} of system files: {first_few(skipped, _SHOWN)}")
     return DatasetIndex(name=dataset, classes=tuple(classes), records=tuple(records), notes=tuple(notes))
@@ -142,8 +142,13 @@ def _is_split(name: str, values: Sequence[Any]) -> bool:
     )
 
 
-def require_one_label(path: Path, labels: Sequence[str]) -> None:
+def require_one_label(path: Path, labels: Sequence[str]) -> list[str]:
     """Refuse labels of which most are several: ``a;b``, ``a|b``, ``[a, b]``, or ``a, b`` if the parts recur.
+
+    Parts that recur at the same place are those of names: ``car, red`` and ``car, blue``.
+
+    Returns:
+        A note on such names, if there are any.
 
     Raises:
         CrossXError: If they are.
@@ -152,15 +157,22 @@ def require_one_label(path: Path, labels: Sequence[str]) -> None:
     if 2 * len(several) <= len(labels):
         several = [label for label in labels if len(_parts(label, _COMMA)) > 1]
         # `Corvus corax, 1758` is one name: few of its parts are in other names
-        of_names = [{*_parts(label, _COMMA)} for label in {*labels}]
-        parts = set().union(*of_names)
+        of_names = [_parts(label, _COMMA) for label in {*labels}]
+        parts = {part for name in of_names for part in name}
         if len(parts) > len(of_names) or len(parts) == sum(map(len, of_names)):
-            several = []
+            return []
+        places = {(part, place) for name in of_names for place, part in enumerate(name)}
+        if len(places) == len(parts) and 2 * len(several) > len(labels):
+            return [
+                f"labels such as {several[0]!r} are each read as the name of one class. If they are several labels, "
+                "keep one"
+            ]
     if 2 * len(several) > len(labels):
         raise CrossXError(
             f"{path}: {len(several):,} of {len(labels):,} labels look like several, such as {several[0]!r}: "
             f"{ONE_LABEL}. Keep one; in the name of one class, write another character than , ; and |."
         )
+    return []
 
 
 def _parts(label: str, separator: re.Pattern[str]) -> list[str]:

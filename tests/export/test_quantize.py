@@ -1,0 +1,139 @@
+"""int8 with control of the accuracy, on a network of which int8 ruins one layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crossx.export.export import export_onnx
+from crossx.export.quantize import Control, Quantized, _accuracy, quantize_onnx, quantize_openvino
+
+SIDE = 8
+HUGE = 3e5
+
+
+class Fragile(nn.Module):
+    """Two classes, red and blue images, told apart by a map that is tiny next to another one.
+
+    int8 rounds both maps in steps of the larger one, so that ``fragile``, which reads them, sees no difference.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sturdy = nn.Conv2d(3, 2, 1)
+        self.fragile = nn.Conv2d(2, 1, 1)
+        self.classifier = nn.Linear(1, 2)
+        with torch.no_grad():
+            # red less blue, and a lot of green
+            self.sturdy.weight.copy_(torch.tensor([[1.0, 0.0, -1.0], [0.0, HUGE, 0.0]])[..., None, None])
+            self.fragile.weight.copy_(torch.tensor([[1.0, 0.0]])[..., None, None])
+            self.classifier.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+            for layer in (self.sturdy, self.fragile, self.classifier):
+                assert layer.bias is not None
+                layer.bias.zero_()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.fragile(self.sturdy(images.float() / 255))  # (B, 3, S, S) -> (B, 1, S, S)
+        logits = self.classifier(maps.mean((2, 3)))
+        return logits, logits.softmax(1)
+
+
+def colored(count: int) -> tuple[Tensor, Tensor]:
+    """Return red and blue images in turn with random green, uint8 (count, 3, S, S), and their classes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    targets = torch.arange(count) % 2
+    images[targets == 0, 0], images[targets == 0, 2] = 200, 20
+    images[targets == 1, 0], images[targets == 1, 2] = 20, 200
+    return images, targets
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any]]:
+    """How to read the network of each format; NNCF may change what it is given."""
+    for package in ("onnxscript", "onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
+    import onnx
+    import openvino
+
+    path = tmp_path_factory.mktemp("graphs") / "fragile.onnx"
+    onnx.save(export_onnx(Fragile().eval(), colored(2)[0]), path)
+    return {"onnx": lambda: onnx.load(path), "openvino": lambda: openvino.Core().read_model(path)}
+
+
+QUANTIZE = {"onnx": quantize_onnx, "openvino": quantize_openvino}
+
+
+def accuracy(format_: str, graph: Any, images: Tensor, targets: Tensor) -> float:
+    """Return top-1 of a graph by the format's own runtime."""
+    if format_ == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        logits = session.run(["logits"], {"images": images.numpy()})[0]
+    else:
+        import openvino
+
+        compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        logits = compiled(images.numpy())["logits"]
+    return float((logits.argmax(1) == targets.numpy()).mean())
+
+
+def quantized(format_: str, graphs: dict[str, Callable[[], Any]], max_drop: float | None) -> Quantized:
+    images, targets = colored(64)
+    control = None
+    if max_drop is not None:
+        control = Control(list(zip(images.split(16), targets.split(16), strict=True)), max_drop)
+    return QUANTIZE[format_](graphs[format_](), [images], control)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", QUANTIZE)
+def test_the_layer_that_costs_accuracy_goes_back_to_float(
+    format_: str, graphs: dict[str, Callable[[], Any]]
+) -> None:
+    images, targets = colored(64)
+    assert accuracy(format_, graphs[format_](), images, targets) == 1
+    plain, kept = (quantized(format_, graphs, max_drop) for max_drop in (None, 0.1))
+    assert accuracy(format_, plain.graph, images, targets) < 0.9
+    assert accuracy(format_, kept.graph, images, targets) >= 0.9
+    assert len(plain.layers) == 3
+    assert plain.reverted == ()
+    assert kept.layers == plain.layers
+    assert "fragile" in kept.reverted
+    assert plain.layers[-1] not in kept.reverted  # the classifier
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", QUANTIZE)
+def test_no_layer_goes_back_if_the_loss_is_accepted(
+    format_: str, graphs: dict[str, Callable[[], Any]]
+) -> None:
+    assert quantized(format_, graphs, 0.6).reverted == ()
+
+
+def test_the_controlled_accuracy_is_top_1_of_all_images() -> None:
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.ones(4), 50).astype(np.float32)
+    targets = generator.integers(4, size=50)
+    images = np.arange(50, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    batches = [
+        (torch.from_numpy(images[i : i + 16]), torch.from_numpy(targets[i : i + 16]))
+        for i in range(0, 50, 16)
+    ]
+    found, per_batch = _accuracy(lambda batch: probabilities[batch[:, 0, 0, 0]], batches)
+    right = sum(
+        max(range(4), key=list(row).__getitem__) == target
+        for row, target in zip(probabilities, targets, strict=True)
+    )
+    assert found == pytest.approx(right / 50, abs=2e-6)
+    assert len(per_batch) == 4
+    # with as many right, the surer network is better
+    surer = probabilities.copy()
+    surer[np.arange(50), targets] += 1e-3
+    same = surer.argmax(1) == probabilities.argmax(1)
+    assert same.all()
+    assert _accuracy(lambda batch: surer[batch[:, 0, 0, 0]], batches)[0] > found
