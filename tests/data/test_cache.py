@@ -316,7 +316,7 @@ def test_what_an_earlier_run_has_stored_is_known(paths, cache_home):
     assert stored_images(paths, TRANSFORM) == set(paths[1:4])
 
 
-def test_images_in_the_cache_of_an_earlier_run_are_not_checked_again(paths, monkeypatch):
+def test_images_in_the_cache_of_an_earlier_run_are_not_checked_again(paths, monkeypatch, caplog):
     inspect, seen = datamodule.inspect_image, []
 
     def recorded(path):
@@ -343,6 +343,9 @@ def test_images_in_the_cache_of_an_earlier_run_are_not_checked_again(paths, monk
     assert sorted(seen) == [path for path in sorted(paths) if path.suffix == ".png"]
     paths[0].write_bytes(paths[0].read_bytes()[:-200])
     assert [path for path, _ in check(read=False).skipped] == [paths[0]]
+    # those of the other split are still in its cache, and count
+    assert len(seen) < len(paths)
+    assert any("1 of 9 images cannot be read" in message for message in caplog.messages)
     paths[0].write_bytes(b"")
     assert [path for path, _ in check(read=False).skipped] == [paths[0]]
 

@@ -103,7 +103,7 @@ class DataModule:
         if (note := scaled_note(bits for _, bits in found)) and is_leader():
             log.warning("%s.", note)
         listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
-        found_bad = f"{len(bad):,} of {counted(len(paths), 'image')} cannot be read"
+        found_bad = f"{len(bad):,} of {counted(len(records), 'image')} cannot be read"
         if bad and self.config.bad_images == "stop":
             raise CrossXError(
                 f"{found_bad}: {listed}. Replace them, or leave them out with --data.bad_images skip."
