@@ -38,7 +38,8 @@ class Quantization:
         calibration: Validation images to take the ranges of the activations from, at least 32 (default: 300).
         accuracy: Images of the test split to measure the accuracy on, at least 32 (default: all).
         max_drop: Percentage points of top-1 accuracy that may be lost on the validation images, such as 0.5: layers
-            that cost more stay in float, and if that is not enough no file is left (default: no layer does).
+            that cost more stay in float, and if that is not enough no file is left (default: only --tolerance limits
+            the loss).
     """
 
     calibration: Positive | None = None
