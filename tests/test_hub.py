@@ -192,7 +192,7 @@ def test_without_network_the_cache_is_used(hub: Hub, monkeypatch: pytest.MonkeyP
     hub_stub.use(monkeypatch, "http://127.0.0.1:9", cache)
     assert download_model(HubModel("me/birds")) == folder
     line = refusal(open_run, "me/wrens")
-    assert "the Hugging Face Hub does not give the model (" in line
+    assert "the model cannot be downloaded from the Hugging Face Hub (" in line
     assert line.endswith("Check the name and the network.")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert download_model(HubModel("me/birds")) == folder
