@@ -108,7 +108,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(
         else:
             message = refusal(download_model, HubModel("me/birds"))
             assert message.startswith(
-                "me/birds: no such run folder or checkpoint file, and the Hugging Face Hub does"
+                "me/birds: no such run folder or checkpoint file, and the model cannot be downloaded"
             )
             assert message.endswith("Check the name and the network.")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE

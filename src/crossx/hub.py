@@ -226,8 +226,24 @@ def _why_not_downloaded(model: HubModel, error: Exception) -> str:
         return f"the model on the Hugging Face Hub has no revision {model.revision!r}: see {_address(model)}/tree."
     if isinstance(error, errors.LocalEntryNotFoundError):
         if _is_offline():
-            reason = f"the model cannot be downloaded from the Hugging Face Hub ({_one_line(error)})"
+            return (
+                "the model was not downloaded before, and HF_HUB_OFFLINE forbids downloading it now. Check the path, "
+                "or unset HF_HUB_OFFLINE."
+            )
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    reason = f"the model cannot be downloaded from the Hugging Face Hub ({_one_line(error)})"
     return f"{reason}. Check the name and the network."
+
+
+def _why_not_uploaded(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+        return (
+            f"the Hugging Face Hub refuses ({_one_line(error)}). Log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may write there."
+        )
     if isinstance(error, errors.HFValidationError):
         return f"{_one_line(error)}."
     if _is_offline():
