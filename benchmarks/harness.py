@@ -35,6 +35,7 @@ PACKAGES = (
     "uvicorn",
     "onnxruntime",
     "openvino",
+    "nncf",
 )
 
 

@@ -11,7 +11,6 @@ precision hint. What is in the JSON file already is not measured again, and seve
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from functools import partial
@@ -133,7 +132,7 @@ def main() -> None:
             entry = measure(run, arguments.data_root, format_, arguments.max_drops, arguments.runs)
             runs = load(arguments.output)
             runs.setdefault(run.name, {})[format_] = entry
-            write(arguments.output, {"command": " ".join(sys.argv), "clock": "process_time", "runs": runs})
+            write(arguments.output, {"clock": "process_time", "runs": runs})
     headers = [
         "run",
         "format",

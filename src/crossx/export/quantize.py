@@ -64,9 +64,9 @@ def quantize_onnx(
 ) -> Quantized:
     """Quantise a graph to int8 weights and activations in ONNX's QDQ format.
 
-    By ONNX Runtime, with control of the accuracy by NNCF. ONNX Runtime's weights use 7 bits: processors without VNNI or
-    AMX add two products in 16 bits, which could overflow otherwise (``reduce_range``,
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). So do NNCF's.
+    By ONNX Runtime, with control of the accuracy by NNCF. Weights use 7 bits: processors without VNNI or AMX add two
+    products in 16 bits, which could overflow otherwise (``reduce_range``,
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NNCF's ``OverflowFix``).
 
     Args:
         graph: A graph of ``export_onnx``.
@@ -194,15 +194,17 @@ def _openvino() -> _Runtime:
 def _onnx() -> _Runtime:
     import nncf
     import onnx
-    from nncf.quantization.advanced_parameters import QuantizationParameters
+    from nncf.quantization.advanced_parameters import QuantizationParameters, QuantizerPropagationRule
 
     def classify(graph: onnx.ModelProto) -> Classify:
         session = open_session(graph.SerializeToString())
         return lambda images: session.run(["probabilities"], {"images": images})[0]
 
-    # ONNX Runtime computes a convolution in float if its input has a scale per channel
+    # with scales per channel, or without int8 sums, ONNX Runtime computes convolutions next to them in float
     parameters = nncf.AdvancedQuantizationParameters(
-        activations_quantization_params=QuantizationParameters(per_channel=False)
+        overflow_fix=nncf.OverflowFix.ENABLE,
+        activations_quantization_params=QuantizationParameters(per_channel=False),
+        quantizer_propagation_rule=QuantizerPropagationRule.DO_NOT_MERGE_BRANCHES,
     )
     return _Runtime(lambda images: {"images": images}, classify, _onnx_layers, onnx.load, ".onnx", parameters)
 
