@@ -108,7 +108,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(
         else:
             message = refusal(download_model, HubModel("me/birds"))
             assert message.startswith(
-                "me/birds: no such run folder or checkpoint file, and the Hugging Face Hub does"
+                "me/birds: no such run folder or checkpoint file, and the model cannot be downloaded"
             )
             assert message.endswith("Check the name and the network.")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
@@ -192,7 +192,7 @@ def test_without_network_the_cache_is_used(hub: Hub, monkeypatch: pytest.MonkeyP
     hub_stub.use(monkeypatch, "http://127.0.0.1:9", cache)
     assert download_model(HubModel("me/birds")) == folder
     line = refusal(open_run, "me/wrens")
-    assert "the Hugging Face Hub does not give the model (" in line
+    assert "the model cannot be downloaded from the Hugging Face Hub (" in line
     assert line.endswith("Check the name and the network.")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert download_model(HubModel("me/birds")) == folder

@@ -227,13 +227,12 @@ def _why_not_downloaded(model: HubModel, error: Exception) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         if _is_offline():
             return (
-                "the model was not downloaded before, and HF_HUB_OFFLINE forbids to do it now. Check the path, or "
-                "unset HF_HUB_OFFLINE."
+                "the model was not downloaded before, and HF_HUB_OFFLINE forbids downloading it now. Check the path, "
+                "or unset HF_HUB_OFFLINE."
             )
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return (
-        f"the Hugging Face Hub does not give the model ({_one_line(error)}). Check the name and the network."
-    )
+    reason = f"the model cannot be downloaded from the Hugging Face Hub ({_one_line(error)})"
+    return f"{reason}. Check the name and the network."
 
 
 def _why_not_uploaded(error: Exception) -> str:
