@@ -18,7 +18,7 @@ FOLDS = 5
 MIN_IMAGES = 5
 """Images of a class, near-duplicates counted once, below which its labels are not judged."""
 SEED = 0
-LEAST_POSTERIOR = 0.05
+LEAST_POSTERIOR = 0.1
 """Probability that a label was drawn at random from which it is reported; see ``random_posterior``."""
 TEMPERATURES = np.geomspace(0.25, 4, 33)
 
