@@ -5,7 +5,7 @@
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --output out/runs/plain-50
     python benchmarks/unknowns.py out/runs/plain-50 --near out/open/near --far out/open/far/images
     python benchmarks/unknowns.py out/runs/crossx-80 --output benchmarks/results/prediction_sets.json
-    python benchmarks/unknowns.py out/runs/fast --others flowers=$FLOWERS/test cats=$PETS/test/cats \\
+    python benchmarks/unknowns.py out/runs/fast-192 --others flowers=$FLOWERS/test pets=$PETS \\
       --output benchmarks/results/unknown_photographs.json
 
 ``--prepare`` draws 50 of the species of a folder in the layout of CUB-200-2011 (seed 0): ``known.csv`` lists their
