@@ -231,6 +231,21 @@ def test_the_epoch_that_the_time_makes_the_last_is_validated(make_config, monkey
 
 
 @pytest.mark.slow
+def test_a_kill_before_the_last_validation_leaves_it_to_the_resumed_run(make_config, monkeypatch):
+    clock = property(lambda self: 10.0 * len(self.rows) + 2.0 * self._batches)
+    monkeypatch.setattr(History, "seconds", clock)
+    trainer = {"max_time": "30s", "max_epochs": 30, "check_val_every_n_epoch": 2, "enable_progress_bar": True}
+    whole = fit(make_config("whole", trainer=trainer))
+    assert [row["epoch"] for row in history(whole) if row.get("val/top1") is not None] == [2, 3]
+    config = make_config("killed", trainer=trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_validate_last", lambda self: crash())
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    assert_same_run(resume(config.run_path()), whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["one_cycle", "step"])
 def test_a_killed_timed_run_keeps_its_plan(make_config, monkeypatch, schedule):
     clock = property(lambda self: 10.0 * len(self.rows) + 2.0 * self._batches)

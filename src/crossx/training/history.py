@@ -142,7 +142,8 @@ class History:
         """Format the last row as one line, without what does not fit the terminal."""
         row = self.rows[-1]
         top1 = {name.removesuffix("/top1"): value for name, value in row.items() if name.endswith("/top1")}
-        done = len(self.rows) - self.resumed_at
+        # none, if only the last validation was missing
+        done = max(1, len(self.rows) - self.resumed_at)
         left = (row["seconds"] - self._before) / done * (epochs - len(self.rows))
         # held-out images first
         parts = [

@@ -445,7 +445,8 @@ class Loop:
             by = "max_steps"
         elif self.patience.is_exhausted(self.history.rows, self.watched):
             by = "patience"
-        elif self.step and self._out_of_time():
+        # an epoch that is resumed ends first
+        elif self.step and not self.batch and self._out_of_time():
             by = "max_time"
         if self.epoch < most and self.fabric.is_global_zero:
             if by == "patience":
@@ -486,12 +487,14 @@ class Loop:
         row = self.history.rows[-1]
         if not self.eval_batches or f"{self.eval_split}/top1" in row:
             return
-        found = self._validate()
+        with self.stages(VALIDATION):
+            found = self._validate()
         row |= found | {"seconds": round(self.history.seconds, 2)}
         log_all(self.loggers, found, self.step)
         best = self._update_best(row)
         self._show_epoch()
-        self._save(best=best)
+        with self.stages(FILES):
+            self._save(best=best)
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
