@@ -9,6 +9,7 @@ import pytest
 
 import layouts
 from crossx.data.images import read_image
+from crossx.data.index import SPLITS
 from crossx.data.readers.huggingface import read_huggingface
 from crossx.errors import CrossXError, UsageError
 
@@ -160,12 +161,25 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, files: list[Pat
         ("some", {"train": whole, "test": build(files, [*[-1] * 11, 1])}),
         ("training", {"train": hidden, "test": whole}),
         ("all", {"train": hidden, "test": hidden}),
+        ("untrained", {"validation": hidden, "test": hidden}),
     ):
         with pytest.raises(CrossXError, match=r"split .*, row 1: label empty"):
             read_huggingface(save(datasets.DatasetDict(parts), tmp_path / name))
     other = build(files, BIRDS * 6, datasets.Value("string"))
     with pytest.raises(CrossXError, match="split 'test' has other columns 'image' and 'label'"):
         read_huggingface(save(datasets.DatasetDict(train=whole, test=other), tmp_path / "other"))
+
+
+def test_splits_may_name_the_classes_in_other_orders(tmp_path: Path, files: list[Path]) -> None:
+    turned = build(files, [1, 0] * 6, datasets.ClassLabel(names=BIRDS[::-1]))
+    fewer = build(files, [0] * 12, datasets.ClassLabel(names=BIRDS[:1]))
+    root = save(datasets.DatasetDict(train=build(files), validation=turned, test=fewer), tmp_path / "turned")
+    index = read_huggingface(root)
+    found = {split: [index.classes[record.label] for record in index.split(split)] for split in SPLITS}
+    assert found == {"train": BIRDS * 6, "val": BIRDS * 6, "test": ["wren"] * 12}
+    lists = build(files, [[0]] * 12, datasets.Sequence(datasets.Value("int64")))
+    with pytest.raises(CrossXError, match="split 'test' has other columns 'image' and 'label'"):
+        read_huggingface(save(datasets.DatasetDict(train=build(files), test=lists), tmp_path / "lists"))
 
 
 def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:

@@ -69,7 +69,7 @@ def read_huggingface(
     require_text(root, "label", schema.field(label))
     parts, notes = _labelled(parts, label)
     for name, part in parts.items():
-        if any(part.features.get(column) != first.features[column] for column in (image, label)):
+        if any(_kind(part, column) != _kind(first, column) for column in (image, label)):
             raise CrossXError(
                 f"{root}: split {name!r} has other columns {image!r} and {label!r} than the first one."
             )
@@ -200,10 +200,26 @@ def _labelled(parts: dict[str, Any], label: str) -> tuple[dict[str, Any], list[s
         for name, part in parts.items()
         if len(parts) > 1
         and split_name(name)[0] != "train"
-        and (label not in part.features or all(value in (None, -1, "") for value in part.unique(label)))
+        and (label not in part.features or _is_empty(part, label))
     ]
+    if len(unlabelled) == len(parts):
+        # the error names their rows
+        return parts, []
     notes = [f"split {name!r} has no labels and is left out" for name in unlabelled]
     return {name: part for name, part in parts.items() if name not in unlabelled}, notes
+
+
+def _is_empty(part: Any, label: str) -> bool:
+    # values of lists and structs cannot be listed once each
+    is_nested = part.features.arrow_schema.field(label).type.num_fields > 0
+    return not is_nested and all(value in (None, -1, "") for value in part.unique(label))
+
+
+def _kind(part: Any, column: str) -> tuple[Any, bool] | None:
+    """Return the type of a column and whether its numbers have names, which may differ; None if it is missing."""
+    if column not in part.features:
+        return None
+    return part.features.arrow_schema.field(column).type, _class_names(part.features[column]) is not None
 
 
 def _images(parts: Mapping[str, datasets.Dataset], image: str, datasets: Any) -> Iterator[EncodedImage]:
