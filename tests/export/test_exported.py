@@ -280,6 +280,15 @@ def test_an_accuracy_that_is_not_kept_is_refused(control: ControlledAccuracy, me
         assert refusal(export_module._require_kept, Path("x.onnx"), control).startswith(message)
 
 
+@pytest.mark.parametrize("lost", [0.02, 0.007])
+def test_a_loss_of_exactly_the_tolerance_is_accepted(lost: float) -> None:
+    assert 0.9 - (0.9 - lost) != lost  # rounding
+    accuracy = kept(0.9, 0.9 - lost, 0).accuracy
+    export_module._require_accurate(Path("x.onnx"), accuracy, lost)
+    message = refusal(export_module._require_accurate, Path("x.onnx"), accuracy, lost - 1e-4)
+    assert message.startswith(f"x.onnx: not written, int8 loses {lost:.2%} of top-1 accuracy")
+
+
 class OpenVINOError(RuntimeError):
     """An exporter's own error without a reason."""
 

@@ -104,6 +104,7 @@ def export(
 
 
 def _print_report(report: ExportReport) -> None:
+    from crossx.export.export import ROUNDING
     from crossx.export.verify import RANDOM_PIXELS
 
     model, compared = report.description, report.comparison
@@ -146,9 +147,9 @@ def _print_report(report: ExportReport) -> None:
                 f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
                 file=sys.stderr,
             )
-        if report.control and 100 * (accuracy.before - accuracy.after) > report.control.max_drop:
+        if control and 100 * (accuracy.before - accuracy.after) > control.max_drop + ROUNDING:
             print(
-                f"note: that is more than --max-drop {report.control.max_drop:g}, which holds for the validation "
+                f"note: that is more than --max-drop {control.max_drop:g}, which holds for the validation "
                 "images; more of them would tell.",
                 file=sys.stderr,
             )

@@ -440,7 +440,7 @@ def _require_same(output: Path, comparison: Comparison, allowed: float) -> None:
 def _require_accurate(output: Path, accuracy: Accuracy, allowed: float) -> None:
     """Raise ``CrossXError`` if the accuracy lost exceeds the tolerance."""
     (low, high) = accuracy.lost
-    if not accuracy.before - accuracy.after <= allowed:
+    if not 100 * (accuracy.before - accuracy.after) <= 100 * allowed + ROUNDING:
         raise CrossXError(
             f"{output}: not written, int8 loses {accuracy.before - accuracy.after:.2%} of top-1 accuracy ({low:.2%} to "
             f"{high:.2%}, 95% interval) on {accuracy.images} images ({accuracy.before:.2%} before, "
