@@ -174,7 +174,9 @@ def _option(trials: Sequence[TrialResult], tuned: Tuned, name: str) -> Chart:
         margin = MARGIN * (high - low)
         middle = (low + high) / 2
         values = [searched.low, 10**middle if searched.log else middle, searched.high]
-        ticks = [(position(value), f"{value:g}" if searched.whole else short(float(value))) for value in values]
+        ticks = [
+            (position(value), f"{value:g}" if searched.whole else short(float(value))) for value in values
+        ]
         span = (low - margin, high + margin)
     groups = _by_state(trials, tuned.best, lambda trial: position(trial.values[name]))
     return charts.accuracy_chart(name, groups, span, ticks)

@@ -346,7 +346,6 @@ class _Search:
         return replace(tuned, config=replace(config, tuned=tuned.sentence()))
 
     def _importances(self) -> dict[str, float]:
-        import optuna
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
         complete = self._counted(("COMPLETE",))
