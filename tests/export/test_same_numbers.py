@@ -23,7 +23,7 @@ from PIL import Image
 
 import layouts
 from crossx.cli.main import main
-from crossx.data.images import find_images, read_image
+from crossx.data.images import find_images
 from crossx.data.transforms import eval_transform
 from crossx.export.export import export_run
 from crossx.methods.weights import load_method
@@ -75,7 +75,7 @@ def expected(run: Path, photos: Path) -> Answers:
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     answers = {}
     for path in find_images(photos):
-        pixels = prepare(read_image(path)).float() / 255
+        pixels = prepare(prepare.read(path)).float() / 255
         with torch.inference_mode():
             logits = method(((pixels - mean) / std)[None])[0].double().numpy()
         powers = np.exp((logits - logits.max()) / TEMPERATURE)
