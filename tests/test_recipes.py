@@ -466,6 +466,8 @@ def test_the_note_of_a_search_names_what_was_changed_afterwards(tmp_path: Path) 
         return parse_fit(["--config", str(file), *words]).config.tuned
 
     assert note("--seed", "3", "--data.root", "elsewhere", "--optim.lr", "0.02") == sentence
+    faster = ("--data.cache", "disk", "--data.cache_folder", "elsewhere", "--trainer.profile", "true")
+    assert note(*faster) == sentence
     assert note("--optim.lr", "0.1") == f"{sentence}; changed afterwards: optim.lr"
     # num_parts is an option of the former method
     changed = note("--model.method", "plain") or ""

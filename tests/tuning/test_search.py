@@ -187,6 +187,29 @@ def test_the_option_that_makes_the_difference_is_the_most_important(
 
 
 @pytest.mark.slow
+def test_equal_accuracies_have_no_importances(
+    base: Config, space: Path, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "accuracies", lambda config: [0.5])
+    tuned = tune(base, tmp_path / "out", space=space, trials=10, pruner="none")
+    assert len(tuned.trials) == 10
+    assert dict(tuned.importances) == {}
+    assert "10 complete trials are too few, or their" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_first_trial_has_every_digit_of_the_configuration(
+    base: Config, space: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    base.optim.lr = 0.0123456
+    tuned = tune(base, tmp_path / "out", space=space, trials=2, pruner="none")
+    first, second = (trial.values["optim.lr"] for trial in tuned.trials)
+    assert first == 0.0123456
+    assert dict(tuned.trials[0].values) == tuned.unchanged
+    assert second == float(f"{second:.3g}")
+    assert Config.from_yaml(tmp_path / "out/trial-1/config.yaml").optim.lr == 0.0123456
+
+
+@pytest.mark.slow
 def test_another_search_in_the_folder_is_refused(
     base: Config, space: Path, tmp_path: Path, trained: list[str]
 ) -> None:

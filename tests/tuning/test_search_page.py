@@ -92,7 +92,7 @@ def test_the_numbers_of_a_search(tuned: Tuned) -> None:
     assert "trial 4: out of <memory>" in text
     assert "local- dir:<b>/ a_ b · 7 trials" in text
     assert "optim.lr 0.00316 0.000178 0.0001 to 0.01, logarithmic" in text
-    assert "Not computed: 4 complete trials are too few." in text
+    assert "Not computed: 4 complete trials are too few, or their accuracies too similar." in text
     assert "<script" not in page
     assert "src=" not in page
 
@@ -142,6 +142,15 @@ def test_importances_and_a_search_without_epochs(tuned: Tuned) -> None:
     assert "After each epoch" not in page
     assert "standard error" not in text
     assert "above the configuration" not in text
+
+
+def test_the_longest_trial_is_named_if_their_length_is_searched(tuned: Tuned) -> None:
+    trials = [replace(tuned.trials[0], values={**tuned.trials[0].values, "trainer.max_epochs": 1000})]
+    trials = [*trials, *tuned.trials[1:]]
+    space = Space({**SPACE, "trainer.max_epochs": Range(2, 1000, whole=True)}, "")
+    page = render(replace(tuned, trials=trials, space=space), build_table(tuned))
+    assert "7 trials of at most 1000 epochs" in text_of(page)
+    assert ">1000</text>" in chart(page, "trainer.max_epochs")
 
 
 def test_the_charts_use_their_width(tuned: Tuned) -> None:

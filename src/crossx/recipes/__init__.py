@@ -36,9 +36,11 @@ NEUTRAL = (
     "data.root",
     "data.num_workers",
     "data.cache",
+    "data.cache_folder",
     "data.eval_batch_size",
     "trainer.enable_progress_bar",
     "trainer.logger",
+    "trainer.profile",
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",
 )

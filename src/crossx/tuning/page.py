@@ -48,6 +48,7 @@ def render(tuned: Tuned, trials: Table) -> str:
             budget=_budget(tuned),
             left_out=_left_out(tuned),
             failed=[trial for trial in tuned.trials if trial.state == "failed"],
+            longest=max(_planned(trial, tuned) for trial in tuned.trials),
             trials=trials,
             charts=charts,
             version=metadata.version("crossx"),
@@ -173,7 +174,9 @@ def _option(trials: Sequence[TrialResult], tuned: Tuned, name: str) -> Chart:
         margin = MARGIN * (high - low)
         middle = (low + high) / 2
         values = [searched.low, 10**middle if searched.log else middle, searched.high]
-        ticks = [(position(value), short(float(value))) for value in values]
+        ticks = [
+            (position(value), f"{value:g}" if searched.whole else short(float(value))) for value in values
+        ]
         span = (low - margin, high + margin)
     groups = _by_state(trials, tuned.best, lambda trial: position(trial.values[name]))
     return charts.accuracy_chart(name, groups, span, ticks)
@@ -193,6 +196,10 @@ def _budget(tuned: Tuned) -> Table:
 def _left_out(tuned: Tuned) -> tuple[int, int] | None:
     """Return the epochs that pruning left out, and those that the pruned trials would have had; None without any."""
     pruned = [trial for trial in tuned.trials if trial.state == "pruned"]
-    length = tuned.config.trainer.max_epochs
-    planned = sum(trial.values.get("trainer.max_epochs", length) for trial in pruned)
+    planned = sum(_planned(trial, tuned) for trial in pruned)
     return (planned - sum(trial.epochs for trial in pruned), planned) if pruned else None
+
+
+def _planned(trial: TrialResult, tuned: Tuned) -> int:
+    epochs: int = trial.values.get("trainer.max_epochs", tuned.config.trainer.max_epochs)
+    return epochs

@@ -250,10 +250,12 @@ class _Search:
 
     def _values(self, trial: optuna.trial.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
         values = {}
+        unchanged = self.space.values_of(self.base) or {}
         for name, searched in self.space.options.items():
             value = trial.params[name]
             if isinstance(searched, Range):
-                values[name] = searched.rounded(value)
+                # the configuration's own value may have more digits
+                values[name] = value if value == unchanged.get(name) else searched.rounded(value)
             else:
                 values[name] = next(choice for choice in searched.values if shown(choice) == value)
         return values
@@ -344,17 +346,22 @@ class _Search:
         return replace(tuned, config=replace(config, tuned=tuned.sentence()))
 
     def _importances(self) -> dict[str, float]:
-        import optuna
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
         complete = self._counted(("COMPLETE",))
         if len(complete) < MEASURABLE:
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # experimental; or the accuracies are too similar, see below
+            warnings.simplefilter("ignore")
             # Optuna advises at least five trials among the best
             evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / len(complete)))
-            return get_param_importances(self.study, evaluator=evaluator, params=[*self.space.options])
+            found = get_param_importances(
+                self.study, evaluator=evaluator, params=[*self.space.options], normalize=False
+            )
+        # all 0 if the best trials cannot be told apart, of which Optuna would make equal shares
+        total = sum(found.values())
+        return {name: value / total for name, value in found.items()} if total > 0 else {}
 
 
 def _rows(training: Trial) -> list[dict[str, Any]]:
