@@ -548,19 +548,13 @@ class Loop:
                 history.write()
 
     def _hint_at_waiting(self) -> None:
+        """After the first epoch, warn if it waited for images that a cache would keep."""
+        is_first = len(self.history.rows) - self.history.resumed_at == 1
         # on a GPU the loop is ahead of the device, so that its waiting costs nothing, unless stages wait for the device
         counts = self.device.type == "cpu" or self.options.profile
-        if (
-            len(self.history.rows) - self.history.resumed_at > 1
-            or not counts
-            or self.data.config.cache != "none"
-        ):
-            return
-        if (
-            self.fabric.is_global_zero
-            and self.stored is None
-            and (waited := self.stages.waited()) is not None
-        ):
+        uncached = self.data.config.cache == "none" and self.stored is None
+        waited = self.stages.waited()
+        if is_first and counts and uncached and waited is not None and self.fabric.is_global_zero:
             log.warning(
                 "the steps of this epoch waited for images for %.0f%% of their time: --data.cache ram or disk "
                 "decodes and resizes them only once.",
