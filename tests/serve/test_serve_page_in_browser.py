@@ -401,14 +401,14 @@ def test_classes_have_names_that_people_read(
         assert {name for name, _ in top(page)} == {"Black footed Albatross", *classes[1:]}
         page.get_by_role("button", name="Black footed Albatross").click()
         expect(page.locator("#maps-name")).to_have_text("Evidence for Black footed Albatross")
+        expect(page.get_by_role("radio", name="CAM last part 1")).not_to_be_checked()
+        assert page.get_by_role("radio", checked=True).get_attribute("aria-label") != "picture, no map"
         near = {"label": classes[0], "similarity": 0.5, "path": "a.jpg", "webp": None}
         ranked = [{"label": classes[0], "probability": 0.9}]
         prediction = {"label": classes[0], "probability": 0.9, "top": ranked, "neighbors": [near]}
         answer(page, "predict", {"json": {"predictions": [prediction]}})
         page.locator("#file").set_input_files(image)
         expect(page.locator("#similar-images")).to_have_text("Black footed Albatross0.50")
-        expect(page.get_by_role("radio", name="CAM last part 1")).not_to_be_checked()
-        assert page.get_by_role("radio", checked=True).get_attribute("aria-label") != "picture, no map"
 
 
 def test_what_is_no_image_is_told_and_the_page_goes_on(
