@@ -1,7 +1,7 @@
 """The checks of `crossx.testing` find what is broken in a method, and only that."""
 
 import unittest
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
@@ -215,6 +215,16 @@ class WrongLinearHeads(Sound):
         return None
 
 
+class OtherFeatures(Sound):
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        return {"first": self.embeddings(images)}
+
+
+class NothingToFit(Sound):
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
 class HardTargets(Sound):
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         logits = self(images)
@@ -309,7 +319,9 @@ MUTANTS: list[tuple[type[Plain], str, str]] = [
     (WrongBoxes, "maps", "end before they begin"),
     (WrongClassMaps, "class maps", "logits less the mean of the class maps: differs by up to "),
     (SameClassMaps, "class maps", "logits less the mean of the class maps: differs by up to "),
-    (WrongLinearHeads, "linear heads", "linear_heads['last'] of its embeddings against head_logits: differs"),
+    (WrongLinearHeads, "linear heads", "linear_heads['last'] of its features against head_logits: differs"),
+    (OtherFeatures, "linear heads", "head_features has first, linear_heads the heads last."),
+    (NothingToFit, "linear heads", "head_terms is empty"),
     (HardTargets, "soft targets", "set supports_soft_targets = False"),
     (OtherSoftTargets, "soft targets", "of the classes: differs by up to 0.1"),
     (LeavesTraining, "preparation", "prepare changes the mode of a module"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crossx.backbones import Backbone
 from crossx.errors import UsageError, first_line
-from crossx.layers import shrink
+from crossx.layers import PartLinear, shrink
 from crossx.losses import ClassificationLoss
 
 
@@ -183,22 +183,46 @@ class Method(nn.Module, ABC):
         """
         return None
 
-    def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return head name -> linear layer, in the order in which ``embeddings`` concatenates their inputs.
+    def linear_heads(self) -> Mapping[str, nn.Linear | PartLinear]:
+        """Return head name -> linear layer: heads that can be fitted on frozen features (``optim.fit_heads``).
 
-        Override this only if ``head_logits`` applies these layers to their slices of ``embeddings``: such heads can be
-        fitted on frozen features (``optim.fit_heads``). The default is none.
+        Override this only if ``head_logits`` applies these layers to ``head_features``. The default is none.
         """
         return {}
 
-    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Return the terms of the objective that depend on the images only through ``head_logits``.
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return head name -> what the layer of ``linear_heads`` sees, (B, D).
+
+        By default, ``embeddings`` concatenates these inputs in the order of the heads. It may also be (B, n, D): n
+        vectors, mapped by one layer or by the layers of a ``PartLinear``, whose logits ``head_logits`` averages.
 
         Args:
-            heads: The result of ``head_logits``.
+            images: (B, 3, H, W), normalised.
+        """
+        heads = self.linear_heads()
+        widths = [head.weight.shape[-1] for head in heads.values()]
+        return dict(zip(heads, self.embeddings(images).split(widths, 1), strict=True))
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the objective that depend on the images only through the logits of the heads.
+
+        Args:
+            heads: The result of ``head_logits``, or that of ``linear_heads`` on ``head_features``.
             targets: int64 (B,), or float (B, K) if ``supports_soft_targets``.
         """
         return {"data": self.criterion(self.combine_heads(heads), targets)}
+
+    def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the classification loss of logits (B, K), or (B, n, K): the mean over n vectors of each image.
+
+        Args:
+            logits: Float.
+            targets: int64 (B,), or float (B, K).
+        """
+        if logits.ndim == 3:
+            targets = targets.repeat_interleave(logits.shape[1], 0)  # (B, ...) -> (B*n, ...)
+        loss: Tensor = self.criterion(logits.flatten(0, -2), targets)  # (B, n, K) -> (B*n, K)
+        return loss
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Combine the result of ``head_logits`` into the prediction (B, K); by default the sum (Eq. 7)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -96,10 +96,7 @@ class DFL(Method):
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the sum of the branches' cross-entropies; the side branch is weighted."""
         branches = self._branch_logits(*self._features(images))
-        terms = {
-            "data_whole": self.criterion(branches["whole"], targets),
-            "data_part": self.criterion(branches["part"], targets),
-        }
+        terms = self.head_terms(branches, targets)
         if self.side_weight:
             terms["data_side"] = self.side_weight * self.criterion(branches["side"], targets)
         return Objective.of(terms, self.combine_heads(self._predicting(branches)))
@@ -137,6 +134,14 @@ class DFL(Method):
         """Return the pooled last map and the pooled responses, concatenated, (B, C + K k)."""
         pooled, whole = self._features(images)
         return torch.cat([whole, pooled.flatten(1)], 1)  # (B, C) and (B, K, k) -> (B, C + K*k)
+
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return the classifiers of the ``whole`` image and of the filters' responses, ``part``."""
+        return dict(self.heads.items())  # type: ignore[arg-type]
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropies of both classifiers, ``data_whole`` and ``data_part``."""
+        return {f"data_{name}": self.criterion(heads[name], targets) for name in self.heads}
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

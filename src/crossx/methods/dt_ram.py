@@ -313,6 +313,18 @@ class DTRAM(Method):
         going = F.pad(self._predicted(look.answers), (1, 0), value=True)  # (B, T - 1) -> (B, T)
         return (torch.stack(look.features, 1) * going[..., None]).flatten(1)  # (B, T, C) -> (B, T*C)
 
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return the classifier of ``step_1``; each further step starts from the one before."""
+        return {"step_1": self.classifier}
+
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what the first step sees of the image, (B, C); see ``Method``."""
+        return {"step_1": self._look(images, 1).features[0]}
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropy of the first step, ``data_1``."""
+        return {"data_1": self.criterion(heads["step_1"], targets)}
+
     def count_steps(self, images: Tensor) -> Tensor:
         """Return the number of steps that the prediction uses, int64 (B,)."""
         return 1 + self._predicted(self._look(images, self.num_steps).answers).sum(1)

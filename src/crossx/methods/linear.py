@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,46 +23,69 @@ MAX_VALUES = 2**29
 MAX_ITERATIONS = 200
 """L-BFGS iterations; 17 to 66 were needed for 400 to 2,400 images of 80 classes."""
 
-Loss = Callable[[dict[str, Tensor]], Tensor]
-"""Maps head name -> logits (N, K) to a scalar."""
 
+Name = TypeVar("Name", bound=Hashable)
 
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def embed(method: Method, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the embeddings (N, D) and targets (N,) of batches, computed in evaluation mode.
+    """Return the embeddings (N, D) and targets (N,) of batches; see ``collect``."""
+    features, targets = collect(method, batches, lambda images: {"": method.embeddings(images)})
+    return features[""], targets
+
+
+@torch.no_grad()
+def collect(
+    method: Method,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    read: Callable[[Tensor], Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what ``read`` makes of the images of all batches, and the targets (N,), computed in evaluation mode.
 
     Reading stops at ``MAX_VALUES`` numbers, with a warning.
+
+    Args:
+        method: The network.
+        batches: Normalised images (B, 3, H, W) and targets int64 (B,).
+        read: Maps images to features by name, (B, ..., D).
     """
-    features: list[Tensor] = []
+    seen: list[Mapping[str, Tensor]] = []
     targets: list[Tensor] = []
     with evaluation_mode(method):
         for images, labels in batches:
-            features.append(method.embeddings(images).float())
+            seen.append({name: features.float() for name, features in read(images).items()})
             targets.append(labels)
-            if len(features) * features[0].numel() >= MAX_VALUES:
+            if len(seen) * sum(features.numel() for features in seen[0].values()) >= MAX_VALUES:
                 count = sum(map(len, targets))
                 log.warning(
                     "the features of %d training images fill 2 GiB: the head is fitted on those.", count
                 )
                 break
-    return torch.cat(features), torch.cat(targets)
+    return {name: torch.cat([batch[name] for batch in seen]) for name in seen[0]}, torch.cat(targets)
 
 
 def fit_centred(
-    features: Mapping[str, Tensor], num_classes: int, penalty: float, loss: Loss
-) -> dict[str, tuple[Tensor, Tensor]]:
+    features: Mapping[Name, Tensor],
+    num_classes: int,
+    penalty: float,
+    loss: Callable[[dict[Name, Tensor]], Tensor],
+) -> dict[Name, tuple[Tensor, Tensor]]:
     """Fit linear heads on centred features whose heads have unit mean square norm together; see ``fit_linear``.
+
+    Args:
+        features: Head name -> float (N, ..., D), at least one. The dimensions between are of vectors that share a head.
+        num_classes: K.
+        penalty: L2 penalty on the weights for the scaled features, not on the biases.
+        loss: Maps head name -> logits (N, ..., K) to a scalar.
 
     Returns:
         Head name -> weight (K, D) and bias (K,) for the features as given.
     """
     # one mean per feature but one scale per head: the relative scales of the features carry information
-    means = {name: x.mean(0) for name, x in features.items()}
+    means = {name: x.flatten(0, -2).mean(0) for name, x in features.items()}  # (N, ..., D) -> (D,)
     centred = {name: x - means[name] for name, x in features.items()}
-    width = math.sqrt(sum(x.shape[1] for x in features.values()))
+    width = math.sqrt(sum(x.shape[-1] for x in features.values()))
     scales = {name: _root_mean_square(x) * width for name, x in centred.items()}
     fitted = fit_linear({name: x / scales[name] for name, x in centred.items()}, num_classes, penalty, loss)
     unscaled = {}
@@ -72,22 +96,25 @@ def fit_centred(
 
 
 def fit_linear(
-    features: Mapping[str, Tensor], num_classes: int, penalty: float, loss: Loss
-) -> dict[str, tuple[Tensor, Tensor]]:
+    features: Mapping[Name, Tensor],
+    num_classes: int,
+    penalty: float,
+    loss: Callable[[dict[Name, Tensor]], Tensor],
+) -> dict[Name, tuple[Tensor, Tensor]]:
     """Minimise the loss of linear heads plus ``penalty / 2`` times their squared weights, by L-BFGS from zero.
 
     Args:
-        features: Head name -> float (N, D).
+        features: Head name -> float (N, ..., D).
         num_classes: K.
         penalty: L2 penalty on the weights, not on the biases.
-        loss: Maps head name -> logits (N, K) to a scalar.
+        loss: Maps head name -> logits (N, ..., K) to a scalar.
 
     Returns:
         Head name -> weight (K, D) and bias (K,).
     """
     fitted = {
         name: (
-            x.new_zeros(num_classes, x.shape[1]).requires_grad_(),
+            x.new_zeros(num_classes, x.shape[-1]).requires_grad_(),
             x.new_zeros(num_classes).requires_grad_(),
         )
         for name, x in features.items()

@@ -156,11 +156,18 @@ class MACNN(Method):
         """Return only the logits of ``joined``."""
         return heads["joined"]
 
-    def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``joined``; see ``Method``."""
-        joined = self.heads["joined"]
-        assert isinstance(joined, nn.Linear)
-        return {"joined": joined}
+    def linear_heads(self) -> dict[str, nn.Linear | PartLinear]:
+        """Return the classifiers of the image, of each part and crop, and ``joined``."""
+        return dict(self.heads.items())  # type: ignore[arg-type]
+
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of the image, (B, C), of its parts and crops, (B, n, C), and those joined, (B, D)."""
+        streams = self._streams(images, self._see(images))
+        return {**streams, "joined": self._join(streams)}
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropies of all heads, ``data_...``; those of parts and crops are means over them."""
+        return {f"data_{name}": self.head_loss(logits, targets) for name, logits in heads.items()}
 
     def objective(self, images: Tensor, targets: Tensor) -> Objective:
         """Return the sum of the cross-entropies of all heads and, weighted, of the losses of the maps.
@@ -173,14 +180,7 @@ class MACNN(Method):
         streams = self._streams(images, seen)
         # as the authors do: the networks learn from their own heads
         logits = self._logits(streams, self._join(streams).detach())
-        terms = {}
-        for name, own in logits.items():
-            count = own.shape[1] if own.ndim == 3 else 1
-            own_targets = (
-                targets.repeat_interleave(count, 0) if count > 1 else targets
-            )  # (B, ...) -> (B*P, ...)
-            # (B, P, K) -> (B*P, K)
-            terms[f"data_{name}"] = self.criterion(own.flatten(0, -2), own_targets)
+        terms = self.head_terms(logits, targets)
         maps = {
             "dis": self.dis_weight * concentration_loss(seen.maps),
             "div": self.div_weight * diversity_loss(seen.maps),

@@ -117,12 +117,8 @@ class NTSNet(Method):
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of ``raw`` (the image), ``parts`` (the mean over the crops) and ``joined`` (both)."""
-        regions = self._region_features(images, self.num_crops)
-        return {
-            "raw": self.raw(regions.image),
-            "parts": self.teacher(regions.parts).mean(1),  # (B, n, K) -> (B, K)
-            "joined": self.scrutinizer(self._join(regions)),
-        }
+        logits = self._logits(self.head_features(images))
+        return {**logits, "parts": logits["parts"].mean(1)}  # (B, n, K) -> (B, K)
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return only the logits of the Scrutinizer, ``joined``."""
@@ -135,17 +131,31 @@ class NTSNet(Method):
         label smoothing nor class weights.
         """
         regions = self._region_features(images, self.num_proposals)
-        joined = self.scrutinizer(self._join(regions))
-        parts = self.teacher(regions.parts).flatten(0, 1)  # (B, M, K) -> (B*M, K)
+        logits = self._logits(self._inputs(regions))
+        parts = logits["parts"].detach().float().flatten(0, 1)  # (B, M, K) -> (B*M, K)
         part_targets = targets.repeat_interleave(self.num_proposals, 0)  # (B, ...) -> (B*M, ...)
-        losses = F.cross_entropy(parts.detach().float(), part_targets, reduction="none")
+        losses = F.cross_entropy(parts, part_targets, reduction="none")
         terms = {
-            "raw": self.criterion(self.raw(regions.image), targets),
-            "joined": self.criterion(joined, targets),
-            "parts": self.parts_weight * self.criterion(parts, part_targets),
+            **self.head_terms(logits, targets),
             "ranking": self.ranking(regions.scores, losses.view_as(regions.scores)),  # (B*M,) -> (B, M)
         }
-        return Objective.of(terms, joined)
+        return Objective.of(terms, logits["joined"])
+
+    def linear_heads(self) -> dict[str, nn.Linear]:
+        """Return the classifiers of the image, ``raw``, of each crop, ``parts``, and of both, ``joined``."""
+        return {"raw": self.raw, "parts": self.teacher, "joined": self.scrutinizer}
+
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what the heads see: (B, C), (B, n, C) and (B, (n + 1) C); see ``Method``."""
+        return self._inputs(self._region_features(images, self.num_crops))
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropies ``raw``, ``joined`` and, of each crop, ``parts``."""
+        return {
+            "raw": self.criterion(heads["raw"], targets),
+            "joined": self.criterion(heads["joined"], targets),
+            "parts": self.parts_weight * self.head_loss(heads["parts"], targets),
+        }
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the image's last map, (B, 1, h, w)."""
@@ -198,3 +208,9 @@ class NTSNet(Method):
     def _join(self, regions: RegionFeatures) -> Tensor:
         # (B, n, C) and (B, C) -> (B, (num_crops + 1)*C)
         return torch.cat([regions.parts[:, : self.num_crops].flatten(1), regions.image], 1)
+
+    def _inputs(self, regions: RegionFeatures) -> dict[str, Tensor]:
+        return {"raw": regions.image, "parts": regions.parts, "joined": self._join(regions)}
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: head(inputs[name]) for name, head in self.linear_heads().items()}

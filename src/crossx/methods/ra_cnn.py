@@ -217,7 +217,7 @@ class RACNN(Method):
         features, regions = self._scales(images)
         # each trunk learns from its own scale alone
         logits = self._logits(features, join_normalized(features).detach())
-        terms = {f"data_{name}": self.criterion(own, targets) for name, own in logits.items()}
+        terms = self.head_terms(logits, targets)
         shares = targets if targets.is_floating_point() else F.one_hot(targets, self.num_classes)
         # S x (B, K) -> (B, S, K)
         scales = torch.stack([own for name, own in logits.items() if name != "joined"], 1)
@@ -245,10 +245,17 @@ class RACNN(Method):
         return join_normalized(self._scales(images).features)
 
     def linear_heads(self) -> dict[str, nn.Linear]:
-        """Return ``joined``; see ``Method``."""
-        joined = self.heads["joined"]
-        assert isinstance(joined, nn.Linear)
-        return {"joined": joined}
+        """Return the classifiers of the scales and ``joined``."""
+        return dict(self.heads.items())  # type: ignore[arg-type]
+
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of each scale, (B, C), and those joined, (B, S C); see ``Method``."""
+        features = self._scales(images).features
+        return dict(zip(self.heads, [*features, join_normalized(features)], strict=True))
+
+    def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropies of all heads, ``data_...``."""
+        return {f"data_{name}": self.criterion(logits, targets) for name, logits in heads.items()}
 
     def prepare(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Train the attention, by one step per batch, towards the region with the strongest response of each map.

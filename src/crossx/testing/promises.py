@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from crossx.errors import UsageError, first_line
 from crossx.methods import registry
-from crossx.methods.base import Objective
+from crossx.methods.base import Method, Objective
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, write_json
 from crossx.testing.subject import (
@@ -313,21 +313,31 @@ def check_class_maps(subject: Subject) -> None:
 
 @torch.no_grad()
 def check_linear_heads(subject: Subject) -> None:
-    """Test that the linear heads turn the embeddings into the logits of the heads."""
+    """Test that the linear heads turn their features into the logits of the heads."""
     method = subject.build().eval()
     layers = method.linear_heads()
     if not layers:
         return
-    images = subject.images()
+    images, targets = subject.batch()
     heads, embeddings = method.head_logits(images), method.embeddings(images)
-    widths = [layer.in_features for layer in layers.values()]
-    if not layers.keys() <= heads.keys() or sum(widths) != embeddings.shape[1]:
+    widths = [layer.weight.shape[-1] for layer in layers.values()]
+    sliced = type(method).head_features is Method.head_features
+    if not layers.keys() <= heads.keys() or (sliced and sum(widths) != embeddings.shape[1]):
         fail(
             f"linear_heads has the heads {', '.join(layers)} on {sum(widths)} features; head_logits has "
             f"{', '.join(heads)}, embeddings {embeddings.shape[1]} features."
         )
-    for (name, layer), features in zip(layers.items(), embeddings.split(widths, 1), strict=True):
-        compare(f"linear_heads[{name!r}] of its embeddings against head_logits", layer(features), heads[name])
+    features = method.head_features(images)
+    if features.keys() != layers.keys():
+        fail(
+            f"head_features has {', '.join(features) or 'nothing'}, linear_heads the heads {', '.join(layers)}."
+        )
+    logits = {name: layer(features[name]) for name, layer in layers.items()}
+    for name, own in logits.items():
+        mean = own.mean(1) if own.ndim == 3 else own  # (B, n, K) -> (B, K)
+        compare(f"linear_heads[{name!r}] of its features against head_logits", mean, heads[name])
+    if not method.head_terms(logits, targets):
+        fail("head_terms is empty: linear_heads has nothing to be fitted by.")
 
 
 @torch.no_grad()

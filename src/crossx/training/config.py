@@ -127,8 +127,8 @@ class OptimConfig:
         freeze_backbone: Train only the new layers; pretrained parameters and batch norm statistics stay fixed.
         freeze_backbone_epochs: Freeze the backbone for the first epochs only, at most half of the training.
         fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
-            the first step (LP-FT; Kumar et al., 2022); 0 is off. Needs heads that are linear in their features;
-            other heads start at random.
+            the first step (LP-FT; Kumar et al., 2022); 0 is off. Heads that are not linear in their features start at
+            random.
         freeze_stride: Keep the backbone's layers up to its map of this stride as pretrained: 8 for the map with an
             eighth of the image's side. null trains all.
         cached_views: Run the layers of freeze_stride only once for this many augmented views of each training image,

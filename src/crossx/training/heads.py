@@ -6,16 +6,16 @@ large gradients into the pretrained layers and distort their features; fitted he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crossx.layers import evaluation_mode
+from crossx.layers import PartLinear, evaluation_mode
 from crossx.methods.base import Method
-from crossx.methods.linear import PENALTY, embed, fit_centred
+from crossx.methods.linear import PENALTY, collect, fit_centred
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Starts a pass over normalised images (B, 3, H, W) on the device, and targets int64 (B,)."""
@@ -41,20 +41,40 @@ def fit_heads(method: Method, batches: Batches) -> bool:
     if not heads:
         return False
     _set_new_statistics(method, batches)
-    features, targets = embed(method, batches())
-    widths = [head.in_features for head in heads.values()]
-    fitted = fit_centred(
-        dict(zip(heads, features.split(widths, 1), strict=True)),
-        method.num_classes,
-        PENALTY,
-        lambda logits: torch.stack(list(method.head_terms(logits, targets).values())).sum(),
-    )
+    features, targets = collect(method, batches(), method.head_features)
+    # each layer of a PartLinear is fitted as a head of its own
+    columns: dict[tuple[str, int], Tensor] = {}
+    for name, head in heads.items():
+        if isinstance(head, PartLinear):
+            # (N, P, D) -> P x (N, D)
+            columns |= {(name, part): own for part, own in enumerate(features[name].unbind(1))}
+        else:
+            columns[name, 0] = features[name]
+
+    def loss(logits: Mapping[tuple[str, int], Tensor]) -> Tensor:
+        terms = method.head_terms(_of_heads(heads, logits), targets)
+        return torch.stack(list(terms.values())).sum()
+
+    fitted = fit_centred(columns, method.num_classes, PENALTY, loss)
+    weights = _of_heads(heads, {key: weight for key, (weight, _) in fitted.items()}, 0)
+    biases = _of_heads(heads, {key: bias for key, (_, bias) in fitted.items()}, 0)
     with torch.no_grad():
         for name, head in heads.items():
-            weight, bias = fitted[name]
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+            head.weight.copy_(weights[name])
+            head.bias.copy_(biases[name])
     return True
+
+
+def _of_heads(
+    heads: Mapping[str, nn.Module], values: Mapping[tuple[str, int], Tensor], dim: int = 1
+) -> dict[str, Tensor]:
+    """Return head name -> its value, or those of the layers of a ``PartLinear``, stacked along a dimension."""
+    return {
+        name: torch.stack([value for (of, _), value in values.items() if of == name], dim)
+        if isinstance(head, PartLinear)
+        else values[name, 0]
+        for name, head in heads.items()
+    }
 
 
 @torch.no_grad()
