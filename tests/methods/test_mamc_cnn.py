@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from crossx.errors import UsageError
 from crossx.losses import mamc_terms
 from crossx.methods import MAMC, create_method
+from crossx.training.config import OptimConfig
+from crossx.training.optim import parameter_groups
 
 BATCH = torch.tensor([0, 0, 3, 3])
 
@@ -79,6 +81,21 @@ def test_every_weight_learns(backbone: str, placement: str) -> None:
     assert [name for name, parameter in method.named_parameters() if parameter.grad is None] == []
 
 
+def test_one_step_of_adam_moves_the_features_by_rate_times_inputs() -> None:
+    """With the factor 1 / (h w), the features of all positions move as far as those of the average would."""
+    moves = []
+    for size, factor in ((64, 1 / 4), (32, 1.0)):  # maps of 2 x 2 and of 1 x 1
+        method = build(image_size=size, embedding_start="average", embedding_lr_factor=factor)
+        config = OptimConfig(optimizer="adamw", lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameter_groups(method, config))
+        maps = torch.ones(1, 2, method.backbone.channels["last"] * (size // 32) ** 2)
+        before = method.embed(maps).detach()
+        method.embed(maps).sum().backward()
+        optimizer.step()
+        moves.append(method.embed(maps).detach() - before)
+    torch.testing.assert_close(*moves, rtol=1e-2, atol=0)
+
+
 def test_weight_zero_turns_mamc_off() -> None:
     objective = build(mamc_weight=0).objective(torch.randn(4, 3, 64, 64), BATCH)
     assert objective.terms.keys() == {"data"}
@@ -135,6 +152,7 @@ def test_the_linear_layers_are_built_for_the_images() -> None:
     [
         ({"num_parts": 0}, "num_parts must be at least 1"),
         ({"mamc_weight": -1}, "mamc_weight must be at least 0"),
+        ({"embedding_lr_factor": 0}, "embedding_lr_factor must be above 0"),
         ({"combination": "joined"}, "Did you mean 'join'"),
         ({"mamc_average": "pair"}, "Did you mean 'pairs'"),
     ],

@@ -39,6 +39,9 @@ class MAMC(Method):
         embedding_start: First weights of the linear layers: ``random`` for each channel and position, as ``nn.Linear``;
             or ``average``: random for each channel and the same at all positions, so that the network starts as average
             pooling with a linear layer, and learns to tell positions apart.
+        embedding_lr_factor: Learning rate of the linear layers relative to that of new layers. They have an input per
+            channel and position, so a step of Adam at the full rate, the same for each weight, moves a part feature as
+            many times further as there are positions.
         combination: Input of the classifier: the part features concatenated (``join``, P D) or added (``sum``, D).
         mamc_weight: Weight of the MAMC loss (lambda); 0 turns it off.
         mamc_normalize: Whether MAMC normalises the part features to length ``mamc_scale``.
@@ -69,6 +72,7 @@ class MAMC(Method):
         osme_placement: Placement = "output",
         embedding_size: int = 1024,
         embedding_start: Start = "random",
+        embedding_lr_factor: float = 1.0,
         combination: Combination = "join",
         mamc_weight: float = 0.5,
         mamc_normalize: bool = True,
@@ -79,6 +83,8 @@ class MAMC(Method):
 
         if embedding_size < 1:
             raise UsageError(f"embedding_size must be at least 1, not {embedding_size}.")
+        if not 0 < embedding_lr_factor < math.inf:
+            raise UsageError(f"embedding_lr_factor must be above 0 and finite, not {embedding_lr_factor}.")
         if mamc_weight < 0:
             raise UsageError(f"mamc_weight must be at least 0, not {mamc_weight}.")
         if mamc_scale <= 0:
@@ -86,6 +92,7 @@ class MAMC(Method):
         self.num_parts = num_parts
         self.map_size = backbone.map_size()
         self.mamc_weight = mamc_weight
+        self.embedding_lr_factor = embedding_lr_factor
         backbone.attach_osme("last", num_parts, reduction, osme_placement)
         backbone.drop_head()
         positions = self.map_size[0] * self.map_size[1]
@@ -143,6 +150,10 @@ class MAMC(Method):
     def embeddings(self, images: Tensor) -> Tensor:
         """Return the part features, concatenated (B, P D) or added (B, D)."""
         return self._combine(self.part_features(images))
+
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the linear layers; see ``Method``."""
+        return {"embed": self.embedding_lr_factor}
 
     def _attention_features(self, images: Tensor) -> Tensor:
         """Return U_p, (B, P, C, h, w), at the size of the linear layers."""
