@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 
+from crossx.commands import quoted
 from crossx.data.catalog import base_folder, configured_root, read_configured, require_drawn
 from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
@@ -54,6 +55,7 @@ from crossx.runs import (
     is_lock,
     is_utf8,
     locked_folder,
+    resume_command,
     user_path,
     write_json,
     write_text,
@@ -63,8 +65,8 @@ from crossx.suggestions import nearest
 from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config, TrainerConfig
-from crossx.training.fabric import quiet_lightning
-from crossx.training.finish import choose_monitor, describe_selection, finish
+from crossx.training.fabric import quiet_lightning, stop_processes
+from crossx.training.finish import finish
 from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop
 from crossx.training.precision import resolve_precision
@@ -80,6 +82,7 @@ from crossx.training.recovery import (
     require_files,
     require_unfinished,
 )
+from crossx.training.selection import choose_monitor
 
 KEPT = (
     "schema",
@@ -171,7 +174,7 @@ def resume(
     run, chosen = find_run(Path(path))
     if restart and chosen:
         raise UsageError(
-            f"--restart starts over, without a checkpoint: `crossx fit --resume {run.path} --restart`."
+            f"--restart starts over, without a checkpoint: `{resume_command(run, restart=True)}`."
         )
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
@@ -201,7 +204,7 @@ def resume(
             before = _with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
-                f"{run.path}: has been trained, but no checkpoint is left. `crossx fit --resume {run.path} --restart` "
+                f"{run.path}: has been trained, but no checkpoint is left. `{resume_command(run, restart=True)}` "
                 "starts over."
             )
         return _train(config, run, before, saved, chosen)
@@ -223,7 +226,7 @@ def _with_length(
         if finished:
             raise UsageError(
                 f"{run.path}: its checkpoints are gone, so it cannot be trained for longer. Start a new run from it "
-                f"with --init {run.path}."
+                f"with --init {quoted(run.path)}."
             )
         return before
     epochs, step = checkpoint["epoch"], checkpoint["step"]
@@ -510,7 +513,8 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
         if is_leader():
             # until a run that is trained for longer has its new model, the selection is that of the present one
             keeps = status != "finished" and model_before and model_before == _modified_at(weights)
-            selection = info["selection"] if keeps else describe_selection(loop)
+            how, rows = loop.config.optim.selection, loop.history.rows
+            selection = info["selection"] if keeps else loop.selection.describe(how, rows)
             ended = loop.history.ended if status == "finished" else None
             values = {**info, "status": status, "selection": selection, "ended": ended}
             write_json(loop.run_folder.info, values)
@@ -526,7 +530,7 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
         done = len(loop.history.rows)
         raise Stopped(
             f"stopped after {counted(done, 'complete epoch')}. "
-            f"Continue with `crossx fit --resume {loop.run_folder.path}`."
+            f"Continue with `{resume_command(loop.run_folder)}`."
         ) from error
     except torch.OutOfMemoryError as error:
         data = loop.config.data
@@ -539,7 +543,7 @@ def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
         if ended != "finished":
             with suppress(CrossXError):  # on a full disk this fails too, and must not hide the first error
                 record(ended)
-            loop.stop_processes()
+            stop_processes(loop.fabric)
 
 
 def _modified_at(path: Path) -> int | None:
@@ -562,7 +566,7 @@ def _interruptible(run: Run) -> Iterator[None]:
 
 
 def _how_to_continue(run: Run) -> str:
-    return f"Continue with `crossx fit --resume {run.path}`." if run.config.is_file() else "Run it again."
+    return f"Continue with `{resume_command(run)}`." if run.config.is_file() else "Run it again."
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:
@@ -573,7 +577,7 @@ def _locked(path: Path) -> AbstractContextManager[None]:
 def _require_empty(path: Path) -> None:
     if Run(path).config.is_file():
         raise UsageError(
-            f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
+            f"{path} already holds a run. Continue it with `{resume_command(Run(path))}`, or choose another --output."
         )
     if any(not (is_lock(file) or is_leftover(file)) for file in path.iterdir()):
         raise UsageError(f"{path} is not empty. Choose another --output.")
