@@ -144,6 +144,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         ("rnus/mine", "runs/mine"),
         ("runs/mine/checkpoints/bst.ckpt", "runs/mine/checkpoints/best.ckpt"),
         ("runs/mine/chekpoints/best.ckpt", "runs/mine/checkpoints/best.ckpt"),
+        ("runs/mine/best.ckpt", "runs/mine/checkpoints/best.ckpt"),
         ("photos2", None),
         ("elsewhere/mine", None),
         ("runs/zebra", None),

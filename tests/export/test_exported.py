@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import layouts
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.evaluation.intervals import Interval
 from crossx.export import export as export_module
 from crossx.export.export import ControlledAccuracy, ExportReport, export_run

@@ -27,6 +27,8 @@ def nearest_run(given: Path) -> str:
     folders = [given.parent] if given.parent.is_dir() else _close(given.parent, given.parent.parent)
     if given == Path(given.name) and RUNS.is_dir():
         folders.append(RUNS)
+    if given.suffix == ".ckpt":
+        folders += [folder / "checkpoints" for folder in folders]
     found = [path for folder in folders for path in _entries(folder) if _may_be_meant(path, given)]
     by_name = {path.name.casefold(): path for path in reversed(found) if path != given}
     close = difflib.get_close_matches(given.name.casefold(), by_name, n=1, cutoff=CLOSE)
