@@ -212,14 +212,7 @@ def _train(
             files=_kept_files(run, config, created.spec, info),
         )
         if is_leader():
-            remove_leftovers(run)
-            if checkpoint is None:
-                clear(run)
-            else:
-                make_newest(run, chosen or run.last)
-                restore_best(run, checkpoint)
-            write_text(run.config, config.to_yaml())
-            write_json(run.spec, created.spec.to_json())
+            _write_start(run, config, created.spec, checkpoint, chosen)
             if exclude_file is not None:
                 _write_excluded(run, config, index)
         with recording_status(loop, info):
@@ -253,6 +246,20 @@ def _kept_files(run: Run, config: Config, spec: ModelSpec, info: Mapping[str, An
         run.spec.name: json.dumps(replace(spec, temperature=1.0).to_json()),
         run.info.name: json.dumps({name: info[name] for name in KEPT}),
     }
+
+
+def _write_start(
+    run: Run, config: Config, spec: ModelSpec, checkpoint: dict[str, Any] | None, chosen: Path | None
+) -> None:
+    """Leave in the folder only what the training starts from."""
+    remove_leftovers(run)
+    if checkpoint is None:
+        clear(run)
+    else:
+        make_newest(run, chosen or run.last)
+        restore_best(run, checkpoint)
+    write_text(run.config, config.to_yaml())
+    write_json(run.spec, spec.to_json())
 
 
 def _write_excluded(run: Run, config: Config, index: DatasetIndex) -> None:
