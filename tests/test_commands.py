@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from crossx.cli.main import main
 from crossx.commands import command, quoted
-from crossx.runs import Run, open_run, resume_command
+from crossx.evaluation.predictions import Predictions
+from crossx.runs import Run, find_run, open_run, resume_command
 from crossx.terminal import fold_command
 from refusals import refusal
 
@@ -49,8 +51,23 @@ def test_a_folded_command_is_the_same_command(width: int):
     assert shell_words(fold_command(command(*words), width)) == words
 
 
-def test_errors_name_a_command_that_works(tmp_path: Path):
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    message = refusal(open_run, folder)
-    assert shell_words(message.split("`")[1]) == ["fit", "--output", str(folder)]
+def test_messages_about_a_folder_with_spaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(Path("my runs/a"))
+    (run.path / "empty").mkdir(parents=True)
+    run.config.touch()
+    for message, words in (
+        (refusal(open_run, run.path), ["fit", "--output", "my runs/a"]),
+        (refusal(find_run, run.path / "empty"), ["fit", "--output", "my runs/a/empty"]),
+        (refusal(find_run, run.path / "x.ckpt"), ["fit", "--resume", "my runs/a"]),
+        (refusal(run.require_results, "val", ()), ["test", "my runs/a", "--split", "val"]),
+        (
+            refusal(Predictions.load, run.path / "x.npz", run.path, "val"),
+            ["test", "my runs/a", "--split", "val"],
+        ),
+    ):
+        assert shell_words(message.split("`")[1]) == words
+    assert main(["new-method", "mine", "--output", "my runs/method"]) == 0
+    assert "next: pip install -e 'my runs/method' && pytest 'my runs/method'; " in capsys.readouterr().out
