@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.methods import create_method
 from crossx.methods.weights import describe, save_weights
 from crossx.predict.cluster import ray_session

@@ -136,7 +136,7 @@ def serving(words: Sequence[str]) -> Iterator[Server]:
 
 def read_samples(run: Path, data: Path, number: int) -> list[Sample]:
     """Return images with the predictor's answers, all of different probability."""
-    from crossx.data.images import find_images
+    from crossx.data.image_files import find_images
     from crossx.predict.predictor import Predictor
 
     paths = find_images(data)

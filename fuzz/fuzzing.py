@@ -35,7 +35,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from crossx.data.readers import mat
 from crossx.errors import CrossXError
-from targets import NUMBERS, TARGETS, Read, Target
+from parsers import Read
+from targets import TARGETS, Target
+from tokens import NUMBERS
 
 HERE = Path(__file__).parent
 LIMIT = 60

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import hub_stub
 from crossx.hub import TAKEN, HubModel, announce, download_model, upload_model
@@ -35,13 +37,48 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         ("me/crossx_resnet50.cub_448", HubModel("me/crossx_resnet50.cub_448")),
         *(
             (path, None)
-            for path in ("birds", "/me/birds", "me/birds/", "runs/me/birds", "./birds", "../birds")
+            for path in (
+                "birds",
+                "/me/birds",
+                "me/birds/",
+                "runs/me/birds",
+                "./birds",
+                "../birds",
+                "my runs/a",
+            )
         ),
         *((path, None) for path in ("", "/", "me/", "me/birds@", "birds@v2", "~/birds", "me/last.ckpt")),
     ],
 )
 def test_names_on_the_hub_are_told_from_paths(text: str, expected: HubModel | None) -> None:
     assert HubModel.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "me/birds",
+            "_me/b_",
+            "me/b.c-d",
+            "me/.b",
+            "me/b-",
+            "-me/b",
+            "me/b--c",
+            "me/b..c",
+            "me/b.git",
+            "mé/b",
+        ),
+        *("me/b c", "me/" + "b" * 96, "me/" + "b" * 97),
+    ],
+)
+def test_names_of_repositories_are_those_of_the_client(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert HubModel.parse(name) is None
+    else:
+        assert HubModel.parse(name) == HubModel(name)
 
 
 def test_a_slip_in_a_folder_that_is_there_is_not_looked_for_on_the_hub(
@@ -169,7 +206,7 @@ def test_a_path_object_is_never_asked_for(hub: Hub, tmp_path: Path, monkeypatch:
             "me/bird",
             "me/bird: no such run folder or checkpoint file, and no such model on the Hugging Face Hub. ",
         ),
-        ("no name/x", "no name/x: no such run folder or checkpoint file, and no such model on the Hugging "),
+        ("no name/x", "no name/x: no such run folder or checkpoint file."),
         ("hf-hub:me/bird", "me/bird: no such model on the Hugging Face Hub. Check the path or the name; "),
         (
             "me/birds@v3",

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossx.errors import CrossXError
+from crossx.hub import HubModel
 from crossx.runs import (
     ModelSpec,
     Preprocessing,
@@ -28,6 +29,7 @@ from crossx.runs import (
     write_json,
     write_text,
 )
+from crossx.runs.nearby import nearest_run
 from refusals import refusal
 
 SPEC = ModelSpec(
@@ -128,6 +130,45 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     with pytest.raises(CrossXError, match="has no weights yet"):
         open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("slip", "near"),
+    [
+        ("mien", "runs/mine"),
+        ("alone2", "alone"),
+        ("runs/mien", "runs/mine"),
+        ("runs/Birds2", "runs/birds-s0"),
+        # slips in the folder's name; one that the Hub cannot have, and one that it may have
+        ("my run/a", "my runs/a"),
+        ("rnus/mine", "runs/mine"),
+        ("runs/mine/checkpoints/bst.ckpt", "runs/mine/checkpoints/best.ckpt"),
+        ("runs/mine/chekpoints/best.ckpt", "runs/mine/checkpoints/best.ckpt"),
+        ("runs/mine/best.ckpt", "runs/mine/checkpoints/best.ckpt"),
+        ("photos2", None),
+        ("elsewhere/mine", None),
+        ("runs/zebra", None),
+        ("/", None),
+    ],
+)
+def test_a_slip_in_the_path_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: str, near: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("alone", "runs/mine", "runs/birds-s0", "my runs/a"):
+        make_run(tmp_path / folder, "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    (tmp_path / "photos").mkdir()
+    assert nearest_run(Path(slip)) == (f" Did you mean '{near}'?" if near else "")
+    if near:
+        # also from elsewhere, by the whole path
+        assert nearest_run(tmp_path / slip).endswith(f"{near}'?") or "/" not in slip
+        monkeypatch.setattr("crossx.runs.folder.download_model", refuse_download)
+        assert refusal(open_run, slip).endswith(f". Did you mean {near!r}?")
+
+
+def refuse_download(model: HubModel) -> Path:
+    assert str(model) == "rnus/mine"
+    raise CrossXError(f"{model}: no such model on the Hub.")
 
 
 def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path) -> None:

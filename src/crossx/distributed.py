@@ -41,6 +41,14 @@ def is_leader() -> bool:
     return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
 
 
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, on every rank."""
+    gathered = [value] * world_size()
+    if len(gathered) > 1:
+        distributed.all_gather_object(gathered, value)
+    return gathered
+
+
 class _SumOverRanks(torch.autograd.Function):
     """A differentiable all-reduce: the gradient of each rank's tensor is the sum of every rank's gradients."""
 

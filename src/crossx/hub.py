@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ TAKEN = (CONFIG, SPEC, WEIGHTS)
 PREFIX = "hf-hub:"
 LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".onnx", ".xml", ".pt2")
 """Suffixes of names that mean a file."""
+_NAME = re.compile(r"\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class HubModel:
         explicit = text.startswith(PREFIX)
         repository, at, revision = text.removeprefix(PREFIX).partition("@")
         user, _, name = repository.partition("/")
-        named = bool(user and name) and "/" not in name and bool(revision) == bool(at)
+        named = _is_repository(repository) and bool(revision) == bool(at)
         if explicit and not named:
             raise UsageError(
                 f"{text!r} names no model: write {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION."
@@ -65,6 +67,16 @@ class HubModel:
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+
+def _is_repository(text: str) -> bool:
+    """Whether the Hub may have such a repository, ``user/name``; the rules of its client, ``validate_repo_id``."""
+    parts = text.split("/")
+    return (
+        len(parts) == 2
+        and all(_NAME.fullmatch(part) for part in parts)
+        and not ("--" in text or ".." in text or text.endswith(".git"))
+    )
 
 
 @contextmanager

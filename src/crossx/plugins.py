@@ -24,6 +24,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from crossx.commands import quoted
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.text import read_bytes
 
@@ -284,7 +285,8 @@ def refuse(source: Source, folder: Path) -> str | None:
         source: What the run names; may be of unknown origin.
         folder: The run folder.
     """
-    ask = f"Read it, and give --import {source.word}"
+    option = f"--import {quoted(source.word)}"
+    ask = f"Read it, and give {option}"
     if not source.path.is_absolute() or ".." in source.path.parts:
         return "Its run.json names no absolute path: give --import with the file that registers the method"
     inside = Path(os.path.realpath(source.path)).is_relative_to(os.path.realpath(folder))
@@ -297,7 +299,7 @@ def refuse(source: Source, folder: Path) -> str | None:
         if present != source.path:
             return f"{source.module} is now another file, {present}. {ask}"
         if digest(present) != source.sha256:
-            return f"{source.path} has changed since the training: give --import {source.word} to use it as it is"
+            return f"{source.path} has changed since the training: give {option} to use it as it is"
     except UsageError as error:
         missing = str(error).removeprefix("--import ").rstrip(".")
         return f"Its code cannot be found ({missing}): give --import with the file that registers the method"

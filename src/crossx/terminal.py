@@ -18,6 +18,8 @@ SILENT = "CROSSX_PROGRESS"
 """Environment variable that is 0 for no progress bars and steps."""
 
 _ERASE_LINE = "\r\x1b[2K"
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_SPACE = "\0"
 
 
 def columns(stream: TextIO | None = None) -> int | None:
@@ -76,7 +78,7 @@ def _folded(line: str, hanging: str, width: int) -> str:
 
 
 def fold_command(line: str, width: int | None = None) -> str:
-    """Break a command between its options, with backslashes, so that it can still be copied.
+    """Break a command between its words, with backslashes, so that it can still be copied.
 
     A comment after two spaces and ``#`` goes to a line before it.
     """
@@ -84,12 +86,16 @@ def fold_command(line: str, width: int | None = None) -> str:
     if width is None or len(line) <= width:
         return line
     indent = line[: len(line) - len(line.lstrip())]
-    command, separator, comment = line.partition("  # ")
+    # no break within quotes
+    command, separator, comment = _QUOTED.sub(lambda part: part[0].replace(" ", _SPACE), line).partition(
+        "  # "
+    )
     if separator:
+        command, comment = (part.strip().replace(_SPACE, " ") for part in (command, comment))
         return "\n".join(
             [
-                fold(f"{indent}# {comment.strip()}", hanging="# ", width=width),
-                fold_command(command.rstrip(), width),
+                fold(f"{indent}# {comment}", hanging="# ", width=width),
+                fold_command(f"{indent}{command}", width),
             ]
         )
     # two of the width are for the backslash
@@ -97,7 +103,7 @@ def fold_command(line: str, width: int | None = None) -> str:
         command.strip(), width - 2, initial_indent=indent, subsequent_indent=f"{indent}    ",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    return " \\\n".join(lines)
+    return " \\\n".join(lines).replace(_SPACE, " ")
 
 
 class _Steps:

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
+import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("audit")
+    return tmp_path_factory.mktemp("my audit")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,10 @@ def test_the_list_of_images_to_leave_out_is_taken_by_fit(
     assert listed["train/blue/broken.jpg"][0] == "unreadable"
     assert {"train/red/02.png", "train/blue/mirrored.png"} <= listed.keys()
     assert "test/red/cropped.jpg" not in listed
+    (command,) = re.findall("<pre>(crossx fit .*)</pre>", (output / "report.html").read_text())
+    options = ["--data.dataset", "folder", "--data.root", str(photographs)]
+    options += ["--data.exclude", str(output / "exclude.csv")]
+    assert shlex.split(unescape(command)) == ["crossx", "fit", *options, "..."]
     index = read_configured(DataConfig(root=str(photographs), exclude=str(output / "exclude.csv")))
     assert {record.path.relative_to(photographs).as_posix() for record in index.excluded} == listed.keys()
 

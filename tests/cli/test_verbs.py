@@ -209,15 +209,16 @@ def test_fit_starts_from_a_run_and_trains_it_for_longer(
 ) -> None:
     first = "runs/quickstart-1/plain"
     words = ["fit", "--config", f"{first}/config.yaml", "--init", first, "--trainer.max_epochs", "1"]
-    assert main([*words, "--output", "runs/next"]) == 0
+    assert main([*words, "--output", "my runs/next"]) == 0
     shown = capfd.readouterr()
     assert f"(from {first})\n" in shown.out
+    assert shown.out.endswith("next: crossx test 'my runs/next'\n")
     assert re.search(rf"init .*{first}: (\d+) of \1 tensors are taken", shown.err)
-    assert main(["fit", "--resume", "runs/next", "--trainer.max_epochs", "2"]) == 0
+    assert main(["fit", "--resume", "my runs/next", "--trainer.max_epochs", "2"]) == 0
     assert "epoch" in capfd.readouterr().out
-    history = json.loads(Path("runs/next/metrics.json").read_text())["epochs"]
+    history = json.loads(Path("my runs/next/metrics.json").read_text())["epochs"]
     assert [row["epoch"] for row in history] == [1, 2]
-    info = Run(Path("runs/next")).read_info()
+    info = Run(Path("my runs/next")).read_info()
     assert info["init"]["run"] == str(place / first)
     assert info["extended_after"] == [1]
 

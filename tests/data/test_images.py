@@ -22,14 +22,12 @@ from crossx.data.cache import PixelCache
 from crossx.data.images import (
     MAX_PIXELS,
     ImageError,
-    find_images,
     image_problem,
     inspect_image,
     read_image,
     read_picture,
     read_size,
 )
-from crossx.errors import CrossXError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 RAMP16 = np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
@@ -464,39 +462,6 @@ def test_error_survives_pickling() -> None:
         read_image(b"")
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.reason) == (str(caught.value), caught.value.reason)
-
-
-def test_find_images(tmp_path: Path) -> None:
-    wanted = ["a/1.jpg", "a/B.PNG", "a/deep/er/x.tiff", "b/phone.heic"]
-    for name in [*wanted, "a/notes.txt", "a/.hidden.jpg", ".cache/y.jpg", "a/noext"]:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert find_images(tmp_path) == [tmp_path / name for name in wanted]
-
-
-def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
-    for name in ("root/a/1.jpg", "root/b/2.jpg", "elsewhere/3.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    a = tmp_path / "root/a"
-    (a / "up").symlink_to("..")
-    (a / "further").symlink_to(tmp_path)
-    (a / "other").symlink_to(tmp_path / "elsewhere")
-    assert find_images(a) == [a / "1.jpg", a / "other/3.jpg"]
-    assert find_images(Path(os.path.relpath(a))) == [
-        Path(os.path.relpath(a)) / "1.jpg",
-        Path(os.path.relpath(a)) / "other/3.jpg",
-    ]
-    linked = tmp_path / "linked"
-    linked.symlink_to(a)
-    assert find_images(linked) == [linked / "1.jpg", linked / "other/3.jpg"]
-
-
-def test_find_images_in_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CrossXError, match="cannot be listed"):
-        find_images(tmp_path / "missing")
 
 
 def test_checking_imports_no_torch() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import layouts
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.evaluation.intervals import Interval
 from crossx.export import export as export_module
 from crossx.export.export import ControlledAccuracy, ExportReport, export_run
@@ -355,6 +355,17 @@ def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: P
             "x.onnx",
             {"precision": "int8", "max_drop": math.nan},
             "--max-drop takes percentage points, from 0 to 100, not nan.",
+        ),
+        (
+            "x.onnx",
+            {"precision": "int8", "max_drop": 2.5},
+            "--max-drop 2.5 accepts more than --tolerance 0.02, which is 2 points on the test images: give --tolerance "
+            "0.025 too, or a lower --max-drop.",
+        ),
+        (
+            "x.xml",
+            {"precision": "int8", "max_drop": 0.7, "tolerance": 0.005},
+            "--max-drop 0.7 accepts more than --tolerance 0.005, which is 0.5 points on the test images",
         ),
         ("x.safetensors", {"images": "missing"}, "missing"),
         ("x.safetensors", {"root": "missing"}, "missing"),

@@ -23,7 +23,7 @@ from PIL import Image
 
 import layouts
 from crossx.cli.main import main
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.data.transforms import eval_transform
 from crossx.export.export import export_run
 from crossx.methods.weights import load_method

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layouts
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.predict import shards as module
 from crossx.predict.outputs import Columns, write_csv
 from crossx.predict.predictor import Predictor

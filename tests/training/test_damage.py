@@ -10,6 +10,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from crossx.cli.main import main
 from crossx.data.datamodule import DataModule
@@ -206,7 +207,7 @@ def test_a_lost_best_epoch_is_copied_or_named(stopped, resumed, caplog):
     for path in (stopped.last, stopped.previous):
         state = read_checkpoint(path)
         state["best"]["epoch"] = 3
-        training.torch.save(state, path)
+        torch.save(state, path)
     stopped.checksums.unlink()
     resumed(stopped.path)
     assert "the weights of epoch 3" in caplog.text

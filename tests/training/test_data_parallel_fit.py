@@ -151,17 +151,24 @@ def test_every_other_method_on_two_ranks(make_config, birds, tmp_path):
 
 @pytest.mark.slow
 def test_both_ranks_end_at_the_same_epoch(make_config, tmp_path):
-    """Patience on an accuracy that does not change, and a time that some of the epochs take."""
+    """Patience on an accuracy that does not change, and a time that some epochs take; only the last is validated."""
     patient = {"optim": {"lr": 1e-12, "patience": 2, "schedule": "constant"}}
+    timed = {"max_epochs": 10_000, "max_time": "4s", "check_val_every_n_epoch": 9_000}
     configs = {
         "patient": make_config("patient", **patient, trainer={"devices": 2, "max_epochs": 9}),
-        "timed": make_config("timed", trainer={"devices": 2, "max_epochs": 10_000, "max_time": "4s"}),
+        "timed": make_config("timed", trainer={"devices": 2, **timed}),
     }
     runs = run_on_two_ranks(configs, tmp_path)
     ended = {name: run.read_info()["ended"] for name, run in runs.items()}
     assert ended["patient"] == {"by": "patience", "epoch": 3}
     assert ended["timed"] == {"by": "max_time", "epoch": len(rows(runs["timed"]))}
     assert all(run.read_info()["status"] == "finished" for run in runs.values())
+    *others, last = rows(runs["timed"])
+    assert not any("val/top1" in row for row in others)
+    assert {name: last[name] for name in ("val/loss", "val/top1")} == pytest.approx(
+        evaluate(runs["timed"], runs["timed"].last), rel=1e-5
+    )
+    assert runs["timed"].read_info()["selection"]["value"] == last["val/top1"]
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_trains_resumes_tests_predicts_and_explains(make_config, monkeypatch, im
     assert_same_run(run, whole)
 
     results = evaluate_run(run.path)
-    tested = Predictions.load(predictions_path(run.path, "test"), run, "test")
+    tested = Predictions.load(predictions_path(run.path, "test"), run.path, "test")
     assert results["top1"] == pytest.approx(tested.correct.mean())
 
     predictor = Predictor.load(run.path, "cpu")

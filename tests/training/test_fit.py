@@ -1,19 +1,16 @@
-import csv
 import json
 import os
 
 import pytest
 import torch
+from finished_runs import assert_same, method_weights, rows
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
 import layouts
-from crossx.data.catalog import read_dataset
-from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import calibrate_run
 from crossx.losses import part_correlations
-from crossx.methods import create_method
 from crossx.methods.base import Method
 from crossx.methods.plain import Plain
 from crossx.methods.weights import load_method
@@ -22,39 +19,7 @@ from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import fit
 from crossx.training.history import History
-from crossx.training.loop import Loop
 from crossx.training.task import Task
-
-
-def rows(run):
-    with (run.path / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def method_weights(path):
-    state = read_checkpoint(path)["state_dict"]
-    return {name.removeprefix("method."): value for name, value in state.items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def accuracy(method, spec, split):
-    """Accuracy by a plain loop over single images."""
-    config = Config.from_yaml(spec.config).data
-    index = read_dataset(config.dataset, config.root, test_fraction=config.test_fraction, split_seed=0)
-    data = DataModule(index, spec.read_spec().preprocessing, config, seed=0)
-    single = ((data.normalize(images), targets) for images, targets in _single(data, split))
-    right = [int(method(images).argmax(1)[0] == targets[0]) for images, targets in single]
-    return sum(right) / len(right)
-
-
-def _single(data, split):
-    for images, targets in data.eval_loader(split):
-        yield from zip(images.split(1), targets.split(1), strict=True)
 
 
 def test_run_folder_holds_everything(make_config):
@@ -101,60 +66,6 @@ def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
     with pytest.raises(UsageError, match=r"method 'mamc' needs one class per image"):
         fit(make_config("mixup", model=model, optim={"mixup": 0.2}))
     assert not (tmp_path / "mixup").exists()
-
-
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay):
-    run = fit(make_config(optim={"ema_decay": ema_decay, "lr": 0.002}, trainer={"max_epochs": 2}))
-    history = rows(run)
-    assert read_checkpoint(run.last)["epoch"] == 2
-    for path, epoch in ((run.best, run.read_info()["selection"]["epoch"]), (run.last, 2)):
-        method, _ = load_method(path)
-        with torch.no_grad():
-            assert accuracy(method, run, "val") == pytest.approx(float(history[epoch - 1]["val/top1"]))
-
-
-def test_average_follows_its_definition(make_config, monkeypatch):
-    seen = []
-    step = Loop._step
-    monkeypatch.setattr(
-        Loop,
-        "_step",
-        lambda self: (step(self), seen.append(self.method.classifier.weight.detach().clone())),
-    )
-    run = fit(make_config(optim={"ema_decay": 0.3}, trainer={"max_epochs": 1}))
-    average = seen[0]
-    # 2/11, 3/12, then 4/13 is above the decay
-    for decay, weight in zip((2 / 11, 3 / 12, 0.3), seen[1:], strict=True):
-        average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(load_file(run.weights)["classifier.weight"], average)
-    assert not torch.equal(average, seen[-1])
-
-
-def test_average_of_a_short_training_is_close_to_its_weights(make_config, caplog):
-    """With a constant decay the initial weights would count 0.999 ** 12, that is 99%."""
-    optim = {"ema_decay": 0.999, "lr": 0.05}
-    with_average = fit(make_config("average", optim=optim))
-    assert float(rows(with_average)[-1]["val/top1"]) == 1
-    assert "ema_decay" not in caplog.text
-
-
-def test_an_average_that_lags_behind_is_warned_of(make_config, monkeypatch, caplog):
-    monkeypatch.setattr("crossx.training.loop.warmed_up_decay", lambda decay, updates: decay)
-    run = fit(make_config(optim={"ema_decay": 0.999, "lr": 0.05, "selection": "last"}))
-    last = rows(run)[-1]
-    assert float(last["train/top1"]) > 0.9
-    assert f"{100 * float(last['val/top1']):.1f}% on validation, the weights themselves 100.0%" in caplog.text
-    # the model is still the average
-    assert_same(load_file(run.weights), method_weights(run.last))
-
-
-def test_average_leaves_whole_numbers_as_they_are(make_config):
-    options = {"method": "kernel_pooling", "order": 2, "sketch_size": 4096, "gamma": 1.0}
-    run = fit(make_config(model=options, optim={"ema_decay": 0.9}, trainer={"max_epochs": 1}))
-    # averaged as numbers, a quarter of the hashes came out one too small
-    drawn = create_method("kernel_pooling", backbone="test_resnet", num_classes=3, order=2).pool.sketch
-    assert torch.equal(load_file(run.weights)["pool.sketch.hashes"], drawn.hashes)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -220,47 +131,6 @@ def test_what_was_assumed_of_the_images_is_said_before_training(make_config, ima
     assert "both favour rare classes" in caplog.text
 
 
-def test_last_epoch_is_kept_where_asked_or_nothing_is_held_out(make_config, caplog):
-    asked = fit(make_config("a", optim={"selection": "last"}))
-    no_val = fit(make_config("b", data={"train_on": "trainval"}))
-    assert "no validation images" in caplog.text
-    assert "the probabilities are not calibrated" in caplog.text
-    for run in (asked, no_val):
-        assert run.read_info()["selection"] == {"how": "last", "split": None, "epoch": 3, "value": None}
-        assert not run.best.exists()
-        assert_same(load_file(run.weights), method_weights(run.last))
-    assert "val/top1" in rows(asked)[0]
-    assert "val/top1" not in rows(no_val)[0]
-
-
-def test_selection_on_test_is_named(make_config):
-    run = fit(make_config(optim={"selection": "best_on_test"}))
-    selection = run.read_info()["selection"]
-    assert (selection["how"], selection["split"]) == ("best_on_test", "test")
-    assert selection["value"] == max(float(row["test/top1"]) for row in rows(run))
-    method, _ = load_method(run.path)
-    with torch.no_grad():
-        assert accuracy(method, run, "test") == pytest.approx(selection["value"])
-
-
-def test_steps_end_within_an_epoch_that_is_then_not_validated(make_config):
-    run = fit(make_config(trainer={"max_steps": 6}))
-    assert [(row["epoch"], row["step"], bool(row["val/top1"])) for row in rows(run)] == [
-        ("1", "4", True),
-        ("2", "6", False),
-    ]
-    assert run.read_info()["selection"]["epoch"] == 1
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_time_ends_within_an_epoch_that_is_then_validated(make_config, every):
-    trainer = {"max_time": {"microseconds": 1}, "check_val_every_n_epoch": every}
-    run = fit(make_config(trainer=trainer))
-    assert [(row["step"], bool(row["val/top1"])) for row in rows(run)] == [("1", True)]
-    assert (run.read_info()["status"], run.read_info()["selection"]["epoch"]) == ("finished", 1)
-    assert read_checkpoint(run.best)["history"]["rows"][-1]["val/top1"] == float(rows(run)[0]["val/top1"])
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_share_that_leaves_no_batch_is_refused(make_config, split):
     with pytest.raises(UsageError, match=f"limit_{split}_batches 0.001 leaves none of"):
@@ -278,12 +148,6 @@ def test_the_same_batches_in_every_epoch(make_config, monkeypatch):
     fit(make_config(trainer={"max_epochs": 2, "overfit_batches": 1}, data={"augmentation": "crop"}))
     assert len(seen) == 2
     assert seen[0] == seen[1]
-
-
-def test_epochs_without_validation_have_no_value(make_config):
-    run = fit(make_config(trainer={"check_val_every_n_epoch": 2}))
-    assert [bool(row["val/top1"]) for row in rows(run)] == [False, True, False]
-    assert run.read_info()["selection"]["epoch"] == 2
 
 
 def test_options_work_together(make_config):
@@ -422,7 +286,7 @@ def test_the_bar_of_an_epoch_whose_steps_were_not_fetched_yet(make_config):
     history = History(Run(make_config().run_path()))
     history.add({"loss": torch.tensor(2.0)}, 8)
     assert history.shown() == {}
-    history.evaluated({"val/loss": 1.0, "val/top1": 0.5})
+    history.evaluated({"val/loss": 1.0, "val/top1": 0.5}, 1)
     assert history.shown() == {"val": "50.0%"}
 
 
@@ -461,13 +325,6 @@ def test_progress_shows_top1_and_the_time_left(make_config, monkeypatch, capsys,
 def test_more_processes_than_cores_are_refused(make_config):
     with pytest.raises(UsageError, match=r"trainer.devices 9999: there is no GPU"):
         fit(make_config(trainer={"devices": 9999, "accelerator": "cpu"}))
-
-
-@pytest.mark.parametrize("option", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 5}])
-def test_selection_without_validated_epochs_is_said(make_config, caplog, option):
-    run = fit(make_config(trainer={"max_epochs": 1, **option}))
-    assert "the last epoch's weights become the model" in caplog.text
-    assert run.read_info()["selection"]["how"] == "last"
 
 
 def test_pipeline_is_recorded_and_a_cache_changes_nothing(make_config):

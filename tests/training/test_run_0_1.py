@@ -33,7 +33,7 @@ def test_every_file_of_weights_is_tested(run: Run, images: Path, tmp_path: Path,
 
 def test_logits_are_those_of_then(run: Run, images: Path) -> None:
     evaluate_run(run.path, root=images)
-    tested = Predictions.load(predictions_path(run.path, "test"), run, "test")
+    tested = Predictions.load(predictions_path(run.path, "test"), run.path, "test")
     assert list(tested.paths) == EXPECTED["paths"]
     np.testing.assert_allclose(tested.logits, EXPECTED["logits"], rtol=1e-4, atol=1e-4)
 

@@ -2,10 +2,11 @@ import json
 import logging
 
 import pytest
+from test_resume import crash, interrupt
 
 from crossx.cli.fit import _print_outcome
 from crossx.training import stages as module
-from crossx.training.fit import fit
+from crossx.training.fit import fit, resume
 from crossx.training.stages import (
     BACKWARD,
     COPY,
@@ -118,3 +119,41 @@ def test_a_training_writes_its_profile_and_hints_at_the_cache(make_config, monke
     assert sum(row["seconds"] for row in profile["stages"]) == pytest.approx(profile["seconds"])
     _print_outcome(run)
     assert "\n".join(profile_table(profile)) in capsys.readouterr().out
+
+
+def test_the_profile_of_a_resumed_training_has_what_was_before(clock):
+    first = Stages()
+    with first(FORWARD):
+        clock.now += 2
+    state = json.loads(json.dumps(first.state_dict()))
+    clock.now += 100  # lost, as no checkpoint has it
+    second = Stages()
+    second.load_state_dict(state)
+    second.restart()
+    with second(FORWARD):
+        clock.now += 3
+    with second(WAIT):
+        clock.now += 4
+    expected = [(FORWARD, 5.0, 2), (WAIT, 4.0, 1), (OTHER, 0.0, 0)]
+    profile = second.to_json()
+    assert [(row["stage"], row["seconds"], row["times"]) for row in profile["stages"]] == expected
+    assert profile["seconds"] == 9.0
+    # the hint is about this process
+    assert second.seconds == {FORWARD: 3.0, WAIT: 4.0, OTHER: 0.0}
+    assert first.state_dict() == state | {"seconds": {FORWARD: 2.0, OTHER: 107.0}}
+
+
+@pytest.mark.slow
+def test_a_resumed_training_adds_to_its_profile(make_config, monkeypatch):
+    config = make_config(trainer={"profile": True, "max_epochs": 2})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(config)
+    run = resume(config.run_path())
+    times = {row["stage"]: row["times"] for row in json.loads(run.profile.read_text())["stages"]}
+    # steps 5 and 6 were after the checkpoint of the first of two epochs of four steps
+    assert (times[UPDATE], times[VALIDATION]) == (8, 2)
+    resume(run.path, max_epochs=3)
+    times = {row["stage"]: row["times"] for row in json.loads(run.profile.read_text())["stages"]}
+    assert (times[UPDATE], times[VALIDATION]) == (12, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -30,10 +31,10 @@ SPACE = {
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Tuned:
-    trials = []
+    tmp_path, trials = tmp_path / "my search", []
     for number, (accuracy, state) in enumerate(zip(ACCURACIES, STATES, strict=True), start=1):
         run = tmp_path / f"trial-{number}"
-        run.mkdir()
+        run.mkdir(parents=True)
         epochs = 0 if accuracy is None else 1 if state == "pruned" else 4
         rows = [
             {"epoch": epoch, "val/top1": (accuracy or 0) * epoch / epochs} for epoch in range(1, epochs + 1)
@@ -93,6 +94,8 @@ def test_the_numbers_of_a_search(tuned: Tuned) -> None:
     assert "local- dir:<b>/ a_ b · 7 trials" in text
     assert "optim.lr 0.00316 0.000178 0.0001 to 0.01, logarithmic" in text
     assert "Not computed: 4 complete trials are too few, or their accuracies too similar." in text
+    ((command),) = re.findall(r"<code>(crossx test .*?)</code>", page.replace("<wbr>", ""))
+    assert shlex.split(unescape(command)) == ["crossx", "test", str(tuned.best.run)]
     assert "<script" not in page
     assert "src=" not in page
 

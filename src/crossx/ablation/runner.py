@@ -172,7 +172,7 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
 
     from crossx.data.catalog import read_configured
     from crossx.methods.registry import create_method
-    from crossx.training.fit import choose_sampling
+    from crossx.training.creation import choose_sampling
     from crossx.training.task import build_mix
 
     data, model = config.data, config.model

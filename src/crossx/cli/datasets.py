@@ -12,6 +12,7 @@ import jsonargparse
 from crossx.audit.result import CHECKS, EXCLUDED
 from crossx.cli.options import BatchSize, Device, check_run
 from crossx.cli.parser import MAX_WIDTH, Folder, Name, Natural, Positive, build, call
+from crossx.commands import quoted
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
@@ -187,9 +188,9 @@ def audit(
         print(json_format.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
     print(found.summary())
-    print(
-        f"report: {found.folder}/report.html; to leave images out: --data.exclude {found.folder}/exclude.csv"
-    )
+    assert found.folder is not None
+    excluded = quoted(found.folder / "exclude.csv")
+    print(f"report: {found.folder}/report.html; to leave images out: --data.exclude {excluded}")
 
 
 def _describe(info: DatasetInfo) -> Iterator[str]:

@@ -27,7 +27,6 @@ from crossx.errors import UsageError, check_choice
 from crossx.recipes import PRESETS, SECTIONS, Recipe, list_recipes, load_recipe
 from crossx.suggestions import nearest
 from crossx.training.config import (
-    LEFT_OUT,
     Config,
     ModelConfig,
     OptimConfig,
@@ -36,6 +35,7 @@ from crossx.training.config import (
     recipe_method,
     scale_resize,
 )
+from crossx.training.sections import LEFT_OUT
 
 PROG = "crossx fit"
 EXAMPLES = """\

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from crossx.cli.options import RunPath
 from crossx.cli.parser import File, Name
+from crossx.commands import command
 
 
 def import_released(
@@ -38,4 +39,4 @@ def import_released(
     print(f"{run.path}: {spec.method} on {spec.backbone}, {len(spec.classes)} classes of {spec.dataset}")
     if root is None:
         print("note: the classes are numbered in the released order; --data.root gives them their names.")
-    print(f"next: crossx test {run.path} --data.root DIR")
+    print(f"next: {command('test', run.path, '--data.root', 'DIR')}")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from crossx.cli import method_options
 from crossx.cli.parser import Folder
+from crossx.commands import quoted
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import list_recipes
 from crossx.runs import is_utf8, storage_error
@@ -43,7 +44,8 @@ def new_method(name: Annotated[str, "NAME"], *, output: Folder | None = None) ->
     for file in files:
         print(file)
     method = folder / "src" / f"crossx_{name}" / "method.py"
-    print(f"\nnext: pip install -e {folder} && pytest {folder}; then change {method}")
+    shown = quoted(folder)
+    print(f"\nnext: pip install -e {shown} && pytest {shown}; then change {method}")
 
 
 def check_name(name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossx.cli.parser import Folder, Natural
+from crossx.commands import command
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, free_folder, storage_error
 from crossx.terminal import fold_command, page_width, step
@@ -85,8 +86,7 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
 
 
 def _show(words: Sequence[str]) -> None:
-    command = f"$ crossx {' '.join(words)}"
-    print(f"\n{fold_command(command)}", flush=True)
+    print("\n" + fold_command(f"$ {command(*words)}"), flush=True)
 
 
 def draw_predictions(run_folder: Path, target: Path) -> None:
@@ -187,8 +187,5 @@ def _print_outcome(
     print(f"\nrun      {trained['crossx'].folder}")
     print(f"pictures {picture} and {picture.parent / EXCITATIONS}")
     print(f"time     {seconds // 60:.0f} min {seconds % 60:.0f} s")
-    print(
-        fold_command(
-            f"next     crossx predict {trained['crossx'].folder} {picture.parent / 'images'} --top 3"
-        )
-    )
+    following = command("predict", trained["crossx"].folder, picture.parent / "images", "--top", "3")
+    print(fold_command(f"next     {following}"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import Folder
+from crossx.commands import command
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE
 from crossx.terminal import step
@@ -85,7 +86,8 @@ def share(
             )
     print(f"shared: {target}", flush=True)
     if missing := _missing_results(predictor):
-        print(f"crossx share: the model card has {missing}: run `crossx test {run}` first.", file=sys.stderr)
+        test = command("test", run)
+        print(f"crossx share: the model card has {missing}: run `{test}` first.", file=sys.stderr)
     if license is None:
         print("crossx share: the model card names no licence: --license ID names one.", file=sys.stderr)
 

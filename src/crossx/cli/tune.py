@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.parser import File, Folder, Positive
+from crossx.commands import command
 from crossx.errors import UsageError
 from crossx.terminal import columns, erase_step, fold, fold_command, step
 
@@ -126,5 +127,5 @@ def _print_outcome(tuned: Tuned) -> None:
     print(fold(text, hanging="  "))
     print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
     print(f"report: {tuned.folder / 'report.html'}; chart: search.png")
-    print(f"next: crossx test {best.run}")
-    print(fold_command(f"or: crossx fit --config {tuned.folder / 'best.yaml'} --output RUN"))
+    print(f"next: {command('test', best.run)}")
+    print(fold_command(f"or: {command('fit', '--config', tuned.folder / 'best.yaml', '--output', 'RUN')}"))

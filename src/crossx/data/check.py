@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_existing
-from crossx.data.images import find_images, inspect_image, is_image_name, printable, scaled_note
+from crossx.data.image_files import find_images, is_image_name
+from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.errors import counted
 

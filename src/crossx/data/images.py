@@ -1,4 +1,4 @@
-"""Find, check and decode image files.
+"""Check and decode image files.
 
 Plain JPEGs are decoded by simplejpeg: the same library as Pillow's (libjpeg-turbo) and the same pixels, but directly to
 RGB bytes, in two thirds of the time. Everything else, and every JPEG with a defect, is left to Pillow, which reads it
@@ -24,7 +24,6 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from crossx.data.leftovers import is_leftover
 from crossx.errors import CrossXError
 
 if TYPE_CHECKING:
@@ -34,13 +33,6 @@ if TYPE_CHECKING:
 MAX_PIXELS = 178_956_970
 """Images with more pixels (half a gigabyte of 8-bit RGB) are refused before they are decoded. This is Pillow's limit
 for a decompression bomb (https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.open)."""
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-    | {".jp2", ".ppm", ".pgm", ".pbm", ".heic", ".heif"}
-)
-"""File names that count as images, in either case. HEIC is included so that it is reported as unreadable and not
-silently ignored."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """Pillow's names of the formats that are read. It also opens EPS, by running another program, and formats without
@@ -229,59 +221,9 @@ def scaled_note(bits: Iterable[int | None]) -> str | None:
     )
 
 
-def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
-    """Return every image file in a folder and its subfolders, sorted by relative path.
-
-    Links are followed, except to folders that were searched before or have ``folder`` in them.
-
-    The file name decides (``IMAGE_SUFFIXES``). What is hidden or what archives, cameras, editors and network drives
-    leave behind (``leftovers.is_leftover``) is skipped, folders with everything in them.
-
-    Args:
-        folder: Where to search.
-        skipped: If given, the files and folders that were skipped as hidden or left behind are appended.
-
-    Raises:
-        CrossXError: If a folder cannot be listed.
-    """
-    found: list[Path] = []
-    # a link to a folder above would bring in the images of other classes
-    above = [path for path in Path(os.path.realpath(folder)).parents if path.exists()]
-    visited = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
-    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_listing_error):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        if skipped is not None:
-            skipped.extend(
-                Path(directory, name) for name in sorted([*subfolders, *names]) if is_leftover(name)
-            )
-        subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
-        found.extend(Path(directory, name) for name in names if is_image_name(name))
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
-
-
-def leads_up(path: Path) -> bool:
-    """Return whether a path is a link to a folder that it is in."""
-    if not path.is_symlink():
-        return False
-    return Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path))
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file of this name counts as an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_leftover(name)
-
-
 def printable(text: str | Path) -> str:
     """Escape line breaks, control characters and undecodable bytes, so that the text fits on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _raise_listing_error(error: OSError) -> None:
-    raise CrossXError(f"{_shown(error.filename)}: the folder cannot be listed ({error.strerror}).") from error
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossx.data.datamodule import DataModule
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError
 from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets

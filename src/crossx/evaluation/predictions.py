@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crossx.commands import command
 from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
 from crossx.runs import atomic_path
@@ -125,7 +126,7 @@ class Predictions(Answers):
         Raises:
             CrossXError: If the file is missing or damaged.
         """
-        again = f"`crossx test {run} --split {split}`"
+        again = f"`{command('test', run, '--split', split)}`"
         if not path.is_file():
             raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
         try:

@@ -175,8 +175,9 @@ def export_run(
     _check_precision(name, kind, precision, controlled=max_drop is not None)
     if precision != "int8" and not (calibration_images is accuracy_images is max_drop is None):
         raise UsageError("--calibration, --accuracy and --max-drop require --precision int8.")
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise UsageError(f"--max-drop takes percentage points, from 0 to 100, not {max_drop:g}.")
+    allowed = TOLERANCES[precision] if tolerance is None else tolerance
+    if max_drop is not None:
+        _check_max_drop(max_drop, allowed)
     for option, number in (("calibration", calibration_images), ("accuracy", accuracy_images)):
         if number is not None and number < MIN_QUANTIZED:
             raise UsageError(
@@ -206,7 +207,6 @@ def export_run(
         _save(kind, graph, description, precision, file, output)
         model = ExportedModel.load(file, trust=True)  # written just now
         comparison = compare(model, reference, compared, source)
-        allowed = TOLERANCES[precision] if tolerance is None else tolerance
         accuracy = control = None
         if chosen is None:
             _require_same(output, comparison, allowed)
@@ -420,6 +420,16 @@ def _check_precision(name: str, kind: Format, precision: str, *, controlled: boo
     require(f"--format {name}", *needed, extra="export")
     if controlled:
         require("--max-drop", *kind.control_needs, extra="export")
+
+
+def _check_max_drop(max_drop: float, allowed: float) -> None:
+    if not 0 <= max_drop <= 100:
+        raise UsageError(f"--max-drop takes percentage points, from 0 to 100, not {max_drop:g}.")
+    if max_drop > 100 * allowed + ROUNDING:
+        raise UsageError(
+            f"--max-drop {max_drop:g} accepts more than --tolerance {allowed:g}, which is {100 * allowed:g} points on "
+            f"the test images: give --tolerance {max_drop / 100:g} too, or a lower --max-drop."
+        )
 
 
 def _opset(graph: Any) -> int | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from crossx.data.datamodule import DataModule
-from crossx.data.images import find_images, image_problem
+from crossx.data.image_files import find_images
+from crossx.data.images import image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError, counted

@@ -14,7 +14,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
-from crossx.data.images import IMAGE_SUFFIXES, ImageError, find_images, is_image_name, read_picture
+from crossx.data.image_files import IMAGE_SUFFIXES, find_images, is_image_name
+from crossx.data.images import ImageError, read_picture
 from crossx.data.readers.table import is_table, read_paths
 from crossx.errors import CrossXError
 from crossx.runs import user_path

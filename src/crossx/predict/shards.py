@@ -12,7 +12,7 @@ from itertools import accumulate, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from crossx.data.images import find_images
+from crossx.data.image_files import find_images
 from crossx.data.readers.embedded import is_encoded_image
 from crossx.data.readers.parquet_bounds import read_columns, read_footer, require_bounded
 from crossx.errors import CrossXError, UsageError, first_line

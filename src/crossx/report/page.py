@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from crossx.commands import quoted
 from crossx.data.images import printable
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
@@ -96,7 +97,11 @@ def page_environment(*packages: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "breakable": _breakable}
+    environment.filters |= {
+        "percent": lambda share, digits=1: f"{share:.{digits}%}",
+        "breakable": _breakable,
+        "quoted": quoted,
+    }
     return environment
 
 

@@ -31,7 +31,7 @@ from crossx.runs.files import (
     write_json,
     write_text,
 )
-from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run
+from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run, resume_command
 from crossx.runs.locks import is_lock, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
@@ -60,6 +60,7 @@ __all__ = [
     "read_history",
     "read_json",
     "read_results",
+    "resume_command",
     "storage_error",
     "user_path",
     "write_json",

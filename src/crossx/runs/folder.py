@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crossx.commands import command
 from crossx.errors import CrossXError, UsageError
 from crossx.hub import HubModel, download_model
 from crossx.runs.files import read_json, read_results
+from crossx.runs.nearby import nearest_run
 from crossx.runs.spec import ModelSpec
 
 EXPORTED = (".onnx", ".xml", ".pt2")
@@ -95,7 +97,7 @@ class Run:
             CrossXError: If the run was not tested on ``split``, or before it was trained for longer, or the results are
                 damaged.
         """
-        path, again = self.path / f"{split}.json", f"`crossx test {self.path} --split {split}`"
+        path, again = self.path / f"{split}.json", f"`{command('test', self.path, '--split', split)}`"
         if not path.is_file():
             raise CrossXError(f"{self.path}: not tested on {split} yet: run {again} first.")
         results = read_results(path, needed)
@@ -119,6 +121,11 @@ class Run:
                 "--local-dir DIR`, and name DIR."
             )
         return Path(output) if output is not None else self.path
+
+
+def resume_command(run: Run, *, restart: bool = False) -> str:
+    """Return the command that continues a run, or starts it over."""
+    return command("fit", "--resume", run.path, *(["--restart"] if restart else []))
 
 
 def free_folder(name: str) -> Path:
@@ -146,9 +153,9 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
     if not given.exists():
         model = HubModel.parse(path) if isinstance(path, str) else None
         if model is not None:
-            run = Run(download_model(model), hub=str(model))
+            run = Run(_downloaded(model), hub=str(model))
             return run, run.weights
-        raise CrossXError(f"{given}: no such run folder or checkpoint file.")
+        raise CrossXError(f"{given}: no such run folder or checkpoint file.{nearest_run(given)}")
     if given.is_file():
         if given.suffix.lower() in EXPORTED:
             raise UsageError(f"{given}: {PREDICTS_ALONE}")
@@ -162,7 +169,7 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
     run = Run(given)
     if not run.spec.is_file():
         raise CrossXError(
-            f"{given}: not a run folder (no model.json). `crossx fit --output {given}` makes one."
+            f"{given}: not a run folder (no model.json). `{command('fit', '--output', given)}` makes one."
         )
     for weights in (run.weights, run.best, run.last):
         if weights.is_file():
@@ -171,6 +178,14 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
         "train it first with `crossx fit`."
     )
+
+
+def _downloaded(model: HubModel) -> Path:
+    try:
+        return download_model(model)
+    except CrossXError as error:
+        near = "" if model.explicit else nearest_run(Path(model.repository))
+        raise CrossXError(f"{error}{near}") from error
 
 
 def find_run(path: Path) -> tuple[Run, Path | None]:
@@ -188,10 +203,11 @@ def find_run(path: Path) -> tuple[Run, Path | None]:
                 return run, path
             if path.suffix == ".ckpt" or path.is_file():
                 what = "not a checkpoint" if path.is_file() else "no such checkpoint"
-                raise UsageError(f"{path}: {what}. `crossx fit --resume {folder}` takes the newest.")
+                raise UsageError(f"{path}: {what}. `{resume_command(Run(folder))}` takes the newest.")
     run = Run(path)
     if run.config.is_file() or run.checkpoints.is_dir() or run.info.is_file():
         return run, None
+    near = "" if path.exists() else nearest_run(path)
     raise UsageError(
-        f"{path}: no run to resume (no config.yaml). `crossx fit --output {path}` starts a new one."
+        f"{path}: no run to resume (no config.yaml).{near} `{command('fit', '--output', path)}` starts a new one."
     )

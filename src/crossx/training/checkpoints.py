@@ -22,7 +22,7 @@ import torch
 
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
-from crossx.runs import Run, atomic_path, write_text
+from crossx.runs import Run, atomic_path, resume_command, write_text
 
 FORMAT = 2
 """Version of the entries; checkpoints of crossx 0.1, written by Lightning's Trainer, have none."""
@@ -85,7 +85,7 @@ def read_newest(run: Run) -> dict[str, Any] | None:
             reason = error
     else:
         raise CrossXError(
-            f"{reason} No other checkpoint is intact: `crossx fit --resume {run.path} --restart` starts over."
+            f"{reason} No other checkpoint is intact: `{resume_command(run, restart=True)}` starts over."
         ) from reason
     if is_leader():
         if known is None:
@@ -125,8 +125,8 @@ def restore_best(run: Run, checkpoint: dict[str, Any]) -> None:
                 return
     log.warning(
         "%s: damaged or missing, and with it the weights of epoch %d (%.2f%%), the best so far. The best of the epochs "
-        "that follow becomes the model; `crossx fit --resume %s --restart` starts over.",
-        run.best, best["epoch"], 100 * best["value"], run.path,
+        "that follow becomes the model; `%s` starts over.",
+        run.best, best["epoch"], 100 * best["value"], resume_command(run, restart=True),
     )  # fmt: skip
     checkpoint["best"] = {}
 

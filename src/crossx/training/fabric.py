@@ -15,8 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from crossx.errors import UsageError
-from crossx.training.config import TrainerConfig
 from crossx.training.precision import resolve_precision
+from crossx.training.sections import TrainerConfig
 
 
 def build_fabric(options: TrainerConfig) -> Fabric:
@@ -63,3 +63,13 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def stop_processes(fabric: Fabric) -> None:
+    """Stop the processes started by this one, which would wait for it forever."""
+    started = getattr(getattr(fabric.strategy, "launcher", None), "procs", [])
+    processes = list(started)
+    # otherwise Lightning's observer takes their end for a failure, and kills this process
+    started.clear()
+    for process in processes:
+        process.kill()

@@ -1,18 +1,17 @@
-"""Choose the weights that become the model, and calibrate their probabilities."""
+"""Save the selected weights as the model, and calibrate their probabilities."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, UsageError, counted
+from crossx.errors import CrossXError, counted
 from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
 from crossx.evaluation.run import evaluate
 from crossx.methods.weights import load_weights, save_weights
+from crossx.runs import resume_command
 from crossx.training.checkpoints import is_intact, read_checkpoint
-from crossx.training.config import Config
 from crossx.training.loop import Loop
 
 SUSPICIOUS_GAP = 0.1
@@ -24,60 +23,16 @@ LAGGING_BY = 0.05
 log = logging.getLogger(__name__)
 
 
-def choose_monitor(config: Config, data: DataModule) -> str | None:
-    """Return the metric that selects the best epoch, or None to take the last one.
-
-    Raises:
-        UsageError: If the selection needs images that the dataset does not have.
-    """
-    trainer, selection, missing = config.trainer, config.optim.selection, ""
-    on_test = selection == "best_on_test"
-    if on_test and not data.index.split("test"):
-        raise UsageError("optim.selection best_on_test needs test images, and the dataset has none.")
-    if not trainer.max_epochs:
-        return "test/top1" if on_test else None
-    if not data.holds_out and not on_test:
-        missing = "There are no validation images"
-    elif trainer.limit_val_batches == 0:
-        missing = "trainer.limit_val_batches 0 switches validation off"
-    elif trainer.check_val_every_n_epoch > trainer.max_epochs:
-        missing = f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch} is more than trainer.max_epochs"
-    if missing and config.optim.patience:
-        raise UsageError(
-            f"optim.patience {config.optim.patience} needs validation after epochs. {missing}: change that, or leave "
-            "out the option."
-        )
-    if on_test:
-        return "test/top1"
-    if missing and selection == "best":
-        log.warning("%s: the last epoch's weights become the model.", missing)
-    return None if missing or selection == "last" else "val/top1"
-
-
-def describe_selection(loop: Loop) -> dict[str, Any]:
-    """Return how the weights are selected and, once known, the epoch that was."""
-    rows, best = loop.history.rows, loop.best
-    if loop.monitor is None or (rows and not best):
-        return {"how": "last", "split": None, "epoch": rows[-1]["epoch"] if rows else None, "value": None}
-    return {
-        "how": loop.config.optim.selection,
-        "split": loop.monitor.split("/")[0],
-        "metric": "top1",
-        "epoch": best.get("epoch"),
-        "value": best.get("value"),
-    }
-
-
 def finish(loop: Loop, info: dict[str, Any]) -> None:
     """Save the selected weights as the model and calibrate it; the first rank does it."""
     if not is_leader():
         return
     loop.history.write()
     _warn_if_average_lags(loop)
-    selected = loop.run_folder.best if loop.best else loop.run_folder.last
+    selected = loop.run_folder.best if loop.selection.best else loop.run_folder.last
     if not is_intact(selected):
         raise CrossXError(
-            f"{selected}: damaged. `crossx fit --resume {loop.run_folder.path}` takes another copy, if there is one."
+            f"{selected}: damaged. `{resume_command(loop.run_folder)}` takes another copy, if there is one."
         )
     load_weights(loop.method, selected)
     save_weights(loop.method, loop.run_folder.weights)
@@ -89,7 +44,7 @@ def _warn_if_average_lags(loop: Loop) -> None:
 
     They are evaluated only if training accuracy is far above the average's validation accuracy.
     """
-    data, rows, best = loop.data, loop.history.rows, loop.best
+    data, rows, best = loop.data, loop.history.rows, loop.selection.best
     if loop.average is None or not rows or not data.holds_out:
         return
     row = next((row for row in rows if row["epoch"] == best.get("epoch")), rows[-1])

@@ -4,67 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric import seed_everything
 
 from crossx.data.catalog import base_folder, configured_root, read_configured, require_drawn
-from crossx.data.config import Sampling
 from crossx.data.datamodule import DataModule
 from crossx.data.exclude import write_excluded, written_path
-from crossx.data.images import printable
-from crossx.data.index import SPLITS, DatasetIndex, part_names
-from crossx.data.transforms import preprocessing_for
+from crossx.data.index import DatasetIndex
 from crossx.distributed import is_leader
-from crossx.errors import (
-    CrossXError,
-    LostWorker,
-    Stopped,
-    UsageError,
-    counted,
-    lost_worker,
-    sigterm_interrupts,
-)
-from crossx.evaluation.classes import check_classes
-from crossx.methods.base import Method
-from crossx.methods.registry import (
-    check_options,
-    create_method,
-    method_class,
-    method_options,
-    origin,
-    recall_method,
-)
-from crossx.methods.start import Start, Transfer
-from crossx.methods.weights import build_method, describe
+from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
+from crossx.methods.registry import recall_method
+from crossx.methods.start import Start
 from crossx.runs import (
-    SCHEMA,
     ModelSpec,
     Run,
-    environment,
     find_run,
     is_lock,
     is_utf8,
     locked_folder,
+    resume_command,
     user_path,
     write_json,
     write_text,
 )
 from crossx.schema import check_backbone_args, check_model
-from crossx.suggestions import nearest
 from crossx.terminal import step
 from crossx.training.checkpoints import make_newest, restore_best
-from crossx.training.config import Config, TrainerConfig
+from crossx.training.config import Config
+from crossx.training.creation import Created, choose_parts, choose_sampling, create, restore
 from crossx.training.fabric import quiet_lightning
-from crossx.training.finish import choose_monitor, describe_selection, finish
+from crossx.training.finish import finish
+from crossx.training.lengthening import require_other_end, with_length
 from crossx.training.loggers import check_loggers
 from crossx.training.loop import Loop
 from crossx.training.precision import resolve_precision
@@ -80,25 +55,8 @@ from crossx.training.recovery import (
     require_files,
     require_unfinished,
 )
-
-KEPT = (
-    "schema",
-    "status",
-    "method",
-    "backbone",
-    "dataset",
-    "init",
-    "imports",
-    "seed",
-    "precision",
-    "images",
-    "skipped",
-    "excluded",
-    "environment",
-)
-"""What a checkpoint holds of run.json, in case that is lost."""
-SPLITTING = ("dataset", "val_fraction", "test_fraction", "split_seed", "train_on")
-"""Options of ``data`` that decide which images are held out."""
+from crossx.training.selection import choose_monitor
+from crossx.training.status import KEPT, continue_description, describe_run, recording_status
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +129,7 @@ def resume(
     run, chosen = find_run(Path(path))
     if restart and chosen:
         raise UsageError(
-            f"--restart starts over, without a checkpoint: `crossx fit --resume {run.path} --restart`."
+            f"--restart starts over, without a checkpoint: `{resume_command(run, restart=True)}`."
         )
     asked: dict[str, Any] = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
     limits = {option: value for option, value in asked.items() if value is not None}
@@ -197,71 +155,14 @@ def resume(
             optim = config.optim if patience is None else replace(config.optim, patience=patience)
             config = replace(config, trainer=replace(config.trainer, **limits), optim=optim)
         if lengthens and not restart:
-            _require_other_end(run, config, former, before)
-            before = _with_length(run, config.trainer, before, saved)
+            require_other_end(run, config, former, before)
+            before = with_length(run, config.trainer, before, saved)
         if saved is None and not restart and has_progress(run, before):
             raise CrossXError(
-                f"{run.path}: has been trained, but no checkpoint is left. `crossx fit --resume {run.path} --restart` "
+                f"{run.path}: has been trained, but no checkpoint is left. `{resume_command(run, restart=True)}` "
                 "starts over."
             )
         return _train(config, run, before, saved, chosen)
-
-
-def _with_length(
-    run: Run,
-    trainer: TrainerConfig,
-    before: dict[str, Any],
-    checkpoint: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Check that a run can be trained for another length; return its ``run.json`` with the length so far.
-
-    Raises:
-        UsageError: If it cannot, naming the option that leaves nothing to train.
-    """
-    finished = before.get("status") == "finished"
-    if checkpoint is None:
-        if finished:
-            raise UsageError(
-                f"{run.path}: its checkpoints are gone, so it cannot be trained for longer. Start a new run from it "
-                f"with --init {run.path}."
-            )
-        return before
-    epochs, step = checkpoint["epoch"], checkpoint["step"]
-    seconds = checkpoint["history"]["seconds"]
-    begun = epochs + (checkpoint["batch"] > 0)
-    for option, so_far, limit in (
-        ("max_epochs", begun, trainer.max_epochs),
-        ("max_steps", step, trainer.max_steps if trainer.max_steps >= 0 else math.inf),
-        ("max_time", seconds, trainer.seconds),
-    ):
-        # an unfinished run may be given the length that it has, for which the same command may be repeated
-        if limit < so_far or (finished and limit == so_far):
-            shown, unit = (f"{so_far:.0f}", " seconds") if option == "max_time" else (f"{so_far}", "")
-            raise UsageError(
-                f"{run.path}: has trained {counted(epochs, 'epoch')} ({counted(step, 'step')}), and trainer.{option} "
-                f"{getattr(trainer, option)} leaves nothing to train: give more than {shown}{unit}."
-            )
-    if not finished:
-        return before
-    return {**before, "extended_after": [*(before.get("extended_after") or []), epochs]}
-
-
-def _require_other_end(run: Run, config: Config, former: Config, before: Mapping[str, Any]) -> None:
-    """Check that what ended a run early would not end it at once again, given the former options."""
-    ended = before.get("ended") or {}
-    if before.get("status") != "finished":
-        return
-    start = f"{run.path}: was ended after {counted(ended.get('epoch') or 0, 'epoch')} by"
-    waited = former.optim.patience
-    if ended.get("by") == "patience" and 0 < config.optim.patience <= waited:
-        raise UsageError(
-            f"{start} optim.patience {waited}: to train it for longer, give --optim.patience too: more, or 0, "
-            "which switches it off."
-        )
-    if ended.get("by") == "max_time" and config.trainer.seconds <= former.trainer.seconds:
-        raise UsageError(
-            f"{start} trainer.max_time {config.trainer.max_time}, which leaves nothing to train: give more."
-        )
 
 
 def _train(
@@ -284,7 +185,6 @@ def _train(
     if checkpoint is None:
         check_backbone_args(config.model.backbone_args)
     start = Start.read(config.init) if config.init is not None and checkpoint is None else None
-    transfer = None
     index = read_configured(config.data)
     for note in index.notes if is_leader() else ():
         log.warning("%s.", note)
@@ -293,30 +193,37 @@ def _train(
         # the run's own copy, since the file may change or be deleted
         config = replace(config, data=replace(config.data, exclude=str(run.excluded.absolute())))
     seed_everything(config.seed, verbose=False)
-    if checkpoint is None:
-        method = _create_method(config, index)
-        if start is not None:
-            # what the weights were trained with
-            method.backbone.data_config |= {
-                name: getattr(start.spec.preprocessing, name) for name in ("mean", "std", "interpolation")
-            }
-        preprocessing = preprocessing_for(config.data, method.backbone.data_config)
-        spec = describe(
-            method,
-            classes=index.classes,
-            preprocessing=preprocessing,
-            dataset=index.name,
-            levels=dict(index.levels),
+    created = create(config, index, start) if checkpoint is None else restore(run, checkpoint, index)
+    check_model(created.spec.to_json(), "the run could not be loaded afterwards")
+    data = _open_data(config, index, created)
+    info = describe_run(config, data, created.transfer, exclude_file)
+    if before is not None and checkpoint is not None:
+        info = continue_description(run, info, before)
+    with quiet_lightning():
+        loop = Loop(
+            created.method,
+            data,
+            config,
+            run,
+            run_id=info["id"],
+            monitor=choose_monitor(config, data),
+            checkpoint=checkpoint,
+            transfer=created.transfer,
+            files=_kept_files(run, config, created.spec, info),
         )
-        if start is not None:
-            transfer = _take(start, method, spec, config)
-    else:
-        spec = read_or_restore(run.spec, run.read_spec, checkpoint)
-        check_classes(spec.classes, index.classes, index.name)
-        method, preprocessing = build_method(spec), spec.preprocessing
-        if (taken := checkpoint.get("taken")) is not None:
-            method.taken = frozenset(taken)
-    check_model(spec.to_json(), "the run could not be loaded afterwards")
+        if is_leader():
+            _write_start(run, config, created.spec, checkpoint, chosen)
+            if exclude_file is not None:
+                _write_excluded(run, config, index)
+        with recording_status(loop, info):
+            loop.run()
+            with step("Selecting the weights"):
+                finish(loop, info)
+    return run
+
+
+def _open_data(config: Config, index: DatasetIndex, created: Created) -> DataModule:
+    method, spec = created.method, created.spec
     parts = choose_parts(method.name, method.options, index)
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
     if options.sampling == "balanced" and config.optim.class_weights == "balanced" and is_leader():
@@ -324,226 +231,41 @@ def _train(
             "data.sampling balanced and optim.class_weights balanced both favour rare classes, which then count twice: "
             "leave out one of them."
         )
-    data = DataModule(index, preprocessing, options, config.seed, parts)
+    data = DataModule(index, spec.preprocessing, options, config.seed, parts)
     with step("Checking the images"):
         data.check_images()
         data.open_caches()
-    info = _describe(config, data, transfer, exclude_file)
-    if before is not None and checkpoint is not None:
-        info = _continue_description(run, info, before)
-    monitor = choose_monitor(config, data)
-    with quiet_lightning():
-        files = {
-            run.config.name: replace(config, output=None).to_yaml(),
-            # a finished run that is trained for longer gets a new temperature
-            run.spec.name: json.dumps(replace(spec, temperature=1.0).to_json()),
-            run.info.name: json.dumps({name: info[name] for name in KEPT}),
-        }
-        loop = Loop(
-            method,
-            data,
-            config,
-            run,
-            run_id=info["id"],
-            monitor=monitor,
-            checkpoint=checkpoint,
-            transfer=transfer,
-            files=files,
-        )
-        if is_leader():
-            remove_leftovers(run)
-            if checkpoint is None:
-                clear(run)
-            else:
-                make_newest(run, chosen or run.last)
-                restore_best(run, checkpoint)
-            write_text(run.config, config.to_yaml())
-            write_json(run.spec, spec.to_json())
-            if exclude_file is not None:
-                _write_excluded(run, config, index)
-        with _recording_status(loop, info):
-            loop.run()
-            with step("Selecting the weights"):
-                finish(loop, info)
-    return run
+    return data
 
 
-def choose_sampling(asked: Sampling | None, method: Method) -> Sampling:
-    """Return how training images are drawn: as asked for, or as the method needs.
-
-    Raises:
-        UsageError: If the method needs another way than the one asked for.
-    """
-    needed = method.sampling
-    if asked and needed and asked != needed:
-        raise UsageError(
-            f"method {method.name!r} needs data.sampling {needed}, not {asked}. Leave the option out, or give {needed}."
-        )
-    return asked or needed or "uniform"
+def _kept_files(run: Run, config: Config, spec: ModelSpec, info: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files of the run that its checkpoints hold, in case they are lost: name -> text."""
+    return {
+        run.config.name: replace(config, output=None).to_yaml(),
+        # a finished run that is trained for longer gets a new temperature
+        run.spec.name: json.dumps(replace(spec, temperature=1.0).to_json()),
+        run.info.name: json.dumps({name: info[name] for name in KEPT}),
+    }
 
 
-def choose_parts(method: str, options: Mapping[str, Any], index: DatasetIndex) -> tuple[str, ...]:
-    """Return the names of the parts in training batches; none for a method that does not use parts.
-
-    Raises:
-        CrossXError: If the method needs parts and the dataset has none.
-        UsageError: If the dataset does not have a part of the option ``part_names``.
-    """
-    if not method_class(method).uses_parts:
-        return ()
-    known = part_names(index.split("train"))
-    if not known:
-        raise CrossXError(
-            f"method {method!r} needs parts, and the training images of dataset {index.name!r} have none. Use cub or "
-            "nabirds with the archive's parts/part_locs.txt, or synthetic."
-        )
-    # also those that no training image shows, such as the other side of a part
-    known = part_names(index.records)
-    asked = options.get("part_names")
-    for name in asked or ():
-        if name not in known:
-            raise UsageError(
-                f"part_names: dataset {index.name!r} has no part {name!r}.{nearest(name, known)} "
-                f"It has: {', '.join(known)}."
-            )
-    return tuple(asked or known)
-
-
-def _create_method(config: Config, index: DatasetIndex) -> Method:
-    model = config.model
-    options = dict(model.options)
-    check_options(model.method, options)
-    parts = choose_parts(model.method, options, index)
-    if parts and "part_names" in method_options(model.method):
-        options["part_names"] = list(parts)
-    method = create_method(
-        model.method,
-        backbone=model.backbone,
-        num_classes=len(index.classes),
-        pretrained=model.pretrained and config.init is None,
-        backbone_weights=model.backbone_weights,
-        backbone_args=model.backbone_args,
-        image_size=config.data.image_size,
-        **options,
-    )
-    method.check_image_size(config.data.image_size)
-    return method
-
-
-def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Transfer:
-    """Copy what fits from another network, and say what does not."""
-    transfer = Transfer(start, method, spec)
-    transfer.copy(method)
-    method.taken = transfer.taken
-    if is_leader():
-        log.info("init %s", transfer.describe())
-    before = start.info.get("data") or {}
-    same = config.data.root and start.info.get("data_root") == config.data.root
-    now = asdict(config.data)
-    if (
-        is_leader()
-        and same
-        and any(before.get(option) != now[option] for option in SPLITTING if option in before)
-    ):
-        log.warning(
-            "init %s: was trained on images of %s split in another way: it may have seen images that are held out now.",
-            start.name, config.data.root,
-        )  # fmt: skip
-    return transfer
+def _write_start(
+    run: Run, config: Config, spec: ModelSpec, checkpoint: dict[str, Any] | None, chosen: Path | None
+) -> None:
+    """Leave in the folder only what the training starts from."""
+    remove_leftovers(run)
+    if checkpoint is None:
+        clear(run)
+    else:
+        make_newest(run, chosen or run.last)
+        restore_best(run, checkpoint)
+    write_text(run.config, config.to_yaml())
+    write_json(run.spec, spec.to_json())
 
 
 def _write_excluded(run: Run, config: Config, index: DatasetIndex) -> None:
     data = config.data
     base = base_folder(configured_root(data))
     write_excluded(run.excluded, [(written_path(record.path, base),) for record in index.excluded])
-
-
-def _describe(
-    config: Config, data: DataModule, transfer: Transfer | None, exclude_file: str | None
-) -> dict[str, Any]:
-    excluded = Counter(record.split for record in data.index.excluded)
-    imports, package = origin(method_class(config.model.method))
-    return {
-        "schema": SCHEMA,
-        "id": uuid.uuid4().hex,
-        "status": "running",
-        "method": config.model.method,
-        "backbone": config.model.backbone,
-        "pretrained": config.model.pretrained and config.init is None,
-        "backbone_weights": config.model.backbone_weights,
-        "init": transfer.record() if transfer else None,
-        "tuned": config.tuned,
-        "imports": [source.to_json() for source in imports],
-        "dataset": data.index.name,
-        "data_root": config.data.root,
-        "seed": config.seed,
-        "precision": config.trainer.precision,
-        "selection": None,
-        "images": {split: len(data.index.split(split)) for split in SPLITS},
-        "skipped": [f"{printable(path)}: {reason}" for path, reason in data.skipped],
-        "excluded": {"file": exclude_file, "images": {split: excluded[split] for split in SPLITS}}
-        if exclude_file is not None
-        else None,
-        "data": asdict(config.data),
-        "environment": environment(dict([package] if package else ())),
-    }
-
-
-def _continue_description(run: Run, info: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    if before.get("images", info["images"]) != info["images"]:
-        raise CrossXError(
-            f"{run.path}: trained on {before['images']} images, but there are {info['images']} now. Resume a run on "
-            "the same data."
-        )
-    now = {key: info[key] for key in ("data_root", "data", "imports")}
-    return {**info, **before, **now, "status": "running"}
-
-
-@contextmanager
-def _recording_status(loop: Loop, info: dict[str, Any]) -> Iterator[None]:
-    """Keep ``status`` and ``selection`` in run.json up to date, and turn interruptions into one-line errors."""
-
-    weights = loop.run_folder.weights
-    model_before = _modified_at(weights)
-
-    def record(status: str) -> None:
-        if is_leader():
-            # until a run that is trained for longer has its new model, the selection is that of the present one
-            keeps = status != "finished" and model_before and model_before == _modified_at(weights)
-            selection = info["selection"] if keeps else describe_selection(loop)
-            ended = loop.history.ended if status == "finished" else None
-            values = {**info, "status": status, "selection": selection, "ended": ended}
-            write_json(loop.run_folder.info, values)
-
-    record("running")
-    ended = "failed"
-    try:
-        yield
-        ended = "finished"
-        record(ended)
-    except (KeyboardInterrupt, SystemExit) as error:
-        ended = "stopped"
-        done = len(loop.history.rows)
-        raise Stopped(
-            f"stopped after {counted(done, 'complete epoch')}. "
-            f"Continue with `crossx fit --resume {loop.run_folder.path}`."
-        ) from error
-    except torch.OutOfMemoryError as error:
-        data = loop.config.data
-        raise CrossXError(
-            f"out of GPU memory at {data.batch_size} images of {data.image_size} pixels. Lower --data.batch_size "
-            "(and raise --trainer.accumulate_grad_batches by the same factor) or --data.image_size, or use "
-            "--trainer.precision bf16-mixed."
-        ) from error
-    finally:
-        if ended != "finished":
-            with suppress(CrossXError):  # on a full disk this fails too, and must not hide the first error
-                record(ended)
-            loop.stop_processes()
-
-
-def _modified_at(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 @contextmanager
@@ -562,7 +284,7 @@ def _interruptible(run: Run) -> Iterator[None]:
 
 
 def _how_to_continue(run: Run) -> str:
-    return f"Continue with `crossx fit --resume {run.path}`." if run.config.is_file() else "Run it again."
+    return f"Continue with `{resume_command(run)}`." if run.config.is_file() else "Run it again."
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:
@@ -573,7 +295,7 @@ def _locked(path: Path) -> AbstractContextManager[None]:
 def _require_empty(path: Path) -> None:
     if Run(path).config.is_file():
         raise UsageError(
-            f"{path} already holds a run. Continue it with `crossx fit --resume {path}`, or choose another --output."
+            f"{path} already holds a run. Continue it with `{resume_command(Run(path))}`, or choose another --output."
         )
     if any(not (is_lock(file) or is_leftover(file)) for file in path.iterdir()):
         raise UsageError(f"{path} is not empty. Choose another --output.")

@@ -101,7 +101,8 @@ class History:
             if not all(map(math.isfinite, row)):
                 where = f"at step {first_batch + self._batches} (epoch {len(self.rows) + 1}, batch {self._batches})"
                 names = (f"train/{name}" for name in self._names)
-                raise self._not_finite(where, dict(zip(names, row, strict=True)))
+                values = dict(zip(names, row, strict=True))
+                raise self._not_finite(where, values, len(self.rows) + 1)
             self._totals = self._totals + size * np.array(row)
             self._images += size
         self._newest, self._pending, self._sizes = rows[-1], [], []
@@ -119,15 +120,15 @@ class History:
         top1 = {name: value for name, value in self._live.items() if name.endswith("/top1")}
         return shown | {name.removesuffix("/top1"): f"{value:.1%}" for name, value in top1.items()}
 
-    def evaluated(self, values: Mapping[str, float]) -> None:
-        """Add loss and top-1 of the evaluated split.
+    def evaluated(self, values: Mapping[str, float], epoch: int) -> None:
+        """Add loss and top-1 of the evaluated split after an epoch, counted from 1, whose row may be complete.
 
         Raises:
             CrossXError: If a value is not finite.
         """
         self._live.update(values)
         if not all(map(math.isfinite, values.values())):
-            raise self._not_finite(f"after epoch {len(self.rows) + 1}", values)
+            raise self._not_finite(f"after epoch {epoch}", values, epoch)
 
     def end_epoch(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
         """Complete the row of this epoch; the checkpoint will contain it."""
@@ -196,14 +197,16 @@ class History:
         means = (self._totals / self._images).tolist()
         return {f"train/{name}": mean for name, mean in zip(self._names, means, strict=True)}
 
-    def _not_finite(self, when: str, values: Mapping[str, float]) -> CrossXError:
+    def _not_finite(self, when: str, values: Mapping[str, float], epoch: int) -> CrossXError:
         numbers = ", ".join(
             f"{name} {value:.4g}" for name, value in values.items() if not name.endswith("top1")
         )
+        # the newest checkpoint of an epoch whose row is complete has its weights
+        good = self.run.last if epoch > len(self.rows) else self.run.previous
         kept = (
-            f"the last good checkpoint is {self.run.last} (epoch {len(self.rows)})"
-            if self.run.last.is_file()
-            else "no checkpoint was written yet"
+            f"the last good checkpoint is {good} (epoch {epoch - 1})"
+            if good.is_file()
+            else "there is no checkpoint from before"
         )
         return CrossXError(
             f"the loss is not finite {when}: {numbers}; {kept}. Lower --optim.lr, add --optim.warmup_epochs 1 or "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from crossx.backbones import EarlyLayers
 from crossx.errors import UsageError
 from crossx.methods.base import Method, Phase
-from crossx.training.config import OptimConfig
+from crossx.training.sections import OptimConfig
 
 ONE_CYCLE_RISE = 0.3
 """Fraction of training in which ``one_cycle`` rises if no warm-up is given: PyTorch's default."""
@@ -202,3 +204,15 @@ def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
         elif method.taken is not None and id(parameter) not in factors:
             factors[id(parameter)] = min(1.0, config.new_layers_lr_factor)
     return factors
+
+
+@contextmanager
+def scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
+    """Multiply the learning rates, and restore on exit those that the schedule has set."""
+    groups = optimizer.param_groups if factor != 1 else ()
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] *= factor
+    yield
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from crossx.errors import UsageError
-from crossx.training.config import Precision, TrainerConfig
+from crossx.training.sections import Precision, TrainerConfig
 
 GPUS = ("auto", "gpu", "cuda")
 CPUS = ("auto", "cpu")

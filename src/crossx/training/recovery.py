@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import SECTIONS
-from crossx.runs import Run, read_config, write_text
+from crossx.runs import Run, read_config, resume_command, write_text
 from crossx.training.checkpoints import read_newest, read_resumable
 from crossx.training.config import Config
 
@@ -54,7 +55,7 @@ def require_unfinished(run: Run) -> None:
         return
     raise UsageError(
         f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
-        f"from it with --init {run.path}."
+        f"from it with --init {quoted(run.path)}."
     )
 
 
@@ -67,7 +68,7 @@ def read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
     except UsageError:
         raise
     except CrossXError as error:
-        raise CrossXError(f"{error} `crossx fit --resume {run.path}` takes the newest intact one.") from error
+        raise CrossXError(f"{error} `{resume_command(run)}` takes the newest intact one.") from error
     if is_leader():
         log.info(
             "the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"]

@@ -27,18 +27,19 @@ class Stages:
         wait: Called before the clock is read; waits for what was started on a device.
 
     Attributes:
-        seconds: Stage -> seconds.
-        calls: Stage -> how often it was entered.
+        seconds: Stage -> seconds since the start or the resume.
+        calls: Stage -> how often it was entered, likewise.
     """
 
     def __init__(self, wait: Callable[[], object] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.calls: Counter[str] = Counter()
+        self._before: Mapping[str, Mapping[str, Any]] = {}
         self._wait = wait
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything, and start the clock."""
+        """Forget everything but what was before a resume, and start the clock."""
         self.seconds.clear()
         self.calls.clear()
         self._stage, self._since = OTHER, time.perf_counter()
@@ -62,12 +63,24 @@ class Stages:
         self._stage, self._since = stage, now
 
     def to_json(self) -> dict[str, Any]:
-        """Return the total and each stage, the longest first."""
+        """Return the total and each stage, the longest first, with what was before a resume."""
+        measured = self.state_dict()
+        ordered = sorted(measured["seconds"].items(), key=lambda item: -item[1])
+        stages = [
+            {"stage": stage, "seconds": value, "times": measured["times"].get(stage, 0)}
+            for stage, value in ordered
+        ]
+        return {"seconds": sum(measured["seconds"].values()), "stages": stages}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return seconds and times of each stage, with what was before a resume, for the checkpoints."""
         self._enter(self._stage)
-        total = sum(self.seconds.values())
-        ordered = sorted(self.seconds.items(), key=lambda item: -item[1])
-        stages = [{"stage": stage, "seconds": value, "times": self.calls[stage]} for stage, value in ordered]
-        return {"seconds": total, "stages": stages}
+        own: dict[str, dict[str, Any]] = {"seconds": self.seconds, "times": self.calls}
+        return {kind: _summed(values, self._before.get(kind, {})) for kind, values in own.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue the measurement of a checkpoint."""
+        self._before = state
 
     def waited(self) -> float | None:
         """Return the share of the time of training steps that was spent waiting, None if too little was measured.
@@ -91,3 +104,7 @@ def profile_table(profile: Mapping[str, Any]) -> list[str]:
         )
     lines.append(f"{'all':<41}{total:>9.2f}")
     return [line.rstrip() for line in lines]
+
+
+def _summed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}

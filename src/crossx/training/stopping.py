@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crossx.training.config import OptimConfig
+from crossx.errors import counted
 from crossx.training.optim import ONE_CYCLE_RISE, warmup_steps
+from crossx.training.sections import OptimConfig, TrainerConfig
 
 SLACK = 0.05
 """By how much of an epoch the estimated time may exceed the limit: the last steps are then cut."""
 WORTH_MORE = 1.1
 """How many times the planned epochs must fit before the plan is lengthened."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,34 @@ def epochs_in_time(planned: int, most: int, ends: Sequence[float], limit: float)
         return planned
     fitting = min(most, done + max(0, math.floor((limit - spent) / each + SLACK)))
     return planned if planned <= fitting < max(planned + 1, WORTH_MORE * planned) else fitting
+
+
+def announce_end(
+    by: str,
+    trainer: TrainerConfig,
+    epoch: int,
+    patience: Patience,
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+) -> None:
+    """Log which option ends a training before its last epoch.
+
+    Args:
+        by: The option.
+        trainer: The ``--trainer.*`` options.
+        epoch: Completed epochs.
+        patience: The count of ``optim.patience``.
+        rows: Metrics of the epochs.
+        metric: The metric that is watched.
+    """
+    if by == "patience":
+        log.info(
+            "optim.patience %d: no better %s in %s, so the training ends after epoch %d of %d.",
+            patience.optim.patience, metric, counted(patience.waited(rows, metric), "validation"), epoch,
+            trainer.max_epochs,
+        )  # fmt: skip
+    elif by == "max_time":
+        log.info(
+            "trainer.max_time %s: the training ends after epoch %d of %d.",
+            trainer.max_time, epoch, trainer.max_epochs,
+        )  # fmt: skip

@@ -14,8 +14,8 @@ from crossx.distributed import batch_mean, world_size
 from crossx.errors import UsageError
 from crossx.losses import ClassificationLoss
 from crossx.methods.base import Method, Phase
-from crossx.training.config import OptimConfig
 from crossx.training.optim import freeze, pretrained_norms, pretrained_parameters, untrained_norms
+from crossx.training.sections import OptimConfig
 from crossx.training.views import early_layers
 
 

@@ -14,7 +14,7 @@ from crossx.data.views import StoredViews
 from crossx.errors import UsageError
 from crossx.layers import evaluation_mode
 from crossx.methods.base import Method
-from crossx.training.config import OptimConfig
+from crossx.training.sections import OptimConfig
 
 WITHOUT = "Give --optim.cached_views 0."
 

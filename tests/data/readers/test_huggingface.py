@@ -170,6 +170,30 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, files: list[Pat
         read_huggingface(save(datasets.DatasetDict(train=whole, test=other), tmp_path / "other"))
 
 
+def test_splits_without_rows(tmp_path: Path, files: list[Path]) -> None:
+    whole, empty = build(files), build([], [])
+    alone = read_huggingface(save(datasets.DatasetDict(train=whole), tmp_path / "alone"))
+    for number, test in enumerate((empty, datasets.Dataset.from_dict({}))):
+        index = read_huggingface(
+            save(datasets.DatasetDict(train=whole, test=test), tmp_path / f"test{number}")
+        )
+        assert index.notes == ("split 'test' has no rows and is left out",)
+        assert [record.split for record in index.records] == [record.split for record in alone.records]
+    parts = datasets.DatasetDict(train=whole, validation=empty, test=whole)
+    index = read_huggingface(save(parts, tmp_path / "validation"))
+    assert [len(index.split(split)) for split in ("train", "val", "test")] == [12, 0, 12]
+    for name, given, message in (
+        (
+            "train",
+            {"train": empty, "test": whole},
+            r"split 'train' has no rows, so there is nothing to train on\.",
+        ),
+        ("all", {"train": empty, "test": empty}, r"the dataset has no rows\."),
+    ):
+        with pytest.raises(CrossXError, match=message):
+            read_huggingface(save(datasets.DatasetDict(given), tmp_path / name))
+
+
 def test_splits_may_name_the_classes_in_other_orders(tmp_path: Path, files: list[Path]) -> None:
     turned = build(files, [1, 0] * 6, datasets.ClassLabel(names=BIRDS[::-1]))
     fewer = build(files, [0] * 12, datasets.ClassLabel(names=BIRDS[:1]))
@@ -209,7 +233,7 @@ def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list
     with pytest.raises(UsageError, match="no column holds images"):
         read_huggingface(root)
     root = save(build([], []), tmp_path / "empty")
-    with pytest.raises(CrossXError, match=r"has no rows|cannot be read as a dataset"):
+    with pytest.raises(CrossXError, match=r"empty: the dataset has no rows\.$"):
         read_huggingface(root)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crossx.data.images import find_images, is_image_name, leads_up, printable
+from crossx.data.image_files import find_images, is_image_name, leads_up
+from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
 from crossx.data.leftovers import is_leftover
 from crossx.data.names import (
@@ -29,7 +30,7 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     """Read ``ROOT/CLASS/image.jpg``, or ``ROOT/train/CLASS/image.jpg`` and the same for ``val`` and ``test``.
 
     Classes are the folder names (``names.class_name``), in sorted order; folders whose names are the same text are one
-    class. Nested folders are searched and links followed; files without an image suffix (``images.IMAGE_SUFFIXES``),
+    class. Nested folders are searched and links followed; files without an image suffix (``IMAGE_SUFFIXES``),
     hidden ones and what other programs leave behind (``leftovers.is_leftover``) are skipped. Split folders may have
     other usual names (``Training``, ``test_set``, ``valid``, ``dev``); see ``names.split_name``. Without split folders,
     ``test_fraction`` of each class is held out for testing.

@@ -15,6 +15,7 @@ from crossx.data.readers.table import require_text
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.extras import require
 from crossx.hub import HubModel
+from crossx.runs import read_json
 from crossx.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def read_huggingface(
     """Read what ``Dataset.save_to_disk`` wrote, a folder that ``load_dataset`` reads, or a dataset on the Hub.
 
     Splits are those of the dataset under their usual names (``names.split_name``); a single one is divided as a folder
-    without splits. A split without any label, as test splits of benchmarks are published, is left out. The images are
-    unpacked into the cache once.
+    without splits. A split without rows, or for testing without any label, as benchmarks publish them, is left
+    out. The images are unpacked into the cache once.
 
     Args:
         root: The folder, or ``user/name`` on the Hub.
@@ -55,9 +56,8 @@ def read_huggingface(
     import datasets
 
     loaded = _load(root, datasets)
-    parts = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
-    if not parts or not any(map(len, parts.values())):
-        raise CrossXError(f"{root}: the dataset has no rows.")
+    found = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
+    parts, empty = _with_rows(root, found)
     for name, part in parts.items():
         _check_arrow(root, name, part)
     # a test split may lack the labels
@@ -67,7 +67,7 @@ def read_huggingface(
     image = _image_column(root, first, schema, image_column, datasets)
     label = _label_column(root, first, schema, label_column, image, datasets)
     require_text(root, "label", schema.field(label))
-    parts, notes = _labelled(parts, label)
+    parts, unlabelled = _labelled(parts, label)
     for name, part in parts.items():
         if any(_kind(part, column) != _kind(first, column) for column in (image, label)):
             raise CrossXError(
@@ -88,7 +88,7 @@ def read_huggingface(
     for (_, fields), file in zip(rows, files, strict=True):
         fields["path"] = file
     columns = ("path", "label", *(("split",) if several else ()))
-    table = LabelTable(columns, rows, embedded=True, notes=notes)
+    table = LabelTable(columns, rows, embedded=True, notes=[*empty, *unlabelled])
     return index_rows("huggingface", root, table, test_fraction, split_seed)
 
 
@@ -110,12 +110,39 @@ def _load(root: Path, datasets: Any) -> Any:
             return datasets.load_dataset(name.repository, revision=name.revision)
         # a relative path may be the name of a loader of the package, such as imagefolder
         folder = str(root.absolute())
-        return datasets.load_from_disk(folder) if saved else datasets.load_dataset(folder)
-    except MemoryError:
+        return _load_saved(Path(folder), datasets) if saved else datasets.load_dataset(folder)
+    except (CrossXError, MemoryError):
         raise
     except Exception as error:  # the package, Arrow and the client of the Hub raise many kinds of errors
         where = "on the Hub, or the Hub cannot be reached" if on_hub else "as a dataset"
         raise CrossXError(f"{root}: cannot be read {where} ({first_line(error)}).") from error
+
+
+def _load_saved(folder: Path, datasets: Any) -> Any:
+    """Load what ``save_to_disk`` wrote; None for a dataset or split without rows, which the package does not load."""
+
+    def load(part: Path) -> Any:
+        return datasets.load_from_disk(str(part)) if read_json(part / "state.json")["_data_files"] else None
+
+    if not (folder / "dataset_dict.json").is_file():
+        return load(folder)
+    return {name: load(folder / name) for name in read_json(folder / "dataset_dict.json")["splits"]}
+
+
+def _with_rows(root: Path, parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits that have rows, and a note on each of the others.
+
+    Raises:
+        CrossXError: If none is left to train on.
+    """
+    empty = [name for name, part in parts.items() if not part]
+    if len(empty) == len(parts):
+        raise CrossXError(f"{root}: the dataset has no rows.")
+    for name in empty:
+        if split_name(name)[0] == "train":
+            raise CrossXError(f"{root}: split {name!r} has no rows, so there is nothing to train on.")
+    kept = {name: part for name, part in parts.items() if name not in empty}
+    return kept, [f"split {name!r} has no rows and is left out" for name in empty]
 
 
 def _check_arrow(root: Path, name: str, part: datasets.Dataset) -> None:

@@ -16,7 +16,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from crossx.data.images import IMAGE_SUFFIXES, printable
+from crossx.data.image_files import IMAGE_SUFFIXES
+from crossx.data.images import printable
 from crossx.data.index import DatasetIndex
 from crossx.data.leftovers import is_leftover, is_system_path
 from crossx.data.names import split_name
@@ -58,7 +59,7 @@ def read_webdataset(
 ) -> DatasetIndex:
     """Read the ``.tar`` files in a folder and its subfolders, or a single one.
 
-    The files of a sample have the same name up to its first dot: an image (``images.IMAGE_SUFFIXES``) and its label in
+    The files of a sample have the same name up to its first dot: an image (``IMAGE_SUFFIXES``) and its label in
     ``.cls`` or ``.txt`` (text or a number) or ``.json`` (in a field, see ``FIELDS``). Shards are of the split that they
     or their folders are named after (``train-000.tar``, ``val/000.tar``); if none is, ``test_fraction`` of each class
     is held out for testing. ``classnames.txt`` next to the shards names classes that are numbers.

@@ -1,0 +1,53 @@
+"""The run that a wrong path probably means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+RUNS = Path("runs")
+"""Where ``crossx fit`` creates runs by default."""
+
+MAX_ENTRIES = 2000
+"""Entries of a folder that are looked at."""
+
+CLOSE = 0.6
+"""Similarity of names from which a slip is likely; ``difflib``'s default."""
+
+
+def nearest_run(given: Path) -> str:
+    """Return `` Did you mean 'runs/mine'?`` for the run, or the checkpoint, closest to a path that does not exist.
+
+    The slip may be in the last name or in that of the folder around it; a single name may be that of a run in
+    ``runs``. An empty string if nothing is close.
+    """
+    folders = [given.parent] if given.parent.is_dir() else _close(given.parent, given.parent.parent)
+    if given == Path(given.name) and RUNS.is_dir():
+        folders.append(RUNS)
+    if given.suffix == ".ckpt":
+        folders += [folder / "checkpoints" for folder in folders]
+    found = [path for folder in folders for path in _entries(folder) if _may_be_meant(path, given)]
+    by_name = {path.name.casefold(): path for path in reversed(found) if path != given}
+    close = difflib.get_close_matches(given.name.casefold(), by_name, n=1, cutoff=CLOSE)
+    return f" Did you mean {str(by_name[close[0]])!r}?" if close else ""
+
+
+def _may_be_meant(path: Path, given: Path) -> bool:
+    if given.suffix == ".ckpt":
+        return path.suffix == ".ckpt"
+    return any((path / name).is_file() for name in ("model.json", "config.yaml"))
+
+
+def _close(given: Path, folder: Path) -> list[Path]:
+    """Return the folders in ``folder`` whose names are close to a missing one's, the closest first."""
+    by_name = {path.name.casefold(): path for path in _entries(folder) if path.is_dir()}
+    names = difflib.get_close_matches(given.name.casefold(), by_name, cutoff=CLOSE)
+    return [by_name[name] for name in names]
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from sorted(islice(folder.iterdir(), MAX_ENTRIES))
