@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from crossx.errors import UsageError
 from crossx.losses import mamc_terms
 from crossx.methods import MAMC, create_method
-from crossx.training.sections import OptimConfig
+from crossx.training.config import OptimConfig
 from crossx.training.optim import parameter_groups
 
 BATCH = torch.tensor([0, 0, 3, 3])
