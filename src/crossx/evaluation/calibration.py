@@ -2,7 +2,8 @@
 
 Temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017, https://arxiv.org/abs/1706.04599,
 section 4.2): probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood. The
-order of the classes is unchanged.
+order of the classes is unchanged. Few images say little about T, and a wrong one is worse than none, so that T is 1
+unless a likelihood-ratio test rejects that (``choose_temperature``).
 
 The threshold of rejection (``unknowns``) and those of prediction sets (``conformal``) depend on the views that a
 prediction averages over, so there is one for each of them.
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.data.datamodule import DataModule
-from crossx.errors import CrossXError, UsageError, check_choice
+from crossx.errors import CrossXError, UsageError, check_choice, counted
 from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
@@ -36,6 +37,8 @@ from crossx.terminal import step
 
 MAX_VALUES = 50_000_000
 """Logits of views to keep in memory; beyond, the thresholds are set on a part of the images, evenly spread."""
+LEVEL = 0.05
+"""How often a temperature is used although 1 is right."""
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -65,6 +68,45 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     while derivative(high) <= 0:
         high *= 2
     return 1 / float(brentq(derivative, 0, high))
+
+
+class ChosenTemperature(NamedTuple):
+    """The temperature to use.
+
+    Attributes:
+        value: T; 1 if no other is better beyond doubt.
+        kept: Why it is 1, in words; None if it is that of ``fit_temperature``.
+    """
+
+    value: float
+    kept: str | None = None
+
+
+def choose_temperature(logits: Tensor, targets: Tensor) -> ChosenTemperature:
+    """Return the temperature of ``fit_temperature`` if the images reject T = 1, else 1.
+
+    The test is that of the likelihood ratio, at a level of ``LEVEL``: twice the log-likelihood gained over T = 1 has
+    approximately a chi-squared distribution with one degree of freedom if T = 1 is right (Wilks, "The Large-Sample
+    Distribution of the Likelihood Ratio for Testing Composite Hypotheses", 1938,
+    https://doi.org/10.1214/aoms/1177732360). Equivalently, the confidence interval of T must not contain 1.
+
+    Args:
+        logits: (N, K), N > 0.
+        targets: int64 (N,).
+    """
+    from scipy.stats import chi2
+
+    images = counted(len(targets), "image")
+    fitted = fit_temperature(logits, targets)
+    if fitted == 1:
+        return ChosenTemperature(1.0, f"no other is best on {images}")
+    before, after = (F.cross_entropy(logits.double() / t, targets, reduction="sum") for t in (1, fitted))
+    p_value = float(chi2.sf(2 * float(before - after), 1))
+    if p_value >= LEVEL:
+        return ChosenTemperature(
+            1.0, f"{images} cannot tell {fitted:.3g}, the best for them, from 1 (p = {p_value:.2g})"
+        )
+    return ChosenTemperature(fitted)
 
 
 class ViewOutputs(NamedTuple):
@@ -159,9 +201,9 @@ def calibrate_outputs(
 
     Returns:
         The calibration. There is no rejection if there are too few images, see ``keeping_threshold``. Its description
-        has ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``)
-        without, ``nll_calibrated`` and ``ece_calibrated`` with the temperature, and ``keep``, ``score`` and
-        ``threshold`` of the rejection of single views, or None.
+        has ``temperature``, ``temperature_kept`` (see ``ChosenTemperature``), ``images``, ``n``, and on these images
+        ``nll`` and ``ece`` (see ``calibration_error``) without, ``nll_calibrated`` and ``ece_calibrated`` with the
+        temperature, and ``keep``, ``score`` and ``threshold`` of the rejection of single views, or None.
     """
     described = describe_temperature(outputs.logits, outputs.targets, **images)
     temperature = described["temperature"]
@@ -185,11 +227,12 @@ def calibrate_outputs(
 
 
 def describe_temperature(logits: Tensor, targets: Tensor, **images: str | None) -> dict[str, Any]:
-    """Fit the temperature to logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
-    temperature = fit_temperature(logits, targets)
+    """Choose the temperature for logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
+    temperature, kept = choose_temperature(logits, targets)
     scaled = logits.double() / temperature
     return {
         "temperature": temperature,
+        "temperature_kept": kept,
         **images,
         "n": len(targets),
         "nll": F.cross_entropy(logits.double(), targets).item(),

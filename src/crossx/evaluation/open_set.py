@@ -13,7 +13,7 @@ from crossx.data.datamodule import DataModule
 from crossx.data.images import find_images
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError
-from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets
+from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets, percent_of
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
 from crossx.evaluation.unknowns import SCORES, separation
@@ -85,7 +85,7 @@ def describe_sets(
         "mean_size": float(found.sizes.mean()),
         "sizes": {str(size): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)},
         "calibration_images": spec.sets.images,
-        "expected": list(coverage_interval(spec.sets.images, coverage)),
+        "expected": list(coverage_interval(spec.sets.images, percent_of(coverage) / 100)),
     }
 
 

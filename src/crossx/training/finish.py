@@ -9,7 +9,9 @@ from crossx.data.datamodule import DataModule
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
+from crossx.evaluation.conformal import weakness
 from crossx.evaluation.run import evaluate
+from crossx.evaluation.unknowns import KEEP, images_to_keep
 from crossx.methods.weights import load_weights, save_weights
 from crossx.training.checkpoints import is_intact, read_checkpoint
 from crossx.training.config import Config
@@ -126,10 +128,14 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
         progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
     )
     found = calibrate_outputs(outputs, dataset=data.index.name, data_root=data.config.root, split="val")
+    if kept := found.described["temperature_kept"]:
+        log.warning("the probabilities are not calibrated (temperature 1): %s.", kept)
     if found.rejection is None:
         log.warning(
-            "%s: too few for a threshold, so images of unknown classes are not rejected.",
-            counted(len(outputs.targets), "validation image"),
-        )
+            "%s: too few for a threshold, which needs %d, so images of unknown classes are not rejected.",
+            counted(len(outputs.targets), "validation image"), images_to_keep(KEEP),
+        )  # fmt: skip
+    elif warning := weakness(found.rejection.images, KEEP, "rejection was", "keep"):
+        log.warning("%s.", warning)
     found.write(loop.run_folder)
     return found.described
