@@ -22,7 +22,7 @@ def calibrate(
     *,
     split: Split = "val",
     keep: Keep = 0.95,
-    score: Literal["max_probability", "max_logit", "energy"] = "max_logit",
+    score: Literal["max_probability", "max_logit", "energy", "similarity", "combined"] | None = None,
     data: TestedData,
     device: Device = "auto",
 ) -> None:
@@ -37,7 +37,7 @@ def calibrate(
         run: Run folder.
         split: Images to calibrate on: val or test.
         keep: Share of the images of the classes to keep; 1 gives every image a class.
-        score: The score of the threshold.
+        score: The score of the threshold; by default combined for a run with class means, else max_logit.
 
     Examples:
         crossx calibrate runs/mine

@@ -115,8 +115,7 @@ def _coverage_quantile(images: NDArray[np.int64] | int, coverage: float, q: floa
     from scipy.stats import beta
 
     rank = np.ceil((images + 1) * coverage - 1e-9)
-    found: NDArray[np.float64] = beta.ppf(q, rank, images + 1 - rank)
-    return found
+    return np.asarray(beta.ppf(q, rank, images + 1 - rank), dtype=np.float64)
 
 
 def is_weak(images: int, coverage: float) -> bool:

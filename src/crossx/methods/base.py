@@ -9,12 +9,16 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone
 from crossx.errors import UsageError, first_line
 from crossx.layers import shrink
 from crossx.losses import ClassificationLoss
+
+CLASS_MEANS = "class_means"
+"""Name of the buffer of ``Method.class_means``."""
 
 
 class Objective(NamedTuple):
@@ -106,6 +110,10 @@ class Method(nn.Module, ABC):
     """Side of the global view in pixels, for which the backbone is built; None if that is the image itself. Set by
     ``create_method`` if the method has an option of this name, which says that it makes crops of larger images."""
 
+    class_means: Tensor | None
+    """Mean feature of each class's training images, (K, D), of length 1 (``crossx.evaluation.unknowns``); None if
+    they were not computed. A buffer, so that it is stored with the weights."""
+
     taken: frozenset[str] | None = None
     """Names of the parameters taken from another network (``crossx.methods.start``); None without one."""
 
@@ -115,6 +123,7 @@ class Method(nn.Module, ABC):
             raise UsageError(f"num_classes must be at least 1, not {num_classes}.")
         self.backbone = backbone
         self.num_classes = num_classes
+        self.register_buffer(CLASS_MEANS, None)
         self.criterion = ClassificationLoss()
         """The classification loss; training replaces it to add label smoothing or class weights."""
 
@@ -191,6 +200,28 @@ class Method(nn.Module, ABC):
         """
         return {}
 
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of the linear heads, and the features that class means are taken of, in one pass.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            Name -> (B, K) of ``linear_heads``, of which there is at least one; and (B, D), the input of the head
+            ``last``, or ``embeddings`` if none has this name.
+        """
+        layers = self.linear_heads()
+        embeddings = self.embeddings(images)
+        widths = [layer.in_features for layer in layers.values()]
+        inputs = dict(zip(layers, embeddings.split(widths, 1), strict=True))  # (B, D) -> heads x (B, D_h)
+        heads = {name: layer(inputs[name].to(layer.weight.dtype)) for name, layer in layers.items()}
+        return heads, inputs.get("last", embeddings)
+
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction, (B, K), with the features of ``heads_and_features``."""
+        heads, features = self.heads_and_features(images)
+        return self.combine_heads(heads), features
+
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the terms of the objective that depend on the images only through ``head_logits``.
 
@@ -266,6 +297,22 @@ class Method(nn.Module, ABC):
         By default do nothing. Called before ``state`` is compared with the method's own state dict; it may be of
         unknown origin.
         """
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.expect_class_means(state_dict.get(f"{prefix}{CLASS_MEANS}"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def expect_class_means(self, means: Tensor | None) -> None:
+        """Make room for class means of a file, or for none; another shape than (K, D) is left for the comparison."""
+        layers = self.linear_heads()
+        if means is None or not layers:
+            self.class_means = None
+            return
+        widths = {name: layer.in_features for name, layer in layers.items()}
+        device = next(self.parameters()).device
+        self.class_means = torch.zeros(
+            self.num_classes, widths.get("last", sum(widths.values())), device=device
+        )
 
     def check_image_size(self, size: int) -> None:
         """Check that the method accepts images of ``size`` x ``size`` pixels.
