@@ -7,12 +7,16 @@
     python benchmarks/unknowns.py out/runs/crossx-80 --output benchmarks/results/prediction_sets.json
     python benchmarks/unknowns.py out/runs/fast-192 --others flowers=$FLOWERS/test pets=$PETS \\
       --output benchmarks/results/unknown_photographs.json
+    python benchmarks/unknowns.py out/runs/plain-35 out/runs/fast-35 --near out/open/choice_near \\
+      --others insects=$INSECTS --output benchmarks/results/unknown_choice.json
 
 ``--prepare`` draws 50 of the species of a folder in the layout of CUB-200-2011 (seed 0): ``known.csv`` lists their
-images for ``--data.dataset table``, ``near`` has links to the test images of the others, and ``far`` drawn birds.
+images for ``--data.dataset table``, ``near`` has links to the test images of the others, and ``far`` drawn birds. To
+choose a score without these, ``choice.csv`` lists the images of 35 of the 50, and ``choice_near`` has links to the test
+images of the other 15.
 
-For each score of ``crossx.evaluation.unknowns``, a combination of two of them, the distance to the k-th nearest
-training image and the cosine to the nearest mean of a class: AUROC, FPR95 and OSCR of the run's test images against
+For each score of ``crossx.evaluation.unknowns``, combinations of two of them, the distance to the k-th nearest
+training image, Mahalanobis distances and ViM: AUROC, FPR95 and OSCR of the run's test images against
 each folder, and the shares of each that are kept by the threshold that keeps 95% of the validation images. For each
 kind of prediction set: coverage and size on the test images for a coverage of 90%, calibrated on the validation images;
 and the mean and standard deviation over 500 random calibrations on as many test images, measured on the others. Logits
@@ -31,19 +35,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
+from sklearn.covariance import ShrunkCovariance, ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from crossx.data.drawn.synthetic import read_synthetic
-from crossx.evaluation.calibration import fit_temperature
+from crossx.evaluation.calibration import choose_temperature
 from crossx.evaluation.open_set import unknown_data
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import SCORES, keeping_threshold, separation
+from crossx.evaluation.unknowns import (
+    FEATURE_SCORES,
+    SCORES,
+    ClassMeansSum,
+    ViewScores,
+    keeping_threshold,
+    separation,
+    similarity,
+)
+from crossx.methods.weights import load_method
 from harness import RESULTS, table, write
 
-KNOWN = 50
+KNOWN, CHOICE = 50, 35
 NEIGHBORS = (1, 5, 20)
-COMBINED = ("max_probability", "energy")
+COMBINED = (("max_probability", "energy"), ("max_logit", "similarity"))
+PRINCIPAL = 512
+"""Dimensions of ViM's principal space, at most half of the features."""
+LARGEST = 2048
+"""Features from which on no covariance is estimated: its matrices would be larger than the network."""
 COVERAGE = 0.9
 REPEATS = 500
 RAPS_FREE, RAPS_PENALTY = 2, 0.01
@@ -57,18 +76,23 @@ def prepare(root: Path, output: Path) -> None:
         for file in ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
     )
     known = set(random.Random(0).sample(sorted(names, key=int), KNOWN))
+    inner = set(random.Random(0).sample(sorted(names[label] for label in known), CHOICE))
+    chosen = {label for label in known if names[label] in inner}
     output.mkdir(parents=True)
-    with (output / "known.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "label", "split"])
-        for number, path in images.items():
-            image, label = (root / "images" / path).resolve(), labels[number]
-            if label in known:
-                rows.writerow([image, names[label], "train" if train[number] == "1" else "test"])
-            elif train[number] == "0":
-                link = output / "near" / path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(image)
+    for table_name, kept, candidates, folder in (
+        ("known", known, {*labels.values()}, "near"), ("choice", chosen, known, "choice_near")
+    ):  # fmt: skip
+        with (output / f"{table_name}.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "label", "split"])
+            for number, path in images.items():
+                image, label = (root / "images" / path).resolve(), labels[number]
+                if label in kept:
+                    rows.writerow([image, names[label], "train" if train[number] == "1" else "test"])
+                elif label in candidates and train[number] == "0":
+                    link = output / folder / path
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(image)
     read_synthetic(output / "far", num_classes=24, images_per_class=12, seed=0, image_size=227)
 
 
@@ -111,16 +135,68 @@ def neighbor_scores(features: Tensor, known: Tensor, neighbors: int) -> Tensor:
     return -(2 - 2 * similarity).clamp(min=0).sqrt()
 
 
-def class_mean_scores(features: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """Return the cosine of each image to the nearest mean of a class's training images, (B,).
+def mahalanobis_scores(
+    known: Array, labels: NDArray[np.int64], *, relative: bool
+) -> Callable[[Array], Array]:
+    """Return a function from features (B, D) to the negative squared Mahalanobis distance to the nearest class, (B,).
+
+    The covariance is shared by the classes (Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution
+    Samples and Adversarial Attacks", 2018, https://arxiv.org/abs/1807.03888), shrunk as by Ledoit and Wolf, since there
+    are hardly more images than features. Of features of length 1 as by Mueller and Hein ("Mahalanobis++", 2025,
+    https://arxiv.org/abs/2505.18032).
 
     Args:
-        features: (B, D), L2-normalised.
-        known: (N, D), those of the training images.
-        labels: (N,), their classes.
+        known: (N, D), features of the training images, L2-normalised.
+        labels: (N,), their classes, from 0.
+        relative: Whether to subtract the distance to the mean of all images, with their own covariance (Ren et al., "A
+            Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021,
+            https://arxiv.org/abs/2106.09022).
     """
-    means = torch.stack([known[labels == label].mean(0) for label in labels.unique()])
-    return (features @ normalize(means).T).amax(1)  # (B, D) @ (D, K) -> (B, K) -> (B,)
+
+    def distances(centres: Array, residuals: Array) -> Callable[[Array], Array]:
+        fitted = ShrunkCovariance(shrinkage=shrinkage, assume_centered=True).fit(residuals)
+        root = np.linalg.cholesky(fitted.precision_)
+        moved = centres @ root
+
+        def nearest(features: Array) -> Array:
+            values = features @ root
+            squares = (values**2).sum(1, keepdims=True) - 2 * values @ moved.T + (moved**2).sum(1)
+            found: Array = squares.min(1)
+            return found
+
+        return nearest
+
+    means = np.stack([known[labels == label].mean(0) for label in range(labels.max() + 1)])
+    mean, within = known.mean(0, keepdims=True), known - means[labels]
+    # the same for both: with less of it, the distance to the mean is far larger where there are no features
+    shrinkage = ledoit_wolf_shrinkage(within, assume_centered=True)
+    to_class = distances(means, within)
+    if not relative:
+        return lambda features: -to_class(features)
+    to_all = distances(mean, known - mean)
+    return lambda features: to_all(features) - to_class(features)
+
+
+def vim_scores(known: Array, logits: Array) -> Callable[[Array, Array], Array]:
+    """Return a function from features (B, D) and logits (B, K) to ViM's score, (B,).
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", 2022, https://arxiv.org/abs/2203.10807, with
+    the mean of the features as origin.
+
+    Args:
+        known: (N, D), features of the training images.
+        logits: (N, K), their logits.
+    """
+    mean = known.mean(0)
+    vectors = np.linalg.eigh(np.cov(known.T, bias=True))[1]  # by ascending variance
+    rest = vectors[:, : -min(PRINCIPAL, len(vectors) // 2)]
+
+    def residual(features: Array) -> Array:
+        length: Array = np.linalg.norm((features - mean) @ rest, axis=1)
+        return length
+
+    scale = logits.max(1).mean() / residual(known).mean()
+    return lambda features, values: logsumexp(values, 1) - scale * residual(features)
 
 
 def combined_scores(references: list[Array], scores: list[Array]) -> Array:
@@ -140,39 +216,77 @@ def combined_scores(references: list[Array], scores: list[Array]) -> Array:
     return total
 
 
-def all_scores(found: dict[str, Any]) -> dict[str, Callable[[str], Array]]:
-    """Return name -> scores of a split or folder."""
+def either_scores(references: list[Array], scores: list[Array]) -> Array:
+    """Return the least p-value of several scores, (B,): an image is rejected if any of them is low enough.
 
-    def of_logits(score: Callable[[Tensor], Tensor]) -> Callable[[str], Array]:
-        return lambda name: score(found[name]["logits"].double()).numpy()
+    Arguments as of ``combined_scores``; ties are broken by the last score.
+    """
+    values = [
+        (np.searchsorted(np.sort(reference), score, "right") + 1) / (len(reference) + 1)
+        for reference, score in zip(references, scores, strict=True)
+    ]
+    least: Array = np.minimum.reduce(values) + 1e-9 * scores[-1]
+    return least
+
+
+def columns_of_class_means(run: Path) -> slice:
+    """Return the features that class means are taken of, see ``Method.heads_and_features``."""
+    widths = {name: layer.weight.shape[-1] for name, layer in load_method(run)[0].linear_heads().items()}
+    ends = np.cumsum([*widths.values()])
+    place = [*widths].index("last") if "last" in widths else None
+    return slice(None) if place is None else slice(int(ends[place] - widths["last"]), int(ends[place]))
+
+
+def all_scores(found: dict[str, Any], columns: slice) -> dict[str, Callable[[str], Array]]:
+    """Return name -> scores of a split or folder; see ``columns_of_class_means``."""
 
     def of_neighbors(k: int) -> Callable[[str], Array]:
         known = found["train"]["features"]
         return lambda name: neighbor_scores(found[name]["features"], known, k).double().numpy()
 
-    def of_means(name: str) -> Array:
-        train = found["train"]
-        means = class_mean_scores(found[name]["features"], train["features"], train["targets"])
-        return means.double().numpy()
+    def of_crossx(score: str) -> Callable[[str], Array]:
+        return lambda name: views(name).score(score, weight).numpy()
 
-    parts = [of_logits(SCORES[name]) for name in COMBINED]
-    return (
-        {name: of_logits(score) for name, score in SCORES.items()}
-        | {
-            " and ".join(COMBINED): lambda name: combined_scores(
-                [part("val") for part in parts], [part(name) for part in parts]
-            )
-        }
-        | {f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS}
-        | {"class means": of_means}
-    )
+    def views(name: str) -> ViewScores:
+        return ViewScores([found[name]["logits"].double()], [similarity(features[name], means).double()])
+
+    def combination(*names: str) -> Callable[[str], Array]:
+        return lambda name: combined_scores(
+            [scores[part]("val") for part in names], [scores[part](name) for part in names]
+        )
+
+    def either(*names: str) -> Callable[[str], Array]:
+        return lambda name: either_scores(
+            [scores[part]("val") for part in names], [scores[part](name) for part in names]
+        )
+
+    features = {name: part["features"][:, columns] for name, part in found.items()}
+    train = found["train"]
+    total = ClassMeansSum(train["logits"].shape[1], len(train["targets"]))
+    total.add(train["logits"], features["train"], train["targets"])
+    means, weight = total.finish()
+    scores = {name: of_crossx(name) for name in (*SCORES, *FEATURE_SCORES)}
+    scores |= {" and ".join(names): combination(*names) for names in COMBINED}
+    scores["max_logit or similarity"] = either("max_logit", "similarity")
+    scores["max_logit times similarity"] = lambda name: scores["max_logit"](name) * scores["similarity"](name)
+    scores |= {f"neighbors, k = {k}": of_neighbors(k) for k in NEIGHBORS}
+    if features["train"].shape[1] <= LARGEST:
+        unit = {name: normalize(part).double().numpy() for name, part in features.items()}
+        logits = {name: part["logits"].double().numpy() for name, part in found.items()}
+        labels = train["targets"].numpy()
+        distance, relative = (mahalanobis_scores(unit["train"], labels, relative=r) for r in (False, True))
+        vim = vim_scores(unit["train"], logits["train"])
+        scores["Mahalanobis distance"] = lambda name: distance(unit[name])
+        scores["relative Mahalanobis distance"] = lambda name: relative(unit[name])
+        scores["ViM"] = lambda name: vim(unit[name], logits[name])
+    return scores
 
 
-def compare_scores(found: dict[str, Any], folders: list[str]) -> dict[str, Any]:
+def compare_scores(found: dict[str, Any], folders: list[str], columns: slice) -> dict[str, Any]:
     test = found["test"]
     correct = (test["logits"].argmax(1) == test["targets"]).numpy()
     results: dict[str, Any] = {}
-    for name, score in all_scores(found).items():
+    for name, score in all_scores(found, columns).items():
         threshold = keeping_threshold(score("val"))
         own = score("test")
         results[name] = {"kept": {"test": float((own >= threshold).mean())}}
@@ -217,7 +331,7 @@ def quantile(scores: Array) -> float:
 
 def compare_sets(found: dict[str, Any]) -> dict[str, Any]:
     val, test = found["val"], found["test"]
-    temperature = fit_temperature(val["logits"], val["targets"])
+    temperature = choose_temperature(val["logits"], val["targets"]).value
     shares = {
         name: (part["logits"].double() / temperature).softmax(1).numpy()
         for name, part in (("val", val), ("test", test))
@@ -279,7 +393,7 @@ def main() -> None:
             "images": {name: len(part["targets"]) for name, part in found.items()},
             "classes": test["logits"].shape[1],
             "top1": float((test["logits"].argmax(1) == test["targets"]).float().mean()),
-            "scores": compare_scores(found, list(folders)),
+            "scores": compare_scores(found, list(folders), columns_of_class_means(run)),
             "sets": compare_sets(found),
         }
         for folder in folders:

@@ -326,8 +326,8 @@ def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
             if "near" in found:
                 k = re.fullmatch(r"neighbors, k = (\d+)", score)
                 # those that are options of crossx are code
-                parts = score.split(" and ")
-                named = " and ".join(part if " " in part else f"`{part}`" for part in parts)
+                parts = re.split("( and | or | times )", score)
+                named = "".join(f"`{part}`" if re.fullmatch("[a-z_]+", part) else part for part in parts)
                 shown = [f"k = {k[1]} neighbour" if k else named]
                 for folder in ("near", "far"):
                     shown += [f"{100 * found[folder][measure]:.1f}" for measure in ("auroc", "fpr95", "oscr")]

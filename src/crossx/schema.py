@@ -98,10 +98,17 @@ _VIEWS = Literal["1", "1+flip", "5", "5+flip"]
 class RejectionFile(ExactModel):
     """``rejection`` of ``model.json``, see ``crossx.runs.Rejection``."""
 
-    score: Literal["max_probability", "max_logit", "energy"]
+    score: Literal["max_probability", "max_logit", "energy", "similarity", "combined"]
     keep: Annotated[float, Field(gt=0, lt=1)]
     images: Count
     thresholds: Annotated[dict[_VIEWS, Number], Field(min_length=1)]
+    weight: Annotated[float, Field(ge=0, le=1e12)] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_weight(self) -> RejectionFile:
+        if self.score == "combined" and self.weight is None:
+            raise ValueError("score combined needs a weight")
+        return self
 
 
 class SetsFile(ExactModel):

@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from crossx.cli.main import main
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation import calibration
-from crossx.evaluation.calibration import ViewOutputs, calibrate_outputs, calibrate_run, fit_temperature
+from crossx.evaluation.calibration import (
+    ViewOutputs,
+    calibrate_outputs,
+    calibrate_run,
+    choose_temperature,
+    fit_temperature,
+)
 from crossx.evaluation.run import test_run
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, read_json, write_json
@@ -66,11 +73,55 @@ def test_where_no_temperature_is_best_it_is_1(logits, targets):
     assert fit_temperature(torch.tensor(logits), torch.tensor(targets)) == 1
 
 
+@pytest.mark.parametrize("n", [10, 40, 200])
+def test_calibrated_logits_keep_temperature_1(n):
+    """Where 1 is right, about one of 20 samples changes it, however few images there are."""
+    changed = [choose_temperature(*sample(seed, 1.0, n)).value != 1 for seed in range(200)]
+    # 99.9% of the binomial distribution
+    assert 1 <= sum(changed) <= 21
+
+
+@pytest.mark.parametrize(("scale", "n"), [(1.0, 10), (1.3, 10), (3.0, 40)])
+def test_the_chosen_temperature_does_little_harm_on_new_images(scale, n):
+    """Few images of a network that is nearly calibrated leave it alone; a large gain is kept."""
+    new, targets = sample(10_000, scale, 2000)
+
+    def gain(temperature):
+        return float(F.cross_entropy(new, targets) - F.cross_entropy(new / temperature, targets))
+
+    samples = [sample(seed, scale, n) for seed in range(40)]
+    chosen = [gain(choose_temperature(*few).value) for few in samples]
+    fitted = [gain(fit_temperature(*few)) for few in samples]
+    if scale < 3:
+        assert np.mean(fitted) < -0.03  # a temperature that is always fitted makes matters worse
+        assert np.mean(chosen) > np.mean(fitted) / 2
+    else:
+        assert np.mean(chosen) >= 0.95 * np.mean(fitted) > 0.3
+
+
+def test_the_reason_for_temperature_1_names_the_best_one():
+    logits, targets = sample(3, 1.2, 10)
+    best = fit_temperature(logits, targets)
+    value, reason = choose_temperature(logits, targets)
+    assert value == 1
+    assert best != 1
+    assert f"10 images cannot tell {best:.3g}, the best for them, from 1 (p = " in reason
+    # twice the log-likelihood gained is far beyond what chance gives
+    assert choose_temperature(*sample(3, 4.0, 100)) == (fit_temperature(*sample(3, 4.0, 100)), None)
+    assert choose_temperature(torch.tensor([[2.0, 1.0]]), torch.tensor([0])) == (
+        1,
+        "no other is best on 1 image",
+    )
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run whose images all have a class at random, so that it is wrong on some."""
     root = write_folder(tmp_path / "birds", classes=3, images_per_class=16, split_folders=True)
     run = Run(write_run(tmp_path / "run"))
+    # so wrong that 12 images say so
+    weights = load_file(run.weights)
+    save_file({k: 40 * v if k.startswith("heads.") else v for k, v in weights.items()}, run.weights)
     classes = sorted(path.name for path in (root / "train").iterdir())
     write_json(run.spec, {**read_json(run.spec), "classes": classes})
     data = {"dataset": "folder", "root": str(root), "batch_size": 5, "num_workers": 0}

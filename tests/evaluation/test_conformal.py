@@ -1,5 +1,6 @@
 """Prediction sets against their definition, and their guarantee by counting."""
 
+import math
 import re
 
 import numpy as np
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 from crossx.errors import UsageError
 from crossx.evaluation.conformal import (
     PERCENTS,
+    TOLERABLE,
     coverage_interval,
+    images_enough,
     images_needed,
+    is_weak,
     least_probabilities,
     least_probability,
     measure_sets,
@@ -78,6 +82,21 @@ def test_the_interval_of_the_coverage_holds_nine_tenths_of_the_calibrations() ->
         0.9, abs=0.03
     )
     assert np.mean(coverages) == pytest.approx(0.9, abs=0.005)
+
+
+@pytest.mark.parametrize(("coverage", "enough"), [(0.5, 268), (0.9, 110), (0.95, 61), (0.99, 99)])
+def test_as_many_images_as_are_said_to_be_enough_are(coverage: float, enough: int) -> None:
+    """Against the quantiles of simulated calibrations: the coverage is an order statistic of uniform numbers."""
+    assert images_enough(coverage) == enough
+    assert not any(is_weak(images, coverage) for images in range(enough, enough + 40))
+    if enough > images_needed(coverage):
+        assert is_weak(enough - 1, coverage)
+    generator = np.random.default_rng(0)
+    rank = math.ceil((enough + 1) * coverage - 1e-9)
+    covered = np.sort(generator.random((4000, enough)), axis=1)[:, rank - 1]
+    low, high = coverage_interval(enough, coverage)
+    assert np.quantile(covered, [0.05, 0.95]) == pytest.approx([low, high], abs=0.01)
+    assert coverage - TOLERABLE <= low
 
 
 def test_a_coverage_from_few_images_is_called_weak() -> None:

@@ -10,14 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import NearestCentroid
 
 from crossx.errors import UsageError
 from crossx.evaluation.unknowns import (
+    FEATURE_SCORES,
     SCORES,
+    ClassMeansSum,
+    ViewScores,
     images_to_keep,
     keeping_threshold,
-    mean_score,
     separation,
+    similarity,
 )
 
 
@@ -74,8 +79,66 @@ def test_scores_are_those_of_scipy() -> None:
         np.testing.assert_allclose(SCORES[name](logits).numpy(), score)
         views = [logits, logits + 1, 2 * logits]
         np.testing.assert_allclose(
-            mean_score(name, views).numpy(), sum(SCORES[name](view).numpy() for view in views) / 3
+            ViewScores(views).score(name).numpy(), sum(SCORES[name](view).numpy() for view in views) / 3
         )
+
+
+def class_means(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, ClassMeansSum]:
+    """Logits, features and targets of 3 of 4 classes, added up in batches of different sizes."""
+    generator = np.random.default_rng(seed)
+    logits, features = generator.normal(2, 1, (31, 4)), generator.normal(1, 1, (31, 6))
+    targets = generator.permutation(np.arange(31) % 3)
+    total = ClassMeansSum(4, 31)
+    for start, end in itertools.pairwise((0, 1, 9, 31)):
+        total.add(*(torch.from_numpy(part[start:end]) for part in (logits, features, targets)))
+    return logits, features, targets, total
+
+
+def test_class_means_are_those_of_scikit_learn() -> None:
+    logits, features, targets, total = class_means()
+    found = total.finish()
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    centroids = NearestCentroid().fit(unit, targets).centroids_
+    np.testing.assert_allclose(cosine_similarity(found.means.numpy()[:3], centroids).diagonal(), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found.means.numpy(), axis=1), [1, 1, 1, 0], atol=1e-6)
+    nearest = cosine_similarity(unit, centroids).max(1)
+    assert found.weight == pytest.approx(logits.max(1).std() / nearest.std(), rel=1e-4)
+
+
+def test_scores_of_features_are_those_of_a_loop() -> None:
+    logits, features, _, total = class_means()
+    means, weight = total.finish()
+    cosines = [max(float(np.dot(f, m)) / np.linalg.norm(f) for m in means.numpy()[:3]) for f in features]
+    found = similarity(torch.from_numpy(features), means)
+    np.testing.assert_allclose(found.numpy(), cosines, rtol=1e-5)
+    assert found.dtype == torch.float32
+
+    # two views: the mean over both
+    views = ViewScores([torch.from_numpy(logits), torch.from_numpy(logits + 2)], [found, found / 2])
+    combined = [row.max() + 1 + weight * 0.75 * cosine for row, cosine in zip(logits, cosines, strict=True)]
+    np.testing.assert_allclose(views.score("combined", weight).numpy(), combined, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(views.score("similarity").numpy(), 0.75 * np.array(cosines), rtol=1e-5)
+    assert views.names(weight) == (*SCORES, *FEATURE_SCORES)
+    assert views.names(None) == (*SCORES, "similarity")
+    assert ViewScores([torch.from_numpy(logits)]).names(weight) == tuple(SCORES)
+
+
+def test_weights_of_unusual_networks_are_finite() -> None:
+    one_each = ClassMeansSum(2, 2)
+    one_each.add(torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2), torch.arange(2))
+    assert one_each.finish().weight == pytest.approx(1e6)
+    same = ClassMeansSum(2, 3)
+    same.add(torch.ones(3, 2), torch.randn(3, 4), torch.tensor([0, 0, 1]))
+    assert same.finish().weight == 0
+
+
+def test_the_weight_of_many_images_is_that_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third image: 31 x 6 numbers do not fit."""
+    monkeypatch.setattr("crossx.evaluation.unknowns.MAX_FEATURES", 31 * 6 // 3)
+    logits, features, _, total = class_means()
+    means, weight = total.finish()
+    cosines = similarity(torch.from_numpy(features[::3]), means).numpy()
+    assert weight == pytest.approx(logits[::3].max(1).std() / cosines.std(), rel=1e-4)
 
 
 @given(n=st.integers(1, 120), percent=st.integers(1, 99), seed=st.integers(0, 99))

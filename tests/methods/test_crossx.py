@@ -333,8 +333,12 @@ def test_inference_form_has_the_same_logits(options: dict[str, object]) -> None:
     randomise_norms(method)
     images = torch.randn(3, 3, 72, 72)
     with torch.inference_mode():
-        expected = method(images)
-        torch.testing.assert_close(method.inference_form(72)(images), expected, rtol=1e-4, atol=1e-5)
+        expected, features = method(images), method.logits_and_features(images)[1]
+        form = method.inference_form(72)
+        torch.testing.assert_close(form(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            form.logits_and_features(images), (expected, features), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from timm.models import VisionTransformer
 import layouts
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import calibrate_run
+from crossx.evaluation.subject import open_data
 from crossx.losses import part_correlations
 from crossx.methods.base import Method
 from crossx.methods.plain import Plain
@@ -342,6 +343,25 @@ def test_the_run_is_calibrated_on_its_validation_images(make_config):
     assert run.read_spec().temperature == kept["temperature"]
     before = run.spec.read_text()
     assert calibrate_run(run.path).described == kept
+    assert run.spec.read_text() == before
+
+
+def test_class_means_are_kept_with_the_weights_if_images_are_rejected(make_config, caplog):
+    run = fit(make_config(data={"val_fraction": 0.7}, trainer={"max_epochs": 1}))
+    method, spec = load_method(run.path)
+    assert (spec.rejection.score, spec.rejection.images) == ("combined", run.read_info()["images"]["val"])
+    assert "rejection was calibrated on" in caplog.text
+    data = open_data(run, spec)
+    sums = torch.zeros_like(method.class_means)
+    with torch.no_grad():
+        for images, targets in data.eval_loader("train"):
+            features = method.embeddings(data.normalize(images))
+            sums.index_add_(0, targets, features / features.norm(dim=1, keepdim=True))
+    means = sums / sums.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(method.class_means, means, rtol=1e-4, atol=1e-5)
+    assert "class_means" not in method_weights(run.last)
+    before = run.spec.read_text()
+    assert calibrate_run(run.path).rejection == spec.rejection
     assert run.spec.read_text() == before
 
 

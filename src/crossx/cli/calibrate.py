@@ -22,7 +22,7 @@ def calibrate(
     *,
     split: Split = "val",
     keep: Keep = 0.95,
-    score: Literal["max_probability", "max_logit", "energy"] = "max_logit",
+    score: Literal["max_probability", "max_logit", "energy", "similarity", "combined"] | None = None,
     data: TestedData,
     device: Device = "auto",
 ) -> None:
@@ -37,7 +37,7 @@ def calibrate(
         run: Run folder.
         split: Images to calibrate on: val or test.
         keep: Share of the images of the classes to keep; 1 gives every image a class.
-        score: The score of the threshold.
+        score: The score of the threshold; by default combined for a run with class means, else max_logit.
 
     Examples:
         crossx calibrate runs/mine
@@ -51,9 +51,11 @@ def calibrate(
 
     found = calibrate_run(run, split=split, device=device, score=score, keep=keep, **vars(data))
     described = found.described
+    images = f"{counted(described['n'], described['split'] + ' image')} of {described['dataset']}"
+    kept = described["temperature_kept"]
+    fitted = f"tested on {images}: {kept}" if kept else f"fitted on {images}"
     text = (
-        f"temperature {found.temperature:.4g}, "
-        f"fitted on {counted(described['n'], described['split'] + ' image')} of {described['dataset']}\n"
+        f"temperature {found.temperature:.4g}, {fitted}\n"
         f"  negative log-likelihood  {described['nll']:.4f} before, {described['nll_calibrated']:.4f} after\n"
         f"  calibration error        {described['ece']:.2%} before, {described['ece_calibrated']:.2%} after\n"
         f"rejection  {_rejection(found, keep)}\n"
@@ -65,9 +67,14 @@ def calibrate(
 
 def _rejection(found: Calibration, keep: float) -> str:
     if found.rejection is not None:
+        from crossx.evaluation.conformal import coverage_interval
+
+        count = found.rejection.images
+        low, high = coverage_interval(count, keep)
         return (
             f"of images with a {found.rejection.score} below {found.described['threshold']:.4g}, which keeps "
-            f"{keep:.4g} of the images of the classes"
+            f"{keep:.4g} of the images of the classes; between {low:.1%} and {high:.1%} of new ones, in 9 of 10 "
+            f"calibrations on {counted(count, 'image')}"
         )
     if keep == 1:
         return "none: every image gets a class"

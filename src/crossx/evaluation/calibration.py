@@ -2,7 +2,8 @@
 
 Temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017, https://arxiv.org/abs/1706.04599,
 section 4.2): probabilities are softmax(logits / T), with the T > 0 that minimises the negative log-likelihood. The
-order of the classes is unchanged.
+order of the classes is unchanged. Few images say little about T, and a wrong one is worse than none, so that T is 1
+unless a likelihood-ratio test rejects that (``choose_temperature``).
 
 The threshold of rejection (``unknowns``) and those of prediction sets (``conformal``) depend on the views that a
 prediction averages over, so there is one for each of them.
@@ -10,6 +11,7 @@ prediction averages over, so there is one for each of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,22 +22,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.data.datamodule import DataModule
-from crossx.errors import CrossXError, UsageError, check_choice
+from crossx.errors import CrossXError, UsageError, check_choice, counted
 from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.progress import track
 from crossx.evaluation.run import check_finite
-from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import KEEP, SCORE, SCORES, keeping_threshold, mean_score
+from crossx.evaluation.subject import Subject, open_data
+from crossx.evaluation.unknowns import (
+    FEATURE_SCORE,
+    FEATURE_SCORES,
+    KEEP,
+    SCORE,
+    SCORES,
+    ClassMeans,
+    ClassMeansSum,
+    ViewScores,
+    keeping_threshold,
+)
 from crossx.evaluation.views import CROPS, Views, has_crops, mean_probabilities, views_key
 from crossx.methods.base import Method
+from crossx.methods.weights import save_weights
 from crossx.runs import PredictionSets, Rejection, Run, write_json
 from crossx.terminal import step
 
 MAX_VALUES = 50_000_000
 """Logits of views to keep in memory; beyond, the thresholds are set on a part of the images, evenly spread."""
+LEVEL = 0.05
+"""How often a temperature is used although 1 is right."""
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -67,6 +82,45 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return 1 / float(brentq(derivative, 0, high))
 
 
+class ChosenTemperature(NamedTuple):
+    """The temperature to use.
+
+    Attributes:
+        value: T; 1 if no other is better beyond doubt.
+        kept: Why it is 1, in words; None if it is that of ``fit_temperature``.
+    """
+
+    value: float
+    kept: str | None = None
+
+
+def choose_temperature(logits: Tensor, targets: Tensor) -> ChosenTemperature:
+    """Return the temperature of ``fit_temperature`` if the images reject T = 1, else 1.
+
+    The test is that of the likelihood ratio, at a level of ``LEVEL``: twice the log-likelihood gained over T = 1 has
+    approximately a chi-squared distribution with one degree of freedom if T = 1 is right (Wilks, "The Large-Sample
+    Distribution of the Likelihood Ratio for Testing Composite Hypotheses", 1938,
+    https://doi.org/10.1214/aoms/1177732360). Equivalently, the confidence interval of T must not contain 1.
+
+    Args:
+        logits: (N, K), N > 0.
+        targets: int64 (N,).
+    """
+    from scipy.stats import chi2
+
+    images = counted(len(targets), "image")
+    fitted = fit_temperature(logits, targets)
+    if fitted == 1:
+        return ChosenTemperature(1.0, f"no other is best on {images}")
+    before, after = (F.cross_entropy(logits.double() / t, targets, reduction="sum") for t in (1, fitted))
+    p_value = float(chi2.sf(2 * float(before - after), 1))
+    if p_value >= LEVEL:
+        return ChosenTemperature(
+            1.0, f"{images} cannot tell {fitted:.3g}, the best for them, from 1 (p = {p_value:.2g})"
+        )
+    return ChosenTemperature(fitted)
+
+
 class ViewOutputs(NamedTuple):
     """Logits of a network on the views of images, on the CPU.
 
@@ -74,6 +128,7 @@ class ViewOutputs(NamedTuple):
         logits: float32 (N, K), of the centre of each image.
         targets: int64 (N,).
         views: float32 (V, n, K), of all views, of images that ``chosen`` has.
+        similarities: float32 (V, n), of the same to the nearest class mean; None if the network has no class means.
         chosen: bool (N,), all of them unless they are very many.
         keys: Key of ``views_key`` -> which of the V views it averages over.
     """
@@ -83,6 +138,7 @@ class ViewOutputs(NamedTuple):
     views: Tensor
     chosen: Tensor
     keys: Mapping[str, Sequence[int]]
+    similarities: Tensor | None = None
 
 
 class Calibration(NamedTuple):
@@ -126,42 +182,92 @@ def evaluate_views(
         keys[views_key(flip=False, crops=crops)] = [*range(0, 2 * crops, 2)]
         keys[views_key(flip=True, crops=crops)] = [*range(2 * crops)]
     stride = -(-len(data.index.split(split)) * method.num_classes * 2 * crops // MAX_VALUES)
-    centres, targets, chosen, others, start = [], [], [], [], 0
+    centres, targets, chosen, others, cosines, start = [], [], [], [], [], 0
     for images, labels in track(data.eval_loader(split, dealt=False, transform=views.transform), progress):
         mask = torch.arange(start, start + len(images)) % stride == 0
         start += len(images)
-        centre = network.logits(views.centres(images)).cpu()
+        # the centre of all images, the other views of those chosen
+        centre = _scores(network, views.centres(images))
         if mask.any():
             rows = [
-                centre[mask] if number == last else network.logits(view).cpu()
+                tuple(part[mask] for part in centre) if number == last else _scores(network, view)
                 for number, view in enumerate(views.split(images[mask]))
             ]
-            others.append(torch.stack(rows))  # V of (b, K) -> (V, b, K)
-        centres.append(centre)
+            logits, *similarities = (torch.stack(part) for part in zip(*rows, strict=True))
+            others.append(logits)  # V of (b, K) -> (V, b, K)
+            cosines += similarities  # V of (b,) -> (V, b)
+        centres.append(centre[0])
         targets.append(labels)
         chosen.append(mask)
     logits, all_views = torch.cat(centres), torch.cat(others, 1)
     check_finite(logits)
     check_finite(all_views.flatten(0, 1))
-    return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys)
+    all_cosines = torch.cat(cosines, 1) if cosines else None
+    return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys, all_cosines)
+
+
+def _scores(network: TorchNetwork, images: Tensor) -> tuple[Tensor, ...]:
+    """Return logits and, if there are class means, similarities, on the CPU."""
+    if not network.has_similarities:
+        return (network.logits(images).cpu(),)
+    return tuple(part.cpu() for part in network.logits_and_similarities(images))
+
+
+def compute_class_means(
+    method: Method, data: DataModule, device: str | torch.device, *, progress: str = ""
+) -> ClassMeans | None:
+    """Compute the class means of a network, in one pass over its training images; the calling rank does it.
+
+    Args:
+        method: The network; it stays on ``device``, in evaluation mode.
+        data: The images.
+        device: See ``select_device``.
+        progress: Title of the progress bar; empty for none.
+
+    Returns:
+        The class means; None if its prediction is not that of its linear heads (``Method.linear_heads``).
+
+    Raises:
+        CrossXError: If the logits are not finite or GPU memory runs out.
+    """
+    if not method.linear_heads():
+        return None
+    network = TorchNetwork(method, data.normalize, device)
+    total = ClassMeansSum(method.num_classes, len(data.index.split("train")))
+    for number, (images, labels) in enumerate(track(data.eval_loader("train", dealt=False), progress)):
+        logits, features = network.logits_and_features(images)
+        check_finite(logits)
+        if not number:
+            # other heads may predict, too, or see several vectors of an image
+            same = torch.allclose(logits, network.logits(images), rtol=1e-3, atol=1e-3)
+            if not same or features.shape[1] != method.width_of_class_means:
+                return None
+        total.add(logits.cpu(), features.cpu(), labels)
+    return total.finish()
 
 
 def calibrate_outputs(
-    outputs: ViewOutputs, *, score: str = SCORE, keep: float = KEEP, **images: str | None
+    outputs: ViewOutputs,
+    *,
+    score: str = SCORE,
+    keep: float = KEEP,
+    weight: float | None = None,
+    **images: str | None,
 ) -> Calibration:
     """Fit the temperature, and set the thresholds of rejection and of prediction sets.
 
     Args:
         outputs: Logits on images that the network was not trained on.
-        score: Name of the score of rejection, see ``SCORES``.
+        score: Name of the score of rejection, see ``crossx.evaluation.unknowns``.
         keep: Share of the images to keep, above 0; 1 for no rejection.
+        weight: See ``ClassMeans``; None for a network without class means.
         **images: The ``dataset``, ``data_root`` and ``split`` of the images, for the description.
 
     Returns:
         The calibration. There is no rejection if there are too few images, see ``keeping_threshold``. Its description
-        has ``temperature``, ``images``, ``n``, and on these images ``nll`` and ``ece`` (see ``calibration_error``)
-        without, ``nll_calibrated`` and ``ece_calibrated`` with the temperature, and ``keep``, ``score`` and
-        ``threshold`` of the rejection of single views, or None.
+        has ``temperature``, ``temperature_kept`` (see ``ChosenTemperature``), ``images``, ``n``, and on these images
+        ``nll`` and ``ece`` (see ``calibration_error``) without, ``nll_calibrated`` and ``ece_calibrated`` with the
+        temperature, and ``keep``, ``score`` and ``threshold`` of the rejection of single views, or None.
     """
     described = describe_temperature(outputs.logits, outputs.targets, **images)
     temperature = described["temperature"]
@@ -171,25 +277,28 @@ def calibrate_outputs(
     for key, numbers in outputs.keys.items():
         views = list(outputs.views[list(numbers)].double())
         if keep < 1:
-            scores = mean_score(score, views).numpy()
-            threshold = keeping_threshold(scores, keep)
+            cosines = (
+                None if outputs.similarities is None else list(outputs.similarities[list(numbers)].double())
+            )
+            threshold = keeping_threshold(ViewScores(views, cosines).score(score, weight).numpy(), keep)
             if threshold is not None:
                 thresholds[key] = threshold
         probabilities = mean_probabilities(views, temperature)
         own = probabilities.gather(1, targets[:, None])[:, 0]  # (n, K) -> (n,)
         least[key] = least_probabilities(own.numpy())
     count = len(targets)
-    rejection = Rejection(score, keep, count, thresholds) if thresholds else None
+    rejection = Rejection(score, keep, count, thresholds, weight) if thresholds else None
     described |= {"score": score, "keep": keep, "threshold": thresholds.get(views_key(flip=False, crops=1))}
     return Calibration(temperature, rejection, PredictionSets(count, least), described)
 
 
 def describe_temperature(logits: Tensor, targets: Tensor, **images: str | None) -> dict[str, Any]:
-    """Fit the temperature to logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
-    temperature = fit_temperature(logits, targets)
+    """Choose the temperature for logits (N, K) and targets (N,) and describe it, see ``calibrate_outputs``."""
+    temperature, kept = choose_temperature(logits, targets)
     scaled = logits.double() / temperature
     return {
         "temperature": temperature,
+        "temperature_kept": kept,
         **images,
         "n": len(targets),
         "nll": F.cross_entropy(logits.double(), targets).item(),
@@ -204,7 +313,7 @@ def calibrate_run(
     *,
     split: str = "val",
     device: str = "auto",
-    score: str = SCORE,
+    score: str | None = None,
     keep: float = KEEP,
     **options: Unpack[DataOptions],
 ) -> Calibration:
@@ -214,18 +323,21 @@ def calibrate_run(
         path: A run folder; its selected weights are calibrated.
         split: ``val``, the images held out in training, or ``test``.
         device: See ``select_device``.
-        score: See ``calibrate_outputs``.
+        score: See ``calibrate_outputs``; by default ``combined`` if the run has class means, else ``max_logit``. A run
+            without class means gets them if the score needs them.
         keep: See ``calibrate_outputs``.
         **options: See ``DataOptions``.
 
     Raises:
-        UsageError: If ``path`` is a checkpoint file, for an unknown score or an impossible ``keep``, or as
-            ``Subject.open``.
-        CrossXError: As ``Subject.open``, or if the network was trained on these images.
+        UsageError: If ``path`` is a checkpoint file, for an unknown score or an impossible ``keep``, for a score that
+            needs class means of a method without linear heads, or as ``Subject.open``.
+        CrossXError: As ``Subject.open``, if the network was trained on these images, or if the score needs class means
+            and the training images cannot be read.
     """
     if Path(path).is_file():
         raise UsageError(f"{path}: only a run's selected weights have a temperature. Give the run folder.")
-    check_choice("score", score, tuple(SCORES))
+    if score is not None:
+        check_choice("score", score, (*SCORES, *FEATURE_SCORES))
     if not 0 < keep <= 1:
         raise UsageError(f"keep must be above 0 and at most 1, not {keep}.")
     with step("Loading the network"):
@@ -238,11 +350,15 @@ def calibrate_run(
         )
     with step("Checking the images"):
         data.check_images([split])
+    if score is None:
+        score = SCORE if subject.method.class_means is None else FEATURE_SCORE
+    weight = _class_means_of(subject) if score in FEATURE_SCORES and keep < 1 else None
     outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
     found = calibrate_outputs(
         outputs,
         score=score,
         keep=keep,
+        weight=weight,
         dataset=data.config.dataset,
         data_root=data.config.root,
         split=split,
@@ -250,3 +366,24 @@ def calibrate_run(
     found.write(subject.run)
     write_json(subject.run.info, {**subject.run.read_info(), "calibration": found.described})
     return found
+
+
+def _class_means_of(subject: Subject) -> float:
+    """Return the weight of a run's class means, after computing and storing them if it has none."""
+    run, method, rejection = subject.run, subject.method, subject.spec.rejection
+    if method.class_means is not None and rejection is not None and rejection.weight is not None:
+        return rejection.weight
+    data = open_data(run, subject.spec)
+    data.check_images(["train"])
+    found = compute_class_means(method, data, subject.device, progress="Computing class means")
+    if found is None:
+        raise UsageError(
+            f"{run.path}: method {method.name!r} has no linear heads that its prediction is made of, so that it has no "
+            f"class means. Choose --score from: {', '.join(SCORES)}."
+        )
+    method.class_means = found.means.to(subject.device)
+    before = run.weights.stat()
+    save_weights(method, run.weights)
+    # results of these weights remain valid
+    os.utime(run.weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return found.weight

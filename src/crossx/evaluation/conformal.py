@@ -12,6 +12,7 @@ The guarantee is on average over calibrations, and over classes: a hard class is
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -97,24 +98,58 @@ def coverage_interval(images: int, coverage: float, *, confidence: float = 0.9) 
 
     The coverage of a calibration on n images, on average over new images, has a beta distribution with parameters k and
     n + 1 - k for k = ceil((n + 1) c), if no two probabilities are equal (Vovk, "Conditional Validity of Inductive
-    Conformal Predictors", 2012, https://arxiv.org/abs/1209.2673).
+    Conformal Predictors", 2012, https://arxiv.org/abs/1209.2673). So has the share of the images of the classes that
+    are kept by ``keeping_threshold``, for c = ``keep``.
+
+    Args:
+        images: n, enough for a k of at most n.
+        coverage: c.
+        confidence: Probability that the interval has it.
     """
-    from scipy import stats
-
-    rank = _rank(images, percent_of(coverage))
-    low, high = stats.beta(rank, images + 1 - rank).interval(confidence)
-    return Interval(float(low), float(high))
+    tail = (1 - confidence) / 2
+    low, high = (float(_coverage_quantile(images, coverage, q)) for q in (tail, 1 - tail))
+    return Interval(low, high)
 
 
-def weakness(images: int, coverage: float) -> str | None:
-    """Say how far below its coverage a calibration on so few images may be; None if that is at most ``TOLERABLE``."""
-    low, high = coverage_interval(images, coverage)
-    if low >= coverage - TOLERABLE:
+def _coverage_quantile(images: NDArray[np.int64] | int, coverage: float, q: float) -> NDArray[np.float64]:
+    from scipy.stats import beta
+
+    rank = np.ceil((images + 1) * coverage - 1e-9)
+    return np.asarray(beta.ppf(q, rank, images + 1 - rank), dtype=np.float64)
+
+
+def is_weak(images: int, coverage: float) -> bool:
+    """Whether the coverage of a calibration on so few images may be more than ``TOLERABLE`` below the one asked for."""
+    return coverage_interval(images, coverage).low < coverage - TOLERABLE
+
+
+def images_enough(coverage: float) -> int:
+    """Return the least number of calibration images from which on none is weak."""
+    least = math.ceil(coverage / (1 - coverage) - 1e-9)
+    # a coverage of 0.5 needs the most, 268
+    numbers = np.arange(least, least + 300)
+    weak = _coverage_quantile(numbers, coverage, 0.05) < coverage - TOLERABLE
+    return int(numbers[weak].max(initial=least - 1)) + 1
+
+
+def weakness(
+    images: int, coverage: float, what: str = "the prediction sets were", does: str = "cover"
+) -> str | None:
+    """Say how far below its coverage a calibration on so few images may be; None if that is at most ``TOLERABLE``.
+
+    Args:
+        images: Number of calibration images.
+        coverage: The coverage that was asked for.
+        what: Subject and verb of the message.
+        does: What is done with that share of the images.
+    """
+    if not is_weak(images, coverage):
         return None
+    low, high = coverage_interval(images, coverage)
     return (
-        f"the prediction sets were calibrated on {counted(images, 'image')} only: instead of {coverage:.0%}, they will "
-        f"cover between {low:.0%} and {high:.0%} of new images, in 9 of 10 calibrations. `crossx calibrate RUN "
-        "--data.root DIR` takes more images"
+        f"{what} calibrated on {counted(images, 'image')} only: instead of {coverage:.0%}, that will {does} between "
+        f"{low:.0%} and {high:.0%} of new images of the classes, in 9 of 10 calibrations. `crossx calibrate RUN "
+        f"--data.root DIR` takes more; {images_enough(coverage)} are enough"
     )
 
 

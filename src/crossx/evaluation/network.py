@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from crossx.errors import CrossXError, unknown
 from crossx.evaluation.device import select_device
+from crossx.evaluation.unknowns import similarity
 from crossx.explain.maps import Explanation, Kind, explain_images
 from crossx.methods.base import Method
 
@@ -19,6 +21,8 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float1
 
 class Network(Protocol):
     """A trained network that takes decoded, resized and cropped images: uint8 RGB (B, 3, S, S).
+
+    Similarities are the cosines to the nearest class mean (``crossx.evaluation.unknowns``).
 
     ``method``, ``embeddings`` and ``maps`` raise ``UsageError`` if ``explains`` is false; all computations raise
     ``CrossXError`` if GPU memory runs out.
@@ -42,6 +46,13 @@ class Network(Protocol):
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits, float32 (B, K) on ``device``."""
+
+    @property
+    def has_similarities(self) -> bool:
+        """Whether it has class means."""
+
+    def logits_and_similarities(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and similarities, float32 (B,), on ``device``; only if it has them."""
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return ``Method.embeddings``, float32 (B, D) on ``device``."""
@@ -99,13 +110,47 @@ class TorchNetwork:
         with within_memory(len(images)):
             return self.method.head_logits(self.inputs(images))
 
+    def heads_and_similarities(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return ``head_logits``, and similarities if the network has class means."""
+        means = self.method.class_means
+        if means is None or not self._only_linear_heads:
+            return self.head_logits(images), None if means is None else self.logits_and_similarities(images)[
+                1
+            ]
+        with torch.inference_mode(), within_memory(len(images)):
+            heads, features = self.method.heads_and_features(self.inputs(images))
+            return heads, similarity(features, means)
+
+    @cached_property
+    def _only_linear_heads(self) -> bool:
+        """Whether all heads are linear, so that one pass gives their logits and the features."""
+        size = self.method.backbone.image_size
+        heads = self.head_logits(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        return heads.keys() == self.method.linear_heads().keys()
+
     def logits(self, images: Tensor) -> Tensor:
         """Return logits, see ``Network``."""
-        return self._compute(self.method, images)
+        return self._compute(lambda inputs: (self.method(inputs),), images)[0]
+
+    @property
+    def has_similarities(self) -> bool:
+        """See ``Network``."""
+        return self.method.class_means is not None
+
+    def logits_and_similarities(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and similarities, see ``Network``."""
+        logits, features = self.logits_and_features(images)
+        assert self.method.class_means is not None
+        return logits, similarity(features, self.method.class_means)
+
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``Method.logits_and_features``, float32 on ``device``."""
+        logits, features = self._compute(self.method.logits_and_features, images)
+        return logits, features
 
     def embeddings(self, images: Tensor) -> Tensor:
         """Return embeddings, see ``Network``."""
-        return self._compute(self.method.embeddings, images)
+        return self._compute(lambda inputs: (self.method.embeddings(inputs),), images)[0]
 
     def maps(
         self, images: Tensor, kind: Kind, classes: int | None, probabilities: Tensor
@@ -117,15 +162,17 @@ class TorchNetwork:
             )
 
     @torch.inference_mode()
-    def _compute(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _compute(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor
+    ) -> tuple[Tensor, ...]:
         reduced = self.precision != torch.float32
         with within_memory(len(images)):
             inputs = self.inputs(images)
             with torch.autocast(self.device.type, self.precision, enabled=reduced):
-                output = function(inputs).float()
-            if reduced and not output.isfinite().all():
-                output = function(inputs)
-        return output
+                outputs = tuple(output.float() for output in function(inputs))
+            if reduced and not all(output.isfinite().all() for output in outputs):
+                outputs = function(inputs)
+        return outputs
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:

@@ -13,10 +13,10 @@ from crossx.data.datamodule import DataModule
 from crossx.data.image_files import find_images
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError
-from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets
+from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets, percent_of
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import SCORES, separation
+from crossx.evaluation.unknowns import ViewScores, separation
 from crossx.evaluation.views import mean_probabilities, views_key
 from crossx.runs import ModelSpec
 
@@ -24,24 +24,24 @@ KEY = views_key(flip=False, crops=1)
 """Tests see one view of each image."""
 
 
-def describe_rejection(spec: ModelSpec, logits: Tensor, targets: Tensor) -> dict[str, Any] | None:
-    """Measure how many images of the classes are kept; None if the run has no threshold.
+def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) -> dict[str, Any] | None:
+    """Measure how many images of the classes are kept; None if the weights have no threshold.
 
     Args:
         spec: Description of the run.
-        logits: (N, K), on images of the classes.
+        outputs: Of one view of N images of the classes.
         targets: int64 (N,).
 
     Returns:
         ``score``, ``threshold`` and ``keep`` of the run; ``kept``, the share of the images with at least this score,
         its Clopper-Pearson ``interval``, and ``top1_kept``, the accuracy on them, None if there are none.
     """
-    if spec.rejection is None or KEY not in spec.rejection.thresholds:
+    kept = _kept(spec, outputs)
+    if spec.rejection is None or kept is None:
         return None
     score, threshold = spec.rejection.score, spec.rejection.thresholds[KEY]
-    kept = SCORES[score](logits) >= threshold
     count = int(kept.sum())
-    correct = logits.argmax(1) == targets
+    correct = outputs.logits[0].argmax(1) == targets
     return {
         "score": score,
         "threshold": threshold,
@@ -50,6 +50,14 @@ def describe_rejection(spec: ModelSpec, logits: Tensor, targets: Tensor) -> dict
         "interval": list(share_interval(count, len(kept))),
         "top1_kept": float(correct[kept].float().mean()) if count else None,
     }
+
+
+def _kept(spec: ModelSpec, outputs: ViewScores) -> Tensor | None:
+    """Return whether each image is kept, (N,); None if the run has no threshold, or no class means that it needs."""
+    found = spec.rejection
+    if found is None or KEY not in found.thresholds or found.score not in outputs.names(found.weight):
+        return None
+    return outputs.score(found.score, found.weight) >= found.thresholds[KEY]
 
 
 def describe_sets(
@@ -85,7 +93,7 @@ def describe_sets(
         "mean_size": float(found.sizes.mean()),
         "sizes": {str(size): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)},
         "calibration_images": spec.sets.images,
-        "expected": list(coverage_interval(spec.sets.images, coverage)),
+        "expected": list(coverage_interval(spec.sets.images, percent_of(coverage) / 100)),
     }
 
 
@@ -108,29 +116,33 @@ def unknown_data(subject: Subject, folder: str | Path) -> DataModule:
     return data
 
 
-def describe_unknown(spec: ModelSpec, logits: Tensor, targets: Tensor, unknown: Tensor) -> dict[str, Any]:
+def describe_unknown(
+    spec: ModelSpec, outputs: ViewScores, targets: Tensor, unknown: ViewScores
+) -> dict[str, Any]:
     """Measure how well images of the classes and others are separated.
 
     Args:
         spec: Description of the run.
-        logits: (N, K), on images of the classes.
+        outputs: Of one view of N images of the classes.
         targets: int64 (N,).
-        unknown: (M, K), on images of none of the classes.
+        unknown: Of one view of M images of none of the classes.
 
     Returns:
         ``n``, M; ``scores``: name -> ``Separation``; and, if the run has a threshold, ``rejected``, the share of the
         unknown images below it, with its Clopper-Pearson ``interval``.
     """
-    correct = (logits.argmax(1) == targets).numpy()
+    correct = (outputs.logits[0].argmax(1) == targets).numpy()
+    known, others = outputs.double(), unknown.double()
+    weight = spec.rejection.weight if spec.rejection else None
     results: dict[str, Any] = {
-        "n": len(unknown),
+        "n": len(unknown.logits[0]),
         "scores": {
-            name: separation(score(logits.double()).numpy(), score(unknown.double()).numpy(), correct)
-            for name, score in SCORES.items()
+            name: separation(known.score(name, weight).numpy(), others.score(name, weight).numpy(), correct)
+            for name in known.names(weight)
         },
     }
-    if spec.rejection is not None and KEY in spec.rejection.thresholds:
-        below = SCORES[spec.rejection.score](unknown) < spec.rejection.thresholds[KEY]
+    if (kept := _kept(spec, unknown)) is not None:
+        below = ~kept
         results["rejected"] = float(below.float().mean())
         results["interval"] = list(share_interval(int(below.sum()), len(below)))
     return results

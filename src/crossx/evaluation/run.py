@@ -28,6 +28,7 @@ from crossx.evaluation.predictions import Predictions, predictions_path, relativ
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, SubjectOptions
 from crossx.evaluation.tables import write_class_table, write_confused_pairs, write_confusion
+from crossx.evaluation.unknowns import ViewScores
 from crossx.methods.base import Method
 from crossx.runs import ModelSpec, write_json
 from crossx.terminal import step
@@ -41,11 +42,18 @@ class Outputs:
         logits: float32 (N, K).
         heads: Head name -> float32 (N, K).
         targets: int64 (N,).
+        similarities: float32 (N,), see ``Network``; None if the network has no class means.
     """
 
     logits: Tensor
     heads: Mapping[str, Tensor]
     targets: Tensor
+    similarities: Tensor | None = None
+
+    @property
+    def scores(self) -> ViewScores:
+        """The outputs that scores of rejection are computed from."""
+        return ViewScores([self.logits], None if self.similarities is None else [self.similarities])
 
 
 def evaluate(
@@ -72,16 +80,19 @@ def evaluate(
     """
     network = TorchNetwork(method, normalize, device, channels_last=channels_last)
     heads: dict[str, list[Tensor]] = {}
-    targets = []
+    targets, cosines = [], []
     for images, labels in track(loader, progress):
-        for name, logits in network.head_logits(images).items():
+        found, similarities = network.heads_and_similarities(images)
+        for name, logits in found.items():
             heads.setdefault(name, []).append(logits.float().cpu())
+        if similarities is not None:
+            cosines.append(similarities.cpu())
         targets.append(labels)
     joined = {name: torch.cat(batches) for name, batches in heads.items()}
     with torch.inference_mode():
         logits = method.combine_heads(joined)
     check_finite(logits)
-    return Outputs(logits, joined, torch.cat(targets))
+    return Outputs(logits, joined, torch.cat(targets), torch.cat(cosines) if cosines else None)
 
 
 def check_finite(logits: Tensor) -> None:
@@ -145,7 +156,7 @@ def test_run(
         **subject.provenance(),
     }
     logits, targets = outputs.logits, outputs.targets
-    if (rejection := describe_rejection(spec, logits, targets)) is not None:
+    if (rejection := describe_rejection(spec, outputs.scores, targets)) is not None:
         results["rejection"] = rejection
     if coverage is not None:
         results["sets"] = describe_sets(spec, logits, targets, coverage, subject.run.path)
@@ -157,7 +168,7 @@ def test_run(
         results["unknown"] = {
             "folder": str(unknown),
             "skipped": len(others.skipped),
-            **describe_unknown(spec, logits, targets, found.logits),
+            **describe_unknown(spec, outputs.scores, targets, found.scores),
         }
     paths = relative_paths(data.index, split, data.config.root)
     predicted = Predictions(

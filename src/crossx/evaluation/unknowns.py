@@ -10,22 +10,31 @@ higher if the image shows one of the classes, so that an image below a threshold
   Need", 2022, https://arxiv.org/abs/2110.06207).
 - ``energy``: log sum exp of the logits, the negative free energy (Liu et al., "Energy-based Out-of-distribution
   Detection", 2020, https://arxiv.org/abs/2010.03759).
+- ``similarity``: the cosine of the features to the nearest class mean, the mean of the features of a class's training
+  images, each of length 1.
+- ``combined``: ``max_logit`` + w ``similarity``. w is the standard deviation of ``max_logit`` over the training images
+  divided by that of ``similarity``, so that both count alike.
 
-benchmarks/unknowns.py compares them with the distance to the nearest training images.
+The last two need class means (``ClassMeans``). All constants come from the training images, so that the promise of
+``keeping_threshold`` holds for each score. benchmarks/unknowns.py compares them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from crossx.errors import UsageError
+
+if TYPE_CHECKING:
+    from crossx.evaluation.network import Network
 
 SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "max_probability": lambda logits: logits.softmax(1).amax(1),
@@ -34,8 +43,17 @@ SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """Name -> score (B,) of logits (B, K)."""
 
+FEATURE_SCORES = ("similarity", "combined")
+"""Scores that need class means."""
+FEATURE_SCORE = "combined"
+"""Score of rejection of a network with class means, unless another is asked for."""
+
 SCORE = "max_logit"
-"""Score of rejection, unless another is asked for; docs/unknowns.md compares them."""
+"""Score of rejection of a network without class means, unless another is asked for; docs/unknowns.md compares them."""
+MIN_DEVIATION = 1e-6
+"""Least standard deviation of the similarity; it is 0 where each class has one image."""
+MAX_FEATURES = 50_000_000
+"""Numbers in the features to keep in memory for the standard deviation; beyond, a part of the images is kept."""
 KEEP = 0.95
 """Share of the images of the classes to keep, unless another is asked for."""
 
@@ -106,6 +124,103 @@ def separation(
     }
 
 
-def mean_score(name: str, views: list[Tensor]) -> Tensor:
-    """Return the score of images, (B,), averaged over the logits (B, K) of their views."""
-    return torch.stack([SCORES[name](logits) for logits in views]).mean(0)
+class ViewScores(NamedTuple):
+    """What scores are computed from, of each view of images.
+
+    Attributes:
+        logits: (B, K) of each view.
+        similarities: (B,) of each view; None if the network has no class means.
+    """
+
+    logits: Sequence[Tensor]
+    similarities: Sequence[Tensor] | None = None
+
+    @classmethod
+    def compute(cls, network: Network, views: Iterable[Tensor], *, similarities: bool) -> ViewScores:
+        """Run a network over views, uint8 (B, 3, S, S) each; ``similarities`` only if it has them."""
+        if not similarities:
+            return cls([network.logits(view) for view in views])
+        pairs = [network.logits_and_similarities(view) for view in views]
+        return cls([logits for logits, _ in pairs], [cosines for _, cosines in pairs])
+
+    def names(self, weight: float | None) -> tuple[str, ...]:
+        """Return the names of the scores that can be computed."""
+        if self.similarities is None:
+            return tuple(SCORES)
+        return (*SCORES, *(name for name in FEATURE_SCORES if name != "combined" or weight is not None))
+
+    def double(self) -> ViewScores:
+        """Return the same in float64."""
+        cosines = self.similarities
+        return ViewScores(
+            [logits.double() for logits in self.logits],
+            None if cosines is None else [similarity.double() for similarity in cosines],
+        )
+
+    def score(self, name: str, weight: float | None = None) -> Tensor:
+        """Return a score of each image, (B,), averaged over its views.
+
+        Args:
+            name: One of ``SCORES``, or of ``FEATURE_SCORES`` if there are similarities.
+            weight: w of ``combined``.
+        """
+        if name in SCORES:
+            return torch.stack([SCORES[name](logits) for logits in self.logits]).mean(0)
+        assert self.similarities is not None
+        similarity = torch.stack(list(self.similarities)).mean(0)
+        if name == "similarity":
+            return similarity
+        assert weight is not None
+        return self.score("max_logit") + weight * similarity
+
+
+def similarity(features: Tensor, class_means: Tensor) -> Tensor:
+    """Return the cosine of features (B, D) to the nearest of class means (K, D) of length 1, float32 (B,)."""
+    return (normalize(features.float()) @ class_means.float().T).amax(1)  # (B, D) @ (D, K) -> (B, K) -> (B,)
+
+
+class ClassMeans(NamedTuple):
+    """Means of the features of each class's training images.
+
+    Attributes:
+        means: float32 (K, D), of length 1; zeros for a class without images.
+        weight: w of the score ``combined``, at least 0.
+    """
+
+    means: Tensor
+    weight: float
+
+
+class ClassMeansSum:
+    """Add up features, batch by batch, for their class means.
+
+    Args:
+        num_classes: K.
+        images: Number of images that will be added.
+    """
+
+    def __init__(self, num_classes: int, images: int) -> None:
+        self._classes, self._images, self._added = num_classes, images, 0
+        self._sums: Tensor | None = None
+        # unit features and largest logits of all images, or of a part, evenly spread
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, features: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits (B, K), features (B, D), targets (B,), on the CPU."""
+        unit, width = normalize(features.double()), features.shape[1]
+        if self._sums is None:
+            self._sums = torch.zeros(self._classes, width, dtype=torch.double)
+        self._sums.index_add_(0, targets, unit)
+        stride = -(-self._images * width // MAX_FEATURES)
+        mask = torch.arange(self._added, self._added + len(unit)) % stride == 0
+        self._kept.append((unit[mask].float(), logits[mask].double().amax(1)))
+        self._added += len(unit)
+
+    def finish(self) -> ClassMeans:
+        """Return the means of what was added, at least one batch."""
+        assert self._sums is not None
+        means = normalize(self._sums).float()
+        cosines = torch.cat([similarity(unit, means) for unit, _ in self._kept])
+        logits = torch.cat([largest for _, largest in self._kept])
+        weight = float(logits.std(correction=0)) / max(float(cosines.std(correction=0)), MIN_DEVIATION)
+        return ClassMeans(means, weight)

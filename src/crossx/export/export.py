@@ -47,13 +47,12 @@ from crossx.methods.weights import load_method
 from crossx.predict.exported import (
     EXTRA_FILE,
     KEY,
-    OUTPUTS,
     SUFFIXES,
     ExportedModel,
     describe_export,
     without_telemetry,
 )
-from crossx.predict.inference import Inference
+from crossx.predict.inference import OUTPUTS, Inference
 from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run, storage_error
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class Format:
         control_needs: Further packages required to keep the accuracy.
     """
 
-    build: Callable[[nn.Module, Tensor], Any]
+    build: Callable[[Inference, Tensor], Any]
     save: Callable[[Any, str, str, Path], None]
     needs: tuple[str, ...] = ()
     quantize: Callable[[Any, Sequence[Tensor], Control | None], Quantized] | None = None
@@ -196,12 +195,13 @@ def export_run(
             read(), calibration_images or CALIBRATION_IMAGES, accuracy_images, controlled=max_drop is not None
         )
 
-    graph = _build_graph(name, Inference(copy.deepcopy(method), spec), spec, precision)
+    network = Inference(copy.deepcopy(method), spec)
+    graph = _build_graph(name, network, spec, precision)
     if chosen is not None:
         quantized = _quantize(kind, graph, chosen, spec, max_drop)
         graph = quantized.graph
     reference = TorchNetwork(method, Normalize(spec.preprocessing), "cpu")
-    description = describe_export(spec, name, precision, _opset(graph))
+    description = describe_export(spec, name, precision, _opset(graph), network.outputs)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         file = Path(folder) / output.name
         _save(kind, graph, description, precision, file, output)
@@ -347,14 +347,18 @@ def _save_onnx(graph: onnx.ModelProto, description: str, precision: str, file: P
     onnx.save(graph, file)
 
 
-def _build_openvino(network: nn.Module, images: Tensor) -> Any:
+def _build_onnx(network: Inference, images: Tensor) -> onnx.ModelProto:
+    return export_onnx(network, images, network.outputs)
+
+
+def _build_openvino(network: Inference, images: Tensor) -> Any:
     without_telemetry()
     import onnx
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        onnx.save(export_onnx(network, images), path)
+        onnx.save(_build_onnx(network, images), path)
         return openvino.convert_model(path)
 
 
@@ -390,7 +394,7 @@ def _save_safetensors(graph: Inference, description: str, precision: str, file: 
 
 _ONNX = ("onnx", "onnxscript")
 _FORMATS = {
-    "onnx": Format(export_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx, control_needs=("nncf",)),
+    "onnx": Format(_build_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx, control_needs=("nncf",)),
     "openvino": Format(_build_openvino, _save_openvino, (*_ONNX, "openvino"), quantize_openvino, ("nncf",)),
     "torch-export": Format(_build_torch_export, _save_torch_export),
     "safetensors": Format(_keep_network, _save_safetensors),

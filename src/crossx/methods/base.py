@@ -9,12 +9,16 @@ from functools import reduce
 from operator import add
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone
 from crossx.errors import UsageError, first_line
 from crossx.layers import PartLinear, shrink
 from crossx.losses import ClassificationLoss
+
+CLASS_MEANS = "class_means"
+"""Name of the buffer of ``Method.class_means``."""
 
 
 class Objective(NamedTuple):
@@ -106,6 +110,10 @@ class Method(nn.Module, ABC):
     """Side of the global view in pixels, for which the backbone is built; None if that is the image itself. Set by
     ``create_method`` if the method has an option of this name, which says that it makes crops of larger images."""
 
+    class_means: Tensor | None
+    """Mean feature of each class's training images, (K, D), of length 1 (``crossx.evaluation.unknowns``); None if
+    they were not computed. A buffer, so that it is stored with the weights."""
+
     taken: frozenset[str] | None = None
     """Names of the parameters taken from another network (``crossx.methods.start``); None without one."""
 
@@ -115,6 +123,7 @@ class Method(nn.Module, ABC):
             raise UsageError(f"num_classes must be at least 1, not {num_classes}.")
         self.backbone = backbone
         self.num_classes = num_classes
+        self.register_buffer(CLASS_MEANS, None)
         self.criterion = ClassificationLoss()
         """The classification loss; training replaces it to add label smoothing or class weights."""
 
@@ -203,6 +212,41 @@ class Method(nn.Module, ABC):
         widths = [head.weight.shape[-1] for head in heads.values()]
         return dict(zip(heads, self.embeddings(images).split(widths, 1), strict=True))
 
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of the linear heads, and the features that class means are taken of, in one pass.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            Name -> (B, K) of ``linear_heads``, of which there is at least one; and (B, D), the input of the head
+            ``last``, else that of ``joined``, else those of all heads, concatenated.
+        """
+        inputs, heads = self.head_features(images), {}
+        for name, layer in self.linear_heads().items():
+            logits = layer(inputs[name].to(layer.weight.dtype))
+            heads[name] = logits.mean(1) if logits.ndim == 3 else logits  # (B, n, K) -> (B, K)
+        # (B, ..., D_h) -> (B, D)
+        return heads, torch.cat([inputs[name].flatten(1) for name in self._heads_of_class_means()], 1)
+
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction, (B, K), with the features of ``heads_and_features``.
+
+        Override this if other heads than ``linear_heads`` predict, too; otherwise the method has no class means.
+        """
+        heads, features = self.heads_and_features(images)
+        return self.combine_heads(heads), features
+
+    @property
+    def width_of_class_means(self) -> int:
+        """D of the features that class means are taken of; heads that see several vectors need one named ``joined``."""
+        heads = self.linear_heads()
+        return sum(heads[name].weight.shape[-1] for name in self._heads_of_class_means())
+
+    def _heads_of_class_means(self) -> list[str]:
+        heads = self.linear_heads()
+        return next(([name] for name in ("last", "joined") if name in heads), [*heads])
+
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the terms of the objective that depend on the images only through the logits of the heads.
 
@@ -290,6 +334,18 @@ class Method(nn.Module, ABC):
         By default do nothing. Called before ``state`` is compared with the method's own state dict; it may be of
         unknown origin.
         """
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.expect_class_means(state_dict.get(f"{prefix}{CLASS_MEANS}"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def expect_class_means(self, means: Tensor | None) -> None:
+        """Make room for class means of a file, or for none; another shape than (K, D) is left for the comparison."""
+        if means is None or not self.linear_heads():
+            self.class_means = None
+            return
+        device = next(self.parameters()).device
+        self.class_means = torch.zeros(self.num_classes, self.width_of_class_means, device=device)
 
     def check_image_size(self, size: int) -> None:
         """Check that the method accepts images of ``size`` x ``size`` pixels.

@@ -428,19 +428,25 @@ class SeparateCrossX(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, 3, H, W)."""
+        return self.logits_and_features(images)[0]
+
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, K) and the features of the head ``last``, see ``Method``."""
         stages: Mapping[str, Sequence[Tensor]] = self.backbone(images)
-        logits: Tensor = self._logits("last", stages["last"], "avg")
+        features = _pool(stages["last"], "avg")
+        logits: Tensor = self.heads["last"](features)
         if "previous" in self.heads:
-            logits = logits + self._logits("previous", stages["previous"], self.previous_pooling)
+            logits = logits + self.heads["previous"](_pool(stages["previous"], self.previous_pooling))
         if self.merge is not None:
             logits = logits + self.merge(stages["previous"], stages["last"])
-        return logits.flatten(1)  # (B, K, 1, 1) -> (B, K)
+        return logits.flatten(1), features.flatten(1)  # (B, K, 1, 1) -> (B, K), (B, P*C, 1, 1) -> (B, P*C)
 
-    def _logits(self, name: str, maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
-        pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
-        # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1) -> (B, K, 1, 1)
-        logits: Tensor = self.heads[name](torch.cat([pool(part, 1) for part in maps], 1))
-        return logits
+
+def _pool(maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
+    pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
+    return torch.cat(
+        [pool(part, 1) for part in maps], 1
+    )  # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1)
 
 
 def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:

@@ -139,6 +139,12 @@ class DFL(Method):
         """Return the classifiers of the ``whole`` image and of the filters' responses, ``part``."""
         return dict(self.heads.items())  # type: ignore[arg-type]
 
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction, with that of the side branch, and the inputs of the heads; see ``Method``."""
+        pooled, whole = self._features(images)
+        logits = self.combine_heads(self._predicting(self._branch_logits(pooled, whole)))
+        return logits, torch.cat([whole, pooled.flatten(1)], 1)  # (B, C) and (B, K, k) -> (B, C + K*k)
+
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropies of both classifiers, ``data_whole`` and ``data_part``."""
         return {f"data_{name}": self.criterion(heads[name], targets) for name in self.heads}

@@ -321,6 +321,11 @@ class DTRAM(Method):
         """Return what the first step sees of the image, (B, C); see ``Method``."""
         return {"step_1": self._look(images, 1).features[0]}
 
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction of all steps, and what the first one sees; see ``Method``."""
+        look = self._look(images, self.num_steps)
+        return join(look.answers, self._predicted(look.answers)), look.features[0]
+
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy of the first step, ``data_1``."""
         return {"data_1": self.criterion(heads["step_1"], targets)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossx.backbones import read_state_dict
 from crossx.errors import CrossXError, UsageError, first_line
-from crossx.methods.base import Method
+from crossx.methods.base import CLASS_MEANS, Method
 from crossx.methods.registry import (
     ELSEWHERE,
     check_options,
@@ -196,6 +196,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(method: Method, state: Mapping[str, Tensor], path: Path) -> None:
+    method.expect_class_means(state.get(CLASS_MEANS))
     try:
         method.adapt_to(state)
     except CrossXError as error:

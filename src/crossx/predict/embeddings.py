@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from crossx.errors import CrossXError
+from crossx.methods.base import CLASS_MEANS
 from crossx.runs import atomic_path
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def network_digest(predictor: Predictor) -> str:
     settings = [*sorted(asdict(predictor.spec.preprocessing).items()), predictor.views]
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(predictor.method.state_dict().items()):
+        if name == CLASS_MEANS:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

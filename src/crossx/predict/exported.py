@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,14 +17,14 @@ from crossx.errors import CrossXError, UsageError, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
-from crossx.predict.inference import Inference
+from crossx.predict.inference import OUTPUTS, SIMILARITIES, Inference
 from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Compute: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images, uint8 (B, 3, S, S), to logits and probabilities, float32 (B, K) each."""
+Compute: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
+"""Images, uint8 (B, 3, S, S), to the outputs of ``Inference``."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
 """Format -> suffix of its files."""
@@ -34,7 +34,12 @@ KEY = "crossx"
 EXTRA_FILE = f"{KEY}.json"
 """The same for files of torch.export."""
 
-OUTPUTS = ("logits", "probabilities")
+
+_OUTPUTS = {
+    "logits": "float32 (batch, classes)",
+    "probabilities": "softmax(logits / temperature)",
+    SIMILARITIES: "float32 (batch,), cosine of the features to the nearest class mean",
+}
 
 
 def without_telemetry() -> None:
@@ -46,7 +51,9 @@ def without_telemetry() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | None) -> dict[str, Any]:
+def describe_export(
+    spec: ModelSpec, format_: str, precision: str, opset: int | None, outputs: Sequence[str] = OUTPUTS
+) -> dict[str, Any]:
     """Return the JSON description of an exported file.
 
     It contains ``model.json`` and the preprocessing of images, for users without crossx.
@@ -56,6 +63,7 @@ def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | 
         format_: One of ``SUFFIXES``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         opset: Version of ONNX's operators; None for other formats.
+        outputs: See ``Inference.outputs``.
     """
     prep = spec.preprocessing
     side = resized_side(prep)
@@ -78,10 +86,7 @@ def describe_export(spec: ModelSpec, format_: str, precision: str, opset: int | 
             "antialias": True,
             "crop": "center",
         },
-        "outputs": {
-            "logits": "float32 (batch, classes)",
-            "probabilities": "softmax(logits / temperature)",
-        },
+        "outputs": {name: _OUTPUTS[name] for name in outputs},
     }
 
 
@@ -166,24 +171,36 @@ class ExportedModel:
         """Return logits, float32 (B, K), of uint8 RGB images (B, 3, S, S), decoded, resized and cropped."""
         return self._answer(images)[0]
 
+    @property
+    def has_similarities(self) -> bool:
+        """See ``Network``."""
+        outputs = self.description.get("outputs")
+        return isinstance(outputs, Mapping) and SIMILARITIES in outputs
+
+    def logits_and_similarities(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and similarities, see ``Network``."""
+        logits, _, similarities = self._answer(images)
+        return logits, similarities
+
     def classify(self, images: Tensor) -> Tensor:
         """Return probabilities, float32 (B, K); arguments as in ``logits``."""
         return self._answer(images)[1]
 
-    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, images: Tensor) -> Sequence[Tensor]:
         try:
-            logits, probabilities = self._compute(images)
+            answers = self._compute(images)
         except Exception as error:  # each runtime has its own errors for a wrong input
             raise CrossXError(
                 f"{self.source}: cannot classify images of the size in its description ({first_line(error)})."
             ) from error
-        expected = (len(images), len(self.classes))
-        if logits.shape != expected or probabilities.shape != expected:
+        expected = [(len(images), len(self.classes))] * 2 + [(len(images),)] * self.has_similarities
+        shapes = [tuple(answer.shape) for answer in answers]
+        if shapes != expected:
             raise CrossXError(
-                f"{self.source}: returns {tuple(logits.shape)}, but describes {len(self.classes)} classes: "
-                "the file is damaged."
+                f"{self.source}: returns {shapes[0] if shapes else 'nothing'}, but describes {len(self.classes)} "
+                "classes: the file is damaged."
             )
-        return logits, probabilities
+        return answers
 
     @property
     def method(self) -> Method:
@@ -244,9 +261,13 @@ def _read_onnx(file: Path) -> tuple[str, Compute]:
     session = open_session(file)
     text = session.get_modelmeta().custom_metadata_map.get(KEY)
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, probabilities = session.run(list(OUTPUTS), {"images": images.contiguous().numpy()})
-        return torch.from_numpy(logits), torch.from_numpy(probabilities)
+    present = {output.name for output in session.get_outputs()}
+    names = [name for name in _OUTPUTS if name in present or name in OUTPUTS]
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        return [
+            torch.from_numpy(answer) for answer in session.run(names, {"images": images.contiguous().numpy()})
+        ]
 
     return _required(text, file), run
 
@@ -268,12 +289,13 @@ def _read_openvino(file: Path) -> tuple[str, Compute]:
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = core.compile_model(model, "CPU", settings)
+    present = {name for output in compiled.outputs for name in output.names}
+    names = [name for name in _OUTPUTS if name in present or name in OUTPUTS]
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+    def run(images: Tensor) -> Sequence[Tensor]:
         answers = compiled(images.contiguous().numpy())
         # the runtime reuses this memory for its next result
-        logits, probabilities = (torch.from_numpy(answers[name].copy()) for name in OUTPUTS)
-        return logits, probabilities
+        return [torch.from_numpy(answers[name].copy()) for name in names]
 
     return _required(text, file), run
 

@@ -19,7 +19,7 @@ from crossx.errors import CrossXError, UsageError, check_choice
 from crossx.evaluation.conformal import least_probability, weakness
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork
-from crossx.evaluation.unknowns import mean_score
+from crossx.evaluation.unknowns import FEATURE_SCORES, ViewScores
 from crossx.evaluation.views import Views, mean_probabilities
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
@@ -114,7 +114,12 @@ class Predictor:
         accept = options.get("accept", "known")
         check_choice("accept", accept, get_args(Accept))
         self.rejection: tuple[str, float] | None = None
-        if spec.rejection and accept == "known":
+        if spec.rejection and accept == "known" and self._lacks(spec.rejection.score):
+            log.warning(
+                "no image is rejected: the score %s needs class means, which `crossx fit` keeps only with the selected "
+                "weights of a run.", spec.rejection.score,
+            )  # fmt: skip
+        elif spec.rejection and accept == "known":
             threshold = spec.rejection.thresholds.get(self._views.key)
             if threshold is None:
                 raise UsageError(
@@ -501,15 +506,22 @@ class Predictor:
         side = self.spec.preprocessing.image_size
         return self.network.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
 
+    def _lacks(self, score: str) -> bool:
+        return score in FEATURE_SCORES and not self.network.has_similarities
+
     @torch.inference_mode()
     def _decide(self, images: Sequence[Tensor] | Tensor) -> _Decided:
         """Return calibrated probabilities, scores and rejections, on ``device``, of prepared images."""
-        views = [_require_finite(self.network.logits(view)) for view in self._views.split(images)]
-        probabilities = mean_probabilities(views, self.spec.temperature)
+        needed = self.rejection is not None and self.rejection[0] in FEATURE_SCORES
+        views = ViewScores.compute(self.network, self._views.split(images), similarities=needed)
+        probabilities = mean_probabilities(
+            [_require_finite(one) for one in views.logits], self.spec.temperature
+        )
         if self.rejection is None:
             return _Decided(probabilities, None, torch.zeros(len(probabilities), dtype=torch.bool))
+        assert self.spec.rejection is not None
         score, threshold = self.rejection
-        scores = mean_score(score, views)
+        scores = _require_finite(views.score(score, self.spec.rejection.weight))
         return _Decided(probabilities, scores, scores < threshold)
 
     def _try_prepare(self, item: OneImage) -> Tensor | str:

@@ -50,12 +50,14 @@ class Rejection:
         keep: Share of the images of the classes that the thresholds were set to keep.
         images: Number of images that they were set on.
         thresholds: Key of ``views.views_key`` -> the least score of an image that is kept.
+        weight: That of the similarity to class means in the score ``combined``; None for a network without them.
     """
 
     score: str
     keep: float
     images: int
     thresholds: Mapping[str, float]
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class ModelSpec:
         for name in ("rejection", "sets"):
             if values[name] is None:
                 del values[name]
+        if self.rejection and self.rejection.weight is None:
+            del values["rejection"]["weight"]
         # an earlier version, which ignores it, would give a class where this one gives none
         return {"schema": 2 if self.rejection else 1, **values}
 

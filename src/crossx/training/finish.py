@@ -7,8 +7,10 @@ from typing import Any
 
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, counted
-from crossx.evaluation.calibration import calibrate_outputs, evaluate_views
+from crossx.evaluation.calibration import calibrate_outputs, compute_class_means, evaluate_views
+from crossx.evaluation.conformal import weakness
 from crossx.evaluation.run import evaluate
+from crossx.evaluation.unknowns import FEATURE_SCORE, KEEP, SCORE, images_to_keep
 from crossx.methods.weights import load_weights, save_weights
 from crossx.runs import resume_command
 from crossx.training.checkpoints import is_intact, read_checkpoint
@@ -35,8 +37,9 @@ def finish(loop: Loop, info: dict[str, Any]) -> None:
             f"{selected}: damaged. `{resume_command(loop.run_folder)}` takes another copy, if there is one."
         )
     load_weights(loop.method, selected)
+    weight = _add_class_means(loop)
     save_weights(loop.method, loop.run_folder.weights)
-    info["calibration"] = _calibrate(loop)
+    info["calibration"] = _calibrate(loop, weight)
 
 
 def _warn_if_average_lags(loop: Loop) -> None:
@@ -64,7 +67,25 @@ def _warn_if_average_lags(loop: Loop) -> None:
         )  # fmt: skip
 
 
-def _calibrate(loop: Loop) -> dict[str, Any] | None:
+def _add_class_means(loop: Loop) -> float | None:
+    """Give the model class means if images are to be rejected by them; return their weight."""
+    data = loop.data
+    if not data.holds_out or len(data.index.split("val")) < images_to_keep(KEEP):
+        return None
+    found = compute_class_means(
+        loop.method, data, loop.device, progress="Computing class means" if _shows_progress(loop) else ""
+    )
+    if found is None:
+        return None
+    loop.method.class_means = found.means.to(loop.device)
+    return found.weight
+
+
+def _shows_progress(loop: Loop) -> bool:
+    return loop.config.trainer.enable_progress_bar
+
+
+def _calibrate(loop: Loop, weight: float | None) -> dict[str, Any] | None:
     """Calibrate the model on the validation images; None if there are none."""
     data = loop.data
     if not data.holds_out:
@@ -78,13 +99,24 @@ def _calibrate(loop: Loop) -> dict[str, Any] | None:
         data,
         "val",
         loop.device,
-        progress="Calibrating" if loop.config.trainer.enable_progress_bar else "",
+        progress="Calibrating" if _shows_progress(loop) else "",
     )
-    found = calibrate_outputs(outputs, dataset=data.index.name, data_root=data.config.root, split="val")
+    found = calibrate_outputs(
+        outputs,
+        score=SCORE if weight is None else FEATURE_SCORE,
+        weight=weight,
+        dataset=data.index.name,
+        data_root=data.config.root,
+        split="val",
+    )
+    if kept := found.described["temperature_kept"]:
+        log.warning("the probabilities are not calibrated (temperature 1): %s.", kept)
     if found.rejection is None:
         log.warning(
-            "%s: too few for a threshold, so images of unknown classes are not rejected.",
-            counted(len(outputs.targets), "validation image"),
-        )
+            "%s: too few for a threshold, which needs %d, so images of unknown classes are not rejected.",
+            counted(len(outputs.targets), "validation image"), images_to_keep(KEEP),
+        )  # fmt: skip
+    elif warning := weakness(found.rejection.images, KEEP, "rejection was", "keep"):
+        log.warning("%s.", warning)
     found.write(loop.run_folder)
     return found.described
