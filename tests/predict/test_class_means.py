@@ -214,8 +214,8 @@ def test_a_rejection_that_cannot_be_is_refused(run: Run, tmp_path: Path, change:
 
 
 def test_a_method_without_linear_heads_has_no_class_means(run: Run, tmp_path: Path) -> None:
-    other = Run(write_run(tmp_path / "run", run.read_spec().classes, method="dfl"))
+    other = Run(write_run(tmp_path / "run", run.read_spec().classes, method="pdisconet"))
     shutil.copy(run.info, other.info)
-    with pytest.raises(UsageError, match="'dfl' has no linear heads that its prediction is made of"):
+    with pytest.raises(UsageError, match="'pdisconet' has no linear heads that its prediction is made of"):
         calibrate_run(other.path, device="cpu", score="combined", keep=0.7)
     assert "rejection" not in read_json(other.spec)
