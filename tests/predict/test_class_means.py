@@ -55,7 +55,7 @@ def test_class_means_are_those_of_the_training_images(run: Run) -> None:
     torch.testing.assert_close(method.class_means, normalize(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"flip": True}, {"crops": 5, "flip": True}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"crops": 5, "flip": True}, marks=pytest.mark.slow)])
 def test_scores_are_those_of_the_formula_and_thresholds_keep_their_share(run: Run, options: dict) -> None:
     predictor = Predictor.load(run.path, "cpu", **options)
     method, rejection = predictor.method, predictor.spec.rejection
@@ -102,6 +102,7 @@ def test_exported_files_reject_the_same_images(run: Run, tmp_path: Path, suffix:
     assert all(one.label and one.score is None for one in everything)
 
 
+@pytest.mark.slow
 def test_a_file_without_the_third_output_is_as_before(run: Run, tmp_path: Path) -> None:
     other = Run(shutil.copytree(run.path, tmp_path / "run"))
     calibrate_run(other.path, device="cpu", score="max_logit", keep=0.7)
@@ -118,6 +119,7 @@ def test_shared_models_have_class_means(run: Run, tmp_path: Path) -> None:
     assert Predictor.load(tmp_path / "shared", "cpu").predict(photos(run)) == expected
 
 
+@pytest.mark.slow
 def test_calibrating_again_computes_no_class_means_and_keeps_the_results(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,19 +132,28 @@ def test_calibrating_again_computes_no_class_means_and_keeps_the_results(
     assert other.read_spec().rejection.score == "energy"
 
 
-def test_a_run_without_class_means_is_as_before_until_they_are_asked_for(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = Run(write_run(tmp_path / "run", run.read_spec().classes))
+def without_class_means(run: Run, folder: Path) -> Run:
+    other = Run(write_run(folder, run.read_spec().classes))
     shutil.copy(run.info, other.info)
+    return other
+
+
+def test_a_run_without_class_means_is_as_before(run: Run, tmp_path: Path) -> None:
+    other = without_class_means(run, tmp_path / "run")
     weights = other.weights.read_bytes()
     found = calibrate_run(other.path, device="cpu", keep=0.7)
     assert (found.rejection.score, found.rejection.weight) == ("max_logit", None)
     assert "weight" not in read_json(other.spec)["rejection"]
     assert other.weights.read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_a_run_gets_class_means_when_a_score_needs_them(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = without_class_means(run, tmp_path / "run")
     tested = test_run(other.path, device="cpu")
     assert "class_means" not in load_file(other.weights)
-
     assert (
         main(["calibrate", str(other.path), "--score", "combined", "--keep", "0.7", "--device", "cpu"]) == 0
     )
@@ -154,6 +165,7 @@ def test_a_run_without_class_means_is_as_before_until_they_are_asked_for(
         torch.testing.assert_close(load_file(other.weights)[name], value)
 
 
+@pytest.mark.slow
 def test_the_test_measures_the_scores_of_features(run: Run, tmp_path: Path) -> None:
     others = write_folder(tmp_path / "others", classes=1, images_per_class=5)
     results = test_run(run.path, device="cpu", unknown=others)
@@ -167,6 +179,7 @@ def test_the_test_measures_the_scores_of_features(run: Run, tmp_path: Path) -> N
     assert results["unknown"]["rejected"] == pytest.approx(np.mean(rejected))
 
 
+@pytest.mark.slow
 def test_weights_without_class_means_reject_nothing_and_say_so(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

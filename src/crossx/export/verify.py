@@ -19,6 +19,7 @@ from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network
 from crossx.evaluation.progress import track
+from crossx.evaluation.unknowns import ViewScores
 from crossx.predict.prefetch import prefetch_batches
 from crossx.runs import Preprocessing
 
@@ -38,7 +39,7 @@ class Comparison:
     Attributes:
         images: Number of images.
         source: Their source.
-        difference: Largest difference of the logits, relative to the largest logit.
+        difference: Largest difference of the logits, relative to the largest logit, or of the similarities.
         same_class: Images with the same predicted class.
     """
 
@@ -125,11 +126,20 @@ def _random_pixels(size: int) -> Tensor:
 
 
 def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
-    """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others."""
+    """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
+
+    Similarities are compared as well if the file has them; their largest possible value is 1.
+    """
     batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
-    found = torch.cat([model.logits(batch) for batch in batches])
-    expected = torch.cat([reference.logits(batch) for batch in images.split(BATCH)])
+    views, others = (
+        ViewScores.compute(network, parts, similarities=model.has_similarities)
+        for network, parts in ((model, batches), (reference, images.split(BATCH)))
+    )
+    found, expected = torch.cat([*views.logits]), torch.cat([*others.logits])
     difference = (found - expected).abs().max() / expected.abs().max()
+    if views.similarities is not None and others.similarities is not None:
+        cosines = torch.cat([*views.similarities]) - torch.cat([*others.similarities])
+        difference = torch.maximum(difference, cosines.abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     return Comparison(len(images), source, float(difference), same)
 
