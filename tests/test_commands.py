@@ -47,7 +47,8 @@ def test_simple_words_stay_as_they_are_and_a_path_is_no_option():
 
 @pytest.mark.parametrize("width", [20, 30, 80, 200])
 def test_a_folded_command_is_the_same_command(width: int):
-    words = ["predict", "it's my own folder of runs/a", "photos and  # so on", "--top", "3"]
+    folders = ["it's my own folder of runs/a", "photos and  # so on", "it's a\ttab and  # more"]
+    words = ["predict", *folders, "--top", "3"]
     assert shell_words(fold_command(command(*words), width)) == words
 
 
