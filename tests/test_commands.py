@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crossx.cli.main import main
-from crossx.commands import command, quoted
+from crossx.commands import command, path_word, quoted
 from crossx.evaluation.predictions import Predictions
 from crossx.runs import Run, find_run, open_run, resume_command
 from crossx.terminal import fold_command
@@ -42,12 +42,14 @@ def test_a_shell_reads_the_words_that_were_given():
 def test_simple_words_stay_as_they_are_and_a_path_is_no_option():
     assert command("test", Path("runs/a-b_c.d"), "--split", "val") == "crossx test runs/a-b_c.d --split val"
     assert command("test", Path("-x")) == "crossx test ./-x"
+    assert [path_word(Path(name)) for name in ("-x/a", "x/-a", "/-x")] == ["./-x/a", "x/-a", "/-x"]
     assert resume_command(Run(Path("my runs")), restart=True) == "crossx fit --resume 'my runs' --restart"
 
 
 @pytest.mark.parametrize("width", [20, 30, 80, 200])
 def test_a_folded_command_is_the_same_command(width: int):
-    words = ["predict", "it's my own folder of runs/a", "photos and  # so on", "--top", "3"]
+    folders = ["it's my own folder of runs/a", "photos and  # so on", "it's a\ttab and  # more"]
+    words = ["predict", *folders, "--top", "3"]
     assert shell_words(fold_command(command(*words), width)) == words
 
 

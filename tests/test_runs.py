@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -164,6 +165,23 @@ def test_a_slip_in_the_path_of_a_run(
         assert nearest_run(tmp_path / slip).endswith(f"{near}'?") or "/" not in slip
         monkeypatch.setattr("crossx.runs.folder.download_model", refuse_download)
         assert refusal(open_run, slip).endswith(f". Did you mean {near!r}?")
+
+
+def test_a_folder_that_may_not_be_read_is_no_run_that_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("runs/locked", "runs/lock", "locks"):
+        make_run(tmp_path / folder)
+    read = os.stat
+
+    def deny(path: str | Path, **options: Any) -> os.stat_result:
+        if {"locked", "locks"} & set(Path(path).parts[:-1]):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path, **options)
+
+    monkeypatch.setattr(os, "stat", deny)
+    assert refusal(open_run, tmp_path / "runs/lockd").endswith("runs/lock'?")
+    assert refusal(open_run, tmp_path / "lock").endswith(": no such run folder or checkpoint file.")
 
 
 def refuse_download(model: HubModel) -> Path:

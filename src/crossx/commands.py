@@ -19,15 +19,19 @@ def command(*words: str | Path) -> str:
 def quoted(word: str | Path) -> str:
     """Quote a word for the shell if it needs it.
 
-    A path that begins with a hyphen gets ``./``, so that it is no option. Control characters and bytes that are not
+    Paths are written as by ``path_word``. Control characters and bytes that are not
     valid UTF-8 are escaped (``$'...'``, of bash and zsh), so that the word fits on one line.
     """
-    text = os.fspath(word)
-    if isinstance(word, Path) and text.startswith("-"):
-        text = f"./{text}"
+    text = path_word(word) if isinstance(word, Path) else word
     if text.isprintable():
         return shlex.quote(text)
     return "$'" + "".join(map(_escaped, text)) + "'"
+
+
+def path_word(path: Path) -> str:
+    """Return a path as an argument; one that begins with a hyphen gets ``./``, so that it is no option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def _escaped(character: str) -> str:

@@ -18,7 +18,7 @@ SILENT = "CROSSX_PROGRESS"
 """Environment variable that is 0 for no progress bars and steps."""
 
 _ERASE_LINE = "\r\x1b[2K"
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_QUOTED = re.compile(r"\$'(?:\\.|[^\\'])*'|'[^']*'|\"[^\"]*\"")
 _SPACE = "\0"
 
 

@@ -110,7 +110,7 @@ def test_the_reason_for_temperature_1_names_the_best_one():
     assert choose_temperature(*sample(3, 4.0, 100)) == (fit_temperature(*sample(3, 4.0, 100)), None)
     assert choose_temperature(torch.tensor([[2.0, 1.0]]), torch.tensor([0])) == (
         1,
-        "no other is best on 1 image",
+        "no temperature can be fitted on 1 image",
     )
 
 

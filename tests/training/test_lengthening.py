@@ -7,20 +7,13 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import assert_same_run, crash, history, interrupt
+from test_resume import RANDOM, assert_same_run, crash, history, interrupt
 
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.run import test_run as evaluate_run
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import Stopped, fit, resume
-
-RANDOM = {
-    "model": {"backbone_args": {"drop_path_rate": 0.3}},
-    "data": {"augmentation": "trivial", "random_erasing": 0.5},
-    "optim": {"mixup": 0.4, "cutmix": 1.0, "momentum": 0.9, "schedule": "cosine", "warmup_epochs": 1},
-}
-"""Everything that draws random numbers in training."""
 
 
 @pytest.mark.parametrize(

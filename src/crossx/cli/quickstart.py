@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossx.cli.parser import Folder, Natural
-from crossx.commands import command
+from crossx.commands import command, path_word
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, free_folder, storage_error
 from crossx.terminal import fold_command, page_width, step
@@ -65,7 +65,7 @@ def quickstart(*, output: Folder | None = None, seed: Natural = 0) -> None:
     picture = folder / "predictions.png"
     draw_predictions(trained["crossx"].folder, picture)
     draw_excitations(trained["crossx"].folder, folder / EXCITATIONS)
-    _show(["test", str(trained["crossx"].folder), "--parts"])
+    _show(["test", path_word(trained["crossx"].folder), "--parts"])
     with step("Measuring the parts"):
         sentence = measure_run(trained["crossx"].folder)["verdict"]
     against, _ = compare(trained["crossx"].folder, trained["plain"].folder, "test")
@@ -78,8 +78,8 @@ def train_and_test(method: str, output: Path, seed: int = 0) -> Trained:
     from crossx.evaluation.run import test_run
 
     folder = output / method
-    arguments = ["--config", RECIPE, "--model.method", method, "--data.root", str(output / "images")]
-    arguments += ["--seed", str(seed), "--output", str(folder)]
+    arguments = ["--config", RECIPE, "--model.method", method, "--data.root", path_word(output / "images")]
+    arguments += ["--seed", str(seed), "--output", path_word(folder)]
     _show(["fit", *arguments])
     fit(arguments)
     return Trained(folder, test_run(folder))

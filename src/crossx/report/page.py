@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -100,7 +101,7 @@ def page_environment(*packages: str) -> Environment:
     environment.filters |= {
         "percent": lambda share, digits=1: f"{share:.{digits}%}",
         "breakable": _breakable,
-        "quoted": quoted,
+        "quoted": lambda path: quoted(Path(path)),
     }
     return environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -38,12 +39,13 @@ def nearest_run(given: Path) -> str:
 def _may_be_meant(path: Path, given: Path) -> bool:
     if given.suffix == ".ckpt":
         return path.suffix == ".ckpt"
-    return any((path / name).is_file() for name in ("model.json", "config.yaml"))
+    # not Path.is_file, which raises for what the user may not read
+    return any(os.path.isfile(path / name) for name in ("model.json", "config.yaml"))
 
 
 def _close(given: Path, folder: Path) -> list[Path]:
     """Return the folders in ``folder`` whose names are close to a missing one's, the closest first."""
-    by_name = {path.name.casefold(): path for path in _entries(folder) if path.is_dir()}
+    by_name = {path.name.casefold(): path for path in _entries(folder) if os.path.isdir(path)}
     names = difflib.get_close_matches(given.name.casefold(), by_name, cutoff=CLOSE)
     return [by_name[name] for name in names]
 
