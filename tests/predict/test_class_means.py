@@ -1,6 +1,7 @@
 """Rejection by class means: the same everywhere, and nothing new for runs without them."""
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -216,6 +217,7 @@ def test_another_training_does_not_start_from_class_means(run: Run) -> None:
     assert "class_means" not in Start.read(run.path).state
 
 
+@pytest.mark.slow
 def test_a_file_that_lacks_a_described_output_is_damaged(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     export_run(run.path, file)
@@ -238,6 +240,20 @@ def test_class_means_of_another_size_are_refused(
     save_file({**weights, "class_means": weights["class_means"][:, :-1].contiguous()}, other.weights)
     assert main(["predict", str(other.path), str(photos(run)[0])]) == 1
     assert "its weights do not fit the network of model.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["predict", "test", pytest.param("calibrate", marks=pytest.mark.slow)])
+def test_class_means_that_are_not_finite_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    other = Run(shutil.copytree(run.path, tmp_path / "run"))
+    weights = load_file(other.weights)
+    save_file({**weights, "class_means": weights["class_means"].fill_(torch.nan)}, other.weights)
+    assert main([verb, str(other.path), *([str(photos(run)[0])] if verb == "predict" else [])]) == 1
+    assert re.search(
+        r"the network's output is not finite.*: its weights are damaged", capsys.readouterr().err
+    )
+    assert other.read_spec() == run.read_spec()
 
 
 @pytest.mark.parametrize(

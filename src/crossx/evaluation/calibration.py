@@ -204,8 +204,9 @@ def evaluate_views(
         chosen.append(mask)
     logits, all_views = torch.cat(centres), torch.cat(others, 1)
     check_finite(logits)
-    check_finite(all_views.flatten(0, 1))
     all_cosines = torch.cat(cosines, 1) if cosines else None
+    # (V, n, K) -> (V*n, K), (V, n) -> (V*n,)
+    check_finite(all_views.flatten(0, 1), None if all_cosines is None else all_cosines.flatten())
     return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys, all_cosines)
 
 
