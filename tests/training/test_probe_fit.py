@@ -68,11 +68,11 @@ def test_heads_are_fitted_once_or_else_an_epoch_is_needed(make_config, caplog):
     assert "optim.fit_heads has no effect: method 'probe' fits its head itself" in caplog.text
     assert once.weights.read_bytes() == twice.weights.read_bytes()
     config = make_config(
-        model={"method": "nts", "num_proposals": 3, "num_crops": 2},
+        model={"method": "pdisconet", "num_parts": 2},
         optim={"fit_heads": 1},
         trainer={"max_epochs": 0},
     )
     with pytest.raises(
-        UsageError, match="method 'nts' has no linear heads to fit, so nothing would be trained"
+        UsageError, match="method 'pdisconet' has no linear heads to fit, so nothing would be trained"
     ):
         fit(config)
