@@ -310,6 +310,14 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
         ]
 
 
+def named_score(score: str) -> str:
+    """Return a score as docs/unknowns.md names it: those that are options of crossx are code."""
+    if k := re.fullmatch(r"neighbors, k = (\d+)", score):
+        return f"k = {k[1]} neighbour"
+    parts = re.split("( and | or | times )", score)
+    return "".join(f"`{part}`" if re.fullmatch("[a-z_]+", part) else part for part in parts)
+
+
 def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
     runs = {
         name: run
@@ -323,11 +331,7 @@ def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
         network = {"plain": "plain", "crossx": "Cross-X"}[name.partition("-")[0]]
         for score, found in run["scores"].items():
             if "near" in found:
-                k = re.fullmatch(r"neighbors, k = (\d+)", score)
-                # those that are options of crossx are code
-                parts = re.split("( and | or | times )", score)
-                named = "".join(f"`{part}`" if re.fullmatch("[a-z_]+", part) else part for part in parts)
-                shown = [f"k = {k[1]} neighbour" if k else named]
+                shown = [named_score(score)]
                 for folder in ("near", "far"):
                     shown += [f"{100 * found[folder][measure]:.1f}" for measure in ("auroc", "fpr95", "oscr")]
                     shown.append(f"{100 * (1 - found['kept'][folder]):.1f}")
@@ -342,7 +346,25 @@ def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
             mean, deviation = (100 * found[f"{of}_of_random_calibrations"] for of in ("mean", "deviation"))
             sizes = [f"{found['mean_size']:.2f}", str(found["largest"])]
             sets.append([where, title, *shares, *sizes, f"{mean:.2f}% ± {deviation:.2f}"])
+    others = {}
+    for file, folders in (
+        ("unknown_choice", ("near", "insects")), ("unknown_photographs", ("flowers", "pets"))
+    ):  # fmt: skip
+        path = ROOT / "benchmarks" / "results" / f"{file}.json"
+        for name, run in json.loads(path.read_text(encoding="utf-8"))["runs"].items():
+            for score, found in run["scores"].items():
+                row = [f"{100 * found['kept']['test']:.1f}"]
+                for folder in folders:
+                    row += [f"{100 * found[folder][measure]:.1f}" for measure in ("auroc", "fpr95")]
+                    row.append(f"{100 * (1 - found['kept'][folder]):.1f}")
+                others[name, named_score(score)] = row
     page = tables((ROOT / "docs" / "unknowns.md").read_text(encoding="utf-8"))
     shown_tables = {header[0]: body for header, *body in page}
     assert shown_tables["network"] == scores
     assert shown_tables["run"] == sets
+    chosen = shown_tables["network of 35 species"]
+    assert len(chosen) == 14
+    for network, score, *row in chosen:
+        assert row == others["plain-35" if network.startswith("plain") else "fast-35", score]
+    photographs = {("fast-192", score): row for score, *row in shown_tables["score"]}
+    assert photographs == {key: row for key, row in others.items() if key[0] == "fast-192"}

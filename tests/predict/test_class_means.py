@@ -1,21 +1,27 @@
 """Rejection by class means: the same everywhere, and nothing new for runs without them."""
 
 import logging
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from crossx.backbones import create_backbone
 from crossx.cli.main import main
-from crossx.errors import UsageError
-from crossx.evaluation.calibration import calibrate_run
+from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.calibration import calibrate_run, compute_class_means
 from crossx.evaluation.run import test_run
 from crossx.evaluation.subject import open_data
 from crossx.export.export import export_run
+from crossx.methods.plain import Plain
 from crossx.methods.start import Start
 from crossx.methods.weights import load_method
 from crossx.predict.predictor import Predictor
@@ -128,8 +134,16 @@ def test_calibrating_again_computes_no_class_means_and_keeps_the_results(
     monkeypatch.setattr("crossx.evaluation.calibration.compute_class_means", None)
     calibrate_run(other.path, device="cpu", keep=0.7)  # the default is the run's score
     assert other.read_spec().rejection == before.rejection
+    # another score keeps the weight, also in a shared copy, which does not know the training images
     calibrate_run(other.path, device="cpu", score="energy", keep=0.7)
-    assert other.read_spec().rejection.score == "energy"
+    found = other.read_spec().rejection
+    assert (found.score, found.weight) == ("energy", before.rejection.weight)
+    save_pretrained(Predictor.load(other.path, "cpu"), tmp_path / "shared")
+    root = run.read_info()["data_root"]
+    calibrate_run(tmp_path / "shared", device="cpu", keep=0.7, dataset="folder", root=root)
+    shared = Run(tmp_path / "shared").read_spec().rejection
+    assert (shared.score, shared.weight) == ("combined", before.rejection.weight)
+    assert shared.thresholds == pytest.approx(before.rejection.thresholds, rel=1e-5)
 
 
 def without_class_means(run: Run, folder: Path) -> Run:
@@ -203,16 +217,43 @@ def test_another_training_does_not_start_from_class_means(run: Run) -> None:
     assert "class_means" not in Start.read(run.path).state
 
 
+@pytest.mark.slow
+def test_a_file_that_lacks_a_described_output_is_damaged(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    export_run(run.path, file)
+    weights = load_file(file)
+    del weights["class_means"]
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(weights, file, metadata)
+    with pytest.raises(
+        CrossXError, match=r"mine.safetensors: returns \(1, 3\), \(1, 3\), but describes 3 classes and"
+    ):
+        Predictor.load(file).predict(photos(run)[:1])
+
+
 def test_class_means_of_another_size_are_refused(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import save_file
-
     other = Run(shutil.copytree(run.path, tmp_path / "run"))
     weights = load_file(other.weights)
     save_file({**weights, "class_means": weights["class_means"][:, :-1].contiguous()}, other.weights)
     assert main(["predict", str(other.path), str(photos(run)[0])]) == 1
     assert "its weights do not fit the network of model.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["predict", "test", pytest.param("calibrate", marks=pytest.mark.slow)])
+def test_class_means_that_are_not_finite_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    other = Run(shutil.copytree(run.path, tmp_path / "run"))
+    weights = load_file(other.weights)
+    save_file({**weights, "class_means": weights["class_means"].fill_(torch.nan)}, other.weights)
+    assert main([verb, str(other.path), *([str(photos(run)[0])] if verb == "predict" else [])]) == 1
+    assert re.search(
+        r"the network's output is not finite.*: its weights are damaged", capsys.readouterr().err
+    )
+    assert other.read_spec() == run.read_spec()
 
 
 @pytest.mark.parametrize(
@@ -224,6 +265,61 @@ def test_a_rejection_that_cannot_be_is_refused(run: Run, tmp_path: Path, change:
     write_json(tmp_path / "model.json", {**values, "rejection": changed})
     with pytest.raises(Exception, match=r"model.json: not a model description of crossx .rejection"):
         Run(tmp_path).read_spec()
+
+
+def test_training_images_that_are_missing_are_named_with_the_way_out(run: Run, tmp_path: Path) -> None:
+    other = without_class_means(run, tmp_path / "run")
+    info = read_json(other.info)
+    write_json(
+        other.info, {**info, "data_root": str(tmp_path / "gone"), "data": info["data"] | {"root": "gone"}}
+    )
+    weights = other.weights.read_bytes()
+    with pytest.raises(
+        CrossXError, match=r"gone.*Score combined needs class means .* --score max_logit does not"
+    ):
+        calibrate_run(other.path, device="cpu", score="combined", root=info["data_root"])
+    assert other.weights.read_bytes() == weights
+    assert "rejection" not in read_json(other.spec)
+
+
+class NeedsAllHeads(Plain):
+    """One head is not linear, and the prediction needs it by name."""
+
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        heads = super().head_logits(images)
+        return {**heads, "other": heads["last"].tanh()}
+
+    def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
+        return heads["last"] + heads["other"]
+
+
+class IgnoresMissingHeads(NeedsAllHeads):
+    """The same, but the sum of the heads there are."""
+
+    def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
+        return sum(heads.values())
+
+
+class OtherFeatures(Plain):
+    """Breaks the contract: its head does not take these features."""
+
+    def head_features(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.embeddings(images)
+        return {"last": torch.cat([features, features], 1)}
+
+
+@pytest.mark.parametrize(
+    ("method", "warned"), [(NeedsAllHeads, False), (IgnoresMissingHeads, False), (OtherFeatures, True)]
+)
+def test_methods_that_do_not_predict_by_linear_heads_alone_have_no_class_means(
+    run: Run, caplog: pytest.LogCaptureFixture, method: type[Plain], warned: bool
+) -> None:
+    """A training is not lost at its end, whatever the method of a user does."""
+    data = open_data(run, run.read_spec())
+    network = method(create_backbone("test_resnet", pretrained=False), 3)
+    with caplog.at_level(logging.WARNING):
+        assert compute_class_means(network, data, "cpu") is None
+    assert ("cannot be applied to its features" in caplog.text) == warned
 
 
 def test_a_method_without_linear_heads_has_no_class_means(run: Run, tmp_path: Path) -> None:

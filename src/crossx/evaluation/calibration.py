@@ -11,6 +11,7 @@ prediction averages over, so there is one for each of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossx.data.datamodule import DataModule
-from crossx.errors import CrossXError, UsageError, check_choice, counted
+from crossx.errors import CrossXError, UsageError, check_choice, counted, first_line
 from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
@@ -51,6 +52,8 @@ MAX_VALUES = 50_000_000
 """Logits of views to keep in memory; beyond, the thresholds are set on a part of the images, evenly spread."""
 LEVEL = 0.05
 """How often a temperature is used although 1 is right."""
+
+log = logging.getLogger(__name__)
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -201,8 +204,9 @@ def evaluate_views(
         chosen.append(mask)
     logits, all_views = torch.cat(centres), torch.cat(others, 1)
     check_finite(logits)
-    check_finite(all_views.flatten(0, 1))
     all_cosines = torch.cat(cosines, 1) if cosines else None
+    # (V, n, K) -> (V*n, K), (V, n) -> (V*n,)
+    check_finite(all_views.flatten(0, 1), None if all_cosines is None else all_cosines.flatten())
     return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys, all_cosines)
 
 
@@ -235,15 +239,32 @@ def compute_class_means(
     network = TorchNetwork(method, data.normalize, device)
     total = ClassMeansSum(method.num_classes, len(data.index.split("train")))
     for number, (images, labels) in enumerate(track(data.eval_loader("train", dealt=False), progress)):
+        if not number and not _is_predicted_by_linear_heads(network, images):
+            return None
         logits, features = network.logits_and_features(images)
         check_finite(logits)
-        if not number:
-            # other heads may predict, too, or see several vectors of an image
-            same = torch.allclose(logits, network.logits(images), rtol=1e-3, atol=1e-3)
-            if not same or features.shape[1] != method.width_of_class_means:
-                return None
         total.add(logits.cpu(), features.cpu(), labels)
     return total.finish()
+
+
+def _is_predicted_by_linear_heads(network: TorchNetwork, images: Tensor) -> bool:
+    """Whether the linear heads alone give the prediction, and the features are one vector per image."""
+    method, expected = network.method, network.logits(images)
+    check_finite(expected)
+    try:
+        logits, features = network.logits_and_features(images)
+    except KeyError:  # combine_heads needs another head
+        return False
+    except CrossXError:
+        raise
+    except Exception as error:  # of a user's method, whose training must not be lost for it
+        log.warning(
+            "no class means: the linear heads of method %r cannot be applied to its features (%s). "
+            "`crossx.testing.check_method` says more.", method.name, first_line(error),
+        )  # fmt: skip
+        return False
+    same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+    return same and features.shape[1:] == (method.width_of_class_means,)
 
 
 def calibrate_outputs(
@@ -260,7 +281,7 @@ def calibrate_outputs(
         outputs: Logits on images that the network was not trained on.
         score: Name of the score of rejection, see ``crossx.evaluation.unknowns``.
         keep: Share of the images to keep, above 0; 1 for no rejection.
-        weight: See ``ClassMeans``; None for a network without class means.
+        weight: See ``ClassMeans``, kept for any score; None for a network without class means.
         **images: The ``dataset``, ``data_root`` and ``split`` of the images, for the description.
 
     Returns:
@@ -352,7 +373,9 @@ def calibrate_run(
         data.check_images([split])
     if score is None:
         score = SCORE if subject.method.class_means is None else FEATURE_SCORE
-    weight = _class_means_of(subject) if score in FEATURE_SCORES and keep < 1 else None
+    weight = _stored_weight(subject)
+    if weight is None and score in FEATURE_SCORES and keep < 1:
+        weight = _add_class_means(subject, score)
     outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
     found = calibrate_outputs(
         outputs,
@@ -368,13 +391,22 @@ def calibrate_run(
     return found
 
 
-def _class_means_of(subject: Subject) -> float:
-    """Return the weight of a run's class means, after computing and storing them if it has none."""
-    run, method, rejection = subject.run, subject.method, subject.spec.rejection
-    if method.class_means is not None and rejection is not None and rejection.weight is not None:
-        return rejection.weight
-    data = open_data(run, subject.spec)
-    data.check_images(["train"])
+def _stored_weight(subject: Subject) -> float | None:
+    """Return the weight of a run's class means; None if it has no class means, or not their weight."""
+    rejection = subject.spec.rejection
+    return rejection.weight if rejection is not None and subject.method.class_means is not None else None
+
+
+def _add_class_means(subject: Subject, score: str) -> float:
+    """Compute the class means of a run, store them, and return their weight."""
+    run, method = subject.run, subject.method
+    try:
+        data = open_data(run, subject.spec)
+        data.check_images(["train"])
+    except CrossXError as error:
+        raise CrossXError(
+            f"{error} Score {score} needs class means of the training images; --score {SCORE} does not."
+        ) from error
     found = compute_class_means(method, data, subject.device, progress="Computing class means")
     if found is None:
         raise UsageError(

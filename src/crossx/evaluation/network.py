@@ -113,10 +113,10 @@ class TorchNetwork:
     def heads_and_similarities(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return ``head_logits``, and similarities if the network has class means."""
         means = self.method.class_means
-        if means is None or not self._only_linear_heads:
-            return self.head_logits(images), None if means is None else self.logits_and_similarities(images)[
-                1
-            ]
+        if means is None:
+            return self.head_logits(images), None
+        if not self._only_linear_heads:
+            return self.head_logits(images), self.logits_and_similarities(images)[1]
         with torch.inference_mode(), within_memory(len(images)):
             heads, features = self.method.heads_and_features(self.inputs(images))
             return heads, similarity(features, means)

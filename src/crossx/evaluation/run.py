@@ -91,13 +91,17 @@ def evaluate(
     joined = {name: torch.cat(batches) for name, batches in heads.items()}
     with torch.inference_mode():
         logits = method.combine_heads(joined)
-    check_finite(logits)
-    return Outputs(logits, joined, torch.cat(targets), torch.cat(cosines) if cosines else None)
+    similarities = torch.cat(cosines) if cosines else None
+    check_finite(logits, similarities)
+    return Outputs(logits, joined, torch.cat(targets), similarities)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise ``CrossXError`` if any of the logits (N, K) is not finite."""
-    broken = int((~logits.isfinite().all(dim=1)).sum())
+def check_finite(logits: Tensor, similarities: Tensor | None = None) -> None:
+    """Raise ``CrossXError`` if any of the logits (N, K) or similarities (N,) is not finite."""
+    finite = logits.isfinite().all(dim=1)
+    if similarities is not None:
+        finite &= similarities.isfinite()
+    broken = int((~finite).sum())
     if broken:
         raise CrossXError(
             f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "

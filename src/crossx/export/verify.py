@@ -19,6 +19,7 @@ from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network
 from crossx.evaluation.progress import track
+from crossx.evaluation.run import check_finite
 from crossx.evaluation.unknowns import ViewScores
 from crossx.predict.prefetch import prefetch_batches
 from crossx.runs import Preprocessing
@@ -129,6 +130,9 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
     """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
 
     Similarities are compared as well if the file has them; their largest possible value is 1.
+
+    Raises:
+        CrossXError: If the outputs of ``reference`` are not finite.
     """
     batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
     views, others = (
@@ -136,6 +140,7 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
         for network, parts in ((model, batches), (reference, images.split(BATCH)))
     )
     found, expected = torch.cat([*views.logits]), torch.cat([*others.logits])
+    check_finite(expected, None if others.similarities is None else torch.cat([*others.similarities]))
     difference = (found - expected).abs().max() / expected.abs().max()
     if views.similarities is not None and others.similarities is not None:
         cosines = torch.cat([*views.similarities]) - torch.cat([*others.similarities])

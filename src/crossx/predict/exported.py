@@ -189,16 +189,17 @@ class ExportedModel:
     def _answer(self, images: Tensor) -> Sequence[Tensor]:
         try:
             answers = self._compute(images)
+            shapes = [tuple(answer.shape) for answer in answers]
         except Exception as error:  # each runtime has its own errors for a wrong input
             raise CrossXError(
                 f"{self.source}: cannot classify images of the size in its description ({first_line(error)})."
             ) from error
         expected = [(len(images), len(self.classes))] * 2 + [(len(images),)] * self.has_similarities
-        shapes = [tuple(answer.shape) for answer in answers]
         if shapes != expected:
+            returned = ", ".join(map(str, shapes)) or "nothing"
+            described = f"{len(self.classes)} classes{' and similarities' if self.has_similarities else ''}"
             raise CrossXError(
-                f"{self.source}: returns {shapes[0] if shapes else 'nothing'}, but describes {len(self.classes)} "
-                "classes: the file is damaged."
+                f"{self.source}: returns {returned}, but describes {described}: the file is damaged."
             )
         return answers
 
