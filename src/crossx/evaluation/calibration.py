@@ -27,9 +27,8 @@ from crossx.errors import CrossXError, UsageError, check_choice, counted, first_
 from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
-from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.network import TorchNetwork, check_finite
 from crossx.evaluation.progress import track
-from crossx.evaluation.run import check_finite
 from crossx.evaluation.subject import Subject, open_data
 from crossx.evaluation.unknowns import (
     FEATURE_SCORE,

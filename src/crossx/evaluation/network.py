@@ -199,3 +199,16 @@ def within_memory(count: int) -> Iterator[None]:
             f"out of GPU memory at {count} images per step: lower the batch size (--data.batch_size), or use the CPU "
             "(--device cpu)."
         ) from error
+
+
+def check_finite(logits: Tensor, similarities: Tensor | None = None) -> None:
+    """Raise ``CrossXError`` if any of the logits (N, K) or similarities (N,) is not finite."""
+    finite = logits.isfinite().all(dim=1)
+    if similarities is not None:
+        finite &= similarities.isfinite()
+    broken = int((~finite).sum())
+    if broken:
+        raise CrossXError(
+            f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "
+            "training diverged."
+        )

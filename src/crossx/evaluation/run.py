@@ -15,7 +15,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.conformal import least_probability
 from crossx.evaluation.examples import choose_examples, compute_maps, maps_path
 from crossx.evaluation.metrics import summarize
-from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.network import TorchNetwork, check_finite
 from crossx.evaluation.open_set import (
     KEY,
     describe_rejection,
@@ -94,19 +94,6 @@ def evaluate(
     similarities = torch.cat(cosines) if cosines else None
     check_finite(logits, similarities)
     return Outputs(logits, joined, torch.cat(targets), similarities)
-
-
-def check_finite(logits: Tensor, similarities: Tensor | None = None) -> None:
-    """Raise ``CrossXError`` if any of the logits (N, K) or similarities (N,) is not finite."""
-    finite = logits.isfinite().all(dim=1)
-    if similarities is not None:
-        finite &= similarities.isfinite()
-    broken = int((~finite).sum())
-    if broken:
-        raise CrossXError(
-            f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "
-            "training diverged."
-        )
 
 
 def test_run(

@@ -17,9 +17,8 @@ from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
-from crossx.evaluation.network import Network
+from crossx.evaluation.network import Network, check_finite
 from crossx.evaluation.progress import track
-from crossx.evaluation.run import check_finite
 from crossx.evaluation.unknowns import ViewScores
 from crossx.predict.prefetch import prefetch_batches
 from crossx.runs import Preprocessing
