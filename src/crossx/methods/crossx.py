@@ -444,9 +444,8 @@ class SeparateCrossX(nn.Module):
 
 def _pool(maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
     pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
-    return torch.cat(
-        [pool(part, 1) for part in maps], 1
-    )  # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1)
+    # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1)
+    return torch.cat([pool(part, 1) for part in maps], 1)
 
 
 def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:

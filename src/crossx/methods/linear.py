@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ MAX_VALUES = 2**29
 MAX_ITERATIONS = 200
 """L-BFGS iterations; 17 to 66 were needed for 400 to 2,400 images of 80 classes."""
 
-
 Name = TypeVar("Name", bound=Hashable)
+Loss: TypeAlias = Callable[[dict[Name, Tensor]], Tensor]
+"""Maps head name -> logits (N, ..., K) to a scalar."""
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,7 @@ def collect(
 
 
 def fit_centred(
-    features: Mapping[Name, Tensor],
-    num_classes: int,
-    penalty: float,
-    loss: Callable[[dict[Name, Tensor]], Tensor],
+    features: Mapping[Name, Tensor], num_classes: int, penalty: float, loss: Loss[Name]
 ) -> dict[Name, tuple[Tensor, Tensor]]:
     """Fit linear heads on centred features whose heads have unit mean square norm together; see ``fit_linear``.
 
@@ -77,7 +75,7 @@ def fit_centred(
         features: Head name -> float (N, ..., D), at least one. The dimensions between are of vectors that share a head.
         num_classes: K.
         penalty: L2 penalty on the weights for the scaled features, not on the biases.
-        loss: Maps head name -> logits (N, ..., K) to a scalar.
+        loss: The loss of the heads.
 
     Returns:
         Head name -> weight (K, D) and bias (K,) for the features as given.
@@ -96,10 +94,7 @@ def fit_centred(
 
 
 def fit_linear(
-    features: Mapping[Name, Tensor],
-    num_classes: int,
-    penalty: float,
-    loss: Callable[[dict[Name, Tensor]], Tensor],
+    features: Mapping[Name, Tensor], num_classes: int, penalty: float, loss: Loss[Name]
 ) -> dict[Name, tuple[Tensor, Tensor]]:
     """Minimise the loss of linear heads plus ``penalty / 2`` times their squared weights, by L-BFGS from zero.
 
@@ -107,7 +102,7 @@ def fit_linear(
         features: Head name -> float (N, ..., D).
         num_classes: K.
         penalty: L2 penalty on the weights, not on the biases.
-        loss: Maps head name -> logits (N, ..., K) to a scalar.
+        loss: The loss of the heads, to which the penalty is added.
 
     Returns:
         Head name -> weight (K, D) and bias (K,).

@@ -175,13 +175,14 @@ class OptimConfig:
         Raises:
             UsageError: If an option cannot work, naming it and what it takes.
         """
-        for option, choices in (
-            ("optimizer", Optimizer),
-            ("schedule", Schedule),
-            ("class_weights", ClassWeights),
-            ("selection", Selection),
-        ):
-            check_choice(f"optim.{option}", getattr(self, option), get_args(choices))
+        _check_choices(
+            "optim",
+            self,
+            optimizer=Optimizer,
+            schedule=Schedule,
+            class_weights=ClassWeights,
+            selection=Selection,
+        )
         _check("lr", self.lr, "above 0", self.lr > 0)
         _check("momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1)
         _check("gamma", self.gamma, "above 0", self.gamma > 0)
@@ -359,13 +360,10 @@ class TrainerConfig:
         Raises:
             UsageError: If an option cannot work, naming it and what it takes.
         """
-        for option, choices in (
-            ("accelerator", Accelerator),
-            ("strategy", Strategy),
-            ("precision", Precision),
-            ("gradient_clip_algorithm", ClipAlgorithm),
-        ):
-            check_choice(f"trainer.{option}", getattr(self, option), get_args(choices))
+        _check_choices(
+            "trainer", self,
+            accelerator=Accelerator, strategy=Strategy, precision=Precision, gradient_clip_algorithm=ClipAlgorithm,
+        )  # fmt: skip
         for name in self.loggers:
             check_choice("logger", name, get_args(Logger))
         for option in ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"):
@@ -418,6 +416,12 @@ def _with_texts(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[st
             elif not (isinstance(value, str) or (value is None and hint is not str)):
                 raise UsageError(f"{prefix}{name} takes text, not {reprlib.repr(value)}: put it in quotes.")
     return checked
+
+
+def _check_choices(section: str, options: OptimConfig | TrainerConfig, **choices: Any) -> None:
+    """Check that options have one of the values of their ``Literal`` types."""
+    for option, values in choices.items():
+        check_choice(f"{section}.{option}", getattr(options, option), get_args(values))
 
 
 def _check(option: str, value: float, allowed: str, good: bool) -> None:
