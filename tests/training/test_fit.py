@@ -336,9 +336,10 @@ def test_pipeline_is_recorded_and_a_cache_changes_nothing(make_config):
     assert_same(load_file(plain.weights), load_file(cached.weights))
 
 
-def test_the_run_is_calibrated_on_its_validation_images(make_config):
+def test_the_run_is_calibrated_on_its_validation_images(make_config, caplog):
     run = fit(make_config())
     kept = run.read_info()["calibration"]
+    assert f"the temperature stays 1: {kept['temperature_kept']}." in caplog.text
     assert (kept["dataset"], kept["split"], kept["n"]) == ("folder", "val", 3)
     assert run.read_spec().temperature == kept["temperature"]
     before = run.spec.read_text()

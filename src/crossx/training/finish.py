@@ -110,7 +110,7 @@ def _calibrate(loop: Loop, weight: float | None) -> dict[str, Any] | None:
         split="val",
     )
     if kept := found.described["temperature_kept"]:
-        log.warning("the probabilities are not calibrated (temperature 1): %s.", kept)
+        log.warning("the temperature stays 1: %s.", kept)
     if found.rejection is None:
         log.warning(
             "%s: too few for a threshold, which needs %d, so images of unknown classes are not rejected.",
