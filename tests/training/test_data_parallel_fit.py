@@ -178,10 +178,9 @@ def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     config.output = None
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [sys.executable, "-m", "crossx", "fit", "--config", "config.yaml"]
-    shown = subprocess.run(
-        words, check=True, timeout=1800, cwd=tmp_path, capture_output=True, text=True
-    ).stdout
-    assert shown.count("next: crossx test runs/config-folder-1") == 1
+    done = subprocess.run(words, check=True, timeout=1800, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("next: crossx test runs/config-folder-1") == 1
+    assert done.stderr.count("never drops the learning rate") == 1
     run = Run(tmp_path / "runs" / "config-folder-1")
     assert run.read_info()["status"] == "finished"
     assert [path.name for path in run.path.parent.iterdir()] == ["config-folder-1"]
