@@ -121,8 +121,8 @@ def _print_report(report: ExportReport) -> None:
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
     print(
         fold(
-            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): logits differ by at "
-            f"most {compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}",
+            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): "
+            f"{compared.describe()}{tolerance}, same class on {compared.same_class}",
             hanging="  ",
         )
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,19 +35,31 @@ RANDOM_PIXELS = "random pixels"
 
 @dataclass(frozen=True)
 class Comparison:
-    """An exported file's logits compared with those of eager float32.
+    """An exported file's outputs compared with those of eager float32.
 
     Attributes:
         images: Number of images.
         source: Their source.
-        difference: Largest difference of the logits, relative to the largest logit, or of the similarities.
+        logits: Largest difference of the logits, relative to the largest logit.
         same_class: Images with the same predicted class.
+        similarities: Largest difference of the similarities, which are at most 1; None if the file has none.
     """
 
     images: int
     source: str
-    difference: float
+    logits: float
     same_class: int
+    similarities: float | None = None
+
+    @property
+    def difference(self) -> float:
+        """The larger one of the differences; NaN if one is."""
+        return float(np.maximum(self.logits, self.similarities or 0.0))
+
+    def describe(self) -> str:
+        """Say how large the differences are."""
+        text = f"logits differ by at most {self.logits:.1e} of the largest"
+        return text if self.similarities is None else f"{text}, similarities by {self.similarities:.1e}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def _random_pixels(size: int) -> Tensor:
 def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
     """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
 
-    Similarities are compared as well if the file has them; their largest possible value is 1.
+    Similarities are compared as well if the file has them.
 
     Raises:
         CrossXError: If the outputs of ``reference`` are not finite.
@@ -141,11 +154,11 @@ def compare(model: Network, reference: Network, images: Tensor, source: str) -> 
     found, expected = torch.cat([*views.logits]), torch.cat([*others.logits])
     check_finite(expected, None if others.similarities is None else torch.cat([*others.similarities]))
     difference = (found - expected).abs().max() / expected.abs().max()
+    cosines = None
     if views.similarities is not None and others.similarities is not None:
-        cosines = torch.cat([*views.similarities]) - torch.cat([*others.similarities])
-        difference = torch.maximum(difference, cosines.abs().max())
+        cosines = float((torch.cat([*views.similarities]) - torch.cat([*others.similarities])).abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
-    return Comparison(len(images), source, float(difference), same)
+    return Comparison(len(images), source, float(difference), same, cosines)
 
 
 def quantization_data(
