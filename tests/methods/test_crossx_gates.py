@@ -1,6 +1,7 @@
 """The gates and terms of Cross-X that are to make excitations parts, against naive loops."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from crossx.layers import AffineView
 from crossx.losses import border_loss, c3s_loss
 from crossx.methods import CrossX
+from crossx.methods.clusters import starting_prototypes
 
 
 def naive_gates(method: CrossX, stage: str, u: Tensor) -> Tensor:
@@ -211,6 +213,51 @@ def test_spatial_gates_divide_a_single_stage_too() -> None:
     assert shares.shape == (3, 3, *stages["last"].shape[2:])
     torch.testing.assert_close(shares.sum(1), torch.ones_like(shares[:, 0]))
     assert {name for name in method.objective(images(), TARGETS).terms if "previous" in name} == set()
+
+
+def test_prototypes_start_from_clusters_of_the_training_images() -> None:
+    torch.manual_seed(0)
+    random, clustered = (build(**SPATIAL | {"assignment_start": start}) for start in ("random", "clusters"))
+    clustered.load_state_dict(random.state_dict())
+    seen: list[int] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(4):
+            seen.append(number)
+            yield images() + number, TARGETS
+
+    state = {name: value.clone() for name, value in clustered.state_dict().items()}
+    random.prepare(batches())
+    assert not seen
+    clustered.train().prepare(batches())
+    assert seen == [0, 1, 2, 3]
+    changed = [name for name, value in clustered.state_dict().items() if not torch.equal(value, state[name])]
+    assert changed == ["backbone.assignment.prototypes"]
+    with torch.no_grad():
+        maps = [clustered.eval().backbone.ungated(images() + number) for number in range(4)]
+    # position by position, from the definition
+    features, outermost = [], []
+    for stages in maps:
+        last = F.interpolate(stages["last"], size=stages["previous"].shape[2:], mode="bilinear")
+        for n, of_image in enumerate(torch.cat([last, stages["previous"]], 1)):
+            _, height, width = of_image.shape
+            assert n < len(TARGETS)
+            for y in range(height):
+                for x in range(width):
+                    features.append(of_image[:, y, x])
+                    outermost.append(y in (0, height - 1) or x in (0, width - 1))
+    expected = starting_prototypes(torch.stack(features), torch.tensor(outermost), 2)
+    torch.testing.assert_close(clustered.backbone.assignment.prototypes.detach(), expected)
+
+
+def test_maps_without_an_inside_leave_the_prototypes_random(caplog: pytest.LogCaptureFixture) -> None:
+    method = build(use_previous=False, use_merged=False, **SPATIAL | {"assignment_start": "clusters"})
+    before = method.backbone.assignment.prototypes.clone()
+    small = images()[:, :, :32, :32]
+    assert min(method.backbone.ungated(small)["last"].shape[2:]) < 3
+    method.prepare([(small, TARGETS)])
+    assert torch.equal(method.backbone.assignment.prototypes, before)
+    assert "at the border" in caplog.text
 
 
 def test_parts_at_the_border_are_the_only_ones_that_its_term_sees() -> None:

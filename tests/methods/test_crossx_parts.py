@@ -168,6 +168,8 @@ def test_every_kind_of_backbone(backbone: str, size: int) -> None:
         ({"gate_sharpness": 3.0, "gates": "spatial"}, "gate_sharpness 3 needs competing gates"),
         ({"gates": "spatial", "background": True}, "spatial gates have one already"),
         ({"gates": "spatial", "osme_placement": "residual"}, "the shortcut would bypass spatial gates"),
+        ({"assignment_start": "clusters"}, "assignment_start clusters needs spatial gates"),
+        ({"assignment_start": "kmeans", "gates": "spatial"}, "assignment_start"),
         ({"whole": True}, "whole needs spatial gates"),
         ({"whole": True, "gates": "competing"}, "whole needs spatial gates"),
         ({"concentration_weight": 1.0}, "concentration_weight needs spatial gates"),

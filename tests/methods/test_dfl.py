@@ -9,7 +9,7 @@ from crossx.layers import energy_peaks
 from crossx.losses import ClassificationLoss
 from crossx.methods import DFL, create_method
 from crossx.methods import dfl as module
-from crossx.methods.dfl import cluster_centers
+from crossx.methods.clusters import cluster_centers
 
 
 def build(num_classes: int = 3, **options: object) -> DFL:

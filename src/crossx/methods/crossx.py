@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from crossx.layers import (
     MergedLogits,
     convolution,
     enlarge,
+    evaluation_mode,
     gate_maps,
     global_pool,
+    join_stages,
     recompute,
     without_statistics,
 )
@@ -43,10 +46,17 @@ from crossx.losses import (
 )
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective
+from crossx.methods.clusters import starting_prototypes
 from crossx.methods.registry import register_method
 
 HEADS = ("last", "previous", "merged")
 STAGES = HEADS[:2]
+AssignmentStart: TypeAlias = Literal["random", "clusters"]
+
+CLUSTERED_POSITIONS = 30_000
+"""Positions of training images that the prototypes of spatial gates start from: those of 470 maps of 8 x 8."""
+
+log = logging.getLogger(__name__)
 
 
 @register_method("crossx")
@@ -90,6 +100,8 @@ class CrossX(Method):
         concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
         border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
         detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
+        assignment_start: Of spatial gates: ``random`` prototypes, or those of ``clusters`` of what is seldom at the
+            border of the training images.
         whole: Of spatial gates: whether the heads also get one more excitation, which sees every position.
     """
 
@@ -143,6 +155,7 @@ class CrossX(Method):
         concentration_weight: float = 0.0,
         border_weight: float = 0.0,
         detach_assignment: bool = False,
+        assignment_start: AssignmentStart = "random",
         whole: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
@@ -180,6 +193,9 @@ class CrossX(Method):
                 raise UsageError(f"{name}_weight needs spatial gates: --model.gates spatial.")
         if detach_assignment and gates != "spatial":
             raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
+        if assignment_start == "clusters" and gates != "spatial":
+            raise UsageError("assignment_start clusters needs spatial gates: --model.gates spatial.")
+        self.assignment_start = assignment_start
         if whole and gates != "spatial":
             raise UsageError(
                 "whole needs spatial gates: --model.gates spatial; others see every position anyway."
@@ -253,6 +269,37 @@ class CrossX(Method):
         terms |= self._view_terms(images, stages)
         terms |= self._part_terms(features, targets)
         return Objective.of(terms, logits, measures)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start the prototypes of spatial gates from clusters of the object's positions, with ``clusters``."""
+        assignment = self.backbone.assignment
+        if self.assignment_start == "random" or assignment is None:
+            return
+        collected: list[Tensor] = []
+        borders: list[Tensor] = []
+        with evaluation_mode(self):
+            for images, *_ in batches:
+                maps = self.backbone.ungated(images)
+                z = maps["last"]
+                if "previous" in self.backbone.osme:
+                    z = join_stages(z, maps["previous"])
+                border = torch.ones_like(z[:, 0], dtype=torch.bool)
+                border[:, 1:-1, 1:-1] = False
+                collected.append(
+                    z.permute(0, 2, 3, 1).flatten(0, 2).float().cpu()
+                )  # (B, C, h, w) -> (B*h*w, C)
+                borders.append(border.flatten().cpu())
+                if sum(map(len, borders)) >= CLUSTERED_POSITIONS:
+                    break
+        outermost = torch.cat(borders)
+        if outermost.all():
+            log.warning(
+                "assignment_start clusters: all positions of the maps are at the border, so it is random."
+            )
+            return
+        start = starting_prototypes(torch.cat(collected), outermost, self.num_parts)
+        assignment.prototypes.copy_(start)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return stage name -> channel means of ReLU(U_p), (B, P, h, w), in the order of Fig. 5.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
@@ -16,6 +15,7 @@ from crossx.errors import UsageError
 from crossx.layers import FilterBank, energy_peaks, evaluation_mode, global_pool
 from crossx.layers.pooling import pooled_shares
 from crossx.methods.base import Method, Objective
+from crossx.methods.clusters import cluster_centers
 from crossx.methods.registry import register_method
 
 FilterNorm: TypeAlias = Literal["none", "batch"]
@@ -26,7 +26,6 @@ IMAGES_PER_CLASS = 30
 """Images per class from which its filters are initialised: about all that CUB has."""
 MAX_PEAKS = 200_000
 """Limit of the peaks in memory over all classes; with many classes, fewer images per class are used."""
-KMEANS_ITERATIONS = 50
 
 log = logging.getLogger(__name__)
 
@@ -210,25 +209,6 @@ class DFL(Method):
         if self.predict_with_side and self.side_weight:
             heads["side"] = self.side_weight * branches["side"]
         return heads
-
-
-def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
-    """Return the k-means centres, (count, C), of features (n, C), n at least 1.
-
-    If there are at most ``count`` distinct features, they are the centres and some are repeated; duplicates diverge in
-    training because the classifier weights them differently.
-    """
-    features = features.unique(dim=0)
-    if len(features) <= count:
-        return features[torch.arange(count) % len(features)]
-    # imported here because it takes half a second and only training needs it
-    from scipy.cluster.vq import kmeans2
-
-    with warnings.catch_warnings():
-        # an empty cluster keeps its last centre
-        warnings.filterwarnings("ignore", "One of the clusters is empty")
-        centers, _ = kmeans2(features.double().numpy(), count, iter=KMEANS_ITERATIONS, minit="++", rng=seed)
-    return torch.from_numpy(centers).to(features.dtype)
 
 
 def _of_class(responses: Tensor, classes: Tensor) -> Tensor:
