@@ -16,7 +16,7 @@ from crossx.errors import CrossXError
 from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets, percent_of
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import ViewScores, separation
+from crossx.evaluation.unknowns import SCORE, ViewScores, separation
 from crossx.evaluation.views import mean_probabilities, views_key
 from crossx.runs import ModelSpec
 
@@ -36,7 +36,7 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
         ``score``, ``threshold`` and ``keep`` of the run; ``kept``, the share of the images with at least this score,
         its Clopper-Pearson ``interval``, and ``top1_kept``, the accuracy on them, None if there are none.
     """
-    kept = _kept(spec, outputs)
+    kept = kept_images(spec, outputs)
     if spec.rejection is None or kept is None:
         return None
     score, threshold = spec.rejection.score, spec.rejection.thresholds[KEY]
@@ -52,7 +52,7 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
     }
 
 
-def _kept(spec: ModelSpec, outputs: ViewScores) -> Tensor | None:
+def kept_images(spec: ModelSpec, outputs: ViewScores) -> Tensor | None:
     """Return whether each image is kept, (N,); None if the run has no threshold, or no class means that it needs."""
     found = spec.rejection
     if found is None or KEY not in found.thresholds or found.score not in outputs.names(found.weight):
@@ -128,8 +128,8 @@ def describe_unknown(
         unknown: Of one view of M images of none of the classes.
 
     Returns:
-        ``n``, M; ``scores``: name -> ``Separation``; and, if the run has a threshold, ``rejected``, the share of the
-        unknown images below it, with its Clopper-Pearson ``interval``.
+        ``n``, M; ``scores``: name -> ``Separation``; ``score``, the name of the run's; and, if the run has a threshold,
+        ``rejected``, the share of the unknown images below it, with its Clopper-Pearson ``interval``.
     """
     correct = (outputs.logits[0].argmax(1) == targets).numpy()
     known, others = outputs.double(), unknown.double()
@@ -141,7 +141,9 @@ def describe_unknown(
             for name in known.names(weight)
         },
     }
-    if (kept := _kept(spec, unknown)) is not None:
+    kept = kept_images(spec, unknown)
+    results["score"] = SCORE if spec.rejection is None or kept is None else spec.rejection.score
+    if kept is not None:
         below = ~kept
         results["rejected"] = float(below.float().mean())
         results["interval"] = list(share_interval(int(below.sum()), len(below)))
