@@ -108,21 +108,6 @@ def test_new_layers_and_depths_learn_at_their_own_rate(method):
     assert len(rate) == len(list(method.parameters()))
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(None, 10.0), (0.5, 0.5), (0.0, 0.0)])
-def test_fitted_heads_learn_at_a_rate_of_their_own(factor, expected):
-    method = create_method("nts", backbone="test_resnet", num_classes=3)
-    config = OptimConfig(lr=1.0, new_layers_lr_factor=10.0, fit_heads=1, fitted_heads_lr_factor=factor)
-    rate = {id(p): group["lr"] for group in parameter_groups(method, config) for p in group["params"]}
-    for head in (method.raw, method.teacher, method.scrutinizer):
-        assert {rate[id(p)] for p in head.parameters()} == {expected}
-    assert {rate[id(p)] for p in method.navigator.parameters()} == {10.0}
-
-
-def test_a_rate_of_fitted_heads_needs_fitted_heads():
-    with pytest.raises(UsageError, match=r"give optim\.fit_heads"):
-        OptimConfig(fitted_heads_lr_factor=0.1)
-
-
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_weight_decay_spares_norms_and_biases(method, decay_all):
     config = OptimConfig(weight_decay=0.1, decay_norm_and_bias=decay_all)

@@ -89,9 +89,8 @@ def untrained_norms(method: Method, phase: Phase) -> list[nn.Module]:
 def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    New layers train at ``lr * new_layers_lr_factor``, heads that are fitted first at ``lr * fitted_heads_lr_factor`` if
-    given, both times the method's own factor (``Method.lr_factors``), the i-th of a trunk's n layer groups (from the
-    input) at ``lr * layer_decay ** (n - i)``. Gates, heads and other layers that
+    New layers train at ``lr * new_layers_lr_factor``, times the method's own factor (``Method.lr_factors``), the i-th
+    of a trunk's n layer groups (from the input) at ``lr * layer_decay ** (n - i)``. Gates, heads and other layers that
     were taken from another network are not new: they train at ``lr``, or at the rate of new layers if that is lower.
     Norm scales and biases are not decayed unless ``decay_norm_and_bias``.
 
@@ -197,16 +196,11 @@ def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
         for parameter in group
     }
     new = {id(parameter) for parameter in method.new_parameters()}
-    of_heads = config.fitted_heads_lr_factor
-    if of_heads is None:
-        of_heads = config.new_layers_lr_factor
-    heads = {id(parameter) for head in method.linear_heads().values() for parameter in head.parameters()}
     own = method.lr_factors()
     for name, parameter in method.named_parameters():
         if id(parameter) in new:
-            factor = of_heads if id(parameter) in heads else config.new_layers_lr_factor
-            own_factor = next((own[prefix] for prefix in own if name.startswith(prefix)), 1.0)
-            factors[id(parameter)] = factor * own_factor
+            factor = next((own[prefix] for prefix in own if name.startswith(prefix)), 1.0)
+            factors[id(parameter)] = config.new_layers_lr_factor * factor
         elif method.taken is not None and id(parameter) not in factors:
             factors[id(parameter)] = min(1.0, config.new_layers_lr_factor)
     return factors

@@ -116,8 +116,6 @@ class OptimConfig:
         fit_heads: Number of augmented views per training image on whose frozen features the heads are fitted before
             the first step (LP-FT; Kumar et al., 2022); 0 is off. Heads that are not linear in their features start at
             random.
-        fitted_heads_lr_factor: Learning-rate factor of the heads that fit_heads fits, which are near their optimum,
-            while other new layers start at random; null is new_layers_lr_factor.
         freeze_stride: Keep the backbone's layers up to its map of this stride as pretrained: 8 for the map with an
             eighth of the image's side. null trains all.
         cached_views: Run the layers of freeze_stride only once for this many augmented views of each training image,
@@ -158,7 +156,6 @@ class OptimConfig:
     freeze_backbone: bool = False
     freeze_backbone_epochs: int = 0
     fit_heads: int = 0
-    fitted_heads_lr_factor: float | None = None
     freeze_stride: int | None = None
     cached_views: int = 0
     freeze_batch_norm: bool = False
@@ -200,18 +197,6 @@ class OptimConfig:
             _check(option, getattr(self, option), "at least 0", getattr(self, option) >= 0)
         if self.ema_decay is not None:
             _check("ema_decay", self.ema_decay, "in (0, 1)", 0 < self.ema_decay < 1)
-        if self.fitted_heads_lr_factor is not None:
-            _check(
-                "fitted_heads_lr_factor",
-                self.fitted_heads_lr_factor,
-                "at least 0",
-                self.fitted_heads_lr_factor >= 0,
-            )
-            if not self.fit_heads:
-                raise UsageError(
-                    "optim.fitted_heads_lr_factor is for the heads that optim.fit_heads fits: give optim.fit_heads "
-                    "(4), or leave it out."
-                )
         if self.nesterov and self.momentum == 0:
             raise UsageError("optim.nesterov needs optim.momentum above 0.")
         if self.compile and self.recompute_activations:
