@@ -26,7 +26,7 @@ from torch import Tensor
 
 from crossx.evaluation.intervals import matched_interval
 from crossx.evaluation.network import Network
-from crossx.evaluation.open_set import kept_images, unknown_data
+from crossx.evaluation.open_set import apply_threshold, unknown_data
 from crossx.evaluation.subject import Subject
 from crossx.evaluation.unknowns import ViewScores, separation
 from crossx.export import quantize
@@ -70,8 +70,12 @@ def describe(
     """Compare the outputs of a file with those of eager float32, on the test images and on each folder."""
     rejection = subject.spec.rejection
     assert rejection is not None
-    own = {name: kept_images(subject.spec, part) for name, part in found.items()}
-    before = {name: kept_images(subject.spec, part) for name, part in expected.items()}
+
+    def kept_images(outputs: dict[str, ViewScores]) -> dict[str, Tensor]:
+        applied = {name: apply_threshold(subject.spec, part) for name, part in outputs.items()}
+        return {name: one[1] for name, one in applied.items() if one is not None}
+
+    own, before = kept_images(found), kept_images(expected)
     scores = {
         name: part.double().score(rejection.score, rejection.weight).numpy() for name, part in found.items()
     }
@@ -79,8 +83,6 @@ def describe(
     result: dict[str, Any] = {"top1": float(correct.mean())}
     for name, kept in own.items():
         reference = before[name]
-        assert kept is not None
-        assert reference is not None
         assert found[name].similarities is not None
         assert expected[name].similarities is not None
         cosines = found[name].similarities[0] - expected[name].similarities[0]

@@ -16,7 +16,7 @@ from crossx.cli.main import VERBS
 from crossx.methods import list_methods, method_options
 from crossx.predict.predictor import Predictor
 from crossx.runs import ModelSpec, Preprocessing
-from crossx.schema import ARCHITECTURE_ARGUMENTS
+from crossx.schema.model import ARCHITECTURE_ARGUMENTS
 from crossx.serve.app import create_app
 from test_documented_commands import options_of
 

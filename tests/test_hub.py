@@ -89,6 +89,8 @@ def test_a_slip_in_a_folder_that_is_there_is_not_looked_for_on_the_hub(
     (tmp_path / "runs").mkdir()
     assert HubModel.parse("runs/mien") is None
     assert HubModel.parse("hf-hub:runs/mien") is not None
+    assert HubModel.parse("runs/mien@v2", on_hub=True) == HubModel("runs/mien", "v2")
+    assert HubModel.parse("./mien", on_hub=True) is None
 
 
 @pytest.mark.parametrize("text", ["hf-hub:", "hf-hub:birds", "hf-hub:me/birds@", "hf-hub:a/b/c"])

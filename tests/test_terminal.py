@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import shlex
@@ -10,7 +11,16 @@ from collections.abc import Iterator
 import pytest
 
 from crossx import terminal
-from crossx.terminal import columns, fold, fold_command, paused_steps, showing_steps, step
+from crossx.terminal import (
+    columns,
+    fold,
+    fold_command,
+    is_first_process,
+    paused_steps,
+    showing_steps,
+    speaking,
+    step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +140,48 @@ def test_no_step_is_shown_in_python_or_where_it_is_switched_off(
     with showing_steps(), step("Loading"):
         time.sleep(0.01)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        # torchrun: its RANK counts, whatever started it
+        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "1", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1", "SLURM_PROCID": "0"}, False),
+        # Lightning's own processes, on one node and on several
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"JSM_NAMESPACE_RANK": "2"}, False),
+    ],
+)
+def test_the_first_process_is_known_from_any_launcher(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], first: bool
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
+
+
+def test_a_process_that_does_not_speak_logs_errors_only_and_shows_no_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    monkeypatch.delenv(terminal.SILENT, raising=False)
+    caplog.set_level(logging.INFO, "crossx")
+    # a handler of an earlier command
+    monkeypatch.setattr(logging.getLogger("crossx"), "handlers", [])
+    log = logging.getLogger("crossx.training.fit")
+    for speaks in (False, True):
+        with showing_steps(), speaking(speaks), step(f"step {speaks}"):
+            log.warning("warning %s", speaks)
+            log.error("error %s", speaks)
+            time.sleep(0.1)
+    assert caplog.messages == ["error False", "warning True", "error True"]
+    assert capsys.readouterr().err == "step True …\n"

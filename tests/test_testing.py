@@ -220,6 +220,24 @@ class OtherFeatures(Sound):
         return {"first": self.embeddings(images)}
 
 
+class OneOfTwoHeads(Sound):
+    def head_logits(self, images: Tensor) -> dict[str, Tensor]:
+        heads = super().head_logits(images)
+        return {**heads, "other": heads["last"].tanh()}
+
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return Plain.head_logits(self, images), self.embeddings(images)
+
+    def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor] | None:
+        return None
+
+
+class OtherOfTwoHeads(OneOfTwoHeads):
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        heads, features = super().heads_and_features(images)
+        return {**heads, "other": heads["last"].sin()}, features
+
+
 class NothingToFit(Sound):
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         return {}
@@ -321,6 +339,8 @@ MUTANTS: list[tuple[type[Plain], str, str]] = [
     (SameClassMaps, "class maps", "logits less the mean of the class maps: differs by up to "),
     (WrongLinearHeads, "linear heads", "linear_heads['last'] of its features against head_logits: differs"),
     (OtherFeatures, "linear heads", "head_features has first, linear_heads the heads last."),
+    (OneOfTwoHeads, "linear heads", "heads_and_features has the heads last, head_logits last, other."),
+    (OtherOfTwoHeads, "linear heads", "heads_and_features['other'] against head_logits: differs by up to "),
     (NothingToFit, "linear heads", "head_terms is empty"),
     (HardTargets, "soft targets", "set supports_soft_targets = False"),
     (OtherSoftTargets, "soft targets", "of the classes: differs by up to 0.1"),

@@ -8,11 +8,12 @@ gradient accumulation the micro-batch.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from crossx.terminal import is_first_process
 
 
 def has_process_group() -> bool:
@@ -33,12 +34,9 @@ def rank() -> int:
 def is_leader() -> bool:
     """Whether this is the process of a training that writes and prints.
 
-    Before there is a process group, the environment variables of the launcher decide (those that Lightning reads).
+    Before there is a process group, the environment decides, see ``is_first_process``.
     """
-    if has_process_group():
-        return rank() == 0
-    launchers = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return next((os.environ[name] for name in launchers if name in os.environ), "0") == "0"
+    return rank() == 0 if has_process_group() else is_first_process()
 
 
 def gather(value: Any) -> list[Any]:

@@ -47,8 +47,12 @@ class HubModel:
     explicit: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> HubModel | None:
+    def parse(cls, text: str, *, on_hub: bool = False) -> HubModel | None:
         """Parse ``user/name`` or ``user/name@revision``, with or without ``hf-hub:``; None if it can only be a path.
+
+        Args:
+            text: The name or path.
+            on_hub: Whether it cannot be a path, whatever folders there are.
 
         Raises:
             UsageError: If something else follows ``hf-hub:``.
@@ -63,7 +67,11 @@ class HubModel:
             )
         # if there is a folder USER, a missing run in it is a typo, and no request is sent
         local = user in (".", "..", "~") or name.endswith(LOCAL_SUFFIXES) or os.path.isdir(user)
-        return cls(repository, revision or None, explicit) if named and (explicit or not local) else None
+        return (
+            cls(repository, revision or None, explicit)
+            if named and (explicit or on_hub or not local)
+            else None
+        )
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision}" if self.revision else self.repository

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ PATIENCE = 1.0
 SILENT = "CROSSX_PROGRESS"
 """Environment variable that is 0 for no progress bars and steps."""
 
+_PROCESS_RANKS = ("LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_NODE_RANKS = ("NODE_RANK", "GROUP_RANK")
 _ERASE_LINE = "\r\x1b[2K"
 _QUOTED = re.compile(r"\$'(?:\\.|[^\\'])*'|'[^']*'|\"[^\"]*\"")
 _SPACE = "\0"
@@ -185,12 +188,40 @@ def _forget_steps() -> None:
 os.register_at_fork(after_in_child=_forget_steps)
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes of a training, by the environment variables of their launcher.
+
+    They are those that Lightning reads: of torchrun, of Lightning itself, of SLURM and of LSF.
+    """
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    ranks = (
+        next((os.environ[name] for name in names if name in os.environ), "0")
+        for names in (_PROCESS_RANKS, _NODE_RANKS)
+    )
+    return all(rank == "0" for rank in ranks)
+
+
+@contextlib.contextmanager
+def speaking(speaks: bool) -> Iterator[None]:
+    """Let one of several processes speak: where ``speaks`` is false, only errors are logged and no step is shown."""
+    if speaks:
+        yield
+        return
+    log = logging.getLogger("crossx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with paused_steps():
+            yield
+    finally:
+        log.setLevel(before)
+
+
 @contextlib.contextmanager
 def showing_steps() -> Iterator[None]:
     """Show the steps of what runs inside, see ``step``; for the command, not for Python's users."""
-    # of several processes, only the first shows them
-    first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
-    before, _steps.enabled = _steps.enabled, first and os.environ.get(SILENT) != "0"
+    before, _steps.enabled = _steps.enabled, os.environ.get(SILENT) != "0"
     try:
         yield
     finally:

@@ -305,3 +305,24 @@ def test_one_class_has_a_threshold_and_sets_of_one():
     assert found.rejection.thresholds == {"1": pytest.approx(logits[1, 0].item())}
     assert set(found.sets.least_probability["1"]) == {1.0}
     assert found.temperature == 1
+
+
+@pytest.mark.parametrize(("images", "keep"), [(40, 1.0), (12, 0.95)])
+def test_the_weight_of_class_means_is_kept_where_no_image_is_rejected(tmp_path, images, keep):
+    """Every image is to be kept, or there are too few for a threshold."""
+    run = Run(write_run(tmp_path / "run"))
+    logits = torch.randn(images, 3, generator=torch.Generator().manual_seed(0))
+    outputs = ViewOutputs(
+        logits,
+        torch.zeros(images, dtype=torch.int64),
+        logits[None],
+        torch.ones(images, dtype=torch.bool),
+        {"1": [0]},
+        torch.linspace(0, 1, images)[None],
+    )
+    for kept, weight in ((keep, 2.5), (keep, None), (0.5, 3.5), (0.5, None)):
+        calibrate_outputs(outputs, keep=kept, weight=weight).write(run)
+        spec = run.read_spec()
+        assert (spec.rejection is None) == (kept == keep)
+        assert spec.score_weight == weight
+        assert ("combined_weight" in read_json(run.spec)) == (kept == keep and weight is not None)

@@ -25,7 +25,7 @@ from crossx.data.image_files import find_images
 from crossx.evaluation.intervals import Interval
 from crossx.export import export as export_module
 from crossx.export.export import ControlledAccuracy, ExportReport, export_run
-from crossx.export.verify import Accuracy
+from crossx.export.verify import Accuracy, compare
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported, without_telemetry
@@ -324,6 +324,50 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 def test_without_images_random_pixels_are_compared(run: Path, tmp_path: Path) -> None:
     report = export_run(run, tmp_path / "x.safetensors")
     assert report.comparison.source.startswith("random pixels: dataset 'folder' needs --data.root")
+
+
+class Outputs:
+    """A network that returns what it was given."""
+
+    has_similarities = True
+
+    def __init__(self, logits: Tensor, similarities: Tensor) -> None:
+        self.outputs = logits, similarities
+
+    def logits_and_similarities(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, similarities = self.outputs
+        return logits[: len(images)], similarities[: len(images)]
+
+
+@pytest.mark.parametrize(
+    ("logits", "similarities", "said"),
+    [
+        (
+            0.0,
+            0.25,
+            "its similarities to class means differ from those of eager float32 by 2.5e-01, more than",
+        ),
+        (0.5, 0.0, "its logits differ from those of eager float32 by 5.0e-01 of the largest, more than"),
+        (math.nan, 0.0, "its logits differ from those of eager float32 by nan"),
+        (0.0, math.nan, "its similarities to class means differ from those of eager float32 by nan"),
+        (0.0, 0.0, ""),
+    ],
+)
+def test_what_differs_is_named(logits: float, similarities: float, said: str) -> None:
+    expected = torch.ones(8, 3), torch.full((8,), 0.5)
+    compared = compare(
+        Outputs(expected[0] + logits, expected[1] - similarities),
+        Outputs(*expected),
+        torch.zeros(8, 3, 4, 4),
+        "photos",
+    )
+    largest = max(logits, similarities) if math.isfinite(logits + similarities) else math.nan
+    assert compared.difference == pytest.approx(largest, nan_ok=True)
+    assert compared.describe().endswith(f"of the largest, similarities by {similarities:.1e}")
+    if said:
+        assert said in refusal(export_module._require_same, Path("x.onnx"), compared, 1e-3)
+    else:
+        export_module._require_same(Path("x.onnx"), compared, 1e-3)
 
 
 def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: Path) -> None:

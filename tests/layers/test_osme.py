@@ -123,7 +123,7 @@ def test_competing_gates_equal_a_softmax_per_channel(num_parts: int, background:
     osme = OSME(6, num_parts, 2, gating).double()
     maps = torch.randn(2, 6, 4, 3, dtype=torch.double)
     count = num_parts + background
-    assert osme.num_gates == count
+    assert len(osme.gates(maps)[0]) == count
     expected = torch.empty(2, count, 6, dtype=torch.double)
     for n, u in enumerate(maps):
         z = u.mean((1, 2))

@@ -66,15 +66,18 @@ def test_class_maps_are_the_heads_logits_but_for_the_bias(name: str) -> None:
 
 
 @every_method
-def test_logits_and_features_are_those_of_two_passes(name: str) -> None:
+def test_heads_and_features_are_those_of_two_passes(name: str) -> None:
     method = build(name).eval()
     layers = method.linear_heads()
     if not layers:
         pytest.skip(f"{name} has no linear heads")
     images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        logits, features = method.logits_and_features(images)
-        torch.testing.assert_close(logits, method(images), rtol=1e-4, atol=1e-5)
+        heads, features = method.heads_and_features(images)
+        torch.testing.assert_close(heads, method.head_logits(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            method.logits_and_features(images)[0], method(images), rtol=1e-4, atol=1e-5
+        )
         inputs = method.head_features(images)
         alone = next((inputs[head] for head in ("last", "joined") if head in inputs), None)
         expected = torch.cat([*inputs.values()], 1) if alone is None else alone

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
 from crossx.errors import CrossXError, UsageError
@@ -266,3 +267,17 @@ def test_what_cannot_be_started_from(tmp_path):
         source[0].classifier.bias[1] = torch.nan
     with pytest.raises(CrossXError, match=r"1 tensor is not finite \(classifier.bias, ...\)"):
         Start.read(write(run.path, *source))
+
+
+@pytest.mark.parametrize("damage", ["not finite", "another size"])
+def test_class_means_are_not_taken_whatever_is_in_them(tmp_path: Path, damage: str) -> None:
+    source = build("plain")
+    source[0].expect_class_means(torch.ones(1))
+    run = Run(Path(write(tmp_path / "run", *source)))
+    weights = load_file(run.weights)
+    means = weights["class_means"]
+    weights["class_means"] = means / 0 if damage == "not finite" else means[:, 1:].contiguous()
+    save_file(weights, run.weights)
+    state = Start.read(str(run.path)).state
+    assert "class_means" not in state
+    assert state.keys() == source[0].state_dict().keys() - {"class_means"}

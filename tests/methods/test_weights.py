@@ -22,7 +22,7 @@ from crossx.methods import Method, create_method, list_methods
 from crossx.methods.registry import register_method
 from crossx.methods.weights import build_method, describe, load_method, save_weights
 from crossx.runs import Preprocessing, Run, read_json, write_json
-from crossx.schema import ARCHITECTURE_ARGUMENTS, check_backbone_args, check_model
+from crossx.schema.model import ARCHITECTURE_ARGUMENTS, check_backbone_args, check_model
 from malice import Payload, watched
 from refusals import refusal
 

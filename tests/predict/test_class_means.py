@@ -156,6 +156,8 @@ def test_calibrating_again_computes_no_class_means_and_keeps_the_results(
     other = Run(shutil.copytree(run.path, tmp_path / "run"))
     before = other.read_spec()
     monkeypatch.setattr("crossx.evaluation.calibration.compute_class_means", None)
+    calibrate_run(other.path, device="cpu", keep=1)
+    assert other.read_spec().rejection is None
     calibrate_run(other.path, device="cpu", keep=0.7)  # the default is the run's score
     assert other.read_spec().rejection == before.rejection
     # another score keeps the weight, also in a shared copy, which does not know the training images

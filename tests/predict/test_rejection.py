@@ -171,7 +171,8 @@ def test_the_service_answers_null(run: Run, photos: Path) -> None:
         explained = client.post("/explain?format=json", files=[files[rejected]]).json()["prediction"]
         assert (explained["label"], explained["nearest"]) == (None, expected[rejected].nearest)
         counted = client.get("/metrics").text
-        predictor.spec = replace(predictor.spec, sets=None)
+    uncalibrated = Predictor(predictor.network, replace(predictor.spec, sets=None))
+    with TestClient(create_app(uncalibrated)) as client:
         refused = client.post("/predict?coverage=0.8", files=files[:1])
         assert (refused.status_code, refused.json()["detail"]) == (
             422,

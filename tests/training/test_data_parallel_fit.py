@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import layouts
 from crossx.data.catalog import read_configured
 from crossx.data.datamodule import DataModule
+from crossx.errors import UsageError
 from crossx.methods import list_methods, method_class
 from crossx.methods.weights import load_method
 from crossx.runs import Run
@@ -177,13 +178,24 @@ def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     config.output = None
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = [sys.executable, "-m", "crossx", "fit", "--config", "config.yaml"]
-    shown = subprocess.run(
-        words, check=True, timeout=1800, cwd=tmp_path, capture_output=True, text=True
-    ).stdout
-    assert shown.count("next: crossx test runs/config-folder-1") == 1
+    done = subprocess.run(words, check=True, timeout=1800, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("next: crossx test runs/config-folder-1") == 1
+    assert done.stderr.count("never drops the learning rate") == 1
     run = Run(tmp_path / "runs" / "config-folder-1")
     assert run.read_info()["status"] == "finished"
     assert [path.name for path in run.path.parent.iterdir()] == ["config-folder-1"]
     last = rows(run)[-1]
     expected = evaluate(run, run.weights)
     assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_says_what_it_does(make_config, monkeypatch, caplog, rank):
+    """The last check of the set-up fails: everything before it has been said."""
+    caplog.set_level("INFO", "crossx")
+    monkeypatch.setenv("RANK", rank)
+    config = make_config(data={"train_on": "trainval"}, trainer={"devices": 9999})
+    with pytest.raises(UsageError, match=r"trainer\.devices 9999"):
+        fit(config)
+    assert bool(caplog.messages) == (rank == "0")
+    assert ("There are no validation images" in caplog.text) == (rank == "0")

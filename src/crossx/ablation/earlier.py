@@ -17,7 +17,7 @@ from crossx.data.names import class_name
 from crossx.errors import CrossXError
 from crossx.evaluation.predictions import relative_paths
 from crossx.runs import read_json
-from crossx.schema import AblationRunFile, check_file
+from crossx.schema.run import AblationRunFile, check_file
 from crossx.training.config import Config, ModelConfig
 
 

@@ -31,7 +31,7 @@ from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError, sigterm_interrupts
 from crossx.recipes import NEUTRAL, SECTIONS
 from crossx.runs import Run, write_text
-from crossx.schema import check_backbone_args
+from crossx.schema.model import check_backbone_args
 from crossx.training.config import Config
 from crossx.yaml import load_yaml
 

@@ -123,9 +123,8 @@ def _print_report(report: ExportReport) -> None:
     alike = f", kept or rejected alike {compared.kept.same}" if compared.kept else ""
     print(
         fold(
-            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): logits differ by at "
-            f"most {compared.difference:.1e} of the largest{tolerance}, same class on {compared.same_class}"
-            f"{alike}",
+            f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): "
+            f"{compared.describe()}{tolerance}, same class on {compared.same_class}{alike}",
             hanging="  ",
         )
     )

@@ -31,7 +31,15 @@ from crossx.errors import (
     unknown,
 )
 from crossx.suggestions import nearest
-from crossx.terminal import columns, erase_step, fold, page_width, showing_steps
+from crossx.terminal import (
+    columns,
+    erase_step,
+    fold,
+    is_first_process,
+    page_width,
+    showing_steps,
+    speaking,
+)
 
 VERBS = (
     "quickstart", "fit", "tune", "test", "ablate", "compare", "report", "calibrate", "predict", "neighbors", "export",
@@ -159,12 +167,14 @@ def _dispatch(words: list[str]) -> int:
         raise unknown("verb", verb, VERBS)
     name = verb.replace("-", "_")
     module = importlib.import_module(f"crossx.cli.{name}")
-    if not {"-h", "--help"} & {*rest} and (note := prepare_caches()):
+    # a training may have several processes
+    speaks = verb != "fit" or is_first_process()
+    if not {"-h", "--help"} & {*rest} and (note := prepare_caches()) and speaks:
         print(f"crossx {verb}: {note}", file=sys.stderr)
     keep_freed_memory()
     rest, imports = _take_imports(verb, rest)
     try:
-        with showing_steps(), _importing(imports):
+        with showing_steps(), speaking(speaks), _importing(imports):
             if hasattr(module, "run"):
                 return int(module.run(rest))
             from crossx.cli.parser import call

@@ -22,7 +22,7 @@ from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
 from crossx.data.transforms import CachedForm, Normalize, Transform, eval_transform, train_transform
 from crossx.data.views import StoredViews
-from crossx.distributed import is_leader, world_size
+from crossx.distributed import world_size
 from crossx.errors import CrossXError, counted, first_few
 from crossx.runs import Preprocessing, user_path
 
@@ -100,7 +100,7 @@ class DataModule:
         bad = [
             (path, problem) for path, (problem, _) in zip(paths, found, strict=True) if problem is not None
         ]
-        if (note := scaled_note(bits for _, bits in found)) and is_leader():
+        if note := scaled_note(bits for _, bits in found):
             log.warning("%s.", note)
         listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
         found_bad = f"{len(bad):,} of {counted(len(records), 'image')} cannot be read"
@@ -108,7 +108,7 @@ class DataModule:
             raise CrossXError(
                 f"{found_bad}: {listed}. Replace them, or leave them out with --data.bad_images skip."
             )
-        if bad and is_leader():
+        if bad:
             log.warning("%s and %s left out: %s.", found_bad, "is" if len(bad) == 1 else "are", listed)
         self.skipped += bad
         left_out = {path for path, _ in bad}
@@ -276,8 +276,7 @@ class DataModule:
             kind, name, paths, transform, folder=self._cache_folder, decoded_only=decoded_only
         )
         self._caches[name] = cache, form
-        if is_leader():
-            log.info(summary)
+        log.info(summary)
 
     def _loader(
         self,

@@ -150,11 +150,16 @@ class Calibration(NamedTuple):
     rejection: Rejection | None
     sets: PredictionSets | None
     described: dict[str, Any]
+    combined_weight: float | None = None
 
     def write(self, run: Run) -> None:
         """Store it in the run's ``model.json``."""
         spec = replace(
-            run.read_spec(), temperature=self.temperature, rejection=self.rejection, sets=self.sets
+            run.read_spec(),
+            temperature=self.temperature,
+            rejection=self.rejection,
+            sets=self.sets,
+            combined_weight=self.combined_weight,
         )
         write_json(run.spec, spec.to_json())
 
@@ -228,7 +233,7 @@ def compute_class_means(
         progress: Title of the progress bar; empty for none.
 
     Returns:
-        The class means; None if its prediction is not that of its linear heads (``Method.linear_heads``).
+        The class means; None if the method has no linear heads, or no ``Method.heads_and_features``.
 
     Raises:
         CrossXError: If the logits are not finite or GPU memory runs out.
@@ -238,7 +243,7 @@ def compute_class_means(
     network = TorchNetwork(method, data.normalize, device)
     total = ClassMeansSum(method.num_classes, len(data.index.split("train")))
     for number, (images, labels) in enumerate(track(data.eval_loader("train", dealt=False), progress)):
-        if not number and not _is_predicted_by_linear_heads(network, images):
+        if not number and not _gives_features(network, images):
             return None
         logits, features = network.logits_and_features(images)
         check_finite(logits)
@@ -246,14 +251,13 @@ def compute_class_means(
     return total.finish()
 
 
-def _is_predicted_by_linear_heads(network: TorchNetwork, images: Tensor) -> bool:
-    """Whether the linear heads alone give the prediction, and the features are one vector per image."""
-    method, expected = network.method, network.logits(images)
-    check_finite(expected)
+def _gives_features(network: TorchNetwork, images: Tensor) -> bool:
+    """Whether ``Method.heads_and_features`` gives the logits of all heads, and one vector per image."""
+    method, expected = network.method, network.head_logits(images)
+    for logits in expected.values():
+        check_finite(logits)
     try:
-        logits, features = network.logits_and_features(images)
-    except KeyError:  # combine_heads needs another head
-        return False
+        heads, features = network.heads_and_features(images)
     except CrossXError:
         raise
     except Exception as error:  # of a user's method, whose training must not be lost for it
@@ -262,7 +266,10 @@ def _is_predicted_by_linear_heads(network: TorchNetwork, images: Tensor) -> bool
             "`crossx.testing.check_method` says more.", method.name, first_line(error),
         )  # fmt: skip
         return False
-    same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+    same = heads.keys() == expected.keys() and all(
+        logits.shape == expected[name].shape and torch.allclose(logits, expected[name], rtol=1e-3, atol=1e-3)
+        for name, logits in heads.items()
+    )
     return same and features.shape[1:] == (method.width_of_class_means,)
 
 
@@ -280,7 +287,7 @@ def calibrate_outputs(
         outputs: Logits on images that the network was not trained on.
         score: Name of the score of rejection, see ``crossx.evaluation.unknowns``.
         keep: Share of the images to keep, above 0; 1 for no rejection.
-        weight: See ``ClassMeans``, kept for any score; None for a network without class means.
+        weight: See ``ClassMeans``, kept for any score, and without rejection; None for a network without class means.
         **images: The ``dataset``, ``data_root`` and ``split`` of the images, for the description.
 
     Returns:
@@ -309,7 +316,8 @@ def calibrate_outputs(
     count = len(targets)
     rejection = Rejection(score, keep, count, thresholds, weight) if thresholds else None
     described |= {"score": score, "keep": keep, "threshold": thresholds.get(views_key(flip=False, crops=1))}
-    return Calibration(temperature, rejection, PredictionSets(count, least), described)
+    unused = weight if rejection is None else None
+    return Calibration(temperature, rejection, PredictionSets(count, least), described, unused)
 
 
 def describe_temperature(logits: Tensor, targets: Tensor, **images: str | None) -> dict[str, Any]:
@@ -392,8 +400,7 @@ def calibrate_run(
 
 def _stored_weight(subject: Subject) -> float | None:
     """Return the weight of a run's class means; None if it has no class means, or not their weight."""
-    rejection = subject.spec.rejection
-    return rejection.weight if rejection is not None and subject.method.class_means is not None else None
+    return None if subject.method.class_means is None else subject.spec.score_weight
 
 
 def _add_class_means(subject: Subject, score: str) -> float:

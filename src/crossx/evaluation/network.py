@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -111,22 +110,18 @@ class TorchNetwork:
             return self.method.head_logits(self.inputs(images))
 
     def heads_and_similarities(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return ``head_logits``, and similarities if the network has class means."""
+        """Return ``head_logits``, and similarities if the network has class means, in one pass."""
         means = self.method.class_means
         if means is None:
             return self.head_logits(images), None
-        if not self._only_linear_heads:
-            return self.head_logits(images), self.logits_and_similarities(images)[1]
-        with torch.inference_mode(), within_memory(len(images)):
-            heads, features = self.method.heads_and_features(self.inputs(images))
-            return heads, similarity(features, means)
+        heads, features = self.heads_and_features(images)
+        return heads, similarity(features, means)
 
-    @cached_property
-    def _only_linear_heads(self) -> bool:
-        """Whether all heads are linear, so that one pass gives their logits and the features."""
-        size = self.method.backbone.image_size
-        heads = self.head_logits(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        return heads.keys() == self.method.linear_heads().keys()
+    @torch.inference_mode()
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return ``Method.heads_and_features``, in float32."""
+        with within_memory(len(images)):
+            return self.method.heads_and_features(self.inputs(images))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits, see ``Network``."""
@@ -212,3 +207,10 @@ def check_finite(logits: Tensor, similarities: Tensor | None = None) -> None:
             f"the network's output is not finite on {broken} of {len(logits)} images: its weights are damaged, or "
             "training diverged."
         )
+
+
+def require_finite(outputs: Tensor) -> Tensor:
+    """Return outputs of a trained network; raises ``CrossXError`` if a number is not finite."""
+    if not outputs.isfinite().all():
+        raise CrossXError("the network's output is not finite: its weights are damaged.")
+    return outputs

@@ -14,6 +14,7 @@ from crossx.data.image_files import find_images
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError
 from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets, percent_of
+from crossx.evaluation.decisions import Threshold
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
 from crossx.evaluation.unknowns import SCORE, ViewScores, separation
@@ -36,15 +37,16 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
         ``score``, ``threshold`` and ``keep`` of the run; ``kept``, the share of the images with at least this score,
         its Clopper-Pearson ``interval``, and ``top1_kept``, the accuracy on them, None if there are none.
     """
-    kept = kept_images(spec, outputs)
-    if spec.rejection is None or kept is None:
+    found = apply_threshold(spec, outputs)
+    if found is None:
         return None
-    score, threshold = spec.rejection.score, spec.rejection.thresholds[KEY]
+    assert spec.rejection is not None
+    threshold, kept = found
     count = int(kept.sum())
     correct = outputs.logits[0].argmax(1) == targets
     return {
-        "score": score,
-        "threshold": threshold,
+        "score": threshold.score,
+        "threshold": threshold.least,
         "keep": spec.rejection.keep,
         "kept": count / len(kept),
         "interval": list(share_interval(count, len(kept))),
@@ -52,12 +54,12 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
     }
 
 
-def kept_images(spec: ModelSpec, outputs: ViewScores) -> Tensor | None:
-    """Return whether each image is kept, (N,); None if the run has no threshold, or no class means that it needs."""
-    found = spec.rejection
-    if found is None or KEY not in found.thresholds or found.score not in outputs.names(found.weight):
+def apply_threshold(spec: ModelSpec, outputs: ViewScores) -> tuple[Threshold, Tensor] | None:
+    """Return the run's threshold and whether each image is kept, (N,); None without it, or class means it needs."""
+    threshold = Threshold.of(spec.rejection, KEY)
+    if threshold is None or threshold.score not in outputs.names(threshold.weight):
         return None
-    return outputs.score(found.score, found.weight) >= found.thresholds[KEY]
+    return threshold, threshold.scores(outputs) >= threshold.least
 
 
 def describe_sets(
@@ -133,7 +135,7 @@ def describe_unknown(
     """
     correct = (outputs.logits[0].argmax(1) == targets).numpy()
     known, others = outputs.double(), unknown.double()
-    weight = spec.rejection.weight if spec.rejection else None
+    weight = spec.score_weight
     results: dict[str, Any] = {
         "n": len(unknown.logits[0]),
         "scores": {
@@ -141,10 +143,12 @@ def describe_unknown(
             for name in known.names(weight)
         },
     }
-    kept = kept_images(spec, unknown)
-    results["score"] = SCORE if spec.rejection is None or kept is None else spec.rejection.score
-    if kept is not None:
+    if (found := apply_threshold(spec, unknown)) is None:
+        results["score"] = SCORE
+    else:
+        threshold, kept = found
         below = ~kept
+        results["score"] = threshold.score
         results["rejected"] = float(below.float().mean())
         results["interval"] = list(share_interval(int(below.sum()), len(below)))
     return results

@@ -443,12 +443,18 @@ def _opset(graph: Any) -> int | None:
 
 
 def _require_same(output: Path, comparison: Comparison, allowed: float) -> None:
-    """Raise ``CrossXError`` if the difference of the logits exceeds the tolerance or is NaN."""
-    if not comparison.difference <= allowed:
-        raise CrossXError(
-            f"{output}: not written, its logits differ from those of eager float32 by {comparison.difference:.1e} of "
-            f"the largest, more than the tolerance of {allowed:.1e} ({comparison.source})."
-        )
+    """Raise ``CrossXError`` if a difference exceeds the tolerance or is NaN."""
+    logits, similarities = comparison.logits, comparison.similarities
+    if not logits <= allowed:
+        what, how_much = "logits", f"{logits:.1e} of the largest"
+    elif similarities is not None and not similarities <= allowed:
+        what, how_much = "similarities to class means", f"{similarities:.1e}"
+    else:
+        return
+    raise CrossXError(
+        f"{output}: not written, its {what} differ from those of eager float32 by {how_much}, more than the tolerance "
+        f"of {allowed:.1e} ({comparison.source})."
+    )
 
 
 def _require_accurate(output: Path, accuracy: Accuracy, allowed: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network, check_finite
-from crossx.evaluation.open_set import kept_images
+from crossx.evaluation.open_set import apply_threshold
 from crossx.evaluation.progress import track
 from crossx.evaluation.unknowns import ViewScores
 from crossx.predict.prefetch import prefetch_batches
@@ -59,9 +60,10 @@ class Kept:
     @classmethod
     def compare(cls, spec: ModelSpec, before: ViewScores, after: ViewScores) -> Kept | None:
         """Compare outputs on the same images; None if the run has no threshold."""
-        own, other = (kept_images(spec, outputs) for outputs in (before, after))
-        if own is None or other is None:
+        found = [apply_threshold(spec, outputs) for outputs in (before, after)]
+        if found[0] is None or found[1] is None:
             return None
+        (_, own), (_, other) = found[0], found[1]
         return cls(
             before=float(own.double().mean()),
             after=float(other.double().mean()),
@@ -72,21 +74,33 @@ class Kept:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An exported file's logits compared with those of eager float32.
+    """An exported file's outputs compared with those of eager float32.
 
     Attributes:
         images: Number of images.
         source: Their source.
-        difference: Largest difference of the logits, relative to the largest logit, or of the similarities.
+        logits: Largest difference of the logits, relative to the largest logit.
         same_class: Images with the same predicted class.
+        similarities: Largest difference of the similarities, which are at most 1; None if the file has none.
         kept: Images that keep their label; None if the run has no threshold.
     """
 
     images: int
     source: str
-    difference: float
+    logits: float
     same_class: int
+    similarities: float | None = None
     kept: Kept | None = None
+
+    @property
+    def difference(self) -> float:
+        """The larger one of the differences; NaN if one is."""
+        return float(np.maximum(self.logits, self.similarities or 0.0))
+
+    def describe(self) -> str:
+        """Say how large the differences are."""
+        text = f"logits differ by at most {self.logits:.1e} of the largest"
+        return text if self.similarities is None else f"{text}, similarities by {self.similarities:.1e}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ def _random_pixels(size: int) -> Tensor:
 def compare(model: Network, reference: Network, spec: ModelSpec, images: Tensor, source: str) -> Comparison:
     """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
 
-    Similarities are compared as well if the file has them; their largest possible value is 1. So is the rejection.
+    Similarities are compared as well if the file has them, and so is the rejection.
 
     Raises:
         CrossXError: If the outputs of ``reference`` are not finite.
@@ -185,11 +199,12 @@ def compare(model: Network, reference: Network, spec: ModelSpec, images: Tensor,
     (found,), (expected,) = after.logits, before.logits
     check_finite(expected, None if before.similarities is None else before.similarities[0])
     difference = (found - expected).abs().max() / expected.abs().max()
+    cosines = None
     if after.similarities is not None and before.similarities is not None:
-        cosines = after.similarities[0] - before.similarities[0]
-        difference = torch.maximum(difference, cosines.abs().max())
+        cosines = float((after.similarities[0] - before.similarities[0]).abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
-    return Comparison(len(images), source, float(difference), same, Kept.compare(spec, before, after))
+    kept = Kept.compare(spec, before, after)
+    return Comparison(len(images), source, float(difference), same, cosines, kept)
 
 
 def join_batches(batches: Sequence[ViewScores]) -> ViewScores:

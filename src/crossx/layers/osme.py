@@ -66,10 +66,7 @@ class OSME(nn.Module):
         channels: C.
         num_parts: P, the number of excitation modules.
         reduction: Channels per hidden unit of a gate, 1 to C (SE uses 16; the paper gives none).
-        gating: How scores become gates; default: Eq. 1.
-
-    Attributes:
-        num_gates: M, which is P, or P + 1 with a background.
+        gating: How scores become gates; default: Eq. 1. There are M of them: P, or P + 1 with a background.
     """
 
     def __init__(
@@ -85,7 +82,7 @@ class OSME(nn.Module):
         hidden = channels // reduction
         self.gating = gating or Gating()
         self.num_parts = num_parts
-        self.num_gates = count = num_parts + self.gating.background
+        count = num_parts + self.gating.background
         if self.gating.gates == "competing" and count < 2:
             raise UsageError(
                 "competing gates need num_parts 2 or more, or a background: --model.background true."

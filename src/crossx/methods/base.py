@@ -213,14 +213,17 @@ class Method(nn.Module, ABC):
         return dict(zip(heads, self.embeddings(images).split(widths, 1), strict=True))
 
     def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the logits of the linear heads, and the features that class means are taken of, in one pass.
+        """Return ``head_logits``, and the features that class means are taken of, in one pass.
+
+        The default takes ``linear_heads`` for all heads. Override this if ``head_logits`` has others; otherwise the
+        method has no class means.
 
         Args:
             images: (B, 3, H, W), normalised.
 
         Returns:
-            Name -> (B, K) of ``linear_heads``, of which there is at least one; and (B, D), the input of the head
-            ``last``, else that of ``joined``, else those of all heads, concatenated.
+            Name -> (B, K), and (B, D), the input of the linear head ``last``, else that of ``joined``, else those of
+            all linear heads, concatenated. There is at least one linear head.
         """
         inputs, heads = self.head_features(images), {}
         for name, layer in self.linear_heads().items():
@@ -230,10 +233,7 @@ class Method(nn.Module, ABC):
         return heads, torch.cat([inputs[name].flatten(1) for name in self._heads_of_class_means()], 1)
 
     def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prediction, (B, K), with the features of ``heads_and_features``.
-
-        Override this if other heads than ``linear_heads`` predict, too; otherwise the method has no class means.
-        """
+        """Return the prediction, (B, K), with the features of ``heads_and_features``."""
         heads, features = self.heads_and_features(images)
         return self.combine_heads(heads), features
 

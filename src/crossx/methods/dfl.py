@@ -139,11 +139,11 @@ class DFL(Method):
         """Return the classifiers of the ``whole`` image and of the filters' responses, ``part``."""
         return dict(self.heads.items())  # type: ignore[arg-type]
 
-    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prediction, with that of the side branch, and the inputs of the heads; see ``Method``."""
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of all branches, and the inputs of the linear heads; see ``Method``."""
         pooled, whole = self._features(images)
-        logits = self.combine_heads(self._predicting(self._branch_logits(pooled, whole)))
-        return logits, torch.cat([whole, pooled.flatten(1)], 1)  # (B, C) and (B, K, k) -> (B, C + K*k)
+        heads = self._predicting(self._branch_logits(pooled, whole))
+        return heads, torch.cat([whole, pooled.flatten(1)], 1)  # (B, C) and (B, K, k) -> (B, C + K*k)
 
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropies of both classifiers, ``data_whole`` and ``data_part``."""

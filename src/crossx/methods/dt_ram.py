@@ -17,7 +17,7 @@ from crossx.layers import crop_boxes
 from crossx.losses import reinforce_loss
 from crossx.methods.base import Method, Objective, Phase
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 PhaseSchedule: TypeAlias = Literal["constant", "step", "cosine"]
 
@@ -246,9 +246,7 @@ class DTRAM(Method):
 
     def head_logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits (B, K) of each step, ``step_1`` and so on, and of the prediction, ``joined``."""
-        answers = self._look(images, self.num_steps).answers
-        steps = {f"step_{step + 1}": answers[:, step] for step in range(self.num_steps)}
-        return {**steps, "joined": join(answers, self._predicted(answers))}
+        return self._heads(self._look(images, self.num_steps).answers)
 
     def combine_heads(self, heads: Mapping[str, Tensor]) -> Tensor:
         """Return only ``joined``: the answer to the image plus the mean of the answers to its glimpses."""
@@ -321,10 +319,10 @@ class DTRAM(Method):
         """Return what the first step sees of the image, (B, C); see ``Method``."""
         return {"step_1": self._look(images, 1).features[0]}
 
-    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prediction of all steps, and what the first one sees; see ``Method``."""
+    def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of all heads, and what the first step sees; see ``Method``."""
         look = self._look(images, self.num_steps)
-        return join(look.answers, self._predicted(look.answers)), look.features[0]
+        return self._heads(look.answers), look.features[0]
 
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy of the first step, ``data_1``."""
@@ -371,6 +369,11 @@ class DTRAM(Method):
         extent = torch.tensor([width, height], device=images.device)
         corner = (1 + self.reach * location) * extent / 2 - side / 2
         return torch.cat([corner, corner + side], 1)
+
+    def _heads(self, answers: Tensor) -> dict[str, Tensor]:
+        # (B, T, K) -> T x (B, K)
+        steps = {f"step_{step + 1}": answers[:, step] for step in range(self.num_steps)}
+        return {**steps, "joined": join(answers, self._predicted(answers))}
 
     def _predicted(self, answers: Tensor) -> Tensor:
         """Return which steps after the first, bool (B, T - 1), the prediction takes, for answers (B, T, K).

@@ -17,7 +17,7 @@ from crossx.layers import OwnStatistics, crop_boxes, square_corners
 from crossx.losses import reinforce_loss
 from crossx.methods.base import Method, Objective
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 Reward: TypeAlias = Literal["greedy", "final"]
 Baseline: TypeAlias = Literal["learnt", "none"]

@@ -26,7 +26,7 @@ from crossx.layers import (
 from crossx.losses import concentration_loss, diversity_loss
 from crossx.methods.base import Method, Objective, Phase
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 OBJECT_THRESHOLD = 0.1
 """Share of the largest sum of the channels that belongs to the object; of the released code."""

@@ -15,7 +15,7 @@ from crossx.layers import Navigator, OwnStatistics, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 PartsReduction: TypeAlias = Literal["mean", "sum"]
 CropStatistics: TypeAlias = Literal["shared", "own"]

@@ -15,7 +15,7 @@ from crossx.errors import UsageError
 from crossx.layers.similarity import Similarity, fit_similarity, transformed, warp_regions
 from crossx.methods.base import Method, Objective
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 Stage: TypeAlias = Literal["previous", "last"]
 Source: TypeAlias = Literal["true", "predicted"]

@@ -20,7 +20,7 @@ from crossx.layers import evaluation_mode, join_normalized, zoom
 from crossx.losses import scale_ranking_loss
 from crossx.methods.base import Method, Objective, Phase
 from crossx.methods.registry import register_method
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 
 log = logging.getLogger(__name__)
 

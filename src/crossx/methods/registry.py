@@ -19,7 +19,7 @@ from crossx.backbones import create_backbone
 from crossx.errors import CrossXError, UsageError, first_line, unknown
 from crossx.methods.base import Method
 from crossx.runs import Run
-from crossx.schema import MAX_IMAGE_SIZE
+from crossx.schema.model import MAX_IMAGE_SIZE
 from crossx.suggestions import nearest
 
 M = TypeVar("M", bound=type[Method])

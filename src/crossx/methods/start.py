@@ -14,7 +14,7 @@ from torch import Tensor
 from crossx.backbones import Backbone
 from crossx.errors import CrossXError, UsageError, counted, first_few
 from crossx.layers import OwnStatistics
-from crossx.methods.base import CLASS_MEANS, Method
+from crossx.methods.base import Method
 from crossx.methods.registry import method_class
 from crossx.methods.weights import outline, read_checked, read_spec
 from crossx.runs import EXPORTED, ModelSpec, open_run
@@ -72,7 +72,8 @@ class Start:
             )
         run, weights = open_run(source)
         spec = read_spec(run)
-        outlined, state = read_checked(spec, run.spec, weights)
+        # class means are those of other images
+        outlined, state = read_checked(spec, run.spec, weights, class_means=False)
         broken = [
             key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
         ]
@@ -81,9 +82,6 @@ class Start:
             raise CrossXError(
                 f"{weights}: {counted(len(broken), 'tensor')} {verb} not finite ({broken[0]}, ...)."
             )
-        # those of other images
-        state.pop(CLASS_MEANS, None)
-        outlined.expect_class_means(None)
         names = original_names(outlined)
         name = run.hub or str(given.absolute())
         return cls(name, run.hub, weights, spec, run.read_info(), {names[key]: state[key] for key in names})

@@ -21,7 +21,7 @@ from crossx.methods.registry import (
     recall_method,
 )
 from crossx.runs import ModelSpec, Preprocessing, Run, atomic_path, open_run
-from crossx.schema import check_backbone_args
+from crossx.schema.model import check_backbone_args
 from crossx.suggestions import nearest
 
 PREFIX = "method."
@@ -125,13 +125,16 @@ def load_network(spec: ModelSpec, source: Path, weights: Path) -> Method:
     return method.eval()
 
 
-def read_checked(spec: ModelSpec, source: Path, weights: Path) -> tuple[Method, dict[str, Tensor]]:
+def read_checked(
+    spec: ModelSpec, source: Path, weights: Path, *, class_means: bool = True
+) -> tuple[Method, dict[str, Tensor]]:
     """Read the weights of the network that ``spec`` describes, and check that they match.
 
     Args:
         spec: The description.
         source: The file that contains ``spec``, for error messages.
         weights: The weights, see ``load_weights``.
+        class_means: Whether to read class means, if the file has them.
 
     Returns:
         The network on the meta device, and its state dict.
@@ -140,6 +143,8 @@ def read_checked(spec: ModelSpec, source: Path, weights: Path) -> tuple[Method, 
         CrossXError: If the network cannot be built or the weights do not match it.
     """
     state = _read_weights(weights)
+    if not class_means:
+        state.pop(CLASS_MEANS, None)
     outlined = outline(spec, source)
     _check_fit(outlined, state, weights)
     return outlined, state

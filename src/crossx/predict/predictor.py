@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
+from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError, check_choice
-from crossx.evaluation.conformal import least_probability, weakness
+from crossx.errors import CrossXError, UsageError
+from crossx.evaluation.decisions import Accept, Decider, Decision
 from crossx.evaluation.device import select_device
-from crossx.evaluation.network import Network, TorchNetwork
-from crossx.evaluation.unknowns import FEATURE_SCORES, ViewScores
-from crossx.evaluation.views import Views, mean_probabilities
+from crossx.evaluation.network import Network, TorchNetwork, require_finite
+from crossx.evaluation.unknowns import ViewScores
+from crossx.evaluation.views import Views
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
@@ -33,10 +32,7 @@ from crossx.predict.results import ExplainedImage, Features, Neighbors, Predicti
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-Accept = Literal["known", "all"]
 
 
 class PredictorOptions(TypedDict, total=False):
@@ -65,14 +61,6 @@ class Answer(NamedTuple):
     candidates: tuple[str, ...] | None = None
 
 
-class _Decided(NamedTuple):
-    """Probabilities (B, K), scores (B,) and whether each image is rejected, (B,); without a threshold None, not."""
-
-    probabilities: Tensor
-    scores: Tensor | None
-    rejected: Tensor
-
-
 class Predictor:
     """A trained network with its class names and preprocessing.
 
@@ -91,8 +79,6 @@ class Predictor:
 
     Attributes:
         weights: The file that ``load`` read the weights from; None for a network of ``from_method``.
-        rejection: Name of the score and its threshold; None if no image is rejected.
-        coverage: Coverage of the prediction sets; None if there are none.
 
     Raises:
         UsageError: If the crops are not possible, or the run has no prediction sets of that coverage.
@@ -111,27 +97,14 @@ class Predictor:
         self._views = Views(
             spec.preprocessing, flip=options.get("flip", False), crops=options.get("crops", 1)
         )
-        accept = options.get("accept", "known")
-        check_choice("accept", accept, get_args(Accept))
-        self.rejection: tuple[str, float] | None = None
-        if spec.rejection and accept == "known" and self._lacks(spec.rejection.score):
-            log.warning(
-                "no image is rejected: the score %s needs class means, which `crossx fit` keeps only with the selected "
-                "weights of a run.", spec.rejection.score,
-            )  # fmt: skip
-        elif spec.rejection and accept == "known":
-            threshold = spec.rejection.thresholds.get(self._views.key)
-            if threshold is None:
-                raise UsageError(
-                    f"the run has no threshold for these views ({self._views.key}): `crossx calibrate RUN` sets them, "
-                    "or accept all images."
-                )
-            self.rejection = spec.rejection.score, threshold
-        self.coverage = options.get("coverage")
-        if self.coverage is not None:
-            self.least_probability(self.coverage)
-            if spec.sets and (warning := weakness(spec.sets.images, self.coverage)):
-                log.warning("%s.", warning)
+        self._decider = Decider(
+            spec,
+            self._views.key,
+            has_similarities=network.has_similarities,
+            accept=options.get("accept", "known"),
+            coverage=options.get("coverage"),
+            run=origin[0].path if origin else "the network",
+        )
 
     @classmethod
     def load(
@@ -206,6 +179,17 @@ class Predictor:
     def views(self) -> tuple[int, bool]:
         """Number of crops that are averaged over, and whether their mirror images are, too."""
         return self._views.crops, self._views.flip
+
+    @property
+    def rejection(self) -> tuple[str, float] | None:
+        """Name of the score and its threshold, below which an image is rejected; None if no image is."""
+        threshold = self._decider.threshold
+        return None if threshold is None else (threshold.score, threshold.least)
+
+    @property
+    def coverage(self) -> float | None:
+        """Coverage of the prediction sets; None if there are none."""
+        return self._decider.coverage
 
     @property
     def explains(self) -> bool:
@@ -449,7 +433,7 @@ class Predictor:
         if len(images) == 0:
             return []
         coverages = [self.coverage] * len(images) if coverages is None else coverages
-        probabilities, scores, rejected = self._decide(images)
+        probabilities, rejected, scores = self._decide(images)
         values, indices = probabilities.topk(min(top, len(self.classes)))
         return [
             Answer(
@@ -470,19 +454,11 @@ class Predictor:
         ]
 
     def least_probability(self, coverage: float) -> float:
-        """Return the least probability of a class in a prediction set of this coverage.
-
-        Raises:
-            UsageError: If ``coverage`` is not from 0.5 to 0.99, or the run was not calibrated for it.
-        """
-        run = self.origin[0].path if self.origin else "the network"
-        return least_probability(self.spec.sets, self._views.key, coverage, run)
+        """Return the least probability of a class in a prediction set, see ``Decider.least_probability``."""
+        return self._decider.least_probability(coverage)
 
     def _candidates(self, probabilities: Tensor, coverage: float) -> tuple[str, ...]:
-        """Return the classes of the prediction set, of probabilities (K,)."""
-        values, indices = probabilities.sort(descending=True, stable=True)
-        count = max(1, int((values >= self.least_probability(coverage)).sum()))
-        return tuple(self.classes[i] for i in indices[:count].tolist())
+        return tuple(self.classes[label] for label in self._decider.prediction_set(probabilities, coverage))
 
     @torch.inference_mode()
     def features(self, images: Sequence[Tensor] | Tensor) -> Tensor:
@@ -497,7 +473,7 @@ class Predictor:
         Raises:
             CrossXError: As ``classify``.
         """
-        views = [_require_finite(self.network.embeddings(view)) for view in self._views.split(images)]
+        views = [require_finite(self.network.embeddings(view)) for view in self._views.split(images)]
         return normalize(torch.stack(views).mean(dim=0)).cpu()
 
     @cached_property
@@ -506,23 +482,10 @@ class Predictor:
         side = self.spec.preprocessing.image_size
         return self.network.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
 
-    def _lacks(self, score: str) -> bool:
-        return score in FEATURE_SCORES and not self.network.has_similarities
-
     @torch.inference_mode()
-    def _decide(self, images: Sequence[Tensor] | Tensor) -> _Decided:
-        """Return calibrated probabilities, scores and rejections, on ``device``, of prepared images."""
-        needed = self.rejection is not None and self.rejection[0] in FEATURE_SCORES
-        views = ViewScores.compute(self.network, self._views.split(images), similarities=needed)
-        probabilities = mean_probabilities(
-            [_require_finite(one) for one in views.logits], self.spec.temperature
-        )
-        if self.rejection is None:
-            return _Decided(probabilities, None, torch.zeros(len(probabilities), dtype=torch.bool))
-        assert self.spec.rejection is not None
-        score, threshold = self.rejection
-        scores = _require_finite(views.score(score, self.spec.rejection.weight))
-        return _Decided(probabilities, scores, scores < threshold)
+    def _decide(self, images: Sequence[Tensor] | Tensor) -> Decision:
+        views, needed = self._views.split(images), self._decider.needs_similarities
+        return self._decider.decide(ViewScores.compute(self.network, views, similarities=needed))
 
     def _try_prepare(self, item: OneImage) -> Tensor | str:
         """Return the prepared image, or the error."""
@@ -544,9 +507,3 @@ def class_number(name: str, classes: Sequence[str]) -> int:
             f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."
         )
     return known.index(class_name(name))
-
-
-def _require_finite(answer: Tensor) -> Tensor:
-    if not answer.isfinite().all():
-        raise CrossXError("the network's output is not finite: its weights are damaged.")
-    return answer

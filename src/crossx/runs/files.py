@@ -157,7 +157,7 @@ def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         CrossXError: If the file is missing, lacks a required key, or holds something else.
     """
-    from crossx.schema import ResultsFile, check_file, require
+    from crossx.schema.run import ResultsFile, check_file, require
 
     results = read_json(path)
     check_file(ResultsFile, results, path)
@@ -171,7 +171,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         CrossXError: If the file is missing or holds something else.
     """
-    from crossx.schema import HistoryFile, check_file
+    from crossx.schema.run import HistoryFile, check_file
 
     values = read_json(path)
     check_file(HistoryFile, values, path)

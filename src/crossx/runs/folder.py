@@ -64,7 +64,7 @@ class Run:
         """Read ``run.json``; empty if there is none."""
         if not self.info.is_file():
             return {}
-        from crossx.schema import RunFile, check_file
+        from crossx.schema.run import RunFile, check_file
 
         values = read_json(self.info)
         check_file(RunFile, values, self.info)

@@ -90,6 +90,7 @@ class ModelSpec:
         temperature: T > 0 of temperature scaling: probabilities are softmax(logits / T). 1 if none was fitted.
         rejection: When an image is of none of the classes; None if every image gets one.
         sets: Which classes are in a prediction set; None if that was not calibrated.
+        combined_weight: The ``weight`` of ``rejection`` where there is none, for a later calibration.
     """
 
     method: str
@@ -103,6 +104,12 @@ class ModelSpec:
     temperature: float = 1.0
     rejection: Rejection | None = None
     sets: PredictionSets | None = None
+    combined_weight: float | None = None
+
+    @property
+    def score_weight(self) -> float | None:
+        """The weight of the score ``combined``, see ``Rejection``; None for a network without class means."""
+        return self.combined_weight if self.rejection is None else self.rejection.weight
 
     @cached_property
     def display_names(self) -> tuple[str, ...]:
@@ -112,7 +119,7 @@ class ModelSpec:
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary for ``from_json``, of the lowest schema that has everything in it."""
         values = asdict(self)
-        for name in ("rejection", "sets"):
+        for name in ("rejection", "sets", "combined_weight"):
             if values[name] is None:
                 del values[name]
         if self.rejection and self.rejection.weight is None:
@@ -140,7 +147,7 @@ class ModelSpec:
                 f"{source}: schema {reprlib.repr(schema)}, this version of crossx reads 1 to {SCHEMA}: upgrade crossx."
             )
         # pydantic is slow to import, and `--help` does not need it
-        from crossx.schema import check_model
+        from crossx.schema.model import check_model
 
         check_model(values, source)
         prep = dict(values["preprocessing"])
@@ -157,6 +164,7 @@ class ModelSpec:
             temperature=float(values.get("temperature", 1.0)),
             rejection=None if values.get("rejection") is None else Rejection(**values["rejection"]),
             sets=None if values.get("sets") is None else _sets(values["sets"]),
+            combined_weight=values.get("combined_weight"),
         )
 
 

@@ -26,7 +26,7 @@ from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run, read_config
 from crossx.runs.spreadsheet import unescape_formula
-from crossx.schema import require
+from crossx.schema.run import require
 from crossx.yaml import dump_yaml
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"

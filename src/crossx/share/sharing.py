@@ -145,7 +145,7 @@ def hub_model(name: str, revision: str | None = None) -> HubModel:
     Raises:
         UsageError: If ``name`` is neither.
     """
-    model = HubModel.parse(name)
+    model = HubModel.parse(name, on_hub=True)
     if model is None:
         raise UsageError(f"{name!r} names no repository of the Hugging Face Hub: write USER/NAME.")
     return HubModel(model.repository, revision or model.revision)

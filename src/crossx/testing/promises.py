@@ -336,6 +336,12 @@ def check_linear_heads(subject: Subject) -> None:
     for name, own in logits.items():
         mean = own.mean(1) if own.ndim == 3 else own  # (B, n, K) -> (B, K)
         compare(f"linear_heads[{name!r}] of its features against head_logits", mean, heads[name])
+    if type(method).heads_and_features is not Method.heads_and_features:
+        found, _ = method.heads_and_features(images)
+        if found.keys() != heads.keys():
+            fail(f"heads_and_features has the heads {', '.join(found)}, head_logits {', '.join(heads)}.")
+        for name, own in found.items():
+            compare(f"heads_and_features[{name!r}] against head_logits", own, heads[name])
     if not method.head_terms(logits, targets):
         fail("head_terms is empty: linear_heads has nothing to be fitted by.")
 

@@ -10,7 +10,6 @@ from typing import Any
 from crossx.data.config import Sampling
 from crossx.data.index import DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
-from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.classes import check_classes
 from crossx.methods.base import Method
@@ -157,16 +156,11 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Tran
     transfer = Transfer(start, method, spec)
     transfer.copy(method)
     method.taken = transfer.taken
-    if is_leader():
-        log.info("init %s", transfer.describe())
+    log.info("init %s", transfer.describe())
     before = start.info.get("data") or {}
     same = config.data.root and start.info.get("data_root") == config.data.root
     now = asdict(config.data)
-    if (
-        is_leader()
-        and same
-        and any(before.get(option) != now[option] for option in SPLITTING if option in before)
-    ):
+    if same and any(before.get(option) != now[option] for option in SPLITTING if option in before):
         log.warning(
             "init %s: was trained on images of %s split in another way: it may have seen images that are held out now.",
             start.name, config.data.root,

@@ -32,8 +32,8 @@ from crossx.runs import (
     write_json,
     write_text,
 )
-from crossx.schema import check_backbone_args, check_model
-from crossx.terminal import step
+from crossx.schema.model import check_backbone_args, check_model
+from crossx.terminal import speaking, step
 from crossx.training.checkpoints import make_newest, restore_best
 from crossx.training.config import Config
 from crossx.training.creation import Created, choose_parts, choose_sampling, create, restore
@@ -88,7 +88,7 @@ def fit(config: Config) -> Run:
             if is_leader():
                 _require_empty(run.path)
             trainer, reason = resolve_precision(config.trainer)
-            if reason and is_leader():
+            if reason:
                 log.info("trainer.precision auto is %s: %s.", trainer.precision, reason)
             return _train(_with_absolute_paths(replace(config, trainer=trainer)), run)
     except BaseException:
@@ -186,7 +186,7 @@ def _train(
         check_backbone_args(config.model.backbone_args)
     start = Start.read(config.init) if config.init is not None and checkpoint is None else None
     index = read_configured(config.data)
-    for note in index.notes if is_leader() else ():
+    for note in index.notes:
         log.warning("%s.", note)
     exclude_file = config.data.exclude
     if exclude_file is not None:
@@ -226,7 +226,7 @@ def _open_data(config: Config, index: DatasetIndex, created: Created) -> DataMod
     method, spec = created.method, created.spec
     parts = choose_parts(method.name, method.options, index)
     options = replace(config.data, sampling=choose_sampling(config.data.sampling, method))
-    if options.sampling == "balanced" and config.optim.class_weights == "balanced" and is_leader():
+    if options.sampling == "balanced" and config.optim.class_weights == "balanced":
         log.warning(
             "data.sampling balanced and optim.class_weights balanced both favour rare classes, which then count twice: "
             "leave out one of them."
@@ -270,9 +270,12 @@ def _write_excluded(run: Run, config: Config, index: DatasetIndex) -> None:
 
 @contextmanager
 def _interruptible(run: Run) -> Iterator[None]:
-    """Turn signals outside of the steps, SIGTERM included, and the end of a loading process into one line."""
+    """Turn signals outside of the steps, SIGTERM included, and the end of a loading process into one line.
+
+    Of several processes, only the leader logs.
+    """
     try:
-        with sigterm_interrupts():
+        with sigterm_interrupts(), speaking(is_leader()):
             yield
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped during set-up. {_how_to_continue(run)}") from error

@@ -317,7 +317,7 @@ class Loop:
         # an epoch that is resumed ends first
         elif self.step and not self.batch and self._out_of_time():
             by = "max_time"
-        if by is not None and self.epoch < self.options.max_epochs and self.fabric.is_global_zero:
+        if by is not None and self.epoch < self.options.max_epochs:
             announce_end(by, self.options, self.epoch, self.patience, self.history.rows, self.watched)
         return by
 
@@ -387,7 +387,7 @@ class Loop:
         counts = self.device.type == "cpu" or self.options.profile
         uncached = self.data.config.cache == "none" and self.train_batches.stored is None
         waited = self.stages.waited()
-        if is_first and counts and uncached and waited is not None and self.fabric.is_global_zero:
+        if is_first and counts and uncached and waited is not None:
             log.warning(
                 "the steps of this epoch waited for images for %.0f%% of their time: --data.cache ram or disk "
                 "decodes and resizes them only once.",

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from crossx.distributed import is_leader
 from crossx.errors import counted
 from crossx.training.config import Config
 from crossx.training.optim import build_scheduler, rise_fits
@@ -78,7 +77,7 @@ class Plan:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._scheduler.step()
         now = self._highest_rate()
-        if warns and now != before and is_leader():
+        if warns and now != before:
             log.warning(
                 "optim.schedule %s is now that of %d epochs: the learning rate, which was at %.2g, continues at %.2g.",
                 self.optim.schedule, self.epochs, before, now,
@@ -99,11 +98,10 @@ class Plan:
         self.epochs = epochs
         if epochs <= len(ends):
             return False
-        if is_leader():
-            log.info(
-                "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
-                self._config.trainer.max_time, epochs, counted(self._most, "epoch"), epochs,
-            )  # fmt: skip
+        log.info(
+            "trainer.max_time %s has time for %d of %s, and schedule and phases become those of %d.",
+            self._config.trainer.max_time, epochs, counted(self._most, "epoch"), epochs,
+        )  # fmt: skip
         self.optim = self._options_for(epochs)
         self._build()
         self.continue_at(len(ends) * self.steps_per_epoch, warns=False)

@@ -48,10 +48,7 @@ def require_unfinished(run: Run) -> None:
         with safe_open(run.weights, "pt"):
             pass
     except (CrossXError, OSError, SafetensorError):
-        if is_leader():
-            log.warning(
-                "%s: the model is damaged or missing. It is made again from the checkpoints.", run.path
-            )
+        log.warning("%s: the model is damaged or missing. It is made again from the checkpoints.", run.path)
         return
     raise UsageError(
         f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
@@ -69,10 +66,7 @@ def read_saved(run: Run, chosen: Path | None) -> dict[str, Any] | None:
         raise
     except CrossXError as error:
         raise CrossXError(f"{error} `{resume_command(run)}` takes the newest intact one.") from error
-    if is_leader():
-        log.info(
-            "the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"]
-        )
+    log.info("the run goes back to %s: epoch %d, step %d.", chosen, checkpoint["epoch"], checkpoint["step"])
     return checkpoint
 
 
