@@ -120,7 +120,7 @@ def _print_report(report: ExportReport) -> None:
         )
     )
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
-    alike = f", kept or rejected alike {compared.kept.same}" if compared.kept else ""
+    alike = f", kept or rejected alike on {compared.kept.same}" if compared.kept else ""
     print(
         fold(
             f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): "
@@ -162,7 +162,7 @@ def _print_report(report: ExportReport) -> None:
             print(
                 fold(
                     f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
-                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected alike "
+                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected alike on "
                     f"{kept.same}",
                     hanging="  ",
                 )
