@@ -162,8 +162,8 @@ def _print_report(report: ExportReport) -> None:
             print(
                 fold(
                     f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
-                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected alike on "
-                    f"{kept.same}",
+                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
+                    f"alike on {kept.same}",
                     hanging="  ",
                 )
             )
