@@ -368,3 +368,47 @@ def test_the_tables_of_rejection_and_sets_are_those_of_the_files() -> None:
         assert row == others["plain-35" if network.startswith("plain") else "fast-35", score]
     photographs = {("fast-192", score): row for score, *row in shown_tables["score"]}
     assert photographs == {key: row for key, row in others.items() if key[0] == "fast-192"}
+
+
+def test_the_table_of_the_price_of_rejection_is_that_of_the_file() -> None:
+    path = ROOT / "benchmarks" / "results" / "unknowns.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    page = (ROOT / "docs" / "unknowns.md").read_text(encoding="utf-8")
+    table = next(body for header, *body in tables(page) if header[0] == "unknown images")
+    folders = {
+        "other species": "near", "drawn birds": "far", "flowers": "flowers", "cats and dogs": "pets"
+    }  # fmt: skip
+    names = {"plain": "plain-50-0", "Cross-X": "crossx-50-0"}
+    assert len(table) == 10
+    for images, network, score, *shares in table:
+        found = runs[names[network]]["scores"][score.strip("`")][folders[images]]["rejected"]
+        assert shares == [f"{100 * found[keep]:.1f}" for keep in ("0.98", "0.95", "0.9", "0.8")]
+
+
+def test_the_table_of_rejection_by_exported_files_is_that_of_the_file() -> None:
+    path = ROOT / "benchmarks" / "results" / "exported_rejection.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    expected = []
+    for name, run in runs.items():
+        title = {"plain": "plain", "crossx": "Cross-X", "fast": "EfficientNet-Lite0"}[name.partition("-")[0]]
+        for format_, files in run["files"].items():
+            for precision, own in files.items():
+                if (format_, precision) in (("onnx", "fp32"), ("openvino", "fp32")):
+                    continue
+                eager, test = format_ == "eager", own["test"]
+                row = [title if eager else "", f"{100 * own['top1']:.2f}", f"{100 * test['kept']:.2f}"]
+                row += [
+                    f"{100 * (1 - own[folder]['kept']):.1f} ({100 * own[folder]['auroc']:.1f})"
+                    if folder in own
+                    else ""
+                    for folder in ("near", "far", "flowers")
+                ]
+                row.append("" if eager else f"{test['similarity_rms']:.4f}")
+                expected.append([*row, "" if eager else f"{1e3 * own['time']['median_s']:.2f}"])
+        # float32 files decide as PyTorch
+        for format_ in ("onnx", "openvino"):
+            whole = run["files"][format_]["fp32"]
+            assert all(whole[folder]["alike"] == count for folder, count in run["images"].items())
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    table = next(body for header, *body in tables(page) if "other species" in header)
+    assert [[row[0].partition(",")[0], *row[2:]] for row in table] == expected

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 import layouts
-from crossx.cli.export import _print_control
+from crossx.cli.export import _print_control, _print_moved
 from crossx.cli.main import main
 from crossx.evaluation.intervals import Interval
 from crossx.export.export import ControlledAccuracy
-from crossx.export.verify import Accuracy
+from crossx.export.verify import Accuracy, Kept
 
 
 def test_says_what_it_wrote_and_how_it_compares(
@@ -118,3 +118,15 @@ def test_says_which_layers_stay_in_float(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr()
     assert shown.out.endswith("0 of 12 layers back in float\n")
     assert shown.err == ""
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.97, False), (0.93, False), (0.9299, True), (0.9801, True)])
+def test_says_if_the_threshold_keeps_another_share(
+    after: float, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _print_moved(Kept(0.95, after, Interval(0.0, 0.0), 90), "int8")
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: int8 keeps {after:.2%} of these images instead of 95.00%") == told
+    assert said.count("\n") == told
+    _print_moved(None, "int8")
+    assert capsys.readouterr().err == ""

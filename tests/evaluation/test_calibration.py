@@ -259,6 +259,12 @@ def test_the_test_says_what_is_kept_covered_and_told_apart(run, tmp_path, capsys
     assert results["unknown"]["scores"]["max_probability"]["auroc"] == pytest.approx(wins, abs=0.05)
     for words in ("kept", "coverage 0.9", "classes per set", "5 images of", "1 left out", "AUROC", "OSCR"):
         assert words in said
+    for keep in (0.98, 0.95, 0.9, 0.8):
+        threshold = max(t for t in largest if np.mean(largest >= t) >= keep - 1e-9)
+        share = results["unknown"]["scores"]["max_probability"]["rejected"][f"{keep:g}"]
+        assert share == pytest.approx(np.mean(np.array(unknown) < threshold), abs=0.2)  # one of five at a tie
+        assert f"keep {keep:g} " in said
+    assert "% rejected by max_probability\n" in said
 
 
 def test_results_on_the_images_of_the_calibration_say_so(run, tmp_path, capsys):

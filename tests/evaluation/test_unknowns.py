@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestCentroid
 from crossx.errors import UsageError
 from crossx.evaluation.unknowns import (
     FEATURE_SCORES,
+    KEPT_SHARES,
     SCORES,
     ClassMeansSum,
     ViewScores,
@@ -55,15 +56,24 @@ def test_the_separation_is_that_of_scikit_learn_and_of_a_loop(seed: int) -> None
     assert found["fpr95"] == pytest.approx(false[np.argmax(true >= 0.95)])
     assert found["oscr"] == pytest.approx(naive_oscr(known, unknown, correct))
     assert found["oscr"] <= correct.mean()
+    assert list(found["rejected"]) == [f"{share:g}" for share in KEPT_SHARES]
+    for share, rejected in zip(KEPT_SHARES, found["rejected"].values(), strict=True):
+        # the highest threshold that keeps as many known images as needed
+        enough = [t for t in known if sum(known >= t) >= math.ceil(round(share * len(known), 9))]
+        assert rejected == pytest.approx(sum(unknown < max(enough)) / len(unknown))
 
 
 def test_the_ends_of_the_measures() -> None:
     known, unknown = np.array([2.0, 3.0]), np.array([0.0, 1.0])
     right = np.array([True, False])
-    assert separation(known, unknown, right) == {"auroc": 1, "fpr95": 0, "oscr": 0.5}
-    assert separation(unknown, known, right) == {"auroc": 0, "fpr95": 1, "oscr": 0}
+    all_of, none_of = (dict.fromkeys(("0.98", "0.95", "0.9", "0.8"), share) for share in (1, 0))
+    found = separation(known, unknown, right)
+    assert found == {"auroc": 1, "fpr95": 0, "oscr": 0.5, "rejected": all_of}
+    found = separation(unknown, known, right)
+    assert found == {"auroc": 0, "fpr95": 1, "oscr": 0, "rejected": none_of}
     same = np.zeros(3)
-    assert separation(same, same, np.ones(3, bool)) == {"auroc": 0.5, "fpr95": 1, "oscr": 0.5}
+    found = separation(same, same, np.ones(3, bool))
+    assert found == {"auroc": 0.5, "fpr95": 1, "oscr": 0.5, "rejected": none_of}
 
 
 def test_scores_are_those_of_scipy() -> None:

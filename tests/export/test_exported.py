@@ -30,7 +30,7 @@ from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
 from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported, without_telemetry
 from crossx.predict.predictor import Predictor
-from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, Preprocessing, Run, write_json
+from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, Preprocessing, Rejection, Run, write_json
 from refusals import refusal
 from slow import slow_except
 
@@ -353,17 +353,23 @@ class Outputs:
         (0.0, 0.0, ""),
     ],
 )
-def test_what_differs_is_named(logits: float, similarities: float, said: str) -> None:
+def test_what_differs_is_named(logits: float, similarities: float, said: str, run: Path) -> None:
+    rejection = Rejection("similarity", 0.95, 20, {"1": 0.4}, 1.0)
     expected = torch.ones(8, 3), torch.full((8,), 0.5)
     compared = compare(
         Outputs(expected[0] + logits, expected[1] - similarities),
         Outputs(*expected),
+        replace(Run(run).read_spec(), rejection=rejection),
         torch.zeros(8, 3, 4, 4),
         "photos",
     )
     largest = max(logits, similarities) if math.isfinite(logits + similarities) else math.nan
     assert compared.difference == pytest.approx(largest, nan_ok=True)
     assert compared.describe().endswith(f"of the largest, similarities by {similarities:.1e}")
+    assert compared.kept is not None
+    alike = similarities == 0  # 0.5 is kept; 0.25 and NaN are not
+    assert (compared.kept.before, compared.kept.after, compared.kept.same) == (1, alike, 8 * alike)
+    assert compared.kept.moved == (not alike)
     if said:
         assert said in refusal(export_module._require_same, Path("x.onnx"), compared, 1e-3)
     else:

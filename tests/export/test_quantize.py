@@ -1,15 +1,18 @@
 """int8 with control of the accuracy, on a network of which int8 ruins one layer."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from crossx.evaluation.unknowns import similarity
 from crossx.export.export import export_onnx
-from crossx.export.quantize import Control, Quantized, _accuracy, quantize_onnx, quantize_openvino
+from crossx.export.quantize import Control, Quantized, _accuracy, _Wiring, quantize_onnx, quantize_openvino
 
 SIDE = 8
 HUGE = 3e5
@@ -137,3 +140,72 @@ def test_the_controlled_accuracy_is_top_1_of_all_images() -> None:
     same = surer.argmax(1) == probabilities.argmax(1)
     assert same.all()
     assert _accuracy(lambda batch: surer[batch[:, 0, 0, 0]], batches)[0] > found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_only_one_output_needs_leads_to_no_other(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    names = [f"n{number}" for number in range(12)]
+    inputs = {
+        name: [other for other in names[:number] if generator.random() < 0.2]
+        for number, name in enumerate(names)
+    }
+    outputs = {"logits": names[-1], "similarities": names[-2], "probabilities": names[-4]}
+
+    def reached(name: str) -> set[str]:
+        """Return the outputs on the ways from a node, by recursion."""
+        further = [reached(other) for other, sources in inputs.items() if name in sources]
+        return {output for output, node in outputs.items() if node == name}.union(*further)
+
+    expected = [name for name in names if reached(name) == {"similarities"}]
+    assert _Wiring(inputs, outputs).only_for("similarities") == sorted(expected)
+    assert _Wiring(inputs, outputs).only_for("maps") == []
+
+
+class WithSimilarities(nn.Module):
+    """Two classes, and the cosine to the nearest of ten means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 48, 3)
+        self.classifier = nn.Linear(48, 2)
+        self.register_buffer("means", nn.functional.normalize(torch.rand(10, 48)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.conv(images.float() / 255).relu().mean((2, 3))  # (B, 3, S, S) -> (B, 48)
+        logits = self.classifier(features)
+        return logits, logits.softmax(1), similarity(features, self.get_buffer("means"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", QUANTIZE)
+def test_similarities_are_not_rounded_to_levels_of_int8(format_: str, tmp_path: Path) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
+    import onnx
+    import openvino
+
+    network = WithSimilarities().eval()
+    images = torch.cat([colored(64)[0], torch.randint(256, (64, 3, SIDE, SIDE), dtype=torch.uint8)])
+    path = tmp_path / "network.onnx"
+    onnx.save(export_onnx(network, images[:2], ["logits", "probabilities", "similarities"]), path)
+
+    def similarities() -> Tensor:
+        graph = onnx.load(path) if format_ == "onnx" else openvino.Core().read_model(path)
+        found = QUANTIZE[format_](graph, [images], None).graph
+        if format_ == "onnx":
+            onnx.save(found, tmp_path / "int8.onnx")
+        else:
+            openvino.save_model(found, tmp_path / "int8.xml", compress_to_fp16=False)
+        suffix = "onnx" if format_ == "onnx" else "xml"
+        compiled = openvino.Core().compile_model(
+            tmp_path / f"int8.{suffix}", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        return torch.from_numpy(compiled(images.numpy())["similarities"].copy())
+
+    expected = network(images)[2].detach()
+    error = (similarities() - expected).square().mean().sqrt()
+    with mock.patch.object(_Wiring, "only_for", return_value=[]):
+        rounded = (similarities() - expected).square().mean().sqrt()
+    assert 0 < error < rounded / 2

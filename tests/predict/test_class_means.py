@@ -98,6 +98,9 @@ def test_exported_files_reject_the_same_images(run: Run, tmp_path: Path, suffix:
     report = export_run(run.path, file)
     assert list(report.description["outputs"]) == ["logits", "probabilities", "similarities"]
     assert report.description["rejection"]["score"] == "combined"
+    kept = report.comparison.kept
+    assert kept is not None
+    assert (kept.same, kept.before, kept.moved) == (16, kept.after, False)
     expected = Predictor.load(run.path, "cpu", flip=True).predict(photos(run))
     found = Predictor.load(file, flip=True, trust=True).predict(photos(run))
     assert [one.label for one in found] == [one.label for one in expected]
@@ -106,6 +109,27 @@ def test_exported_files_reject_the_same_images(run: Run, tmp_path: Path, suffix:
     )
     everything = Predictor.load(file, accept="all", trust=True).predict(photos(run))
     assert all(one.label and one.score is None for one in everything)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_the_export_to_int8_tells_how_many_images_are_kept(run: Run, tmp_path: Path, suffix: str) -> None:
+    for needed in ("onnxscript", "onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(needed, reason="needs crossx[export]")
+    root = write_folder(tmp_path / "many", classes=3, images_per_class=110, split_folders=True)
+    file = tmp_path / f"mine{suffix}"
+    report = export_run(run.path, file, precision="int8", root=root, dataset="folder", tolerance=1.0)
+    assert report.accuracy is not None
+    found = report.accuracy.kept
+    assert found is not None
+    before, after = (
+        np.array([not one.rejected for one in Predictor.load(path, "cpu").predict(root / "test")])
+        for path in (run.path, file)
+    )
+    assert (found.before, found.after) == pytest.approx((before.mean(), after.mean()))
+    assert found.same == (before == after).sum()
+    assert found.lost.low <= found.before - found.after <= found.lost.high
+    assert report.description["accuracy"]["kept"]["after"] == found.after
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
     from crossx.export.export import ControlledAccuracy, ExportReport
+    from crossx.export.verify import Kept
 
 SHOWN_LAYERS = 8
 
@@ -119,10 +120,11 @@ def _print_report(report: ExportReport) -> None:
         )
     )
     tolerance = "" if report.accuracy else f" (tolerance {report.tolerance:.0e})"
+    alike = f", kept or rejected alike on {compared.kept.same}" if compared.kept else ""
     print(
         fold(
             f"against eager float32 on {counted(compared.images, 'image')} ({compared.source}): "
-            f"{compared.describe()}{tolerance}, same class on {compared.same_class}",
+            f"{compared.describe()}{tolerance}, same class on {compared.same_class}{alike}",
             hanging="  ",
         )
     )
@@ -130,6 +132,8 @@ def _print_report(report: ExportReport) -> None:
         print("note: --images DIR compares on real images.", file=sys.stderr)
     if control := report.control:
         _print_control(control)
+    if not report.accuracy:
+        _print_moved(compared.kept, model["precision"])
     if accuracy := report.accuracy:
         low, high = accuracy.lost
         print(
@@ -153,6 +157,30 @@ def _print_report(report: ExportReport) -> None:
                 "images; more of them would tell.",
                 file=sys.stderr,
             )
+        if kept := accuracy.kept:
+            low, high = kept.lost
+            print(
+                fold(
+                    f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
+                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
+                    f"alike on {kept.same}",
+                    hanging="  ",
+                )
+            )
+            _print_moved(kept, model["precision"])
+
+
+def _print_moved(kept: Kept | None, precision: str) -> None:
+    """Say that the threshold no longer keeps the share that it is to keep."""
+    from crossx.export.verify import KEPT_TOLERANCE
+
+    if kept is not None and kept.moved:
+        closer = " --precision fp16 is closer." if precision == "int8" else ""
+        print(
+            f"note: {precision} keeps {kept.after:.2%} of these images instead of {kept.before:.2%}, more than "
+            f"{100 * KEPT_TOLERANCE:g} points apart: the threshold was set in float32.{closer}",
+            file=sys.stderr,
+        )
 
 
 def _print_control(control: ControlledAccuracy) -> None:

@@ -127,6 +127,11 @@ def _open_set_rows(results: Mapping[str, Any]) -> dict[str, str]:
             f"OSCR {_percent(found['oscr'])}"
             for name, found in unknown["scores"].items()
         }
+        rejected = unknown["scores"][unknown["score"]]["rejected"]
+        rows |= {
+            f"  keep {keep}": f"{_percent(share)} rejected by {unknown['score']}"
+            for keep, share in rejected.items()
+        }
     return rows
 
 

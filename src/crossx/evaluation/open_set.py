@@ -17,7 +17,7 @@ from crossx.evaluation.conformal import coverage_interval, least_probability, me
 from crossx.evaluation.decisions import Threshold
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import ViewScores, separation
+from crossx.evaluation.unknowns import SCORE, ViewScores, separation
 from crossx.evaluation.views import mean_probabilities, views_key
 from crossx.runs import ModelSpec
 
@@ -37,7 +37,7 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
         ``score``, ``threshold`` and ``keep`` of the run; ``kept``, the share of the images with at least this score,
         its Clopper-Pearson ``interval``, and ``top1_kept``, the accuracy on them, None if there are none.
     """
-    found = _apply_threshold(spec, outputs)
+    found = apply_threshold(spec, outputs)
     if found is None:
         return None
     assert spec.rejection is not None
@@ -54,7 +54,7 @@ def describe_rejection(spec: ModelSpec, outputs: ViewScores, targets: Tensor) ->
     }
 
 
-def _apply_threshold(spec: ModelSpec, outputs: ViewScores) -> tuple[Threshold, Tensor] | None:
+def apply_threshold(spec: ModelSpec, outputs: ViewScores) -> tuple[Threshold, Tensor] | None:
     """Return the run's threshold and whether each image is kept, (N,); None without it, or class means it needs."""
     threshold = Threshold.of(spec.rejection, KEY)
     if threshold is None or threshold.score not in outputs.names(threshold.weight):
@@ -130,8 +130,8 @@ def describe_unknown(
         unknown: Of one view of M images of none of the classes.
 
     Returns:
-        ``n``, M; ``scores``: name -> ``Separation``; and, if the run has a threshold, ``rejected``, the share of the
-        unknown images below it, with its Clopper-Pearson ``interval``.
+        ``n``, M; ``scores``: name -> ``Separation``; ``score``, the name of the run's; and, if the run has a threshold,
+        ``rejected``, the share of the unknown images below it, with its Clopper-Pearson ``interval``.
     """
     correct = (outputs.logits[0].argmax(1) == targets).numpy()
     known, others = outputs.double(), unknown.double()
@@ -143,8 +143,12 @@ def describe_unknown(
             for name in known.names(weight)
         },
     }
-    if (found := _apply_threshold(spec, unknown)) is not None:
-        below = ~found[1]
+    if (found := apply_threshold(spec, unknown)) is None:
+        results["score"] = SCORE
+    else:
+        threshold, kept = found
+        below = ~kept
+        results["score"] = threshold.score
         results["rejected"] = float(below.float().mean())
         results["interval"] = list(share_interval(int(below.sum()), len(below)))
     return results

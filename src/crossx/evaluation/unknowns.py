@@ -87,6 +87,10 @@ def images_to_keep(keep: float) -> int:
     return math.ceil(1 / (1 - keep) - 1e-9) - 1
 
 
+KEPT_SHARES = (0.98, 0.95, 0.9, 0.8)
+"""Shares of the images of the classes to keep, for each of which it is measured how many others are rejected."""
+
+
 class Separation(TypedDict):
     """How well a score separates known from unknown images.
 
@@ -96,11 +100,13 @@ class Separation(TypedDict):
         oscr: Probability that a known image is classified correctly and has a higher score than an unknown one: the
             area under the curve of correct classification over false positives (Dhamija et al., "Reducing Network
             Agnostophobia", 2018, https://arxiv.org/abs/1811.04110). At most the accuracy.
+        rejected: Share of ``KEPT_SHARES``, as text -> share of unknown images below the threshold that keeps it.
     """
 
     auroc: float
     fpr95: float
     oscr: float
+    rejected: dict[str, float]
 
 
 def separation(
@@ -116,11 +122,16 @@ def separation(
     ordered = np.sort(unknown)
     below = np.searchsorted(ordered, known, "left") + np.searchsorted(ordered, known, "right")  # doubled
     wins = below / (2 * len(unknown))
-    threshold = np.sort(known)[int(0.05 * len(known) + 1e-9)]
+    own = np.sort(known)
+
+    def rejected(keep: float) -> float:
+        return float((unknown < own[int((1 - keep) * len(own) + 1e-9)]).mean())
+
     return {
         "auroc": float(wins.mean()),
-        "fpr95": float((unknown >= threshold).mean()),
+        "fpr95": 1 - rejected(0.95),
         "oscr": float((wins * correct).mean()),
+        "rejected": {f"{keep:g}": rejected(keep) for keep in KEPT_SHARES},
     }
 
 

@@ -206,13 +206,13 @@ def export_run(
         file = Path(folder) / output.name
         _save(kind, graph, description, precision, file, output)
         model = ExportedModel.load(file, trust=True)  # written just now
-        comparison = compare(model, reference, compared, source)
+        comparison = compare(model, reference, spec, compared, source)
         accuracy = control = None
         if chosen is None:
             _require_same(output, comparison, allowed)
         else:
             assert quantized is not None
-            measure = partial(measure_accuracy, model, reference, spec.preprocessing, len(chosen.calibration))
+            measure = partial(measure_accuracy, model, reference, spec, len(chosen.calibration))
             if max_drop is not None:
                 seen = "val" in trained_splits(run, read().config)
                 control = ControlledAccuracy(

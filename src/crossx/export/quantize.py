@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crossx.layers import MergedLogits, SeparateGates
 from crossx.predict.exported import open_session, without_telemetry
+from crossx.predict.inference import SIMILARITIES
 
 if TYPE_CHECKING:
     import onnx
@@ -68,6 +69,9 @@ def quantize_onnx(
     products in 16 bits, which could overflow otherwise (``reduce_range``,
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NNCF's ``OverflowFix``).
 
+    What leads from the features only to the similarities stays in float: rejection depends on them, and it takes next
+    to no time (docs/export.md compares both).
+
     Args:
         graph: A graph of ``export_onnx``.
         batches: Images to calibrate on, uint8 (B, 3, S, S).
@@ -98,7 +102,10 @@ def quantize_onnx(
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in graph.graph.node if _stays_in_float(node)],
+            nodes_to_exclude=[
+                *(node.name for node in graph.graph.node if _stays_in_float(node)),
+                *_onnx_wiring(graph).only_for(SIMILARITIES),
+            ],
         )
         quantized = onnx.load(path)
     return Quantized(quantized, _onnx_layers(quantized))
@@ -119,6 +126,7 @@ class _Runtime:
         item: Turns images into what NNCF passes to the network.
         classify: Turns what NNCF passes to the validation function into a function of images.
         layers: Names the layers with int8 weights.
+        wiring: Returns what reads what.
         read: Reads the fully quantised network, which NNCF writes.
         suffix: Suffix of its file.
         parameters: NNCF's advanced parameters of the quantisation.
@@ -127,6 +135,7 @@ class _Runtime:
     item: Callable[[NDArray[np.uint8]], Any]
     classify: Callable[[Any], Classify]
     layers: Callable[[Any], tuple[str, ...]]
+    wiring: Callable[[Any], _Wiring]
     read: Callable[[Path], Any]
     suffix: str
     parameters: Any = None
@@ -140,7 +149,11 @@ def _quantize_with_nncf(
 
     own = runtime()
     images = [own.item(image[None].contiguous().numpy()) for batch in batches for image in batch]
-    options = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(images)}
+    # constants and outputs are not among the nodes that NNCF can ignore
+    ignored = nncf.IgnoredScope(names=own.wiring(graph).only_for(SIMILARITIES), validate=False)
+    options = {
+        "preset": nncf.QuantizationPreset.MIXED, "subset_size": len(images), "ignored_scope": ignored
+    }  # fmt: skip
     nncf.set_log_level(logging.ERROR)
     if control is None:
         with _quiet():
@@ -188,7 +201,9 @@ def _openvino() -> _Runtime:
     def classify(compiled: Any) -> Classify:
         return lambda images: compiled(images)["probabilities"]
 
-    return _Runtime(lambda images: images, classify, _openvino_layers, openvino.Core().read_model, ".xml")
+    return _Runtime(
+        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino.Core().read_model, ".xml"
+    )  # fmt: skip
 
 
 def _onnx() -> _Runtime:
@@ -206,7 +221,9 @@ def _onnx() -> _Runtime:
         activations_quantization_params=QuantizationParameters(per_channel=False),
         quantizer_propagation_rule=QuantizerPropagationRule.DO_NOT_MERGE_BRANCHES,
     )
-    return _Runtime(lambda images: {"images": images}, classify, _onnx_layers, onnx.load, ".onnx", parameters)
+    return _Runtime(
+        lambda images: {"images": images}, classify, _onnx_layers, _onnx_wiring, onnx.load, ".onnx", parameters
+    )  # fmt: skip
 
 
 def _openvino_layers(graph: openvino.Model) -> tuple[str, ...]:
@@ -238,6 +255,52 @@ def _onnx_layers(graph: onnx.ModelProto) -> tuple[str, ...]:
         for node in graph.graph.node
         if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in dequantized
     )
+
+
+@dataclass(frozen=True)
+class _Wiring:
+    """What reads what in a graph.
+
+    Attributes:
+        inputs: Node -> nodes that it reads.
+        outputs: Output of the graph -> the node that it is of.
+    """
+
+    inputs: Mapping[str, Sequence[str]]
+    outputs: Mapping[str, str]
+
+    def only_for(self, output: str) -> list[str]:
+        """Return the nodes on which no other output depends; none if there is no such output."""
+        others = [node for name, node in self.outputs.items() if name != output]
+        own = [node for name, node in self.outputs.items() if name == output]
+        return sorted(self._needed(own) - self._needed(others))
+
+    def _needed(self, nodes: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        left = [*nodes]
+        while left:
+            node = left.pop()
+            if node not in found:
+                found.add(node)
+                left += self.inputs[node]
+        return found
+
+
+def _onnx_wiring(graph: onnx.ModelProto) -> _Wiring:
+    made_by = {output: node.name for node in graph.graph.node for output in node.output}
+    inputs = {
+        node.name: [made_by[name] for name in node.input if name in made_by] for node in graph.graph.node
+    }
+    return _Wiring(inputs, {output.name: made_by[output.name] for output in graph.graph.output})
+
+
+def _openvino_wiring(graph: openvino.Model) -> _Wiring:
+    inputs = {
+        op.get_friendly_name(): [value.get_node().get_friendly_name() for value in op.input_values()]
+        for op in graph.get_ordered_ops()
+    }
+    ends = {name: port.get_node().get_friendly_name() for port in graph.outputs for name in port.get_names()}
+    return _Wiring(inputs, ends)
 
 
 def _stays_in_float(node: onnx.NodeProto) -> bool:

@@ -19,10 +19,11 @@ from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network, check_finite
+from crossx.evaluation.open_set import apply_threshold
 from crossx.evaluation.progress import track
 from crossx.evaluation.unknowns import ViewScores
 from crossx.predict.prefetch import prefetch_batches
-from crossx.runs import Preprocessing
+from crossx.runs import ModelSpec, Preprocessing
 
 T = TypeVar("T")
 
@@ -31,6 +32,44 @@ COMPARED_IMAGES = 16
 MIN_QUANTIZED = 32
 """Least number of images to calibrate int8 on, and to measure its accuracy on."""
 RANDOM_PIXELS = "random pixels"
+KEPT_TOLERANCE = 0.02
+"""Difference of the share of images that keep their label, above which a note says so."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Images whose score is at least the run's threshold, so that they keep their label.
+
+    Attributes:
+        before: Their share in eager float32.
+        after: Their share with the exported file.
+        lost: Interval of the difference, see ``matched_interval``.
+        same: Number of images that both keep or both reject.
+    """
+
+    before: float
+    after: float
+    lost: Interval
+    same: int
+
+    @property
+    def moved(self) -> bool:
+        """Whether the shares differ by more than ``KEPT_TOLERANCE``."""
+        return abs(self.before - self.after) > KEPT_TOLERANCE + 1e-9
+
+    @classmethod
+    def compare(cls, spec: ModelSpec, before: ViewScores, after: ViewScores) -> Kept | None:
+        """Compare outputs on the same images; None if the run has no threshold."""
+        found = [apply_threshold(spec, outputs) for outputs in (before, after)]
+        if found[0] is None or found[1] is None:
+            return None
+        (_, own), (_, other) = found[0], found[1]
+        return cls(
+            before=float(own.double().mean()),
+            after=float(other.double().mean()),
+            lost=matched_interval(own.numpy(), other.numpy()),
+            same=int((own == other).sum()),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +82,7 @@ class Comparison:
         logits: Largest difference of the logits, relative to the largest logit.
         same_class: Images with the same predicted class.
         similarities: Largest difference of the similarities, which are at most 1; None if the file has none.
+        kept: Images that keep their label; None if the run has no threshold.
     """
 
     images: int
@@ -50,6 +90,7 @@ class Comparison:
     logits: float
     same_class: int
     similarities: float | None = None
+    kept: Kept | None = None
 
     @property
     def difference(self) -> float:
@@ -75,6 +116,7 @@ class Accuracy:
         same_class: Images with the same predicted class.
         agreement: Interval of the share of such images, see ``share_interval``.
         calibration_images: Number of calibration images.
+        kept: Images that keep their label; None if the run has no threshold.
     """
 
     split: str
@@ -85,6 +127,7 @@ class Accuracy:
     same_class: int
     agreement: Interval
     calibration_images: int
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -138,27 +181,37 @@ def _random_pixels(size: int) -> Tensor:
     return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def compare(model: Network, reference: Network, images: Tensor, source: str) -> Comparison:
+def compare(model: Network, reference: Network, spec: ModelSpec, images: Tensor, source: str) -> Comparison:
     """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
 
-    Similarities are compared as well if the file has them.
+    Similarities are compared as well if the file has them, and so is the rejection.
 
     Raises:
         CrossXError: If the outputs of ``reference`` are not finite.
     """
     batches = [batch for batch in images.split([1, len(images) - 1]) if len(batch)]
-    views, others = (
-        ViewScores.compute(network, parts, similarities=model.has_similarities)
+    after, before = (
+        join_batches(
+            [ViewScores.compute(network, [part], similarities=model.has_similarities) for part in parts]
+        )
         for network, parts in ((model, batches), (reference, images.split(BATCH)))
     )
-    found, expected = torch.cat([*views.logits]), torch.cat([*others.logits])
-    check_finite(expected, None if others.similarities is None else torch.cat([*others.similarities]))
+    (found,), (expected,) = after.logits, before.logits
+    check_finite(expected, None if before.similarities is None else before.similarities[0])
     difference = (found - expected).abs().max() / expected.abs().max()
     cosines = None
-    if views.similarities is not None and others.similarities is not None:
-        cosines = float((torch.cat([*views.similarities]) - torch.cat([*others.similarities])).abs().max())
+    if after.similarities is not None and before.similarities is not None:
+        cosines = float((after.similarities[0] - before.similarities[0]).abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
-    return Comparison(len(images), source, float(difference), same, cosines)
+    kept = Kept.compare(spec, before, after)
+    return Comparison(len(images), source, float(difference), same, cosines, kept)
+
+
+def join_batches(batches: Sequence[ViewScores]) -> ViewScores:
+    """Join the outputs of one view of each of several batches."""
+    logits = torch.cat([batch.logits[0] for batch in batches])
+    cosines = [batch.similarities[0] for batch in batches if batch.similarities is not None]
+    return ViewScores([logits], [torch.cat(cosines)] if cosines else None)
 
 
 def quantization_data(
@@ -204,17 +257,20 @@ def quantization_data(
 def measure_accuracy(
     model: Network,
     reference: Network,
-    preprocessing: Preprocessing,
+    spec: ModelSpec,
     calibration_images: int,
     records: Sequence[Record],
 ) -> Accuracy:
-    """Measure the top-1 accuracy of a quantised file and of the original network on the images of a split."""
-    answers, references, labels = [], [], []
-    for images, targets in track(LabelledBatches(records, preprocessing), "Measuring"):
-        answers.append(model.logits(images).argmax(1))
-        references.append(reference.logits(images).argmax(1))
+    """Measure a quantised file and the original network on the images of a split: top-1 accuracy, and rejection."""
+    answers: list[ViewScores] = []
+    references: list[ViewScores] = []
+    labels = []
+    for images, targets in track(LabelledBatches(records, spec.preprocessing), "Measuring"):
+        for outputs, network in ((answers, model), (references, reference)):
+            outputs.append(ViewScores.compute(network, [images], similarities=model.has_similarities))
         labels.append(targets)
-    found, expected, targets = torch.cat(answers), torch.cat(references), torch.cat(labels)
+    after, before, targets = join_batches(answers), join_batches(references), torch.cat(labels)
+    found, expected = after.logits[0].argmax(1), before.logits[0].argmax(1)
     right_before, right_after = (expected == targets).numpy(), (found == targets).numpy()
     same = int((found == expected).sum())
     return Accuracy(
@@ -226,6 +282,7 @@ def measure_accuracy(
         same_class=same,
         agreement=share_interval(same, len(records)),
         calibration_images=calibration_images,
+        kept=Kept.compare(spec, before, after),
     )
 
 
