@@ -131,8 +131,8 @@ def describe_unknown(
 
     Returns:
         ``n``, M; ``scores``: name -> ``Separation``; ``score``, the name of the run's, or, without a threshold,
-        that which ``crossx calibrate`` takes by default; and, if the run has a threshold, ``rejected``, the share of the unknown
-        images below it, with its Clopper-Pearson ``interval``.
+        that which ``crossx calibrate`` takes by default; and, if the run has a threshold, ``rejected``, the share of
+        the unknown images below it, with its Clopper-Pearson ``interval``.
     """
     correct = (outputs.logits[0].argmax(1) == targets).numpy()
     known, others = outputs.double(), unknown.double()
