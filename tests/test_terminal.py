@@ -16,6 +16,7 @@ from crossx.terminal import (
     fold,
     fold_command,
     is_first_process,
+    later_rank,
     paused_steps,
     showing_steps,
     speaking,
@@ -167,6 +168,9 @@ def test_the_first_process_is_known_from_any_launcher(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_first_process() == first
+    name = later_rank()
+    assert (name is None) == first
+    assert name is None or variables[name] != "0"
 
 
 def test_a_process_that_does_not_speak_logs_errors_only_and_shows_no_step(

@@ -193,13 +193,14 @@ def is_first_process() -> bool:
 
     They are those that Lightning reads: of torchrun, of Lightning itself, of SLURM and of LSF.
     """
-    if "RANK" in os.environ:
-        return os.environ["RANK"] == "0"
-    ranks = (
-        next((os.environ[name] for name in names if name in os.environ), "0")
-        for names in (_PROCESS_RANKS, _NODE_RANKS)
-    )
-    return all(rank == "0" for rank in ranks)
+    return later_rank() is None
+
+
+def later_rank() -> str | None:
+    """Return the environment variable that says that this is not the first process; None if none does."""
+    groups = (("RANK",),) if "RANK" in os.environ else (_PROCESS_RANKS, _NODE_RANKS)
+    ranks = (next((name for name in names if name in os.environ), None) for names in groups)
+    return next((name for name in ranks if name and os.environ[name] != "0"), None)
 
 
 @contextlib.contextmanager

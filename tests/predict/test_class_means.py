@@ -197,7 +197,7 @@ def test_a_run_gets_class_means_when_a_score_needs_them(
     assert (
         main(["calibrate", str(other.path), "--score", "combined", "--keep", "0.7", "--device", "cpu"]) == 0
     )
-    assert "of images with a combined below " in capsys.readouterr().out
+    assert "of images whose score combined is below " in capsys.readouterr().out
     assert other.read_spec().rejection == run.read_spec().rejection
     # the same network, so that its results are still those of these weights
     assert other.read_results(other.weights)["top1"] == tested["top1"]
@@ -335,22 +335,29 @@ class OtherFeatures(Plain):
 
 
 @pytest.mark.parametrize(
-    ("method", "warned"), [(NeedsAllHeads, False), (IgnoresMissingHeads, False), (OtherFeatures, True)]
+    ("method", "warned"),
+    [
+        (NeedsAllHeads, "does not give what head_logits does"),
+        (IgnoresMissingHeads, "does not give what head_logits does"),
+        (OtherFeatures, "cannot be applied to its features"),
+    ],
 )
 def test_methods_that_do_not_predict_by_linear_heads_alone_have_no_class_means(
-    run: Run, caplog: pytest.LogCaptureFixture, method: type[Plain], warned: bool
+    run: Run, caplog: pytest.LogCaptureFixture, method: type[Plain], warned: str
 ) -> None:
     """A training is not lost at its end, whatever the method of a user does."""
     data = open_data(run, run.read_spec())
     network = method(create_backbone("test_resnet", pretrained=False), 3)
     with caplog.at_level(logging.WARNING):
         assert compute_class_means(network, data, "cpu") is None
-    assert ("cannot be applied to its features" in caplog.text) == warned
+    (message,) = caplog.messages
+    assert message.startswith("no class means")
+    assert warned in message
 
 
 def test_a_method_without_linear_heads_has_no_class_means(run: Run, tmp_path: Path) -> None:
     other = Run(write_run(tmp_path / "run", run.read_spec().classes, method="pdisconet"))
     shutil.copy(run.info, other.info)
-    with pytest.raises(UsageError, match="'pdisconet' has no linear heads that its prediction is made of"):
+    with pytest.raises(UsageError, match="'pdisconet' has no class means: they need linear heads"):
         calibrate_run(other.path, device="cpu", score="combined", keep=0.7)
     assert "rejection" not in read_json(other.spec)

@@ -189,6 +189,16 @@ def test_the_command_starts_its_own_second_process(make_config, tmp_path):
     assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_training_of_one_process_is_not_lost_as_that_of_a_later_rank(make_config, monkeypatch, name):
+    """Only the first process writes the model."""
+    config = make_config(trainer={"devices": 1})
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError, match=rf"{name} is 1, .* or unset {name}"):
+        fit(config)
+    assert not config.run_path().exists()
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_only_the_first_process_says_what_it_does(make_config, monkeypatch, caplog, rank):
     """The last check of the set-up fails: everything before it has been said."""

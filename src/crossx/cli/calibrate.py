@@ -72,9 +72,9 @@ def _rejection(found: Calibration, keep: float) -> str:
         count = found.rejection.images
         low, high = coverage_interval(count, keep)
         return (
-            f"of images with a {found.rejection.score} below {found.described['threshold']:.4g}, which keeps "
-            f"{keep:.4g} of the images of the classes; between {low:.1%} and {high:.1%} of new ones, in 9 of 10 "
-            f"calibrations on {counted(count, 'image')}"
+            f"of images whose score {found.rejection.score} is below {found.described['threshold']:.4g}, which "
+            f"keeps {100 * keep:.4g}% of the images of the classes; between {low:.1%} and {high:.1%} of new ones, "
+            f"in 9 of 10 calibrations on {counted(count, 'image')}"
         )
     if keep == 1:
         return "none: every image gets a class"

@@ -70,8 +70,9 @@ def export(
         format: onnx (.onnx), openvino (.xml and .bin), torch-export (.pt2) or safetensors (only weights, .safetensors);
             by default what FILE's name says.
         precision: fp32, fp16, or for onnx and openvino int8.
-        tolerance: Largest difference of the logits from the network's, relative to the largest logit (default: 1e-4;
-            fp16: 0.02); with int8 the loss of top-1 accuracy that is accepted (default: 0.02).
+        tolerance: Largest difference of the logits from the network's, relative to the largest logit, and of the
+            similarities to class means (default: 1e-4; fp16: 0.02); with int8 the loss of top-1
+            accuracy that is accepted (default: 0.02).
         images: Folder of images to compare on (default: the run's validation images, or random pixels where its data
             are gone).
 

@@ -233,7 +233,7 @@ def compute_class_means(
         progress: Title of the progress bar; empty for none.
 
     Returns:
-        The class means; None if the method has no linear heads, or no ``Method.heads_and_features``.
+        The class means; None if the method has no linear heads, or if its ``heads_and_features`` lacks other heads.
 
     Raises:
         CrossXError: If the logits are not finite or GPU memory runs out.
@@ -270,7 +270,13 @@ def _gives_features(network: TorchNetwork, images: Tensor) -> bool:
         logits.shape == expected[name].shape and torch.allclose(logits, expected[name], rtol=1e-3, atol=1e-3)
         for name, logits in heads.items()
     )
-    return same and features.shape[1:] == (method.width_of_class_means,)
+    if same and features.shape[1:] == (method.width_of_class_means,):
+        return True
+    log.warning(
+        "no class means, so that only the logits decide which images are rejected: heads_and_features of method %r "
+        "does not give what head_logits does, or not one vector per image: see docs/own-method.md.", method.name,
+    )  # fmt: skip
+    return False
 
 
 def calibrate_outputs(
@@ -416,8 +422,8 @@ def _add_class_means(subject: Subject, score: str) -> float:
     found = compute_class_means(method, data, subject.device, progress="Computing class means")
     if found is None:
         raise UsageError(
-            f"{run.path}: method {method.name!r} has no linear heads that its prediction is made of, so that it has no "
-            f"class means. Choose --score from: {', '.join(SCORES)}."
+            f"{run.path}: method {method.name!r} has no class means: they need linear heads, and heads_and_features if "
+            f"there are others. Choose --score from: {', '.join(SCORES)}."
         )
     method.class_means = found.means.to(subject.device)
     before = run.weights.stat()

@@ -17,7 +17,7 @@ from crossx.evaluation.conformal import coverage_interval, least_probability, me
 from crossx.evaluation.decisions import Threshold
 from crossx.evaluation.intervals import share_interval
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import SCORE, ViewScores, separation
+from crossx.evaluation.unknowns import FEATURE_SCORE, SCORE, ViewScores, separation
 from crossx.evaluation.views import mean_probabilities, views_key
 from crossx.runs import ModelSpec
 
@@ -130,8 +130,9 @@ def describe_unknown(
         unknown: Of one view of M images of none of the classes.
 
     Returns:
-        ``n``, M; ``scores``: name -> ``Separation``; ``score``, the name of the run's; and, if the run has a threshold,
-        ``rejected``, the share of the unknown images below it, with its Clopper-Pearson ``interval``.
+        ``n``, M; ``scores``: name -> ``Separation``; ``score``, the name of the run's, or, without a threshold,
+        that which ``crossx calibrate`` takes by default; and, if the run has a threshold, ``rejected``, the share of
+        the unknown images below it, with its Clopper-Pearson ``interval``.
     """
     correct = (outputs.logits[0].argmax(1) == targets).numpy()
     known, others = outputs.double(), unknown.double()
@@ -144,7 +145,7 @@ def describe_unknown(
         },
     }
     if (found := apply_threshold(spec, unknown)) is None:
-        results["score"] = SCORE
+        results["score"] = FEATURE_SCORE if FEATURE_SCORE in results["scores"] else SCORE
     else:
         threshold, kept = found
         below = ~kept

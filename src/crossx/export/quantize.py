@@ -69,8 +69,8 @@ def quantize_onnx(
     products in 16 bits, which could overflow otherwise (``reduce_range``,
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NNCF's ``OverflowFix``).
 
-    What leads from the features only to the similarities stays in float: rejection depends on them, and it takes next
-    to no time (docs/export.md compares both).
+    The layers that only the similarities need stay in float: rejection depends on them, and they take next to no time
+    (docs/export.md compares both).
 
     Args:
         graph: A graph of ``export_onnx``.

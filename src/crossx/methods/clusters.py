@@ -40,8 +40,8 @@ def object_positions(features: Tensor, outermost: Tensor) -> Tensor:
     """Return which positions look like the object: what is seldom in the outermost positions of an image.
 
     Fisher's linear discriminant of inner and outermost positions; the object's are above all but a few of the latter.
-    Objects are seldom at the border, and backgrounds are inside as well, so that inner positions that look like a
-    border are background (as labels that are only known for one class).
+    Objects are seldom at the border, while the background is everywhere, so that inner positions that look like the
+    border are background (the border is labelled, the inside is not).
 
     Args:
         features: (N, C), of all positions of many images.

@@ -295,7 +295,8 @@ class CrossX(Method):
         outermost = torch.cat(borders)
         if outermost.all():
             log.warning(
-                "assignment_start clusters: all positions of the maps are at the border, so it is random."
+                "assignment_start clusters: all positions of the maps are at the border, so the prototypes start at "
+                "random. Larger images have others: --data.image_size."
             )
             return
         start = starting_prototypes(torch.cat(collected), outermost, self.num_parts)

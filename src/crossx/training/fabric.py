@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from crossx.errors import UsageError
+from crossx.terminal import later_rank
 from crossx.training.precision import resolve_precision
 from crossx.training.sections import TrainerConfig
 
@@ -23,7 +25,8 @@ def build_fabric(options: TrainerConfig) -> Fabric:
     """Build Lightning's Fabric, which manages devices, processes and precision.
 
     Raises:
-        UsageError: If the machine lacks the requested devices or precision.
+        UsageError: If the machine lacks the requested devices or precision, or if this is the only process of the
+            training, but the environment says that it is not the first one.
     """
     on_cpu = options.accelerator == "cpu" or not torch.cuda.is_available()
     cores = os.cpu_count() or 1
@@ -38,7 +41,7 @@ def build_fabric(options: TrainerConfig) -> Fabric:
         torch.use_deterministic_algorithms(True, warn_only=options.deterministic == "warn")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=options.accelerator,
             strategy=options.strategy,
             devices=options.devices,
@@ -47,6 +50,13 @@ def build_fabric(options: TrainerConfig) -> Fabric:
         )
     except (ImportError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+    if isinstance(fabric.strategy, SingleDeviceStrategy) and (name := later_rank()):
+        # it would write no model
+        raise UsageError(
+            f"{name} is {os.environ[name]}, as in a later process of a training of several, but this one trains alone: "
+            f"give --trainer.devices and --trainer.num_nodes, or unset {name}."
+        )
+    return fabric
 
 
 @contextmanager
