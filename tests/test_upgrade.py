@@ -74,9 +74,9 @@ def test_what_is_taken_away_is_found() -> None:
 def test_a_new_key_is_a_decision() -> None:
     """A key that changes predictions belongs to preprocessing or options, or needs a new schema: docs/upgrade.md."""
     before = json.loads((ASSETS / "contract_0_1.json").read_text())
-    # the sets change no prediction, and a file with a rejection is of schema 2
+    # the sets and the weight of an unused score change no prediction; a file with a rejection is of schema 2
     assert SCHEMA == 2
-    added = ["rejection", "sets"]
+    added = ["combined_weight", "rejection", "sets"]
     assert sorted(["schema", *(field.name for field in fields(ModelSpec))]) == sorted(
         before["model.json"] + added
     )
