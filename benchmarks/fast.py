@@ -27,7 +27,7 @@ from typing import Any
 
 from crossx.evaluation.intervals import student_interval
 from crossx.recipes import PRESETS
-from harness import RESULTS, table, write
+from harness import RESULTS, table, without_folder, write
 
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 
@@ -53,12 +53,6 @@ def main() -> None:
             entry["summary"] = summarize(entry["runs"])
             write(options.output, {"presets": found["presets"]})
     print(shown(entry["runs"], entry["summary"]))
-
-
-def without_folder(word: str) -> str:
-    """Return a word as it is recorded: paths differ between machines."""
-    kind, colon, path = word.rpartition(":")
-    return kind + colon + Path(path).name if "/" in path else word
 
 
 def measure(preset: str, fit_options: Sequence[str], seed: int, export: str) -> dict[str, Any]:

@@ -176,6 +176,12 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     print(f"\nwritten: {path}")
 
 
+def without_folder(word: str) -> str:
+    """Return a word as it is recorded: paths differ between machines."""
+    kind, colon, path = word.rpartition(":")
+    return kind + colon + Path(path).name if "/" in path else word
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -24,7 +24,7 @@ from typing import Any
 
 from crossx.cli.test import compare
 from crossx.evaluation.intervals import student_interval
-from harness import table, write
+from harness import table, without_folder, write
 
 RESULTS = Path(__file__).parent.parent / "results" / "parts"
 GATES = [
@@ -62,9 +62,8 @@ def main() -> None:
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options without what differs between machines."""
-    words = [word.rpartition(":")[0] + ":" * (":" in word) + Path(word).name for word in options.fit_options]
-    own = ("frozen_epochs", "epochs", "frozen_lr", "lr")
-    return {**{name: getattr(options, name) for name in own}, "fit": words, "gates": GATES}
+    own = {name: getattr(options, name) for name in ("frozen_epochs", "epochs", "frozen_lr", "lr")}
+    return {**own, "fit": [without_folder(word) for word in options.fit_options], "gates": GATES}
 
 
 def trained(options: argparse.Namespace, seed: int) -> dict[str, Any]:

@@ -211,11 +211,11 @@ class Backbone(nn.Module):
         They are the same for all stages, at the resolution of the largest map with attention features. None without
         ``attach_assignment``.
         """
-        if self.assignment is None:
-            return None
-        if "previous" in self.osme:
-            return cast(Tensor, self.assignment(join_stages(maps["last"], maps["previous"])))
-        return cast(Tensor, self.assignment(maps["last"]))
+        return None if self.assignment is None else cast(Tensor, self.assignment(self.assignable(maps)))
+
+    def assignable(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """Return what the prototypes are compared with, (B, C, h, w), for the result of ``ungated``."""
+        return join_stages(maps["last"], maps["previous"]) if "previous" in self.osme else maps["last"]
 
     def excite(
         self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor], shares: Tensor | None = None

@@ -136,9 +136,15 @@ def border_loss(background: Tensor) -> Tensor:
         background: Share of the background, (B, h, w).
     """
     parts = 1 - at_least_float32(background)
-    border = torch.ones_like(parts[0])
-    border[1:-1, 1:-1] = 0
+    border = outermost(parts)
     return batch_mean((parts * border).sum((1, 2)).mean() / border.sum(), len(background))
+
+
+def outermost(maps: Tensor) -> Tensor:
+    """Return which positions of maps (..., h, w) are in the outermost rows and columns, bool (h, w)."""
+    border = torch.ones(maps.shape[-2:], dtype=torch.bool, device=maps.device)
+    border[1:-1, 1:-1] = False
+    return border
 
 
 def background_presence_loss(background: Tensor) -> Tensor:

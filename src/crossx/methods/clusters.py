@@ -50,11 +50,12 @@ def object_positions(features: Tensor, outermost: Tensor) -> Tensor:
     Returns:
         bool (N,); at least one is true.
     """
-    features = features.double()
-    inner = features[~outermost]
-    means = inner.mean(0), features[outermost].mean(0)
-    within = torch.where(outermost[:, None], features - means[1], features - means[0])
-    variance = within.T @ within / len(within)
+    features = features.double() - features.double().mean(0)
+    number = len(features)
+    shares = torch.stack([~outermost, outermost]).double() / number
+    means = shares @ features / shares.sum(1, keepdim=True)  # (2, C)
+    # within the two groups: the second moment less that of their means
+    variance = features.T @ features / number - (means.T * shares.sum(1)) @ means
     variance.diagonal().add_(SHRINKAGE * variance.diagonal().mean() + 1e-12)
     scores = features @ torch.linalg.solve(variance, means[0] - means[1])
     found: Tensor = ~outermost & (scores > scores[outermost].quantile(INTERIOR))

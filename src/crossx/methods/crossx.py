@@ -24,7 +24,6 @@ from crossx.layers import (
     evaluation_mode,
     gate_maps,
     global_pool,
-    join_stages,
     recompute,
     without_statistics,
 )
@@ -37,6 +36,7 @@ from crossx.losses import (
     border_loss,
     centroid_concentration_loss,
     image_presence_loss,
+    outermost,
     part_correlations,
     presence_loss,
     relative_presence,
@@ -280,26 +280,21 @@ class CrossX(Method):
         borders: list[Tensor] = []
         with evaluation_mode(self):
             for images, *_ in batches:
-                maps = self.backbone.ungated(images)
-                z = maps["last"]
-                if "previous" in self.backbone.osme:
-                    z = join_stages(z, maps["previous"])
-                border = torch.ones_like(z[:, 0], dtype=torch.bool)
-                border[:, 1:-1, 1:-1] = False
+                z = self.backbone.assignable(self.backbone.ungated(images))
                 collected.append(
                     z.permute(0, 2, 3, 1).flatten(0, 2).float().cpu()
                 )  # (B, C, h, w) -> (B*h*w, C)
-                borders.append(border.flatten().cpu())
+                borders.append(outermost(z).flatten().cpu().repeat(len(z)))  # (h*w,) -> (B*h*w,)
                 if sum(map(len, borders)) >= CLUSTERED_POSITIONS:
                     break
-        outermost = torch.cat(borders)
-        if outermost.all():
+        at_border = torch.cat(borders)
+        if at_border.all():
             log.warning(
                 "assignment_start clusters: all positions of the maps are at the border, so the prototypes start at "
                 "random. Larger images have others: --data.image_size."
             )
             return
-        start = starting_prototypes(torch.cat(collected), outermost, self.num_parts)
+        start = starting_prototypes(torch.cat(collected), at_border, self.num_parts)
         assignment.prototypes.copy_(start)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
