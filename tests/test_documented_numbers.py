@@ -1,5 +1,6 @@
 """The tables of docs/results.md and docs/fidelity.md against the JSON files that they cite."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from crossx.data.catalog import DATASETS
-from crossx.recipes import list_recipes, load_recipe
+from crossx.recipes import PRESETS, list_recipes, load_recipe
 from crossx.report.published import read_published
 
 ROOT = Path(__file__).parents[1]
@@ -296,10 +297,13 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
     presets = json.loads((ROOT / "benchmarks" / "results" / "fast.json").read_text(encoding="utf-8"))[
         "presets"
     ]
-    rows = [row for rows in tables(section) for row in rows[1:] if row[0].startswith("`fast`")]
-    assert len(rows) == len(presets) == 2
+    rows = [row for row in next(tables(section))[1:] if row[1] != "not measured"]
+    assert len(rows) == len(presets) == 3
     for row, entry in zip(rows, presets, strict=True):
-        assert entry["options"][-1] in row[0]
+        options = dict(itertools.pairwise(entry["options"]))
+        recipe = load_recipe(PRESETS[options["--preset"]])
+        assert f"`{options['--preset']}`" in row[0]
+        assert f"{options.get('--data.image_size', recipe.get('data', 'image_size'))} px" in row[0]
         found = entry["summary"]
         expected = [f"{100 * found['top1']:.2f}", f"{100 * found['ece']:.2f}"]
         assert row[1:] == [
