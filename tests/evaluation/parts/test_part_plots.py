@@ -1,3 +1,4 @@
+import itertools
 import warnings
 
 import numpy as np
@@ -62,3 +63,24 @@ def test_the_legend_is_of_the_stage_with_the_most_excitations(tmp_path, monkeypa
     plot_parts(stages, ["a"], tmp_path / "parts.png", title="test")
     ((legend,),) = (figure.legends for figure in drawn)
     assert [text.get_text() for text in legend.get_texts()] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("lowest", [0.8, 0.1, 0.02, 1e-3, 5e-5, 1e-9])
+def test_the_numbers_beside_the_shares_do_not_overlap(lowest, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: drawn.append(figure))
+    measured = stage(2, ["a", "b"])
+    measured["excitations"][0] = measured["excitations"][0] | {
+        "share": {"a": numbers(lowest, lowest / 2, lowest * 2), "b": numbers(9, 8, 10)}
+    }
+    plot_parts({"last": measured, "merged": measured}, ["a", "b"], tmp_path / "parts.png", title="test")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        low, high = axes.get_ylim()
+        shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = sorted(
+            (label.get_window_extent() for label in shown if label.get_text()), key=lambda box: box.y0
+        )
+        assert len(boxes) >= 2
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))

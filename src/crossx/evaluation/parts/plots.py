@@ -93,6 +93,7 @@ def plot_parts(
         )
         axes.set_xlim(-0.6, len(labels[column]) - 0.4)
     for axes in panels[:, 0] if drawn["shares"] else ():
+        axes.yaxis.set_major_locator(_ticks(*axes.get_ylim()))
         axes.set_ylabel("share of activation\n/ share of area", fontsize=8)
     for axes in panels[:, -1] if drawn["views"] else ():
         axes.set_ylabel("correlation r", fontsize=8)
@@ -105,6 +106,13 @@ def plot_parts(
             handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
         )
     save_png(figure, path)
+
+
+def _ticks(low: float, high: float) -> LogLocator:
+    """Return ticks for a logarithmic axis, so few that their labels do not overlap."""
+    decades = math.log10(high / low)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.5 else (1.0, 3.0) if decades < 3 else (1.0,)
+    return LogLocator(subs=subs)
 
 
 def _has_views(measured: Mapping[str, Any]) -> bool:
@@ -142,7 +150,6 @@ def _draw_shares(axes: Axes, excitations: Sequence[Mapping[str, Any]], names: Se
     axes.axhline(1, color=CHANCE, linewidth=1, zorder=1)
     axes.axvline(len(names) - 0.5, color="0.85", linewidth=0.8, zorder=0)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     _style(axes)
