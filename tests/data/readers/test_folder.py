@@ -315,7 +315,10 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
         (["x/y/a/1.jpg", "x/y/b/1.jpg"], "For the classes inside it, give --data.root ROOT/x/y."),
         (["x/train/a/1.jpg", "x/train/b/1.jpg"], "For the classes inside it, give --data.root ROOT/x/train."),
         (["x/train/a/1.jpg", "x/test/a/1.jpg"], "For the classes inside it, give --data.root ROOT/x."),
-        (["birds/1.jpg"], "only one class folder, 'birds', and a classifier needs two. Add a folder for each"),
+        (
+            ["birds/1.jpg"],
+            "only one class folder, 'birds', and a classifier needs two. Add a folder for each",
+        ),
         (["birds/1.jpg", "birds/a/1.jpg"], "Add a folder for each other class."),
         (
             ["train/a/1.jpg", "train/b/1.jpg", "holdout/a/1.jpg"],

@@ -259,7 +259,9 @@ def _subfolders(folder: Path, found: _Found | None = None) -> list[Path]:
 
 def _is_broken_link(path: Path) -> bool:
     # a class is missing then; single images are reported when they are read
-    return path.is_symlink() and not path.exists() and not (is_leftover(path.name) or is_image_name(path.name))
+    return (
+        path.is_symlink() and not path.exists() and not (is_leftover(path.name) or is_image_name(path.name))
+    )
 
 
 def _is_skipped(path: Path) -> bool:
