@@ -120,6 +120,26 @@ def test_run_folder_gives_its_best_weights(tmp_path: Path, files: tuple[str, ...
         assert open_run(tmp_path / file) == (run, tmp_path / file)
 
 
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_damaged_file_of_a_run_is_restored_by_resuming(tmp_path: Path, content: str | None) -> None:
+    for folder, remedy in (("trained", True), ("shared", False)):
+        run = make_run(tmp_path / folder, "model.safetensors", *(["checkpoints/last.ckpt"] if remedy else []))
+        write_text(run.info, "{")
+        run.spec.unlink()
+        if content is not None:
+            write_text(run.spec, content)
+
+        def read_spec(run: Run = run) -> object:
+            return open_run(run.path)[0].read_spec()
+
+        for read in (read_spec, run.read_info):
+            with pytest.raises(CrossXError) as caught:
+                read()
+            said = f"`crossx fit --resume {run.path}` restores it from a checkpoint." in str(caught.value)
+            assert said == remedy
+            assert "\n" not in str(caught.value)
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match="no such run folder or checkpoint"):
         open_run(tmp_path / "nowhere")
