@@ -99,7 +99,7 @@ def read_whole_config(run: Run) -> Config:
     # those that every version writes; output comes last
     if missing := [name for name in (*SECTIONS, "seed", "output") if name not in values]:
         raise CrossXError(f"{run.config}: cut off, or not of a run (no {', '.join(missing)}).")
-    return Config.from_dict(values)
+    return Config.from_yaml(run.config)
 
 
 def read_existing_info(run: Run) -> dict[str, Any]:
