@@ -52,3 +52,18 @@ def test_a_verb_imports_what_it_needs(place: Path, words: tuple[str, ...], neede
     imported = {*done.stderr.splitlines()[-1].split()}
     assert imported & UNNEEDED <= needed
     assert "torch" in imported
+
+
+@pytest.mark.parametrize(
+    "words", [("predict", "damaged", "images/test"), ("test", "damaged"), ("serve", "damaged")]
+)
+def test_a_damaged_description_is_found_without_torch(place: Path, words: tuple[str, ...]) -> None:
+    (place / "damaged").mkdir(exist_ok=True)
+    (place / "damaged/model.json").write_text("{")
+    (place / "damaged/model.safetensors").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *words], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "damaged/model.json: not valid JSON" in " ".join(done.stderr.split())
+    assert "torch" not in done.stderr.splitlines()[-1].split()

@@ -70,8 +70,8 @@ def check_run(path: str) -> None:
     """Check that there is a run, before torch is imported; models on the Hub and exported files are left to others.
 
     Raises:
-        CrossXError: If it is none, see ``open_run``.
+        CrossXError: If it is none, see ``open_run``, or its ``model.json`` is damaged.
     """
     exported = Path(path).suffix.lower() in (*EXPORTED, ".safetensors")
     if not exported and (Path(path).exists() or HubModel.parse(path) is None):
-        open_run(path)
+        open_run(path)[0].read_spec()
