@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.ablation.suite import Suite
-from crossx.errors import CrossXError, UsageError, sigterm_interrupts
+from crossx.errors import CrossXError, UsageError, counted, sigterm_interrupts
 from crossx.recipes import NEUTRAL, SECTIONS
 from crossx.runs import Run, write_text
 from crossx.schema.model import check_backbone_args
@@ -181,9 +181,15 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
         classes[repr(data)] = len(index.classes)
         if tested and not index.split(SPLIT):
             raise CrossXError(f"dataset {index.name!r} has no {SPLIT} images to measure it on.")
-        if tuned and (data.train_on == "trainval" or not index.split("val")):
+        if tuned and data.train_on == "trainval":
             raise UsageError(
-                "tuning needs validation images that are not trained on: see --data.val_fraction and --data.train_on."
+                "tuning needs validation images that are not trained on: leave out --data.train_on trainval."
+            )
+        if tuned and not index.split("val"):
+            few = counted(len(index.split("train")), "training image")
+            raise UsageError(
+                f"tuning needs validation images, and data.val_fraction {data.val_fraction:g} of {few} in "
+                f"{counted(len(index.classes), 'class')} holds none out: give a larger --data.val_fraction."
             )
     if tuned:
         _check_validates(config)

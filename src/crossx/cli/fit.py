@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_data
+from crossx.cli.options import check_folder
 from crossx.commands import command
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
@@ -31,6 +32,8 @@ def run(words: Sequence[str]) -> int:
         find_run(Path(asked.resume))
     else:
         require_data(asked.config)
+        if asked.config.output is not None:
+            check_folder(asked.config.output)
         # errors of the data come before torch is imported
         with step("Reading the lists of images"):
             images = _count_images(asked.config)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from crossx.cli.options import check_folder
 from crossx.cli.parser import File, Folder, Positive
 from crossx.commands import command
 from crossx.errors import UsageError
@@ -68,6 +69,7 @@ def tune(
         return 0
     if output is None:
         raise UsageError("the following arguments are required: --output; see `crossx tune --help`.")
+    check_folder(output)
     require_data(base)
     for note in asked.notes:
         print(fold(f"note: {note}", hanging="  "))
