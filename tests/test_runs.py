@@ -26,6 +26,7 @@ from crossx.runs import (
     locked_folder,
     open_run,
     read_json,
+    storage_error,
     user_path,
     write_json,
     write_text,
@@ -231,6 +232,16 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(previous)
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+def test_no_permission_in_a_run_suggests_no_other_output(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    for name in ("run", "run/test.json", "run/test/report.html", "run/checkpoints/last.ckpt"):
+        line = str(storage_error(tmp_path / name, error))
+        assert line.endswith("no permission to write there. Copy the run to a folder of your own.")
+    for name in ("out", "out/run.csv", "out.csv"):
+        assert str(storage_error(tmp_path / name, error)).endswith("Choose another --output.")
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
