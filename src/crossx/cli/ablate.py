@@ -66,11 +66,12 @@ def ablate(
     require_data(base)
     folder = Path(output)
     check_folder(folder)
-    search = plan_tuning(variants, base, seeds[0], folder)
-    trials = plan(variants, base, seeds, folder)
-    check_trials(search or trials, tuned=bool(search))
-    # to refuse damaged files and other data before anything is trained
-    check_data(read_earlier([Path(file) for file in earlier], trials))
+    with step("Checking the variants"):
+        search = plan_tuning(variants, base, seeds[0], folder)
+        trials = plan(variants, base, seeds, folder)
+        check_trials(search or trials, tuned=bool(search))
+        # to refuse damaged files and other data before anything is trained
+        check_data(read_earlier([Path(file) for file in earlier], trials))
     finished, total = 0, len(search) + len(trials)
     start = time.monotonic()
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_data
-from crossx.cli.options import check_folder
-from crossx.commands import command
+from crossx.cli.options import check_folder, next_command
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
@@ -110,4 +109,4 @@ def _print_outcome(done: Run) -> None:
 
         print("\n".join(["", *profile_table(read_json(done.profile)), ""]))
     print(f"weights: {weights}")
-    print(f"next: {command('test', done.path)}")
+    print(f"next: {next_command(done)}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from crossx.cli.parser import Coverage, Folder, Help, Name, Natural, Positive
+from crossx.commands import command
 from crossx.hub import HubModel
-from crossx.runs import EXPORTED, open_run, storage_error
+from crossx.runs import EXPORTED, Run, open_run, storage_error
 
 RunPath = Annotated[str, "RUN", Help("Run folder or a checkpoint file in one.")]
 ModelPath = Annotated[
@@ -90,3 +91,9 @@ def check_folder(path: str | Path) -> None:
         raise storage_error(Path(path), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise storage_error(Path(path), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def next_command(run: Run) -> str:
+    """Return the command after a training: the test, or predictions if the dataset has no test images."""
+    images = run.read_info().get("images") or {}
+    return command("predict", run.path, "IMAGES") if images.get("test") == 0 else command("test", run.path)

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from crossx.cli.options import check_folder
+from crossx.cli.options import check_folder, next_command
 from crossx.cli.parser import File, Folder, Positive
 from crossx.commands import command
 from crossx.errors import UsageError
+from crossx.runs import Run
 from crossx.terminal import columns, erase_step, fold, fold_command, step
 
 if TYPE_CHECKING:
@@ -129,5 +130,5 @@ def _print_outcome(tuned: Tuned) -> None:
     print(fold(text, hanging="  "))
     print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
     print(f"report: {tuned.folder / 'report.html'}; chart: search.png")
-    print(f"next: {command('test', best.run)}")
+    print(f"next: {next_command(Run(best.run))}")
     print(fold_command(f"or: {command('fit', '--config', tuned.folder / 'best.yaml', '--output', 'RUN')}"))
