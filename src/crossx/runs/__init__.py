@@ -41,7 +41,7 @@ from crossx.runs.folder import (
     open_run,
     resume_command,
 )
-from crossx.runs.locks import is_lock, locked_folder
+from crossx.runs.locks import is_lock, lock_holder, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "free_folder",
     "is_lock",
     "is_utf8",
+    "lock_holder",
     "locked_folder",
     "open_run",
     "parse_json",
