@@ -26,6 +26,7 @@ from crossx.runs import (
     locked_folder,
     open_run,
     read_json,
+    storage_error,
     user_path,
     write_json,
     write_text,
@@ -120,6 +121,26 @@ def test_run_folder_gives_its_best_weights(tmp_path: Path, files: tuple[str, ...
         assert open_run(tmp_path / file) == (run, tmp_path / file)
 
 
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_damaged_file_of_a_run_is_restored_by_resuming(tmp_path: Path, content: str | None) -> None:
+    for folder, remedy in (("trained", True), ("shared", False)):
+        run = make_run(tmp_path / folder, "model.safetensors", *(["checkpoints/last.ckpt"] if remedy else []))
+        write_text(run.info, "{")
+        run.spec.unlink()
+        if content is not None:
+            write_text(run.spec, content)
+
+        def read_spec(run: Run = run) -> object:
+            return open_run(run.path)[0].read_spec()
+
+        for read in (read_spec, run.read_info):
+            with pytest.raises(CrossXError) as caught:
+                read()
+            said = f"`crossx fit --resume {run.path}` restores it from a checkpoint." in str(caught.value)
+            assert said == remedy
+            assert "\n" not in str(caught.value)
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match="no such run folder or checkpoint"):
         open_run(tmp_path / "nowhere")
@@ -211,6 +232,16 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(previous)
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+def test_no_permission_in_a_run_suggests_no_other_output(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    for name in ("run", "run/test.json", "run/test/report.html", "run/checkpoints/last.ckpt"):
+        line = str(storage_error(tmp_path / name, error))
+        assert line.endswith("no permission to write there. Copy the run to a folder of your own.")
+    for name in ("out", "out/run.csv", "out.csv"):
+        assert str(storage_error(tmp_path / name, error)).endswith("Choose another --output.")
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

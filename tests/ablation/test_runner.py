@@ -15,6 +15,7 @@ from crossx.ablation import runner
 from crossx.ablation.runner import Trial, check_trials, divide_machine, plan, run_trials
 from crossx.ablation.suite import load_suite
 from crossx.errors import CrossXError, UsageError
+from crossx.runs import locked_folder
 from crossx.training.config import Config, ModelConfig
 
 BASE = Config(
@@ -106,6 +107,37 @@ def test_what_was_stopped_is_resumed(command: Path) -> None:
     trial.run.info.write_text(json.dumps({"status": "stopped"}))
     run_trials([trial])
     assert asked(command)[4][1:3] == ["fit", "--resume"]
+
+
+def test_a_training_that_outlived_its_command_is_waited_for(
+    command: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "WATCHED_EVERY", 0.01)
+    [trial] = trials(command, 0)
+    looked = threading.Event()
+    found = runner.lock_holder
+
+    def look(folder: Path) -> str | None:
+        holder = found(folder)
+        looked.set()
+        return holder
+
+    monkeypatch.setattr(runner, "lock_holder", look)
+    failed: list[object] = []
+    with locked_folder(trial.run.path, "training in it"):
+        trial.run.config.touch()
+        thread = threading.Thread(target=lambda: failed.append(run_trials([trial])))
+        thread.start()
+        looked.wait()
+        # as the process that holds the lock does at its end
+        trial.run.info.write_text(json.dumps({"status": "finished"}))
+        trial.run.weights.touch()
+        assert not (command / "a/asked").exists()
+    thread.join()
+    assert failed == [{}]
+    # it is not trained again
+    assert [words[1] for words in asked(command)] == ["test", "ended"]
+    assert f"another process is training in it (process {os.getpid()} on " in caplog.text
 
 
 def test_a_failure_is_told_in_one_line_and_stops_no_other(command: Path) -> None:

@@ -80,6 +80,7 @@ def test_poor_images_are_named(audit: Audit, output: Path) -> None:
 
 def test_the_page_is_self_contained(audit: Audit, output: Path) -> None:
     page = (output / "report.html").read_text()
+    assert not re.search(r">1 images|score -0\.00", page)
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/webp") > 6

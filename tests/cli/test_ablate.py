@@ -80,7 +80,7 @@ def test_help_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_tuning_without_validation_images_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("suite.yaml").write_text("variants: {crossx: {}}\ntune: [{optim: {lr: 0.1}}]")
     assert ablate("--data.val_fraction", "0") == 2
-    assert "see --data.val_fraction" in capsys.readouterr().err
+    assert "give a larger --data.val_fraction." in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -61,6 +61,8 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     one, two, other = table(capsys.readouterr().out)
     assert (one["run"], one["backbone"], one["images"]) == ("one", "resnet", "8")
     assert one["top-1 (95%)"].startswith("50.00 ")
+    # of four classes it would be 100%
+    assert "top-5" not in one
     assert two["Δ first (95%)"].startswith("+37.50 ")
     # three of three discordant images are the second's: 2 / 2^3
     assert two["p"] == "0.25"

@@ -8,6 +8,7 @@ import pytest
 from crossx.cli.fit_options import fit_parser, parse_fit
 from crossx.cli.main import main
 from crossx.cli.parser import unknown_argument
+from crossx.commands import quoted
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
@@ -192,6 +193,20 @@ def test_options_of_other_tools_suggest_ours(
     words: str, suggested: str, parser: jsonargparse.ArgumentParser
 ) -> None:
     assert f"Did you mean {suggested!r}?" in str(unknown_argument(words.split()[0], parser))
+
+
+def test_a_file_that_looks_like_an_option_is_written_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-1 a.jpg", "--top.jpg"):
+        Path(name).touch()
+        assert main(["predict", "run", name]) == 2
+        expected = f"unknown option '{name}'. For the file of that name write {quoted(Path(name))}."
+        assert expected in " ".join(capsys.readouterr().err.split())
+        Path(name).unlink()
+        assert main(["predict", "run", name]) == 2
+        assert "For the file" not in capsys.readouterr().err
 
 
 def test_a_path_without_an_option_suggests_the_option(tmp_path: Path) -> None:

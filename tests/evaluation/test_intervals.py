@@ -66,14 +66,43 @@ def test_memory_is_bounded_for_many_classes(monkeypatch):
     assert max(drawn) <= 4_000_000
 
 
-def test_all_right_and_all_wrong_have_no_width():
+@pytest.mark.parametrize("value", [True, False])
+def test_all_right_and_all_wrong_have_exact_intervals(value):
     targets = np.array([0, 0, 3])
-    for value in (True, False):
-        found = intervals.accuracy_intervals(np.full(3, value), targets)
-        assert {name: list(interval) for name, interval in found.items()} == {
-            "top1": [float(value)] * 2,
-            "class_mean": [float(value)] * 2,
-        }
+    # all three right is as probable as the tail at this share: p ** 3 = 0.025
+    end = 0.025 ** (1 / 3)
+    expected = (end, 1.0) if value else (0.0, 1 - end)
+    found = intervals.accuracy_intervals(np.full(3, value), targets)
+    assert tuple(found["top1"]) == pytest.approx(expected)
+    assert tuple(found["class_mean"]) == pytest.approx(expected)
+    assert tuple(intervals.mean_accuracy_interval(np.full((2, 3), value))) == pytest.approx(expected)
+
+
+def test_no_difference_has_a_width_that_falls_with_the_images():
+    widths = []
+    for n in (6, 60, 600):
+        right = np.arange(n) % 3 > 0
+        low, high = intervals.difference_interval(right, right)
+        assert low == -high < 0
+        assert tuple(intervals.difference_interval(np.stack([right] * 2), np.stack([right] * 2))) == (
+            low,
+            high,
+        )
+        widths.append(high - low)
+    assert widths[0] > widths[1] > widths[2] > 0
+
+
+def test_differences_of_several_trainings_are_averaged_per_image():
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, 3, 2000)) < 0.7
+    means = (a.astype(float) - b).mean(axis=0)
+    half = 1.96 * means.std() / np.sqrt(2000)
+    found = intervals.difference_interval(a, b)
+    assert tuple(found) == pytest.approx((means.mean() - half, means.mean() + half), abs=1.5e-3)
+    half = 1.96 * a.mean(axis=0).std() / np.sqrt(2000)
+    assert tuple(intervals.mean_accuracy_interval(a)) == pytest.approx(
+        (a.mean() - half, a.mean() + half), abs=1.5e-3
+    )
 
 
 def test_difference_is_paired():

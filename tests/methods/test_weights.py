@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -387,6 +388,22 @@ def load_state(run: Run) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(run.weights)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, -1])
+def test_weights_that_are_cut_off_name_the_checkpoint(run: Run, tmp_path: Path, length: int) -> None:
+    damaged = Run(shutil.copytree(run.path, tmp_path / "run"))
+    whole = damaged.weights.read_bytes()
+    damaged.weights.write_bytes(whole[:length])
+    assert "--resume" not in one_line(load_method, damaged.path)
+    damaged.checkpoints.mkdir()
+    damaged.last.write_bytes(whole[:length])
+    remedy = f"`crossx fit --resume {damaged.path}` restores it from a checkpoint."
+    assert remedy in one_line(load_method, damaged.path)
+    # of the checkpoint itself it would not be true
+    assert remedy not in one_line(load_method, damaged.last)
+    damaged.last.write_bytes(b"PK\x03\x04" + whole[:length])
+    assert len(one_line(load_method, damaged.last)) < len(str(damaged.last)) + 120
 
 
 def test_half_weights_are_those_of_a_network(run: Run, values: dict[str, Any], tmp_path: Path) -> None:

@@ -192,6 +192,13 @@ def test_a_page_without_pictures_history_and_configuration():
     assert "All classes, worst first" in page.text("caption")
 
 
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top_5_is_shown_where_it_can_be_wrong(classes):
+    tested = make_tested(num_classes=classes)
+    page = Page(render(tested, choose_examples(tested), {}))
+    assert ("top-5" in page.text("dt", "th")) == (classes > 5)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_all_right_and_all_wrong(shift):
     tested = make_tested(num_classes=6)

@@ -145,6 +145,8 @@ def test_results_stand_with_their_intervals(method: Any) -> None:
     ):
         assert re.search(row, text)
     assert "top-5" not in text
+    # of three classes it would be 100%
+    assert "top-5" not in section(write_card(measured(method, top5=1.0)), "Results")
     assert "on 1,200 images of the split `test`" in text
     assert "epoch 7, the best on the images of the split `val`" in text
 

@@ -115,7 +115,11 @@ def test_any_damage_leaves_the_newest_intact_one(tmp_path, damage):
             if not intact and damage == "missing":
                 assert read_newest(run) is None
             elif not intact:
-                assert "--restart` starts over" in refusal(read_newest, run)
+                assert "--restart` starts over" in (line := refusal(read_newest, run))
+                # starting over would delete the model
+                assert "--init" not in line
+                run.weights.touch()
+                assert f"Its model can start a new run: --init {run.path}." in refusal(read_newest, run)
             elif damage == "a bit" and "SHA256SUMS" in damaged and "last.ckpt" not in damaged:
                 # either may be the damaged one
                 assert read_newest(run)["epoch"] == max(intact[1:], default=4)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -57,7 +58,19 @@ def test_left_out_options_take_their_defaults():
         ({"optim": {"selection": "best_on_tets"}}, "Did you mean 'best_on_test'"),
         ({"optim": {"lr": -1}}, "optim.lr must be above 0"),
         ({"optim": {"lr": float("inf")}}, "optim.lr must be above 0"),
-        ({"optim": {"lr": "fast"}}, "wrong type"),
+        ({"optim": {"lr": "fast"}}, "^optim.lr takes a number, not 'fast'.$"),
+        ({"optim": {"lr": [1, 2]}}, r"^optim.lr takes a number, not \[1, 2\].$"),
+        ({"optim": {"lr": True}}, "^optim.lr takes a number, not True.$"),
+        ({"optim": {"ema_decay": "0.9"}}, "^optim.ema_decay takes a number, not '0.9'.$"),
+        ({"optim": {"nesterov": "yes"}}, "^optim.nesterov takes true or false, not 'yes'.$"),
+        ({"optim": {"milestones": 3}}, r"^optim.milestones takes a list such as \[1, 2\], not 3.$"),
+        ({"optim": {"milestones": [1, "a"]}}, "^optim.milestones takes a list"),
+        ({"trainer": {"max_epochs": 2.5}}, "^trainer.max_epochs takes a whole number, not 2.5.$"),
+        ({"trainer": {"max_epochs": None}}, "^trainer.max_epochs takes a whole number, not None.$"),
+        ({"trainer": {"limit_val_batches": "all"}}, "^trainer.limit_val_batches takes a number, not 'all'.$"),
+        ({"data": {"image_size": "224"}}, "^data.image_size takes a whole number, not '224'.$"),
+        ({"model": {"pretrained": "no"}}, "^model.pretrained takes true or false, not 'no'.$"),
+        ({"seed": "zero"}, "^seed takes a whole number, not 'zero'.$"),
         ({"optim": {"milestones": [25, 15]}}, "milestones"),
         ({"optim": {"schedule": "multistep"}}, "needs optim.milestones"),
         ({"optim": {"ema_decay": 1.0}}, r"ema_decay must be in \(0, 1\)"),
@@ -90,6 +103,22 @@ def test_mistakes_are_one_line(values, message):
     with pytest.raises(UsageError, match=message) as caught:
         Config.from_dict(values)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_and_paths_are_accepted(tmp_path: Path) -> None:
+    optim = {"lr": np.float32(0.5), "step_size": np.int64(3), "milestones": [np.int64(1)]}
+    config = Config.from_dict({"optim": optim, "data": {"root": tmp_path}})
+    assert (config.optim.lr, config.optim.step_size, config.data.root) == (0.5, 3, str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["optim: {lr: [1]}", "optim: {lrr: 1}", "data: null", "optim: {lr: -1}"])
+def test_a_mistake_in_a_file_names_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        Config.from_yaml(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < len(str(path)) + 100
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "model: {", "\x00"])

@@ -265,8 +265,11 @@ def test_failures(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"val_fraction": 0}}, "tuning needs validation images that are not trained on"),
-        ({"data": {"train_on": "trainval"}}, "tuning needs validation images that are not trained on"),
+        (
+            {"data": {"val_fraction": 0}},
+            "data.val_fraction 0 of .* training images in .* classes holds none out",
+        ),
+        ({"data": {"train_on": "trainval"}}, "leave out --data.train_on trainval"),
         ({"optim": {"selection": "best_on_test"}}, "best_on_test on the test images"),
         ({"trainer": {"max_steps": 3}}, "max_steps may stop within an epoch"),
         ({"trainer": {"limit_val_batches": 0}}, "tuning needs validation after the last epoch"),

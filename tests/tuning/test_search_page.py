@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from crossx.report import charts
 from crossx.training.config import Config, DataConfig, ModelConfig, TrainerConfig
@@ -82,8 +82,8 @@ def test_the_numbers_of_a_search(tuned: Tuned) -> None:
     text = text_of(page)
     assert "best validation accuracy 87.50% trial 6 points above the configuration +37.50" in text
     assert "complete 4 pruned 1 failed 1 stopped 1 time 0:03:20" in text
-    error = 100 * math.sqrt(0.875 * 0.125 / 100)
-    assert f"standard error of a single accuracy is {error:.1f} points" in text
+    low, high = stats.binomtest(88, 100).proportion_ci()
+    assert f"95% interval of this accuracy alone is {100 * low:.1f} to {100 * high:.1f}%" in text
     # 16 epochs of complete trials, 1 of the pruned one, 4 of the stopped one
     assert (
         "complete 4 16 0:02:40 pruned 1 1 0:00:10 failed 1 0 0:00:00 stopped 1 4 0:00:40 all 7 21 0:03:30"
@@ -135,6 +135,13 @@ def test_each_option_has_its_values_where_they_belong(tuned: Tuned) -> None:
     assert "crop" in chart(page, "data.augmentation")
 
 
+def test_an_accuracy_of_1_on_few_images_is_not_certain(tuned: Tuned) -> None:
+    perfect = replace(tuned, best=replace(tuned.best, val_top1=1.0), images=6)
+    text = text_of(render(perfect, build_table(perfect)))
+    # all six right is as probable as the tail at this share: p ** 6 = 0.025
+    assert f"is {100 * 0.025 ** (1 / 6):.1f} to 100.0%" in text
+
+
 def test_importances_and_a_search_without_epochs(tuned: Tuned) -> None:
     for trial in tuned.trials:
         (trial.run / "metrics.json").unlink()
@@ -143,7 +150,7 @@ def test_importances_and_a_search_without_epochs(tuned: Tuned) -> None:
     text = text_of(page)
     assert "optim.lr 75% trainer.max_epochs 25% data.augmentation 0%" in text
     assert "After each epoch" not in page
-    assert "standard error" not in text
+    assert "95% interval" not in text
     assert "above the configuration" not in text
 
 

@@ -15,12 +15,14 @@ stopped ones are continued.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -28,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from crossx.ablation.suite import Suite
-from crossx.errors import CrossXError, UsageError, sigterm_interrupts
+from crossx.errors import CrossXError, UsageError, counted, sigterm_interrupts
 from crossx.recipes import NEUTRAL, SECTIONS
-from crossx.runs import Run, write_text
+from crossx.runs import Run, lock_holder, write_text
 from crossx.schema.model import check_backbone_args
 from crossx.training.config import Config
 from crossx.yaml import load_yaml
@@ -38,6 +40,8 @@ from crossx.yaml import load_yaml
 SPLIT = "test"
 WATCHED_EVERY = 0.5
 """Seconds between two looks at a training."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +185,15 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
         classes[repr(data)] = len(index.classes)
         if tested and not index.split(SPLIT):
             raise CrossXError(f"dataset {index.name!r} has no {SPLIT} images to measure it on.")
-        if tuned and (data.train_on == "trainval" or not index.split("val")):
+        if tuned and data.train_on == "trainval":
             raise UsageError(
-                "tuning needs validation images that are not trained on: see --data.val_fraction and --data.train_on."
+                "tuning needs validation images that are not trained on: leave out --data.train_on trainval."
+            )
+        if tuned and not index.split("val"):
+            few = counted(len(index.split("train")), "training image")
+            raise UsageError(
+                f"tuning needs validation images, and data.val_fraction {data.val_fraction:g} of {few} in "
+                f"{counted(len(index.classes), 'class')} holds none out: give a larger --data.val_fraction."
             )
     if tuned:
         _check_validates(config)
@@ -292,6 +302,7 @@ class Processes:
         """
         variables = self._free.get()
         try:
+            self._wait_for_orphan(trial)
             # the data may have been moved since the training was started
             root = ["--data.root", trial.config.data.root] if trial.config.data.root else []
             if not trial.is_trained and trial.run.config.is_file():
@@ -306,6 +317,17 @@ class Processes:
         finally:
             self._free.put(variables)
         return None
+
+    def _wait_for_orphan(self, trial: Trial) -> None:
+        """Wait for a training that went on when this command was killed: its result is taken."""
+        told = False
+        while not self._stopping and (holder := lock_holder(trial.run.path)) is not None:
+            if not told:
+                log.warning(
+                    "%s: another process is training in it%s: waiting for its end.", trial.run.path, holder
+                )
+            told = True
+            time.sleep(WATCHED_EVERY)
 
     def stop(self) -> None:
         """Ask every process to save its state and end."""

@@ -15,7 +15,14 @@ from crossx.ablation.suite import Suite
 from crossx.ablation.tuning import build_tuning_table, describe_changes
 from crossx.errors import CrossXError, unknown
 from crossx.evaluation.comparison import paired_correct
-from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, student_interval
+from crossx.evaluation.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    Interval,
+    difference_interval,
+    mean_accuracy_interval,
+    student_interval,
+)
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.report.bars import Bar, plot_bars
 from crossx.report.tables import Table, percent, points
@@ -185,13 +192,13 @@ def _summarize(
 ) -> dict[str, Any]:
     results = list(by_seed.values())
     values = [result["top1"] for result in results]
-    by_image = np.mean([correct[name, seed] for seed in by_seed], axis=0) if by_seed else np.empty(0)
+    images = mean_accuracy_interval(np.stack([correct[name, seed] for seed in by_seed])) if by_seed else None
     heads = list(dict.fromkeys(head for result in results for head in result["heads"]))
     return {
         "variant": name,
         "seeds": list(by_seed),
         "values": values,
-        "intervals": _intervals(values, by_image),
+        "intervals": _intervals(values, images),
         **{key: _mean([result[key] for result in results]) for key in METRICS},
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "heads": {head: _mean([result["heads"][head] for result in results]) for head in heads},
@@ -207,12 +214,9 @@ def _selected(result: Mapping[str, Any]) -> float | None:
     return value
 
 
-def _intervals(values: Sequence[float], by_image: NDArray[np.float64]) -> dict[str, Any]:
+def _intervals(values: Sequence[float], images: Interval | None) -> dict[str, Any]:
     seeds = student_interval(values)
-    return {
-        "seeds": list(seeds) if seeds else None,
-        "images": list(mean_interval(by_image)) if len(by_image) else None,
-    }
+    return {"seeds": list(seeds) if seeds else None, "images": list(images) if images else None}
 
 
 def _against(
@@ -222,13 +226,14 @@ def _against(
     seeds = [seed for variant, seed in correct if variant == name and (reference, seed) in correct]
     if not seeds:
         return None
-    by_seed = np.stack([correct[name, seed].astype(float) - correct[reference, seed] for seed in seeds])
-    values = by_seed.mean(axis=1).tolist()
+    # (T, N): trainings, images
+    a, b = (np.stack([correct[variant, seed] for seed in seeds]) for variant in (name, reference))
+    values = (a.mean(axis=1) - b.mean(axis=1)).tolist()
     return {
         "seeds": seeds,
         "values": values,
         "difference": _mean(values),
-        "intervals": _intervals(values, by_seed.mean(axis=0)),
+        "intervals": _intervals(values, difference_interval(a, b)),
     }
 
 

@@ -3,7 +3,7 @@
 from crossx.backbones.blocks import synchronize_batch_norms
 from crossx.backbones.create import create_backbone
 from crossx.backbones.early import EarlyLayers, can_skip
-from crossx.backbones.state_dict import load_trunk_weights, read_state_dict
+from crossx.backbones.state_dict import WeightsFileError, load_trunk_weights, read_state_dict
 from crossx.backbones.trunk import Backbone, Layer, Placement
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EarlyLayers",
     "Layer",
     "Placement",
+    "WeightsFileError",
     "can_skip",
     "create_backbone",
     "load_trunk_weights",

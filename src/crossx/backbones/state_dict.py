@@ -18,6 +18,10 @@ from crossx.errors import CrossXError, first_line
 log = logging.getLogger(__name__)
 
 
+class WeightsFileError(CrossXError):
+    """A file that is damaged, or holds something else."""
+
+
 def load_trunk_weights(trunk: nn.Module, path: Path) -> list[str]:
     """Load a state dict into a timm model, and log a warning with every key that does not match.
 
@@ -59,6 +63,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict from ``.safetensors`` or a PyTorch file (``weights_only=True``), without ``module.``.
 
     Raises:
+        WeightsFileError: If it cannot be read.
         CrossXError: If there is no such file or it is not a plain state dict.
     """
     if not path.is_file():
@@ -72,7 +77,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CrossXError(f"{path}: not a weights file ({first_line(error)}).") from error
+        # PyTorch appends advice for developers
+        reason = first_line(error).partition(". ")[0]
+        raise WeightsFileError(f"{path}: not a weights file ({reason}).") from error
     except Exception as error:
         raise CrossXError(
             f"{path}: not a plain state dict; files with Python objects are not loaded."

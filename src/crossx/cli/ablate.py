@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from crossx.ablation.suite import load_suite
+from crossx.cli.options import check_folder
 from crossx.cli.parser import Folder, Name, Natural, Positive
 from crossx.errors import Stopped, UsageError, counted
 from crossx.runs import locked_folder
@@ -64,11 +65,13 @@ def ablate(
     base = parse_fit(fit_options).config
     require_data(base)
     folder = Path(output)
-    search = plan_tuning(variants, base, seeds[0], folder)
-    trials = plan(variants, base, seeds, folder)
-    check_trials(search or trials, tuned=bool(search))
-    # to refuse damaged files and other data before anything is trained
-    check_data(read_earlier([Path(file) for file in earlier], trials))
+    check_folder(folder)
+    with step("Checking the variants"):
+        search = plan_tuning(variants, base, seeds[0], folder)
+        trials = plan(variants, base, seeds, folder)
+        check_trials(search or trials, tuned=bool(search))
+        # to refuse damaged files and other data before anything is trained
+        check_data(read_earlier([Path(file) for file in earlier], trials))
     finished, total = 0, len(search) + len(trials)
     start = time.monotonic()
 

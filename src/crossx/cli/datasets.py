@@ -10,7 +10,7 @@ from typing import Annotated
 import jsonargparse
 
 from crossx.audit.result import CHECKS, EXCLUDED
-from crossx.cli.options import BatchSize, Device, check_run
+from crossx.cli.options import BatchSize, Device, check_folder, check_run
 from crossx.cli.parser import MAX_WIDTH, Folder, Name, Natural, Positive, build, call
 from crossx.commands import quoted
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
@@ -162,6 +162,8 @@ def audit(
         crossx datasets audit folder my_images --run runs/mine --exclude leak duplicate
     """
     dataset_info(name)
+    output = output or f"audits/{name}"
+    check_folder(output)
     if run is not None:
         check_run(run)
 
@@ -172,7 +174,7 @@ def audit(
         found = audit_dataset(
             name,
             root,
-            output=output or f"audits/{name}",
+            output=output,
             backbone=backbone,
             run=run,
             checks=checks,

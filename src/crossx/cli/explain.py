@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from crossx.cli.options import BatchSize, Device, ModelPath, check_run
+from crossx.cli.options import BatchSize, Device, ModelPath, check_folder, check_run
 from crossx.cli.parser import Folder, Fraction, Name
 from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
@@ -78,12 +78,14 @@ def explain(
             f"{output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
         )
 
+    check_folder(output)
     check_run(run)
 
     from crossx.evaluation.progress import track
     from crossx.explain.overlays import COLORMAP, check_colormap
     from crossx.predict.inputs import expand_paths
 
+    paths = expand_paths(images)
     with step("Loading PyTorch"):
         from crossx.predict.predictor import Predictor, class_number
 
@@ -92,7 +94,6 @@ def explain(
     spec = open_run(run)[0].read_spec()
     if target is not None:
         class_number(target, spec.classes)
-    paths = expand_paths(images)
     check_writable(Path(output))
     with step("Loading the network"):
         predictor = Predictor.load(run, device=device)

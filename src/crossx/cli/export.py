@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from crossx.cli.options import ModelPath, check_run
+from crossx.cli.options import ModelPath, check_folder, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
 from crossx.errors import counted
 from crossx.terminal import fold, step
@@ -83,6 +84,7 @@ def export(
         crossx export runs/mine --output mine.pt2 --precision fp16 --images photos/
         crossx predict mine.onnx bird.jpg
     """
+    check_folder(Path(output).parent)
     check_run(run)
 
     with step("Loading PyTorch"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossx.cli.fit_options import FitArguments, fit_parser, parse_fit, require_data
-from crossx.commands import command
+from crossx.cli.options import check_folder, next_command
 from crossx.data.catalog import read_configured
 from crossx.data.index import SPLITS
 from crossx.errors import UsageError
@@ -31,6 +31,8 @@ def run(words: Sequence[str]) -> int:
         find_run(Path(asked.resume))
     else:
         require_data(asked.config)
+        if asked.config.output is not None:
+            check_folder(asked.config.output)
         # errors of the data come before torch is imported
         with step("Reading the lists of images"):
             images = _count_images(asked.config)
@@ -107,4 +109,4 @@ def _print_outcome(done: Run) -> None:
 
         print("\n".join(["", *profile_table(read_json(done.profile)), ""]))
     print(f"weights: {weights}")
-    print(f"next: {command('test', done.path)}")
+    print(f"next: {next_command(done)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from crossx.cli.options import BatchSize, Device, RunPath, check_run
 from crossx.cli.parser import Folder, Positive
 from crossx.errors import UsageError, counted
+from crossx.terminal import step
 
 if TYPE_CHECKING:
     from crossx.predict.neighbors import NeighborIndex
@@ -76,13 +77,15 @@ def neighbors(
     files = expand_paths(images)
     check_run(run)
 
-    from crossx.evaluation.tables import write_table
-    from crossx.predict.outputs import utf8
-    from crossx.predict.predictor import Predictor
-    from crossx.runs import write_text
-    from crossx.runs.spreadsheet import write_rows
+    with step("Loading PyTorch"):
+        from crossx.evaluation.tables import write_table
+        from crossx.predict.outputs import utf8
+        from crossx.predict.predictor import Predictor
+        from crossx.runs import write_text
+        from crossx.runs.spreadsheet import write_rows
 
-    predictor = Predictor.load(run, device)
+    with step("Loading the network"):
+        predictor = Predictor.load(run, device)
     index = open_index(predictor, root=data.root, approximate=approximate or None, batch_size=batch_size)
     rows: list[dict[str, object]] = []
     failed = 0

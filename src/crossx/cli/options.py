@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from crossx.cli.parser import Coverage, Folder, Help, Name, Natural, Positive
+from crossx.commands import command
 from crossx.hub import HubModel
-from crossx.runs import EXPORTED, open_run
+from crossx.runs import EXPORTED, Run, open_run, storage_error
 
 RunPath = Annotated[str, "RUN", Help("Run folder or a checkpoint file in one.")]
 ModelPath = Annotated[
@@ -70,8 +73,27 @@ def check_run(path: str) -> None:
     """Check that there is a run, before torch is imported; models on the Hub and exported files are left to others.
 
     Raises:
-        CrossXError: If it is none, see ``open_run``.
+        CrossXError: If it is none, see ``open_run``, or its ``model.json`` is damaged.
     """
     exported = Path(path).suffix.lower() in (*EXPORTED, ".safetensors")
     if not exported and (Path(path).exists() or HubModel.parse(path) is None):
-        open_run(path)
+        open_run(path)[0].read_spec()
+
+
+def check_folder(path: str | Path) -> None:
+    """Check that a folder can be made or written to, before torch is imported; nothing is made.
+
+    Raises:
+        CrossXError: If a file is in the way, or there is no permission.
+    """
+    existing = next(part for part in (Path(path), *Path(path).parents, Path()) if os.path.lexists(part))
+    if not existing.is_dir():
+        raise storage_error(Path(path), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise storage_error(Path(path), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def next_command(run: Run) -> str:
+    """Return the command after a training: the test, or predictions if the dataset has no test images."""
+    images = run.read_info().get("images") or {}
+    return command("predict", run.path, "IMAGES") if images.get("test") == 0 else command("test", run.path)

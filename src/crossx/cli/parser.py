@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import textwrap
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -27,6 +29,7 @@ from jsonargparse.typing import (
 )
 
 from crossx.cli.main import IMPORT, IMPORTING
+from crossx.commands import quoted
 from crossx.errors import UsageError
 from crossx.suggestions import nearest
 from crossx.terminal import fold, fold_command, page_width
@@ -400,6 +403,10 @@ def unknown_argument(argument: str, parser: jsonargparse.ArgumentParser) -> Usag
             hint = hint.replace("'?", f" {argument.partition('=')[2]}'?")
             return UsageError(f"unexpected argument {argument!r}.{hint} `{prog} --help` lists the options.")
         return UsageError(f"unexpected argument {argument!r}; see `{prog} --help`.")
+    if os.path.lexists(argument):
+        return UsageError(
+            f"unknown option {argument!r}. For the file of that name write {quoted(Path(argument))}."
+        )
     for place, words in _POSITIONAL.items():
         if word in words and place in positionals:
             hint = f" {place} is given without an option: `{prog} {' '.join(positionals)}`."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from crossx.cli.options import ModelPath, check_run
+from crossx.cli.options import ModelPath, check_folder, check_run
 from crossx.cli.parser import Folder
 from crossx.commands import command
 from crossx.errors import UsageError
@@ -54,12 +54,15 @@ def share(
     if private and not hub:
         raise UsageError("--private needs --hub USER/NAME.")
 
+    if output:
+        check_folder(output)
     check_run(run)
 
-    from crossx.predict.exported import is_exported
-    from crossx.predict.predictor import Predictor
-    from crossx.share.model_card import check_license
-    from crossx.share.sharing import check_target, hub_model, push_to_hub, save_pretrained
+    with step("Loading PyTorch"):
+        from crossx.predict.exported import is_exported
+        from crossx.predict.predictor import Predictor
+        from crossx.share.model_card import check_license
+        from crossx.share.sharing import check_target, hub_model, push_to_hub, save_pretrained
 
     check_license(license)
     if is_exported(run):

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from crossx.cli.options import check_folder, next_command
 from crossx.cli.parser import File, Folder, Positive
 from crossx.commands import command
 from crossx.errors import UsageError
+from crossx.runs import Run
 from crossx.terminal import columns, erase_step, fold, fold_command, step
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def tune(
         return 0
     if output is None:
         raise UsageError("the following arguments are required: --output; see `crossx tune --help`.")
+    check_folder(output)
     require_data(base)
     for note in asked.notes:
         print(fold(f"note: {note}", hanging="  "))
@@ -127,5 +130,5 @@ def _print_outcome(tuned: Tuned) -> None:
     print(fold(text, hanging="  "))
     print(f"results: {tuned.folder / 'results.json'}, table.md, .csv, .tex")
     print(f"report: {tuned.folder / 'report.html'}; chart: search.png")
-    print(f"next: {command('test', best.run)}")
+    print(f"next: {next_command(Run(best.run))}")
     print(fold_command(f"or: {command('fit', '--config', tuned.folder / 'best.yaml', '--output', 'RUN')}"))

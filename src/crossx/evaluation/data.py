@@ -37,7 +37,10 @@ def read_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> tupl
     Images that the training left out (``--data.exclude``) are left out here, too. Arguments and errors: as of
     ``subject.open_data``.
     """
-    config = _data_config(run.read_info(), spec, **options)
+    info = run.read_info()
+    if not info and options.get("root") is None and run.remedy:
+        raise CrossXError(f"{run.info}: no such file.{run.remedy}")
+    config = _data_config(info, spec, **options)
     if config.exclude is not None and run.excluded.is_file():
         config = replace(config, exclude=str(run.excluded))
     if options.get("root") is not None:

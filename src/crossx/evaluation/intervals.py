@@ -34,7 +34,8 @@ def accuracy_intervals(
 ) -> dict[str, Interval]:
     """Return the percentile bootstrap intervals of ``top1`` and ``class_mean``.
 
-    They cover the choice of test images, not the training seed. If all images are correct (or wrong) the width is 0.
+    They cover the choice of test images, not the training seed. If all images are correct, or all wrong, every resample
+    is the same; the intervals are then exact (``share_interval``).
 
     Args:
         correct: (N,), whether each image is predicted correctly; N > 0.
@@ -43,10 +44,13 @@ def accuracy_intervals(
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
     """
+    n = len(correct)
+    if np.ptp(correct.astype(int)) == 0:
+        exact = share_interval(int(correct.sum()), n, confidence=confidence)
+        return {"top1": exact, "class_mean": exact}
     _, labels = np.unique(targets, return_inverse=True)
     kinds = 2 * labels + correct
     counts = np.bincount(kinds, minlength=2 * (int(labels.max()) + 1))
-    n = len(correct)
     # in blocks, since thousands of classes times thousands of resamples take much memory
     block = max(1, 4_000_000 // len(counts))
     generator = np.random.default_rng(seed)
@@ -68,12 +72,34 @@ def difference_interval(
 ) -> Interval:
     """Return the paired percentile bootstrap interval of the difference in top-1, a minus b.
 
+    If the classifiers differ on no image, every resample is the same; the interval is then ``matched_interval``.
+
     Args:
-        correct_a: (N,), whether the first classifier is correct on each image; N > 0.
-        correct_b: (N,), the same for the second classifier on the same images.
+        correct_a: (N,), or (T, N) for the mean over T trainings: whether the first classifier is correct on each
+            image; N > 0.
+        correct_b: The same for the second classifier on the same images.
         **options: See ``mean_interval``.
     """
-    return mean_interval(correct_a.astype(np.float64) - correct_b, **options)
+    differences = correct_a.astype(np.float64) - correct_b
+    if not differences.any():
+        same = np.ones(differences.shape[-1], dtype=bool)
+        return matched_interval(same, same)
+    return mean_interval(differences.reshape(-1, differences.shape[-1]).mean(axis=0), **options)
+
+
+def mean_accuracy_interval(correct: NDArray[np.bool_], **options: Any) -> Interval:
+    """Return the percentile bootstrap interval over images of the mean accuracy of several trainings.
+
+    If all images are always correct, or always wrong, the interval is ``share_interval`` as in ``accuracy_intervals``.
+
+    Args:
+        correct: (T, N), whether each training is correct on each image; N > 0.
+        **options: See ``mean_interval``.
+    """
+    if np.ptp(correct.astype(int)) == 0:
+        n = correct.shape[1]
+        return share_interval(n if correct.all() else 0, n)
+    return mean_interval(correct.mean(axis=0), **options)
 
 
 def mean_interval(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossx.backbones import read_state_dict
+from crossx.backbones import WeightsFileError, read_state_dict
 from crossx.errors import CrossXError, UsageError, first_line
 from crossx.methods.base import CLASS_MEANS, Method
 from crossx.methods.registry import (
@@ -92,7 +92,10 @@ def load_method(path: str | Path) -> tuple[Method, ModelSpec]:
     """
     run, weights = open_run(path)
     spec = read_spec(run)
-    return load_network(spec, run.spec, weights), spec
+    try:
+        return load_network(spec, run.spec, weights), spec
+    except WeightsFileError as error:
+        raise CrossXError(f"{error}{run.remedy if weights == run.weights else ''}") from error
 
 
 def read_spec(run: Run) -> ModelSpec:

@@ -31,8 +31,17 @@ from crossx.runs.files import (
     write_json,
     write_text,
 )
-from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run, resume_command
-from crossx.runs.locks import is_lock, locked_folder
+from crossx.runs.folder import (
+    EXPORTED,
+    PREDICTS_ALONE,
+    Run,
+    RunFileError,
+    find_run,
+    free_folder,
+    open_run,
+    resume_command,
+)
+from crossx.runs.locks import is_lock, lock_holder, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
@@ -45,6 +54,7 @@ __all__ = [
     "Preprocessing",
     "Rejection",
     "Run",
+    "RunFileError",
     "atomic_path",
     "check_output_file",
     "check_writable",
@@ -53,6 +63,7 @@ __all__ = [
     "free_folder",
     "is_lock",
     "is_utf8",
+    "lock_holder",
     "locked_folder",
     "open_run",
     "parse_json",

@@ -31,6 +31,18 @@ class _File:
         return run.path / self._name
 
 
+class RunFileError(CrossXError):
+    """A file of a run that cannot be read.
+
+    Attributes:
+        problem: What is wrong, without what to do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        super().__init__(problem + remedy)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the paths in it.
@@ -58,7 +70,7 @@ class Run:
 
     def read_spec(self) -> ModelSpec:
         """Read ``model.json``."""
-        return ModelSpec.from_json(read_json(self.spec), self.spec)
+        return ModelSpec.from_json(self._read_json(self.spec), self.spec)
 
     def read_info(self) -> dict[str, Any]:
         """Read ``run.json``; empty if there is none."""
@@ -66,9 +78,22 @@ class Run:
             return {}
         from crossx.schema.run import RunFile, check_file
 
-        values = read_json(self.info)
+        values = self._read_json(self.info)
         check_file(RunFile, values, self.info)
         return values
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged or missing file, as the end of an error; empty without a checkpoint."""
+        if self.hub or not (self.last.is_file() or self.previous.is_file()):
+            return ""
+        return f" `{resume_command(self)}` restores it from a checkpoint."
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except CrossXError as error:
+            raise RunFileError(str(error), self.remedy) from error
 
     def read_results(self, weights: Path, split: str = "test") -> dict[str, Any]:
         """Read the results of ``crossx test`` on ``split``; empty if it did not test these weights."""
@@ -167,6 +192,8 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             "`crossx predict` and `crossx serve` take a file of `crossx export`."
         )
     run = Run(given)
+    if not run.spec.is_file() and run.remedy:
+        raise CrossXError(f"{run.spec}: no such file.{run.remedy}")
     if not run.spec.is_file():
         raise CrossXError(
             f"{given}: not a run folder (no model.json). `{command('fit', '--output', given)}` makes one."

@@ -69,6 +69,24 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
         yield
 
 
+def lock_holder(folder: Path) -> str | None:
+    """Return which other process works in a folder, as `` (process 7 on HOST, since TIME)``; None if none does."""
+    path = folder / LOCK
+    if not path.is_file():
+        return None
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return _holder(path)
+    except OSError:
+        return None
+    lock.release()
+    return None
+
+
 def _free(lock: FileLock, path: Path) -> None:
     for last in (False, True):
         try:

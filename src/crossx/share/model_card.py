@@ -224,7 +224,7 @@ def _results_table(card: CardData) -> str:
     rows = [
         (name, percent(results[key], intervals.get(key)))
         for key, name in names.items()
-        if key != "top5" or results.get(key) is not None
+        if key != "top5" or (results.get(key) is not None and len(card.spec.classes) > 5)
     ]
     rows += [(f"head `{name}` alone, %", percent(value)) for name, value in heads.items() if len(heads) > 1]
     rows += [(f"level {_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()]

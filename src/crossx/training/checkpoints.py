@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, atomic_path, resume_command, write_text
@@ -84,8 +85,10 @@ def read_newest(run: Run) -> dict[str, Any] | None:
         except CrossXError as error:
             reason = error
     else:
+        # starting over deletes the model
+        kept = f" Its model can start a new run: --init {quoted(run.path)}." if run.weights.is_file() else ""
         raise CrossXError(
-            f"{reason} No other checkpoint is intact: `{resume_command(run, restart=True)}` starts over."
+            f"{reason} No other checkpoint is intact: `{resume_command(run, restart=True)}` starts over.{kept}"
         ) from reason
     if is_leader():
         if known is None:

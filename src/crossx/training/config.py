@@ -188,7 +188,11 @@ class Config:
             CrossXError: If the file is missing or is not a YAML mapping.
             UsageError: As ``from_dict``.
         """
-        return cls.from_dict(read_config(Path(path)))
+        values = read_config(Path(path))
+        try:
+            return cls.from_dict(values)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 def recipe_method(recipe: Recipe) -> str:

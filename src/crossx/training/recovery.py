@@ -14,7 +14,7 @@ from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import SECTIONS
-from crossx.runs import Run, read_config, resume_command, write_text
+from crossx.runs import Run, RunFileError, read_config, resume_command, write_text
 from crossx.training.checkpoints import read_newest, read_resumable
 from crossx.training.config import Config
 
@@ -79,15 +79,16 @@ def read_or_restore(
     except UsageError:
         raise
     except CrossXError as error:
+        problem = error.problem if isinstance(error, RunFileError) else str(error)
         text = (saved or {}).get("files", {}).get(path.name)
         if text is None and default is not None:
             return default
         if text is None:
             raise CrossXError(
-                f"{error} Put back a copy of the file, or train a new run with another --output."
+                f"{problem} Put back a copy of the file, or train a new run with another --output."
             ) from error
         if is_leader():
-            log.warning("%s It is restored from the checkpoint.", error)
+            log.warning("%s It is restored from the checkpoint.", problem)
             write_text(path, text)
         return read()
 
@@ -98,7 +99,7 @@ def read_whole_config(run: Run) -> Config:
     # those that every version writes; output comes last
     if missing := [name for name in (*SECTIONS, "seed", "output") if name not in values]:
         raise CrossXError(f"{run.config}: cut off, or not of a run (no {', '.join(missing)}).")
-    return Config.from_dict(values)
+    return Config.from_yaml(run.config)
 
 
 def read_existing_info(run: Run) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
+from types import UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from crossx.errors import UsageError, check_choice, counted
@@ -37,6 +39,8 @@ LEFT_OUT = {
     "fast_dev_run": "use trainer.limit_train_batches and trainer.max_epochs",
 }
 """Arguments of Lightning's Trainer that do not exist here, and what to do instead."""
+
+_NUMBERS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 T = TypeVar("T")
 
@@ -75,7 +79,7 @@ class ModelConfig:
         for name in ("backbone_args", "options"):
             require_mapping(f"model.{name}", values.get(name) or {})
         own = {item.name for item in fields(cls)} - {"options"}
-        values = _with_texts(cls, values, "model.")
+        values = _with_types(cls, values, "model.")
         options = {**(values.get("options") or {})}
         options.update({key: value for key, value in values.items() if key not in own | {"options"}})
         return cls(**{key: value for key, value in values.items() if key in own}, options=options)
@@ -405,17 +409,33 @@ class TrainerConfig:
         return math.inf if self.max_time is None else parse_time(self.max_time, "trainer.max_time")
 
 
-def _with_texts(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """Check that YAML gives text where text is expected (``007`` and ``yes`` are none); return paths as text."""
+def _with_types(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """Check plain types, since YAML reads ``007`` as a number and ``1 e-3`` as text; return paths as text."""
     checked = dict(values)
     for name, hint in get_type_hints(cls).items():
-        if name in values and hint in (str, str | None):
-            value = values[name]
-            if isinstance(value, os.PathLike):
-                checked[name] = os.fspath(value)
-            elif not (isinstance(value, str) or (value is None and hint is not str)):
-                raise UsageError(f"{prefix}{name} takes text, not {reprlib.repr(value)}: put it in quotes.")
+        optional = isinstance(hint, UnionType) and len(get_args(hint)) == 2 and type(None) in get_args(hint)
+        if name not in values or (optional and values[name] is None):
+            continue
+        value, takes = values[name], get_args(hint)[0] if optional else hint
+        takes = float if takes == int | float else takes
+        if takes is str and isinstance(value, os.PathLike):
+            checked[name] = os.fspath(value)
+        elif takes is str and not isinstance(value, str):
+            raise UsageError(f"{prefix}{name} takes text, not {reprlib.repr(value)}: put it in quotes.")
+        elif takes in _NUMBERS and not _is_number(value, takes):
+            raise UsageError(f"{prefix}{name} takes {_NUMBERS[takes]}, not {reprlib.repr(value)}.")
+        elif takes == list[int] and not (
+            isinstance(value, list | tuple) and all(_is_number(item, int) for item in value)
+        ):
+            raise UsageError(f"{prefix}{name} takes a list such as [1, 2], not {reprlib.repr(value)}.")
     return checked
+
+
+def _is_number(value: Any, of: type) -> bool:
+    if of is bool or isinstance(value, bool):
+        return of is bool and isinstance(value, bool)
+    # also those of NumPy
+    return isinstance(value, Integral if of is int else Real)
 
 
 def _check_choices(section: str, options: OptimConfig | TrainerConfig, **choices: Any) -> None:
@@ -458,10 +478,11 @@ def build_section(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise UsageError(
-                f"unknown option {prefix}{key}.{nearest(str(key), known)} Known options: {', '.join(known)}."
-            )
+            hint = nearest(str(key), known) or f" Known options: {', '.join(known)}."
+            raise UsageError(f"unknown option {prefix}{key}.{hint}")
     try:
-        return cls(**_with_texts(cls, values, prefix))
+        return cls(**_with_types(cls, values, prefix))
     except TypeError as error:
-        raise UsageError(f"{prefix or 'configuration'}: an option has the wrong type ({error}).") from error
+        raise UsageError(
+            f"{prefix.rstrip('.') or 'configuration'}: an option has the wrong type ({error})."
+        ) from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import metadata
 
+from crossx.evaluation.intervals import Interval, share_interval
 from crossx.explain.plotting import shorten
 from crossx.report import charts
 from crossx.report.charts import Chart, Group
@@ -38,7 +39,7 @@ def render(tuned: Tuned, trials: Table) -> str:
             tuned=tuned,
             best=tuned.best,
             gain=_gain(tuned),
-            error=_standard_error(tuned.best.val_top1 or 0.0, tuned.images),
+            interval=_interval(tuned.best.val_top1 or 0.0, tuned.images),
             counts=_counts(tuned),
             seconds=_time(tuned.seconds),
             values=_values(tuned),
@@ -64,9 +65,9 @@ def _gain(tuned: Tuned) -> str | None:
     return None
 
 
-def _standard_error(accuracy: float, images: int | None) -> float | None:
-    """Return the binomial standard error of an accuracy."""
-    return math.sqrt(accuracy * (1 - accuracy) / images) if images else None
+def _interval(accuracy: float, images: int | None) -> Interval | None:
+    """Return the exact interval of an accuracy; the standard error would be 0 for 100%."""
+    return share_interval(round(accuracy * images), images) if images else None
 
 
 def _counts(tuned: Tuned) -> dict[str, int]:

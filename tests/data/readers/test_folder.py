@@ -311,7 +311,15 @@ def test_impossible_fraction(tmp_path: Path, fraction: float) -> None:
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "both 'val' and 'valid'"),
         (["train/a/1.jpg", "train/b/1.jpg", "extra/1.jpg"], "'extra' is next to the split folder 'train'"),
         (["val/a/1.jpg", "test/b/1.jpg"], "no folder 'train' next to 'test', 'val'"),
-        (["birds/a/1.jpg", "birds/b/1.jpg"], "only one class folder, 'birds'"),
+        (["birds/a/1.jpg", "birds/b/1.jpg"], "For the classes inside it, give --data.root ROOT/birds."),
+        (["x/y/a/1.jpg", "x/y/b/1.jpg"], "For the classes inside it, give --data.root ROOT/x/y."),
+        (["x/train/a/1.jpg", "x/train/b/1.jpg"], "For the classes inside it, give --data.root ROOT/x/train."),
+        (["x/train/a/1.jpg", "x/test/a/1.jpg"], "For the classes inside it, give --data.root ROOT/x."),
+        (
+            ["birds/1.jpg"],
+            "only one class folder, 'birds', and a classifier needs two. Add a folder for each",
+        ),
+        (["birds/1.jpg", "birds/a/1.jpg"], "Add a folder for each other class."),
         (
             ["train/a/1.jpg", "train/b/1.jpg", "holdout/a/1.jpg"],
             "'holdout' may be a validation or a test split",
@@ -332,10 +340,20 @@ def test_wrong_layouts_are_one_clear_line(tmp_path: Path, files: list[str], mess
     root = touch(tmp_path, *files)
     with pytest.raises(CrossXError) as caught:
         read_folder(root)
-    assert message in str(caught.value)
+    assert message.replace("ROOT", str(root)) in str(caught.value)
     assert str(root) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_a_class_folder_that_is_a_broken_link_is_named(tmp_path: Path, inside: str) -> None:
+    root = touch(tmp_path, f"{inside}a/1.jpg", f"{inside}b/1.jpg")
+    (root / f"{inside}c").symlink_to(tmp_path / "unplugged")
+    (root / f"{inside}.d").symlink_to(tmp_path / "unplugged")
+    index = read_folder(root, test_fraction=0)
+    assert index.classes == ("a", "b")
+    assert f"'{inside}c': a link that leads nowhere, not read" in index.notes
 
 
 def test_root_missing_or_a_file(tmp_path: Path) -> None:

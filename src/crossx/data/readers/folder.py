@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crossx.commands import quoted as quoted_path
 from crossx.data.image_files import find_images, is_image_name, leads_up
 from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
@@ -88,6 +89,7 @@ class _Found:
     root: Path
     skipped: list[Path] = field(default_factory=list)
     loose: int = 0
+    broken: list[Path] = field(default_factory=list)
     spellings: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     notes: list[str] = field(default_factory=list)
 
@@ -98,6 +100,10 @@ class _Found:
         if self.loose:
             verb = "is" if self.loose == 1 else "are"
             notes.append(f"{counted(self.loose, 'image')} in no class folder {verb} not read")
+        if self.broken:
+            names = [repr(printable(path.relative_to(self.root))) for path in self.broken]
+            what = "a link that leads" if len(names) == 1 else "links that lead"
+            notes.append(f"{first_few(names, _SHOWN)}: {what} nowhere, not read")
         merged = [
             f"{', '.join(map(ascii, sorted(spellings)))} (class {name!r})"
             for name, spellings in self.spellings.items()
@@ -245,9 +251,17 @@ def _subfolders(folder: Path, found: _Found | None = None) -> list[Path]:
         children = _children(folder)
         if found is not None:
             found.skipped.extend(path for path in children if _is_skipped(path))
+            found.broken.extend(path for path in children if _is_broken_link(path))
         return [path for path in children if not _is_skipped(path) and path.is_dir() and not leads_up(path)]
     except OSError as error:
         raise CrossXError(f"{printable(folder)}: the folder cannot be listed ({error.strerror}).") from error
+
+
+def _is_broken_link(path: Path) -> bool:
+    # a class is missing then; single images are reported when they are read
+    return (
+        path.is_symlink() and not path.exists() and not (is_leftover(path.name) or is_image_name(path.name))
+    )
 
 
 def _is_skipped(path: Path) -> bool:
@@ -285,10 +299,21 @@ def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], wher
             )
     if len(train) == 1:
         raise CrossXError(
-            f"{printable(where)}: only one class folder, {next(iter(train))!r}, and a classifier needs two: "
-            "is --data.root one folder too high?"
+            f"{printable(where)}: only one class folder, {next(iter(train))!r}, and a classifier needs two. "
+            f"{_where_classes_are(where)}"
         )
     return sorted(train)
+
+
+def _where_classes_are(where: Path) -> str:
+    """Return what to do about a folder that holds a single class."""
+    folders = _subfolders(where)
+    # an archive may have several folders around the classes
+    while len(folders) == 1 and not _holds_images(folders[0]) and (inner := _subfolders(folders[0])):
+        if len(inner) > 1:
+            return f"For the classes inside it, give --data.root {quoted_path(folders[0])}."
+        folders = inner
+    return "Add a folder for each other class."
 
 
 def _listed(names: Sequence[str]) -> str:
