@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import ModelPath, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
@@ -13,6 +14,7 @@ from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
     from crossx.export.export import ControlledAccuracy, ExportReport
+    from crossx.export.recalibration import Recalibration
     from crossx.export.verify import Kept
 
 SHOWN_LAYERS = 8
@@ -83,30 +85,31 @@ def export(
         crossx export runs/mine --output mine.pt2 --precision fp16 --images photos/
         crossx predict mine.onnx bird.jpg
     """
+    # numpy is not needed for the help
+    from crossx.export.options import ExportOptions
+
     check_run(run)
+    options: dict[str, Any] = {
+        "format": format,
+        "precision": precision,
+        "tolerance": tolerance,
+        "images": images,
+        "calibration_images": quantization.calibration,
+        "accuracy_images": quantization.accuracy,
+        "max_drop": quantization.max_drop,
+    }
+    ExportOptions(Path(output), **options).check()
 
     with step("Loading PyTorch"):
         from crossx.export.export import export_run
 
     with step("Exporting the network, and comparing the file with it"):
-        report = export_run(
-            run,
-            output,
-            format=format,
-            precision=precision,
-            images=images,
-            root=data.root,
-            dataset=data.dataset,
-            tolerance=tolerance,
-            calibration_images=quantization.calibration,
-            accuracy_images=quantization.accuracy,
-            max_drop=quantization.max_drop,
-        )
+        report = export_run(run, output, root=data.root, dataset=data.dataset, **options)
     _print_report(report)
 
 
 def _print_report(report: ExportReport) -> None:
-    from crossx.export.export import ROUNDING
+    from crossx.export.options import ROUNDING
     from crossx.export.verify import RANDOM_PIXELS
 
     model, compared = report.description, report.comparison
@@ -131,10 +134,11 @@ def _print_report(report: ExportReport) -> None:
     )
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
+    _print_thresholds(report.thresholds, report.kept_because)
     if control := report.control:
         _print_control(control)
     if not report.accuracy:
-        _print_moved(compared.kept, model["precision"])
+        _print_moved(compared.kept, model["precision"], again=False)
     if accuracy := report.accuracy:
         low, high = accuracy.lost
         print(
@@ -168,20 +172,35 @@ def _print_report(report: ExportReport) -> None:
                     hanging="  ",
                 )
             )
-            _print_moved(kept, model["precision"])
+            _print_moved(kept, model["precision"], again=report.thresholds is not None)
 
 
-def _print_moved(kept: Kept | None, precision: str) -> None:
-    """Say that the threshold no longer keeps the share that it is to keep."""
-    from crossx.export.verify import KEPT_TOLERANCE
+def _print_thresholds(found: Recalibration | None, kept_because: str | None) -> None:
+    """Say which thresholds were set again for int8, or why they were not."""
+    if found is not None:
+        what = []
+        if found.spec.rejection and found.thresholds:
+            before, after = found.thresholds
+            what.append(f"{found.spec.rejection.score} at least {after:.4g} instead of {before:.4g}")
+        if found.spec.sets:
+            what.append("prediction sets")
+        images = f"{counted(found.images, f'{found.split} image')} of {found.dataset}"
+        print(fold(f"thresholds set again for int8 on {images}: {', '.join(what)}", hanging="  "))
+    if kept_because is not None:
+        print(f"note: the thresholds are those of float32: {kept_because}", file=sys.stderr)
 
-    if kept is not None and kept.moved:
-        closer = " --precision fp16 is closer." if precision == "int8" else ""
-        print(
-            f"note: {precision} keeps {kept.after:.2%} of these images instead of {kept.before:.2%}, more than "
-            f"{100 * KEPT_TOLERANCE:g} points apart: the threshold was set in float32.{closer}",
-            file=sys.stderr,
-        )
+
+def _print_moved(kept: Kept | None, precision: str, *, again: bool) -> None:
+    """Say that the file keeps another share of the images; ``again`` if its threshold was set again."""
+    if kept is None or not kept.moved:
+        return
+    why = "although its threshold was set again" if again else "since the threshold was set in float32"
+    closer = " --precision fp16 is closer." if precision == "int8" else ""
+    print(
+        f"note: {precision} keeps {kept.after:.2%} of these images instead of {kept.before:.2%}, {why} (McNemar's "
+        f"exact test, p = {kept.p_value:.2g}).{closer}",
+        file=sys.stderr,
+    )
 
 
 def _print_control(control: ControlledAccuracy) -> None:

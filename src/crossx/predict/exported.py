@@ -18,16 +18,13 @@ from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
 from crossx.predict.inference import OUTPUTS, SIMILARITIES, Inference
-from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
+from crossx.runs import EXPORT_SUFFIXES, EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Compute: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 """Images, uint8 (B, 3, S, S), to the outputs of ``Inference``."""
-
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
-"""Format -> suffix of its files."""
 
 KEY = "crossx"
 """Key of the description in a file's metadata."""
@@ -60,7 +57,7 @@ def describe_export(
 
     Args:
         spec: The run's description.
-        format_: One of ``SUFFIXES``.
+        format_: One of ``EXPORT_SUFFIXES``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         opset: Version of ONNX's operators; None for other formats.
         outputs: See ``Inference.outputs``.
@@ -148,7 +145,7 @@ class ExportedModel:
             ".safetensors": _read_safetensors,
         }.get(file.suffix.lower())
         if reader is None:
-            raise UsageError(f"{file}: exported files end in {', '.join(SUFFIXES.values())}.")
+            raise UsageError(f"{file}: exported files end in {', '.join(EXPORT_SUFFIXES.values())}.")
         if not file.is_file():
             raise CrossXError(f"{file}: no such file.")
         require_trust(file, trust)
@@ -225,7 +222,7 @@ class ExportedModel:
 def is_exported(path: str | Path) -> bool:
     """Whether a path is an exported file, by its suffix and, for safetensors, its metadata."""
     file = Path(path)
-    if file.suffix.lower() != SUFFIXES["safetensors"]:
+    if file.suffix.lower() != EXPORT_SUFFIXES["safetensors"]:
         return file.suffix.lower() in EXPORTED and not file.is_dir()
     try:
         with safe_open(file, "pt") as opened:
@@ -236,7 +233,7 @@ def is_exported(path: str | Path) -> bool:
 
 def require_trust(path: str | Path, trust: bool) -> None:
     """Raise ``UsageError`` for a ``.pt2`` file without ``trust``: loading it unpickles and runs its content."""
-    if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
+    if not trust and Path(path).suffix.lower() == EXPORT_SUFFIXES["torch-export"]:
         raise UsageError(
             f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
             "safetensors; give --trust (Python: trust=True) for a file that you made yourself."
@@ -245,7 +242,7 @@ def require_trust(path: str | Path, trust: bool) -> None:
 
 def exported_files(file: Path) -> list[Path]:
     """Return an exported file and its weights file, if it has one."""
-    return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
+    return [file, file.with_suffix(".bin")] if file.suffix.lower() == EXPORT_SUFFIXES["openvino"] else [file]
 
 
 def open_session(network: Path | bytes) -> onnxruntime.InferenceSession:

@@ -31,12 +31,22 @@ from crossx.runs.files import (
     write_json,
     write_text,
 )
-from crossx.runs.folder import EXPORTED, PREDICTS_ALONE, Run, find_run, free_folder, open_run, resume_command
+from crossx.runs.folder import (
+    EXPORT_SUFFIXES,
+    EXPORTED,
+    PREDICTS_ALONE,
+    Run,
+    find_run,
+    free_folder,
+    open_run,
+    resume_command,
+)
 from crossx.runs.locks import is_lock, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
     "EXPORTED",
+    "EXPORT_SUFFIXES",
     "PACKAGES",
     "PREDICTS_ALONE",
     "SCHEMA",
