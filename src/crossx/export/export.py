@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from crossx.data.datamodule import DataModule
 from crossx.data.transforms import Normalize
 from crossx.errors import CrossXError, counted, first_line
 from crossx.evaluation.data import trained_splits
@@ -31,7 +32,7 @@ from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.subject import open_data
 from crossx.export.options import ROUNDING, ExportOptions
 from crossx.export.quantize import Control, Quantized, quantize_onnx, quantize_openvino
-from crossx.export.recalibration import Recalibration, is_calibrated, recalibrate
+from crossx.export.recalibration import Recalibration, recalibrate
 from crossx.export.verify import (
     Accuracy,
     Comparison,
@@ -44,9 +45,16 @@ from crossx.export.verify import (
     quantization_data,
 )
 from crossx.methods.weights import load_method
-from crossx.predict.exported import EXTRA_FILE, KEY, ExportedModel, describe_export, without_telemetry
+from crossx.predict.exported import (
+    EXTRA_FILE,
+    KEY,
+    ExportedModel,
+    describe_export,
+    exported_files,
+    without_telemetry,
+)
 from crossx.predict.inference import OUTPUTS, Inference
-from crossx.runs import ModelSpec, atomic_path, open_run, storage_error
+from crossx.runs import ModelSpec, Run, atomic_path, open_run, storage_error
 
 if TYPE_CHECKING:
     import onnx
@@ -182,22 +190,20 @@ def export_run(
         file = Path(folder) / options.output.name
         write = partial(_write, kind, graph, precision, file, options.output)
         model = write(description)
-        thresholds = kept_because = None
-        if chosen is not None and is_calibrated(spec):
-            try:
-                thresholds = recalibrate(model, run, spec, read)
-            except CrossXError as error:
-                kept_because = str(error)
-            else:
-                description |= thresholds.to_json()
-                model = write(description)
-        comparison = compare(model, reference, (spec, model.spec), compared, source)
-        accuracy = control = None
+        thresholds, kept_because = None, None
+        if chosen is not None:
+            thresholds, kept_because = _set_thresholds_again(model, run, spec, read)
+        if thresholds is not None:
+            description |= thresholds.to_json()
+            model = write(description)
+        specs = spec, model.spec
+        comparison = compare(model, reference, specs, compared, source)
+        accuracy, control = None, None
         if chosen is None:
             _require_same(options.output, comparison, options.allowed)
         else:
             assert quantized is not None
-            measure = partial(measure_accuracy, model, reference, (spec, model.spec), len(chosen.calibration))
+            measure = partial(measure_accuracy, model, reference, specs, len(chosen.calibration))
             if max_drop is not None:
                 seen = "val" in trained_splits(run, read().config)
                 control = ControlledAccuracy(
@@ -215,10 +221,25 @@ def export_run(
     )
 
 
+def _set_thresholds_again(
+    model: ExportedModel, run: Run, spec: ModelSpec, read: Callable[[], DataModule]
+) -> tuple[Recalibration | None, str | None]:
+    """Return the thresholds for the file, or why those of float32 are kept; neither if the run has none."""
+    if spec.rejection is None and spec.sets is None:
+        return None, None
+    try:
+        return recalibrate(model, run, spec, read), None
+    except CrossXError as error:
+        return None, str(error)
+
+
 def _write(
     kind: Format, graph: Any, precision: str, file: Path, output: Path, description: Mapping[str, Any]
 ) -> ExportedModel:
     """Write the graph to ``file``, which becomes ``output``, and open it."""
+    # OpenVINO maps the weights of an opened file into memory, which must not change
+    for earlier in exported_files(file):
+        earlier.unlink(missing_ok=True)
     _save(kind, graph, description, precision, file, output)
     return ExportedModel.load(file, trust=True)  # written just now
 

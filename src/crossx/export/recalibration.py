@@ -57,11 +57,6 @@ class Recalibration:
         return {key: values[key] for key in ("rejection", "sets") if key in values} | {"recalibrated": found}
 
 
-def is_calibrated(spec: ModelSpec) -> bool:
-    """Whether a run has thresholds, of rejection or of prediction sets."""
-    return spec.rejection is not None or spec.sets is not None
-
-
 def recalibrate(network: Network, run: Run, spec: ModelSpec, read: Callable[[], DataModule]) -> Recalibration:
     """Set the thresholds of a calibrated run for another network, such as a quantised one.
 
