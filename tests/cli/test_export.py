@@ -160,6 +160,11 @@ def test_says_which_thresholds_were_set_again(run: str, capsys: pytest.CaptureFi
     assert said(both, {"1": 5.0}) == f"{start}max_logit at least 4.25 instead of 5, prediction sets"
     assert said(both, None) == f"{start}prediction sets"
     _print_thresholds(None, "birds: no such folder.")
-    assert capsys.readouterr() == ("", "note: the thresholds are those of float32: birds: no such folder.\n")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(
+        "note: the thresholds are still those of float32: birds: no such folder. To set them"
+    )
+    assert shown.err.count("\n") == 1
     _print_thresholds(None, None)
     assert capsys.readouterr() == ("", "")

@@ -15,7 +15,7 @@ from crossx.terminal import fold, step
 if TYPE_CHECKING:
     from crossx.export.export import ControlledAccuracy, ExportReport
     from crossx.export.recalibration import Recalibration
-    from crossx.export.verify import Kept
+    from crossx.export.verify import Accuracy, Kept
 
 SHOWN_LAYERS = 8
 
@@ -35,7 +35,7 @@ class ComparedData:
 
 @dataclass(frozen=True)
 class Quantization:
-    """With --precision int8, which needs the run's data.
+    """With --precision int8, which needs the run's data and sets its thresholds of rejection and prediction sets again.
 
     Attributes:
         calibration: Validation images to take the ranges of the activations from, at least 32 (default: 300).
@@ -109,7 +109,6 @@ def export(
 
 
 def _print_report(report: ExportReport) -> None:
-    from crossx.export.options import ROUNDING
     from crossx.export.verify import RANDOM_PIXELS
 
     model, compared = report.description, report.comparison
@@ -137,42 +136,50 @@ def _print_report(report: ExportReport) -> None:
     _print_thresholds(report.thresholds, report.kept_because)
     if control := report.control:
         _print_control(control)
-    if not report.accuracy:
+    if report.accuracy is None:
         _print_moved(compared.kept, model["precision"], again=False)
-    if accuracy := report.accuracy:
-        low, high = accuracy.lost
+    else:
+        _print_accuracy(report.accuracy, report)
+
+
+def _print_accuracy(accuracy: Accuracy, report: ExportReport) -> None:
+    """Print top-1 and the images kept on the test images, before and after."""
+    from crossx.export.options import ROUNDING
+
+    low, high = accuracy.lost
+    print(
+        fold(
+            f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
+            f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, "
+            f"95% interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
+            f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
+            f"{accuracy.calibration_images} others",
+            hanging="  ",
+        )
+    )
+    if high > report.tolerance:
+        print(
+            f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
+            file=sys.stderr,
+        )
+    control = report.control
+    if control and 100 * (accuracy.before - accuracy.after) > control.max_drop + ROUNDING:
+        print(
+            f"note: that is more than --max-drop {control.max_drop:g}, which holds for the validation "
+            "images; more of them would tell.",
+            file=sys.stderr,
+        )
+    if kept := accuracy.kept:
+        low, high = kept.lost
         print(
             fold(
-                f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
-                f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, "
-                f"95% interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
-                f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
-                f"{accuracy.calibration_images} others",
+                f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
+                f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
+                f"alike on {kept.same}",
                 hanging="  ",
             )
         )
-        if high > report.tolerance:
-            print(
-                f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
-                file=sys.stderr,
-            )
-        if control and 100 * (accuracy.before - accuracy.after) > control.max_drop + ROUNDING:
-            print(
-                f"note: that is more than --max-drop {control.max_drop:g}, which holds for the validation "
-                "images; more of them would tell.",
-                file=sys.stderr,
-            )
-        if kept := accuracy.kept:
-            low, high = kept.lost
-            print(
-                fold(
-                    f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
-                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
-                    f"alike on {kept.same}",
-                    hanging="  ",
-                )
-            )
-            _print_moved(kept, model["precision"], again=report.thresholds is not None)
+        _print_moved(kept, report.description["precision"], again=report.thresholds is not None)
 
 
 def _print_thresholds(found: Recalibration | None, kept_because: str | None) -> None:
@@ -187,7 +194,11 @@ def _print_thresholds(found: Recalibration | None, kept_because: str | None) -> 
         images = f"{counted(found.images, f'{found.split} image')} of {found.dataset}"
         print(fold(f"thresholds set again for int8 on {images}: {', '.join(what)}", hanging="  "))
     if kept_because is not None:
-        print(f"note: the thresholds are those of float32: {kept_because}", file=sys.stderr)
+        print(
+            f"note: the thresholds are still those of float32: {kept_because} To set them for int8, calibrate the run "
+            "on other images (`crossx calibrate`) and export again.",
+            file=sys.stderr,
+        )
 
 
 def _print_moved(kept: Kept | None, precision: str, *, again: bool) -> None:
