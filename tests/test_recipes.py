@@ -305,6 +305,32 @@ def test_later_base_wins(tmp_path: Path) -> None:
     assert load_recipe(mine).to_dict() == {"seed": 3, "optim": {"lr": 2.5}}
 
 
+def test_the_method_of_a_base_has_its_options_where_it_is_chosen_instead(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {method: crossx, backbone: resnet18, num_parts: 3}\noptim: {lr: 0.5}\n"
+    )
+    mine, second = tmp_path / "mine.yaml", tmp_path / "second.yaml"
+    mine.write_text(f"base: {tmp_path}/base.yaml\nmodel: {{method: plain}}\noptim: {{lr: 0.25}}\n")
+    second.write_text(f"base: {mine}\nmodel: {{method: mamc, embedding_size: 8}}\n")
+    for file in (mine, second):
+        assert "num_parts" not in Config.from_recipe(file).model.options
+        by_call = Config.from_recipe(file, model={"method": "crossx"})
+        by_words = parse_fit(["--config", str(file), "--model.method", "crossx"]).config
+        for config in (by_call, by_words):
+            assert config.model.options["num_parts"] == 3
+            assert (config.model.backbone, config.optim.lr) == ("resnet18", 0.25)
+            assert "embedding_size" not in config.model.options
+    assert Config.from_recipe(second, model={"method": "plain"}).model.options == {}
+    given = parse_fit(["--config", str(mine), "--model.method", "crossx", "--model.num_parts", "4"]).config
+    assert given.model.options["num_parts"] == 4
+
+
+def test_the_preset_fast_with_cross_x_has_the_options_of_finetune() -> None:
+    fast = Config.from_recipe("fast", model={"method": "crossx"})
+    assert fast.model.options == Config.from_recipe("finetune").model.options
+    assert fast.optim.cached_views
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -192,7 +192,7 @@ def test_the_whole_is_one_more_excitation_of_every_position() -> None:
             alone = torch.zeros_like(features)
             alone[:, p] = features[:, p]
             losses.append(F.cross_entropy(method.heads[name](alone.flatten(1)), TARGETS))
-        expected = method.part_weights[name] * sum(losses) / 3
+        expected = method.part_terms.part[name] * sum(losses) / 3
         torch.testing.assert_close(terms[f"part_{name}"], expected)
         c3s = method.c3s_weights[name] * c3s_loss(features[:, :2])
         torch.testing.assert_close(terms[f"c3s_{name}"], c3s)
@@ -308,7 +308,7 @@ def test_terms_on_the_gates_train_no_channels_but_through_the_gates(term: str) -
     }
     # gates that do not depend on the maps
     gates = {stage: gates.detach().requires_grad_() for stage, gates in method.backbone.gates(maps).items()}
-    sum(method._gate_terms(maps, gates).values()).backward()
+    sum(method.part_terms.of_gates(maps, gates).values()).backward()
     assert all(map_.grad is None for map_ in maps.values())
     assert all(gates[stage].grad.any() for stage in ("last", "previous"))
 

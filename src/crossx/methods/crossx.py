@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, TypeAlias, cast
 
@@ -12,20 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
-from crossx.distributed import at_least_float32
 from crossx.errors import UsageError
 from crossx.layers import (
-    AffineView,
     Gating,
     MergedFeatures,
     MergedLogits,
     convolution,
-    enlarge,
     evaluation_mode,
-    gate_maps,
     global_pool,
     recompute,
-    without_statistics,
 )
 from crossx.layers.feature_pyramid import Interpolation, MergeStatistics
 from crossx.layers.osme import Gates
@@ -33,24 +27,16 @@ from crossx.layers.pooling import Pooling, pooled_shares
 from crossx.losses import (
     C3SLoss,
     CrossLayerLoss,
-    border_loss,
-    centroid_concentration_loss,
-    image_presence_loss,
     outermost,
     part_correlations,
-    presence_loss,
-    relative_presence,
-    separation_loss,
     summarize_correlations,
-    view_loss,
 )
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective
 from crossx.methods.clusters import starting_prototypes
+from crossx.methods.part_terms import HEADS, STAGES, PartTerms, by_name, looks
 from crossx.methods.registry import register_method
 
-HEADS = ("last", "previous", "merged")
-STAGES = HEADS[:2]
 AssignmentStart: TypeAlias = Literal["random", "clusters"]
 
 CLUSTERED_POSITIONS = 30_000
@@ -161,15 +147,21 @@ class CrossX(Method):
         super().__init__(backbone, num_classes)
 
         reductions = [reduction] * 2 if isinstance(reduction, int) else list(reduction)
-        _by_name("reduction", reductions, STAGES)
-        self.c3s_weights = _by_name("c3s_weights", c3s_weights, HEADS)
-        self.cross_layer_weights = _by_name("cross_layer_weights", cross_layer_weights, HEADS[1:])
-        self.separation_weights = _by_name("separation_weights", separation_weights, STAGES)
-        self.presence_weights = _by_name("presence_weights", presence_weights, STAGES)
-        self.equivariance_weights = _by_name("equivariance_weights", equivariance_weights, STAGES)
-        self.part_weights = _by_name("part_weights", part_weights, HEADS)
+        by_name("reduction", reductions, STAGES)
+        self.c3s_weights = by_name("c3s_weights", c3s_weights, HEADS)
+        self.cross_layer_weights = by_name("cross_layer_weights", cross_layer_weights, HEADS[1:])
+        self.part_terms = PartTerms(
+            gates,
+            num_parts,
+            separation=separation_weights,
+            presence=presence_weights,
+            equivariance=equivariance_weights,
+            part=part_weights,
+            concentration=concentration_weight,
+            border=border_weight,
+        )
         gating = Gating(gates, gate_sharpness, background)
-        if any((*separation_weights, *presence_weights)):
+        if self.part_terms.on_gates:
             if osme_placement == "residual":
                 raise UsageError(
                     "osme_placement=residual: the shortcut would bypass what separation and presence do to the gates; "
@@ -185,12 +177,6 @@ class CrossX(Method):
         used = {"last": True, "previous": use_previous, "merged": use_merged}
         if c3s_centred and not any(self.c3s_weights[name] for name, has_head in used.items() if has_head):
             raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
-        self.concentration_weight, self.border_weight = concentration_weight, border_weight
-        for name, weight in (("concentration", concentration_weight), ("border", border_weight)):
-            if not 0 <= weight < math.inf:
-                raise UsageError(f"{name}_weight must be at least 0 and finite, not {weight}.")
-            if weight and gates != "spatial":
-                raise UsageError(f"{name}_weight needs spatial gates: --model.gates spatial.")
         if detach_assignment and gates != "spatial":
             raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
         if assignment_start == "clusters" and gates != "spatial":
@@ -201,7 +187,7 @@ class CrossX(Method):
                 "whole needs spatial gates: --model.gates spatial; others see every position anyway."
             )
         self.num_parts = num_parts
-        self.num_excitations = excitations = num_parts + whole
+        excitations = num_parts + whole
         self.previous_pooling: Pooling = previous_pooling
         self.heads = nn.ModuleDict()
         last, previous = backbone.channels["last"], backbone.channels["previous"]
@@ -265,9 +251,12 @@ class CrossX(Method):
             if weight:
                 terms[f"c3s_{name}"] = weight * self.c3s.of_correlations(s)
             measures |= {f"s_{mean}_{name}": value for mean, value in summarize_correlations(s).items()}
-        terms |= self._gate_terms(maps, gates) if shares is None else self._share_terms(maps, shares)
-        terms |= self._view_terms(images, stages)
-        terms |= self._part_terms(features, targets)
+        if shares is None:
+            terms |= self.part_terms.of_gates(maps, gates)
+        else:
+            terms |= self.part_terms.of_shares(maps, shares, list(gates))
+        terms |= self.part_terms.of_views(images, stages, self.backbone, self.training)
+        terms |= self.part_terms.of_heads(self.linear_heads(), features, targets, self.criterion)
         return Objective.of(terms, logits, measures)
 
     @torch.no_grad()
@@ -304,11 +293,11 @@ class CrossX(Method):
         stages of MobileNetV2, end in a batch norm: half of what a channel says has a negative sign, and the mean over
         channels would be a sum with arbitrary signs, in which opposite responses cancel.
         """
-        return {name: self._looks(features) for name, features in self._attention_features(images).items()}
-
-    def _looks(self, features: Tensor) -> Tensor:
-        """Return the channel means of ReLU(U_p) of the parts, without the whole, (B, P, h, w)."""
-        return features[:, : self.num_parts].relu().mean(2)  # (B, P [+ 1], C, h, w) -> (B, P, h, w)
+        # without the whole
+        return {
+            name: looks(features, self.num_parts)
+            for name, features in self._attention_features(images).items()
+        }
 
     def class_activation_maps(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
         """Return head name -> (B, P, h, w), one map per part; see ``Method``.
@@ -346,79 +335,6 @@ class CrossX(Method):
         for name, weight in self.cross_layer_weights.items():
             if weight and name in heads:
                 terms[f"cross_layer_{name}"] = weight * self.cross_layer(heads["last"], heads[name])
-        return terms
-
-    def _gate_terms(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``separation_*`` and ``presence_*``: what the gates do to maps U that these terms do not train."""
-        terms = {}
-        for stage, gate in gates.items():
-            separation, presence = self.separation_weights[stage], self.presence_weights[stage]
-            if not (separation or presence):
-                continue
-            fixed = maps[stage].detach()
-            looks = gate_maps(fixed, gate)  # (B, M, h, w)
-            everything = gate_maps(fixed, torch.ones_like(gate[:, :1]))[:, 0]  # (B, h, w)
-            if separation:
-                terms[f"separation_{stage}"] = separation * separation_loss(looks, everything)
-            if presence:
-                terms[f"presence_{stage}"] = presence * presence_loss(
-                    relative_presence(looks[:, : self.num_parts], everything), border=0
-                )
-        return terms
-
-    def _share_terms(self, maps: Mapping[str, Tensor], shares: Tensor) -> dict[str, Tensor]:
-        """Return the terms on the shares a of spatial gates, (B, P + 1, h, w): all but those of the views."""
-        parts, background = shares[:, :-1], shares[:, -1]
-        terms = {}
-        if weight := self.concentration_weight:
-            terms["concentration"] = weight * centroid_concentration_loss(parts)
-        if weight := self.border_weight:
-            terms["border"] = weight * border_loss(background)
-        for stage in self.backbone.osme:
-            separation, presence = self.separation_weights[stage], self.presence_weights[stage]
-            if not (separation or presence):
-                continue
-            u = at_least_float32(maps[stage].detach())
-            # (B, C, h', w') -> (B, 1, h', w') -> (B, h, w)
-            everything = enlarge(u.relu().mean(1, keepdim=True), shares)[:, 0]
-            if separation:
-                foreground = everything * (1 - background.detach())
-                terms[f"separation_{stage}"] = separation * separation_loss(parts, foreground)
-            if presence:
-                terms[f"presence_{stage}"] = presence * image_presence_loss(parts, everything)
-        return terms
-
-    def _view_terms(self, images: Tensor, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``equivariance_*``: how the maps of a view differ from those of the images."""
-        weights = {stage: weight for stage, weight in self.equivariance_weights.items() if weight}
-        if not weights:
-            return {}
-        count, device = len(images), images.device
-        if self.training:
-            view = AffineView.draw(count, device=device)
-        else:
-            angle = torch.full((count,), math.pi / 4, device=device)
-            view = AffineView(angle, torch.ones_like(angle), torch.zeros(count, 2, device=device))
-        # a view is no image that will be seen in evaluation
-        seen = without_statistics(self.backbone, view.apply(images))
-        terms = {}
-        for stage, weight in weights.items():
-            if stages[stage].ndim == 5:
-                here, there = self._looks(stages[stage]), self._looks(seen[stage])
-                shown = view.undo(torch.ones_like(here[:, :1]))[:, 0]
-                terms[f"equivariance_{stage}"] = weight * view_loss(here, view.undo(there), shown)
-        return terms
-
-    def _part_terms(self, features: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Return ``part_*``: the mean cross-entropy of a head that sees one excitation, and zeros for the others."""
-        terms = {}
-        for name, head in self.linear_heads().items():
-            if weight := self.part_weights[name]:
-                weights = head.weight.unflatten(1, (self.num_excitations, -1))  # (K, P*C) -> (K, P, C)
-                # (B, P, C) and (K, P, C) -> (P, B, K)
-                logits = torch.einsum("bpc,kpc->pbk", features[name], weights) + head.bias
-                losses = [self.criterion(part, targets) for part in logits.unbind(0)]
-                terms[f"part_{name}"] = weight * torch.stack(losses).mean()
         return terms
 
     def _attention_features(self, images: Tensor) -> dict[str, Tensor]:
@@ -489,13 +405,3 @@ def _pool(maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
     pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
     # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1)
     return torch.cat([pool(part, 1) for part in maps], 1)
-
-
-def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    if len(values) != len(names):
-        raise UsageError(f"{option} takes {len(names)} numbers ({', '.join(names)}), not {len(values)}.")
-    if any(value < 0 for value in values):
-        raise UsageError(f"{option} must not be negative: {list(values)}.")
-    if not all(map(math.isfinite, values)):
-        raise UsageError(f"{option} must be finite numbers: {list(values)}.")
-    return dict(zip(names, values, strict=True))

@@ -76,6 +76,7 @@ class Recipe:
         description: One line on what it trains.
         bases: The recipes that it builds on, as it names them.
         settings: Every setting, in the order of reading.
+        others: Method that a base trains -> its options, which apply if that method is chosen instead.
         published_as: The published name of its network, where that is not the method's.
     """
 
@@ -83,6 +84,7 @@ class Recipe:
     description: str = ""
     bases: tuple[str, ...] = ()
     settings: Mapping[Key, Setting] = field(default_factory=dict)
+    others: Mapping[str, Mapping[Key, Setting]] = field(default_factory=dict)
     published_as: str = ""
 
     def get(self, *key: str, default: Any = None) -> Any:
@@ -184,16 +186,21 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
             raise
         raise UsageError(f"{parents[-1]}: base: {error}") from error
     settings: dict[Key, Setting] = {}
+    others: dict[str, Mapping[Key, Setting]] = {}
     for base in recipe.bases:
-        settings |= _resolve(base, (*parents, name)).settings
+        resolved = _resolve(base, (*parents, name))
+        settings |= resolved.settings
+        others |= resolved.others
     method = ("model", "method")
     if (
         method in settings
         and method in recipe.settings
-        and settings[method].value != recipe.settings[method].value
+        and (theirs := settings[method].value) != recipe.settings[method].value
     ):
         # without the options of the method that the bases train
-        settings = {key: value for key, value in settings.items() if key[0] != "model" or key[1] in NETWORK}
+        own = {key: value for key, value in settings.items() if key[0] == "model" and key[1] not in NETWORK}
+        settings = {key: value for key, value in settings.items() if key not in own}
+        others[theirs] = own
     merged = settings | dict(recipe.settings)
     if isinstance(tuned := merged.get(_TUNED, Setting(None)).value, str) and _TUNED not in recipe.settings:
         changed = [
@@ -202,7 +209,7 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
             if key[0] in SECTIONS and (key not in settings or settings[key].value != setting.value)
         ]
         merged[_TUNED] = Setting(tuned_then_changed(tuned, changed))
-    return Recipe(name, recipe.description, recipe.bases, merged, recipe.published_as)
+    return Recipe(name, recipe.description, recipe.bases, merged, others, recipe.published_as)
 
 
 @cache
@@ -243,7 +250,8 @@ def _parse(name: str, text: str) -> Recipe:
     bases = top["base"] if isinstance(top["base"], list) else [top["base"]] if top["base"] else []
     if not all(isinstance(base, str) for base in bases):
         raise UsageError(f"{name}: base must be the name of a recipe, or a list of names.")
-    return Recipe(name, str(top["description"] or ""), tuple(bases), settings, str(top["published_as"] or ""))
+    published_as = str(top["published_as"] or "")
+    return Recipe(name, str(top["description"] or ""), tuple(bases), settings, published_as=published_as)
 
 
 def _read_members(values: Any, node: Any, text: str, where: str) -> Iterator[tuple[str, Setting, Any]]:

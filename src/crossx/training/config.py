@@ -197,7 +197,7 @@ def recipe_method(recipe: Recipe) -> str:
 
 
 def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tuple[Recipe, list[str]]:
-    """Leave out of a recipe the options of its own method that another method does not have.
+    """Give a recipe the options of another method: those of a base that trains it, without those that it does not have.
 
     Args:
         recipe: A recipe.
@@ -207,14 +207,15 @@ def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tu
     Returns:
         The recipe, and a note of what was left out.
     """
+    if method == recipe_method(recipe):
+        return recipe, []
     known = {item.name for item in fields(ModelConfig)} | {*options}
     lacking = [key for key in recipe.settings if key[0] == "model" and len(key) > 1 and key[1] not in known]
-    if not lacking or method == recipe_method(recipe):
-        return recipe, []
-    kept = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
+    settings = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
+    settings |= recipe.others.get(method, {})
     names = ", ".join(".".join(key) for key in lacking)
-    note = f"method {method} has no {names}: left out of {recipe.name}."
-    return replace(recipe, settings=kept), [note]
+    notes = [f"method {method} has no {names}: left out of {recipe.name}."] if lacking else []
+    return replace(recipe, settings=settings), notes
 
 
 def scale_resize(recipe: Recipe, data: dict[str, Any]) -> list[str]:
