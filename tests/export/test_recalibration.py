@@ -204,10 +204,10 @@ def test_the_int8_file_keeps_the_share_that_was_asked_for(run: Run, tmp_path: Pa
         pytest.importorskip(package)
     output = tmp_path / f"network{suffix}"
     report = export_run(run.path, output, precision="int8", tolerance=1.0)
-    assert report.kept_because is None
+    assert report.not_recalibrated is None
     model = ExportedModel.load(output)
-    assert report.thresholds is not None
-    assert model.spec == report.thresholds.spec != run.read_spec()
+    assert report.recalibration is not None
+    assert model.spec == report.recalibration.spec != run.read_spec()
     assert model.description["recalibrated"]["images"] == 33
     assert model.description["accuracy"]["kept"]["after"] == report.accuracy.kept.after
     files = find_images(images_of(run) / "val")
@@ -224,8 +224,8 @@ def test_without_its_images_the_file_keeps_the_thresholds(run: Run, tmp_path: Pa
     shutil.rmtree(elsewhere(run, tmp_path))
     output = tmp_path / "network.onnx"
     report = export_run(run.path, output, precision="int8", tolerance=1.0)
-    assert report.thresholds is None
-    assert str(tmp_path / "other") in report.kept_because
+    assert report.recalibration is None
+    assert str(tmp_path / "other") in report.not_recalibrated
     model = ExportedModel.load(output)
     assert model.spec == run.read_spec()
     assert "recalibrated" not in model.description

@@ -133,7 +133,7 @@ def _print_report(report: ExportReport) -> None:
     )
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
-    _print_thresholds(report.thresholds, report.kept_because)
+    _print_thresholds(report.recalibration, report.not_recalibrated)
     if control := report.control:
         _print_control(control)
     if report.accuracy is None:
@@ -179,10 +179,10 @@ def _print_accuracy(accuracy: Accuracy, report: ExportReport) -> None:
                 hanging="  ",
             )
         )
-        _print_moved(kept, report.description["precision"], again=report.thresholds is not None)
+        _print_moved(kept, report.description["precision"], again=report.recalibration is not None)
 
 
-def _print_thresholds(found: Recalibration | None, kept_because: str | None) -> None:
+def _print_thresholds(found: Recalibration | None, not_recalibrated: str | None) -> None:
     """Say which thresholds were set again for int8, or why they were not."""
     if found is not None:
         what = []
@@ -193,9 +193,9 @@ def _print_thresholds(found: Recalibration | None, kept_because: str | None) -> 
             what.append("prediction sets")
         images = f"{counted(found.images, f'{found.split} image')} of {found.dataset}"
         print(fold(f"thresholds set again for int8 on {images}: {', '.join(what)}", hanging="  "))
-    if kept_because is not None:
+    if not_recalibrated is not None:
         print(
-            f"note: the thresholds are still those of float32: {kept_because} To set them for int8, calibrate the run "
+            f"note: the thresholds are still those of float32: {not_recalibrated} To set them for int8, calibrate the run "
             "on other images (`crossx calibrate`) and export again.",
             file=sys.stderr,
         )

@@ -110,8 +110,8 @@ class ExportReport:
         tolerance: The accepted difference, see ``TOLERANCES``.
         accuracy: Accuracy before and after int8 quantisation.
         control: How the accuracy was kept, with ``max_drop``.
-        thresholds: The thresholds that were set again for int8.
-        kept_because: Why those of float32 were kept, although the run has some.
+        recalibration: The thresholds that were set again for int8.
+        not_recalibrated: Why the thresholds are still those of float32.
     """
 
     files: tuple[Path, ...]
@@ -120,8 +120,8 @@ class ExportReport:
     tolerance: float
     accuracy: Accuracy | None
     control: ControlledAccuracy | None = None
-    thresholds: Recalibration | None = None
-    kept_because: str | None = None
+    recalibration: Recalibration | None = None
+    not_recalibrated: str | None = None
 
 
 def export_run(
@@ -190,11 +190,11 @@ def export_run(
         file = Path(folder) / options.output.name
         write = partial(_write, kind, graph, precision, file, options.output)
         model = write(description)
-        thresholds, kept_because = None, None
+        recalibration, not_recalibrated = None, None
         if chosen is not None:
-            thresholds, kept_because = _set_thresholds_again(model, run, spec, read)
-        if thresholds is not None:
-            description |= thresholds.to_json()
+            recalibration, not_recalibrated = _set_thresholds_again(model, run, spec, read)
+        if recalibration is not None:
+            description |= recalibration.to_json()
             model = write(description)
         specs = spec, model.spec
         comparison = compare(model, reference, specs, compared, source)
@@ -217,14 +217,14 @@ def export_run(
             write(description)
         files = _publish(Path(folder), options.output.parent)
     return ExportReport(
-        files, description, comparison, options.allowed, accuracy, control, thresholds, kept_because
+        files, description, comparison, options.allowed, accuracy, control, recalibration, not_recalibrated
     )
 
 
 def _set_thresholds_again(
     model: ExportedModel, run: Run, spec: ModelSpec, read: Callable[[], DataModule]
 ) -> tuple[Recalibration | None, str | None]:
-    """Return the thresholds for the file, or why those of float32 are kept; neither if the run has none."""
+    """Return the thresholds of the file, or why they are still those of float32; neither if the run has none."""
     if spec.rejection is None and spec.sets is None:
         return None, None
     try:
