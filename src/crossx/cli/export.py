@@ -195,8 +195,8 @@ def _print_thresholds(found: Recalibration | None, not_recalibrated: str | None)
         print(fold(f"thresholds set again for int8 on {images}: {', '.join(what)}", hanging="  "))
     if not_recalibrated is not None:
         print(
-            f"note: the thresholds are still those of float32: {not_recalibrated} To set them for int8, calibrate the run "
-            "on other images (`crossx calibrate`) and export again.",
+            f"note: the thresholds are still those of float32: {not_recalibrated} To set them for int8, calibrate the "
+            "run on other images (`crossx calibrate`) and export again.",
             file=sys.stderr,
         )
 

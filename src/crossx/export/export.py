@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 300
 NEARLY_FULL = 1 << 20
-"""Bytes that are left on a disk that is taken for full."""
+"""Free bytes below which a disk counts as full."""
 
 
 @dataclass(frozen=True)
