@@ -1,14 +1,15 @@
-"""Excitations that are parts, and no less accurate? Trained in two steps and compared with the paper's Cross-X.
+"""Excitations that are parts, and no less accurate? Trained from clusters and compared with the paper's Cross-X.
 
     python benchmarks/part_training.py --seeds 0 1 2 --work out/parts -- --config crossx_mobilenetv2_160 \\
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --data.dataset synthetic --data.root out/birds \\
       --data.seed 7 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 \\
       --data.resize_size 144 --data.num_workers 0 --optim.optimizer adamw --optim.weight_decay 0.0001
 
-For each seed: `default`, the paper's Cross-X, fine-tuned; `frozen`, spatial gates with an excitation of the whole
-(docs/methods/crossx-parts.md), only gates and heads trained; `tuned`, the same fine-tuned from there, for as many
-epochs in all as `default`. Then `crossx test` and, of each, `crossx test --parts`. What follows `--` is passed on to
-`crossx fit`. Finished runs in `--work` are not trained again.
+For each seed: `default`, the paper's Cross-X, fine-tuned; and spatial gates that start from clusters, with an
+excitation of the whole (docs/methods/crossx-parts.md), fine-tuned for as many epochs, as `clusters`. With `--steps two`
+instead: `frozen`, of which only gates and heads are trained, with the terms on position and on each part alone; and
+`tuned`, fine-tuned from there, for as many epochs in all as `default`. Then `crossx test` and, of each, `crossx test
+--parts`. What follows `--` is passed on to `crossx fit`. Finished runs in `--work` are not trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from crossx.evaluation.intervals import student_interval
 from harness import table, without_folder, write
 
 RESULTS = Path(__file__).parent.parent / "results" / "parts"
-GATES = [
-    "--model.gates", "spatial", "--model.whole", "true", "--model.presence_weights", "[0,2]",
-    "--model.concentration_weight", "10", "--model.border_weight", "1", "--model.part_weights", "[1,1,1]",
-    "--model.assignment_start", "clusters",
+CLUSTERS = ["--model.gates", "spatial", "--model.whole", "true", "--model.assignment_start", "clusters"]
+DETACHED = ["--model.detach_assignment", "true"]
+TERMS = [
+    "--model.presence_weights", "[0,2]", "--model.concentration_weight", "10", "--model.border_weight", "1",
+    "--model.part_weights", "[1,1,1]",
 ]  # fmt: skip
-NAMES = ("default", "frozen", "tuned")
+NETWORKS = {"one": ("default", "clusters"), "two": ("default", "frozen", "tuned")}
+"""Networks of a training in so many steps; the last is compared with the first."""
 
 
 def main() -> None:
@@ -41,50 +44,71 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--frozen-epochs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=16, help="epochs of fine-tuning (default: 16)")
-    parser.add_argument("--frozen-lr", type=float, default=0.002)
+    parser.add_argument("--steps", choices=[*NETWORKS], default="one")
+    parser.add_argument("--epochs", type=int, default=26, help="epochs in all (default: 26)")
     parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--frozen-epochs", type=int, default=10, help="of two steps (default: 10)")
+    parser.add_argument("--frozen-lr", type=float, default=0.002, help="of two steps (default: 0.002)")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "two_steps.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: clusters.json or two_steps.json in results/parts"
+    )
     parser.add_argument("fit_options", nargs="*", metavar="-- OPTION", help="options of crossx fit")
     options = parser.parse_args()
+    output = options.output or RESULTS / ("clusters.json" if options.steps == "one" else "two_steps.json")
+    names = NETWORKS[options.steps]
     runs: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         runs[str(seed)] = trained(options, seed)
-        measures = {name: summarize(name, runs) for name in NAMES}
+        measures = {name: summarize(name, runs) for name in names}
         write(
-            options.output,
+            output,
             {"options": recorded(options), "runs": runs, "summary": measures, "difference": difference(runs)},
         )
-    print(shown(runs, measures))
+    print(shown(names, runs, measures))
 
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options without what differs between machines."""
-    own = {name: getattr(options, name) for name in ("frozen_epochs", "epochs", "frozen_lr", "lr")}
-    return {**own, "fit": [without_folder(word) for word in options.fit_options], "gates": GATES}
+    names = ["steps", "epochs", "lr", *(("frozen_epochs", "frozen_lr") if options.steps == "two" else ())]
+    own = {name: getattr(options, name) for name in names}
+    words = trainings(options, options.work / "frozen")
+    return {
+        **own,
+        "fit": [without_folder(word) for word in options.fit_options],
+        "networks": {
+            name: [without_folder(word) for word in words[name]] for name in NETWORKS[options.steps]
+        },
+    }
+
+
+def trainings(options: argparse.Namespace, frozen: Path) -> dict[str, list[str]]:
+    """Return network -> its options of `crossx fit`; ``frozen`` is the run from which ``tuned`` starts."""
+    rate, first_rate = ["--optim.lr", f"{options.lr:g}"], ["--optim.lr", f"{options.frozen_lr:g}"]
+
+    def epochs(count: int) -> list[str]:
+        return ["--trainer.max_epochs", str(count)]
+
+    later = epochs(options.epochs - options.frozen_epochs)
+    return {
+        "default": [*rate, *epochs(options.epochs)],
+        "clusters": [*CLUSTERS, *DETACHED, *rate, *epochs(options.epochs)],
+        "frozen": [
+            *CLUSTERS, *TERMS, "--optim.freeze_backbone", "true", *first_rate, *epochs(options.frozen_epochs),
+        ],
+        "tuned": [*CLUSTERS, *TERMS, *DETACHED, "--init", str(frozen), *rate, *later],
+    }  # fmt: skip
 
 
 def trained(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train and test the three networks of a seed."""
-    folders = {name: options.work / f"{name}-{seed}" for name in NAMES}
-    both = options.frozen_epochs + options.epochs
-    steps = {
-        "default": ["--optim.lr", options.lr, "--trainer.max_epochs", both],
-        "frozen": [
-            *GATES, "--optim.freeze_backbone", "true", "--optim.lr", options.frozen_lr, "--trainer.max_epochs",
-            options.frozen_epochs,
-        ],
-        "tuned": [
-            *GATES, "--model.detach_assignment", "true", "--init", folders["frozen"], "--optim.lr", options.lr,
-            "--trainer.max_epochs", options.epochs,
-        ],
-    }  # fmt: skip
+    """Train and test the networks of a seed."""
+    names = NETWORKS[options.steps]
+    folders = {name: options.work / f"{name}-{seed}" for name in names}
+    steps = trainings(options, options.work / f"frozen-{seed}")
     found: dict[str, Any] = {}
     for name, folder in folders.items():
         if not folder.is_dir():
-            words = [*options.fit_options, *map(str, steps[name]), "--seed", str(seed)]
+            words = [*options.fit_options, *steps[name], "--seed", str(seed)]
             crossx("fit", *words, "--output", str(folder))
         elif json.loads((folder / "run.json").read_text())["status"] != "finished":
             crossx("fit", "--resume", str(folder))
@@ -99,7 +123,7 @@ def trained(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             "heads": results["heads"],
             "parts": measured(json.loads((folder / "test_parts.json").read_text())),
         }
-    against, _ = compare(folders["tuned"], folders["default"], "test")
+    against, _ = compare(folders[names[-1]], folders[names[0]], "test")
     found["difference"] = {"value": against["difference"], "interval": against["interval"]["difference"]}
     return found
 
@@ -147,28 +171,28 @@ def summarize(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mean difference of ``tuned`` to ``default``, and its 95% interval over the seeds."""
+    """Return the mean difference of the last network to the first, and its 95% interval over the seeds."""
     values = [run["difference"]["value"] for run in runs.values()]
     return {"value": statistics.mean(values), "interval_over_seeds": student_interval(values)}
 
 
-def shown(runs: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def shown(names: Sequence[str], runs: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Return a table of accuracies, and one of the measures of parts."""
     accuracies = []
     for seed, run in runs.items():
         low, high = (100 * end for end in run["difference"]["interval"])
         gain = f"{100 * run['difference']['value']:+.2f} ({low:+.2f} to {high:+.2f})"
-        accuracies.append([f"seed {seed}", *(f"{run[name]['top1']:.2%}" for name in NAMES), gain])
-    stages = [stage for stage in summary["tuned"] if stage != "top1"]
-    keys = list(summary["tuned"][stages[0]])
+        accuracies.append([f"seed {seed}", *(f"{run[name]['top1']:.2%}" for name in names), gain])
+    stages = [stage for stage in summary[names[0]] if stage != "top1"]
+    keys = list(summary[names[0]][stages[0]])
     measures = [
         [f"{name}, {stage}", *(f"{summary[name][stage][key]:.3f}" for key in keys)]
-        for name in NAMES
+        for name in names
         for stage in stages
     ]
     return "\n\n".join(
         (
-            table(["", *NAMES, "tuned against default"], accuracies),
+            table(["", *names, f"{names[-1]} against {names[0]}"], accuracies),
             table(["mean of the seeds", *keys], measures),
         )
     )
