@@ -409,7 +409,8 @@ def calibrate_run(
         keep=keep,
         weight=weight,
         dataset=data.config.dataset,
-        data_root=data.config.root,
+        # export reads them again, also from other working folders
+        data_root=data.config.with_absolute_root().root,
         split=split,
     )
     found.write(subject.run)
