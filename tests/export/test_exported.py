@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -560,3 +561,28 @@ def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino_telemetry", json)
     without_telemetry()
     assert sys.modules["openvino_telemetry"] is json
+
+
+CLOSED_IN_A_THREAD = """
+import gc, signal, subprocess, sys, threading
+from crossx.predict.exported import ExportedModel
+
+signal.signal(signal.SIGCHLD, lambda *_: None)
+opened = [ExportedModel.load(sys.argv[1])]
+thread = threading.Thread(target=lambda: (opened.clear(), gc.collect()))
+thread.start()
+thread.join()
+for _ in range(3):
+    subprocess.run([sys.executable, "-c", ""], check=True)
+print("alive")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no signal at the end of a child")
+def test_a_process_survives_signals_after_a_thread_closed_its_openvino_file(export: Exports) -> None:
+    file = export("openvino").files[0]
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED_IN_A_THREAD, file], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr

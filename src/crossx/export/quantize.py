@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossx.layers import MergedLogits, SeparateGates
-from crossx.predict.exported import open_session, without_telemetry
+from crossx.predict.exported import open_session, openvino_core, without_telemetry
 from crossx.predict.inference import SIMILARITIES
 
 if TYPE_CHECKING:
@@ -196,13 +196,11 @@ def _accuracy(classify: Classify, batches: Iterable[tuple[Tensor, Tensor]]) -> t
 
 
 def _openvino_runtime() -> _Runtime:
-    import openvino
-
     def classify(compiled: Any) -> Classify:
         return lambda images: compiled(images)["probabilities"]
 
     return _Runtime(
-        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino.Core().read_model, ".xml"
+        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino_core().read_model, ".xml"
     )  # fmt: skip
 
 

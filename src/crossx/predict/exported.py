@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,6 +23,7 @@ from crossx.runs import EXPORT_SUFFIXES, EXPORTED, PREDICTS_ALONE, ModelSpec, pa
 
 if TYPE_CHECKING:
     import onnxruntime
+    import openvino
 
 Compute: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 """Images, uint8 (B, 3, S, S), to the outputs of ``Inference``."""
@@ -270,15 +272,25 @@ def _read_onnx(file: Path) -> tuple[str, Compute]:
     return _required(text, file), run
 
 
-def _read_openvino(file: Path) -> tuple[str, Compute]:
+@cache
+def openvino_core() -> openvino.Core:
+    """Return OpenVINO, started once per process and never ended.
+
+    Its processor plugin gives the thread that first compiles a network a stack for signals, and takes it back when
+    the last core ends. If that is in another thread, the next signal ends the process, such as that of a child's end.
+    """
     without_telemetry()
     import openvino
 
+    return openvino.Core()
+
+
+def _read_openvino(file: Path) -> tuple[str, Compute]:
     with file.open("rb") as opened:
         # OpenVINO goes by the content: ONNX under this name could name weights in other folders
         if not opened.read(64).lstrip().startswith(b"<"):
             raise CrossXError(f"{file}: is not an OpenVINO file (it is not XML).")
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(file)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
     settings = {
