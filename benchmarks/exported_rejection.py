@@ -4,10 +4,17 @@
 
 `crossx export` writes each run, which rejects by class means, for ONNX Runtime and OpenVINO in float32, fp16 and int8.
 `int8, means too` is int8 with the way from the features to the similarities in int8 as well; in `int8`, it is in float.
-The threshold is that of the run. For the test images and for each folder of images of none of the classes: the share
-above the threshold, and the images that the file and eager float32 both keep or both reject; top-1 on the test images;
+The threshold is that of the file, which `crossx export` sets again for int8. For the test images and for each folder
+of images of none of the classes: the share above the threshold, and the images that the file and eager float32 both
+keep or both reject; for int8, the same at the threshold of float32 (`float32_threshold`); top-1 on the test images;
 AUROC of the score; the root mean square and largest difference of the similarities. Time is processor time of one
-thread per image at batch 1, in turn. What is in the JSON file already is not measured again.
+thread per image at batch 1, in turn.
+
+`random` is the mean and the standard deviation of the share kept over 500 random calibrations on as many of the
+validation and test images as the run was calibrated on, measured on the others: in float32, with the file at the
+threshold of float32, and at a threshold set again. `sets` is the coverage of prediction sets for 90% on the test
+images, and `nll` the negative log-likelihood there, each with the thresholds or temperature of float32 and with those
+set again. What is in the JSON file already is not measured again.
 """
 
 from __future__ import annotations
@@ -15,24 +22,31 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from crossx.evaluation.calibration import choose_temperature
 from crossx.evaluation.intervals import matched_interval
 from crossx.evaluation.network import Network
-from crossx.evaluation.open_set import apply_threshold, unknown_data
+from crossx.evaluation.open_set import apply_threshold, describe_sets, unknown_data
 from crossx.evaluation.subject import Subject
-from crossx.evaluation.unknowns import ViewScores, separation
+from crossx.evaluation.unknowns import ViewScores, keeping_threshold, separation
 from crossx.export import quantize
 from crossx.export.export import export_run
-from crossx.export.verify import MIN_QUANTIZED, join_batches, prepared_batches
-from crossx.predict.exported import SUFFIXES, ExportedModel
+from crossx.export.options import MIN_QUANTIZED
+from crossx.export.verify import join_batches, prepared_batches
+from crossx.predict.exported import ExportedModel
+from crossx.runs import EXPORT_SUFFIXES, ModelSpec, Rejection
 from harness import interleave, parser, table, write
 
 FORMATS = ("onnx", "openvino")
@@ -42,7 +56,9 @@ BATCH = 16
 UNLIMITED = 1.0
 """Tolerance with which every file is written."""
 REPEATS = 5
-TEST = "test"
+VAL, TEST = "val", "test"
+CALIBRATIONS = 500
+COVERAGE = 0.9
 
 
 def outputs(network: Network, images: Tensor) -> ViewScores:
@@ -64,51 +80,101 @@ def export(run: Path, file: Path, precision: str) -> ExportedModel:
     return ExportedModel.load(file)
 
 
+def kept_images(spec: ModelSpec, outputs: ViewScores) -> Tensor:
+    """Return whether each image is kept, (N,)."""
+    applied = apply_threshold(spec, outputs)
+    assert applied is not None
+    return applied[1]
+
+
+def compare_kept(reference: Tensor, kept: Tensor) -> dict[str, Any]:
+    """Compare which images two networks keep, (N,) each."""
+    return {
+        "kept": float(kept.double().mean()),
+        "lost": matched_interval(reference.numpy(), kept.numpy()),
+        "alike": int((kept == reference).sum()),
+    }
+
+
+def scores_of(rejection: Rejection, outputs: Sequence[ViewScores]) -> NDArray[np.float64]:
+    """Return the scores of the images of several outputs, one after the other."""
+    return np.concatenate(
+        [part.double().score(rejection.score, rejection.weight).numpy() for part in outputs]
+    )
+
+
+def random_calibrations(
+    rejection: Rejection, found: dict[str, ViewScores], expected: dict[str, ViewScores]
+) -> dict[str, list[float]]:
+    """Return mean and standard deviation of the share kept over random calibrations."""
+    own, before = (scores_of(rejection, [part[VAL], part[TEST]]) for part in (found, expected))
+    generator = np.random.default_rng(0)
+    shares = []
+    for _ in range(CALIBRATIONS):
+        order = generator.permutation(len(own))
+        drawn, others = order[: rejection.images], order[rejection.images :]
+        old, again = (keeping_threshold(scores[drawn], rejection.keep) for scores in (before, own))
+        shares.append(
+            [(before[others] >= old).mean(), (own[others] >= old).mean(), (own[others] >= again).mean()]
+        )
+    columns = zip(("float32", "float32_threshold", "again"), np.array(shares).T, strict=True)
+    return {name: [float(column.mean()), float(column.std())] for name, column in columns}
+
+
 def describe(
-    subject: Subject, targets: Tensor, found: dict[str, ViewScores], expected: dict[str, ViewScores]
-) -> dict[str, Any]:
-    """Compare the outputs of a file with those of eager float32, on the test images and on each folder."""
+    subject: Subject, spec: ModelSpec, labels: dict[str, Tensor], found: dict[str, ViewScores],
+    expected: dict[str, ViewScores],
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the outputs of a file, described by ``spec``, with those of eager float32, on each set of images."""
     rejection = subject.spec.rejection
     assert rejection is not None
-
-    def kept_images(outputs: dict[str, ViewScores]) -> dict[str, Tensor]:
-        applied = {name: apply_threshold(subject.spec, part) for name, part in outputs.items()}
-        return {name: one[1] for name, one in applied.items() if one is not None}
-
-    own, before = kept_images(found), kept_images(expected)
-    scores = {
-        name: part.double().score(rejection.score, rejection.weight).numpy() for name, part in found.items()
-    }
+    targets = labels[TEST]
+    scores = {name: scores_of(rejection, [part]) for name, part in found.items()}
     correct = (found[TEST].logits[0].argmax(1) == targets).numpy()
     result: dict[str, Any] = {"top1": float(correct.mean())}
-    for name, kept in own.items():
-        reference = before[name]
-        assert found[name].similarities is not None
+    for name, own in found.items():
+        if name == VAL:
+            continue
+        reference = kept_images(subject.spec, expected[name])
+        assert own.similarities is not None
         assert expected[name].similarities is not None
-        cosines = found[name].similarities[0] - expected[name].similarities[0]
+        cosines = own.similarities[0] - expected[name].similarities[0]
         result[name] = {
-            "kept": float(kept.double().mean()),
-            "lost": matched_interval(reference.numpy(), kept.numpy()),
-            "alike": int((kept == reference).sum()),
+            **compare_kept(reference, kept_images(spec, own)),
             "similarity_rms": float(cosines.square().mean().sqrt()),
             "similarity_max": float(cosines.abs().max()),
         }
         if name != TEST:
             result[name]["auroc"] = separation(scores[TEST], scores[name], correct)["auroc"]
+        if spec.rejection != rejection:
+            result[name]["float32_threshold"] = compare_kept(reference, kept_images(subject.spec, own))
+    if spec.rejection != rejection:
+        result["random"] = random_calibrations(rejection, found, expected)
+        logits = found[TEST].logits[0].double()
+        again = choose_temperature(found[VAL].logits[0].double(), labels[VAL]).value
+        result["nll"] = {
+            name: float(cross_entropy(logits / temperature, targets))
+            for name, temperature in (("float32_temperature", spec.temperature), ("again", again))
+        }
+        result["sets"] = {
+            name: describe_sets(one, logits, targets, COVERAGE, subject.run.path)["covered"]
+            for name, one in (("float32_thresholds", subject.spec), ("again", spec))
+        }
     return result
 
 
 def measure(run: Path, folders: dict[str, Path], rounds: int) -> dict[str, Any]:
     """Export one run in all formats and precisions, and compare the files."""
     subject = Subject.open(run, split=TEST, device="cpu")
-    preprocessing, records = subject.spec.preprocessing, subject.data.index.split(TEST)
-    paths = {TEST: [record.path for record in records]}
+    preprocessing = subject.spec.preprocessing
+    records = {split: subject.data.index.split(split) for split in (VAL, TEST)}
+    labels = {split: torch.tensor([record.label for record in own]) for split, own in records.items()}
+    paths = {split: [record.path for record in own] for split, own in records.items()}
     paths |= {
         name: [record.path for record in unknown_data(subject, folder).index.records]
         for name, folder in folders.items()
     }
     images = {name: torch.cat([*prepared_batches(own, preprocessing)]) for name, own in paths.items()}
-    targets = torch.tensor([record.label for record in records])
     expected = {name: outputs(subject.network, own) for name, own in images.items()}
     rejection = subject.spec.rejection
     assert rejection is not None
@@ -117,12 +183,12 @@ def measure(run: Path, folders: dict[str, Path], rounds: int) -> dict[str, Any]:
         "score": rejection.score,
         "keep": rejection.keep,
         "calibration_images": rejection.images,
-        "files": {"eager": {"fp32": describe(subject, targets, expected, expected)}},
+        "files": {"eager": {"fp32": describe(subject, subject.spec, labels, expected, expected)}},
     }
     with tempfile.TemporaryDirectory() as folder:
         for format_ in FORMATS:
             models = {
-                precision: export(run, Path(folder) / f"{number}{SUFFIXES[format_]}", precision)
+                precision: export(run, Path(folder) / f"{number}{EXPORT_SUFFIXES[format_]}", precision)
                 for number, precision in enumerate(PRECISIONS)
             }
             image = images[TEST][:1]
@@ -133,7 +199,8 @@ def measure(run: Path, folders: dict[str, Path], rounds: int) -> dict[str, Any]:
             entry["files"][format_] = {
                 precision: {
                     **describe(
-                        subject, targets, {name: outputs(model, own) for name, own in images.items()}, expected
+                        subject, model.spec, labels,
+                        {name: outputs(model, own) for name, own in images.items()}, expected,
                     ),
                     "time": timings[precision].to_json(),
                 }
@@ -156,7 +223,7 @@ def rows(entry: dict[str, Any]) -> list[list[str]]:
             kept = own[TEST]
             cells = [f"{own['top1']:.2%}", f"{kept['kept']:.2%}", f"{images[TEST] - kept['alike']}"]
             for name in images:
-                if name != TEST:
+                if name not in (VAL, TEST):
                     cells += [
                         f"{1 - own[name]['kept']:.2%}", f"{images[name] - own[name]['alike']}",
                         f"{own[name]['auroc']:.2%}",
@@ -185,7 +252,7 @@ def main() -> None:
     for name, entry in load(arguments.output).items():
         headers = ["file", "precision", "top-1", "test kept", "changed"]
         for folder in entry["images"]:
-            if folder != TEST:
+            if folder not in (VAL, TEST):
                 headers += [f"{folder} rejected", "changed", "AUROC"]
         print(f"\n{name}")
         print(table([*headers, "cosine, RMS", "ms"], rows(entry)))

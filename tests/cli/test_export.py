@@ -1,15 +1,18 @@
 """``crossx export``, and ``crossx predict`` with what it wrote."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import layouts
-from crossx.cli.export import _print_control, _print_moved
+from crossx.cli.export import _print_control, _print_moved, _print_thresholds
 from crossx.cli.main import main
 from crossx.evaluation.intervals import Interval
 from crossx.export.export import ControlledAccuracy
+from crossx.export.recalibration import Recalibration
 from crossx.export.verify import Accuracy, Kept
+from crossx.runs import ModelSpec, PredictionSets, Rejection, Run
 
 
 def test_says_what_it_wrote_and_how_it_compares(
@@ -120,13 +123,48 @@ def test_says_which_layers_stay_in_float(capsys: pytest.CaptureFixture[str]) -> 
     assert shown.err == ""
 
 
-@pytest.mark.parametrize(("after", "told"), [(0.97, False), (0.93, False), (0.9299, True), (0.9801, True)])
+@pytest.mark.parametrize(
+    ("after", "p_value", "told"),
+    [
+        (0.97, 1e-9, False),
+        (0.93, 1e-9, False),
+        (0.9299, 1e-9, True),
+        (0.9801, 1e-9, True),
+        (0.8, 0.06, False),
+    ],
+)
+@pytest.mark.parametrize("again", [True, False])
 def test_says_if_the_threshold_keeps_another_share(
-    after: float, told: bool, capsys: pytest.CaptureFixture[str]
+    after: float, p_value: float, told: bool, again: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _print_moved(Kept(0.95, after, Interval(0.0, 0.0), 90), "int8")
+    _print_moved(Kept(0.95, after, Interval(0.0, 0.0), 90, p_value), "int8", again=again)
     said = capsys.readouterr().err
-    assert said.startswith(f"note: int8 keeps {after:.2%} of these images instead of 95.00%") == told
+    assert said.startswith(f"note: int8 keeps {after:.2%} of these images instead of 95.00%, ") == told
     assert said.count("\n") == told
-    _print_moved(None, "int8")
+    assert ("although its threshold was set again" in said) == (told and again)
+    _print_moved(None, "int8", again=again)
     assert capsys.readouterr().err == ""
+
+
+def test_says_which_thresholds_were_set_again(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = replace(Run(Path(run)).read_spec(), rejection=Rejection("max_logit", 0.95, 40, {"1": 4.25}))
+    sets = PredictionSets(40, {"1": (0.5,)})
+
+    def said(changed: ModelSpec, before: dict[str, float] | None) -> str:
+        _print_thresholds(Recalibration("cub", "val", 40, before, changed), None)
+        return " ".join(capsys.readouterr().out.split())
+
+    start = "thresholds set again for int8 on 40 val images of cub: "
+    assert said(spec, {"1": 5.0}) == f"{start}max_logit at least 4.25 instead of 5"
+    both = replace(spec, sets=sets)
+    assert said(both, {"1": 5.0}) == f"{start}max_logit at least 4.25 instead of 5, prediction sets"
+    assert said(both, None) == f"{start}prediction sets"
+    _print_thresholds(None, "birds: no such folder.")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(
+        "note: the thresholds are still those of float32: birds: no such folder. To set them"
+    )
+    assert shown.err.count("\n") == 1
+    _print_thresholds(None, None)
+    assert capsys.readouterr() == ("", "")

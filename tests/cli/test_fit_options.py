@@ -5,6 +5,9 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
+import layouts
+from crossx.cli import fit
+from crossx.cli.fit import _count_images
 from crossx.cli.fit_options import fit_parser, parse_fit
 from crossx.cli.main import main
 from crossx.cli.parser import unknown_argument
@@ -14,6 +17,7 @@ from crossx.errors import UsageError
 from crossx.methods import list_methods, method_options
 from crossx.recipes import PRESETS, SECTIONS, list_recipes, load_recipe
 from crossx.training.config import Config, OptimConfig, TrainerConfig
+from refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -466,3 +470,31 @@ def test_a_preset_is_its_recipe_with_the_options_of_the_command(preset: str, rec
 def test_wrong_presets(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         parse_fit(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        ([], "15 train, 3 val, 9 test"),
+        (["--data.train_on", "trainval"], "18 train, 0 val, 9 test"),
+        (["--data.train_on", "trainval", "--data.val_fraction", "0"], "18 train, 0 val, 9 test"),
+    ],
+)
+def test_the_images_are_counted_as_they_are_trained_on(words: list[str], counts: str, tmp_path: Path) -> None:
+    root = layouts.write_folder(tmp_path / "birds", classes=3, images_per_class=9)
+    data = ["--data.dataset", "folder", "--data.root", str(root), "--data.test_fraction", "0.34"]
+    config = parse_fit([*data, *words]).config
+    assert _count_images(config) == f"3 classes, images: {counts}"
+
+
+def test_several_machines_need_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take the first free name, also where one process of each is started by hand."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--data.dataset", "folder", "--data.root", ".", "--trainer.num_nodes", "2"]
+    message = refusal(fit.run, words)
+    assert message == (
+        "trainer.num_nodes 2: each machine would choose a run folder of its own. Give all of them the same --output."
+    )
+    # with it, the dataset is the next to be checked
+    assert "--output" not in refusal(fit.run, [*words, "--output", "run"])
+    assert not list(tmp_path.iterdir())

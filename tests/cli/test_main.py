@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import layouts
 from crossx.cli import main as main_module
 from crossx.cli.main import VERBS, main
 from crossx.cli.parser import function_options
@@ -68,8 +69,16 @@ def test_wrong_commands_import_no_torch(tmp_path: Path) -> None:
         "export nowhere --output a.onnx",
         "share nowhere --output shared",
         "explain nowhere a.jpg --output maps",
+        "export run --output a.pt2 --precision int8",
+        "export run --output a.safetensors --images nowhere",
+        "export run --output a.safetensors --images empty",
+        "test run --unknown nowhere",
+        "test run --unknown empty",
+        "fit --data.dataset folder --data.root . --trainer.num_nodes 2",
     ]
     (tmp_path / "a.jpg").touch()
+    (tmp_path / "empty").mkdir()
+    layouts.write_run(tmp_path / "run")
     done = python(
         "import os, sys\n"
         "from crossx.cli.main import main\n"

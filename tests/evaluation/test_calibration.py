@@ -152,6 +152,12 @@ def test_a_run_is_calibrated_on_its_validation_images(run, capsys):
     assert results["ece_calibrated"] == pytest.approx(kept["ece_calibrated"], abs=1e-4)
 
 
+def test_the_folder_of_the_images_is_found_from_other_folders(run, monkeypatch):
+    monkeypatch.chdir(run.path.parent)
+    calibrate_run(run.path, device="cpu", root="birds")
+    assert run.read_info()["calibration"]["data_root"] == str(run.path.parent / "birds")
+
+
 def test_calibrating_again_gives_the_same(run):
     first = calibrate_run(run.path, device="cpu")
     assert calibrate_run(run.path, device="cpu") == first

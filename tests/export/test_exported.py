@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,14 +24,25 @@ from torch import Tensor
 import layouts
 from crossx.data.image_files import find_images
 from crossx.evaluation.intervals import Interval
+from crossx.evaluation.unknowns import ViewScores
 from crossx.export import export as export_module
 from crossx.export.export import ControlledAccuracy, ExportReport, export_run
-from crossx.export.verify import Accuracy, compare
+from crossx.export.options import PACKAGES
+from crossx.export.verify import Accuracy, Kept, compare
 from crossx.methods import create_method, list_methods
 from crossx.methods.weights import describe, load_method, save_weights
-from crossx.predict.exported import SUFFIXES, ExportedModel, is_exported, without_telemetry
+from crossx.predict.exported import ExportedModel, is_exported, without_telemetry
 from crossx.predict.predictor import Predictor
-from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, Preprocessing, Rejection, Run, write_json
+from crossx.runs import (
+    EXPORT_SUFFIXES,
+    EXPORTED,
+    PREDICTS_ALONE,
+    ModelSpec,
+    Preprocessing,
+    Rejection,
+    Run,
+    write_json,
+)
 from refusals import refusal
 from slow import slow_except
 
@@ -80,7 +92,7 @@ def export(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     @functools.cache
     def export(format_: str, precision: str = "fp32") -> ExportReport:
         require(format_)
-        output = tmp_path_factory.mktemp("exported") / f"network{SUFFIXES[format_]}"
+        output = tmp_path_factory.mktemp("exported") / f"network{EXPORT_SUFFIXES[format_]}"
         return export_run(run, output, format=format_, precision=precision, images=photos)
 
     return export
@@ -100,7 +112,7 @@ def probabilities(run: Path, images: Tensor) -> Tensor:
     return torch.tensor([[row[name] for name in predictor.classes] for row in rows])
 
 
-@pytest.mark.parametrize("format_", slow_except(SUFFIXES, "onnx", "openvino", "safetensors"))
+@pytest.mark.parametrize("format_", slow_except(EXPORT_SUFFIXES, "onnx", "openvino", "safetensors"))
 @pytest.mark.slow
 def test_the_file_gives_the_runs_numbers(format_: str, run: Path, export: Exports, batch: Tensor) -> None:
     report = export(format_)
@@ -155,7 +167,7 @@ def test_the_onnx_file_convolves_maps_no_more_often_than_the_trunk(export: Expor
     assert "Einsum" not in {node.op_type for node in graph.node}
 
 
-@pytest.mark.parametrize("format_", slow_except(SUFFIXES, "safetensors"))
+@pytest.mark.parametrize("format_", slow_except(EXPORT_SUFFIXES, "safetensors"))
 def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
     whole, half = export(format_), export(format_, "fp16")
     assert half.description["precision"] == "fp16"
@@ -168,7 +180,7 @@ def test_half_precision_halves_the_file(format_: str, export: Exports) -> None:
 @pytest.mark.slow
 def test_int8_tells_its_accuracy(format_: str, run: Path, many: Path, tmp_path: Path) -> None:
     require(format_, "int8")
-    photos, output = many, tmp_path / f"network{SUFFIXES[format_]}"
+    photos, output = many, tmp_path / f"network{EXPORT_SUFFIXES[format_]}"
     report = export_run(
         run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, calibration_images=40
     )
@@ -216,7 +228,7 @@ def test_max_drop_tells_what_was_kept(format_: str, run: Path, tmp_path: Path) -
     require(format_, "int8")
     pytest.importorskip("nncf")
     photos = layouts.write_folder(tmp_path / "photos", classes=3, images_per_class=150)
-    output = tmp_path / f"network{SUFFIXES[format_]}"
+    output = tmp_path / f"network{EXPORT_SUFFIXES[format_]}"
     report = export_run(
         run, output, precision="int8", root=photos, dataset="folder", tolerance=1.0, max_drop=100
     )
@@ -293,7 +305,7 @@ class OpenVINOError(RuntimeError):
     """An exporter's own error without a reason."""
 
 
-@pytest.mark.parametrize("format_", SUFFIXES)
+@pytest.mark.parametrize("format_", EXPORT_SUFFIXES)
 @pytest.mark.parametrize(
     ("error", "full"),
     [
@@ -315,7 +327,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     kind = replace(export_module._FORMATS[format_], build=lambda *_: None, save=save)
     monkeypatch.setitem(export_module._FORMATS, format_, kind)
-    output = tmp_path / f"x{SUFFIXES[format_]}"
+    output = tmp_path / f"x{EXPORT_SUFFIXES[format_]}"
     message = refusal(export_run, run, output, images=None)
     assert message.startswith(f"{output}: no space left on the disk.")
     assert not list(tmp_path.iterdir())
@@ -354,12 +366,12 @@ class Outputs:
     ],
 )
 def test_what_differs_is_named(logits: float, similarities: float, said: str, run: Path) -> None:
-    rejection = Rejection("similarity", 0.95, 20, {"1": 0.4}, 1.0)
+    spec = replace(Run(run).read_spec(), rejection=Rejection("similarity", 0.95, 20, {"1": 0.4}, 1.0))
     expected = torch.ones(8, 3), torch.full((8,), 0.5)
     compared = compare(
         Outputs(expected[0] + logits, expected[1] - similarities),
         Outputs(*expected),
-        replace(Run(run).read_spec(), rejection=rejection),
+        (spec, spec),
         torch.zeros(8, 3, 4, 4),
         "photos",
     )
@@ -374,6 +386,42 @@ def test_what_differs_is_named(logits: float, similarities: float, said: str, ru
         assert said in refusal(export_module._require_same, Path("x.onnx"), compared, 1e-3)
     else:
         export_module._require_same(Path("x.onnx"), compared, 1e-3)
+
+
+def with_threshold(run: Path, threshold: float) -> ModelSpec:
+    rejection = Rejection("max_logit", 0.95, 20, {"1": threshold})
+    return replace(Run(run).read_spec(), rejection=rejection)
+
+
+@pytest.mark.parametrize(
+    ("images", "gone", "moved"),
+    [(16, 1, False), (16, 5, False), (16, 6, True), (1000, 20, False), (1000, 21, True)],
+)
+def test_a_few_images_do_not_show_that_another_share_is_kept(
+    images: int, gone: int, moved: bool, run: Path
+) -> None:
+    """Of 5 images, all are lost by chance with a probability of 2 / 32, of 6 with 2 / 64."""
+    spec = with_threshold(run, 0.5)
+    before, after = torch.ones(images, 3), torch.ones(images, 3)
+    after[:gone] = 0
+    for pair, shares in (
+        ((before, after), (1, 1 - gone / images)),
+        ((after, before), (1 - gone / images, 1)),
+    ):
+        kept = Kept.compare((spec, spec), *(ViewScores([logits]) for logits in pair))
+        assert kept is not None
+        assert (kept.before, kept.after) == pytest.approx(shares)
+        assert kept.p_value == pytest.approx(2 / 2**gone)
+        assert kept.moved == moved
+
+
+def test_each_network_is_compared_at_its_own_threshold(run: Path) -> None:
+    logits = torch.arange(10.0)[:, None].expand(10, 3)
+    specs = with_threshold(run, 2.0), with_threshold(run, 1.0)
+    kept = Kept.compare(specs, ViewScores([logits]), ViewScores([logits - 1]))
+    assert kept is not None
+    assert (kept.before, kept.after, kept.same, kept.p_value) == (0.8, 0.8, 10, 1)
+    assert Kept.compare((specs[0], Run(run).read_spec()), ViewScores([logits]), ViewScores([logits])) is None
 
 
 def test_past_the_tolerance_no_file_is_left(run: Path, photos: Path, tmp_path: Path) -> None:
@@ -428,6 +476,12 @@ def test_what_cannot_work_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_formats_are_those_whose_packages_are_named() -> None:
+    assert set(PACKAGES) == set(EXPORT_SUFFIXES) == set(export_module._FORMATS)
+    for name, kind in export_module._FORMATS.items():
+        assert (PACKAGES[name].int8 is None) == (kind.quantize is None)
+
+
 def test_int8_needs_the_data(run: Path, tmp_path: Path) -> None:
     require("onnx")
     message = refusal(export_run, run, tmp_path / "x.onnx", precision="int8")
@@ -448,7 +502,7 @@ def test_other_files_are_no_exported_ones(run: Path, tmp_path: Path) -> None:
     assert not is_exported(Run(run).weights)
     (tmp_path / "folder.onnx").mkdir()
     assert not is_exported(tmp_path / "folder.onnx")
-    assert {*EXPORTED, ".safetensors"} == set(SUFFIXES.values())
+    assert {*EXPORTED, ".safetensors"} == set(EXPORT_SUFFIXES.values())
     require("onnx")
     assert "broken.onnx: cannot be read as an exported network" in refusal(ExportedModel.load, broken)
     assert "gone.onnx: no such file" in refusal(ExportedModel.load, tmp_path / "gone.onnx")
@@ -507,3 +561,28 @@ def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino_telemetry", json)
     without_telemetry()
     assert sys.modules["openvino_telemetry"] is json
+
+
+CLOSED_IN_A_THREAD = """
+import gc, signal, subprocess, sys, threading
+from crossx.predict.exported import ExportedModel
+
+signal.signal(signal.SIGCHLD, lambda *_: None)
+opened = [ExportedModel.load(sys.argv[1])]
+thread = threading.Thread(target=lambda: (opened.clear(), gc.collect()))
+thread.start()
+thread.join()
+for _ in range(3):
+    subprocess.run([sys.executable, "-c", ""], check=True)
+print("alive")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no signal at the end of a child")
+def test_a_process_survives_signals_after_a_thread_closed_its_openvino_file(export: Exports) -> None:
+    file = export("openvino").files[0]
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED_IN_A_THREAD, file], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr

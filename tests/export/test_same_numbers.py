@@ -27,16 +27,15 @@ from crossx.data.image_files import find_images
 from crossx.data.transforms import eval_transform
 from crossx.export.export import export_run
 from crossx.methods.weights import load_method
-from crossx.predict.exported import SUFFIXES
 from crossx.predict.predictor import Predictor
-from crossx.runs import Run, write_json
+from crossx.runs import EXPORT_SUFFIXES, Run, write_json
 from slow import slow_except
 
 pytestmark = pytest.mark.usefixtures("one_onnx_export")
 
 CLASSES = ("jay", "owl", "wren")
 TEMPERATURE = 0.6
-TOLERANCE = {"run": 1e-6, **dict.fromkeys(SUFFIXES, 1e-5)}
+TOLERANCE = {"run": 1e-6, **dict.fromkeys(EXPORT_SUFFIXES, 1e-5)}
 """Largest difference of a probability: batches of other sizes are rounded otherwise, other runtimes a little more."""
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
 
@@ -94,7 +93,7 @@ def network(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
             return run
         for package in PACKAGES.get(kind, ()):
             pytest.importorskip(package, reason="needs crossx[export]")
-        file = tmp_path_factory.mktemp("exported") / f"network{SUFFIXES[kind]}"
+        file = tmp_path_factory.mktemp("exported") / f"network{EXPORT_SUFFIXES[kind]}"
         return export_run(run, file, images=photos).files[0]
 
     return network
@@ -181,7 +180,7 @@ def by_explanation(network: Path, photos: Path, place: Path) -> Answers:
 
 WAYS = (by_python, by_csv, by_json_lines, by_parquet, by_collection, by_http, by_base64)
 OF_RUNS = [("run", way) for way in (*WAYS, by_explanation)]
-OF_FILES = {kind: [(kind, way) for way in (by_python, by_collection, by_http)] for kind in SUFFIXES}
+OF_FILES = {kind: [(kind, way) for way in (by_python, by_collection, by_http)] for kind in EXPORT_SUFFIXES}
 
 
 @pytest.mark.parametrize(

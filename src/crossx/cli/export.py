@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import ModelPath, check_folder, check_run
 from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
@@ -14,7 +14,8 @@ from crossx.terminal import fold, step
 
 if TYPE_CHECKING:
     from crossx.export.export import ControlledAccuracy, ExportReport
-    from crossx.export.verify import Kept
+    from crossx.export.recalibration import Recalibration
+    from crossx.export.verify import Accuracy, Kept
 
 SHOWN_LAYERS = 8
 
@@ -34,7 +35,7 @@ class ComparedData:
 
 @dataclass(frozen=True)
 class Quantization:
-    """With --precision int8, which needs the run's data.
+    """With --precision int8, which needs the run's data and sets its thresholds of rejection and prediction sets again.
 
     Attributes:
         calibration: Validation images to take the ranges of the activations from, at least 32 (default: 300).
@@ -84,31 +85,31 @@ def export(
         crossx export runs/mine --output mine.pt2 --precision fp16 --images photos/
         crossx predict mine.onnx bird.jpg
     """
+    # numpy is not needed for the help
+    from crossx.export.options import ExportOptions
+
     check_folder(Path(output).parent)
     check_run(run)
+    options: dict[str, Any] = {
+        "format": format,
+        "precision": precision,
+        "tolerance": tolerance,
+        "images": images,
+        "calibration_images": quantization.calibration,
+        "accuracy_images": quantization.accuracy,
+        "max_drop": quantization.max_drop,
+    }
+    ExportOptions(Path(output), **options).check()
 
     with step("Loading PyTorch"):
         from crossx.export.export import export_run
 
     with step("Exporting the network, and comparing the file with it"):
-        report = export_run(
-            run,
-            output,
-            format=format,
-            precision=precision,
-            images=images,
-            root=data.root,
-            dataset=data.dataset,
-            tolerance=tolerance,
-            calibration_images=quantization.calibration,
-            accuracy_images=quantization.accuracy,
-            max_drop=quantization.max_drop,
-        )
+        report = export_run(run, output, root=data.root, dataset=data.dataset, **options)
     _print_report(report)
 
 
 def _print_report(report: ExportReport) -> None:
-    from crossx.export.export import ROUNDING
     from crossx.export.verify import RANDOM_PIXELS
 
     model, compared = report.description, report.comparison
@@ -133,57 +134,85 @@ def _print_report(report: ExportReport) -> None:
     )
     if compared.source.startswith(RANDOM_PIXELS):
         print("note: --images DIR compares on real images.", file=sys.stderr)
+    _print_thresholds(report.recalibration, report.not_recalibrated)
     if control := report.control:
         _print_control(control)
-    if not report.accuracy:
-        _print_moved(compared.kept, model["precision"])
-    if accuracy := report.accuracy:
-        low, high = accuracy.lost
+    if report.accuracy is None:
+        _print_moved(compared.kept, model["precision"], again=False)
+    else:
+        _print_accuracy(report.accuracy, report)
+
+
+def _print_accuracy(accuracy: Accuracy, report: ExportReport) -> None:
+    """Print top-1 and the images kept on the test images, before and after."""
+    from crossx.export.options import ROUNDING
+
+    low, high = accuracy.lost
+    print(
+        fold(
+            f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
+            f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, "
+            f"95% interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
+            f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
+            f"{accuracy.calibration_images} others",
+            hanging="  ",
+        )
+    )
+    if high > report.tolerance:
+        print(
+            f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
+            file=sys.stderr,
+        )
+    control = report.control
+    if control and 100 * (accuracy.before - accuracy.after) > control.max_drop + ROUNDING:
+        print(
+            f"note: that is more than --max-drop {control.max_drop:g}, which holds for the validation "
+            "images; more of them would tell.",
+            file=sys.stderr,
+        )
+    if kept := accuracy.kept:
+        low, high = kept.lost
         print(
             fold(
-                f"top-1 on {accuracy.images} images ({accuracy.split}): {accuracy.before:.2%} before, "
-                f"{accuracy.after:.2%} after, lost {accuracy.before - accuracy.after:.2%} ({low:.2%} to {high:.2%}, "
-                f"95% interval; tolerance {report.tolerance:.2%}); same class on {accuracy.same_class} "
-                f"({accuracy.agreement.low:.2%} to {accuracy.agreement.high:.2%}); calibrated on "
-                f"{accuracy.calibration_images} others",
+                f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
+                f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
+                f"alike on {kept.same}",
                 hanging="  ",
             )
         )
-        if high > report.tolerance:
-            print(
-                f"note: the loss may be up to {high:.2%}, more than the tolerance; more test images would tell.",
-                file=sys.stderr,
-            )
-        if control and 100 * (accuracy.before - accuracy.after) > control.max_drop + ROUNDING:
-            print(
-                f"note: that is more than --max-drop {control.max_drop:g}, which holds for the validation "
-                "images; more of them would tell.",
-                file=sys.stderr,
-            )
-        if kept := accuracy.kept:
-            low, high = kept.lost
-            print(
-                fold(
-                    f"kept by the threshold: {kept.before:.2%} before, {kept.after:.2%} after, lost "
-                    f"{kept.before - kept.after:.2%} ({low:.2%} to {high:.2%}, 95% interval); kept or rejected "
-                    f"alike on {kept.same}",
-                    hanging="  ",
-                )
-            )
-            _print_moved(kept, model["precision"])
+        _print_moved(kept, report.description["precision"], again=report.recalibration is not None)
 
 
-def _print_moved(kept: Kept | None, precision: str) -> None:
-    """Say that the threshold no longer keeps the share that it is to keep."""
-    from crossx.export.verify import KEPT_TOLERANCE
-
-    if kept is not None and kept.moved:
-        closer = " --precision fp16 is closer." if precision == "int8" else ""
+def _print_thresholds(found: Recalibration | None, not_recalibrated: str | None) -> None:
+    """Say which thresholds were set again for int8, or why they were not."""
+    if found is not None:
+        what = []
+        if found.spec.rejection and found.thresholds:
+            before, after = found.thresholds
+            what.append(f"{found.spec.rejection.score} at least {after:.4g} instead of {before:.4g}")
+        if found.spec.sets:
+            what.append("prediction sets")
+        images = f"{counted(found.images, f'{found.split} image')} of {found.dataset}"
+        print(fold(f"thresholds set again for int8 on {images}: {', '.join(what)}", hanging="  "))
+    if not_recalibrated is not None:
         print(
-            f"note: {precision} keeps {kept.after:.2%} of these images instead of {kept.before:.2%}, more than "
-            f"{100 * KEPT_TOLERANCE:g} points apart: the threshold was set in float32.{closer}",
+            f"note: the thresholds are still those of float32: {not_recalibrated} To set them for int8, calibrate the "
+            "run on other images (`crossx calibrate`) and export again.",
             file=sys.stderr,
         )
+
+
+def _print_moved(kept: Kept | None, precision: str, *, again: bool) -> None:
+    """Say that the file keeps another share of the images; ``again`` if its threshold was set again."""
+    if kept is None or not kept.moved:
+        return
+    why = "although its threshold was set again" if again else "since the threshold was set in float32"
+    closer = " --precision fp16 is closer." if precision == "int8" else ""
+    print(
+        f"note: {precision} keeps {kept.after:.2%} of these images instead of {kept.before:.2%}, {why} (McNemar's "
+        f"exact test, p = {kept.p_value:.2g}).{closer}",
+        file=sys.stderr,
+    )
 
 
 def _print_control(control: ControlledAccuracy) -> None:

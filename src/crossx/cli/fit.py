@@ -30,6 +30,7 @@ def run(words: Sequence[str]) -> int:
     if asked.resume:
         find_run(Path(asked.resume))
     else:
+        _require_shared_folder(asked.config)
         require_data(asked.config)
         if asked.config.output is not None:
             check_folder(asked.config.output)
@@ -59,6 +60,15 @@ def run(words: Sequence[str]) -> int:
     if is_leader():
         _print_outcome(done)
     return 0
+
+
+def _require_shared_folder(config: Config) -> None:
+    """Raise ``UsageError`` if each machine would choose a run folder of its own."""
+    if config.output is None and config.trainer.num_nodes > 1:
+        raise UsageError(
+            f"trainer.num_nodes {config.trainer.num_nodes}: each machine would choose a run folder of its own. Give "
+            "all of them the same --output."
+        )
 
 
 def _choose_folder(asked: FitArguments) -> Path:
@@ -91,6 +101,8 @@ def _count_images(config: Config) -> str:
     data = config.data
     index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
     counts = Counter(record.split for record in index.records)
+    if data.train_on == "trainval":
+        counts["train"] += counts.pop("val", 0)
     images = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     return f"{len(index.classes)} classes, images: {images}"
 

@@ -136,14 +136,20 @@ def _open_set_rows(results: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def test_run(path: str, split: str, data: TestedData, device: str, **measured: Any) -> dict[str, Any]:
+def test_run(
+    path: str, split: str, data: TestedData, device: str, *, unknown: str | None = None, **measured: Any
+) -> dict[str, Any]:
     """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
     check_run(path)
+    if unknown is not None:
+        from crossx.data.image_files import require_images
+
+        require_images(Path(unknown))
 
     with step("Loading PyTorch"):
         from crossx.evaluation.run import test_run
 
-    return test_run(path, split=split, device=device, **measured, **vars(data))
+    return test_run(path, split=split, device=device, unknown=unknown, **measured, **vars(data))
 
 
 def compare(run: str | Path, against: str | Path, split: str) -> tuple[dict[str, Any], Path]:

@@ -188,7 +188,12 @@ class DataModule:
         return self._loader(stored, sampler, batch_size, workers=0)
 
     def eval_loader(
-        self, split: str, *, dealt: bool = True, transform: Transform | None = None
+        self,
+        split: str,
+        *,
+        dealt: bool = True,
+        transform: Transform | None = None,
+        workers: int | None = None,
     ) -> ImageLoader:
         """Return a loader of one split without augmentation, in the order of its records.
 
@@ -196,6 +201,7 @@ class DataModule:
             split: Name of the split.
             dealt: Distribute the images over the ranks; False gives the calling rank all of them.
             transform: Prepares the images; by default ``eval_transform``.
+            workers: Processes that load images; by default ``num_workers``.
 
         Raises:
             CrossXError: If the split is empty.
@@ -211,7 +217,7 @@ class DataModule:
             self._open_cache(split, records, transform)
         dataset = self._dataset(split, records, transform)
         batch_size = self.config.eval_batch_size or self.config.batch_size
-        return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size)
+        return self._loader(dataset, EvaluationSampler(len(records), dealt), batch_size, workers)
 
     def open_caches(self) -> None:
         """Reserve the space for decoded images, if a cache is configured.

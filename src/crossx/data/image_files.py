@@ -51,6 +51,17 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
+def require_images(folder: Path) -> list[Path]:
+    """Return the images of ``find_images``.
+
+    Raises:
+        CrossXError: If there are none, or a folder cannot be listed.
+    """
+    if not (found := find_images(folder)):
+        raise CrossXError(f"{folder}: there is no image in this folder or below it.")
+    return found
+
+
 def leads_up(path: Path) -> bool:
     """Return whether a path is a link to a folder that it is in."""
     if not path.is_symlink():

@@ -27,7 +27,7 @@ from crossx.errors import CrossXError, UsageError, check_choice, counted, first_
 from crossx.evaluation.conformal import least_probabilities
 from crossx.evaluation.data import DataOptions
 from crossx.evaluation.metrics import calibration_error
-from crossx.evaluation.network import TorchNetwork, check_finite
+from crossx.evaluation.network import Network, TorchNetwork, check_finite
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, open_data
 from crossx.evaluation.unknowns import (
@@ -165,15 +165,15 @@ class Calibration(NamedTuple):
 
 
 def evaluate_views(
-    method: Method, data: DataModule, split: str, device: str | torch.device, *, progress: str = ""
+    network: Network, data: DataModule, split: str, *, workers: int | None = None, progress: str = ""
 ) -> ViewOutputs:
     """Run a network over all views of the images of a split; the calling rank does it.
 
     Args:
-        method: The network; it stays on ``device``, in evaluation mode.
-        data: The images.
+        network: The network.
+        data: The images, of the network's classes.
         split: Name of the split.
-        device: See ``select_device``.
+        workers: See ``DataModule.eval_loader``.
         progress: Title of the progress bar; empty for none.
 
     Raises:
@@ -181,16 +181,16 @@ def evaluate_views(
     """
     crops = CROPS[-1] if has_crops(data.preprocessing) else 1
     views = Views(data.preprocessing, flip=True, crops=crops)
-    network = TorchNetwork(method, data.normalize, device)
     # five_crop ends with the centre, and each mirror image follows its crop
     last = 2 * crops - 2
     keys = {views_key(flip=False, crops=1): [last], views_key(flip=True, crops=1): [last, last + 1]}
     if crops > 1:
         keys[views_key(flip=False, crops=crops)] = [*range(0, 2 * crops, 2)]
         keys[views_key(flip=True, crops=crops)] = [*range(2 * crops)]
-    stride = -(-len(data.index.split(split)) * method.num_classes * 2 * crops // MAX_VALUES)
+    stride = -(-len(data.index.split(split)) * len(data.index.classes) * 2 * crops // MAX_VALUES)
     centres, targets, chosen, others, cosines, start = [], [], [], [], [], 0
-    for images, labels in track(data.eval_loader(split, dealt=False, transform=views.transform), progress):
+    loader = data.eval_loader(split, dealt=False, transform=views.transform, workers=workers)
+    for images, labels in track(loader, progress):
         mask = torch.arange(start, start + len(images)) % stride == 0
         start += len(images)
         # the centre of all images, the other views of those chosen
@@ -214,7 +214,7 @@ def evaluate_views(
     return ViewOutputs(logits, torch.cat(targets), all_views, torch.cat(chosen), keys, all_cosines)
 
 
-def _scores(network: TorchNetwork, images: Tensor) -> tuple[Tensor, ...]:
+def _scores(network: Network, images: Tensor) -> tuple[Tensor, ...]:
     """Return logits and, if there are class means, similarities, on the CPU."""
     if not network.has_similarities:
         return (network.logits(images).cpu(),)
@@ -304,6 +304,21 @@ def calibrate_outputs(
     """
     described = describe_temperature(outputs.logits, outputs.targets, **images)
     temperature = described["temperature"]
+    rejection, sets = set_thresholds(outputs, temperature, score=score, keep=keep, weight=weight)
+    least = rejection.thresholds.get(views_key(flip=False, crops=1)) if rejection else None
+    described |= {"score": score, "keep": keep, "threshold": least}
+    unused = weight if rejection is None else None
+    return Calibration(temperature, rejection, sets, described, unused)
+
+
+def set_thresholds(
+    outputs: ViewOutputs, temperature: float, *, score: str, keep: float, weight: float | None
+) -> tuple[Rejection | None, PredictionSets]:
+    """Set the thresholds of rejection and of prediction sets; arguments as in ``calibrate_outputs``.
+
+    Returns:
+        The rejection; None if there are too few images, see ``keeping_threshold``, or all are to be kept. The sets.
+    """
     targets = outputs.targets[outputs.chosen]
     thresholds: dict[str, float] = {}
     least: dict[str, tuple[float, ...]] = {}
@@ -321,9 +336,7 @@ def calibrate_outputs(
         least[key] = least_probabilities(own.numpy())
     count = len(targets)
     rejection = Rejection(score, keep, count, thresholds, weight) if thresholds else None
-    described |= {"score": score, "keep": keep, "threshold": thresholds.get(views_key(flip=False, crops=1))}
-    unused = weight if rejection is None else None
-    return Calibration(temperature, rejection, PredictionSets(count, least), described, unused)
+    return rejection, PredictionSets(count, least)
 
 
 def describe_temperature(logits: Tensor, targets: Tensor, **images: str | None) -> dict[str, Any]:
@@ -389,14 +402,15 @@ def calibrate_run(
     weight = _stored_weight(subject)
     if weight is None and score in FEATURE_SCORES and keep < 1:
         weight = _add_class_means(subject, score)
-    outputs = evaluate_views(subject.method, data, split, subject.device, progress="Calibrating")
+    outputs = evaluate_views(subject.network, data, split, progress="Calibrating")
     found = calibrate_outputs(
         outputs,
         score=score,
         keep=keep,
         weight=weight,
         dataset=data.config.dataset,
-        data_root=data.config.root,
+        # export reads them again, also from other working folders
+        data_root=data.config.with_absolute_root().root,
         split=split,
     )
     found.write(subject.run)

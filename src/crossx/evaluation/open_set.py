@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossx.data.datamodule import DataModule
-from crossx.data.image_files import find_images
+from crossx.data.image_files import require_images
 from crossx.data.index import DatasetIndex, Record
 from crossx.errors import CrossXError
 from crossx.evaluation.conformal import coverage_interval, least_probability, measure_sets, percent_of
@@ -105,10 +105,8 @@ def unknown_data(subject: Subject, folder: str | Path) -> DataModule:
     Raises:
         CrossXError: If there is no such folder, or no image that can be read.
     """
-    paths = find_images(Path(folder))
-    if not paths:
-        raise CrossXError(f"{folder}: there is no image in this folder or below it.")
-    index = DatasetIndex("unknown", ("unknown",), tuple(Record(path, 0, "test") for path in paths))
+    records = tuple(Record(path, 0, "test") for path in require_images(Path(folder)))
+    index = DatasetIndex("unknown", ("unknown",), records)
     config = replace(subject.data.config, bad_images="skip")
     data = DataModule(index, subject.spec.preprocessing, config, seed=0)
     data.check_images(["test"])

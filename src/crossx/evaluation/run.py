@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossx.data.image_files import require_images
 from crossx.errors import CrossXError
 from crossx.evaluation.conformal import least_probability
 from crossx.evaluation.examples import choose_examples, compute_maps, maps_path
@@ -124,6 +125,8 @@ def test_run(
         UsageError: As ``Subject.open``, or if the run has no prediction sets of that coverage.
         CrossXError: As ``Subject.open``, or if images cannot be read or the logits are not finite.
     """
+    if unknown is not None:
+        require_images(Path(unknown))
     with step("Loading the network"):
         subject = Subject.open(path, **options)
     data, spec, split = subject.data, subject.spec, subject.split

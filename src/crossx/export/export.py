@@ -24,14 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from crossx.data.datamodule import DataModule
 from crossx.data.transforms import Normalize
-from crossx.errors import CrossXError, UsageError, counted, first_line, unknown
+from crossx.errors import CrossXError, counted, first_line
 from crossx.evaluation.data import trained_splits
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.subject import open_data
+from crossx.export.options import ROUNDING, ExportOptions
 from crossx.export.quantize import Control, Quantized, quantize_onnx, quantize_openvino
+from crossx.export.recalibration import Recalibration, recalibrate
 from crossx.export.verify import (
-    MIN_QUANTIZED,
     Accuracy,
     Comparison,
     LabelledBatches,
@@ -42,31 +44,24 @@ from crossx.export.verify import (
     prepared_batches,
     quantization_data,
 )
-from crossx.extras import require
 from crossx.methods.weights import load_method
 from crossx.predict.exported import (
     EXTRA_FILE,
     KEY,
-    SUFFIXES,
     ExportedModel,
     describe_export,
+    exported_files,
     without_telemetry,
 )
 from crossx.predict.inference import OUTPUTS, Inference
-from crossx.runs import ModelSpec, atomic_path, check_output_file, open_run, storage_error
+from crossx.runs import ModelSpec, Run, atomic_path, open_run, storage_error
 
 if TYPE_CHECKING:
     import onnx
 
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-2}
-"""Precision -> tolerance: the largest difference of the logits from eager float32, relative to the largest logit; for
-int8 the loss of top-1 accuracy."""
-
 CALIBRATION_IMAGES = 300
-ROUNDING = 1e-6
-"""Of differences of accuracies, in percentage points."""
 NEARLY_FULL = 1 << 20
-"""Bytes that are left on a disk that is taken for full."""
+"""Free bytes below which a disk counts as full."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +71,13 @@ class Format:
     Attributes:
         build: Maps a network and an example input to a graph.
         save: Writes a graph, given its JSON description and precision.
-        needs: Required packages.
         quantize: Maps a graph, images and, on request, the accuracy to keep to an int8 graph; None if the format has
             no int8.
-        quantize_needs: Further packages required for int8.
-        control_needs: Further packages required to keep the accuracy.
     """
 
     build: Callable[[Inference, Tensor], Any]
     save: Callable[[Any, str, str, Path], None]
-    needs: tuple[str, ...] = ()
     quantize: Callable[[Any, Sequence[Tensor], Control | None], Quantized] | None = None
-    quantize_needs: tuple[str, ...] = ()
-    control_needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +110,8 @@ class ExportReport:
         tolerance: The accepted difference, see ``TOLERANCES``.
         accuracy: Accuracy before and after int8 quantisation.
         control: How the accuracy was kept, with ``max_drop``.
+        recalibration: The thresholds that were set again for int8.
+        not_recalibrated: Why the thresholds are still those of float32.
     """
 
     files: tuple[Path, ...]
@@ -129,6 +120,8 @@ class ExportReport:
     tolerance: float
     accuracy: Accuracy | None
     control: ControlledAccuracy | None = None
+    recalibration: Recalibration | None = None
+    not_recalibrated: str | None = None
 
 
 def export_run(
@@ -150,7 +143,7 @@ def export_run(
     Args:
         path: A run folder (its selected weights) or a checkpoint file in one.
         output: The file to write; OpenVINO adds a ``.bin`` file with the weights.
-        format: One of ``SUFFIXES``; by default that of the output's suffix.
+        format: One of ``EXPORT_SUFFIXES``; by default that of the output's suffix.
         precision: ``fp32``, ``fp16`` or, for ONNX and OpenVINO, ``int8``.
         images: A folder of images for the comparison; by default the run's dataset, or random pixels if that is
             missing.
@@ -168,69 +161,97 @@ def export_run(
         CrossXError: If the run, its images or the output cannot be used, the network cannot be exported, or the file
             differs by more than ``tolerance`` or loses more than ``max_drop``; then no file is left.
     """
-    output = Path(output)
-    name = _format_of(output, format)
-    kind = _FORMATS[name]
-    _check_precision(name, kind, precision, controlled=max_drop is not None)
-    if precision != "int8" and not (calibration_images is accuracy_images is max_drop is None):
-        raise UsageError("--calibration, --accuracy and --max-drop require --precision int8.")
-    allowed = TOLERANCES[precision] if tolerance is None else tolerance
-    if max_drop is not None:
-        _check_max_drop(max_drop, allowed)
-    for option, number in (("calibration", calibration_images), ("accuracy", accuracy_images)):
-        if number is not None and number < MIN_QUANTIZED:
-            raise UsageError(
-                f"--{option} must be at least {MIN_QUANTIZED}, not {number}: fewer images say too little."
-            )
-    check_output_file(output)
+    options = ExportOptions(
+        Path(output), format, precision, tolerance, images, calibration_images, accuracy_images, max_drop
+    )
+    name = options.check()
     run, weights = open_run(path)
     method, spec = load_method(weights)
     read = cache(partial(open_data, run, spec, root=root, dataset=dataset))
     if precision == "int8" or root is not None or dataset is not None:
         read()
     compared, source = images_to_compare(read, images, spec.preprocessing)
-    chosen = quantized = None
+    chosen = None
     if precision == "int8":
         chosen = quantization_data(
             read(), calibration_images or CALIBRATION_IMAGES, accuracy_images, controlled=max_drop is not None
         )
 
+    kind = _FORMATS[name]
     network = Inference(copy.deepcopy(method), spec)
     graph = _build_graph(name, network, spec, precision)
+    quantized = None
     if chosen is not None:
         quantized = _quantize(kind, graph, chosen, spec, max_drop)
         graph = quantized.graph
     reference = TorchNetwork(method, Normalize(spec.preprocessing), "cpu")
     description = describe_export(spec, name, precision, _opset(graph), network.outputs)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        file = Path(folder) / output.name
-        _save(kind, graph, description, precision, file, output)
-        model = ExportedModel.load(file, trust=True)  # written just now
-        comparison = compare(model, reference, spec, compared, source)
-        accuracy = control = None
+    with tempfile.TemporaryDirectory(prefix=f".{options.output.name}.", dir=options.output.parent) as folder:
+        file = Path(folder) / options.output.name
+        write = partial(_write, kind, graph, precision, file, options.output)
+        model = write(description)
+        recalibration, not_recalibrated = None, None
+        if chosen is not None:
+            recalibration, not_recalibrated = _set_thresholds_again(model, run, spec, read)
+        if recalibration is not None:
+            description |= recalibration.to_json()
+            model = write(description)
+        specs = spec, model.spec
+        comparison = compare(model, reference, specs, compared, source)
+        accuracy, control = None, None
         if chosen is None:
-            _require_same(output, comparison, allowed)
+            _require_same(options.output, comparison, options.allowed)
         else:
             assert quantized is not None
-            measure = partial(measure_accuracy, model, reference, spec, len(chosen.calibration))
+            measure = partial(measure_accuracy, model, reference, specs, len(chosen.calibration))
             if max_drop is not None:
                 seen = "val" in trained_splits(run, read().config)
                 control = ControlledAccuracy(
                     max_drop, measure(chosen.controlled), quantized.layers, quantized.reverted, seen
                 )
-                _require_kept(output, control)
+                _require_kept(options.output, control)
                 description["control"] = asdict(control)
             accuracy = measure(chosen.measured)
-            _require_accurate(output, accuracy, allowed)
+            _require_accurate(options.output, accuracy, options.allowed)
             description["accuracy"] = asdict(accuracy)
-            _save(kind, graph, description, precision, file, output)
-        # .bin before .xml, which needs it
-        parts = sorted(Path(folder).iterdir())
-        for part in parts:
-            with atomic_path(output.parent / part.name) as temporary:
-                part.replace(temporary)
-    files = tuple(output.parent / part.name for part in reversed(parts))
-    return ExportReport(files, description, comparison, allowed, accuracy, control)
+            write(description)
+        files = _publish(Path(folder), options.output.parent)
+    return ExportReport(
+        files, description, comparison, options.allowed, accuracy, control, recalibration, not_recalibrated
+    )
+
+
+def _set_thresholds_again(
+    model: ExportedModel, run: Run, spec: ModelSpec, read: Callable[[], DataModule]
+) -> tuple[Recalibration | None, str | None]:
+    """Return the thresholds of the file, or why they are still those of float32; neither if the run has none."""
+    if spec.rejection is None and spec.sets is None:
+        return None, None
+    try:
+        return recalibrate(model, run, spec, read), None
+    except CrossXError as error:
+        return None, str(error)
+
+
+def _write(
+    kind: Format, graph: Any, precision: str, file: Path, output: Path, description: Mapping[str, Any]
+) -> ExportedModel:
+    """Write the graph to ``file``, which becomes ``output``, and open it."""
+    # OpenVINO maps the weights of an opened file into memory, which must not change
+    for earlier in exported_files(file):
+        earlier.unlink(missing_ok=True)
+    _save(kind, graph, description, precision, file, output)
+    return ExportedModel.load(file, trust=True)  # written just now
+
+
+def _publish(folder: Path, destination: Path) -> tuple[Path, ...]:
+    """Move all files of a folder to another one; the first one returned is the one to open."""
+    # .bin before .xml, which needs it
+    parts = sorted(folder.iterdir())
+    for part in parts:
+        with atomic_path(destination / part.name) as temporary:
+            part.replace(temporary)
+    return tuple(destination / part.name for part in reversed(parts))
 
 
 def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUTPUTS) -> onnx.ModelProto:
@@ -392,48 +413,12 @@ def _save_safetensors(graph: Inference, description: str, precision: str, file: 
     save_file(state, file, {KEY: description})
 
 
-_ONNX = ("onnx", "onnxscript")
 _FORMATS = {
-    "onnx": Format(_build_onnx, _save_onnx, (*_ONNX, "onnxruntime"), quantize_onnx, control_needs=("nncf",)),
-    "openvino": Format(_build_openvino, _save_openvino, (*_ONNX, "openvino"), quantize_openvino, ("nncf",)),
+    "onnx": Format(_build_onnx, _save_onnx, quantize_onnx),
+    "openvino": Format(_build_openvino, _save_openvino, quantize_openvino),
     "torch-export": Format(_build_torch_export, _save_torch_export),
     "safetensors": Format(_keep_network, _save_safetensors),
 }
-
-
-def _format_of(output: Path, given: str | None) -> str:
-    """Return the given format or that of the suffix, which must agree."""
-    if given is not None and given not in SUFFIXES:
-        raise unknown("format", given, SUFFIXES)
-    named = next((name for name, suffix in SUFFIXES.items() if output.suffix.lower() == suffix), None)
-    if given is not None and named != given:
-        raise UsageError(f"--output {output}: a file of --format {given} must end in {SUFFIXES[given]}.")
-    if named is None:
-        endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
-        raise UsageError(f"--output {output}: must end in the suffix of a format: {endings}.")
-    return named
-
-
-def _check_precision(name: str, kind: Format, precision: str, *, controlled: bool) -> None:
-    if precision not in TOLERANCES:
-        raise unknown("precision", precision, TOLERANCES)
-    if precision == "int8" and kind.quantize is None:
-        offered = ", ".join(other for other, its in _FORMATS.items() if its.quantize is not None)
-        raise UsageError(f"--format {name} has no int8. Choose from: {offered}.")
-    needed = kind.needs + (kind.quantize_needs if precision == "int8" else ())
-    require(f"--format {name}", *needed, extra="export")
-    if controlled:
-        require("--max-drop", *kind.control_needs, extra="export")
-
-
-def _check_max_drop(max_drop: float, allowed: float) -> None:
-    if not 0 <= max_drop <= 100:
-        raise UsageError(f"--max-drop takes percentage points, from 0 to 100, not {max_drop:g}.")
-    if max_drop > 100 * allowed + ROUNDING:
-        raise UsageError(
-            f"--max-drop {max_drop:g} accepts more than --tolerance {allowed:g}, which is {100 * allowed:g} points on "
-            f"the test images: give --tolerance {max_drop / 100:g} too, or a lower --max-drop."
-        )
 
 
 def _opset(graph: Any) -> int | None:

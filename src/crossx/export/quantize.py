@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossx.layers import MergedLogits, SeparateGates
-from crossx.predict.exported import open_session, without_telemetry
+from crossx.predict.exported import open_session, openvino_core, without_telemetry
 from crossx.predict.inference import SIMILARITIES
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def quantize_onnx(
         control: The accuracy to keep; layers that cost too much of it stay in float.
     """
     if control is not None:
-        return _quantize_with_nncf(graph, batches, control, _onnx)
+        return _quantize_with_nncf(graph, batches, control, _onnx_runtime)
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -115,18 +115,18 @@ def quantize_openvino(
     graph: openvino.Model, batches: Sequence[Tensor], control: Control | None = None
 ) -> Quantized:
     """Quantise a graph to int8 weights and activations with NNCF; arguments as in ``quantize_onnx``."""
-    return _quantize_with_nncf(graph, batches, control, _openvino)
+    return _quantize_with_nncf(graph, batches, control, _openvino_runtime)
 
 
 @dataclass(frozen=True)
 class _Runtime:
-    """What NNCF needs to know about a format.
+    """How NNCF handles the graphs of a format.
 
     Attributes:
         item: Turns images into what NNCF passes to the network.
         classify: Turns what NNCF passes to the validation function into a function of images.
         layers: Names the layers with int8 weights.
-        wiring: Returns what reads what.
+        wiring: Returns which nodes read which.
         read: Reads the fully quantised network, which NNCF writes.
         suffix: Suffix of its file.
         parameters: NNCF's advanced parameters of the quantisation.
@@ -147,10 +147,10 @@ def _quantize_with_nncf(
     without_telemetry()
     import nncf
 
-    own = runtime()
-    images = [own.item(image[None].contiguous().numpy()) for batch in batches for image in batch]
+    api = runtime()
+    images = [api.item(image[None].contiguous().numpy()) for batch in batches for image in batch]
     # constants and outputs are not among the nodes that NNCF can ignore
-    ignored = nncf.IgnoredScope(names=own.wiring(graph).only_for(SIMILARITIES), validate=False)
+    ignored = nncf.IgnoredScope(names=api.wiring(graph).only_for(SIMILARITIES), validate=False)
     options = {
         "preset": nncf.QuantizationPreset.MIXED, "subset_size": len(images), "ignored_scope": ignored
     }  # fmt: skip
@@ -158,27 +158,27 @@ def _quantize_with_nncf(
     if control is None:
         with _quiet():
             quantized = nncf.quantize(
-                graph, nncf.Dataset(images), advanced_parameters=own.parameters, **options
+                graph, nncf.Dataset(images), advanced_parameters=api.parameters, **options
             )
-        return Quantized(quantized, own.layers(quantized))
+        return Quantized(quantized, api.layers(quantized))
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         quantized = nncf.quantize_with_accuracy_control(
             graph,
             nncf.Dataset(images),
             nncf.Dataset(control.batches),
-            lambda model, items: _accuracy(own.classify(model), items),
+            lambda model, items: _accuracy(api.classify(model), items),
             # rounding, and the share of the probabilities
             max_drop=control.max_drop + 2 * TIE,
             drop_type=nncf.DropType.ABSOLUTE,
-            advanced_quantization_parameters=own.parameters,
+            advanced_quantization_parameters=api.parameters,
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                 ranking_subset_size=RANKED_BATCHES, intermediate_model_dir=folder
             ),
             **options,
         )
-        first = own.layers(own.read(Path(folder) / f"intermediate_model{own.suffix}"))
-    left = set(own.layers(quantized))
+        first = api.layers(api.read(Path(folder) / f"intermediate_model{api.suffix}"))
+    left = set(api.layers(quantized))
     return Quantized(quantized, first, tuple(name for name in first if name not in left))
 
 
@@ -195,18 +195,16 @@ def _accuracy(classify: Classify, batches: Iterable[tuple[Tensor, Tensor]]) -> t
     return float(np.average(per_batch, weights=sizes)), per_batch
 
 
-def _openvino() -> _Runtime:
-    import openvino
-
+def _openvino_runtime() -> _Runtime:
     def classify(compiled: Any) -> Classify:
         return lambda images: compiled(images)["probabilities"]
 
     return _Runtime(
-        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino.Core().read_model, ".xml"
+        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino_core().read_model, ".xml"
     )  # fmt: skip
 
 
-def _onnx() -> _Runtime:
+def _onnx_runtime() -> _Runtime:
     import nncf
     import onnx
     from nncf.quantization.advanced_parameters import QuantizationParameters, QuantizerPropagationRule
@@ -259,7 +257,7 @@ def _onnx_layers(graph: onnx.ModelProto) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Wiring:
-    """What reads what in a graph.
+    """Which nodes of a graph read which.
 
     Attributes:
         inputs: Node -> nodes that it reads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,58 +17,65 @@ from crossx.data.images import image_problem
 from crossx.data.index import Record
 from crossx.data.transforms import batch_images, eval_transform
 from crossx.errors import CrossXError, counted
+from crossx.evaluation.comparison import mcnemar_exact
 from crossx.evaluation.intervals import Interval, matched_interval, share_interval
 from crossx.evaluation.network import Network, check_finite
 from crossx.evaluation.open_set import apply_threshold
 from crossx.evaluation.progress import track
 from crossx.evaluation.unknowns import ViewScores
+from crossx.export.options import MIN_QUANTIZED, ROUNDING
 from crossx.predict.prefetch import prefetch_batches
 from crossx.runs import ModelSpec, Preprocessing
 
 T = TypeVar("T")
+Specs: TypeAlias = tuple[ModelSpec, ModelSpec]
+"""Descriptions of the run and of the exported file, whose thresholds may differ."""
 
 BATCH = 16
 COMPARED_IMAGES = 16
-MIN_QUANTIZED = 32
-"""Least number of images to calibrate int8 on, and to measure its accuracy on."""
 RANDOM_PIXELS = "random pixels"
 KEPT_TOLERANCE = 0.02
 """Difference of the share of images that keep their label, above which a note says so."""
+KEPT_LEVEL = 0.05
+"""How often the note is given on so few images although the shares are equal."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Images whose score is at least the run's threshold, so that they keep their label.
+    """Images whose score is at least the threshold, so that they keep their label.
 
     Attributes:
         before: Their share in eager float32.
-        after: Their share with the exported file.
+        after: Their share with the exported file and its threshold.
         lost: Interval of the difference, see ``matched_interval``.
         same: Number of images that both keep or both reject.
+        p_value: That both keep the same share of the images, see ``mcnemar_exact``.
     """
 
     before: float
     after: float
     lost: Interval
     same: int
+    p_value: float
 
     @property
     def moved(self) -> bool:
-        """Whether the shares differ by more than ``KEPT_TOLERANCE``."""
-        return abs(self.before - self.after) > KEPT_TOLERANCE + 1e-9
+        """Whether the shares differ by more than ``KEPT_TOLERANCE``, and by more than chance on so few images."""
+        return abs(self.before - self.after) > KEPT_TOLERANCE + ROUNDING / 100 and self.p_value < KEPT_LEVEL
 
     @classmethod
-    def compare(cls, spec: ModelSpec, before: ViewScores, after: ViewScores) -> Kept | None:
+    def compare(cls, specs: Specs, before: ViewScores, after: ViewScores) -> Kept | None:
         """Compare outputs on the same images; None if the run has no threshold."""
-        found = [apply_threshold(spec, outputs) for outputs in (before, after)]
+        found = [apply_threshold(spec, outputs) for spec, outputs in zip(specs, (before, after), strict=True)]
         if found[0] is None or found[1] is None:
             return None
-        (_, own), (_, other) = found[0], found[1]
+        own, other = found[0][1].numpy(), found[1][1].numpy()
         return cls(
-            before=float(own.double().mean()),
-            after=float(other.double().mean()),
-            lost=matched_interval(own.numpy(), other.numpy()),
+            before=float(own.mean()),
+            after=float(other.mean()),
+            lost=matched_interval(own, other),
             same=int((own == other).sum()),
+            p_value=mcnemar_exact(int((own & ~other).sum()), int((other & ~own).sum())),
         )
 
 
@@ -132,7 +139,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class QuantizationData:
-    """Images for int8; those of ``measured`` are used for nothing else.
+    """Images for int8; the graph depends on none of ``measured``.
 
     Attributes:
         calibration: Images to calibrate on.
@@ -181,7 +188,7 @@ def _random_pixels(size: int) -> Tensor:
     return torch.randint(256, (COMPARED_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-def compare(model: Network, reference: Network, spec: ModelSpec, images: Tensor, source: str) -> Comparison:
+def compare(model: Network, reference: Network, specs: Specs, images: Tensor, source: str) -> Comparison:
     """Compare logits on uint8 images (B, 3, S, S), in one batch of a single image and one of all others.
 
     Similarities are compared as well if the file has them, and so is the rejection.
@@ -203,7 +210,7 @@ def compare(model: Network, reference: Network, spec: ModelSpec, images: Tensor,
     if after.similarities is not None and before.similarities is not None:
         cosines = float((after.similarities[0] - before.similarities[0]).abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
-    kept = Kept.compare(spec, before, after)
+    kept = Kept.compare(specs, before, after)
     return Comparison(len(images), source, float(difference), same, cosines, kept)
 
 
@@ -257,7 +264,7 @@ def quantization_data(
 def measure_accuracy(
     model: Network,
     reference: Network,
-    spec: ModelSpec,
+    specs: Specs,
     calibration_images: int,
     records: Sequence[Record],
 ) -> Accuracy:
@@ -265,7 +272,7 @@ def measure_accuracy(
     answers: list[ViewScores] = []
     references: list[ViewScores] = []
     labels = []
-    for images, targets in track(LabelledBatches(records, spec.preprocessing), "Measuring"):
+    for images, targets in track(LabelledBatches(records, specs[0].preprocessing), "Measuring"):
         for outputs, network in ((answers, model), (references, reference)):
             outputs.append(ViewScores.compute(network, [images], similarities=model.has_similarities))
         labels.append(targets)
@@ -282,7 +289,7 @@ def measure_accuracy(
         same_class=same,
         agreement=share_interval(same, len(records)),
         calibration_images=calibration_images,
-        kept=Kept.compare(spec, before, after),
+        kept=Kept.compare(specs, before, after),
     )
 
 

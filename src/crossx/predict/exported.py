@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,16 +19,14 @@ from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
 from crossx.predict.inference import OUTPUTS, SIMILARITIES, Inference
-from crossx.runs import EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
+from crossx.runs import EXPORT_SUFFIXES, EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
 
 if TYPE_CHECKING:
     import onnxruntime
+    import openvino
 
 Compute: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 """Images, uint8 (B, 3, S, S), to the outputs of ``Inference``."""
-
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
-"""Format -> suffix of its files."""
 
 KEY = "crossx"
 """Key of the description in a file's metadata."""
@@ -60,7 +59,7 @@ def describe_export(
 
     Args:
         spec: The run's description.
-        format_: One of ``SUFFIXES``.
+        format_: One of ``EXPORT_SUFFIXES``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         opset: Version of ONNX's operators; None for other formats.
         outputs: See ``Inference.outputs``.
@@ -148,7 +147,7 @@ class ExportedModel:
             ".safetensors": _read_safetensors,
         }.get(file.suffix.lower())
         if reader is None:
-            raise UsageError(f"{file}: exported files end in {', '.join(SUFFIXES.values())}.")
+            raise UsageError(f"{file}: exported files end in {', '.join(EXPORT_SUFFIXES.values())}.")
         if not file.is_file():
             raise CrossXError(f"{file}: no such file.")
         require_trust(file, trust)
@@ -225,7 +224,7 @@ class ExportedModel:
 def is_exported(path: str | Path) -> bool:
     """Whether a path is an exported file, by its suffix and, for safetensors, its metadata."""
     file = Path(path)
-    if file.suffix.lower() != SUFFIXES["safetensors"]:
+    if file.suffix.lower() != EXPORT_SUFFIXES["safetensors"]:
         return file.suffix.lower() in EXPORTED and not file.is_dir()
     try:
         with safe_open(file, "pt") as opened:
@@ -236,7 +235,7 @@ def is_exported(path: str | Path) -> bool:
 
 def require_trust(path: str | Path, trust: bool) -> None:
     """Raise ``UsageError`` for a ``.pt2`` file without ``trust``: loading it unpickles and runs its content."""
-    if not trust and Path(path).suffix.lower() == SUFFIXES["torch-export"]:
+    if not trust and Path(path).suffix.lower() == EXPORT_SUFFIXES["torch-export"]:
         raise UsageError(
             f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "
             "safetensors; give --trust (Python: trust=True) for a file that you made yourself."
@@ -245,7 +244,7 @@ def require_trust(path: str | Path, trust: bool) -> None:
 
 def exported_files(file: Path) -> list[Path]:
     """Return an exported file and its weights file, if it has one."""
-    return [file, file.with_suffix(".bin")] if file.suffix.lower() == SUFFIXES["openvino"] else [file]
+    return [file, file.with_suffix(".bin")] if file.suffix.lower() == EXPORT_SUFFIXES["openvino"] else [file]
 
 
 def open_session(network: Path | bytes) -> onnxruntime.InferenceSession:
@@ -273,15 +272,25 @@ def _read_onnx(file: Path) -> tuple[str, Compute]:
     return _required(text, file), run
 
 
-def _read_openvino(file: Path) -> tuple[str, Compute]:
+@cache
+def openvino_core() -> openvino.Core:
+    """Return OpenVINO, started once per process and never ended.
+
+    Its processor plugin gives the thread that first compiles a network a stack for signals, and takes it back when
+    the last core ends. If that is in another thread, the next signal ends the process, such as that of a child's end.
+    """
     without_telemetry()
     import openvino
 
+    return openvino.Core()
+
+
+def _read_openvino(file: Path) -> tuple[str, Compute]:
     with file.open("rb") as opened:
         # OpenVINO goes by the content: ONNX under this name could name weights in other folders
         if not opened.read(64).lstrip().startswith(b"<"):
             raise CrossXError(f"{file}: is not an OpenVINO file (it is not XML).")
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(file)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
     settings = {

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
-from crossx.data.image_files import IMAGE_SUFFIXES, find_images, is_image_name
+from crossx.data.image_files import IMAGE_SUFFIXES, is_image_name, require_images
 from crossx.data.images import ImageError, read_picture
 from crossx.data.readers.table import is_table, read_paths
 from crossx.errors import CrossXError
@@ -123,10 +123,7 @@ def _files(given: str | Path) -> list[Path]:
             return _matches(path)
         raise CrossXError(f"{path}: no such file or folder.")
     if path.is_dir():
-        files = find_images(path)
-        if not files:
-            raise CrossXError(f"{path}: there is no image in this folder or below it.")
-        return files
+        return require_images(path)
     if path.suffix.lower() in LISTS:
         return read_list(path.read_bytes(), str(path), path.parent)
     return read_paths(path) if is_table(path) else [path]

@@ -32,6 +32,7 @@ from crossx.runs.files import (
     write_text,
 )
 from crossx.runs.folder import (
+    EXPORT_SUFFIXES,
     EXPORTED,
     PREDICTS_ALONE,
     Run,
@@ -46,6 +47,7 @@ from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, R
 
 __all__ = [
     "EXPORTED",
+    "EXPORT_SUFFIXES",
     "PACKAGES",
     "PREDICTS_ALONE",
     "SCHEMA",

@@ -16,8 +16,10 @@ from crossx.runs.files import read_json, read_results
 from crossx.runs.nearby import nearest_run
 from crossx.runs.spec import ModelSpec
 
+EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
+"""Format of `crossx export` -> suffix of its files."""
 EXPORTED = (".onnx", ".xml", ".pt2")
-"""File extensions that `crossx export` writes."""
+"""Those that no other file of crossx has."""
 PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
 
 

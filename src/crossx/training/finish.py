@@ -9,6 +9,7 @@ from crossx.distributed import is_leader
 from crossx.errors import CrossXError, counted
 from crossx.evaluation.calibration import calibrate_outputs, compute_class_means, evaluate_views
 from crossx.evaluation.conformal import weakness
+from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.run import evaluate
 from crossx.evaluation.unknowns import FEATURE_SCORE, KEEP, SCORE, images_to_keep
 from crossx.methods.weights import load_weights, save_weights
@@ -95,10 +96,9 @@ def _calibrate(loop: Loop, weight: float | None) -> dict[str, Any] | None:
         )
         return None
     outputs = evaluate_views(
-        loop.method,
+        TorchNetwork(loop.method, data.normalize, loop.device),
         data,
         "val",
-        loop.device,
         progress="Calibrating" if _shows_progress(loop) else "",
     )
     found = calibrate_outputs(
