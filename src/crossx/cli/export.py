@@ -88,8 +88,6 @@ def export(
     # numpy is not needed for the help
     from crossx.export.options import ExportOptions
 
-    check_folder(Path(output).parent)
-    check_run(run)
     options: dict[str, Any] = {
         "format": format,
         "precision": precision,
@@ -100,6 +98,8 @@ def export(
         "max_drop": quantization.max_drop,
     }
     ExportOptions(Path(output), **options).check()
+    check_folder(Path(output).parent)
+    check_run(run)
 
     with step("Loading PyTorch"):
         from crossx.export.export import export_run

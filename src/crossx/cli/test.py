@@ -140,11 +140,11 @@ def test_run(
     path: str, split: str, data: TestedData, device: str, *, unknown: str | None = None, **measured: Any
 ) -> dict[str, Any]:
     """Test the run at ``path``, see ``crossx.evaluation.run.test_run``."""
-    check_run(path)
     if unknown is not None:
         from crossx.data.image_files import require_images
 
         require_images(Path(unknown))
+    check_run(path)
 
     with step("Loading PyTorch"):
         from crossx.evaluation.run import test_run
