@@ -325,6 +325,29 @@ def test_the_method_of_a_base_has_its_options_where_it_is_chosen_instead(tmp_pat
     assert given.model.options["num_parts"] == 4
 
 
+def test_a_file_that_returns_to_the_method_of_a_base_has_its_options(tmp_path: Path) -> None:
+    plain, back, own = (tmp_path / f"{name}.yaml" for name in ("plain", "back", "own"))
+    (tmp_path / "base.yaml").write_text("model: {method: crossx, num_parts: 3, reduction: 8}\n")
+    plain.write_text(f"base: {tmp_path}/base.yaml\nmodel: {{method: plain}}\n")
+    back.write_text(f"base: {plain}\nmodel: {{method: crossx, reduction: 4}}\n")
+    assert Config.from_recipe(back).model.options == {"num_parts": 3, "reduction": 4}
+    assert Config.from_recipe(back, model={"method": "plain"}).model.options == {}
+    # of the user's file, not of its base
+    own.write_text(f"base: {plain}\nmodel: {{num_parts: 5}}\n")
+    for config in (
+        Config.from_recipe(own, model={"method": "crossx"}),
+        parse_fit(["--config", str(own), "--model.method", "crossx"]).config,
+    ):
+        assert (config.model.options["num_parts"], config.model.options["reduction"]) == (5, 8)
+
+
+def test_a_method_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("base: finetune_fast\nmodel: {method: [crossx]}\n")
+    with pytest.raises(UsageError, match="method"):
+        Config.from_recipe(wrong)
+
+
 def test_the_preset_fast_with_cross_x_has_the_options_of_finetune() -> None:
     fast = Config.from_recipe("fast", model={"method": "crossx"})
     assert fast.model.options == Config.from_recipe("finetune").model.options

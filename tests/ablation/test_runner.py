@@ -140,6 +140,32 @@ def test_a_training_that_outlived_its_command_is_waited_for(
     assert f"another process is training in it (process {os.getpid()} on " in caplog.text
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_training_that_locks_the_folder_later_is_waited_for(
+    command: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """It had begun to start when its command was killed, so that this one's own training is refused."""
+    monkeypatch.setattr(runner, "WATCHED_EVERY", 0.01)
+    [trial] = trials(command, 1)  # of a seed whose trainings fail
+    looks = iter([None, " (process 7)", "", ""])
+    monkeypatch.setattr(runner, "lock_holder", look := lambda folder: next(looks, None))
+    if ends:
+
+        def finished(folder: Path) -> str | None:
+            holder = look(folder)
+            if holder == "":
+                trial.run.info.write_text(json.dumps({"status": "finished"}))
+                trial.run.weights.touch()
+            return holder
+
+        monkeypatch.setattr(runner, "lock_holder", finished)
+    failed = run_trials([trial], test=False)
+    # as the orphan did not train to the end, its training is continued, which fails
+    assert failed == ({} if ends else {trial: "crossx fit: error: the loss is not finite."})
+    assert [words[1] for words in asked(command)] == ["fit"] * (1 if ends else 2)
+    assert (asked(command)[-1][2] == "--resume") == (not ends)
+
+
 def test_a_failure_is_told_in_one_line_and_stops_no_other(command: Path) -> None:
     reports = []
     failed = run_trials(

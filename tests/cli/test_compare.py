@@ -11,7 +11,7 @@ from crossx.data.catalog import dataset_info
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.recipes import Recipe, Setting, list_recipes, load_recipe
 from crossx.report import published
-from crossx.runs import write_json
+from crossx.runs import read_json, write_json
 from crossx.training.config import Config
 
 CLASSES = 4
@@ -67,6 +67,17 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     # three of three discordant images are the second's: 2 / 2^3
     assert two["p"] == "0.25"
     assert other["Δ first (95%)"] == "–"
+
+
+def test_top5_is_left_out_where_the_results_have_none(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, changes in (("one", {"top5": 0.875}), ("two", {})):
+        results = {key: value for key, value in read_json(Path(name, "test.json")).items() if key != "top5"}
+        write_json(Path(name, "test.json"), results | {"num_classes": 6} | changes)
+    assert main(["compare", "one", "two"]) == 0
+    one, two = table(capsys.readouterr().out)
+    assert (one["top-5"], two["top-5"]) == ("87.50", "–")
 
 
 def test_the_paper_stands_below_with_table_and_row_and_another_task_is_named(

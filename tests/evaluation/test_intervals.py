@@ -92,6 +92,27 @@ def test_no_difference_has_a_width_that_falls_with_the_images():
     assert widths[0] > widths[1] > widths[2] > 0
 
 
+@pytest.mark.parametrize("trainings", [1, 2])
+def test_a_difference_on_all_images_has_a_width(trainings):
+    right, wrong = np.full((trainings, 40), True), np.full((trainings, 40), False)
+    # (n12 + 1/2 - n21 - 1/2) / (n + 2), as in Agresti and Min's section 2.1
+    centre, error = 40 / 42, np.sqrt((41 / 42 - (40 / 42) ** 2) / 42)
+    low, high = intervals.difference_interval(right, wrong)
+    assert (low, high) == pytest.approx((centre - 1.959964 * error, 1.0))
+    assert tuple(intervals.difference_interval(wrong, right)) == pytest.approx((-high, -low))
+
+
+def test_exact_intervals_are_narrower_with_less_confidence():
+    same = np.full((2, 40), True)
+    for found in (
+        [intervals.difference_interval(same, same, confidence=c) for c in (0.5, 0.95)],
+        [intervals.mean_accuracy_interval(same, confidence=c) for c in (0.5, 0.95)],
+        [intervals.accuracy_intervals(same[0], np.zeros(40, int), confidence=c)["top1"] for c in (0.5, 0.95)],
+    ):
+        widths = [high - low for low, high in found]
+        assert 0 < widths[0] < widths[1]
+
+
 def test_differences_of_several_trainings_are_averaged_per_image():
     generator = np.random.default_rng(0)
     a, b = generator.random((2, 3, 2000)) < 0.7

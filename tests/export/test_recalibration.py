@@ -165,6 +165,14 @@ def test_the_images_are_those_of_the_calibration(run: Run, tmp_path: Path) -> No
     assert str(root) in refusal(again, run, network)
 
 
+def test_another_dataset_of_the_same_folder_is_not_taken_for_the_runs(run: Run) -> None:
+    info = run.read_info()
+    write_json(run.info, {**info, "calibration": {**info["calibration"], "dataset": "webdataset"}})
+    message = refusal(again, run, rounded(run))
+    assert str(images_of(run)) in message
+    assert ".tar" in message
+
+
 def test_images_that_have_moved_are_found(run: Run, tmp_path: Path) -> None:
     moved = shutil.copytree(images_of(run), tmp_path / "moved")
     found = again(run, rounded(run))

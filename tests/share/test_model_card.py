@@ -134,6 +134,15 @@ def test_metadata_are_what_the_hub_reads(method: Any) -> None:
     assert "3 classes" in results[0].dataset_name
 
 
+@pytest.mark.parametrize(("classes", "listed"), [(5, False), (6, True)])
+def test_metadata_have_top5_of_more_than_five_classes(method: Any, classes: int, listed: bool) -> None:
+    known = measured(method, top5=0.875)
+    spec = replace(known.spec, classes=tuple(f"bird {number}" for number in range(classes)))
+    data = ModelCard(write_card(replace(known, spec=spec))).data.to_dict()
+    _, results = model_index_to_eval_results(data["model-index"])
+    assert (("Top-5 accuracy", 0.875) in {(r.metric_name, r.metric_value) for r in results}) == listed
+
+
 def test_results_stand_with_their_intervals(method: Any) -> None:
     text = section(write_card(measured(method)), "Results")
     for row in (

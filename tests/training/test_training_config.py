@@ -109,6 +109,8 @@ def test_numbers_of_numpy_and_paths_are_accepted(tmp_path: Path) -> None:
     optim = {"lr": np.float32(0.5), "step_size": np.int64(3), "milestones": [np.int64(1)]}
     config = Config.from_dict({"optim": optim, "data": {"root": tmp_path}})
     assert (config.optim.lr, config.optim.step_size, config.data.root) == (0.5, 3, str(tmp_path))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert Config.from_yaml(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["optim: {lr: [1]}", "optim: {lrr: 1}", "data: null", "optim: {lr: -1}"])

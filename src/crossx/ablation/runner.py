@@ -302,14 +302,9 @@ class Processes:
         """
         variables = self._free.get()
         try:
-            self._wait_for_orphan(trial)
             # the data may have been moved since the training was started
             root = ["--data.root", trial.config.data.root] if trial.config.data.root else []
-            if not trial.is_trained and trial.run.config.is_file():
-                self._call(trial, variables, ["fit", "--resume", str(trial.run.path), *root], watch)
-            elif not trial.is_trained:
-                write_text(trial.config_file, trial.config.to_yaml())
-                self._call(trial, variables, ["fit", "--config", str(trial.config_file)], watch)
+            self._train(trial, variables, root, watch)
             if test and not trial.is_done:
                 self._call(trial, variables, ["test", str(trial.run.path), *root])
         except (CrossXError, OSError) as error:
@@ -318,13 +313,34 @@ class Processes:
             self._free.put(variables)
         return None
 
+    def _train(
+        self, trial: Trial, variables: Mapping[str, str], root: Sequence[str], watch: Callable[[], bool]
+    ) -> None:
+        self._wait_for_orphan(trial)
+        while not trial.is_trained:
+            if trial.run.config.is_file():
+                words = ["fit", "--resume", str(trial.run.path), *root]
+            else:
+                write_text(trial.config_file, trial.config.to_yaml())
+                words = ["fit", "--config", str(trial.config_file)]
+            try:
+                self._call(trial, variables, words, watch)
+                return
+            except CrossXError:
+                # an orphan that was still starting locked the folder in the meantime
+                if self._stopping or not (trial.is_trained or lock_holder(trial.run.path) is not None):
+                    raise
+            self._wait_for_orphan(trial)
+
     def _wait_for_orphan(self, trial: Trial) -> None:
-        """Wait for a training that went on when this command was killed: its result is taken."""
+        """Wait for a training that continued when this command was killed; its result is used."""
         told = False
         while not self._stopping and (holder := lock_holder(trial.run.path)) is not None:
             if not told:
                 log.warning(
-                    "%s: another process is training in it%s: waiting for its end.", trial.run.path, holder
+                    "%s: another process is training in it%s: waiting for it to finish.",
+                    trial.run.path,
+                    holder,
                 )
             told = True
             time.sleep(WATCHED_EVERY)

@@ -68,38 +68,47 @@ def accuracy_intervals(
 
 
 def difference_interval(
-    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], **options: Any
+    correct_a: NDArray[np.bool_],
+    correct_b: NDArray[np.bool_],
+    *,
+    confidence: float = CONFIDENCE,
+    **options: Any,
 ) -> Interval:
     """Return the paired percentile bootstrap interval of the difference in top-1, a minus b.
 
-    If the classifiers differ on no image, every resample is the same; the interval is then ``matched_interval``.
+    If the classifiers differ on no image, or in the same way on all, every resample is the same; the interval is then
+    ``matched_interval``.
 
     Args:
         correct_a: (N,), or (T, N) for the mean over T trainings: whether the first classifier is correct on each
             image; N > 0.
         correct_b: The same for the second classifier on the same images.
+        confidence: Probability that the interval is to cover.
         **options: See ``mean_interval``.
     """
-    differences = correct_a.astype(np.float64) - correct_b
-    if not differences.any():
-        same = np.ones(differences.shape[-1], dtype=bool)
-        return matched_interval(same, same)
-    return mean_interval(differences.reshape(-1, differences.shape[-1]).mean(axis=0), **options)
+    a, b = np.atleast_2d(correct_a, correct_b)
+    differences = a.astype(np.float64) - b
+    if np.ptp(differences) == 0:
+        # all trainings are alike
+        return matched_interval(a[0], b[0], confidence=confidence)
+    return mean_interval(differences.mean(axis=0), confidence=confidence, **options)
 
 
-def mean_accuracy_interval(correct: NDArray[np.bool_], **options: Any) -> Interval:
+def mean_accuracy_interval(
+    correct: NDArray[np.bool_], *, confidence: float = CONFIDENCE, **options: Any
+) -> Interval:
     """Return the percentile bootstrap interval over images of the mean accuracy of several trainings.
 
     If all images are always correct, or always wrong, the interval is ``share_interval`` as in ``accuracy_intervals``.
 
     Args:
         correct: (T, N), whether each training is correct on each image; N > 0.
+        confidence: Probability that the interval is to cover.
         **options: See ``mean_interval``.
     """
     if np.ptp(correct.astype(int)) == 0:
-        n = correct.shape[1]
-        return share_interval(n if correct.all() else 0, n)
-    return mean_interval(correct.mean(axis=0), **options)
+        return share_interval(int(correct[0].sum()), correct.shape[1], confidence=confidence)
+    return mean_interval(correct.mean(axis=0), confidence=confidence, **options)
 
 
 def mean_interval(

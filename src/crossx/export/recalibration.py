@@ -106,11 +106,12 @@ def _calibration_data(run: Run, spec: ModelSpec, read: Callable[[], DataModule])
     """
     info = run.read_info()
     found = info.get("calibration") or {}
-    split, root = found.get("split") or "val", found.get("data_root")
-    if root is None or os.path.abspath(root) == os.path.abspath(info.get("data_root") or ""):
+    split, root, dataset = found.get("split") or "val", found.get("data_root"), found.get("dataset")
+    own_root = root is None or os.path.abspath(root) == os.path.abspath(info.get("data_root") or "")
+    if own_root and dataset in (None, spec.dataset):
         data = read()
     else:
-        data = open_data(run, spec, root=root, dataset=found.get("dataset"))
+        data = open_data(run, spec, root=root, dataset=dataset)
         data.check_images([split])
     if split in trained_splits(run, data.config) and data.config.dataset == spec.dataset:
         raise CrossXError(f"the network was trained on the {split} images of {data.index.name}.")

@@ -37,7 +37,7 @@ RANDOM_PIXELS = "random pixels"
 KEPT_TOLERANCE = 0.02
 """Difference of the share of images that keep their label, above which a note says so."""
 KEPT_LEVEL = 0.05
-"""How often the note is given on so few images although the shares are equal."""
+"""Significance level of that note: how often it appears although the shares are equal."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Kept:
         after: Their share with the exported file and its threshold.
         lost: Interval of the difference, see ``matched_interval``.
         same: Number of images that both keep or both reject.
-        p_value: That both keep the same share of the images, see ``mcnemar_exact``.
+        p_value: Of the hypothesis that both keep the same share of images, see ``mcnemar_exact``.
     """
 
     before: float

@@ -1,4 +1,4 @@
-"""The terms of Cross-X that are to make its excitations parts (docs/methods/crossx-parts.md); none is in the paper."""
+"""Terms that make the excitations of Cross-X parts (docs/methods/crossx-parts.md); none is in the paper."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class PartTerms:
         else:
             angle = torch.full((count,), math.pi / 4, device=device)
             view = AffineView(angle, torch.ones_like(angle), torch.zeros(count, 2, device=device))
-        # a view is no image that will be seen in evaluation
+        # running statistics are for evaluation, which sees no such views
         seen = without_statistics(backbone, view.apply(images))
         terms = {}
         for stage, weight in weights.items():

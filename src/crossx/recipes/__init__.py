@@ -200,7 +200,9 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
         # without the options of the method that the bases train
         own = {key: value for key, value in settings.items() if key[0] == "model" and key[1] not in NETWORK}
         settings = {key: value for key, value in settings.items() if key not in own}
-        others[theirs] = own
+        others[str(theirs)] = own
+        # a base further down may train this method
+        settings |= others.pop(str(recipe.settings[method].value), {})
     merged = settings | dict(recipe.settings)
     if isinstance(tuned := merged.get(_TUNED, Setting(None)).value, str) and _TUNED not in recipe.settings:
         changed = [

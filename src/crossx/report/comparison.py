@@ -65,7 +65,7 @@ def _run_cells(results: Mapping[str, Any]) -> dict[str, str]:
         "Δ first (95%)": points(against["difference"], against["interval"]["difference"]) if against else "–",
         "p": f"{against['p_value']:.2g}" if against else "–",
         # with five classes or fewer it is always 100%
-        "top-5": percent(results["top5"] if results["num_classes"] > 5 else None),
+        "top-5": percent(results.get("top5") if results["num_classes"] > 5 else None),
         "class mean": percent(results["class_mean"]),
         "calibration error": percent(results["ece"]),
         "from": "",

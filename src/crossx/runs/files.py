@@ -100,7 +100,7 @@ def storage_error(path: Path, error: OSError) -> CrossXError:
             f"{path}: no space left on the disk. What was written before is intact: free some room."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        # results belong into their run
+        # results belong in their run
         in_run = any(os.path.isfile(folder / "model.json") for folder in (path, *path.parents[:2]))
         remedy = "Copy the run to a folder of your own." if in_run else "Choose another --output."
         return CrossXError(f"{path}: no permission to write there. {remedy}")

@@ -195,8 +195,13 @@ def _eval_results(card: CardData) -> list[EvalResult]:
             metric_value=results[key],
         )
         for key, name in names.items()
-        if results.get(key) is not None
+        if _is_informative(key, card)
     ]
+
+
+def _is_informative(key: str, card: CardData) -> bool:
+    """Return whether an accuracy was measured; top-5 of five classes or fewer is always 100%."""
+    return card.results.get(key) is not None and (key != "top5" or len(card.spec.classes) > 5)
 
 
 def _base_model(info: Mapping[str, Any]) -> str | None:
@@ -224,7 +229,7 @@ def _results_table(card: CardData) -> str:
     rows = [
         (name, percent(results[key], intervals.get(key)))
         for key, name in names.items()
-        if key != "top5" or (results.get(key) is not None and len(card.spec.classes) > 5)
+        if key != "top5" or _is_informative(key, card)
     ]
     rows += [(f"head `{name}` alone, %", percent(value)) for name, value in heads.items() if len(heads) > 1]
     rows += [(f"level {_code(name)}, %", percent(v)) for name, v in (results.get("levels") or {}).items()]

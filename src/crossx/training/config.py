@@ -201,7 +201,7 @@ def recipe_method(recipe: Recipe) -> str:
 
 
 def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tuple[Recipe, list[str]]:
-    """Give a recipe the options of another method: those of a base that trains it, without those that it does not have.
+    """Give a recipe another method: without options that it does not have, with those of a base that trains it.
 
     Args:
         recipe: A recipe.
@@ -215,8 +215,9 @@ def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tu
         return recipe, []
     known = {item.name for item in fields(ModelConfig)} | {*options}
     lacking = [key for key in recipe.settings if key[0] == "model" and len(key) > 1 and key[1] not in known]
-    settings = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
-    settings |= recipe.others.get(method, {})
+    kept = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
+    # a recipe takes precedence over its bases
+    settings = {**recipe.others.get(method, {}), **kept}
     names = ", ".join(".".join(key) for key in lacking)
     notes = [f"method {method} has no {names}: left out of {recipe.name}."] if lacking else []
     return replace(recipe, settings=settings), notes

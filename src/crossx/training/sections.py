@@ -410,7 +410,10 @@ class TrainerConfig:
 
 
 def _with_types(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """Check plain types, since YAML reads ``007`` as a number and ``1 e-3`` as text; return paths as text."""
+    """Check plain types, since YAML reads ``007`` as a number and ``1 e-3`` as text.
+
+    Paths are returned as text, and numbers of NumPy, which YAML cannot write, as Python's.
+    """
     checked = dict(values)
     for name, hint in get_type_hints(cls).items():
         optional = isinstance(hint, UnionType) and len(get_args(hint)) == 2 and type(None) in get_args(hint)
@@ -422,12 +425,14 @@ def _with_types(cls: type, values: Mapping[str, Any], prefix: str) -> Mapping[st
             checked[name] = os.fspath(value)
         elif takes is str and not isinstance(value, str):
             raise UsageError(f"{prefix}{name} takes text, not {reprlib.repr(value)}: put it in quotes.")
-        elif takes in _NUMBERS and not _is_number(value, takes):
-            raise UsageError(f"{prefix}{name} takes {_NUMBERS[takes]}, not {reprlib.repr(value)}.")
-        elif takes == list[int] and not (
-            isinstance(value, list | tuple) and all(_is_number(item, int) for item in value)
-        ):
-            raise UsageError(f"{prefix}{name} takes a list such as [1, 2], not {reprlib.repr(value)}.")
+        elif takes in _NUMBERS:
+            if not _is_number(value, takes):
+                raise UsageError(f"{prefix}{name} takes {_NUMBERS[takes]}, not {reprlib.repr(value)}.")
+            checked[name] = _plain(value)
+        elif takes == list[int]:
+            if not (isinstance(value, list | tuple) and all(_is_number(item, int) for item in value)):
+                raise UsageError(f"{prefix}{name} takes a list such as [1, 2], not {reprlib.repr(value)}.")
+            checked[name] = [*map(_plain, value)]
     return checked
 
 
@@ -436,6 +441,12 @@ def _is_number(value: Any, of: type) -> bool:
         return of is bool and isinstance(value, bool)
     # also those of NumPy
     return isinstance(value, Integral if of is int else Real)
+
+
+def _plain(number: Any) -> bool | int | float:
+    if type(number) in (bool, int, float):
+        return cast("bool | int | float", number)
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def _check_choices(section: str, options: OptimConfig | TrainerConfig, **choices: Any) -> None:
