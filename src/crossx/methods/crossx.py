@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,11 @@ class CrossX(Method):
             self.heads["merged"] = nn.Linear(excitations * previous, num_classes)
         self.c3s = C3SLoss(c3s_form, diagonal_weight, c3s_centred)
         self.cross_layer = CrossLayerLoss(detach_teacher)
+
+    @classmethod
+    def published_name(cls, options: Mapping[str, Any]) -> str:
+        """Return ``crossx_parts`` with spatial gates, which are not the published method's."""
+        return "crossx_parts" if options.get("gates") == "spatial" else cls.name
 
     def part_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W).
