@@ -1,15 +1,16 @@
-"""Excitations that are parts, and no less accurate? Trained from clusters and compared with the paper's Cross-X.
+"""Excitations that are parts, and no less accurate? Spatial gates, compared with the paper's Cross-X.
 
     python benchmarks/part_training.py --seeds 0 1 2 --work out/parts -- --config crossx_mobilenetv2_160 \\
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --data.dataset synthetic --data.root out/birds \\
       --data.seed 7 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 \\
       --data.resize_size 144 --data.num_workers 0 --optim.optimizer adamw --optim.weight_decay 0.0001
 
-For each seed: `default`, the paper's Cross-X, fine-tuned; and spatial gates that start from clusters, with an
-excitation of the whole (docs/methods/crossx-parts.md), fine-tuned for as many epochs, as `clusters`. With `--steps two`
-instead: `frozen`, of which only gates and heads are trained, with the terms on position and on each part alone; and
-`tuned`, fine-tuned from there, for as many epochs in all as `default`. Then `crossx test` and, of each, `crossx test
---parts`. What follows `--` is passed on to `crossx fit`. Finished runs in `--work` are not trained again.
+For each seed: `default`, the paper's Cross-X, fine-tuned; and `refined`, spatial gates with refined prototypes and an
+excitation of the whole, as in the recipe finetune_parts (docs/methods/crossx-parts.md), for as many epochs. With
+`--steps two` instead: `frozen`, of which only gates and heads are trained, from clusters and with the terms on position
+and on each part alone; and `tuned`, fine-tuned from there, for as many epochs in all as `default`. Then `crossx test`
+and, of each, `crossx test --parts`. What follows `--` is passed on to `crossx fit`. Finished runs in `--work` are not
+trained again.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from crossx.evaluation.intervals import student_interval
 from harness import table, without_folder, write
 
 RESULTS = Path(__file__).parent.parent / "results" / "parts"
-CLUSTERS = ["--model.gates", "spatial", "--model.whole", "true", "--model.assignment_start", "clusters"]
+SPATIAL = ["--model.gates", "spatial", "--model.whole", "true"]
+CLUSTERS = [*SPATIAL, "--model.assignment_start", "clusters"]
+REFINED = [*SPATIAL, "--model.assignment_start", "refined"]
 DETACHED = ["--model.detach_assignment", "true"]
 TERMS = [
     "--model.presence_weights", "[0,2]", "--model.concentration_weight", "10", "--model.border_weight", "1",
     "--model.part_weights", "[1,1,1]",
 ]  # fmt: skip
-NETWORKS = {"one": ("default", "clusters"), "two": ("default", "frozen", "tuned")}
+NETWORKS = {"one": ("default", "refined"), "two": ("default", "frozen", "tuned")}
 """Networks of a training in so many steps; the last is compared with the first."""
 
 
@@ -51,11 +54,11 @@ def main() -> None:
     parser.add_argument("--frozen-lr", type=float, default=0.002, help="of two steps (default: 0.002)")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument(
-        "--output", type=Path, help="default: clusters.json or two_steps.json in results/parts"
+        "--output", type=Path, help="default: one_step.json or two_steps.json in results/parts"
     )
     parser.add_argument("fit_options", nargs="*", metavar="-- OPTION", help="options of crossx fit")
     options = parser.parse_args()
-    output = options.output or RESULTS / ("clusters.json" if options.steps == "one" else "two_steps.json")
+    output = options.output or RESULTS / ("one_step.json" if options.steps == "one" else "two_steps.json")
     names = NETWORKS[options.steps]
     runs: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
@@ -92,7 +95,7 @@ def trainings(options: argparse.Namespace, frozen: Path) -> dict[str, list[str]]
     later = epochs(options.epochs - options.frozen_epochs)
     return {
         "default": [*rate, *epochs(options.epochs)],
-        "clusters": [*CLUSTERS, *DETACHED, *rate, *epochs(options.epochs)],
+        "refined": [*REFINED, *DETACHED, *rate, *epochs(options.epochs)],
         "frozen": [
             *CLUSTERS, *TERMS, "--optim.freeze_backbone", "true", *first_rate, *epochs(options.frozen_epochs),
         ],

@@ -314,23 +314,26 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
         ]
 
 
-def test_the_tables_of_the_training_in_two_steps_are_those_of_the_file() -> None:
-    section = RESULTS.split("### In two steps")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("title", "name"), [("### In two steps", "two_steps"), ("### In one training", "one_step")]
+)
+def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, name: str) -> None:
+    section = RESULTS.split(title)[1].split("\n## ")[0]
     accuracies, measures, *_ = tables(section)
-    file = ROOT / "results" / "parts" / "two_steps.json"
-    found = json.loads(file.read_text(encoding="utf-8"))
-    networks = [name.strip("`") for name in accuracies[0][1:4]]
-    for row in accuracies[1:]:
-        of = found["summary"] if row[0] == "mean" else found["runs"][row[0]]
-        gain = found["difference"] if row[0] == "mean" else of["difference"]
-        assert row[1:4] == [f"{100 * of[name]['top1']:.2f}" for name in networks]
-        ends = gain["interval_over_seeds" if row[0] == "mean" else "interval"]
+    found = json.loads((ROOT / "results" / "parts" / f"{name}.json").read_text(encoding="utf-8"))
+    networks = [name.strip("`") for name in accuracies[0][1:-1]]
+    assert networks == list(found["summary"])
+    for seed, *tops, printed in accuracies[1:]:
+        of = found["summary"] if seed == "mean" else found["runs"][seed]
+        gain = found["difference"] if seed == "mean" else of["difference"]
+        assert tops == [f"{100 * of[name]['top1']:.2f}" for name in networks]
+        ends = gain["interval_over_seeds" if seed == "mean" else "interval"]
         low, high = (f"{100 * end:+.2f}" for end in ends)
-        assert row[4].startswith(f"{100 * gain['value']:+.2f} ({low} to {high}")
+        assert printed.startswith(f"{100 * gain['value']:+.2f} ({low} to {high}")
     keys = [
         "correlation", "nmi_of_peaks_in_parts", "keypoint_nmi", "peak_in_part", "flip", "follows",
     ]  # fmt: skip
-    assert len(measures) == 1 + 3 * 3
+    assert len(measures) == 1 + 3 * len(networks)
     for name, *cells in measures[1:]:
         network, stage = name.split(", ")
         assert cells == [f"{found['summary'][network][stage][key]:.3f}" for key in keys]

@@ -477,6 +477,7 @@ def test_every_recipe_has_a_model_name_that_leads_back_to_it() -> None:
         ("kernel_pooling_bilinear_mobilenetv2_160", "bilinear_mobilenetv2_035.cub_160"),
         ("kernel_pooling_compact_mobilenetv2_160", "compact_bilinear_mobilenetv2_035.cub_160"),
         ("finetune", "crossx_tf_efficientnetv2_s.folder_384"),
+        ("finetune_parts", "crossx_parts_tf_efficientnetv2_s.folder_384"),
     ],
 )
 def test_a_model_is_named_as_timm_names_models(recipe: str, name: str) -> None:

@@ -6,7 +6,17 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from crossx.layers import PartAssignment, prototype_scores
-from crossx.methods.clusters import INTERIOR, SHRINKAGE, SPREAD, object_positions, starting_prototypes
+from crossx.losses import border_loss, centroid_concentration_loss, image_presence_loss
+from crossx.methods import clusters
+from crossx.methods.clusters import (
+    INTERIOR,
+    SHRINKAGE,
+    SPREAD,
+    object_positions,
+    part_loss,
+    refined_prototypes,
+    starting_prototypes,
+)
 
 
 def scenes(distance: float, images: int = 60, size: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,3 +76,52 @@ def test_prototypes_of_any_features_are_finite(num_parts: int, kind: int) -> Non
     prototypes = starting_prototypes(features, outermost, num_parts)
     assert prototypes.shape == PartAssignment(4, num_parts).prototypes.shape
     assert prototypes.isfinite().all()
+
+
+def two_blobs(images: int = 40, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps (N, C, h, w) with two blobs anywhere inside, what is where (0 background, 1 and 2), and activations."""
+    generator = torch.Generator().manual_seed(1)
+    where = torch.zeros(images, size, size, dtype=torch.long)
+    for of_image in where:
+        top, left = (1 + torch.randint(size - 5, (2,), generator=generator)).tolist()
+        of_image[top : top + 2, left : left + 4] = 1
+        of_image[top + 2 : top + 4, left : left + 4] = 2
+    features = 0.2 * torch.randn(images, 5, size, size, generator=generator)
+    for part in (1, 2):
+        features[:, part] += 2.0 * (where == part)
+    return features, where, (where > 0).float()
+
+
+def test_prototypes_in_the_wrong_place_move_to_the_parts() -> None:
+    maps, where, activations = two_blobs()
+    # both start at the first blob, one of them half at the background
+    start = torch.zeros(3, 5)
+    start[0, 1], start[1, 1] = 1.5, 0.8
+
+    def right(prototypes: Tensor) -> float:
+        found = prototype_scores(maps, prototypes).argmax(1)
+        best = max(
+            ((found == a) & (where == 1)).sum() + ((found == b) & (where == 2)).sum()
+            for a, b in ((0, 1), (1, 0))
+        )
+        return float((best + ((found == 2) & (where == 0)).sum()) / where.numel())
+
+    refined = refined_prototypes(start, maps, activations)
+    assert right(start) < 0.9 < right(refined)
+    assert part_loss(refined, maps, activations) < 0.7 * part_loss(start, maps, activations)
+    assert not refined.requires_grad
+    torch.testing.assert_close(refined, refined_prototypes(start, maps, activations), rtol=0, atol=0)
+
+
+def test_what_is_lowered_is_the_weighted_sum_of_the_terms_of_spatial_gates() -> None:
+    maps, _, activations = two_blobs(images=3)
+    prototypes = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+    distances = torch.cdist(maps.permute(0, 2, 3, 1).flatten(0, 2), prototypes).square()  # (N*h*w, 3)
+    # (N*h*w, 3) -> (N, 3, h, w)
+    shares = (-distances).softmax(1).unflatten(0, (3, 8, 8)).permute(0, 3, 1, 2)
+    expected = (
+        clusters.PRESENCE * image_presence_loss(shares[:, :2], activations)
+        + clusters.CONCENTRATION * centroid_concentration_loss(shares[:, :2])
+        + clusters.BORDER * border_loss(shares[:, 2])
+    )
+    torch.testing.assert_close(part_loss(prototypes, maps, activations), expected)

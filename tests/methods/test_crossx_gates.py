@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from crossx.layers import AffineView
 from crossx.losses import border_loss, c3s_loss
 from crossx.methods import CrossX
-from crossx.methods.clusters import starting_prototypes
+from crossx.methods.clusters import refined_prototypes, starting_prototypes
 
 
 def naive_gates(method: CrossX, stage: str, u: Tensor) -> Tensor:
@@ -248,6 +248,20 @@ def test_prototypes_start_from_clusters_of_the_training_images() -> None:
                     outermost.append(y in (0, height - 1) or x in (0, width - 1))
     expected = starting_prototypes(torch.stack(features), torch.tensor(outermost), 2)
     torch.testing.assert_close(clustered.backbone.assignment.prototypes.detach(), expected)
+    refined = build(**SPATIAL | {"assignment_start": "refined"})
+    refined.load_state_dict(state)
+    refined.train().prepare(batches())
+    joined = [
+        torch.cat([F.interpolate(last, size=previous.shape[2:], mode="bilinear"), previous], 1)
+        for last, previous in ((stages["last"], stages["previous"]) for stages in maps)
+    ]
+    active = torch.cat([stages["previous"].clamp(min=0).mean(1) for stages in maps])
+    torch.testing.assert_close(
+        refined.backbone.assignment.prototypes.detach(),
+        refined_prototypes(expected, torch.cat(joined), active),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_maps_without_an_inside_leave_the_prototypes_random(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,6 +169,10 @@ def test_every_kind_of_backbone(backbone: str, size: int) -> None:
         ({"gates": "spatial", "background": True}, "spatial gates have one already"),
         ({"gates": "spatial", "osme_placement": "residual"}, "the shortcut would bypass spatial gates"),
         ({"assignment_start": "clusters"}, "assignment_start clusters needs spatial gates"),
+        (
+            {"assignment_start": "refined", "gates": "competing"},
+            "assignment_start refined needs spatial gates",
+        ),
         ({"assignment_start": "kmeans", "gates": "spatial"}, "assignment_start"),
         ({"whole": True}, "whole needs spatial gates"),
         ({"whole": True, "gates": "competing"}, "whole needs spatial gates"),

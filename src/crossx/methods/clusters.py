@@ -7,6 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from crossx.layers import prototype_scores
+from crossx.losses import border_loss, centroid_concentration_loss, image_presence_loss
+
 ITERATIONS = 50
 """Iterations of k-means."""
 INTERIOR = 0.95
@@ -15,6 +18,12 @@ SPREAD = 4.0
 """Mean squared distance between prototypes at the start: at one of them, its share is about e^4 times another's."""
 SHRINKAGE = 0.01
 """Share of the mean variance that is added to the variance of each channel, so that it can be inverted."""
+REFINING_STEPS = 300
+REFINING_RATE = 0.002
+REFINING_IMAGES = 32
+"""Steps, learning rate of Adam and images per step of ``refined_prototypes``."""
+PRESENCE, CONCENTRATION, BORDER = 2.0, 10.0, 1.0
+"""Weights of its terms: those that were chosen for the training of gates on a frozen trunk (docs/results.md)."""
 
 
 def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:
@@ -86,3 +95,42 @@ def starting_prototypes(features: Tensor, outermost: Tensor, num_parts: int, see
     distances = torch.pdist(prototypes).square().mean()
     scale = (SPREAD / distances.clamp(min=SPREAD)).sqrt()
     return (mean + scale * (prototypes - mean)).float()
+
+
+@torch.enable_grad()
+def refined_prototypes(start: Tensor, maps: Tensor, activations: Tensor, seed: int = 0) -> Tensor:
+    """Move prototypes so that each part is concentrated, present in every image, and not at the border.
+
+    The terms are those of Cross-X's spatial gates on presence, concentration and border, on fixed features: classes
+    have no part in it, and nothing else is trained.
+
+    Args:
+        start: Prototypes of the parts and, last, of the background, (P + 1, C); see ``starting_prototypes``.
+        maps: z of many images, float32 (N, C, h, w).
+        activations: O, the activation of the whole object, not negative, (N, h, w).
+        seed: Seed of the images of each step.
+
+    Returns:
+        (P + 1, C), float32.
+    """
+    prototypes = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([prototypes], lr=REFINING_RATE)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(REFINING_STEPS):
+        chosen = torch.randint(len(maps), (REFINING_IMAGES,), generator=generator)
+        loss = part_loss(prototypes, maps[chosen], activations[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return prototypes.detach()
+
+
+def part_loss(prototypes: Tensor, maps: Tensor, activations: Tensor) -> Tensor:
+    """Return what ``refined_prototypes`` lowers, for the same arguments: the weighted sum of its terms."""
+    shares = prototype_scores(maps, prototypes).softmax(1)
+    parts, background = shares[:, :-1], shares[:, -1]
+    return (
+        PRESENCE * image_presence_loss(parts, activations)
+        + CONCENTRATION * centroid_concentration_loss(parts)
+        + BORDER * border_loss(background)
+    )

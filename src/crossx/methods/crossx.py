@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,11 @@ from crossx.losses import (
 )
 from crossx.losses.c3s import C3SForm
 from crossx.methods.base import Method, Objective
-from crossx.methods.clusters import starting_prototypes
+from crossx.methods.clusters import refined_prototypes, starting_prototypes
 from crossx.methods.part_terms import HEADS, STAGES, PartTerms, by_name, looks
 from crossx.methods.registry import register_method
 
-AssignmentStart: TypeAlias = Literal["random", "clusters"]
+AssignmentStart: TypeAlias = Literal["random", "clusters", "refined"]
 
 CLUSTERED_POSITIONS = 30_000
 """Positions of training images that the prototypes of spatial gates start from: those of 470 maps of 8 x 8."""
@@ -86,8 +86,8 @@ class CrossX(Method):
         concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
         border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
         detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
-        assignment_start: Of spatial gates: ``random`` prototypes, or those of ``clusters`` of what is seldom at the
-            border of the training images.
+        assignment_start: Of spatial gates: ``random`` prototypes, those of ``clusters`` of what is seldom at the border
+            of the training images, or ``refined``: moved from there by presence, concentration and border.
         whole: Of spatial gates: whether the heads also get one more excitation, which sees every position.
     """
 
@@ -179,8 +179,10 @@ class CrossX(Method):
             raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
         if detach_assignment and gates != "spatial":
             raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
-        if assignment_start == "clusters" and gates != "spatial":
-            raise UsageError("assignment_start clusters needs spatial gates: --model.gates spatial.")
+        if assignment_start != "random" and gates != "spatial":
+            raise UsageError(
+                f"assignment_start {assignment_start} needs spatial gates: --model.gates spatial."
+            )
         self.assignment_start = assignment_start
         if whole and gates != "spatial":
             raise UsageError(
@@ -206,6 +208,11 @@ class CrossX(Method):
             self.heads["merged"] = nn.Linear(excitations * previous, num_classes)
         self.c3s = C3SLoss(c3s_form, diagonal_weight, c3s_centred)
         self.cross_layer = CrossLayerLoss(detach_teacher)
+
+    @classmethod
+    def published_name(cls, options: Mapping[str, Any]) -> str:
+        """Return ``crossx_parts`` with spatial gates, which are not the published method's."""
+        return "crossx_parts" if options.get("gates") == "spatial" else cls.name
 
     def part_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return head name -> pooled part features f_p, (B, P, C), for images (B, 3, H, W).
@@ -261,29 +268,33 @@ class CrossX(Method):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Start the prototypes of spatial gates from clusters of the object's positions, with ``clusters``."""
+        """Start the prototypes of spatial gates from the objects of training images, unless they start at random."""
         assignment = self.backbone.assignment
         if self.assignment_start == "random" or assignment is None:
             return
         collected: list[Tensor] = []
-        borders: list[Tensor] = []
+        activations: list[Tensor] = []
         with evaluation_mode(self):
             for images, *_ in batches:
-                z = self.backbone.assignable(self.backbone.ungated(images))
-                collected.append(
-                    z.permute(0, 2, 3, 1).flatten(0, 2).float().cpu()
-                )  # (B, C, h, w) -> (B*h*w, C)
-                borders.append(outermost(z).flatten().cpu().repeat(len(z)))  # (h*w,) -> (B*h*w,)
-                if sum(map(len, borders)) >= CLUSTERED_POSITIONS:
+                maps = self.backbone.ungated(images)
+                collected.append(self.backbone.assignable(maps).float().cpu())
+                whole = maps["previous" if "previous" in self.backbone.osme else "last"]
+                activations.append(whole.float().relu().mean(1).cpu())  # (B, C, h, w) -> (B, h, w)
+                if sum(map(Tensor.numel, activations)) >= CLUSTERED_POSITIONS:
                     break
-        at_border = torch.cat(borders)
+        z = torch.cat(collected)
+        at_border = outermost(z).flatten().repeat(len(z))  # (h*w,) -> (N*h*w,)
         if at_border.all():
             log.warning(
-                "assignment_start clusters: all positions of the maps are at the border, so the prototypes start at "
-                "random. Larger images have others: --data.image_size."
+                "assignment_start %s: all positions of the maps are at the border, so the prototypes start at random. "
+                "Larger images have others: --data.image_size.",
+                self.assignment_start,
             )
             return
-        start = starting_prototypes(torch.cat(collected), at_border, self.num_parts)
+        positions = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, C, h, w) -> (N*h*w, C)
+        start = starting_prototypes(positions, at_border, self.num_parts)
+        if self.assignment_start == "refined":
+            start = refined_prototypes(start, z, torch.cat(activations))
         assignment.prototypes.copy_(start)
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
