@@ -339,6 +339,19 @@ def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, nam
         assert cells == [f"{found['summary'][network][stage][key]:.3f}" for key in keys]
 
 
+def test_what_refined_prototypes_start_from_is_that_of_the_file() -> None:
+    section = " ".join(RESULTS.split("### In one training")[1].split("\n## ")[0].split())
+    found = json.loads((ROOT / "results" / "parts" / "one_step_start.json").read_text(encoding="utf-8"))
+    refined, default = (found["summary"][name] for name in ("refined", "default"))
+    gain = found["runs"]["0"]["difference"]
+    low, high = (f"{100 * end:+.2f}" for end in gain["interval"])
+    assert (
+        f"NMI is {refined['previous']['nmi_of_peaks_in_parts']:.3f} and the peaks of the lower one are in parts in "
+        f"{100 * refined['previous']['peak_in_part']:.1f}%, at a top-1 of {100 * refined['top1']:.2f} against "
+        f"{100 * default['top1']:.2f}, {100 * gain['value']:+.2f} ({low} to {high})."
+    ) in section
+
+
 def named_score(score: str) -> str:
     """Return a score as docs/unknowns.md names it: those that are options of crossx are code."""
     if k := re.fullmatch(r"neighbors, k = (\d+)", score):
