@@ -110,7 +110,7 @@ def main() -> None:
             photographs[:: max(1, len(photographs) // arguments.differences)]
         )
         results["large"] = measure_large(photographs, Path(folder) / "large", arguments.runs)
-    results["shards"] = measure_shards(photographs, arguments.runs)
+        results["shards"] = measure_shards(photographs, arguments.runs)
     write(arguments.output, results)
 
 
