@@ -1,16 +1,19 @@
 """Excitations that are parts, and no less accurate? Spatial gates, compared with the paper's Cross-X.
 
-    python benchmarks/part_training.py --seeds 0 1 2 --work out/parts -- --config crossx_mobilenetv2_160 \\
+    python benchmarks/part_training.py --seeds 0 1 2 --work out/parts -- --config finetune \\
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --data.dataset synthetic --data.root out/birds \\
-      --data.seed 7 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 \\
-      --data.resize_size 144 --data.num_workers 0 --optim.optimizer adamw --optim.weight_decay 0.0001
+      --data.seed 8 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 --data.num_workers 0
 
-For each seed: `default`, the paper's Cross-X, fine-tuned; and `refined`, spatial gates with refined prototypes and an
-excitation of the whole, as in the recipe finetune_parts (docs/methods/crossx-parts.md), for as many epochs. With
-`--steps two` instead: `frozen`, of which only gates and heads are trained, from clusters and with the terms on position
-and on each part alone; and `tuned`, fine-tuned from there, for as many epochs in all as `default`. Then `crossx test`
-and, of each, `crossx test --parts`. What follows `--` is passed on to `crossx fit`. Finished runs in `--work` are not
-trained again.
+For each seed: `default`, the paper's Cross-X, fine-tuned, and for as many epochs in all, spatial gates with an excitation
+of the whole (docs/methods/crossx-parts.md):
+
+- `--way following`: `following`, whose refined prototypes follow the features, as in the recipe finetune_parts;
+- `--way refined`: `refined`, whose prototypes are trained like the heads after the refinement;
+- `--way two_steps`: `frozen`, of which only gates and heads are trained, from clusters and with the terms on position and
+  on each part alone; and `tuned`, fine-tuned from there.
+
+Then `crossx test` and, of each, `crossx test --parts`. What follows `--` is passed on to `crossx fit`. Finished runs in
+`--work` are not trained again.
 """
 
 from __future__ import annotations
@@ -33,12 +36,17 @@ SPATIAL = ["--model.gates", "spatial", "--model.whole", "true"]
 CLUSTERS = [*SPATIAL, "--model.assignment_start", "clusters"]
 REFINED = [*SPATIAL, "--model.assignment_start", "refined"]
 DETACHED = ["--model.detach_assignment", "true"]
-TERMS = [
+POSITION = [
     "--model.presence_weights", "[0,2]", "--model.concentration_weight", "10", "--model.border_weight", "1",
-    "--model.part_weights", "[1,1,1]",
 ]  # fmt: skip
-NETWORKS = {"one": ("default", "refined"), "two": ("default", "frozen", "tuned")}
-"""Networks of a training in so many steps; the last is compared with the first."""
+TERMS = [*POSITION, "--model.part_weights", "[1,1,1]"]
+FOLLOWING = [*POSITION, "--model.detach_shares", "true", "--model.assignment_lr_factor", "20"]
+NETWORKS = {
+    "following": ("default", "following"),
+    "refined": ("default", "refined"),
+    "two_steps": ("default", "frozen", "tuned"),
+}
+"""Networks of each way; the last is compared with the first."""
 
 
 def main() -> None:
@@ -47,19 +55,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", choices=[*NETWORKS], default="one")
+    parser.add_argument("--way", choices=[*NETWORKS], default="following")
     parser.add_argument("--epochs", type=int, default=26, help="epochs in all (default: 26)")
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--frozen-epochs", type=int, default=10, help="of two steps (default: 10)")
     parser.add_argument("--frozen-lr", type=float, default=0.002, help="of two steps (default: 0.002)")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument(
-        "--output", type=Path, help="default: one_step.json or two_steps.json in results/parts"
-    )
+    parser.add_argument("--output", type=Path, help="default: results/parts/WAY.json")
     parser.add_argument("fit_options", nargs="*", metavar="-- OPTION", help="options of crossx fit")
     options = parser.parse_args()
-    output = options.output or RESULTS / ("one_step.json" if options.steps == "one" else "two_steps.json")
-    names = NETWORKS[options.steps]
+    output = options.output or RESULTS / f"{options.way}.json"
+    names = NETWORKS[options.way]
     runs: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         runs[str(seed)] = trained(options, seed)
@@ -73,15 +79,13 @@ def main() -> None:
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options without what differs between machines."""
-    names = ["steps", "epochs", "lr", *(("frozen_epochs", "frozen_lr") if options.steps == "two" else ())]
+    names = ["way", "epochs", "lr", *(("frozen_epochs", "frozen_lr") if options.way == "two_steps" else ())]
     own = {name: getattr(options, name) for name in names}
     words = trainings(options, options.work / "frozen")
     return {
         **own,
         "fit": [without_folder(word) for word in options.fit_options],
-        "networks": {
-            name: [without_folder(word) for word in words[name]] for name in NETWORKS[options.steps]
-        },
+        "networks": {name: [without_folder(word) for word in words[name]] for name in NETWORKS[options.way]},
     }
 
 
@@ -95,6 +99,7 @@ def trainings(options: argparse.Namespace, frozen: Path) -> dict[str, list[str]]
     later = epochs(options.epochs - options.frozen_epochs)
     return {
         "default": [*rate, *epochs(options.epochs)],
+        "following": [*REFINED, *DETACHED, *FOLLOWING, *rate, *epochs(options.epochs)],
         "refined": [*REFINED, *DETACHED, *rate, *epochs(options.epochs)],
         "frozen": [
             *CLUSTERS, *TERMS, "--optim.freeze_backbone", "true", *first_rate, *epochs(options.frozen_epochs),
@@ -105,7 +110,7 @@ def trainings(options: argparse.Namespace, frozen: Path) -> dict[str, list[str]]
 
 def trained(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train and test the networks of a seed."""
-    names = NETWORKS[options.steps]
+    names = NETWORKS[options.way]
     folders = {name: options.work / f"{name}-{seed}" for name in names}
     steps = trainings(options, options.work / f"frozen-{seed}")
     found: dict[str, Any] = {}

@@ -315,7 +315,12 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "name"), [("### In two steps", "two_steps"), ("### In one training", "one_step")]
+    ("title", "name"),
+    [
+        ("### In two steps", "two_steps"),
+        ("### In one training, from refined", "refined"),
+        ("### In one training, with prototypes", "following"),
+    ],
 )
 def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, name: str) -> None:
     section = RESULTS.split(title)[1].split("\n## ")[0]
@@ -340,8 +345,8 @@ def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, nam
 
 
 def test_what_refined_prototypes_start_from_is_that_of_the_file() -> None:
-    section = " ".join(RESULTS.split("### In one training")[1].split("\n## ")[0].split())
-    found = json.loads((ROOT / "results" / "parts" / "one_step_start.json").read_text(encoding="utf-8"))
+    section = " ".join(RESULTS.split("### In one training, from refined")[1].split("\n## ")[0].split())
+    found = json.loads((ROOT / "results" / "parts" / "refined_start.json").read_text(encoding="utf-8"))
     refined, default = (found["summary"][name] for name in ("refined", "default"))
     gain = found["runs"]["0"]["difference"]
     low, high = (f"{100 * end:+.2f}" for end in gain["interval"])

@@ -27,7 +27,8 @@ SPATIAL = {
     },
 }
 WHOLE = SPATIAL | {"whole": True}
-CASES = {**OPTIONS, "all": ALL, "spatial": SPATIAL, "whole": WHOLE}
+FOLLOWING = SPATIAL | {"detach_assignment": True, "detach_shares": True, "assignment_lr_factor": 10.0}
+CASES = {**OPTIONS, "all": ALL, "spatial": SPATIAL, "whole": WHOLE, "following": FOLLOWING}
 TARGETS = torch.tensor([0, 2, 1])
 
 

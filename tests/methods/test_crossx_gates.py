@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from crossx_options import ALL, COMPETING, OPTIONS, SPATIAL, TARGETS, WHOLE, build, images
+from crossx_options import ALL, COMPETING, FOLLOWING, OPTIONS, SPATIAL, TARGETS, WHOLE, build, images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +14,9 @@ from crossx.layers import AffineView
 from crossx.losses import border_loss, c3s_loss
 from crossx.methods import CrossX
 from crossx.methods.clusters import refined_prototypes, starting_prototypes
+from crossx.methods.part_terms import STAGES
+from crossx.training.config import OptimConfig
+from crossx.training.optim import parameter_groups
 
 
 def naive_gates(method: CrossX, stage: str, u: Tensor) -> Tensor:
@@ -272,6 +275,38 @@ def test_maps_without_an_inside_leave_the_prototypes_random(caplog: pytest.LogCa
     method.prepare([(small, TARGETS)])
     assert torch.equal(method.backbone.assignment.prototypes, before)
     assert "at the border" in caplog.text
+
+
+def test_following_prototypes_are_trained_by_the_terms_on_position_alone() -> None:
+    method, same = build(**FOLLOWING), build(**FOLLOWING)
+    method.objective(images(), TARGETS).loss.backward()
+    assert method.backbone.assignment is not None
+    assert same.backbone.assignment is not None
+    maps = same.backbone.ungated(images())
+    shares = same.backbone.assign(maps)
+    assert shares is not None
+    sum(same.part_terms.of_shares(maps, shares, STAGES).values()).backward()
+    torch.testing.assert_close(
+        method.backbone.assignment.prototypes.grad, same.backbone.assignment.prototypes.grad
+    )
+    # nor do the terms train anything else
+    assert [name for name, p in same.named_parameters() if p.grad is not None] == [
+        "backbone.assignment.prototypes"
+    ]
+
+
+@pytest.mark.parametrize(("options", "factor"), [(SPATIAL, 1.0), (FOLLOWING, 10.0)])
+def test_prototypes_have_a_learning_rate_of_their_own(options: dict[str, object], factor: float) -> None:
+    method = build(**options)
+    config = OptimConfig(lr=0.02, new_layers_lr_factor=0.1, weight_decay=0.0)
+    rates = {
+        name: group["lr"]
+        for group in parameter_groups(method, config)
+        for name, parameter in method.named_parameters()
+        if any(parameter is own for own in group["params"])
+    }
+    assert rates.pop("backbone.assignment.prototypes") == pytest.approx(0.002 * factor)
+    assert rates["heads.last.weight"] == rates["backbone.osme.last.squeeze_weight"] == pytest.approx(0.002)
 
 
 def test_parts_at_the_border_are_the_only_ones_that_its_term_sees() -> None:

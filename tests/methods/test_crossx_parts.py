@@ -174,6 +174,27 @@ def test_every_kind_of_backbone(backbone: str, size: int) -> None:
             "assignment_start refined needs spatial gates",
         ),
         ({"assignment_start": "kmeans", "gates": "spatial"}, "assignment_start"),
+        ({"detach_shares": True}, "detach_shares needs spatial gates"),
+        ({"detach_shares": True, "gates": "spatial"}, "nothing would train the prototypes"),
+        (
+            {
+                "detach_shares": True,
+                "gates": "spatial",
+                "presence_weights": [0, 2],
+                "use_previous": False,
+                "use_merged": False,
+            },
+            "nothing would train the prototypes",
+        ),
+        ({"assignment_lr_factor": 2.0}, "assignment_lr_factor 2 needs spatial gates"),
+        (
+            {"assignment_lr_factor": 0.0, "gates": "spatial"},
+            "assignment_lr_factor must be above 0 and finite",
+        ),
+        (
+            {"assignment_lr_factor": math.inf, "gates": "spatial"},
+            "assignment_lr_factor must be above 0 and finite",
+        ),
         ({"whole": True}, "whole needs spatial gates"),
         ({"whole": True, "gates": "competing"}, "whole needs spatial gates"),
         ({"concentration_weight": 1.0}, "concentration_weight needs spatial gates"),

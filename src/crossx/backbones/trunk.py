@@ -170,14 +170,16 @@ class Backbone(nn.Module):
         # a plain dict: as a second submodule, the slot would be in the state dict twice
         self._slots[stage] = slot
 
-    def attach_assignment(self, num_parts: int, detach: bool = False, whole: bool = False) -> None:
+    def attach_assignment(
+        self, num_parts: int, detach: bool = False, whole: bool = False, detach_shares: bool = False
+    ) -> None:
         """Multiply all attention features with the shares of the parts in each position.
 
-        Call ``attach_osme`` before, with placement ``output`` and one more part if ``whole``; ``detach`` and ``whole``
-        as in ``PartAssignment``. Maps are enlarged to the size of ``previous`` if it has attention features.
+        Call ``attach_osme`` before, with placement ``output`` and one more part if ``whole``; the options are those of
+        ``PartAssignment``. Maps are enlarged to the size of ``previous`` if it has attention features.
         """
         channels = sum(self.channels[stage] for stage in self.osme)
-        self.assignment = PartAssignment(channels, num_parts, detach, whole)
+        self.assignment = PartAssignment(channels, num_parts, detach, whole, detach_shares)
 
     def separate_parts(self) -> None:
         """Make ``forward`` return the attention features of a stage as P maps (B, C, h, w), for inference only."""

@@ -58,11 +58,19 @@ class PartAssignment(nn.Module):
         num_parts: P.
         detach: Whether the shares train only the prototypes, and not the features that are compared with them.
         whole: Whether one more excitation, the last, has every position to itself (``weights``).
+        detach_shares: Whether ``weights`` pass no gradient to the shares, and so neither to prototypes nor features.
     """
 
-    def __init__(self, channels: int, num_parts: int, detach: bool = False, whole: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_parts: int,
+        detach: bool = False,
+        whole: bool = False,
+        detach_shares: bool = False,
+    ) -> None:
         super().__init__()
-        self.detach, self.whole = detach, whole
+        self.detach, self.whole, self.detach_shares = detach, whole, detach_shares
         self.prototypes = nn.Parameter(draw_prototypes(num_parts + 1, channels))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -73,4 +81,6 @@ class PartAssignment(nn.Module):
     def weights(self, shares: Tensor) -> Tensor:
         """Return what the excitations multiply a map with, (B, P [+ 1], h, w), for the result of ``forward``."""
         parts = shares[:, :-1]
+        if self.detach_shares:
+            parts = parts.detach()
         return torch.cat((parts, torch.ones_like(shares[:, :1])), 1) if self.whole else parts

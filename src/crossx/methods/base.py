@@ -386,9 +386,9 @@ class Method(nn.Module, ABC):
             ) from error
 
     def lr_factors(self) -> Mapping[str, float]:
-        """Return prefixes of the names of new parameters -> factors of their learning rate; by default none.
+        """Return prefixes of names of parameters outside the trunk -> factors of their learning rate; by default none.
 
-        They multiply ``optim.new_layers_lr_factor``.
+        They multiply ``optim.new_layers_lr_factor``, or what layers from another network have instead.
         """
         return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -86,8 +87,12 @@ class CrossX(Method):
         concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
         border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
         detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
+        detach_shares: Of spatial gates: whether the heads train neither prototypes nor, through them, the trunk, so that
+            separation, presence, concentration and border alone say what the excitations look at.
         assignment_start: Of spatial gates: ``random`` prototypes, those of ``clusters`` of what is seldom at the border
             of the training images, or ``refined``: moved from there by presence, concentration and border.
+        assignment_lr_factor: Of spatial gates: learning rate of the prototypes relative to that of new layers. It lets
+            them follow the features that they are compared with.
         whole: Of spatial gates: whether the heads also get one more excitation, which sees every position.
     """
 
@@ -141,7 +146,9 @@ class CrossX(Method):
         concentration_weight: float = 0.0,
         border_weight: float = 0.0,
         detach_assignment: bool = False,
+        detach_shares: bool = False,
         assignment_start: AssignmentStart = "random",
+        assignment_lr_factor: float = 1.0,
         whole: bool = False,
     ) -> None:
         super().__init__(backbone, num_classes)
@@ -177,17 +184,26 @@ class CrossX(Method):
         used = {"last": True, "previous": use_previous, "merged": use_merged}
         if c3s_centred and not any(self.c3s_weights[name] for name, has_head in used.items() if has_head):
             raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
-        if detach_assignment and gates != "spatial":
-            raise UsageError("detach_assignment needs spatial gates: --model.gates spatial.")
-        if assignment_start != "random" and gates != "spatial":
+        for option, given in (
+            ("detach_assignment", detach_assignment),
+            ("detach_shares", detach_shares),
+            (f"assignment_start {assignment_start}", assignment_start != "random"),
+            (f"assignment_lr_factor {assignment_lr_factor:g}", assignment_lr_factor != 1),
+            ("whole", whole),  # other gates see every position anyway
+        ):
+            if given and gates != "spatial":
+                raise UsageError(f"{option} needs spatial gates: --model.gates spatial.")
+        if not 0 < assignment_lr_factor < math.inf:
+            raise UsageError(f"assignment_lr_factor must be above 0 and finite, not {assignment_lr_factor}.")
+        if detach_shares and not self.part_terms.on_shares(
+            ["last", *(["previous"] if use_previous or use_merged else [])]
+        ):
             raise UsageError(
-                f"assignment_start {assignment_start} needs spatial gates: --model.gates spatial."
+                "detach_shares: nothing would train the prototypes; give separation_weights, presence_weights, "
+                "concentration_weight or border_weight."
             )
         self.assignment_start = assignment_start
-        if whole and gates != "spatial":
-            raise UsageError(
-                "whole needs spatial gates: --model.gates spatial; others see every position anyway."
-            )
+        self.assignment_lr_factor = assignment_lr_factor
         self.num_parts = num_parts
         excitations = num_parts + whole
         self.previous_pooling: Pooling = previous_pooling
@@ -197,7 +213,7 @@ class CrossX(Method):
         if use_previous or use_merged:
             backbone.attach_osme("previous", excitations, reductions[1], osme_placement, gating)
         if gates == "spatial":
-            backbone.attach_assignment(num_parts, detach_assignment, whole)
+            backbone.attach_assignment(num_parts, detach_assignment, whole, detach_shares)
         backbone.drop_head()
         self.heads["last"] = nn.Linear(excitations * last, num_classes)
         if use_previous:
@@ -335,6 +351,10 @@ class CrossX(Method):
         """Return the part features of all heads, concatenated, (B, D)."""
         # heads x (B, P, C) -> (B, sum of P*C)
         return torch.cat([pooled.flatten(1) for pooled in self.part_features(images).values()], 1)
+
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the prototypes of spatial gates."""
+        return {"backbone.assignment.": self.assignment_lr_factor}
 
     def linear_heads(self) -> dict[str, nn.Linear]:
         """Return the heads in the order of ``part_features``."""

@@ -74,6 +74,11 @@ class PartTerms:
         """Whether a term is on what the gates do to a stage's map, which a shortcut would bypass."""
         return any((*self.separation.values(), *self.presence.values()))
 
+    def on_shares(self, stages: Sequence[str]) -> bool:
+        """Whether a term trains the prototypes of spatial gates on these stages; see ``of_shares``."""
+        of_stages = (weights[stage] for weights in (self.separation, self.presence) for stage in stages)
+        return any((self.concentration, self.border, *of_stages))
+
     def of_gates(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``separation_*`` and ``presence_*``: what the gates do to maps U that these terms do not train.
 

@@ -91,7 +91,8 @@ def parameter_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]
 
     New layers train at ``lr * new_layers_lr_factor``, times the method's own factor (``Method.lr_factors``), the i-th
     of a trunk's n layer groups (from the input) at ``lr * layer_decay ** (n - i)``. Gates, heads and other layers that
-    were taken from another network are not new: they train at ``lr``, or at the rate of new layers if that is lower.
+    were taken from another network are not new: they train at ``lr``, or at the rate of new layers if that is lower,
+    times the same factor of the method.
     Norm scales and biases are not decayed unless ``decay_norm_and_bias``.
 
     Raises:
@@ -198,11 +199,11 @@ def _lr_factors(method: Method, config: OptimConfig) -> dict[int, float]:
     new = {id(parameter) for parameter in method.new_parameters()}
     own = method.lr_factors()
     for name, parameter in method.named_parameters():
+        factor = next((own[prefix] for prefix in own if name.startswith(prefix)), 1.0)
         if id(parameter) in new:
-            factor = next((own[prefix] for prefix in own if name.startswith(prefix)), 1.0)
             factors[id(parameter)] = config.new_layers_lr_factor * factor
         elif method.taken is not None and id(parameter) not in factors:
-            factors[id(parameter)] = min(1.0, config.new_layers_lr_factor)
+            factors[id(parameter)] = min(1.0, config.new_layers_lr_factor) * factor
     return factors
 
 
