@@ -132,7 +132,7 @@ def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):
             folder = output / name / f"tune-{number}" if number else output / name
-            config = replace(config, seed=seed, output=str(folder / f"seed-{seed}"))
+            config = replace(config, other_methods={}, seed=seed, output=str(folder / f"seed-{seed}"))
             trials.append(Trial(name, seed, config, number))
     for trial in trials:
         _check_same(trial)
