@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Coverage, Folder
+from crossx.data.catalog import dataset_title
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
@@ -69,9 +70,10 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """Print what ``test_run`` returned for the run at ``path``."""
     folder, split = open_run(path)[0].path, results["split"]
     low_high = results["intervals"]
+    dataset = dataset_title(results["dataset"], results.get("data_root"))
     print(
         fold(
-            f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+            f"{results['method']} ({results['backbone']}) on {dataset}, {split}: "
             f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}",
             hanging="  ",
         )

@@ -21,12 +21,19 @@ def result_notices(results: Mapping[str, Any]) -> list[str]:
             else "the weights of its last checkpoint"
         )
         notices.append(f"The run is not finished ({results['run_status']}): these are {which}.")
+    seen, images = results.get("seen_images") or 0, results.get("n") or 0
     if results.get("seen_in_training"):
-        notices.append("These images were trained on: the numbers say nothing about new images.")
+        which = f"{seen} of these {images} images" if 0 < seen < images else "These images"
+        notices.append(f"{which} were trained on: the numbers say nothing about new images.")
     elif _calibrated_on(results):
         notices.append(
             "These images were calibrated on: the calibration error with the temperature, the images kept and the "
             "coverage say nothing about new images."
+        )
+    if seen and not results.get("seen_in_training"):
+        were = "image was" if seen == 1 else "images were"
+        notices.append(
+            f"{seen} of these {images} {were} trained on, so that the numbers are too high for new images."
         )
     return notices
 

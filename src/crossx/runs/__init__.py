@@ -11,6 +11,7 @@
       checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
       checkpoints/SHA256SUMS    checksums of the three
       exclude.csv               the images that `--data.exclude` left out
+      images.npy                fingerprints of the training images, which `crossx test` recognises
       neighbors.npz             features of the training images, for `crossx neighbors`
       test.json ...             written by `crossx test`
 """

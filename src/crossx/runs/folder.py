@@ -64,6 +64,7 @@ class Run:
     checkpoints = _File("checkpoints")
     best = _File("checkpoints/best.ckpt")
     excluded = _File("exclude.csv")
+    images = _File("images.npy")
     neighbors = _File("neighbors.npz")
     profile = _File("profile.json")
     last = _File("checkpoints/last.ckpt")
