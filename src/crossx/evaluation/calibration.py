@@ -394,8 +394,8 @@ def calibrate_run(
     seen, images = subject.count_trained(), len(data.index.split(split))
     if is_most(seen, images):
         raise CrossXError(
-            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with "
-            "--data.root and --data.dataset, or --split test."
+            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with --data.root "
+            f"and --data.dataset{'' if split == 'test' else ', or --split test'}."
         )
     if seen:
         log.warning(

@@ -31,9 +31,9 @@ def result_notices(results: Mapping[str, Any]) -> list[str]:
             "coverage say nothing about new images."
         )
     if seen and not results.get("seen_in_training"):
-        were = "image was" if seen == 1 else "images were"
+        were = "was" if seen == 1 else "were"
         notices.append(
-            f"{seen} of these {images} {were} trained on, so that the numbers are too high for new images."
+            f"{seen} of these {images} images {were} trained on, so that the numbers are too high for new images."
         )
     return notices
 

@@ -12,7 +12,6 @@ from crossx.data.catalog import OWN_DATA
 from crossx.data.config import DataConfig
 from crossx.data.fingerprints import fingerprints
 from crossx.data.index import DatasetIndex
-from crossx.errors import first_line
 from crossx.evaluation.data import trained_splits
 from crossx.runs import ModelSpec, Run, atomic_path
 
@@ -82,11 +81,7 @@ def _read(run: Run) -> NDArray[np.uint64] | None:
             known: NDArray[np.uint64] = np.load(file, allow_pickle=False)
         if known.dtype != np.uint64 or known.ndim != 1:
             raise ValueError(f"{known.dtype} {known.shape}")
-    except Exception as error:  # numpy has many
-        log.warning(
-            "%s: damaged (%s): training images are known by their dataset only.",
-            run.images,
-            first_line(error),
-        )
+    except Exception:  # numpy has many, with advice for other files
+        log.warning("%s: damaged: the images trained on are known by their dataset only.", run.images)
         return None
     return known
