@@ -114,11 +114,44 @@ def test_results_are_those_of_the_weights(tmp_path: Path) -> None:
         (("checkpoints/last.ckpt",), "checkpoints/last.ckpt"),
     ],
 )
-def test_run_folder_gives_its_best_weights(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
+@pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+def test_run_folder_gives_its_best_weights(
+    tmp_path: Path, files: tuple[str, ...], expected: str, status: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_run(tmp_path, *files)
-    assert open_run(tmp_path) == (run, tmp_path / expected)
+    write_json(run.info, {"status": status})
+    for _ in range(2):
+        assert open_run(tmp_path) == (run, tmp_path / expected)
+    # once, however often it is opened
+    warned = [message for message in caplog.messages if f"not finished ({status}): these are" in message]
+    assert len(warned) == (expected != "model.safetensors")
+    assert all(f"weights of {expected}. `crossx fit --resume " in message for message in warned)
     for file in files:
         assert open_run(tmp_path / file) == (run, tmp_path / file)
+
+
+@pytest.mark.parametrize("status", ["finished", "imported", None])
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (("checkpoints/best.ckpt", "checkpoints/last.ckpt"), "`crossx fit --resume {run}` restores it"),
+        (("checkpoints/last.ckpt",), "`crossx fit --resume {run}` restores it"),
+        (("checkpoints/best.ckpt",), "Put back a copy of it, or give {run}/checkpoints/best.ckpt"),
+    ],
+)
+def test_a_checkpoint_is_not_taken_for_the_model_of_a_finished_run(
+    tmp_path: Path, files: tuple[str, ...], remedy: str, status: str | None
+) -> None:
+    run = make_run(tmp_path, *files)
+    if status:
+        write_json(run.info, {"status": status})
+    message = refusal(open_run, tmp_path)
+    assert message.startswith(f"{run.weights}: no such file, and ")
+    assert remedy.format(run=tmp_path) in message
+    for file in files:
+        assert open_run(tmp_path / file) == (run, tmp_path / file)
+    write_text(run.weights, "weights")
+    assert open_run(tmp_path) == (run, run.weights)
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])

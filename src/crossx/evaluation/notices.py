@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-FINAL_STATUS = ("finished", "imported", None)
+from crossx.runs import COMPLETE
+
+FINAL_STATUS = (*COMPLETE, None)
 """Status of runs with nothing left to train; None: a folder without run.json."""
 
 
@@ -18,7 +20,7 @@ def result_notices(results: Mapping[str, Any]) -> list[str]:
         which = (
             "those from before it was trained for longer"
             if extended
-            else "the weights of its last checkpoint"
+            else f"those of {results.get('weights') or 'its last checkpoint'}"
         )
         notices.append(f"The run is not finished ({results['run_status']}): these are {which}.")
     seen, images = results.get("seen_images") or 0, results.get("n") or 0

@@ -33,6 +33,7 @@ from crossx.runs.files import (
     write_text,
 )
 from crossx.runs.folder import (
+    COMPLETE,
     EXPORT_SUFFIXES,
     EXPORTED,
     PREDICTS_ALONE,
@@ -47,6 +48,7 @@ from crossx.runs.locks import is_lock, lock_holder, locked_folder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
+    "COMPLETE",
     "EXPORTED",
     "EXPORT_SUFFIXES",
     "PACKAGES",
