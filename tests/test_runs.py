@@ -6,6 +6,7 @@ import platform
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from crossx.runs import (
     Preprocessing,
     Run,
     atomic_path,
+    check_output_file,
     environment,
     locked_folder,
     open_run,
@@ -267,14 +269,58 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
 
 
-def test_no_permission_in_a_run_suggests_no_other_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "model.json", "run.json", "metrics.csv", "images.npy", "neighbors.npz", ".lock"),
+        *("checkpoints", "checkpoints/last.ckpt", "tensorboard/events", "test.json", "val_parts.json"),
+        *("test_against_other run.json", "test", "test/predictions.npz", "train/confusion.png"),
+    ],
+)
+def test_what_a_run_writes_itself_has_no_other_output(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "run")
+    for number, own, other in (
+        (errno.EACCES, "Copy the run to a folder of your own.", "Choose another --output."),
+        (errno.ENOTDIR, "Move it away.", "Choose another --output."),
+    ):
+        error = OSError(number, os.strerror(number))
+        assert str(storage_error(tmp_path / "run" / name, error)).endswith(own)
+        # where there is no run
+        assert str(storage_error(tmp_path / "out" / name, error)).endswith(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run",
+        "run/mine.onnx",
+        "run/exports",
+        "run/test/mine.csv",
+        "run/test/report.html",
+        "run/pages/a/b.html",
+    ],
+)
+def test_what_is_written_into_a_run_by_choice_may_go_elsewhere(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / "run")
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    for name in ("run", "run/test.json", "run/test/report.html", "run/checkpoints/last.ckpt"):
-        line = str(storage_error(tmp_path / name, error))
-        assert line.endswith("no permission to write there. Copy the run to a folder of your own.")
-    for name in ("out", "out/run.csv", "out.csv"):
-        assert str(storage_error(tmp_path / name, error)).endswith("Choose another --output.")
+    assert str(storage_error(tmp_path / name, error)).endswith("to write there. Choose another --output.")
+    line = str(storage_error(tmp_path / "run", error, tmp_path / name, "--features"))
+    assert line == f"{tmp_path / 'run'}: no permission to write there. Choose another --features."
+
+
+def test_the_remedy_is_that_of_the_file_not_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(tempfile, "TemporaryFile", deny)
+    assert "Copy the run" in refusal(check_output_file, run.path / "test.json")
+    assert "another --output" in refusal(check_output_file, run.path / "mine.onnx")
+    assert "another --features" in refusal(check_output_file, run.path / "f.parquet", "--features")
+    with pytest.raises(CrossXError, match="Copy the run"), locked_folder(run.path, "training in it"):
+        pass
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

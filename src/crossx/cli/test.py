@@ -171,9 +171,9 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
         raise UsageError(
             f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
         )
-    for path in (run, against):
-        if not is_tested(path, split, data):
-            print_results(path, test_run(path, split, data, device))
+    # of both before a test, which may take minutes
+    for path in [path for path in (run, against) if not is_tested(path, split, data)]:
+        print_results(path, test_run(path, split, data, device))
     result, target = compare(run, against, split)
     low, high = result["interval"]["difference"]
     text = (

@@ -131,6 +131,7 @@ def test_run(
         require_images(Path(unknown))
     with step("Loading the network"):
         subject = Subject.open(path, **options)
+    subject.check_outputs(f"{subject.split}.json", f"{subject.split}/predictions.npz")
     data, spec, split = subject.data, subject.spec, subject.split
     if coverage is not None:
         least_probability(spec.sets, KEY, coverage, subject.run.path)

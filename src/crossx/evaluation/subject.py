@@ -21,7 +21,7 @@ from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.training_images import count_trained, is_most
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
-from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
+from crossx.runs import ModelSpec, Run, check_output_file, check_writable, environment, open_run
 
 
 class SubjectOptions(DataOptions, total=False):
@@ -89,7 +89,7 @@ class Subject:
             raise unknown("split", split, SPLITS)
         run, weights = open_run(path)
         folder = run.results_folder(output)
-        check_writable(folder)
+        check_writable(folder, folder / run.info.name)
         chosen = select_device(device)
         method, spec = load_method(path)
         info = run.read_info()
@@ -105,6 +105,17 @@ class Subject:
     def network(self) -> TorchNetwork:
         """The network on ``device``; it takes the loaders' bytes."""
         return TorchNetwork(self.method, self.data.normalize, self.device)
+
+    def check_outputs(self, *names: str) -> None:
+        """Check that files in the output folder can be written, before the work.
+
+        Raises:
+            CrossXError: If one cannot.
+        """
+        for path in [self.output / name for name in names]:
+            if path.is_dir():
+                raise CrossXError(f"{path}: a folder where a file is to be written. Move it away.")
+            check_output_file(path)
 
     def count_trained(self, found: NDArray[np.uint64] | None = None) -> int:
         """Return how many of these images the network was trained on, see ``training_images.count_trained``."""

@@ -44,7 +44,7 @@ def locked_folder(folder: Path, work: str) -> Iterator[None]:
     # slow to import, and most commands need no lock
     from filelock import FileLock, Timeout
 
-    check_writable(folder)
+    check_writable(folder, folder / LOCK)
     path = folder / LOCK
     with contextlib.ExitStack() as stack:
         try:

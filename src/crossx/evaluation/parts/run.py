@@ -50,6 +50,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
     """
     subject = Subject.open(path, **options)
     split = subject.split
+    subject.check_outputs(f"{split}_parts.json", f"{split}/parts.png")
     subject.data.check_images([split])
     records = subject.data.index.split(split)
     places = _locate(records, subject)
