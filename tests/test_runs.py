@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import stat
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from crossx.runs import (
     locked_folder,
     open_run,
     read_json,
+    stop_holder,
     storage_error,
     user_path,
     write_json,
@@ -385,6 +387,33 @@ def test_a_folder_is_locked_until_its_process_ends_also_after_a_kill(tmp_path: P
     assert [file.name for file in folder.iterdir()] == [".lock"]
     enter(folder)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/locks").is_file(), reason="only Linux tells which process has a lock")
+def test_the_process_that_has_a_lock_can_be_asked_to_end(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert not stop_holder(folder)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        lock = folder / ".lock"
+        written = lock.read_text()
+        # of another machine, of another process, and not written yet
+        for other in (
+            written.replace(platform.node(), "elsewhere"),
+            f"process 1 on {platform.node()}, since",
+            "",
+        ):
+            lock.write_text(other)
+            assert not stop_holder(folder)
+        assert process.poll() is None
+        lock.write_text(written)
+        assert stop_holder(folder)
+        assert process.wait() == -signal.SIGTERM
+    # what a killed process leaves
+    assert lock.read_text() == written
+    assert not stop_holder(folder)
 
 
 def enter(folder: Path) -> None:

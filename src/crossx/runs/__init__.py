@@ -44,7 +44,7 @@ from crossx.runs.folder import (
     open_run,
     resume_command,
 )
-from crossx.runs.locks import is_lock, lock_holder, locked_folder
+from crossx.runs.locks import is_lock, lock_holder, locked_folder, stop_holder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "read_json",
     "read_results",
     "resume_command",
+    "stop_holder",
     "storage_error",
     "user_path",
     "write_json",
