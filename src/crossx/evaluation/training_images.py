@@ -48,7 +48,7 @@ def count_trained(
         found: Fingerprints of the images of the split, if they are known already.
     """
     records = index.split(split)
-    known = _read(run)
+    known = read_training_images(run)
     if known is not None:
         found = fingerprints([record.path for record in records]) if found is None else found
         seen = int(np.isin(found, known).sum())
@@ -73,7 +73,8 @@ def _is_own_folder(run: Run, config: DataConfig, images: int, split: str) -> boo
     return same_folder or (info.get("images") or {}).get(split) == images
 
 
-def _read(run: Run) -> NDArray[np.uint64] | None:
+def read_training_images(run: Run) -> NDArray[np.uint64] | None:
+    """Return the fingerprints of the images that a run was trained on, (N,), each once; None if it has none."""
     if not run.images.is_file():
         return None
     try:
