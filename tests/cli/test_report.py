@@ -39,7 +39,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run", "--data.root", "images", *QUICK]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("crossx (test_resnet) on folder, test: 6 images")
+    assert lines[0].startswith("crossx (test_resnet) on folder images, test: 6 images")
     assert lines[-1].startswith("report: run/test/report.html (")
     page = Path("run/test/report.html").read_text(encoding="utf-8")
     # 6 images with 2 parts on 3 stages, each in its section and in at most one pair for each role

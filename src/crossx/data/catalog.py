@@ -16,7 +16,6 @@ from crossx.data.config import DataConfig
 from crossx.data.index import DatasetIndex
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.runs import user_path
-from crossx.schema.base import shown
 from crossx.suggestions import nearest
 from crossx.yaml import load_yaml
 
@@ -165,6 +164,9 @@ def dataset_title(name: str, root: str | Path | None) -> str:
     """Return the name of a dataset; one of ``OWN_DATA`` with that of its folder or file: ``folder photos``."""
     if name not in OWN_DATA or root is None:
         return name
+    # imports pydantic
+    from crossx.schema.base import shown
+
     return f"{name} {shown(Path(os.path.abspath(root)).name)}"
 
 
