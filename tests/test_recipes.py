@@ -341,6 +341,41 @@ def test_a_file_that_returns_to_the_method_of_a_base_has_its_options(tmp_path: P
         assert (config.model.options["num_parts"], config.model.options["reduction"]) == (5, 8)
 
 
+def test_options_are_those_of_their_method(tmp_path: Path) -> None:
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text(
+        "model: {method: pn_cnn, margin: 1.5}\nother_methods: {nts: {margin: 0.9, dropout: 0.1}}\n"
+    )
+    mine.write_text(
+        f"base: {base}\nother_methods: {{nts: {{dropout: 0.2}}, dfl: {{}}, pn_cnn: {{margin: 1.25}}}}\n"
+    )
+    assert Config.from_recipe(mine).model.options == {"margin": 1.25}
+    assert Config.from_recipe(mine, model={"method": "nts"}).model.options == {"margin": 0.9, "dropout": 0.2}
+    # a margin of another loss
+    assert Config.from_recipe(mine, model={"method": "ra_cnn"}).model.options == {}
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(f"base: [{base}, quickstart]\n")
+    second.write_text(f"base: [quickstart, {base}]\n")
+    assert Config.from_recipe(first).model.options == Config.from_recipe("quickstart").model.options
+    assert Config.from_recipe(second).model.options == {"margin": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[plain]", "other_methods: line 2 is not a mapping"),
+        ("{plain: 3}", "other_methods: plain: line 2 is not a mapping"),
+        ("{dfl: {backbone: resnet18}}", "other_methods: dfl: backbone is no option of a method"),
+        ("{dfl: {num_filter: 3}}", "unknown option '--model.num_filter'"),
+    ],
+)
+def test_wrong_options_of_other_methods_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(f"base: finetune_fast\nother_methods: {text}\n")
+    with pytest.raises(UsageError, match=message):
+        parse_fit(["--config", str(wrong), "--model.method", "dfl"])
+
+
 def test_a_method_that_is_no_text_is_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("base: finetune_fast\nmodel: {method: [crossx]}\n")
@@ -445,8 +480,11 @@ settings = st.builds(Setting, values, st.lists(comments, max_size=2).map(tuple),
 @given(st.dictionaries(st.tuples(st.sampled_from(recipes.SECTIONS), names), settings, max_size=6))
 @example({("model", name): Setting(1) for name in ("no", "on", "null", "true", "y", "_")})
 def test_any_recipe_survives_printing(drawn: dict[recipes.Key, Setting]) -> None:
-    recipe = Recipe("drawn", settings=drawn)
-    assert dict(recipes._parse("drawn", recipe.to_yaml()).settings) == drawn
+    options = {key: setting for key, setting in drawn.items() if recipes.is_method_option(key)}
+    recipe = Recipe("drawn", settings=drawn, others={"no": options, "dfl": options} if options else {})
+    again = recipes._parse("drawn", recipe.to_yaml())
+    assert dict(again.settings) == drawn
+    assert again.others == recipe.others
 
 
 def test_a_base_that_is_not_there_names_the_file(tmp_path):

@@ -3,9 +3,11 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from crossx.runs import (
     Preprocessing,
     Run,
     atomic_path,
+    check_output_file,
     environment,
     locked_folder,
     open_run,
     read_json,
+    stop_holder,
     storage_error,
     user_path,
     write_json,
@@ -114,11 +118,44 @@ def test_results_are_those_of_the_weights(tmp_path: Path) -> None:
         (("checkpoints/last.ckpt",), "checkpoints/last.ckpt"),
     ],
 )
-def test_run_folder_gives_its_best_weights(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
+@pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+def test_run_folder_gives_its_best_weights(
+    tmp_path: Path, files: tuple[str, ...], expected: str, status: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_run(tmp_path, *files)
-    assert open_run(tmp_path) == (run, tmp_path / expected)
+    write_json(run.info, {"status": status})
+    for _ in range(2):
+        assert open_run(tmp_path) == (run, tmp_path / expected)
+    # once, however often it is opened
+    warned = [message for message in caplog.messages if f"not finished ({status}): these are" in message]
+    assert len(warned) == (expected != "model.safetensors")
+    assert all(f"weights of {expected}. `crossx fit --resume " in message for message in warned)
     for file in files:
         assert open_run(tmp_path / file) == (run, tmp_path / file)
+
+
+@pytest.mark.parametrize("status", ["finished", "imported", None])
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (("checkpoints/best.ckpt", "checkpoints/last.ckpt"), "`crossx fit --resume {run}` restores it"),
+        (("checkpoints/last.ckpt",), "`crossx fit --resume {run}` restores it"),
+        (("checkpoints/best.ckpt",), "Put back a copy of it, or give {run}/checkpoints/best.ckpt"),
+    ],
+)
+def test_a_checkpoint_is_not_taken_for_the_model_of_a_finished_run(
+    tmp_path: Path, files: tuple[str, ...], remedy: str, status: str | None
+) -> None:
+    run = make_run(tmp_path, *files)
+    if status:
+        write_json(run.info, {"status": status})
+    message = refusal(open_run, tmp_path)
+    assert message.startswith(f"{run.weights}: no such file, and ")
+    assert remedy.format(run=tmp_path) in message
+    for file in files:
+        assert open_run(tmp_path / file) == (run, tmp_path / file)
+    write_text(run.weights, "weights")
+    assert open_run(tmp_path) == (run, run.weights)
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
@@ -234,14 +271,58 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
 
 
-def test_no_permission_in_a_run_suggests_no_other_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "model.json", "run.json", "metrics.csv", "images.npy", "neighbors.npz", ".lock"),
+        *("checkpoints", "checkpoints/last.ckpt", "tensorboard/events", "test.json", "val_parts.json"),
+        *("test_against_other run.json", "test", "test/predictions.npz", "train/confusion.png"),
+    ],
+)
+def test_what_a_run_writes_itself_has_no_other_output(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "run")
+    for number, own, other in (
+        (errno.EACCES, "Copy the run to a folder of your own.", "Choose another --output."),
+        (errno.ENOTDIR, "Move it away.", "Choose another --output."),
+    ):
+        error = OSError(number, os.strerror(number))
+        assert str(storage_error(tmp_path / "run" / name, error)).endswith(own)
+        # where there is no run
+        assert str(storage_error(tmp_path / "out" / name, error)).endswith(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run",
+        "run/mine.onnx",
+        "run/exports",
+        "run/test/mine.csv",
+        "run/test/report.html",
+        "run/pages/a/b.html",
+    ],
+)
+def test_what_is_written_into_a_run_by_choice_may_go_elsewhere(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / "run")
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    for name in ("run", "run/test.json", "run/test/report.html", "run/checkpoints/last.ckpt"):
-        line = str(storage_error(tmp_path / name, error))
-        assert line.endswith("no permission to write there. Copy the run to a folder of your own.")
-    for name in ("out", "out/run.csv", "out.csv"):
-        assert str(storage_error(tmp_path / name, error)).endswith("Choose another --output.")
+    assert str(storage_error(tmp_path / name, error)).endswith("to write there. Choose another --output.")
+    line = str(storage_error(tmp_path / "run", error, tmp_path / name, "--features"))
+    assert line == f"{tmp_path / 'run'}: no permission to write there. Choose another --features."
+
+
+def test_the_remedy_is_that_of_the_file_not_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(tempfile, "TemporaryFile", deny)
+    assert "Copy the run" in refusal(check_output_file, run.path / "test.json")
+    assert "another --output" in refusal(check_output_file, run.path / "mine.onnx")
+    assert "another --features" in refusal(check_output_file, run.path / "f.parquet", "--features")
+    with pytest.raises(CrossXError, match="Copy the run"), locked_folder(run.path, "training in it"):
+        pass
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
@@ -306,6 +387,33 @@ def test_a_folder_is_locked_until_its_process_ends_also_after_a_kill(tmp_path: P
     assert [file.name for file in folder.iterdir()] == [".lock"]
     enter(folder)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/locks").is_file(), reason="only Linux tells which process has a lock")
+def test_the_process_that_has_a_lock_can_be_asked_to_end(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert not stop_holder(folder)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        lock = folder / ".lock"
+        written = lock.read_text()
+        # of another machine, of another process, and not written yet
+        for other in (
+            written.replace(platform.node(), "elsewhere"),
+            f"process 1 on {platform.node()}, since",
+            "",
+        ):
+            lock.write_text(other)
+            assert not stop_holder(folder)
+        assert process.poll() is None
+        lock.write_text(written)
+        assert stop_holder(folder)
+        assert process.wait() == -signal.SIGTERM
+    # what a killed process leaves
+    assert lock.read_text() == written
+    assert not stop_holder(folder)
 
 
 def enter(folder: Path) -> None:

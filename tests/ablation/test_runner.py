@@ -12,7 +12,7 @@ import pytest
 
 import layouts
 from crossx.ablation import runner
-from crossx.ablation.runner import Trial, check_trials, divide_machine, plan, run_trials
+from crossx.ablation.runner import Processes, Trial, check_trials, divide_machine, plan, run_trials
 from crossx.ablation.suite import load_suite
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import locked_folder
@@ -138,6 +138,24 @@ def test_a_training_that_outlived_its_command_is_waited_for(
     # it is not trained again
     assert [words[1] for words in asked(command)] == ["test", "ended"]
     assert f"another process is training in it (process {os.getpid()} on " in caplog.text
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_training_of_a_killed_command_is_stopped_when_it_is_hopeless(
+    command: Path, monkeypatch: pytest.MonkeyPatch, reached: bool
+) -> None:
+    monkeypatch.setattr(runner, "WATCHED_EVERY", 0.01)
+    [trial] = trials(command, 0)
+    trial.run.config.parent.mkdir(parents=True)
+    trial.run.config.touch()
+    looks, asked_to_end = iter([" (process 7)"] * 4), []
+    monkeypatch.setattr(runner, "lock_holder", lambda folder: next(looks, None))
+    monkeypatch.setattr(runner, "stop_holder", lambda folder: asked_to_end.append(folder) or reached)
+    hopeless = iter([False, True, True])
+    assert Processes(1).run(trial, test=False, watch=lambda: next(hopeless, False)) is None
+    # a process elsewhere is asked again, and its training then continued until it is hopeless here
+    assert asked_to_end == [trial.run.path] * (1 if reached else 2)
+    assert (command / "a/asked").exists() != reached
 
 
 @pytest.mark.parametrize("ends", [True, False])

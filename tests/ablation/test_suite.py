@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from crossx.ablation.suite import list_suites, load_suite
+from crossx.cli.fit_options import parse_fit
+from crossx.cli.main import main
 from crossx.errors import UsageError
-from crossx.methods import create_method
+from crossx.methods import create_method, method_options
 from crossx.training.config import Config, ModelConfig, OptimConfig
 
 BASE = Config(
@@ -85,6 +87,34 @@ def test_a_variant_keeps_what_it_does_not_change_and_another_method_keeps_no_opt
     assert configs["c3s"][0].model.options["num_parts"] == 3
     assert configs["c3s"][0].seed == 7
     assert BASE.model.options == {"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}
+
+
+@pytest.mark.parametrize(("recipe", "method"), [("finetune_fast", "crossx"), ("finetune", "fcan")])
+def test_a_variant_has_the_options_that_every_other_way_gives_its_method(
+    recipe: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, derived, printed, typed = (
+        tmp_path / f"{name}.yaml" for name in ("suite", "own", "printed", "typed")
+    )
+    suite.write_text(f"variants: {{a: {{model: {{method: {method}}}}}}}")
+    derived.write_text(f"base: {recipe}\nmodel: {{method: {method}}}\n")
+    assert main(["recipes", recipe]) == 0
+    printed.write_text(capsys.readouterr().out)
+    assert main(["fit", "--config", recipe, "--print_config"]) == 0
+    typed.write_text(capsys.readouterr().out)
+
+    def options(config: Config) -> dict[str, object]:
+        model = replace(config.model, options={**method_options(method), **config.model.options})
+        return model.to_dict()
+
+    expected = options(Config.from_recipe(derived))
+    variants = load_suite(suite)
+    for file in (recipe, printed, typed):
+        assert options(Config.from_recipe(file, model={"method": method})) == expected
+        assert options(parse_fit(["--config", str(file), "--model.method", method]).config) == expected
+        assert options(variants.configure(parse_fit(["--config", str(file)]).config)["a"][0]) == expected
+    other = parse_fit(["--config", recipe, "--model.method", "dfl"]).config
+    assert options(variants.configure(other)["a"][0]) == expected
 
 
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:

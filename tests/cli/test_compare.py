@@ -17,7 +17,9 @@ from crossx.training.config import Config
 CLASSES = 4
 
 
-def write_run(folder: Path, correct: list[bool], dataset: str = "cub") -> None:
+def write_run(
+    folder: Path, correct: list[bool], dataset: str = "cub", root: str | None = None, first: int = 0
+) -> None:
     """Write what a trained and tested run holds, as far as a comparison reads it."""
     n = len(correct)
     write_json(folder / "model.json", {})
@@ -26,7 +28,10 @@ def write_run(folder: Path, correct: list[bool], dataset: str = "cub") -> None:
     guesses = np.where(correct, targets, (targets + 1) % CLASSES)
     logits = np.eye(CLASSES, dtype=np.float32)[guesses]
     paths = np.array([f"{index}.jpg" for index in range(n)])
-    Predictions(logits, targets, paths, np.array(list("abcd"))).save(predictions_path(folder, "test"))
+    contents = None if root is None else np.arange(first, first + n, dtype=np.uint64)
+    Predictions(logits, targets, paths, np.array(list("abcd")), contents).save(
+        predictions_path(folder, "test")
+    )
     accuracy = sum(correct) / n
     results = {"top1": accuracy, "top5": 1.0, "class_mean": accuracy, "ece": 0.02, "n": n}
     results |= {
@@ -34,6 +39,7 @@ def write_run(folder: Path, correct: list[bool], dataset: str = "cub") -> None:
         "method": "crossx",
         "backbone": "local-dir:/home/me/resnet",
     }
+    results |= {"data_root": root} if root else {}
     results |= {"dataset": dataset, "num_classes": CLASSES, "seed": 3, "preprocessing": {"image_size": 160}}
     write_json(folder / "test.json", results)
 
@@ -58,7 +64,8 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "one", "two", "other"]) == 0
-    one, two, other = table(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    one, two, other = table(printed)
     assert (one["run"], one["backbone"], one["images"]) == ("one", "resnet", "8")
     assert one["top-1 (95%)"].startswith("50.00 ")
     # of four classes it would be 100%
@@ -67,6 +74,37 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     # three of three discordant images are the second's: 2 / 2^3
     assert two["p"] == "0.25"
     assert other["Δ first (95%)"] == "–"
+    assert "note: other was not tested on the images of one: do not compare" in printed
+
+
+def test_folders_are_told_apart_and_other_images_are_noted(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = [True, False, True, True]
+    for name, root, first in (
+        ("a", "x/birds", 0),
+        ("moved", "photos", 0),
+        ("b", "y/birds", 7),
+        ("c", "table.csv", 9),
+    ):
+        write_run(Path(name), right, "table" if root.endswith("csv") else "folder", root, first)
+    assert main(["compare", "a", "moved"]) == 0
+    printed = capsys.readouterr().out
+    assert [row["dataset"] for row in table(printed)] == ["folder birds", "folder photos"]
+    assert "note" not in printed
+    assert main(["compare", "a", "moved", "b", "c"]) == 0
+    printed = capsys.readouterr().out
+    rows = table(printed)
+    assert [row["dataset"] for row in rows] == [
+        f"folder {place / 'x' / 'birds'}",
+        "folder photos",
+        f"folder {place / 'y' / 'birds'}",
+        "table table.csv",
+    ]
+    assert [row["p"] for row in rows] == ["–", "1", "–", "–"]
+    notes = [line for line in printed.splitlines() if line.startswith("note")]
+    assert len(notes) == 1
+    assert "b, c were not tested on the images of a" in notes[0]
 
 
 def test_top5_is_left_out_where_the_results_have_none(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import layouts
+from crossx.cli import report
 from crossx.cli.main import main
 from crossx.errors import CrossXError
 from crossx.report.examples import Similar, similar_tiles
@@ -39,12 +40,53 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run", "--data.root", "images", *QUICK]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("crossx (test_resnet) on folder, test: 6 images")
+    assert lines[0].startswith("crossx (test_resnet) on folder images, test: 6 images")
     assert lines[-1].startswith("report: run/test/report.html (")
     page = Path("run/test/report.html").read_text(encoding="utf-8")
     # 6 images with 2 parts on 3 stages, each in its section and in at most one pair for each role
     assert page.count("data:image/webp") >= 6 * 7
     assert "robin/" in page
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "remedy"),
+    [
+        *(
+            ("metrics.json", damage, "Move it away for a page without the curves of the training.")
+            for damage in ("", "[]", '{"epochs": 3}', '{"epochs": [{"epoch": "one"}]}')
+        ),
+        ("test_parts.json", "{", "`crossx test run --parts --split test` writes it again."),
+        ("test_parts.json", "[]", "`crossx test run --parts --split test` writes it again."),
+        ("test.json", "{", "Write it again with `crossx test`."),
+        ("test.json", '{"top1": "high"}', "Write it again with `crossx test`."),
+    ],
+)
+def test_what_a_page_needs_is_read_before_the_test(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    damage: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(report, "test_run", lambda *_, **__: pytest.fail("tested"))
+    Path("run", file).write_text(damage)
+    assert main(["report", "run", *QUICK]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"crossx report: error: run/{file}: not ")
+    assert line.endswith(remedy)
+
+
+@pytest.mark.parametrize("words", [[], ["--parts"]])
+def test_a_folder_in_the_place_of_the_results_is_found_before_the_test(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("crossx.data.datamodule.DataModule.check_images", lambda *_: pytest.fail("read"))
+    for name in ("test.json", "test_parts.json"):
+        Path("run", name).mkdir()
+    assert main(["test", "run", *words, "--data.root", "images", *QUICK]) == 1
+    name = "test_parts.json" if words else "test.json"
+    assert f"run/{name}: a folder where a file is to be written. Move it away." in capsys.readouterr().err
 
 
 def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:

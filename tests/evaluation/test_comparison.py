@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossx.errors import CrossXError
-from crossx.evaluation.comparison import compare_runs, mcnemar_exact
+from crossx.evaluation.comparison import OtherImagesError, compare_runs, mcnemar_exact
 from crossx.evaluation.predictions import Predictions, predictions_path
 
 CLASSES = ("auk", "jay", "owl")
@@ -20,12 +20,12 @@ def test_mcnemar_is_the_binomial_tail(only_a, only_b):
     assert mcnemar_exact(only_a, only_b) == pytest.approx(min(1, 2 * tail))
 
 
-def write_run(folder, predictions, targets, paths, classes=CLASSES, split="test"):
+def write_run(folder, predictions, targets, paths, classes=CLASSES, split="test", contents=None):
     folder.mkdir(exist_ok=True)
     (folder / "model.json").write_text("{}")
     (folder / "model.safetensors").touch()
     logits = np.eye(len(classes), dtype=np.float32)[predictions]
-    answers = Predictions(logits, np.array(targets), np.array(paths), np.array(classes))
+    answers = Predictions(logits, np.array(targets), np.array(paths), np.array(classes), contents)
     answers.save(predictions_path(folder, split))
     return folder
 
@@ -78,6 +78,26 @@ def test_other_images_are_refused(tmp_path, images):
         CrossXError, match=r"\(60 images\).*\(59\).*same images.*Only one of them has .*/0\.jpg"
     ):
         compare_runs(a, b)
+
+
+def test_images_of_the_same_names_must_be_the_same_files(tmp_path, images):
+    targets, paths = images
+    contents = np.arange(60, dtype=np.uint64)
+    a = write_run(tmp_path / "a", targets, targets, paths, contents=contents)
+    order = np.random.default_rng(0).permutation(60)
+    same = write_run(
+        tmp_path / "same", targets[order], targets[order], np.array(paths)[order], contents=contents[order]
+    )
+    assert compare_runs(a, same)["difference"] == 0
+    changed = contents.copy()
+    changed[[7, 9]] += 100
+    b = write_run(tmp_path / "b", targets, targets, paths, contents=changed)
+    with pytest.raises(OtherImagesError, match=r"of 60 names 2 are of other files, such as .*\.jpg"):
+        compare_runs(a, b)
+    # tested by an earlier version
+    old = write_run(tmp_path / "old", targets, targets, paths)
+    assert compare_runs(a, old)["n"] == 60
+    assert Predictions.load(predictions_path(a, "test"), a, "test").contents.tolist() == contents.tolist()
 
 
 def test_other_labels_are_refused(tmp_path, images):

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from finished_runs import assert_same, method_weights, rows
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
 import layouts
+from crossx.data.catalog import read_configured
+from crossx.data.fingerprints import fingerprint
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.calibration import calibrate_run
 from crossx.evaluation.subject import open_data
@@ -44,6 +47,9 @@ def test_run_folder_holds_everything(make_config):
     }
     assert list((run.path / "tensorboard").glob("events.out.tfevents*"))
     assert_same(load_file(run.weights), method_weights(run.best))
+    index = read_configured(config.data).with_validation(config.data.val_fraction, config.data.split_seed)
+    trained = [fingerprint(record.path) for record in index.split("train")]
+    assert sorted(set(trained)) == np.load(run.images).tolist()
 
 
 def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):

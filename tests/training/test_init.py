@@ -3,11 +3,14 @@
 import hashlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import layouts
+from crossx.data.catalog import read_configured
+from crossx.data.fingerprints import fingerprint
 from crossx.errors import Stopped, UsageError
 from crossx.methods import DFL
 from crossx.methods.start import Start
@@ -15,6 +18,7 @@ from crossx.methods.weights import load_method
 from crossx.runs import Run
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
+from crossx.training.creation import create
 from crossx.training.fit import fit, resume
 from crossx.training.loop import Loop
 from crossx.training.optim import build_optimizer
@@ -179,12 +183,25 @@ def test_heads_are_fitted_unless_all_were_taken(make_config, run, others, caplog
     assert ("fit_heads has no effect" in caplog.text) == same
 
 
-def test_another_split_of_the_same_images_is_warned_of(make_config, run, caplog):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_split_of_the_same_images_is_warned_of(make_config, run, caplog, recorded, tmp_path):
+    start = Run(tmp_path / "start")
+    shutil.copytree(run.path, start.path)
+    trained = set(np.load(start.images).tolist())
+    if not recorded:
+        start.images.unlink()
     for seed, warned in ((0, False), (1, True)):
         config = make_config(f"seed-{seed}", data={"split_seed": seed}, trainer=SHORT)
-        config.init = str(run.path)
-        fit(config)
-        assert ("may have seen images that are held out now" in caplog.text) == warned
+        index = read_configured(config.data).with_validation(config.data.val_fraction, seed)
+        held_out = [fingerprint(record.path) for split in ("val", "test") for record in index.split(split)]
+        seen = len(trained & {*held_out})
+        assert bool(seen) == warned
+        create(config, index, Start.read(str(start.path)))
+        expected = f"trained on {seen} of the {len(held_out)} images that are held out now"
+        assert (
+            expected if recorded else "may have seen images that are held out now"
+        ) in caplog.text or not warned
+        assert ("held out now" in caplog.text) == warned
 
 
 def test_what_is_refused_leaves_no_folder(make_config, run):

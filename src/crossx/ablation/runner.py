@@ -32,7 +32,7 @@ from typing import Any
 from crossx.ablation.suite import Suite
 from crossx.errors import CrossXError, UsageError, counted, sigterm_interrupts
 from crossx.recipes import NEUTRAL, SECTIONS
-from crossx.runs import Run, lock_holder, write_text
+from crossx.runs import Run, lock_holder, stop_holder, write_text
 from crossx.schema.model import check_backbone_args
 from crossx.training.config import Config
 from crossx.yaml import load_yaml
@@ -132,7 +132,7 @@ def _alternatives(suite: Suite, base: Config, seeds: Sequence[int], output: Path
     for seed, (name, configs) in itertools.product(seeds, suite.configure(base).items()):
         for number, config in enumerate(configs):
             folder = output / name / f"tune-{number}" if number else output / name
-            config = replace(config, seed=seed, output=str(folder / f"seed-{seed}"))
+            config = replace(config, other_methods={}, seed=seed, output=str(folder / f"seed-{seed}"))
             trials.append(Trial(name, seed, config, number))
     for trial in trials:
         _check_same(trial)
@@ -316,8 +316,8 @@ class Processes:
     def _train(
         self, trial: Trial, variables: Mapping[str, str], root: Sequence[str], watch: Callable[[], bool]
     ) -> None:
-        self._wait_for_orphan(trial)
-        while not trial.is_trained:
+        stopped = self._wait_for_orphan(trial, watch)
+        while not (stopped or trial.is_trained):
             if trial.run.config.is_file():
                 words = ["fit", "--resume", str(trial.run.path), *root]
             else:
@@ -330,11 +330,15 @@ class Processes:
                 # an orphan that was still starting locked the folder in the meantime
                 if self._stopping or not (trial.is_trained or lock_holder(trial.run.path) is not None):
                     raise
-            self._wait_for_orphan(trial)
+            stopped = self._wait_for_orphan(trial, watch)
 
-    def _wait_for_orphan(self, trial: Trial) -> None:
-        """Wait for a training that continued when this command was killed; its result is used."""
-        told = False
+    def _wait_for_orphan(self, trial: Trial, watch: Callable[[], bool]) -> bool:
+        """Wait for a training that continued when this command was killed; its result is used.
+
+        Returns:
+            Whether it was stopped by ``watch``.
+        """
+        told = stopped = False
         while not self._stopping and (holder := lock_holder(trial.run.path)) is not None:
             if not told:
                 log.warning(
@@ -343,7 +347,10 @@ class Processes:
                     holder,
                 )
             told = True
+            if not stopped and watch():
+                stopped = stop_holder(trial.run.path)
             time.sleep(WATCHED_EVERY)
+        return stopped
 
     def stop(self) -> None:
         """Ask every process to save its state and end."""

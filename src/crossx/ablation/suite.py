@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,7 +46,8 @@ class Suite:
     def configure(self, base: Config) -> dict[str, list[Config]]:
         """Return variant name -> ``base`` with the variant's changes, then with each of its alternatives as well.
 
-        A variant with another method than ``base`` keeps none of the options of ``base``'s method.
+        A variant with another method than ``base`` has the options that ``base`` has for that method, and keeps none of
+        its own method.
 
         Raises:
             UsageError: If an option is unknown or cannot work, naming the variant.
@@ -139,14 +140,14 @@ def _check_changes(where: str, changes: Any) -> None:
 
 
 def apply_changes(base: Config, changes: Changes) -> Config:
-    """Return a configuration with changes; with another method, it keeps none of the options of the former one.
+    """Return a configuration with changes; another method has the options of ``Config.with_method``.
 
     Raises:
         UsageError: If an option is unknown or cannot work.
     """
-    if changes.get("model", {}).get("method", base.model.method) != base.model.method:
-        base = replace(base, model=replace(base.model, options={}))
-    values = base.to_dict()
+    method = changes.get("model", {}).get("method", base.model.method)
+    # from_dict refuses what is no text
+    values = (base.with_method(method) if isinstance(method, str) else base).to_dict()
     for section, options in changes.items():
         values[section] = {**values[section], **options}
     config = Config.from_dict(values)

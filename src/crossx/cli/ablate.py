@@ -62,10 +62,13 @@ def ablate(
     from crossx.cli.fit_options import parse_fit, require_data
 
     check_reference(variants, against)
-    base = parse_fit(fit_options).config
+    asked = parse_fit(fit_options)
+    base = asked.config
     require_data(base)
     folder = Path(output)
     check_folder(folder)
+    for note in asked.notes:
+        print(fold(f"note: {note}", hanging="  "))
     with step("Checking the variants"):
         search = plan_tuning(variants, base, seeds[0], folder)
         trials = plan(variants, base, seeds, folder)

@@ -63,7 +63,8 @@ def compare(
 ) -> None:
     """Put tested runs into one table, next to the published numbers.
 
-    Each run is compared with the first on the same images. `crossx test RUN` tests a run that is not tested yet.
+    Each run is compared with the first on the same images; a note names those that were tested on others. `crossx test
+    RUN` tests a run that is not tested yet.
 
     With --paper, and no run or a folder of runs, list all rows of the Cross-X paper's Tables 3 to 7: the published
     number, the packaged recipe, and the accuracy of its tested runs.
@@ -97,9 +98,9 @@ def compare(
             for path, folder in zip(runs, folders, strict=True)
         ]
         known = _published({results["dataset"] for results in rows}) if paper else []
-        _compare_with_first(rows, folders, split)
+        other_images = _compare_with_first(rows, folders, split)
         published, notes = _reproduce(known, [{**r, "folder": f} for r, f in zip(rows, folders, strict=True)])
-        notes = [*(_notes(rows) if paper else []), *notes]
+        notes = [*other_images, *(_notes(rows) if paper else []), *notes]
         table = tabulate_runs(rows, published)
     print(table.to_text(columns()), end="")
     for note in notes:
@@ -211,15 +212,25 @@ def _architecture(results: Mapping[str, Any]) -> str:
         return str(results["backbone"])
 
 
-def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> None:
-    from crossx.evaluation.comparison import compare_runs
+def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path], split: str) -> list[str]:
+    """Compare the runs with the first on the same images; note those that were tested on others."""
+    from crossx.evaluation.comparison import OtherImagesError, compare_runs
 
-    first = rows[0]
-    for results, folder in zip(rows, folders, strict=True):
-        same = results["dataset"] == first["dataset"] and results["n"] == first["n"]
-        results["against"] = (
-            compare_runs(folder, folders[0], split) if same and results is not first else None
-        )
+    first, others = rows[0], []
+    first["against"] = None
+    for results, folder in zip(rows[1:], folders[1:], strict=True):
+        results["against"] = None
+        if (results["dataset"], results["n"]) != (first["dataset"], first["n"]):
+            others.append(results["run"])
+            continue
+        try:
+            results["against"] = compare_runs(folder, folders[0], split)
+        except OtherImagesError:
+            others.append(results["run"])
+    if not others:
+        return []
+    were = f"{others[0]} was" if len(others) == 1 else f"{first_few(others, MAX_DIFFERENCES)} were"
+    return [f"{were} not tested on the images of {first['run']}: do not compare their accuracies with it."]
 
 
 def _is_paper_task(results: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from crossx.cli.parser import (
 )
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError, check_choice
-from crossx.recipes import PRESETS, SECTIONS, Recipe, list_recipes, load_recipe
+from crossx.recipes import OTHERS, PRESETS, SECTIONS, Recipe, list_recipes, load_recipe
 from crossx.suggestions import nearest
 from crossx.training.config import (
     Config,
@@ -117,9 +117,10 @@ def parse_fit(words: Sequence[str]) -> FitArguments:
     recipe = load_recipe(name) if name else None
     method = first.method or (recipe_method(recipe) if recipe else ModelConfig().method)
     parser = _method_parser(method)
-    notes = _apply(recipe, parser, method) if recipe else []
+    others, notes = _apply(recipe, parser, method) if recipe else ({}, [])
     values = _parse(parser, words, method).as_dict()
     given = {key: values[key] for key in ("init", "tuned", "seed", "output", *SECTIONS)}
+    given[OTHERS] = others
     if recipe and not any(word.split("=", 1)[0] == "--data.resize_size" for word in words):
         notes += scale_resize(recipe, given["data"])
     config = Config.from_dict(given)
@@ -244,17 +245,18 @@ def _resume(words: Sequence[str]) -> FitArguments:
     return FitArguments(config, resume=values["resume"], restart=bool(values["restart"]), limits=limits)
 
 
-def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> list[str]:
-    """Make the recipe's values the parser's defaults; note the options that another method does not have."""
+def _apply(
+    recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Make the recipe's values the parser's defaults; return its options of other methods, and what to note."""
     known = {action.dest for action in parser._actions}
-    options = [option.name.removeprefix("model.") for option in method_options.method_options(method)]
-    recipe, notes = adapt_to_method(recipe, method, options)
+    recipe, notes = adapt_to_method(recipe, method, _option_names)
     values = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
     for key, setting in recipe.settings.items():
         name = ".".join(key)
         if name in known:
             values[name] = setting.value
-        elif len(key) == 1 and (hint := nearest(name, SECTIONS)):
+        elif len(key) == 1 and (hint := nearest(name, (*SECTIONS, OTHERS))):
             raise UsageError(f"{recipe.name}: unknown section {name!r}.{hint}")
         else:
             raise UsageError(f"{recipe.name}: {_unknown_option(f'--{name}', parser, method)}")
@@ -264,7 +266,11 @@ def _apply(recipe: Recipe, parser: jsonargparse.ArgumentParser, method: str) -> 
         parser.set_defaults({**vars(values.as_flat()), "model.method": method})
     except argparse.ArgumentError as error:
         raise UsageError(f"{recipe.name}: {explain(str(error), parser)}") from error
-    return notes
+    return recipe.to_dict().get(OTHERS, {}), notes
+
+
+def _option_names(method: str) -> list[str]:
+    return [option.name.removeprefix("model.") for option in method_options.method_options(method)]
 
 
 def require_data(config: Config) -> None:

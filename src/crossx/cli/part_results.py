@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossx.data.catalog import dataset_title
 from crossx.errors import counted
 from crossx.evaluation.notices import result_notices
 from crossx.report.part_tables import excitations, peak_rows, share_rows, view_rows
@@ -26,8 +27,9 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     """Print what ``measure_run`` returned for the run at ``path``."""
     folder, split = open_run(path)[0].path, results["split"]
     parts = counted(len(results["parts"]), "part") if results["parts"] else "no annotated parts"
+    dataset = dataset_title(results["dataset"], results.get("data_root"))
     text = (
-        f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+        f"{results['method']} ({results['backbone']}) on {dataset}, {split}: "
         f"{counted(results['n'], 'image')}, {parts}, weights {results['weights']}"
     )
     print(fold(text, hanging="  "))

@@ -100,7 +100,8 @@ def predict(
 
     target = features or output
     if target is not None:
-        outputs.check_output(Path(target), FILES if output else (".parquet",))
+        suffixes, option = (FILES, "--output") if output else ((".parquet",), "--features")
+        outputs.check_output(Path(target), suffixes, option)
     with step("Looking for images"):
         files = _list_files(images)
     check_run(run)

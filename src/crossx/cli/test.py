@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Coverage, Folder
+from crossx.data.catalog import dataset_title
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices
 from crossx.runs import open_run, write_json
@@ -69,9 +70,10 @@ def print_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """Print what ``test_run`` returned for the run at ``path``."""
     folder, split = open_run(path)[0].path, results["split"]
     low_high = results["intervals"]
+    dataset = dataset_title(results["dataset"], results.get("data_root"))
     print(
         fold(
-            f"{results['method']} ({results['backbone']}) on {results['dataset']}, {split}: "
+            f"{results['method']} ({results['backbone']}) on {dataset}, {split}: "
             f"{counted(results['n'], 'image')}, {results['num_classes']} classes, weights {results['weights']}",
             hanging="  ",
         )
@@ -169,9 +171,9 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
         raise UsageError(
             f"{folders[0]}: a run folder holds the results of one network; compare two run folders."
         )
-    for path in (run, against):
-        if not is_tested(path, split, data):
-            print_results(path, test_run(path, split, data, device))
+    # of both before a test, which may take minutes
+    for path in [path for path in (run, against) if not is_tested(path, split, data)]:
+        print_results(path, test_run(path, split, data, device))
     result, target = compare(run, against, split)
     low, high = result["interval"]["difference"]
     text = (

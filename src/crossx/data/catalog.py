@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,6 +19,8 @@ from crossx.runs import user_path
 from crossx.suggestions import nearest
 from crossx.yaml import load_yaml
 
+OWN_DATA = ("folder", "table", "huggingface", "webdataset")
+"""Formats of images of one's own: two datasets of that name have nothing else in common."""
 SHARED_OPTIONS = frozenset({"test_fraction", "split_seed"})
 """Options accepted for every dataset; archives with an official test split ignore them."""
 
@@ -155,6 +158,16 @@ def read_configured(config: DataConfig, *, other_images: bool = False) -> Datase
     index = index.with_validation(config.val_fraction, config.split_seed)
     base = base_folder(configured_root(config))
     return exclude(index, user_path(config.exclude), base, strict=not other_images)
+
+
+def dataset_title(name: str, root: str | Path | None) -> str:
+    """Return the name of a dataset; one of ``OWN_DATA`` with that of its folder or file: ``folder photos``."""
+    if name not in OWN_DATA or root is None:
+        return name
+    # imports pydantic
+    from crossx.schema.base import shown
+
+    return f"{name} {shown(Path(os.path.abspath(root)).name)}"
 
 
 def configured_root(config: DataConfig) -> Path:

@@ -30,6 +30,7 @@ from crossx.evaluation.metrics import calibration_error
 from crossx.evaluation.network import Network, TorchNetwork, check_finite
 from crossx.evaluation.progress import track
 from crossx.evaluation.subject import Subject, open_data
+from crossx.evaluation.training_images import is_most
 from crossx.evaluation.unknowns import (
     FEATURE_SCORE,
     FEATURE_SCORES,
@@ -390,10 +391,15 @@ def calibrate_run(
     with step("Loading the network"):
         subject = Subject.open(path, split=split, device=device, **options)
     data = subject.data
-    if subject.seen_in_training:
+    seen, images = subject.count_trained(), len(data.index.split(split))
+    if is_most(seen, images):
         raise CrossXError(
-            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with "
-            "--data.root and --data.dataset, or --split test."
+            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with --data.root "
+            f"and --data.dataset{'' if split == 'test' else ', or --split test'}."
+        )
+    if seen:
+        log.warning(
+            "%d of the %s were trained on: the run is overconfident on these.", seen, counted(images, "image")
         )
     with step("Checking the images"):
         data.check_images([split])

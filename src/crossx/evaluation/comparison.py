@@ -14,6 +14,12 @@ from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, difference_interv
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.runs import open_run
 
+SAME_DATA = "Test both with the same data: `crossx test RUN --data.root DIR`."
+
+
+class OtherImagesError(CrossXError):
+    """Two runs were tested on other images, labels or classes, so that they cannot be compared image by image."""
+
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Return the two-sided p-value of McNemar's exact test that two classifiers have the same accuracy.
@@ -35,7 +41,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
     """Compare the top-1 accuracies of two tested runs, image by image.
 
     Reads the predictions that ``test_run`` wrote; loads no network. Images are matched by their path below the root of
-    the data.
+    the data; those of your own must have the same contents, too.
 
     Args:
         a: A run folder or a checkpoint file in one.
@@ -48,7 +54,8 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
         two networks on images like these, not about other training seeds.
 
     Raises:
-        CrossXError: If a run is missing or was not tested on ``split``, or if images or labels of the two differ.
+        OtherImagesError: If images or labels of the two differ.
+        CrossXError: If a run is missing or was not tested on ``split``.
     """
     tested = [
         Predictions.load(predictions_path(run.path, split), run.path, split)
@@ -89,29 +96,36 @@ def paired_correct(
         split: The split, named in errors.
 
     Raises:
-        CrossXError: If they were not tested on the same images with the same labels and classes.
+        OtherImagesError: If they were not tested on the same images with the same labels and classes.
     """
     order_a, order_b = np.lexsort((a.labels, a.paths)), np.lexsort((b.labels, b.paths))
     paths_a, paths_b = a.paths[order_a], b.paths[order_b]
     if not np.array_equal(paths_a, paths_b):
         only = np.setxor1d(paths_a, paths_b)
         example = f" Only one of them has {only[0]}." if len(only) else ""
-        raise CrossXError(
+        raise OtherImagesError(
             f"{names[0]} ({len(paths_a)} images) and {names[1]} ({len(paths_b)}) were not tested on the same images "
-            f"of {split}.{example} Test both with the same data: `crossx test RUN --data.root DIR`."
+            f"of {split}.{example} {SAME_DATA}"
         )
+    if a.contents is not None and b.contents is not None:
+        other = np.flatnonzero(a.contents[order_a] != b.contents[order_b])
+        if len(other):
+            raise OtherImagesError(
+                f"{names[0]} and {names[1]} were not tested on the same images of {split}: of {len(paths_a)} names "
+                f"{len(other)} are of other files, such as {paths_a[other[0]]}. {SAME_DATA}"
+            )
     classes_a, classes_b = (np.array([class_name(str(name)) for name in each.classes]) for each in (a, b))
     labels_a, labels_b = classes_a[a.targets][order_a], classes_b[b.targets][order_b]
     differing = np.flatnonzero(labels_a != labels_b)
     if len(differing):
         first = differing[0]
         shown = quoted([str(labels_a[first]), str(labels_b[first])])
-        raise CrossXError(
+        raise OtherImagesError(
             f"{names[0]} and {names[1]} label {paths_a[first]} differently ({', '.join(shown)}): only runs with the "
             "same labels can be compared."
         )
     if set(classes_a) != set(classes_b):
-        raise CrossXError(
+        raise OtherImagesError(
             f"{names[0]} and {names[1]} have different classes ({len(a.classes)} and {len(b.classes)}): only runs with "
             "the same classes can be compared."
         )

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-FINAL_STATUS = ("finished", "imported", None)
+from crossx.runs import COMPLETE
+
+FINAL_STATUS = (*COMPLETE, None)
 """Status of runs with nothing left to train; None: a folder without run.json."""
 
 
@@ -18,15 +20,22 @@ def result_notices(results: Mapping[str, Any]) -> list[str]:
         which = (
             "those from before it was trained for longer"
             if extended
-            else "the weights of its last checkpoint"
+            else f"those of {results.get('weights') or 'its last checkpoint'}"
         )
         notices.append(f"The run is not finished ({results['run_status']}): these are {which}.")
+    seen, images = results.get("seen_images") or 0, results.get("n") or 0
     if results.get("seen_in_training"):
-        notices.append("These images were trained on: the numbers say nothing about new images.")
+        which = f"{seen} of these {images} images" if 0 < seen < images else "These images"
+        notices.append(f"{which} were trained on: the numbers say nothing about new images.")
     elif _calibrated_on(results):
         notices.append(
             "These images were calibrated on: the calibration error with the temperature, the images kept and the "
             "coverage say nothing about new images."
+        )
+    if seen and not results.get("seen_in_training"):
+        were = "was" if seen == 1 else "were"
+        notices.append(
+            f"{seen} of these {images} images {were} trained on, so that the numbers are too high for new images."
         )
     return notices
 

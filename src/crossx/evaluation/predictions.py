@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,12 +76,15 @@ class Predictions(Answers):
         targets: int64 (N,).
         paths: (N,) strings, the images' paths below the root of the data.
         classes: (K,) strings, the class names in label order.
+        contents: uint64 (N,), ``fingerprints`` of the images; None where their paths identify them, as in a published
+            dataset, and in files of earlier versions.
     """
 
     logits: NDArray[np.float32]
     targets: NDArray[np.int64]
     paths: NDArray[np.str_]
     classes: NDArray[np.str_]
+    contents: NDArray[np.uint64] | None = None
 
     @property
     def labels(self) -> NDArray[np.str_]:
@@ -95,7 +99,10 @@ class Predictions(Answers):
             ("targets", self.targets, "i", (images,)),
             ("paths", self.paths, "U", (images,)),
             ("classes", self.classes, "U", (classes,)),
+            ("contents", self.contents, "u", (images,)),
         ):
+            if array is None:
+                continue
             if array.dtype.kind != kind or array.shape != shape:
                 raise ValueError(f"{name} are {array.dtype} {array.shape}")
         if images == 0 or not np.isfinite(self.logits).all():
@@ -110,9 +117,8 @@ class Predictions(Answers):
             CrossXError: If it cannot be written.
         """
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file, logits=self.logits, targets=self.targets, paths=self.paths, classes=self.classes
-            )
+            arrays: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+            np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
 
     @classmethod
     def load(cls, path: Path, run: Path, split: str) -> Predictions:
@@ -131,7 +137,8 @@ class Predictions(Answers):
             raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                predictions = cls(arrays["logits"], arrays["targets"], arrays["paths"], arrays["classes"])
+                needed = {name: arrays[name] for name in ("logits", "targets", "paths", "classes")}
+                predictions = cls(**needed, contents=arrays.get("contents"))
                 predictions.check()
                 return predictions
         except Exception as error:  # zipfile, zlib and numpy each raise their own

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossx.data.catalog import OWN_DATA, dataset_title
+from crossx.data.fingerprints import fingerprints
 from crossx.data.image_files import require_images
 from crossx.errors import CrossXError
 from crossx.evaluation.conformal import least_probability
@@ -129,6 +131,7 @@ def test_run(
         require_images(Path(unknown))
     with step("Loading the network"):
         subject = Subject.open(path, **options)
+    subject.check_outputs(f"{subject.split}.json", f"{subject.split}/predictions.npz")
     data, spec, split = subject.data, subject.spec, subject.split
     if coverage is not None:
         least_probability(spec.sets, KEY, coverage, subject.run.path)
@@ -138,6 +141,7 @@ def test_run(
     outputs = evaluate(
         subject.method, data.eval_loader(split), subject.device, normalize=data.normalize, progress="Testing"
     )
+    contents = fingerprints([record.path for record in data.index.split(split)])
     results = {
         **summarize(
             outputs.logits,
@@ -147,7 +151,7 @@ def test_run(
             data.index.levels,
             temperature=spec.temperature,
         ),
-        **subject.provenance(),
+        **subject.provenance(contents),
     }
     logits, targets = outputs.logits, outputs.targets
     if (rejection := describe_rejection(spec, outputs.scores, targets)) is not None:
@@ -166,7 +170,11 @@ def test_run(
         }
     paths = relative_paths(data.index, split, data.config.root)
     predicted = Predictions(
-        outputs.logits.numpy(), outputs.targets.numpy(), np.array(paths), np.array(spec.classes)
+        outputs.logits.numpy(),
+        outputs.targets.numpy(),
+        np.array(paths),
+        np.array(spec.classes),
+        contents if data.config.dataset in OWN_DATA else None,
     )
     with step("Writing the results"):
         _write_example_maps(subject, predicted)
@@ -205,7 +213,8 @@ def _write_files(
     write_class_table(confusion, spec.classes, tables / "per_class.csv")
     write_confused_pairs(confusion, spec.classes, tables / "confused_pairs.csv")
     write_confusion(confusion, spec.classes, tables / "confusion.csv")
-    title = f"{spec.method} on {results['dataset']}, {split}: top-1 {results['top1']:.1%}"
+    dataset = dataset_title(results["dataset"], results["data_root"])
+    title = f"{spec.method} on {dataset}, {split}: top-1 {results['top1']:.1%}"
     plot_confusion(confusion, spec.display_names, tables / "confusion.png", title=title)
     predicted.save(predictions_path(folder, split))
     # last: results exist only with all their files

@@ -7,18 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from crossx.data.datamodule import DataModule
 from crossx.data.images import printable
 from crossx.data.index import SPLITS
 from crossx.errors import CrossXError, unknown
-from crossx.evaluation.data import DataOptions, read_data, trained_splits
+from crossx.evaluation.data import DataOptions, read_data
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import TorchNetwork
+from crossx.evaluation.training_images import count_trained, is_most
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
-from crossx.runs import ModelSpec, Run, check_writable, environment, open_run
+from crossx.runs import ModelSpec, Run, check_output_file, check_writable, environment, open_run
 
 
 class SubjectOptions(DataOptions, total=False):
@@ -86,7 +89,7 @@ class Subject:
             raise unknown("split", split, SPLITS)
         run, weights = open_run(path)
         folder = run.results_folder(output)
-        check_writable(folder)
+        check_writable(folder, folder / run.info.name)
         chosen = select_device(device)
         method, spec = load_method(path)
         info = run.read_info()
@@ -103,14 +106,28 @@ class Subject:
         """The network on ``device``; it takes the loaders' bytes."""
         return TorchNetwork(self.method, self.data.normalize, self.device)
 
-    @property
-    def seen_in_training(self) -> bool:
-        """Whether the network was trained on these images."""
-        config = self.data.config
-        return self.split in trained_splits(self.run, config) and config.dataset == self.spec.dataset
+    def check_outputs(self, *names: str) -> None:
+        """Check that files in the output folder can be written, before the work.
 
-    def provenance(self) -> dict[str, Any]:
-        """Return the origin of the results, for JSON; call it after the images have been checked."""
+        Raises:
+            CrossXError: If one cannot.
+        """
+        for path in [self.output / name for name in names]:
+            if path.is_dir():
+                raise CrossXError(f"{path}: a folder where a file is to be written. Move it away.")
+            check_output_file(path)
+
+    def count_trained(self, found: NDArray[np.uint64] | None = None) -> int:
+        """Return how many of these images the network was trained on, see ``training_images.count_trained``."""
+        return count_trained(self.run, self.spec, self.data.config, self.data.index, self.split, found)
+
+    def provenance(self, found: NDArray[np.uint64] | None = None) -> dict[str, Any]:
+        """Return the origin of the results, for JSON; call it after the images have been checked.
+
+        Args:
+            found: Fingerprints of the images, if they are known already.
+        """
+        seen = self.count_trained(found)
         run, spec, config, info = self.run, self.spec, self.data.config, self.run.read_info()
         selected = self.weights in (run.weights, run.best)
         return {
@@ -128,7 +145,8 @@ class Subject:
             "num_classes": len(spec.classes),
             "preprocessing": asdict(spec.preprocessing),
             "seed": info.get("seed"),
-            "seen_in_training": self.seen_in_training,
+            "seen_in_training": is_most(seen, len(self.data.index.split(self.split))),
+            "seen_images": seen,
             "calibration": info.get("calibration"),
             "skipped": [f"{printable(image)}: {reason}" for image, reason in self.data.skipped],
             "environment": environment(),

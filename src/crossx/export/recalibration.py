@@ -14,10 +14,10 @@ from typing import Any
 from crossx.data.datamodule import DataModule
 from crossx.errors import CrossXError, counted
 from crossx.evaluation.calibration import evaluate_views, set_thresholds
-from crossx.evaluation.data import trained_splits
 from crossx.evaluation.network import Network
 from crossx.evaluation.open_set import KEY
 from crossx.evaluation.subject import open_data
+from crossx.evaluation.training_images import count_trained, is_most
 from crossx.evaluation.unknowns import FEATURE_SCORES, SCORE, images_to_keep
 from crossx.runs import ModelSpec, Run
 
@@ -113,6 +113,6 @@ def _calibration_data(run: Run, spec: ModelSpec, read: Callable[[], DataModule])
     else:
         data = open_data(run, spec, root=root, dataset=dataset)
         data.check_images([split])
-    if split in trained_splits(run, data.config) and data.config.dataset == spec.dataset:
+    if is_most(count_trained(run, spec, data.config, data.index, split), len(data.index.split(split))):
         raise CrossXError(f"the network was trained on the {split} images of {data.index.name}.")
     return data, split

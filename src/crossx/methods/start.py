@@ -17,7 +17,7 @@ from crossx.layers import OwnStatistics
 from crossx.methods.base import Method
 from crossx.methods.registry import method_class
 from crossx.methods.weights import outline, read_checked, read_spec
-from crossx.runs import EXPORTED, ModelSpec, open_run
+from crossx.runs import EXPORTED, ModelSpec, Run, open_run
 
 TRUNK = "backbone.trunk."
 MISSING = "not there"
@@ -38,6 +38,7 @@ class Start:
         spec: Description of the network.
         info: ``run.json`` of its training, empty if there is none.
         state: Its tensors, by name in the state dict; those of the trunk have timm's names.
+        run: Its folder.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Start:
     spec: ModelSpec
     info: Mapping[str, Any]
     state: Mapping[str, Tensor]
+    run: Run
 
     @classmethod
     def read(cls, source: str) -> Start:
@@ -84,7 +86,8 @@ class Start:
             )
         names = original_names(outlined)
         name = run.hub or str(given.absolute())
-        return cls(name, run.hub, weights, spec, run.read_info(), {names[key]: state[key] for key in names})
+        tensors = {names[key]: state[key] for key in names}
+        return cls(name, run.hub, weights, spec, run.read_info(), tensors, run)
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ ONE_CLASS = Columns()
 """One class per image, no rejection and no sets."""
 
 
-def check_output(path: Path, suffixes: Iterable[str]) -> None:
-    """Check that ``path`` has one of the suffixes and can be written.
+def check_output(path: Path, suffixes: Iterable[str], option: str = "--output") -> None:
+    """Check that ``path``, which an option chooses, has one of the suffixes and can be written.
 
     Raises:
         UsageError: If it has another suffix, is a folder, or needs a package that is not installed.
@@ -67,7 +67,7 @@ def check_output(path: Path, suffixes: Iterable[str]) -> None:
         raise UsageError(f"{path}: must end in {' or '.join(suffixes)}.")
     if path.suffix.lower() == ".parquet":
         require(f"{path}: a Parquet file", "pyarrow", extra="parquet")
-    check_output_file(path)
+    check_output_file(path, option)
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], columns: Columns = ONE_CLASS) -> None:

@@ -5,6 +5,9 @@ A recipe has the sections of ``crossx fit`` (``model``, ``data``, ``optim``, ``t
 the recipe's own values override them. Your own file can name a packaged recipe as its base. Files whose name starts
 with an underscore serve only as a base.
 
+``other_methods: {NAME: {option: value}}`` are options of the method NAME, which apply if it is chosen instead of the
+recipe's. A recipe with another method than its base has the base's options of the method there.
+
 The model that a recipe trains has a timm-style name, ``architecture.tag``, which can be used instead of the recipe's:
 ``crossx_resnet50.cub_448`` is ``crossx_cub_resnet50``.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -49,6 +52,9 @@ NEUTRAL = (
 Key: TypeAlias = tuple[str, ...]
 """``("seed",)`` or ``("optim", "lr")``."""
 
+OTHERS = "other_methods"
+
+_METHOD: Key = ("model", "method")
 _TUNED: Key = ("tuned",)
 
 
@@ -76,7 +82,7 @@ class Recipe:
         description: One line on what it trains.
         bases: The recipes that it builds on, as it names them.
         settings: Every setting, in the order of reading.
-        others: Method that a base trains -> its options, which apply if that method is chosen instead.
+        others: Other method -> its options, which apply if that method is chosen instead.
         published_as: The published name of its network, where that is not the method's.
     """
 
@@ -91,11 +97,34 @@ class Recipe:
         """Return one value: ``recipe.get("optim", "lr")``."""
         return deepcopy(self.settings[key].value) if key in self.settings else default
 
+    def with_method(self, method: str) -> Recipe:
+        """Return the recipe with another method: with the options for that method, without those of its own.
+
+        The options left out are in ``others``, so that the way back restores them. A recipe without a method keeps its
+        options, which are those of whichever method is chosen.
+        """
+        settings, others = dict(self.settings), dict(self.others)
+        own = self.get(*_METHOD)
+        if own is not None and str(own) != method:
+            options = {key: setting for key, setting in settings.items() if is_method_option(key)}
+            settings = {key: setting for key, setting in settings.items() if key not in options}
+            if options:
+                others[str(own)] = options
+            settings[_METHOD] = Setting(method)
+        found = others.pop(method, {})
+        settings |= {key: setting for key, setting in found.items() if key not in settings}
+        return replace(self, settings=settings, others=others)
+
     def to_dict(self) -> dict[str, Any]:
         """Return section -> option -> value, the form of ``config.yaml``."""
         values: dict[str, Any] = {}
         for (*section, option), setting in self.settings.items():
             (values.setdefault(section[0], {}) if section else values)[option] = deepcopy(setting.value)
+        if self.others:
+            values[OTHERS] = {
+                method: {key[-1]: deepcopy(setting.value) for key, setting in options.items()}
+                for method, options in self.others.items()
+            }
         return values
 
     def to_yaml(self) -> str:
@@ -109,14 +138,31 @@ class Recipe:
             }
             if members and section:
                 text += f"\n{section}:\n"
-            indent = "  " if section else ""
-            for key, setting in members.items():
-                text += "".join(f"{indent}# {comment}\n" for comment in setting.above)
-                beside = f"  # {setting.beside}" if setting.beside else ""
-                # the name too: `no` would be a boolean
-                name, value = (dump_yaml(part, flow=True).strip() for part in (key[-1], setting.value))
-                text += f"{indent}{name}: {value}{beside}\n"
+            text += _member_lines(members, "  " if section else "")
+        if self.others:
+            text += f"\n# options of other methods, where one is chosen instead\n{OTHERS}:\n"
+        for method, options in self.others.items():
+            text += f"  {_flow(method)}:\n{_member_lines(options, '    ')}"
         return text or "\n"
+
+
+def _member_lines(members: Mapping[Key, Setting], indent: str) -> str:
+    text = ""
+    for key, setting in members.items():
+        text += "".join(f"{indent}# {comment}\n" for comment in setting.above)
+        beside = f"  # {setting.beside}" if setting.beside else ""
+        # the name too: `no` would be a boolean
+        text += f"{indent}{_flow(key[-1])}: {_flow(setting.value)}{beside}\n"
+    return text
+
+
+def _flow(value: Any) -> str:
+    return dump_yaml(value, flow=True).strip()
+
+
+def is_method_option(key: Key) -> bool:
+    """Whether a setting is an option of the method: under ``model``, and none of ``NETWORK``."""
+    return key[0] == "model" and len(key) > 1 and key[1] not in NETWORK
 
 
 def list_recipes() -> list[str]:
@@ -185,33 +231,38 @@ def _resolve(name: str, parents: tuple[str, ...]) -> Recipe:
         if not parents:
             raise
         raise UsageError(f"{parents[-1]}: base: {error}") from error
-    settings: dict[Key, Setting] = {}
-    others: dict[str, Mapping[Key, Setting]] = {}
+    bases = Recipe("")
     for base in recipe.bases:
-        resolved = _resolve(base, (*parents, name))
-        settings |= resolved.settings
-        others |= resolved.others
-    method = ("model", "method")
-    if (
-        method in settings
-        and method in recipe.settings
-        and (theirs := settings[method].value) != recipe.settings[method].value
-    ):
-        # without the options of the method that the bases train
-        own = {key: value for key, value in settings.items() if key[0] == "model" and key[1] not in NETWORK}
-        settings = {key: value for key, value in settings.items() if key not in own}
-        others[str(theirs)] = own
-        # a base further down may train this method
-        settings |= others.pop(str(recipe.settings[method].value), {})
-    merged = settings | dict(recipe.settings)
-    if isinstance(tuned := merged.get(_TUNED, Setting(None)).value, str) and _TUNED not in recipe.settings:
+        bases = _merge(bases, _resolve(base, (*parents, name)))
+    merged = _merge(bases, recipe)
+    settings = dict(merged.settings)
+    if isinstance(tuned := merged.get("tuned"), str) and _TUNED not in recipe.settings:
+        before = _for_method_of(recipe, bases).settings
         changed = [
             ".".join(key)
             for key, setting in recipe.settings.items()
-            if key[0] in SECTIONS and (key not in settings or settings[key].value != setting.value)
+            if key[0] in SECTIONS and (key not in before or before[key].value != setting.value)
         ]
-        merged[_TUNED] = Setting(tuned_then_changed(tuned, changed))
-    return Recipe(name, recipe.description, recipe.bases, merged, others, recipe.published_as)
+        settings[_TUNED] = Setting(tuned_then_changed(tuned, changed))
+    return replace(recipe, name=name, settings=settings, others=merged.others)
+
+
+def _merge(below: Recipe, above: Recipe) -> Recipe:
+    """Return the settings of two recipes, of which the second takes precedence."""
+    below = _for_method_of(above, below)
+    others = {
+        method: {**below.others.get(method, {}), **above.others.get(method, {})}
+        for method in {**below.others, **above.others}
+    }
+    trained = above.get(*_METHOD, default=below.get(*_METHOD))
+    # a file may give options of the method that its base trains as those of another one
+    own = others.pop(str(trained), {})
+    return replace(above, settings={**below.settings, **own, **above.settings}, others=others)
+
+
+def _for_method_of(recipe: Recipe, base: Recipe) -> Recipe:
+    method = recipe.get(*_METHOD)
+    return base if method is None else base.with_method(str(method))
 
 
 @cache
@@ -241,9 +292,12 @@ def _load(name: str) -> Recipe:
 
 def _parse(name: str, text: str) -> Recipe:
     settings: dict[Key, Setting] = {}
+    others: dict[str, Mapping[Key, Setting]] = {}
     values, root = load_yaml(text, name), compose_yaml(text)
     for key, setting, node in _read_members(values, root, text, name) if root is not None else ():
-        if key not in SECTIONS:
+        if key == OTHERS:
+            others = _read_others(setting.value, node, text, f"{name}: {key}")
+        elif key not in SECTIONS:
             settings[key,] = setting
         elif setting.value is not None:
             members = _read_members(setting.value, node, text, f"{name}: {key}")
@@ -253,7 +307,19 @@ def _parse(name: str, text: str) -> Recipe:
     if not all(isinstance(base, str) for base in bases):
         raise UsageError(f"{name}: base must be the name of a recipe, or a list of names.")
     published_as = str(top["published_as"] or "")
-    return Recipe(name, str(top["description"] or ""), tuple(bases), settings, published_as=published_as)
+    return Recipe(name, str(top["description"] or ""), tuple(bases), settings, others, published_as)
+
+
+def _read_others(values: Any, node: Any, text: str, where: str) -> dict[str, Mapping[Key, Setting]]:
+    others: dict[str, Mapping[Key, Setting]] = {}
+    if values is None:
+        return others
+    for method, options, found in _read_members(values, node, text, where):
+        members = _read_members(options.value, found, text, f"{where}: {method}")
+        others[method] = {("model", option): member for option, member, _ in members}
+        if fixed := [option for _, option in others[method] if option in NETWORK]:
+            raise UsageError(f"{where}: {method}: {fixed[0]} is no option of a method: give it under model.")
+    return others
 
 
 def _read_members(values: Any, node: Any, text: str, where: str) -> Iterator[tuple[str, Setting, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crossx.data.catalog import dataset_title
 from crossx.report.published import PublishedResult
 from crossx.report.tables import Table, percent, points
 
@@ -45,19 +47,32 @@ def tabulate_runs(runs: Sequence[Mapping[str, Any]], published: Sequence[Reprodu
             result of ``compare_runs`` for it and the first run, None for the first or for other images.
         published: Rows below the runs.
     """
-    rows = [*map(_run_cells, runs), *map(_published_cells, published)]
+    rows = [*map(_run_cells, runs, _dataset_titles(runs)), *map(_published_cells, published)]
     columns = [name for name in rows[0] if any(row.get(name, "–") not in ("", "–") for row in rows)]
     return Table(columns, [[row.get(name, "–") for name in columns] for row in rows], CAPTION)
 
 
-def _run_cells(results: Mapping[str, Any]) -> dict[str, str]:
+def _dataset_titles(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    roots = [results.get("data_root") and os.path.abspath(results["data_root"]) for results in runs]
+    titles = [dataset_title(results["dataset"], root) for results, root in zip(runs, roots, strict=True)]
+    folders = [(title, root) for title, root in zip(titles, roots, strict=True) if root]
+    # folders of the same name are told apart by their paths
+    return [
+        f"{results['dataset']} {root}"
+        if title != results["dataset"] and any(name == title and other != root for name, other in folders)
+        else title
+        for results, title, root in zip(runs, titles, roots, strict=True)
+    ]
+
+
+def _run_cells(results: Mapping[str, Any], dataset: str) -> dict[str, str]:
     against = results["against"]
     return {
         "run": results["run"],
         "method": results["method"],
         # of a local folder only the name
         "backbone": str(results["backbone"]).rstrip("/").rsplit("/", 1)[-1],
-        "dataset": results["dataset"],
+        "dataset": dataset,
         "px": str(results["preprocessing"]["image_size"]),
         "seed": "–" if results.get("seed") is None else str(results["seed"]),
         "images": str(results["n"]),

@@ -16,6 +16,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from crossx.commands import quoted
+from crossx.data.catalog import dataset_title
 from crossx.data.images import printable
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
@@ -61,6 +62,7 @@ def render(
     return template.render(
         run=run,
         results=run.results,
+        dataset=dataset_title(run.results["dataset"], run.results.get("data_root")),
         info=run.info,
         notices=[*result_notices(run.results), *notices],
         charts=charts,

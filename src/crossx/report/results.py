@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossx.commands import command
 from crossx.errors import CrossXError
 from crossx.evaluation.metrics import ClassRow, class_table
 from crossx.evaluation.predictions import Answers, Predictions, predictions_path
 from crossx.runs import ModelSpec, Run, read_history, read_json
+from crossx.runs.files import MAX_TEXT
+from crossx.text import read_bytes
+
+T = TypeVar("T")
 
 NEEDED = (
     *("method", "backbone", "dataset", "weights", "split", "n", "num_classes", "options"),
     *("top1", "top5", "class_mean", "heads", "levels", "ece", "intervals"),
 )
 """Keys of ``SPLIT.json`` that a page needs."""
+
+
+def read_records(run: Run, split: str) -> dict[str, Any]:
+    """Return ``spec``, ``info``, ``config``, ``history`` and ``parts`` of ``RunResults``, which no test writes.
+
+    Raises:
+        CrossXError: If a file is damaged, with what to do about it.
+    """
+    history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
+    again = command("test", run.path, "--parts", "--split", split)
+    return {
+        "spec": run.read_spec(),
+        "info": run.read_info(),
+        "config": read_bytes(run.config, MAX_TEXT).decode("utf-8", "replace") if run.config.is_file() else "",
+        "history": _read_or_advise(
+            history, read_history, "Move it away for a page without the curves of the training."
+        )
+        or [],
+        "parts": _read_or_advise(parts, read_json, f"`{again}` writes it again.") or {},
+    }
+
+
+def _read_or_advise(path: Path, read: Callable[[Path], T], remedy: str) -> T | None:
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except CrossXError as error:
+        raise CrossXError(f"{error} {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -61,15 +96,9 @@ class RunResults(Answers):
             raise CrossXError(
                 f"{run.path}: was tested with other classes than those of model.json: test it again with `crossx test`."
             )
-        results = run.require_results(split, NEEDED)
-        history, parts = run.path / "metrics.json", run.path / f"{split}_parts.json"
         return cls(
-            spec=spec,
-            info=run.read_info(),
-            results=results,
-            config=run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else "",
-            history=read_history(history) if history.is_file() else [],
-            parts=read_json(parts) if parts.is_file() else {},
+            results=run.require_results(split, NEEDED),
+            **read_records(run, split),
             logits=predicted.logits,
             targets=predicted.targets,
             paths=predicted.paths,

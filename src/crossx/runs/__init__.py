@@ -11,6 +11,7 @@
       checkpoints/best.ckpt     best on validation; last.ckpt, previous.ckpt: the newest two, for --resume
       checkpoints/SHA256SUMS    checksums of the three
       exclude.csv               the images that `--data.exclude` left out
+      images.npy                fingerprints of the training images, which `crossx test` recognises
       neighbors.npz             features of the training images, for `crossx neighbors`
       test.json ...             written by `crossx test`
 """
@@ -32,6 +33,7 @@ from crossx.runs.files import (
     write_text,
 )
 from crossx.runs.folder import (
+    COMPLETE,
     EXPORT_SUFFIXES,
     EXPORTED,
     PREDICTS_ALONE,
@@ -42,10 +44,11 @@ from crossx.runs.folder import (
     open_run,
     resume_command,
 )
-from crossx.runs.locks import is_lock, lock_holder, locked_folder
+from crossx.runs.locks import is_lock, lock_holder, locked_folder, stop_holder
 from crossx.runs.spec import SCHEMA, ModelSpec, PredictionSets, Preprocessing, Rejection
 
 __all__ = [
+    "COMPLETE",
     "EXPORTED",
     "EXPORT_SUFFIXES",
     "PACKAGES",
@@ -74,6 +77,7 @@ __all__ = [
     "read_json",
     "read_results",
     "resume_command",
+    "stop_holder",
     "storage_error",
     "user_path",
     "write_json",

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ from crossx.text import read_text
 
 MAX_TEXT = 64 << 20
 """Largest JSON file of a run that is read, in bytes."""
+
+_OF_RUN = re.compile(
+    r"config\.yaml|model\.(json|safetensors)|run\.json|metrics\.(csv|json)|exclude\.csv|images\.npy|neighbors\.npz|"
+    r"profile\.json|checkpoints(/.*)?|tensorboard(/.*)?|\.lock|(train|val|test)(_parts|_against_.*)?\.json|"
+    r"(train|val|test)(/(per_class|confusion|confused_pairs)\.csv|/(confusion|parts)\.png|/(predictions|examples)\.npz)?"
+)
+"""Files and folders that the verbs write into a run, relative to it; not the report, which takes --output."""
 
 
 @contextlib.contextmanager
@@ -66,8 +74,13 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(text) if "/" in text and not os.path.lexists(text) else text)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, file: Path | None = None, option: str = "--output") -> None:
     """Make a folder and check that it can be written to, before hours of work rather than after.
+
+    Args:
+        folder: The folder.
+        file: What is to be written there, and ``option``: see ``storage_error``.
+        option: The option that chooses it.
 
     Raises:
         CrossXError: If it cannot.
@@ -78,11 +91,11 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(prefix=".", suffix=".tmp", dir=folder):
             pass
     except OSError as error:
-        raise storage_error(folder, error) from error
+        raise storage_error(folder, error, file, option) from error
 
 
-def check_output_file(path: Path) -> None:
-    """Check that a file can be written.
+def check_output_file(path: Path, option: str = "--output") -> None:
+    """Check that a file can be written, which an option chooses.
 
     Raises:
         UsageError: If it is a folder.
@@ -90,23 +103,41 @@ def check_output_file(path: Path) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give the name of a file.")
-    check_writable(path.parent)
+    check_writable(path.parent, path, option)
 
 
-def storage_error(path: Path, error: OSError) -> CrossXError:
-    """Turn an ``OSError`` while writing ``path`` into one line that says what to do."""
+def storage_error(
+    path: Path, error: OSError, file: Path | None = None, option: str = "--output"
+) -> CrossXError:
+    """Turn an ``OSError`` while writing ``path`` into one line that says what to do.
+
+    Args:
+        path: What could not be written.
+        error: The error.
+        file: What it was to hold, if that is not ``path``. A file of a run, such as its ``test.json``, is not chosen by
+            an option.
+        option: The option that chooses any other file.
+    """
+    own = _is_of_run(file or path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CrossXError(
             f"{path}: no space left on the disk. What was written before is intact: free some room."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        # results belong in their run
-        in_run = any(os.path.isfile(folder / "model.json") for folder in (path, *path.parents[:2]))
-        remedy = "Copy the run to a folder of your own." if in_run else "Choose another --output."
+        remedy = "Copy the run to a folder of your own." if own else f"Choose another {option}."
         return CrossXError(f"{path}: no permission to write there. {remedy}")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return CrossXError(f"{path}: there is a file where a folder is needed. Choose another --output.")
+        remedy = "Move it away." if own else f"Choose another {option}."
+        return CrossXError(f"{path}: there is a file where a folder is needed. {remedy}")
     return CrossXError(f"{path}: cannot be written ({error.strerror or error}).")
+
+
+def _is_of_run(path: Path) -> bool:
+    """Say whether a path is one of those that a run writes in its folder."""
+    return any(
+        _OF_RUN.fullmatch(path.relative_to(folder).as_posix()) and os.path.isfile(folder / "model.json")
+        for folder in path.parents[:2]
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -162,8 +193,11 @@ def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """
     from crossx.schema.run import ResultsFile, check_file, require
 
-    results = read_json(path)
-    check_file(ResultsFile, results, path)
+    try:
+        results = read_json(path)
+        check_file(ResultsFile, results, path)
+    except CrossXError as error:
+        raise CrossXError(f"{error} Write it again with `crossx test`.") from error
     require(results, needed, path)
     return results
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", 
 EXPORTED = (".onnx", ".xml", ".pt2")
 """Those that no other file of crossx has."""
 PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
+
+
+COMPLETE = ("finished", "imported")
+"""Status of runs with nothing left to train."""
+
+log = logging.getLogger(__name__)
 
 
 class _File:
@@ -64,6 +72,7 @@ class Run:
     checkpoints = _File("checkpoints")
     best = _File("checkpoints/best.ckpt")
     excluded = _File("exclude.csv")
+    images = _File("images.npy")
     neighbors = _File("neighbors.npz")
     profile = _File("profile.json")
     last = _File("checkpoints/last.ckpt")
@@ -169,12 +178,12 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             ``user/name``, ``user/name@revision`` or ``hf-hub:user/name`` as text.
 
     Returns:
-        The run and the weights to load: the given file, else ``model.safetensors``, else ``best.ckpt``, else
-        ``last.ckpt`` (of a run that was stopped).
+        The run and the weights to load: the given file, else ``model.safetensors``. Of a run that is not finished, else
+        ``best.ckpt``, else ``last.ckpt``, with a warning.
 
     Raises:
         UsageError: If it is a file of ``crossx export``.
-        CrossXError: If there is no such path, no ``model.json`` or no weights.
+        CrossXError: If there is no such path, no ``model.json`` or no weights, or if a finished run has lost them.
     """
     given = Path(path)
     if not given.exists():
@@ -200,13 +209,36 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         raise CrossXError(
             f"{given}: not a run folder (no model.json). `{command('fit', '--output', given)}` makes one."
         )
-    for weights in (run.weights, run.best, run.last):
+    if run.weights.is_file():
+        return run, run.weights
+    for weights in (run.best, run.last):
         if weights.is_file():
+            _require_unfinished(run, weights)
             return run, weights
     raise CrossXError(
         f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
         "train it first with `crossx fit`."
     )
+
+
+def _require_unfinished(run: Run, weights: Path) -> None:
+    """Refuse to take a checkpoint for the model of a run that had one, whose epoch may be another."""
+    status = run.read_info().get("status")
+    if status is not None and status not in COMPLETE:
+        _warn_once(run, str(status), weights)
+        return
+    why = "the run is finished" if status else "there is no run.json either"
+    remedy = run.remedy or f" Put back a copy of it, or give {weights}, which may be of another epoch."
+    raise RunFileError(f"{run.weights}: no such file, and {why}.", remedy)
+
+
+@functools.cache
+def _warn_once(run: Run, status: str, weights: Path) -> None:
+    """Warn once per process, which opens a run several times."""
+    log.warning(
+        "%s: the run is not finished (%s): these are the weights of %s. `%s` continues it.",
+        run.path, status, weights.relative_to(run.path), resume_command(run),
+    )  # fmt: skip
 
 
 def _downloaded(model: HubModel) -> Path:

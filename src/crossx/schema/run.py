@@ -167,6 +167,7 @@ class ResultsFile(ProvenanceFile):
     split: Text | None = None
     run_status: Text | None = None
     seen_in_training: bool | None = None
+    seen_images: Count | None = None
     preprocessing: SizeFile | None = None
 
 

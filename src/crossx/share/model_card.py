@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from crossx.data.catalog import DATASETS
+from crossx.data.catalog import DATASETS, OWN_DATA
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import ClassRow, worst_first
 from crossx.evaluation.notices import result_notices
@@ -31,7 +31,6 @@ from crossx.yaml import dump_yaml
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TASK = "image-classification"
-OWN_DATA = ("folder", "table", "huggingface", "webdataset")
 """Datasets of the catalog that stand for the user's own images."""
 TRAINER_OPTIONS = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")
 """Options of the section `trainer` that the card shows; the others are about the machine."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from crossx.data.config import DataConfig
 from crossx.errors import UsageError
-from crossx.recipes import SECTIONS, Recipe, load_recipe, tuned_then_changed
+from crossx.recipes import OTHERS, SECTIONS, Recipe, is_method_option, load_recipe, tuned_then_changed
 from crossx.runs import read_config
 from crossx.training.sections import (
     ModelConfig,
@@ -63,6 +63,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     init: str | None = None
     tuned: str | None = None
+    other_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = 0
     output: str | None = None
 
@@ -103,7 +104,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that ``from_dict`` reads; the method's options are flat under ``model``."""
-        return {**asdict(self), "model": self.model.to_dict()}
+        values = {**asdict(self), "model": self.model.to_dict()}
+        return values if self.other_methods else {key: values[key] for key in values if key != OTHERS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -117,6 +119,10 @@ class Config:
             "data": lambda section: build_section(DataConfig, section, "data."),
             "optim": lambda section: build_section(OptimConfig, section, "optim."),
             "trainer": build_trainer,
+            OTHERS: lambda section: {
+                method: dict(require_mapping(f"{OTHERS}.{method}", options))
+                for method, options in section.items()
+            },
         }
         parsed = {
             key: readers[key](require_mapping(key, value)) if key in readers else value
@@ -135,18 +141,19 @@ class Config:
         Args:
             name: See ``crossx.recipes.load_recipe``.
             **overrides: Top-level options, or sections (``model``, ``data``, ``optim``, ``trainer``) whose options
-                replace the recipe's. As on the command line, options that only the recipe's method has are left out
-                for another method, and ``resize_size`` keeps its proportion to ``image_size``; the log says so.
+                replace the recipe's. As on the command line, the options of the recipe's method are left out for
+                another method, and ``resize_size`` keeps its proportion to ``image_size``; the log says so.
 
         Raises:
             UsageError: If there is no such recipe, or as ``from_dict``.
         """
-        recipe, notes = load_recipe(name), list[str]()
+        original, notes = load_recipe(name), list[str]()
+        recipe = original
         model, data = (overrides.get(section) or {} for section in ("model", "data"))
         if model.get("method", method := recipe_method(recipe)) != method:
             from crossx.methods import method_options
 
-            recipe, notes = adapt_to_method(recipe, model["method"], method_options(model["method"]))
+            recipe, notes = adapt_to_method(recipe, str(model["method"]), method_options)
         values = recipe.to_dict()
         for key, value in overrides.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
@@ -154,7 +161,15 @@ class Config:
             notes += scale_resize(recipe, values["data"])
         for note in notes:
             log.info(note)
-        return cls.from_dict(values).with_changes_noted(recipe)
+        return cls.from_dict(values).with_changes_noted(original)
+
+    def with_method(self, method: str) -> Config:
+        """Return this configuration with another method: see ``crossx.recipes.Recipe.with_method``."""
+        if method == self.model.method:
+            return self
+        others = {**self.other_methods, self.model.method: self.model.options}
+        options = dict(others.pop(method, {}))
+        return replace(self, model=replace(self.model, method=method, options=options), other_methods=others)
 
     def with_changes_noted(self, recipe: Recipe, defaults: Mapping[str, Any] | None = None) -> Config:
         """Return this configuration, whose note on a search names the options that differ from those of its recipe.
@@ -200,27 +215,37 @@ def recipe_method(recipe: Recipe) -> str:
     return str(recipe.get("model", "method", default=ModelConfig().method))
 
 
-def adapt_to_method(recipe: Recipe, method: str, options: Collection[str]) -> tuple[Recipe, list[str]]:
-    """Give a recipe another method: without options that it does not have, with those of a base that trains it.
+def adapt_to_method(
+    recipe: Recipe, method: str, options_of: Callable[[str], Collection[str]]
+) -> tuple[Recipe, list[str]]:
+    """Give a recipe another method, see ``Recipe.with_method``; keep options that only the new method has.
 
     Args:
         recipe: A recipe.
         method: The method to train instead.
-        options: The options of that method.
+        options_of: Returns the names of the options of a method, or raises ``UsageError`` for an unknown one.
 
     Returns:
         The recipe, and a note of what was left out.
     """
-    if method == recipe_method(recipe):
-        return recipe, []
-    known = {item.name for item in fields(ModelConfig)} | {*options}
-    lacking = [key for key in recipe.settings if key[0] == "model" and len(key) > 1 and key[1] not in known]
-    kept = {key: setting for key, setting in recipe.settings.items() if key not in lacking}
-    # a recipe takes precedence over its bases
-    settings = {**recipe.others.get(method, {}), **kept}
-    names = ", ".join(".".join(key) for key in lacking)
-    notes = [f"method {method} has no {names}: left out of {recipe.name}."] if lacking else []
-    return replace(recipe, settings=settings), notes
+    own = recipe_method(recipe)
+    given = {key: setting for key, setting in recipe.settings.items() if is_method_option(key)}
+    if method == own or not (given or recipe.others):
+        return recipe.with_method(method), []
+    known = options_of(method)
+    try:
+        theirs = options_of(own) if ("model", "method") in recipe.settings else ()
+    except UsageError:
+        # of a package that is not imported
+        theirs = [key[1] for key in given]
+    meant = {key: setting for key, setting in given.items() if key[1] in known and key[1] not in theirs}
+    changed = recipe.with_method(method)
+    # a recipe without a method has kept all of them
+    kept = {key: s for key, s in changed.settings.items() if s is not given.get(key)}
+    settings = {**kept, **meant}
+    names = ", ".join(".".join(key) for key in given if key not in settings)
+    notes = [f"method {method}: {names} left out of {recipe.name}, whose method is {own}."] if names else []
+    return replace(changed, settings=settings), notes
 
 
 def scale_resize(recipe: Recipe, data: dict[str, Any]) -> list[str]:

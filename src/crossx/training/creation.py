@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from crossx.data.config import Sampling
+from crossx.data.fingerprints import fingerprints
 from crossx.data.index import DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.classes import check_classes
+from crossx.evaluation.training_images import read_training_images
 from crossx.methods.base import Method
 from crossx.methods.registry import check_options, create_method, method_class, method_options
 from crossx.methods.start import Start, Transfer
@@ -67,7 +71,7 @@ def create(config: Config, index: DatasetIndex, start: Start | None) -> Created:
         dataset=index.name,
         levels=dict(index.levels),
     )
-    return Created(method, spec, None if start is None else _take(start, method, spec, config))
+    return Created(method, spec, None if start is None else _take(start, method, spec, config, index))
 
 
 def restore(run: Run, checkpoint: Mapping[str, Any], index: DatasetIndex) -> Created:
@@ -151,12 +155,29 @@ def _create_method(config: Config, index: DatasetIndex) -> Method:
     return method
 
 
-def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Transfer:
+def _take(start: Start, method: Method, spec: ModelSpec, config: Config, index: DatasetIndex) -> Transfer:
     """Copy what fits from another network, and say what does not."""
     transfer = Transfer(start, method, spec)
     transfer.copy(method)
     method.taken = transfer.taken
     log.info("init %s", transfer.describe())
+    _warn_if_seen(start, config, index)
+    return transfer
+
+
+def _warn_if_seen(start: Start, config: Config, index: DatasetIndex) -> None:
+    """Warn if the network to start from was trained on images that are held out now."""
+    data = config.data
+    index = index.with_validation(data.val_fraction, data.split_seed)
+    held_out = ("test",) if data.train_on == "trainval" else ("val", "test")
+    paths = [record.path for split in held_out for record in index.split(split)]
+    if (known := read_training_images(start.run)) is not None:
+        if seen := int(np.isin(fingerprints(paths), known).sum()):
+            log.warning(
+                "init %s: was trained on %d of the %s that are held out now: accuracies on these are too high.",
+                start.name, seen, counted(len(paths), "image"),
+            )  # fmt: skip
+        return
     before = start.info.get("data") or {}
     same = config.data.root and start.info.get("data_root") == config.data.root
     now = asdict(config.data)
@@ -165,4 +186,3 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config) -> Tran
             "init %s: was trained on images of %s split in another way: it may have seen images that are held out now.",
             start.name, config.data.root,
         )  # fmt: skip
-    return transfer

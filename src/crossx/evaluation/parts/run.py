@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from crossx.data.catalog import dataset_title
 from crossx.data.index import Record, part_names
 from crossx.errors import CrossXError
 from crossx.evaluation.intervals import CONFIDENCE
@@ -49,6 +50,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
     """
     subject = Subject.open(path, **options)
     split = subject.split
+    subject.check_outputs(f"{split}_parts.json", f"{split}/parts.png")
     subject.data.check_images([split])
     records = subject.data.index.split(split)
     places = _locate(records, subject)
@@ -83,7 +85,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
         },
         **subject.provenance(),
     }  # fmt: skip
-    title = f"{subject.spec.method} on {results['dataset']}, {split}"
+    title = f"{subject.spec.method} on {dataset_title(results['dataset'], results['data_root'])}, {split}"
     plot_parts(results["stages"], places.names, subject.output / split / "parts.png", title=title)
     write_json(subject.output / f"{split}_parts.json", results)
     return results
