@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from crossx.data.catalog import OWN_DATA
 from crossx.data.config import DataConfig
-from crossx.data.fingerprints import fingerprints
+from crossx.data.fingerprints import UNREADABLE, fingerprints
 from crossx.data.index import DatasetIndex
 from crossx.evaluation.data import trained_splits
 from crossx.runs import ModelSpec, Run, atomic_path
@@ -26,7 +26,8 @@ def write_training_images(run: Run, config: DataConfig, index: DatasetIndex) -> 
     splits = trained_splits(run, config)
     paths = {record.path for record in index.records if record.split in splits}
     with atomic_path(run.images) as temporary, temporary.open("wb") as file:
-        np.save(file, np.unique(fingerprints([*paths])))
+        found = np.unique(fingerprints([*paths]))
+        np.save(file, found[found != UNREADABLE])
 
 
 def count_trained(
@@ -75,14 +76,21 @@ def _is_own_folder(run: Run, config: DataConfig, images: int, split: str) -> boo
 
 def read_training_images(run: Run) -> NDArray[np.uint64] | None:
     """Return the fingerprints of the images that a run was trained on, (N,), each once; None if it has none."""
-    if not run.images.is_file():
-        return None
+    known = _load(run)
+    if known is None and run.images.is_file():
+        log.warning("%s: damaged: the images trained on are known by their dataset only.", run.images)
+    return known
+
+
+def has_training_images(run: Run) -> bool:
+    """Say whether a run has the fingerprints of its training images, undamaged."""
+    return _load(run) is not None
+
+
+def _load(run: Run) -> NDArray[np.uint64] | None:
     try:
         with run.images.open("rb") as file:
             known: NDArray[np.uint64] = np.load(file, allow_pickle=False)
-        if known.dtype != np.uint64 or known.ndim != 1:
-            raise ValueError(f"{known.dtype} {known.shape}")
     except Exception:  # numpy has many, with advice for other files
-        log.warning("%s: damaged: the images trained on are known by their dataset only.", run.images)
         return None
-    return known
+    return known if known.dtype == np.uint64 and known.ndim == 1 else None
