@@ -74,7 +74,10 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     # three of three discordant images are the second's: 2 / 2^3
     assert two["p"] == "0.25"
     assert other["Δ first (95%)"] == "–"
-    assert "note: other was not tested on the images of one: do not compare their accuracies." in printed
+    assert (
+        "note: other was not tested on the images and labels of one: do not compare their accuracies."
+        in printed
+    )
 
 
 def test_folders_are_told_apart_and_other_images_are_noted(
@@ -106,7 +109,7 @@ def test_folders_are_told_apart_and_other_images_are_noted(
     assert [row["p"] for row in rows] == ["–", "1", "–", "–", "1"]
     notes = [line for line in printed.splitlines() if line.startswith("note")]
     assert len(notes) == 1
-    assert "b, c were not tested on the images of a" in notes[0]
+    assert "b, c were not tested on the images and labels of a" in notes[0]
 
 
 def test_top5_is_left_out_where_the_results_have_none(

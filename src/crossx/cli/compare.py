@@ -233,7 +233,7 @@ def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path],
     if not others:
         return []
     were = f"{others[0]} was" if len(others) == 1 else f"{first_few(others, MAX_DIFFERENCES)} were"
-    return [f"{were} not tested on the images of {first['run']}: do not compare their accuracies."]
+    return [f"{were} not tested on the images and labels of {first['run']}: do not compare their accuracies."]
 
 
 def _is_paper_task(results: Mapping[str, Any]) -> bool:

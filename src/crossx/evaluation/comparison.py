@@ -41,7 +41,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
     """Compare the top-1 accuracies of two tested runs, image by image.
 
     Reads the predictions that ``test_run`` wrote; loads no network. Images are matched by their path below the root of
-    the data; those of your own by their contents, whatever their names and folders.
+    the data; those of your own, and drawn ones, by their contents, whatever their names and folders.
 
     Args:
         a: A run folder or a checkpoint file in one.

@@ -8,15 +8,12 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.data.catalog import OWN_DATA
+from crossx.data.catalog import OWN_DATA, VARYING
 from crossx.data.config import DataConfig
 from crossx.data.fingerprints import UNREADABLE, fingerprints
 from crossx.data.index import DatasetIndex
 from crossx.evaluation.data import trained_splits
 from crossx.runs import ModelSpec, Run, atomic_path
-
-DRAWN = "synthetic"
-"""A dataset whose images depend on its options."""
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def count_trained(
     if known is not None:
         found = fingerprints([record.path for record in records]) if found is None else found
         seen = int(np.isin(found, known).sum())
-        if seen or config.dataset in (*OWN_DATA, DRAWN):
+        if seen or config.dataset in VARYING:
             return seen
     named = split in trained_splits(run, config) and config.dataset == spec.dataset
     return len(records) if named and _is_own_folder(run, config, len(records), split) else 0
