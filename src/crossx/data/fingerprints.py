@@ -15,8 +15,8 @@ from crossx.terminal import step
 
 READ = 64 << 10
 """Bytes that are read of a file, from its middle: one access to the disk, of pixels rather than of headers."""
-AT_ONCE = 8
-"""Files that are read at the same time, to wait for slow disks only once."""
+AT_ONCE = 32
+"""Files that are read at the same time: on a network drive, each one is a wait, and other ranks wait for the first."""
 PER_TASK = 32
 """Files per task of a thread: with one each, the tasks of a million files would take two gigabytes."""
 UNREADABLE = 0
