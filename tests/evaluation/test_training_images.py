@@ -1,3 +1,4 @@
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from crossx.data.catalog import read_dataset
 from crossx.data.config import DataConfig
+from crossx.errors import CrossXError
 from crossx.evaluation.training_images import (
     count_trained,
     has_training_images,
@@ -56,6 +58,24 @@ def test_images_are_recognised_in_another_folder_and_split(tmp_path: Path, root:
     assert count(run, moved) == images
     replace_images(moved, "test", root, 2)
     assert count(run, moved, "test") == 2
+
+
+def test_a_disk_without_room_is_named(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run.images.read_bytes()
+    many = np.arange(1, 10_000, dtype=np.uint64)
+    monkeypatch.setattr("crossx.evaluation.training_images.fingerprints", lambda paths: many)
+    # as a full disk, but for the number of the error
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+    try:
+        with pytest.raises(CrossXError, match=r"images\.npy: cannot be written \(File too large\)"):
+            write_training_images(
+                run, DataConfig(dataset="folder", root=str(root)), read_dataset("folder", root)
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert run.images.read_bytes() == before
+    assert sorted(file.name for file in run.path.iterdir()) == ["images.npy", "run.json"]
 
 
 def test_a_file_that_cannot_be_read_is_none_of_the_training_images(root: Path, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 
@@ -22,9 +23,12 @@ def write_training_images(run: Run, config: DataConfig, index: DatasetIndex) -> 
     """Write the fingerprints of the images that a run is trained on, for ``count_trained``."""
     splits = trained_splits(run, config)
     paths = {record.path for record in index.records if record.split in splits}
-    with atomic_path(run.images) as temporary, temporary.open("wb") as file:
-        found = np.unique(fingerprints([*paths]))
-        np.save(file, found[found != UNREADABLE])
+    found = np.unique(fingerprints([*paths]))
+    # not into the file itself: numpy does not tell that a disk is full
+    content = io.BytesIO()
+    np.save(content, found[found != UNREADABLE])
+    with atomic_path(run.images) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def count_trained(
