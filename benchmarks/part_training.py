@@ -1,16 +1,17 @@
 """Excitations that are parts, and no less accurate? Spatial gates, compared with the paper's Cross-X.
 
-    python benchmarks/part_training.py --seeds 0 1 2 --work out/parts -- --config finetune \\
+    python benchmarks/part_training.py --seeds 0 1 2 --epochs 15 --work out/parts -- --config finetune \\
       --model.backbone local-dir:$CROSSX_DATA/weights/mobilenetv2_035 --data.dataset synthetic --data.root out/birds \\
-      --data.seed 8 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 --data.num_workers 0
+      --data.seed 8 --data.images_per_class 90 --data.test_images_per_class 100 --data.image_size 128 \\
+      --data.num_workers 0
 
-For each seed: `default`, the paper's Cross-X, fine-tuned, and for as many epochs in all, spatial gates with an excitation
-of the whole (docs/methods/crossx-parts.md):
+For each seed: `default`, the paper's Cross-X, fine-tuned; and for as many epochs in all, spatial gates with an
+excitation of the whole (docs/methods/crossx-parts.md):
 
 - `--way following`: `following`, whose refined prototypes follow the features, as in the recipe finetune_parts;
 - `--way refined`: `refined`, whose prototypes are trained like the heads after the refinement;
-- `--way two_steps`: `frozen`, of which only gates and heads are trained, from clusters and with the terms on position and
-  on each part alone; and `tuned`, fine-tuned from there.
+- `--way two_steps`: `frozen`, of which only gates and heads are trained, from clusters and with the terms on position
+  and on each part alone; and `tuned`, fine-tuned from there.
 
 Then `crossx test` and, of each, `crossx test --parts`. What follows `--` is passed on to `crossx fit`. Finished runs in
 `--work` are not trained again.

@@ -376,6 +376,27 @@ def test_wrong_options_of_other_methods_are_refused(text: str, message: str, tmp
         parse_fit(["--config", str(wrong), "--model.method", "dfl"])
 
 
+def test_options_of_an_unknown_method_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: finetune_fast\nother_methods: {crosx: {num_parts: 3}}\n")
+    note = f"{mine}: other_methods: unknown method 'crosx'. Did you mean 'crossx'?"
+    for words in ([], ["--model.method", "crossx"]):
+        notes = parse_fit(["--config", str(mine), *words]).notes
+        assert [found.startswith(note) for found in notes] == [True]
+    with caplog.at_level("INFO"):
+        Config.from_recipe(mine, model={"method": "crossx"})
+    assert note in caplog.text
+    assert parse_fit(["--config", "finetune_fast"]).notes == ()
+
+
+def test_a_recipe_without_a_method_has_the_options_of_the_default(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("other_methods: {crossx: {num_parts: 3}, dfl: {num_filters: 2}}\n")
+    assert Config.from_recipe(mine).model.options == {"num_parts": 3}
+    assert parse_fit(["--config", str(mine)]).config.model.options["num_parts"] == 3
+    assert Config.from_recipe(mine, model={"method": "dfl"}).model.options == {"num_filters": 2}
+
+
 def test_a_method_that_is_no_text_is_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("base: finetune_fast\nmodel: {method: [crossx]}\n")

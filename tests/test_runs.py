@@ -26,6 +26,7 @@ from crossx.runs import (
     atomic_path,
     check_output_file,
     environment,
+    lock_holder,
     locked_folder,
     open_run,
     read_json,
@@ -150,10 +151,13 @@ def test_a_checkpoint_is_not_taken_for_the_model_of_a_finished_run(
     if status:
         write_json(run.info, {"status": status})
     message = refusal(open_run, tmp_path)
-    assert message.startswith(f"{run.weights}: no such file, and ")
+    why = "the run is finished." if status else "there is no run.json either."
+    assert message.startswith(f"{run.weights}: no such file, and {why}")
     assert remedy.format(run=tmp_path) in message
     for file in files:
         assert open_run(tmp_path / file) == (run, tmp_path / file)
+    write_json(run.info, {"seed": 0})
+    assert "no such file, and run.json has no status." in refusal(open_run, tmp_path)
     write_text(run.weights, "weights")
     assert open_run(tmp_path) == (run, run.weights)
 
@@ -414,6 +418,36 @@ def test_the_process_that_has_a_lock_can_be_asked_to_end(tmp_path: Path) -> None
     # what a killed process leaves
     assert lock.read_text() == written
     assert not stop_holder(folder)
+
+
+FORK = """
+import fcntl, os, platform, sys
+with open(sys.argv[1], "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"process {os.getpid()} on {platform.node()}, since")
+    lock.flush()
+    if os.fork():
+        os._exit(0)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/locks").is_file(), reason="only Linux tells which process has a lock")
+def test_the_number_of_a_dead_process_is_not_asked_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    command = [sys.executable, "-c", FORK, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        process.wait()
+        # its child has inherited the lock; the number may be another process's by now
+        assert f"process {process.pid} on" in (lock_holder(tmp_path) or "")
+        monkeypatch.setattr(os, "kill", lambda *found: asked.append(found))
+        assert not stop_holder(tmp_path)
+    assert asked == []
 
 
 def enter(folder: Path) -> None:

@@ -74,7 +74,10 @@ def test_each_run_is_held_against_the_first_on_the_same_images(
     # three of three discordant images are the second's: 2 / 2^3
     assert two["p"] == "0.25"
     assert other["Δ first (95%)"] == "–"
-    assert "note: other was not tested on the images of one: do not compare" in printed
+    assert (
+        "note: other was not tested on the images and labels of one: do not compare their accuracies."
+        in printed
+    )
 
 
 def test_folders_are_told_apart_and_other_images_are_noted(
@@ -86,13 +89,14 @@ def test_folders_are_told_apart_and_other_images_are_noted(
         ("moved", "photos", 0),
         ("b", "y/birds", 7),
         ("c", "table.csv", 9),
+        ("listed", "table.csv", 0),
     ):
         write_run(Path(name), right, "table" if root.endswith("csv") else "folder", root, first)
     assert main(["compare", "a", "moved"]) == 0
     printed = capsys.readouterr().out
     assert [row["dataset"] for row in table(printed)] == ["folder birds", "folder photos"]
     assert "note" not in printed
-    assert main(["compare", "a", "moved", "b", "c"]) == 0
+    assert main(["compare", "a", "moved", "b", "c", "listed"]) == 0
     printed = capsys.readouterr().out
     rows = table(printed)
     assert [row["dataset"] for row in rows] == [
@@ -100,11 +104,12 @@ def test_folders_are_told_apart_and_other_images_are_noted(
         "folder photos",
         f"folder {place / 'y' / 'birds'}",
         "table table.csv",
+        "table table.csv",
     ]
-    assert [row["p"] for row in rows] == ["–", "1", "–", "–"]
+    assert [row["p"] for row in rows] == ["–", "1", "–", "–", "1"]
     notes = [line for line in printed.splitlines() if line.startswith("note")]
     assert len(notes) == 1
-    assert "b, c were not tested on the images of a" in notes[0]
+    assert "b, c were not tested on the images and labels of a" in notes[0]
 
 
 def test_top5_is_left_out_where_the_results_have_none(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossx.data.fingerprints import READ, UNREADABLE, fingerprint, fingerprints
+from crossx.data.fingerprints import PER_TASK, READ, UNREADABLE, fingerprint, fingerprints
 
 
 def test_copies_have_one_fingerprint_whatever_their_name(tmp_path: Path) -> None:
@@ -32,6 +32,16 @@ def test_another_size_or_another_middle_is_another_file(tmp_path: Path, size: in
         path.write_bytes(content)
         assert fingerprint(path) != before
     assert before != UNREADABLE
+
+
+def test_each_file_has_its_own_in_the_order_of_the_files(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index % 50}.jpg" for index in range(3 * PER_TASK + 5)]
+    for index, path in enumerate(paths[:49]):
+        path.write_bytes(b"%d" % index)
+    found = fingerprints(paths).tolist()
+    assert found == [fingerprint(path) for path in paths]
+    assert len({*found}) == 50
+    assert found[49] == UNREADABLE
 
 
 def test_what_cannot_be_read_is_no_image(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from crossx.cli.main import main
+from crossx.data.fingerprints import fingerprints
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation import calibration
 from crossx.evaluation.calibration import (
@@ -182,6 +183,21 @@ def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
     with pytest.raises(CrossXError, match="was trained on its val images"):
         calibrate_run(imported.path)
     assert calibrate_run(imported.path, split="test", device="cpu").described["split"] == "test"
+
+
+def test_images_of_which_some_were_trained_on(run, caplog):
+    images = sorted((run.path.parent / "birds" / "val").rglob("*.*"))
+    few, most = len(images) // 2, len(images) // 2 + 1
+    np.save(run.images, np.unique(fingerprints(images[:most])))
+    with pytest.raises(
+        CrossXError, match=f"was trained on {most} of these {len(images)} val images, on which"
+    ):
+        calibrate_run(run.path, device="cpu")
+    np.save(run.images, np.unique(fingerprints(images[:few])))
+    calibrate_run(run.path, device="cpu")
+    assert (
+        f"{few} of the {len(images)} images were trained on: the run is overconfident on these" in caplog.text
+    )
 
 
 def test_every_view_has_its_own_thresholds(run, monkeypatch):

@@ -92,12 +92,39 @@ def test_images_of_the_same_names_must_be_the_same_files(tmp_path, images):
     changed = contents.copy()
     changed[[7, 9]] += 100
     b = write_run(tmp_path / "b", targets, targets, paths, contents=changed)
-    with pytest.raises(OtherImagesError, match=r"of 60 names 2 are of other files, such as .*\.jpg"):
+    with pytest.raises(OtherImagesError, match=r"Under 2 names they have different files, such as .*\.jpg"):
         compare_runs(a, b)
     # tested by an earlier version
     old = write_run(tmp_path / "old", targets, targets, paths)
     assert compare_runs(a, old)["n"] == 60
     assert Predictions.load(predictions_path(a, "test"), a, "test").contents.tolist() == contents.tolist()
+
+
+def test_images_of_ones_own_are_matched_by_their_contents(tmp_path, images):
+    targets, paths = images
+    predictions = {
+        "a": (targets + (np.arange(60) % 5 == 0)) % 3,
+        "b": (targets + (np.arange(60) % 7 == 0)) % 3,
+    }
+    contents = np.random.default_rng(1).permutation(60).astype(np.uint64)
+    # elsewhere, of the same contents: with other names, which give another order
+    renamed, order = [f"{index * 7 % 60}.jpg" for index in range(60)], np.arange(60)[::-1]
+    a = write_run(tmp_path / "a", predictions["a"], targets, paths, contents=contents)
+    b = write_run(
+        tmp_path / "b",
+        *(array[order] for array in (predictions["b"], targets, np.array(renamed))),
+        contents=contents[order],
+    )
+    same_names = write_run(tmp_path / "c", predictions["b"], targets, paths)
+    found, expected = compare_runs(a, b), compare_runs(a, same_names)
+    assert found["correct"] == {"both": 41, "only_a": 7, "only_b": 10, "neither": 2}
+    for key in ("correct", "interval", "p_value"):
+        assert found[key] == expected[key]
+    other = contents.copy()
+    other[3] = 99
+    c = write_run(tmp_path / "other", targets, targets, renamed, contents=other)
+    with pytest.raises(OtherImagesError, match=r"\(60\) were not tested.*Only one of them has .*jpg"):
+        compare_runs(a, c)
 
 
 def test_other_labels_are_refused(tmp_path, images):

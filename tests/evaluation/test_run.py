@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from crossx.data.catalog import read_dataset
+from crossx.data.fingerprints import fingerprint
 from crossx.data.images import read_image
 from crossx.data.transforms import Normalize, eval_transform
 from crossx.errors import CrossXError, UsageError
@@ -128,6 +129,8 @@ def test_results_are_those_of_a_plain_loop(run, root):
     np.testing.assert_array_equal(stored.targets, targets)
     assert stored.paths.tolist() == [record.path.relative_to(root).as_posix() for record in records]
     assert stored.classes.tolist() == list(load_method(run.path)[1].classes)
+    assert stored.contents is not None
+    assert stored.contents.tolist() == [fingerprint(record.path) for record in records]
 
 
 def test_results_say_what_they_belong_to(run, root):
@@ -202,6 +205,8 @@ def test_levels_of_a_hierarchy(tmp_path):
     index = read_dataset("aircraft", root)
     assert set(results["levels"]) == set(index.levels) != set()
     stored = Predictions.load(run.path / "test" / "predictions.npz", run.path, "test")
+    # the images of a published dataset are known by their paths, also if they were compressed again
+    assert stored.contents is None
     predicted = stored.logits.argmax(1)
     for level, groups in index.levels.items():
         right = [groups[p] == groups[t] for p, t in zip(predicted, stored.targets, strict=True)]

@@ -1,3 +1,4 @@
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,13 @@ import pytest
 
 from crossx.data.catalog import read_dataset
 from crossx.data.config import DataConfig
-from crossx.evaluation.training_images import count_trained, is_most, write_training_images
+from crossx.errors import CrossXError
+from crossx.evaluation.training_images import (
+    count_trained,
+    has_training_images,
+    is_most,
+    write_training_images,
+)
 from crossx.runs import ModelSpec, Preprocessing, Run, write_json
 from layouts import write_folder
 
@@ -53,6 +60,35 @@ def test_images_are_recognised_in_another_folder_and_split(tmp_path: Path, root:
     assert count(run, moved, "test") == 2
 
 
+def test_a_disk_without_room_is_named(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run.images.read_bytes()
+    many = np.arange(1, 10_000, dtype=np.uint64)
+    monkeypatch.setattr("crossx.evaluation.training_images.fingerprints", lambda paths: many)
+    # as a full disk, but for the number of the error
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+    try:
+        with pytest.raises(CrossXError, match=r"images\.npy: cannot be written \(File too large\)"):
+            write_training_images(
+                run, DataConfig(dataset="folder", root=str(root)), read_dataset("folder", root)
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert run.images.read_bytes() == before
+    assert sorted(file.name for file in run.path.iterdir()) == ["images.npy", "run.json"]
+
+
+def test_a_file_that_cannot_be_read_is_none_of_the_training_images(root: Path, run: Run) -> None:
+    config, index = DataConfig(dataset="folder", root=str(root)), read_dataset("folder", root)
+    assert has_training_images(run)
+    for split in ("train", "test"):
+        index.split(split)[0].path.unlink()
+    write_training_images(run, config, index)
+    spec = ModelSpec("plain", {}, "resnet18", {}, index.classes, PREPROCESSING, "folder")
+    counts = [count_trained(run, spec, config, index, split) for split in ("train", "test")]
+    assert counts == [len(index.split("train")) - 1, 0]
+
+
 def test_other_images_of_the_same_names_were_not_trained_on(tmp_path: Path, root: Path, run: Run) -> None:
     other = tmp_path / "other" / root.name
     shutil.copytree(root, other)
@@ -76,6 +112,7 @@ def test_a_run_without_fingerprints_knows_its_own_folder(
     images = len(read_dataset("folder", root).split("train"))
     assert (count(run, root), count(run, root, "test")) == (images, 0)
     assert ("images.npy: damaged" in caplog.text) == (damage is not None)
+    assert not has_training_images(run)
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
     assert count(run, moved) == images

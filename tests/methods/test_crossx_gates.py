@@ -296,8 +296,14 @@ def test_following_prototypes_are_trained_by_the_terms_on_position_alone() -> No
 
 
 @pytest.mark.parametrize(("options", "factor"), [(SPATIAL, 1.0), (FOLLOWING, 10.0)])
-def test_prototypes_have_a_learning_rate_of_their_own(options: dict[str, object], factor: float) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+def test_prototypes_have_a_learning_rate_of_their_own(
+    options: dict[str, object], factor: float, taken: bool
+) -> None:
     method = build(**options)
+    if taken:
+        # from another network
+        method.taken = frozenset(name for name, _ in method.named_parameters())
     config = OptimConfig(lr=0.02, new_layers_lr_factor=0.1, weight_decay=0.0)
     rates = {
         name: group["lr"]

@@ -107,10 +107,15 @@ def test_every_file_but_the_checkpoints_is_restored_or_not_needed(stopped, resum
     run.info.unlink()
     assert resumed(run.path) == 8
     assert run.read_info()["id"]
+    images = run.images.read_bytes()
+    for content in (*DAMAGES.values(), images[: len(images) // 2]):
+        damage(run.images, content)
+        assert resumed(run.path) == 8
+        assert run.images.read_bytes() == images
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "model.json", "run.json", "metrics.csv", "checkpoints/last.ckpt"]
+    "name", ["config.yaml", "model.json", "run.json", "images.npy", "metrics.csv", "checkpoints/last.ckpt"]
 )
 def test_a_folder_in_the_place_of_a_file_is_named(make_config, name):
     config = make_config()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import RunPath, Split
+from crossx.data.catalog import OWN_DATA
 from crossx.errors import CrossXError, UsageError, first_few
 from crossx.report.published import (
     PublishedResult,
@@ -220,7 +221,9 @@ def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path],
     first["against"] = None
     for results, folder in zip(rows[1:], folders[1:], strict=True):
         results["against"] = None
-        if (results["dataset"], results["n"]) != (first["dataset"], first["n"]):
+        datasets = {results["dataset"], first["dataset"]}
+        # the same images may be a folder here and a table there
+        if results["n"] != first["n"] or not (len(datasets) == 1 or datasets <= {*OWN_DATA}):
             others.append(results["run"])
             continue
         try:
@@ -230,7 +233,7 @@ def _compare_with_first(rows: Sequence[dict[str, Any]], folders: Sequence[Path],
     if not others:
         return []
     were = f"{others[0]} was" if len(others) == 1 else f"{first_few(others, MAX_DIFFERENCES)} were"
-    return [f"{were} not tested on the images of {first['run']}: do not compare their accuracies with it."]
+    return [f"{were} not tested on the images and labels of {first['run']}: do not compare their accuracies."]
 
 
 def _is_paper_task(results: Mapping[str, Any]) -> bool:

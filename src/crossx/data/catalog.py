@@ -21,6 +21,8 @@ from crossx.yaml import load_yaml
 
 OWN_DATA = ("folder", "table", "huggingface", "webdataset")
 """Formats of images of one's own: two datasets of that name have nothing else in common."""
+VARYING = (*OWN_DATA, "synthetic")
+"""Formats whose images are known by their contents only, since two datasets may have files of the same names."""
 SHARED_OPTIONS = frozenset({"test_fraction", "split_seed"})
 """Options accepted for every dataset; archives with an official test split ignore them."""
 

@@ -393,8 +393,9 @@ def calibrate_run(
     data = subject.data
     seen, images = subject.count_trained(), len(data.index.split(split))
     if is_most(seen, images):
+        which = f"its {split} images" if seen == images else f"{seen} of these {images} {split} images"
         raise CrossXError(
-            f"{path}: was trained on its {split} images, on which it is overconfident. Give others with --data.root "
+            f"{path}: was trained on {which}, on which it is overconfident. Give others with --data.root "
             f"and --data.dataset{'' if split == 'test' else ', or --split test'}."
         )
     if seen:

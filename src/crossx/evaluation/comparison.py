@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossx.data.names import class_name, quoted
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, counted
 from crossx.evaluation.intervals import CONFIDENCE, RESAMPLES, difference_interval
 from crossx.evaluation.predictions import Predictions, predictions_path
 from crossx.runs import open_run
@@ -41,7 +41,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
     """Compare the top-1 accuracies of two tested runs, image by image.
 
     Reads the predictions that ``test_run`` wrote; loads no network. Images are matched by their path below the root of
-    the data; those of your own must have the same contents, too.
+    the data; those of your own, and drawn ones, by their contents, whatever their names and folders.
 
     Args:
         a: A run folder or a checkpoint file in one.
@@ -87,7 +87,7 @@ def compare_runs(a: str | Path, b: str | Path, split: str = "test") -> dict[str,
 def paired_correct(
     a: Predictions, b: Predictions, names: tuple[str, str], split: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which images each of two runs predicts correctly, (N,) each, ordered by path.
+    """Return which images each of two runs predicts correctly, (N,) each, ordered by the first run's paths.
 
     Args:
         a: Predictions of the first run.
@@ -98,30 +98,34 @@ def paired_correct(
     Raises:
         OtherImagesError: If they were not tested on the same images with the same labels and classes.
     """
-    order_a, order_b = np.lexsort((a.labels, a.paths)), np.lexsort((b.labels, b.paths))
-    paths_a, paths_b = a.paths[order_a], b.paths[order_b]
-    if not np.array_equal(paths_a, paths_b):
-        only = np.setxor1d(paths_a, paths_b)
-        example = f" Only one of them has {only[0]}." if len(only) else ""
-        raise OtherImagesError(
-            f"{names[0]} ({len(paths_a)} images) and {names[1]} ({len(paths_b)}) were not tested on the same images "
-            f"of {split}.{example} {SAME_DATA}"
-        )
+    ids_a: NDArray[Any] = a.paths
+    ids_b: NDArray[Any] = b.paths
     if a.contents is not None and b.contents is not None:
-        other = np.flatnonzero(a.contents[order_a] != b.contents[order_b])
-        if len(other):
-            raise OtherImagesError(
-                f"{names[0]} and {names[1]} were not tested on the same images of {split}: of {len(paths_a)} names "
-                f"{len(other)} are of other files, such as {paths_a[other[0]]}. {SAME_DATA}"
+        ids_a, ids_b = a.contents, b.contents
+    order_a, order_b = np.lexsort((a.paths, a.labels, ids_a)), np.lexsort((b.paths, b.labels, ids_b))
+    if not np.array_equal(ids_a[order_a], ids_b[order_b]):
+        only_a, only_b = a.paths[~np.isin(ids_a, ids_b)], b.paths[~np.isin(ids_b, ids_a)]
+        example = ""
+        if len(replaced := np.intersect1d(only_a, only_b)):
+            example = (
+                f" Under {counted(len(replaced), 'name')} they have different files, such as {replaced[0]}."
             )
+        elif len(only := [*only_a, *only_b]):
+            example = f" Only one of them has {only[0]}."
+        raise OtherImagesError(
+            f"{names[0]} ({len(ids_a)} images) and {names[1]} ({len(ids_b)}) were not tested on the same images of "
+            f"{split}.{example} {SAME_DATA}"
+        )
+    by_path = np.argsort(a.paths[order_a], kind="stable")
+    order_a, order_b = order_a[by_path], order_b[by_path]
     classes_a, classes_b = (np.array([class_name(str(name)) for name in each.classes]) for each in (a, b))
     labels_a, labels_b = classes_a[a.targets][order_a], classes_b[b.targets][order_b]
     differing = np.flatnonzero(labels_a != labels_b)
     if len(differing):
         first = differing[0]
-        shown = quoted([str(labels_a[first]), str(labels_b[first])])
+        image, shown = a.paths[order_a[first]], quoted([str(labels_a[first]), str(labels_b[first])])
         raise OtherImagesError(
-            f"{names[0]} and {names[1]} label {paths_a[first]} differently ({', '.join(shown)}): only runs with the "
+            f"{names[0]} and {names[1]} label {image} differently ({', '.join(shown)}): only runs with the "
             "same labels can be compared."
         )
     if set(classes_a) != set(classes_b):

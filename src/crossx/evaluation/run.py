@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossx.data.catalog import OWN_DATA, dataset_title
+from crossx.data.catalog import VARYING, dataset_title
 from crossx.data.fingerprints import fingerprints
 from crossx.data.image_files import require_images
 from crossx.errors import CrossXError
@@ -174,7 +174,7 @@ def test_run(
         outputs.targets.numpy(),
         np.array(paths),
         np.array(spec.classes),
-        contents if data.config.dataset in OWN_DATA else None,
+        contents if data.config.dataset in VARYING else None,
     )
     with step("Writing the results"):
         _write_example_maps(subject, predicted)

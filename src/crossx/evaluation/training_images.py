@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.data.catalog import OWN_DATA
+from crossx.data.catalog import OWN_DATA, VARYING
 from crossx.data.config import DataConfig
-from crossx.data.fingerprints import fingerprints
+from crossx.data.fingerprints import UNREADABLE, fingerprints
 from crossx.data.index import DatasetIndex
 from crossx.evaluation.data import trained_splits
 from crossx.runs import ModelSpec, Run, atomic_path
-
-DRAWN = "synthetic"
-"""A dataset whose images depend on its options."""
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +23,12 @@ def write_training_images(run: Run, config: DataConfig, index: DatasetIndex) -> 
     """Write the fingerprints of the images that a run is trained on, for ``count_trained``."""
     splits = trained_splits(run, config)
     paths = {record.path for record in index.records if record.split in splits}
-    with atomic_path(run.images) as temporary, temporary.open("wb") as file:
-        np.save(file, np.unique(fingerprints([*paths])))
+    found = np.unique(fingerprints([*paths]))
+    # not into the file itself: numpy does not tell that a disk is full
+    content = io.BytesIO()
+    np.save(content, found[found != UNREADABLE])
+    with atomic_path(run.images) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def count_trained(
@@ -52,7 +54,7 @@ def count_trained(
     if known is not None:
         found = fingerprints([record.path for record in records]) if found is None else found
         seen = int(np.isin(found, known).sum())
-        if seen or config.dataset in (*OWN_DATA, DRAWN):
+        if seen or config.dataset in VARYING:
             return seen
     named = split in trained_splits(run, config) and config.dataset == spec.dataset
     return len(records) if named and _is_own_folder(run, config, len(records), split) else 0
@@ -75,14 +77,21 @@ def _is_own_folder(run: Run, config: DataConfig, images: int, split: str) -> boo
 
 def read_training_images(run: Run) -> NDArray[np.uint64] | None:
     """Return the fingerprints of the images that a run was trained on, (N,), each once; None if it has none."""
-    if not run.images.is_file():
-        return None
+    known = _load(run)
+    if known is None and run.images.is_file():
+        log.warning("%s: damaged: the images trained on are known by their dataset only.", run.images)
+    return known
+
+
+def has_training_images(run: Run) -> bool:
+    """Say whether a run has the fingerprints of its training images, undamaged."""
+    return _load(run) is not None
+
+
+def _load(run: Run) -> NDArray[np.uint64] | None:
     try:
         with run.images.open("rb") as file:
             known: NDArray[np.uint64] = np.load(file, allow_pickle=False)
-        if known.dtype != np.uint64 or known.ndim != 1:
-            raise ValueError(f"{known.dtype} {known.shape}")
     except Exception:  # numpy has many, with advice for other files
-        log.warning("%s: damaged: the images trained on are known by their dataset only.", run.images)
         return None
-    return known
+    return known if known.dtype == np.uint64 and known.ndim == 1 else None

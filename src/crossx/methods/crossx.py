@@ -87,8 +87,8 @@ class CrossX(Method):
         concentration_weight: Of spatial gates: weight of the spread of each excitation around its centroid.
         border_weight: Of spatial gates: weight of the share of the excitations at the border of the map.
         detach_assignment: Of spatial gates: whether their softmax trains its prototypes only, and not the trunk.
-        detach_shares: Of spatial gates: whether the heads train neither prototypes nor, through them, the trunk, so that
-            separation, presence, concentration and border alone say what the excitations look at.
+        detach_shares: Of spatial gates: whether the heads train neither prototypes nor, through them, the trunk, so
+            that separation, presence, concentration and border alone say what the excitations look at.
         assignment_start: Of spatial gates: ``random`` prototypes, those of ``clusters`` of what is seldom at the border
             of the training images, or ``refined``: moved from there by presence, concentration and border.
         assignment_lr_factor: Of spatial gates: learning rate of the prototypes relative to that of new layers. It lets

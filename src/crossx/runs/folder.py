@@ -227,7 +227,8 @@ def _require_unfinished(run: Run, weights: Path) -> None:
     if status is not None and status not in COMPLETE:
         _warn_once(run, str(status), weights)
         return
-    why = "the run is finished" if status else "there is no run.json either"
+    unknown = "run.json has no status" if run.info.is_file() else "there is no run.json either"
+    why = "the run is finished" if status else unknown
     remedy = run.remedy or f" Put back a copy of it, or give {weights}, which may be of another epoch."
     raise RunFileError(f"{run.weights}: no such file, and {why}.", remedy)
 

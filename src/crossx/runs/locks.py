@@ -95,15 +95,29 @@ def stop_holder(folder: Path) -> bool:
     """
     path = folder / LOCK
     with contextlib.suppress(OSError, ValueError):
-        inode = str(path.stat().st_ino)
+        status = path.stat()
+        inode = str(status.st_ino)
         # "1: FLOCK  ADVISORY  WRITE 7 fe:00:3293192 0 EOF"; one that waits for a lock has "->" in front
         for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
             fields = line.split()
             if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
                 process = int(fields[4])
-                if f"process {process} on {platform.node()}," in _holder(path):
+                if f"process {process} on {platform.node()}," in _holder(path) and _has_open(process, status):
                     os.kill(process, signal.SIGTERM)
                     return True
+    return False
+
+
+def _has_open(process: int, status: os.stat_result) -> bool:
+    """Say whether a process has a file open.
+
+    The number of a dead process, whose children may have inherited the lock, may be that of another process by now; and
+    a file on another disk may have the same inode.
+    """
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(file.stat(), status):
+                return True
     return False
 
 

@@ -31,7 +31,6 @@ from crossx.yaml import dump_yaml
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TASK = "image-classification"
-"""Datasets of the catalog that stand for the user's own images."""
 TRAINER_OPTIONS = ("max_epochs", "precision", "gradient_clip_val", "accumulate_grad_batches")
 """Options of the section `trainer` that the card shows; the others are about the machine."""
 WORST_CLASSES = 10

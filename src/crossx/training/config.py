@@ -154,6 +154,9 @@ class Config:
             from crossx.methods import method_options
 
             recipe, notes = adapt_to_method(recipe, str(model["method"]), method_options)
+        else:
+            # one without a method may give options of the default as those of another one
+            recipe = recipe.with_method(method)
         values = recipe.to_dict()
         for key, value in overrides.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
@@ -226,12 +229,19 @@ def adapt_to_method(
         options_of: Returns the names of the options of a method, or raises ``UsageError`` for an unknown one.
 
     Returns:
-        The recipe, and a note of what was left out.
+        The recipe, and notes of what was left out, and of options of methods that are not known.
     """
     own = recipe_method(recipe)
     given = {key: setting for key, setting in recipe.settings.items() if is_method_option(key)}
+    notes = []
+    for other in recipe.others:
+        # a note, since the method may be of a package that is not imported
+        try:
+            options_of(other)
+        except UsageError as error:
+            notes.append(f"{recipe.name}: {OTHERS}: {error}")
     if method == own or not (given or recipe.others):
-        return recipe.with_method(method), []
+        return recipe.with_method(method), notes
     known = options_of(method)
     try:
         theirs = options_of(own) if ("model", "method") in recipe.settings else ()
@@ -244,7 +254,8 @@ def adapt_to_method(
     kept = {key: s for key, s in changed.settings.items() if s is not given.get(key)}
     settings = {**kept, **meant}
     names = ", ".join(".".join(key) for key in given if key not in settings)
-    notes = [f"method {method}: {names} left out of {recipe.name}, whose method is {own}."] if names else []
+    if names:
+        notes.append(f"method {method}: {names} left out of {recipe.name}, whose method is {own}.")
     return replace(changed, settings=settings), notes
 
 

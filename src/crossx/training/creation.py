@@ -13,6 +13,7 @@ from crossx.data.config import Sampling
 from crossx.data.fingerprints import fingerprints
 from crossx.data.index import DatasetIndex, part_names
 from crossx.data.transforms import preprocessing_for
+from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.classes import check_classes
 from crossx.evaluation.training_images import read_training_images
@@ -167,6 +168,8 @@ def _take(start: Start, method: Method, spec: ModelSpec, config: Config, index: 
 
 def _warn_if_seen(start: Start, config: Config, index: DatasetIndex) -> None:
     """Warn if the network to start from was trained on images that are held out now."""
+    if not is_leader():
+        return
     data = config.data
     index = index.with_validation(data.val_fraction, data.split_seed)
     held_out = ("test",) if data.train_on == "trainval" else ("val", "test")

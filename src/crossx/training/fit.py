@@ -18,7 +18,7 @@ from crossx.data.exclude import write_excluded, written_path
 from crossx.data.index import DatasetIndex
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
-from crossx.evaluation.training_images import write_training_images
+from crossx.evaluation.training_images import has_training_images, write_training_images
 from crossx.methods.registry import recall_method
 from crossx.methods.start import Start
 from crossx.runs import (
@@ -214,7 +214,7 @@ def _train(
         )
         if is_leader():
             _write_start(run, config, created.spec, checkpoint, chosen)
-            if checkpoint is None or not run.images.is_file():
+            if checkpoint is None or not has_training_images(run):
                 write_training_images(run, config.data, data.index)
             if exclude_file is not None:
                 _write_excluded(run, config, index)

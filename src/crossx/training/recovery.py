@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 def require_files(run: Run) -> None:
     """Refuse a run with folders in the place of its files, or the other way round."""
-    files = (run.config, run.spec, run.info, run.weights, run.last, run.previous, run.best, run.checksums)
-    for path in (*files, *_histories(run)):
+    files = (run.config, run.spec, run.info, run.weights, run.images)
+    checkpoints = (run.last, run.previous, run.best, run.checksums)
+    for path in (*files, *checkpoints, *_histories(run)):
         if path.is_dir():
             raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
     if run.checkpoints.exists() and not run.checkpoints.is_dir():
