@@ -1,4 +1,5 @@
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from crossx.explain import explain_images
 from crossx.layers import crop_boxes
 from crossx.losses import ClassificationLoss
 from crossx.methods import NTSNet, create_method
+from crossx.training.config import OptimConfig
+from crossx.training.optim import parameter_groups
 from refusals import refusal
 
 TARGETS = torch.tensor([0, 2])
@@ -156,6 +159,19 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert not torch.equal(method(batch), method(batch))
 
 
+def test_the_navigator_has_a_learning_rate_of_its_own() -> None:
+    method = build(navigator_lr_factor=10.0)
+    config = OptimConfig(lr=0.01, new_layers_lr_factor=0.1)
+    rates = {
+        id(parameter): group["lr"]
+        for group in parameter_groups(method, config)
+        for parameter in group["params"]
+    }
+    assert {rates[id(parameter)] for parameter in method.navigator.parameters()} == {0.01}
+    heads = (method.raw, method.teacher, method.scrutinizer)
+    assert {rates[id(parameter)] for head in heads for parameter in head.parameters()} == {0.001}
+
+
 def test_label_smoothing_leaves_the_teachers_order() -> None:
     method, batch = build(), images()
     plain = method.objective(batch, TARGETS).terms
@@ -191,6 +207,8 @@ def test_crops_and_anchors_follow_the_image_unless_they_are_given() -> None:
         ({"margin": -1}, "margin must be at least 0"),
         ({"view_size": 1}, "view_size must be between 2 and 4096, not 1"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1"),
+        ({"navigator_lr_factor": 0}, "navigator_lr_factor must be above 0 and finite, not 0"),
+        ({"navigator_lr_factor": math.nan}, "navigator_lr_factor must be above 0 and finite"),
         ({"parts_reduction": "means"}, "Did you mean 'mean'"),
     ],
 )

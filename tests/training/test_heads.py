@@ -172,6 +172,16 @@ def test_only_heads_and_new_statistics_change(batches):
     torch.testing.assert_close(fitted.merge.norm.running_var, variances, rtol=1e-4, atol=1e-5)
 
 
+def test_the_joined_head_of_nts_starts_as_that_of_the_image(batches):
+    method = build("nts")
+    fit_heads(method, batches)
+    method.eval()
+    images, _ = next(batches())
+    with torch.no_grad():
+        heads = method.head_logits(images)
+    torch.testing.assert_close(heads["joined"], heads["raw"])
+
+
 def test_label_smoothing_and_class_weights_count(batches):
     method = build("plain")
     method.criterion = ClassificationLoss(torch.tensor([1.0, 1.0, 50.0]), 0.0)

@@ -212,6 +212,12 @@ class Method(nn.Module, ABC):
         widths = [head.weight.shape[-1] for head in heads.values()]
         return dict(zip(heads, self.embeddings(images).split(widths, 1), strict=True))
 
+    def start_from_fitted(self) -> None:
+        """Change heads after ``optim.fit_heads`` has fitted them, by default not at all.
+
+        Override this where a head also sees what layers without training choose.
+        """
+
     def heads_and_features(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return ``head_logits``, and the features that class means are taken of, in one pass.
 

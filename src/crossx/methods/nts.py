@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -55,6 +56,8 @@ class NTSNet(Method):
         parts_reduction: ``mean`` (released code) or ``sum`` of the cross-entropies of the M crops.
         crop_statistics: Running statistics of the trunk's batch norms for crops: those of the images too (``shared``,
             released code), or their ``own``. Shared ones fit neither: crops are smaller and show other things.
+        navigator_lr_factor: Learning rate of the Navigator relative to that of other new layers, the classifiers. If
+            these are fitted (``optim.fit_heads``), it alone starts at random.
         view_size: Side in pixels to which images are resized for the trunk, while regions are cropped from the images
             themselves, with more detail. Default: that of the images.
     """
@@ -83,6 +86,7 @@ class NTSNet(Method):
         dropout: float = 0.5,
         parts_reduction: PartsReduction = "mean",
         crop_statistics: CropStatistics = "shared",
+        navigator_lr_factor: float = 1.0,
         view_size: int | None = None,
     ) -> None:
         super().__init__(backbone, num_classes)
@@ -101,8 +105,11 @@ class NTSNet(Method):
             raise UsageError(f"margin must be at least 0, not {margin}.")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
+        if not 0 < navigator_lr_factor < math.inf:
+            raise UsageError(f"navigator_lr_factor must be above 0 and finite, not {navigator_lr_factor}.")
 
         self.num_proposals, self.num_crops = num_proposals, num_crops
+        self.navigator_lr_factor = navigator_lr_factor
         self.crop_size, self.iou_threshold = crop_size, iou_threshold
         self.parts_weight = num_proposals if parts_reduction == "sum" else 1
         backbone.drop_head()
@@ -149,6 +156,17 @@ class NTSNet(Method):
         """Return what the heads see: (B, C), (B, n, C) and (B, (n + 1) C); see ``Method``."""
         return self._inputs(self._region_features(images, self.num_crops))
 
+    @torch.no_grad()
+    def start_from_fitted(self) -> None:
+        """Let ``joined`` start as ``raw``, with weights of 0 for the crops.
+
+        The Navigator is untrained when the heads are fitted, and a Scrutinizer that was fitted on its arbitrary crops
+        predicts worse than the image alone (docs/methods/nts.md).
+        """
+        self.scrutinizer.weight.zero_()
+        self.scrutinizer.weight[:, -self.raw.in_features :] = self.raw.weight  # the image is last
+        self.scrutinizer.bias.copy_(self.raw.bias)
+
     def head_terms(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropies ``raw``, ``joined`` and, of each crop, ``parts``."""
         return {
@@ -156,6 +174,10 @@ class NTSNet(Method):
             "joined": self.criterion(heads["joined"], targets),
             "parts": self.parts_weight * self.head_loss(heads["parts"], targets),
         }
+
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the Navigator."""
+        return {"navigator.": self.navigator_lr_factor}
 
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Return ``last`` -> the channel mean of the image's last map, (B, 1, h, w)."""

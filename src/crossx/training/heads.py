@@ -62,6 +62,7 @@ def fit_heads(method: Method, batches: Batches) -> bool:
         for name, head in heads.items():
             head.weight.copy_(weights[name])
             head.bias.copy_(biases[name])
+    method.start_from_fitted()
     return True
 
 
