@@ -187,6 +187,7 @@ def test_loads_a_training_checkpoint(name: str, tmp_path: object) -> None:
     run = Run(tmp_path)  # type: ignore[arg-type]
     spec = describe(method, classes=CLASSES, preprocessing=PREPROCESSING, dataset="folder")
     write_json(run.spec, spec.to_json())
+    write_json(run.info, {"status": "stopped"})  # a finished run has weights of its own
     run.checkpoints.mkdir()
     state = {f"method.{key}": value for key, value in method.state_dict().items()}
     torch.save({"state_dict": {**state, "metric.total": torch.zeros(1)}, "epoch": 3}, run.best)
