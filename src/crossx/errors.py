@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -61,6 +62,12 @@ def check_choice(kind: str, value: object, choices: Collection[str]) -> None:
     """Raise ``UsageError`` if an option's value is not one of its choices."""
     if value not in choices:
         raise unknown(kind, str(value), choices)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ``UsageError`` if an option's value is not above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} must be above 0 and finite, not {value}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,11 @@ from crossx.layers import PartAssignment, prototype_scores
 from crossx.losses import border_loss, centroid_concentration_loss, image_presence_loss
 from crossx.methods import clusters
 from crossx.methods.clusters import (
+    BORDER,
+    CONCENTRATION,
     INTERIOR,
+    PRESENCE,
+    REFINING_RATE,
     SHRINKAGE,
     SPREAD,
     object_positions,
@@ -17,6 +21,7 @@ from crossx.methods.clusters import (
     refined_prototypes,
     starting_prototypes,
 )
+from crossx.training.config import Config
 
 
 def scenes(distance: float, images: int = 60, size: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,3 +130,12 @@ def test_what_is_lowered_is_the_weighted_sum_of_the_terms_of_spatial_gates() -> 
         + clusters.BORDER * border_loss(shares[:, 2])
     )
     torch.testing.assert_close(part_loss(prototypes, maps, activations), expected)
+
+
+def test_the_recipe_continues_the_refinement_with_its_weights_and_rate() -> None:
+    config = Config.from_recipe("finetune_parts")
+    options, optim = config.model.options, config.optim
+    assert options["presence_weights"] == [0.0, PRESENCE]
+    assert (options["concentration_weight"], options["border_weight"]) == (CONCENTRATION, BORDER)
+    rate = optim.lr * optim.new_layers_lr_factor * options["assignment_lr_factor"]
+    assert rate == pytest.approx(REFINING_RATE)

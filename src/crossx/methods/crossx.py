@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_positive
 from crossx.layers import (
     Gating,
     MergedFeatures,
@@ -193,15 +192,7 @@ class CrossX(Method):
         ):
             if given and gates != "spatial":
                 raise UsageError(f"{option} needs spatial gates: --model.gates spatial.")
-        if not 0 < assignment_lr_factor < math.inf:
-            raise UsageError(f"assignment_lr_factor must be above 0 and finite, not {assignment_lr_factor}.")
-        if detach_shares and not self.part_terms.on_shares(
-            ["last", *(["previous"] if use_previous or use_merged else [])]
-        ):
-            raise UsageError(
-                "detach_shares: nothing would train the prototypes; give separation_weights, presence_weights, "
-                "concentration_weight or border_weight."
-            )
+        check_positive("assignment_lr_factor", assignment_lr_factor)
         self.assignment_start = assignment_start
         self.assignment_lr_factor = assignment_lr_factor
         self.num_parts = num_parts
@@ -213,6 +204,11 @@ class CrossX(Method):
         if use_previous or use_merged:
             backbone.attach_osme("previous", excitations, reductions[1], osme_placement, gating)
         if gates == "spatial":
+            if detach_shares and not self.part_terms.on_shares(backbone.osme):
+                raise UsageError(
+                    "detach_shares: nothing would train the prototypes; give separation_weights, presence_weights, "
+                    "concentration_weight or border_weight."
+                )
             backbone.attach_assignment(num_parts, detach_assignment, whole, detach_shares)
         backbone.drop_head()
         self.heads["last"] = nn.Linear(excitations * last, num_classes)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_positive
 from crossx.layers import OwnStatistics, crop_boxes, square_corners
 from crossx.losses import reinforce_loss
 from crossx.methods.base import Method, Objective
@@ -107,8 +107,7 @@ class FCAN(Method):
         if crop_size is not None and not 2 <= crop_size <= MAX_IMAGE_SIZE:
             raise UsageError(f"crop_size must be between 2 and {MAX_IMAGE_SIZE}, not {crop_size}.")
         for name, weight in (("parts_weight", parts_weight), ("attention_weight", attention_weight)):
-            if not 0 < weight < math.inf:
-                raise UsageError(f"{name} must be above 0 and finite, not {weight}.")
+            check_positive(name, weight)
 
         self.num_parts, self.crop_share, self.crop_size = num_parts, crop_share, crop_size
         self.reward, self.parts_weight, self.attention_weight = reward, parts_weight, attention_weight

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone, Placement
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_positive
 from crossx.layers import PartLinear
 from crossx.losses import MAMCLoss
 from crossx.losses.mamc import MAMCAverage
@@ -83,8 +83,7 @@ class MAMC(Method):
 
         if embedding_size < 1:
             raise UsageError(f"embedding_size must be at least 1, not {embedding_size}.")
-        if not 0 < embedding_lr_factor < math.inf:
-            raise UsageError(f"embedding_lr_factor must be above 0 and finite, not {embedding_lr_factor}.")
+        check_positive("embedding_lr_factor", embedding_lr_factor)
         if mamc_weight < 0:
             raise UsageError(f"mamc_weight must be at least 0, not {mamc_weight}.")
         if mamc_scale <= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_positive
 from crossx.layers import Navigator, OwnStatistics, crop_boxes, select_boxes
 from crossx.losses import RankingLoss
 from crossx.methods.base import Method, Objective
@@ -105,8 +104,7 @@ class NTSNet(Method):
             raise UsageError(f"margin must be at least 0, not {margin}.")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}.")
-        if not 0 < navigator_lr_factor < math.inf:
-            raise UsageError(f"navigator_lr_factor must be above 0 and finite, not {navigator_lr_factor}.")
+        check_positive("navigator_lr_factor", navigator_lr_factor)
 
         self.num_proposals, self.num_crops = num_proposals, num_crops
         self.navigator_lr_factor = navigator_lr_factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,9 @@ class PartTerms:
         """Whether a term is on what the gates do to a stage's map, which a shortcut would bypass."""
         return any((*self.separation.values(), *self.presence.values()))
 
-    def on_shares(self, stages: Sequence[str]) -> bool:
+    def on_shares(self, stages: Iterable[str]) -> bool:
         """Whether a term trains the prototypes of spatial gates on these stages; see ``of_shares``."""
-        of_stages = (weights[stage] for weights in (self.separation, self.presence) for stage in stages)
+        of_stages = (self.separation[stage] + self.presence[stage] for stage in stages)
         return any((self.concentration, self.border, *of_stages))
 
     def of_gates(self, maps: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

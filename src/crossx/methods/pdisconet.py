@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crossx.backbones import Backbone
 from crossx.distributed import at_least_float32, batch_mean
-from crossx.errors import UsageError, check_choice
+from crossx.errors import UsageError, check_choice, check_positive
 from crossx.layers import AffineView, draw_prototypes, join_stages, prototype_scores
 from crossx.losses import (
     assignment_entropy_loss,
@@ -163,8 +163,7 @@ class PDiscoNet(Method):
             ("prototype_lr_factor", prototype_lr_factor),
             ("modulation_lr_factor", modulation_lr_factor),
         ):
-            if not 0 < value < math.inf:
-                raise UsageError(f"{name} must be above 0 and finite, not {value}.")
+            check_positive(name, value)
         if not 0 <= view_rotation <= 180:
             raise UsageError(f"view_rotation must be between 0 and 180 degrees, not {view_rotation}.")
         if len(view_scales) != 2 or not 0 < view_scales[0] <= view_scales[1] < math.inf:
