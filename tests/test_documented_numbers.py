@@ -1,4 +1,4 @@
-"""The tables of docs/results.md and docs/fidelity.md against the JSON files that they cite."""
+"""The tables of docs/results.md, docs/results and docs/fidelity.md against the JSON files that they cite."""
 
 import itertools
 import json
@@ -16,6 +16,9 @@ from crossx.report.published import read_published
 
 ROOT = Path(__file__).parents[1]
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+DETAILS = {
+    path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/results").glob("*.md"))
+}
 FIDELITY = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
 NOT_IN_A_FILE = ("GAP against GMP (95%)", "against `map`, paired")
@@ -77,17 +80,18 @@ def key_of(header: list[str], row: list[str]) -> str | None:
 
 def sections() -> Iterator[Any]:
     """Yield the sections that cite a file: text and file."""
-    for section in re.split(r"^## ", RESULTS, flags=re.MULTILINE):
-        # the file that a section is about comes last: others are named in passing
-        cited = re.findall(r"\]\(\.\./results/(\w+)\.json\)", section)
-        if cited:
-            yield pytest.param(section, cited[-1], id=section.splitlines()[0])
+    for page in (RESULTS, *DETAILS.values()):
+        for section in re.split(r"^##? ", page, flags=re.MULTILINE):
+            # the file that a section is about comes last: others are named in passing
+            cited = re.findall(r"\]\((?:\.\./)+results/(\w+)\.json\)", section)
+            if cited:
+                yield pytest.param(section, cited[-1], id=section.splitlines()[0])
 
 
 def costs_of(variant: str, section: str) -> set[str]:
     """Return what the benchmarks that a section cites have on a method, as the table prints it."""
     printed = set()
-    for name in re.findall(r"\(\.\./benchmarks/results/(methods\w*)\.json\)", section):
+    for name in re.findall(r"\((?:\.\./)+benchmarks/results/(methods\w*)\.json\)", section):
         digits = (1, 1) if name == "methods_448" else (2, 3)
         content = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
         cost = content["variants"][variant]
@@ -172,7 +176,7 @@ def test_the_costs_of_the_recipes_on_resnet50_are_those_of_the_file() -> None:
     variants = json.loads((ROOT / "benchmarks/results/methods_448.json").read_text(encoding="utf-8"))[
         "variants"
     ]
-    page = " ".join(RESULTS.split())
+    page = " ".join(DETAILS["sgd"].split())
     for recipe, words in (("mamc_cub_resnet50", " parameters and"), ("kernel_pooling_cub_resnet50", " and")):
         cost, said = variants[recipe], page[page.index(f"(`{recipe}`") :][:120]
         assert f"{cost['parameters'] / 1e6:.1f} M{words} {cost['flops'] / 1e9:.1f} GFLOP" in said
@@ -317,13 +321,13 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
 @pytest.mark.parametrize(
     ("title", "name"),
     [
-        ("### In two steps", "two_steps"),
-        ("### In one training, from refined", "refined"),
-        ("### In one training, with prototypes", "following"),
+        ("## In two steps", "two_steps"),
+        ("## In one training, from refined", "refined"),
+        ("## In one training, with prototypes", "following"),
     ],
 )
 def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, name: str) -> None:
-    section = RESULTS.split(title)[1].split("\n## ")[0]
+    section = DETAILS["parts"].split(title)[1].split("\n## ")[0]
     accuracies, measures, *_ = tables(section)
     found = json.loads((ROOT / "results" / "parts" / f"{name}.json").read_text(encoding="utf-8"))
     networks = [name.strip("`") for name in accuracies[0][1:-1]]
@@ -345,7 +349,9 @@ def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, nam
 
 
 def test_what_refined_prototypes_start_from_is_that_of_the_file() -> None:
-    section = " ".join(RESULTS.split("### In one training, from refined")[1].split("\n## ")[0].split())
+    section = " ".join(
+        DETAILS["parts"].split("## In one training, from refined")[1].split("\n## ")[0].split()
+    )
     found = json.loads((ROOT / "results" / "parts" / "refined_start.json").read_text(encoding="utf-8"))
     refined, default = (found["summary"][name] for name in ("refined", "default"))
     gain = found["runs"]["0"]["difference"]

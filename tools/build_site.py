@@ -37,7 +37,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Guides": (),
     "Methods": (),
     "Reference": ("docs/cli.md", "docs/api.md", "docs/errors.md"),
-    "Results": ("docs/results.md", "docs/fidelity.md", "docs/performance.md", "docs/reliability.md"),
+    "Results": (
+        "docs/results.md", "docs/results/paper.md", "docs/results/parts.md", "docs/results/drawn.md",
+        "docs/results/sgd.md", "docs/fidelity.md", "docs/performance.md", "docs/reliability.md",
+    ),
     "Project": ("docs/architecture.md", "docs/trust.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 }  # fmt: skip
 """Navigation. Pages that are in no section appear in Guides, or in Methods if they are in docs/methods."""

@@ -23,7 +23,7 @@ REFINING_RATE = 0.002
 REFINING_IMAGES = 32
 """Steps, learning rate of Adam and images per step of ``refined_prototypes``."""
 PRESENCE, CONCENTRATION, BORDER = 2.0, 10.0, 1.0
-"""Weights of its terms: those that were chosen for the training of gates on a frozen trunk (docs/results.md)."""
+"""Weights of its terms: those that were chosen for the training of gates on a frozen trunk (docs/results/parts.md)."""
 
 
 def cluster_centers(features: Tensor, count: int, seed: int) -> Tensor:

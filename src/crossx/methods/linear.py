@@ -15,7 +15,7 @@ from crossx.layers import evaluation_mode
 from crossx.methods.base import Method
 
 PENALTY = 3e-5
-"""L2 penalty for features of unit mean square norm; docs/results.md compares others."""
+"""L2 penalty for features of unit mean square norm; ``probe`` chooses among ten values around it."""
 
 MAX_VALUES = 2**29
 """Maximum number of feature values (2 GiB in float32); beyond it, the first images are used."""
