@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crossx.export.export import export_onnx
+from crossx.export.onnx_graph import export_onnx
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
 

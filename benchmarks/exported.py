@@ -25,7 +25,7 @@ import openvino
 import torch
 
 from backends import Run, open_onnxruntime, open_openvino
-from crossx.export.export import export_onnx
+from crossx.export.onnx_graph import export_onnx
 from crossx.export.quantize import quantize_onnx, quantize_openvino
 from crossx.methods import create_method
 from crossx.methods.weights import describe

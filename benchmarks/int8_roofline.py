@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from backends import open_openvino
-from crossx.export.export import export_onnx
+from crossx.export.onnx_graph import export_onnx
 from crossx.export.quantize import quantize_openvino
 from exported import CALIBRATION_IMAGES, METHODS, NETWORKS, Network, exported
 from harness import interleave, parser, table, write

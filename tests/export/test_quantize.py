@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crossx.evaluation.unknowns import similarity
-from crossx.export.export import export_onnx
+from crossx.export.onnx_graph import export_onnx
 from crossx.export.quantize import Control, Quantized, _accuracy, _Wiring, quantize_onnx, quantize_openvino
 
 SIDE = 8

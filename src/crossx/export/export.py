@@ -12,8 +12,6 @@ import json
 import shutil
 import tempfile
 import warnings
-from ast import literal_eval
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -30,6 +28,7 @@ from crossx.errors import CrossXError, counted, first_line
 from crossx.evaluation.data import trained_splits
 from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.subject import open_data
+from crossx.export.onnx_graph import export_onnx, several_images
 from crossx.export.options import ROUNDING, ExportOptions
 from crossx.export.quantize import Control, Quantized, quantize_onnx, quantize_openvino
 from crossx.export.recalibration import Recalibration, recalibrate
@@ -53,7 +52,7 @@ from crossx.predict.exported import (
     exported_files,
     without_telemetry,
 )
-from crossx.predict.inference import OUTPUTS, Inference
+from crossx.predict.inference import Inference
 from crossx.runs import ModelSpec, Run, atomic_path, open_run, storage_error
 
 if TYPE_CHECKING:
@@ -254,47 +253,6 @@ def _publish(folder: Path, destination: Path) -> tuple[Path, ...]:
     return tuple(destination / part.name for part in reversed(parts))
 
 
-def export_onnx(network: nn.Module, images: Tensor, outputs: Sequence[str] = OUTPUTS) -> onnx.ModelProto:
-    """Export a network to ONNX for any batch size, with the input name ``images``.
-
-    Args:
-        network: A module of one tensor, in evaluation mode.
-        images: An example input, (B, C, H, W).
-        outputs: Names of the outputs.
-    """
-    program = torch.onnx.export(
-        network,
-        (_several(images),),
-        input_names=["images"],
-        output_names=list(outputs),
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    graph: onnx.ModelProto = program.model_proto
-    _name_nodes(graph)
-    return graph
-
-
-def _name_nodes(graph: onnx.ModelProto) -> None:
-    """Name nodes after the method's modules: ``backbone.trunk.conv1``, ``backbone.trunk.act1/Relu``."""
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    seen: Counter[str] = Counter()
-    for node in graph.graph.node:
-        # a batch norm is fused into the convolution, whose weight still has its name
-        weight = next((name for name in node.input[1:2] if name in weights and name.endswith(".weight")), "")
-        scopes = next(
-            (entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes")), "[]"
-        )
-        # the last one is the operator
-        module = next((name for name in reversed(literal_eval(scopes)[:-1]) if name), "")
-        name = weight.removesuffix(".weight") or "/".join(filter(None, (module, node.op_type)))
-        name = name.removeprefix("method.")
-        seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-
-
 def _build_graph(name: str, network: Inference, spec: ModelSpec, precision: str) -> Any:
     kind, size = _FORMATS[name], spec.preprocessing.image_size
     if kind.save is not _save_safetensors:
@@ -353,11 +311,6 @@ def _save(
         raise storage_error(output, OSError(errno.ENOSPC, "")) from error
 
 
-def _several(images: Tensor) -> Tensor:
-    """Return two images, since torch.export specialises a batch of one."""
-    return images[:1].repeat(2, 1, 1, 1)
-
-
 def _save_onnx(graph: onnx.ModelProto, description: str, precision: str, file: Path) -> None:
     import onnx
 
@@ -392,7 +345,7 @@ def _save_openvino(graph: Any, description: str, precision: str, file: Path) -> 
 
 def _build_torch_export(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     dynamic = ({0: torch.export.Dim("batch")},)
-    return torch.export.export(network, (_several(images),), dynamic_shapes=dynamic)
+    return torch.export.export(network, (several_images(images),), dynamic_shapes=dynamic)
 
 
 def _save_torch_export(
