@@ -1,5 +1,7 @@
+import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ from test_summary import SEEDS, ablation, failures
 
 import layouts
 from crossx.ablation.earlier import check_data, describe_images, pack, read_earlier, unpack
-from crossx.ablation.runner import describe_training, plan
+from crossx.ablation.runner import Trial, describe_training, plan
 from crossx.ablation.suite import load_suite
 from crossx.ablation.summary import summarize_suite, write_summary
+from crossx.cli.ablate import _run
 from crossx.data.catalog import read_configured
 from crossx.errors import CrossXError
 from crossx.methods import list_methods
@@ -55,6 +58,38 @@ def test_a_table_from_earlier_results_is_that_from_the_runs(ablation, results: P
 
 def test_runs_at_hand_count_more_than_earlier_results(ablation, results: Path) -> None:
     assert read_earlier([results], ablation[1]) == {}
+
+
+def test_only_what_is_neither_known_nor_done_is_trained_and_the_counts_say_so(
+    ablation, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trials, _ = ablation
+    by_name = {str(trial): trial for trial in trials}
+    for name in ("base, seed 0", "better, seed 1"):
+        shutil.rmtree(by_name[name].run.path)
+    (by_name["base, seed 2"].run.path / "test.json").unlink()
+    known = read_earlier([results], trials)
+    assert set(map(str, known)) == {"base, seed 0", "better, seed 1"}
+    steps, ran = [], []
+
+    def run_trials(left: Sequence[Trial], *_: object, test: bool) -> dict[Trial, str]:
+        ran.append([str(trial) for trial in left])
+        return {trial: "reason" for trial in left if trial.variant == "broken"}
+
+    monkeypatch.setattr("crossx.ablation.runner.run_trials", run_trials)
+    monkeypatch.setattr("crossx.cli.ablate.step", lambda text: steps.append(text) or contextlib.nullcontext())
+    broken = [f"broken, seed {seed}" for seed in SEEDS]
+    assert set(map(str, _run(trials, known, 1, Path("out")))) == set(broken)
+    assert sorted(ran[0]) == sorted(["base, seed 2", *broken])
+    # what is trained and not tested yet is done for a search, which tests nothing
+    assert set(map(str, _run(trials, (), 1, Path("out"), test=False))) == set(broken)
+    assert sorted(ran[1]) == sorted([*broken, "base, seed 0", "better, seed 1"])
+    _run([by_name["broken, seed 0"]], (), 1, Path("out"))
+    assert steps == [
+        "Training 3 of 9 networks (2 known from --earlier, 3 already done, 1 only to test); each has a log in out",
+        "Training 5 of 9 networks (4 already done); each has a log in out",
+        "Training 1 of 1 network; each has a log in out",
+    ]
 
 
 def test_other_options_and_seeds_are_not_taken(results: Path, tmp_path: Path) -> None:
