@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from test_summary import SEEDS, ablation, failures
 
 import layouts
-from crossx.ablation.earlier import check_data, describe_images, pack, read_earlier, unpack
+from crossx.ablation.earlier import (
+    check_data,
+    describe_contents,
+    describe_images,
+    pack,
+    read_earlier,
+    unpack,
+)
 from crossx.ablation.runner import Trial, describe_training, plan
 from crossx.ablation.suite import load_suite
 from crossx.ablation.summary import summarize_suite, write_summary
 from crossx.cli.ablate import _run
 from crossx.data.catalog import read_configured
+from crossx.data.fingerprints import fingerprints
 from crossx.errors import CrossXError
+from crossx.evaluation.predictions import relative_paths
 from crossx.methods import list_methods
 from crossx.training.config import Config
 from refusals import refusal
@@ -166,6 +175,59 @@ def test_other_images_are_refused(ablation, results: Path) -> None:
         CrossXError, match=r"better, seed 0 and base, seed 0 were not tested on the same images"
     ):
         summarize_suite(suite, trials, failures(trials), earlier=known)
+
+
+def test_other_contents_are_refused_also_under_the_same_names(ablation, results: Path) -> None:
+    suite, trials, _ = ablation
+    values = json.loads(results.read_text())
+    digests = {run["contents"] for run in values["runs"] if "contents" in run}
+    # in whatever order the images were tested
+    assert len(digests) == 1
+    for run in values["runs"]:
+        if run["variant"] == "better":
+            run["contents"] = "0" * 32
+    results.write_text(json.dumps(values))
+    shutil.rmtree(trials[1].run.path)
+    known = read_earlier([results], trials)
+    message = refusal(summarize_suite, suite, trials, failures(trials), earlier=known)
+    assert "better, seed 0 and base, seed 0 were not tested on the same contents of the images" in message
+    # of a version that did not know contents
+    for run in values["runs"]:
+        run.pop("contents", None)
+    results.write_text(json.dumps(values))
+    known = read_earlier([results], trials)
+    assert len(summarize_suite(suite, trials, failures(trials), earlier=known)["rows"]) == 3
+
+
+def test_replaced_test_images_are_refused_before_anything_is_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=5)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("variants: {a: {}, small: {data: {image_size: 64}}, lax: {data: {bad_images: skip}}}")
+    base = Config.from_dict({"data": {"dataset": "folder", "root": str(root)}})
+    trial, small, lax = plan(load_suite(suite), base, [0], tmp_path / "out")
+    index = read_configured(trial.config.data)
+    records = index.split("test")
+    paths = relative_paths(index, "test", str(root))
+    images = describe_images(paths, [record.label for record in records], index.classes)
+    contents = describe_contents(paths[::-1], fingerprints([record.path for record in records])[::-1])
+    same = {"images": images, "contents": contents}
+    check_data({trial: same, small: same})
+    assert not caplog.messages
+    first, second = records[0].path, records[1].path
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    message = refusal(check_data, {trial: {"images": images}, small: same})
+    assert "small, seed 0: the test images of --data.root" in message
+    assert "have the names of those of the earlier results, but other contents" in message
+    check_data({lax: same})
+    caplog.clear()
+    check_data({trial: {"images": images}, small: {"images": images, "contents": None}})
+    assert caplog.messages == [
+        "--earlier: the results of 2 trainings are from an earlier version: their images are known by name only."
+    ]
 
 
 def test_other_data_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

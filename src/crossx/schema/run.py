@@ -193,6 +193,7 @@ class AblationRunFile(StrictModel):
     variant: Text
     training: dict[Text, Any]
     images: Text
+    contents: Text | None = None
     correct: Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
     n: Annotated[int, Field(ge=1, le=10**9)]
     top1: Share
