@@ -156,6 +156,28 @@ def test_lost_images_leave_a_page_without_pictures(
     assert "data:image" not in page
 
 
+def test_replaced_images_leave_a_page_without_pictures_until_they_are_tested(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (place / f"images/test/{name}" for name in ("robin/003.jpg", "wren/003.jpg"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert main(["report", "tested", *QUICK]) == 0
+    said = "is another image than the one that was tested: test again with `crossx test tested --split test`."
+    assert f"the page has no pictures: test/robin/003.jpg in images {said}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "is another image than the one that was tested" in page
+    assert "data:image" not in page
+    assert main(["test", "tested", "--data.root", "images", *QUICK]) == 0
+    assert main(["report", "tested", *QUICK]) == 0
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "The page has no pictures" not in page
+    assert "data:image/webp" in page
+
+
 @pytest.mark.parametrize(
     ("code", "words", "message"),
     [

@@ -71,6 +71,7 @@ class RunResults(Answers):
         logits: float32 (N, K).
         targets: int64 (N,).
         paths: (N,) strings, the images' paths below the root of the data.
+        contents: uint64 (N,), see ``Predictions``; None where they are not known.
     """
 
     spec: ModelSpec
@@ -82,6 +83,7 @@ class RunResults(Answers):
     logits: NDArray[np.float32]
     targets: NDArray[np.int64]
     paths: NDArray[np.str_]
+    contents: NDArray[np.uint64] | None = None
 
     @classmethod
     def read(cls, run: Run, split: str) -> RunResults:
@@ -102,6 +104,7 @@ class RunResults(Answers):
             logits=predicted.logits,
             targets=predicted.targets,
             paths=predicted.paths,
+            contents=predicted.contents,
         )
 
     @property
