@@ -57,8 +57,8 @@ def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) 
         ),
         ("test_parts.json", "{", "`crossx test run --parts --split test` writes it again."),
         ("test_parts.json", "[]", "`crossx test run --parts --split test` writes it again."),
-        ("test.json", "{", "Write it again with `crossx test`."),
-        ("test.json", '{"top1": "high"}', "Write it again with `crossx test`."),
+        ("test.json", "{", "Write it again with `crossx test run --split test`."),
+        ("test.json", '{"top1": "high"}', "Write it again with `crossx test run --split test`."),
     ],
 )
 def test_what_a_page_needs_is_read_before_the_test(

@@ -95,8 +95,9 @@ class RunResults(Answers):
         predicted = Predictions.load(predictions_path(run.path, split), run.path, split)
         spec = run.read_spec()
         if tuple(predicted.classes) != spec.classes:
+            again = command("test", run.path, "--split", split)
             raise CrossXError(
-                f"{run.path}: was tested with other classes than those of model.json: test it again with `crossx test`."
+                f"{run.path}: was tested with other classes than those of model.json: test it again with `{again}`."
             )
         return cls(
             results=run.require_results(split, NEEDED),
