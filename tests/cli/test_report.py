@@ -11,6 +11,7 @@ import layouts
 from crossx.cli import report
 from crossx.cli.main import main
 from crossx.errors import CrossXError
+from crossx.evaluation.run import WRITTEN
 from crossx.report.examples import Similar, similar_tiles
 
 QUICK = ["--device", "cpu", "--data.num_workers", "0"]
@@ -87,6 +88,20 @@ def test_a_folder_in_the_place_of_the_results_is_found_before_the_test(
     assert main(["test", "run", *words, "--data.root", "images", *QUICK]) == 1
     name = "test_parts.json" if words else "test.json"
     assert f"run/{name}: a folder where a file is to be written. Move it away." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_in_the_place_of_a_table_is_found_before_the_test(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # what a test writes is what is checked
+    assert {path.name for path in Path("tested/test").iterdir()} == {*WRITTEN}
+    monkeypatch.setattr("crossx.data.datamodule.DataModule.check_images", lambda *_: pytest.fail("read"))
+    Path("run/test", name).mkdir(parents=True)
+    assert main(["test", "run", "--data.root", "images", *QUICK]) == 1
+    assert (
+        f"run/test/{name}: a folder where a file is to be written. Move it away." in capsys.readouterr().err
+    )
 
 
 def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:
