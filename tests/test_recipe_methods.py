@@ -70,14 +70,30 @@ def test_options_are_those_of_their_method(tmp_path: Path) -> None:
         ("[plain]", "other_methods: line 2 is not a mapping"),
         ("{plain: 3}", "other_methods: plain: line 2 is not a mapping"),
         ("{dfl: {backbone: resnet18}}", "other_methods: dfl: backbone is no option of a method"),
-        ("{dfl: {num_filter: 3}}", "unknown option '--model.num_filter'"),
+        (
+            "{dfl: {num_filter: 3}}",
+            "for the method dfl: unknown option 'num_filter'. Did you mean 'num_filters'",
+        ),
     ],
 )
-def test_wrong_options_of_other_methods_are_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_wrong_options_of_other_methods_are_refused_whichever_is_chosen(
+    text: str, message: str, tmp_path: Path
+) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(f"base: finetune_fast\nother_methods: {text}\n")
-    with pytest.raises(UsageError, match=message):
-        parse_fit(["--config", str(wrong), "--model.method", "dfl"])
+    for chosen in ("dfl", "nts", None):
+        with pytest.raises(UsageError, match=message):
+            parse_fit(["--config", str(wrong), *(["--model.method", chosen] if chosen else [])])
+        with pytest.raises(UsageError, match=message):
+            Config.from_recipe(wrong, **({"model": {"method": chosen}} if chosen else {}))
+
+
+def test_a_wrong_option_of_the_method_of_a_base_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    (tmp_path / "base.yaml").write_text("model: {method: crossx, num_partss: 3}\n")
+    mine.write_text(f"base: {tmp_path}/base.yaml\nmodel: {{method: plain}}\n")
+    with pytest.raises(UsageError, match="for the method crossx: unknown option 'num_partss'"):
+        Config.from_recipe(mine)
 
 
 def test_options_of_an_unknown_method_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

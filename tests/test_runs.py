@@ -162,11 +162,12 @@ def test_a_checkpoint_is_not_taken_for_the_model_of_a_finished_run(
     assert open_run(tmp_path) == (run, run.weights)
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
+@pytest.mark.parametrize("content", [None, "", "{", '{"a": 1}'])
 def test_a_damaged_file_of_a_run_is_restored_by_resuming(tmp_path: Path, content: str | None) -> None:
     for folder, remedy in (("trained", True), ("shared", False)):
         run = make_run(tmp_path / folder, "model.safetensors", *(["checkpoints/last.ckpt"] if remedy else []))
-        write_text(run.info, "{")
+        write_text(run.info, '{"seed": "one"}' if content == '{"a": 1}' else "{")
+        write_text(run.config, "model: [")
         run.spec.unlink()
         if content is not None:
             write_text(run.spec, content)
@@ -174,12 +175,36 @@ def test_a_damaged_file_of_a_run_is_restored_by_resuming(tmp_path: Path, content
         def read_spec(run: Run = run) -> object:
             return open_run(run.path)[0].read_spec()
 
-        for read in (read_spec, run.read_info):
+        for read in (read_spec, run.read_info, run.read_config):
             with pytest.raises(CrossXError) as caught:
                 read()
             said = f"`crossx fit --resume {run.path}` restores it from a checkpoint." in str(caught.value)
             assert said == remedy
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "run.json"])
+def test_a_folder_in_the_place_of_a_file_of_a_run_is_named(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, "model.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    message = f"{tmp_path / name}: a folder where the run has a file. Move it away."
+    assert refusal(open_run, run.path) == message
+
+
+def test_damaged_results_name_the_command_that_writes_them_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run", "model.safetensors")
+    for split in ("test", "val", "train"):
+        path = run.path / f"{split}.json"
+        again = f"`crossx test '{run.path}' --split {split}`."
+        for content in ("", "{", "[]", '{"top1": "high"}', '{"top1": 0.5}'):
+            write_text(path, content)
+            assert refusal(run.require_results, split, ["n"]).endswith(again)
+        path.unlink()
+        path.mkdir()
+        assert refusal(run.require_results, split, ["n"]) == (
+            f"{path}: a folder where the run has a file. Move it away."
+        )
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,22 @@ from hypothesis import strategies as st
 from test_summary import SEEDS, ablation, failures
 
 import layouts
-from crossx.ablation.earlier import check_data, describe_images, pack, read_earlier, unpack
-from crossx.ablation.runner import describe_training, plan
+from crossx.ablation.earlier import (
+    check_data,
+    describe_contents,
+    describe_images,
+    pack,
+    read_earlier,
+    unpack,
+)
+from crossx.ablation.runner import Trial, describe_training, plan
 from crossx.ablation.suite import load_suite
 from crossx.ablation.summary import summarize_suite, write_summary
+from crossx.cli.ablate import _run
 from crossx.data.catalog import read_configured
+from crossx.data.fingerprints import fingerprints
 from crossx.errors import CrossXError
+from crossx.evaluation.predictions import relative_paths
 from crossx.methods import list_methods
 from crossx.training.config import Config
 from refusals import refusal
@@ -55,6 +67,38 @@ def test_a_table_from_earlier_results_is_that_from_the_runs(ablation, results: P
 
 def test_runs_at_hand_count_more_than_earlier_results(ablation, results: Path) -> None:
     assert read_earlier([results], ablation[1]) == {}
+
+
+def test_only_what_is_neither_known_nor_done_is_trained_and_the_counts_say_so(
+    ablation, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trials, _ = ablation
+    by_name = {str(trial): trial for trial in trials}
+    for name in ("base, seed 0", "better, seed 1"):
+        shutil.rmtree(by_name[name].run.path)
+    (by_name["base, seed 2"].run.path / "test.json").unlink()
+    known = read_earlier([results], trials)
+    assert set(map(str, known)) == {"base, seed 0", "better, seed 1"}
+    steps, ran = [], []
+
+    def run_trials(left: Sequence[Trial], *_: object, test: bool) -> dict[Trial, str]:
+        ran.append([str(trial) for trial in left])
+        return {trial: "reason" for trial in left if trial.variant == "broken"}
+
+    monkeypatch.setattr("crossx.ablation.runner.run_trials", run_trials)
+    monkeypatch.setattr("crossx.cli.ablate.step", lambda text: steps.append(text) or contextlib.nullcontext())
+    broken = [f"broken, seed {seed}" for seed in SEEDS]
+    assert set(map(str, _run(trials, known, 1, Path("out")))) == set(broken)
+    assert sorted(ran[0]) == sorted(["base, seed 2", *broken])
+    # what is trained and not tested yet is done for a search, which tests nothing
+    assert set(map(str, _run(trials, (), 1, Path("out"), test=False))) == set(broken)
+    assert sorted(ran[1]) == sorted([*broken, "base, seed 0", "better, seed 1"])
+    _run([by_name["broken, seed 0"]], (), 1, Path("out"))
+    assert steps == [
+        "Training 3 of 9 networks (2 known from --earlier, 3 already done, 1 only to test); each has a log in out",
+        "Training 5 of 9 networks (4 already done); each has a log in out",
+        "Training 1 of 1 network; each has a log in out",
+    ]
 
 
 def test_other_options_and_seeds_are_not_taken(results: Path, tmp_path: Path) -> None:
@@ -131,6 +175,59 @@ def test_other_images_are_refused(ablation, results: Path) -> None:
         CrossXError, match=r"better, seed 0 and base, seed 0 were not tested on the same images"
     ):
         summarize_suite(suite, trials, failures(trials), earlier=known)
+
+
+def test_other_contents_are_refused_also_under_the_same_names(ablation, results: Path) -> None:
+    suite, trials, _ = ablation
+    values = json.loads(results.read_text())
+    digests = {run["contents"] for run in values["runs"] if "contents" in run}
+    # in whatever order the images were tested
+    assert len(digests) == 1
+    for run in values["runs"]:
+        if run["variant"] == "better":
+            run["contents"] = "0" * 32
+    results.write_text(json.dumps(values))
+    shutil.rmtree(trials[1].run.path)
+    known = read_earlier([results], trials)
+    message = refusal(summarize_suite, suite, trials, failures(trials), earlier=known)
+    assert "better, seed 0 and base, seed 0 were not tested on the same contents of the images" in message
+    # of a version that did not know contents
+    for run in values["runs"]:
+        run.pop("contents", None)
+    results.write_text(json.dumps(values))
+    known = read_earlier([results], trials)
+    assert len(summarize_suite(suite, trials, failures(trials), earlier=known)["rows"]) == 3
+
+
+def test_replaced_test_images_are_refused_before_anything_is_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = layouts.write_folder(tmp_path / "photos", classes=2, images_per_class=5)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("variants: {a: {}, small: {data: {image_size: 64}}, lax: {data: {bad_images: skip}}}")
+    base = Config.from_dict({"data": {"dataset": "folder", "root": str(root)}})
+    trial, small, lax = plan(load_suite(suite), base, [0], tmp_path / "out")
+    index = read_configured(trial.config.data)
+    records = index.split("test")
+    paths = relative_paths(index, "test", str(root))
+    images = describe_images(paths, [record.label for record in records], index.classes)
+    contents = describe_contents(paths[::-1], fingerprints([record.path for record in records])[::-1])
+    same = {"images": images, "contents": contents}
+    check_data({trial: same, small: same})
+    assert not caplog.messages
+    first, second = records[0].path, records[1].path
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    message = refusal(check_data, {trial: {"images": images}, small: same})
+    assert "small, seed 0: the test images of --data.root" in message
+    assert "have the names of those of the earlier results, but other contents" in message
+    check_data({lax: same})
+    caplog.clear()
+    check_data({trial: {"images": images}, small: {"images": images, "contents": None}})
+    assert caplog.messages == [
+        "--earlier: the results of 2 trainings are from an earlier version: their images are known by name only."
+    ]
 
 
 def test_other_data_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

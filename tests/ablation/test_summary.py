@@ -29,7 +29,8 @@ def write_results(trial: Trial, correct: np.ndarray, order: np.ndarray) -> None:
     logits = np.zeros((N, 2), np.float32)
     logits[np.arange(N), np.where(correct, 0, 1)] = 1
     names = np.array([f"{index:03}.jpg" for index in range(N)])
-    Predictions(logits[order], np.zeros(N, np.int64), names[order], np.array(["a", "b"])).save(
+    contents = np.arange(N, dtype=np.uint64)[order]
+    Predictions(logits[order], np.zeros(N, np.int64), names[order], np.array(["a", "b"]), contents).save(
         predictions_path(folder, "test")
     )
     accuracy = float(correct.mean())

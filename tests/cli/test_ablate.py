@@ -30,17 +30,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ablate(*more: str) -> int:
-    command = [
-        "ablate",
-        "--suite",
-        "suite.yaml",
-        "--config",
-        "tiny.yaml",
-        "--data.root",
-        "images",
-        "--output",
-        "out",
-    ]
+    recipe = [] if "--config" in more else ["--config", "tiny.yaml"]
+    command = ["ablate", "--suite", "suite.yaml", *recipe, "--data.root", "images", "--output", "out"]
     return main([*command, *more])
 
 

@@ -52,6 +52,13 @@ def test_every_recipe_becomes_a_configuration_with_its_values(name: str) -> None
             assert values[section][option] == value, (section, option)
 
 
+def test_a_second_recipe_is_refused_instead_of_replacing_the_first() -> None:
+    message = refusal(parse_fit, ["--config", "plain_cub_resnet50", "--seed", "1", "--config=finetune"])
+    assert message == "--config is given twice: give one recipe, which can name another as its `base`."
+    # of other options the last value counts
+    assert parse_fit(["--optim.lr", "0.5", "--optim.lr=0.25"]).config.optim.lr == 0.25
+
+
 def test_options_override_the_recipe() -> None:
     words = ["--optim.lr", "0.5", "--config", "crossx_cub_resnet50", "--model.num_parts", "5", "--seed=3"]
     words += ["--data.root", "012", "--output", "runs/x", "--trainer.precision", "bf16-mixed"]

@@ -99,6 +99,29 @@ def test_values_reach_the_function_with_their_types() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "seeds"),
+    [
+        ("--seeds 4 --seeds 2", [4, 2]),
+        ("--seeds 1 0 --flip --seeds=2 --seeds 3 5", [1, 0, 2, 3, 5]),
+        # as in the default, which the first replaces
+        ("--seeds 0 --seeds 1", [0, 1]),
+        ("--seeds 1", [1]),
+    ],
+)
+def test_an_option_of_several_values_keeps_those_of_every_time_it_is_given(
+    words: str, seeds: list[int]
+) -> None:
+    given = seen(f"r a --output o {words}")
+    assert given["seeds"] == seeds
+    assert [type(seed) for seed in given["seeds"]] == [int] * len(seeds)
+
+
+def test_of_an_option_of_one_value_the_last_counts() -> None:
+    given = seen("r a --output o --top 3 --output p --top 2")
+    assert (given["output"], given["top"]) == ("p", 2)
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "r a - b --output o --flip",
@@ -131,6 +154,8 @@ def test_words_after_two_dashes_are_positional() -> None:
         ("r a --output o --top=", "--top takes a whole number of at least 0, not ''."),
         ("r a --output o --seeds 1 x", "--seeds takes a whole number of at least 0, not 'x'."),
         ("r a --output o --seeds 1 -2", "--seeds takes a whole number of at least 0, not '-2'."),
+        ("r a --output o --seeds 1 --seeds x", "--seeds takes a whole number of at least 0, not 'x'."),
+        ("r a --output o --seeds 1 --seeds", "--seeds: expected at least one argument;"),
         ("r a --output o --crops 3", "--crops takes 1, 5, not '3'."),
         ("r a --output o --tolerance nan", "--tolerance takes a number of at least 0, not 'nan'."),
         (

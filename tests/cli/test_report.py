@@ -11,6 +11,7 @@ import layouts
 from crossx.cli import report
 from crossx.cli.main import main
 from crossx.errors import CrossXError
+from crossx.evaluation.run import WRITTEN
 from crossx.report.examples import Similar, similar_tiles
 
 QUICK = ["--device", "cpu", "--data.num_workers", "0"]
@@ -57,8 +58,8 @@ def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) 
         ),
         ("test_parts.json", "{", "`crossx test run --parts --split test` writes it again."),
         ("test_parts.json", "[]", "`crossx test run --parts --split test` writes it again."),
-        ("test.json", "{", "Write it again with `crossx test`."),
-        ("test.json", '{"top1": "high"}', "Write it again with `crossx test`."),
+        ("test.json", "{", "Write it again with `crossx test run --split test`."),
+        ("test.json", '{"top1": "high"}', "Write it again with `crossx test run --split test`."),
     ],
 )
 def test_what_a_page_needs_is_read_before_the_test(
@@ -87,6 +88,20 @@ def test_a_folder_in_the_place_of_the_results_is_found_before_the_test(
     assert main(["test", "run", *words, "--data.root", "images", *QUICK]) == 1
     name = "test_parts.json" if words else "test.json"
     assert f"run/{name}: a folder where a file is to be written. Move it away." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_in_the_place_of_a_table_is_found_before_the_test(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # what a test writes is what is checked
+    assert {path.name for path in Path("tested/test").iterdir()} == {*WRITTEN}
+    monkeypatch.setattr("crossx.data.datamodule.DataModule.check_images", lambda *_: pytest.fail("read"))
+    Path("run/test", name).mkdir(parents=True)
+    assert main(["test", "run", "--data.root", "images", *QUICK]) == 1
+    assert (
+        f"run/test/{name}: a folder where a file is to be written. Move it away." in capsys.readouterr().err
+    )
 
 
 def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:
@@ -154,6 +169,28 @@ def test_lost_images_leave_a_page_without_pictures(
     page = Path("tested/test/report.html").read_text(encoding="utf-8")
     assert "The page has no pictures: " in page
     assert "data:image" not in page
+
+
+def test_replaced_images_leave_a_page_without_pictures_until_they_are_tested(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (place / f"images/test/{name}" for name in ("robin/003.jpg", "wren/003.jpg"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert main(["report", "tested", *QUICK]) == 0
+    said = "is another image than the one that was tested: test again with `crossx test tested --split test`."
+    assert f"the page has no pictures: test/robin/003.jpg in images {said}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "is another image than the one that was tested" in page
+    assert "data:image" not in page
+    assert main(["test", "tested", "--data.root", "images", *QUICK]) == 0
+    assert main(["report", "tested", *QUICK]) == 0
+    page = Path("tested/test/report.html").read_text(encoding="utf-8")
+    assert "The page has no pictures" not in page
+    assert "data:image/webp" in page
 
 
 @pytest.mark.parametrize(

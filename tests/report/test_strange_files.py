@@ -204,3 +204,14 @@ def test_predictions_that_do_not_belong_together(tmp_path: Path) -> None:
     ):
         np.savez(path, **{**good, **change})
         assert "damaged" in refusal(Predictions.load, path, tmp_path, "test")
+    for content in (b"", path.read_bytes()[:99], b"\x80\x04" * 99, b"[1, 2]"):
+        path.write_bytes(content)
+        # not numpy's advice, which is how to run code of the file
+        assert refusal(Predictions.load, path, tmp_path, "val") == (
+            f"{path}: damaged (not an .npz file): write it again with `crossx test {tmp_path} --split val`."
+        )
+    path.unlink()
+    path.mkdir()
+    assert refusal(Predictions.load, path, tmp_path, "val") == (
+        f"{path}: a folder where the run has a file. Move it away."
+    )

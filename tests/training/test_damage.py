@@ -200,6 +200,25 @@ def test_a_damaged_model_of_a_finished_run_is_made_again(make_config, caplog):
         resume(run.path)
 
 
+def test_a_damaged_configuration_of_a_finished_run_is_restored(make_config, caplog):
+    run = fit(make_config(trainer={"max_epochs": 1}))
+    weights, config = run.weights.read_bytes(), run.config.read_text()
+    for content in (None, b"", config[: len(config) // 2].encode(), b"{a: 1}", b"- 1"):
+        damage(run.config, content)
+        caplog.clear()
+        resume(run.path)
+        assert f"{run.config}: " in caplog.text
+        assert "It is restored from the checkpoint." in caplog.text
+        assert run.config.read_text() == config
+        assert run.weights.read_bytes() == weights
+    with pytest.raises(UsageError, match="is finished"):
+        resume(run.path)
+    # of another version, which is no damage
+    run.config.write_text(config.replace("optim:\n", "optim:\n  momentums: 1\n"))
+    with pytest.raises(UsageError, match="is finished"):
+        resume(run.path)
+
+
 def test_a_lost_best_epoch_is_copied_or_named(stopped, resumed, caplog):
     """The weights of another epoch are never taken for those of the best one."""
     best = int(read_checkpoint(stopped.last)["best"]["epoch"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossx.ablation.runner import SPLIT, Trial, describe_training
-from crossx.data.catalog import read_configured
+from crossx.data.catalog import VARYING, read_configured
+from crossx.data.fingerprints import fingerprints
 from crossx.data.names import class_name
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, counted
 from crossx.evaluation.predictions import relative_paths
 from crossx.runs import read_json
 from crossx.schema.run import AblationRunFile, check_file
 from crossx.training.config import Config, ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 def read_earlier(files: Sequence[Path], trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
@@ -77,36 +81,71 @@ def _is_same(training: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapp
 
 
 def check_data(earlier: Mapping[Trial, Mapping[str, Any]]) -> None:
-    """Check that the test images at hand are those of earlier results.
+    """Check that the test images at hand are those of earlier results, also in their contents where these vary.
 
     Images that cannot be read are not told apart with ``data.bad_images skip``; ``summarize_suite`` finds them.
 
     Raises:
         CrossXError: If they are not, naming the trial; or if the data cannot be read.
     """
-    found: dict[str, str] = {}
+    found: dict[str, tuple[list[Path], list[str], str]] = {}
+    # variants may differ in how they use the same images, which are read once
+    read: dict[tuple[str | None, str], str | None] = {}
+    by_name = 0
     for trial, results in earlier.items():
-        data = trial.config.data
+        data, contents = trial.config.data, results.get("contents")
+        by_name += data.dataset in VARYING and contents is None
         if data.bad_images == "skip":
             continue
         if repr(data) not in found:
             index = read_configured(data)
-            records = index.split(SPLIT)
-            found[repr(data)] = describe_images(
-                relative_paths(index, SPLIT, data.root), [record.label for record in records], index.classes
-            )
-        if found[repr(data)] != results["images"]:
+            records, paths = index.split(SPLIT), relative_paths(index, SPLIT, data.root)
+            images = describe_images(paths, [record.label for record in records], index.classes)
+            found[repr(data)] = [record.path for record in records], paths, images
+        files, paths, images = found[repr(data)]
+        if images != results["images"]:
             raise CrossXError(
                 f"{trial}: the earlier results are of other {SPLIT} images, labels or classes than those of "
                 f"--data.root {data.root}. Leave out --earlier, or use the same data."
             )
+        if contents is None:
+            continue
+        key = data.root, images
+        if key not in read:
+            read[key] = describe_contents(paths, fingerprints(files))
+        if read[key] != contents:
+            raise CrossXError(
+                f"{trial}: the {SPLIT} images of --data.root {data.root} have the names of those of the earlier "
+                "results, but other contents. Leave out --earlier, or use the same data."
+            )
+    if by_name:
+        log.warning(
+            "--earlier: the results of %s are from an earlier version: their images are known by name only.",
+            counted(by_name, "training"),
+        )
 
 
 def describe_images(paths: Sequence[str], targets: Sequence[int], classes: Sequence[str]) -> str:
     """Return what identifies tested images: their paths below the root of the data, their labels and the classes."""
     names = [class_name(str(name)) for name in classes]
     lines = sorted((str(path), names[target]) for path, target in zip(paths, targets, strict=True))
-    return hashlib.sha256(json.dumps([lines, sorted(names)]).encode()).hexdigest()[:32]
+    return _digest([lines, sorted(names)])
+
+
+def describe_contents(paths: Sequence[str], contents: NDArray[np.uint64] | None) -> str | None:
+    """Return what identifies the contents of tested images.
+
+    Args:
+        paths: Their paths below the root of the data.
+        contents: uint64 (N,), their ``fingerprints``; None where their paths identify them, and then so is the result.
+    """
+    if contents is None:
+        return None
+    return _digest(sorted(zip(map(str, paths), contents.tolist(), strict=True)))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def pack(correct: NDArray[np.bool_]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossx.ablation.earlier import describe_images, pack, unpack
+from crossx.ablation.earlier import describe_contents, describe_images, pack, unpack
 from crossx.ablation.runner import SPLIT, Trial, describe_training
 from crossx.ablation.suite import Suite
 from crossx.ablation.tuning import build_tuning_table, describe_changes
@@ -248,11 +248,11 @@ def _read_runs(trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
         first = trials[0]
         names = (str(first.run.path), str(trial.run.path))
         correct = paired_correct(loaded[first], predictions, names, SPLIT)[1]
+        paths = predictions.paths.tolist()
         results[trial] = {
             **_read(trial),
-            "images": describe_images(
-                predictions.paths.tolist(), predictions.targets.tolist(), predictions.classes.tolist()
-            ),
+            "images": describe_images(paths, predictions.targets.tolist(), predictions.classes.tolist()),
+            "contents": describe_contents(paths, predictions.contents),
             "correct": pack(correct),
         }
     return results
@@ -266,12 +266,15 @@ def _load_correct(
     Raises:
         CrossXError: If the images are not the same.
     """
-    for trial in trials:
-        if results[trial]["images"] != results[trials[0]]["images"]:
-            raise CrossXError(
-                f"{trial} and {trials[0]} were not tested on the same images, labels and classes: one of them is from "
-                "an earlier results.json. Leave that out, or use the same data."
-            )
+    for what, key in (("images, labels and classes", "images"), ("contents of the images", "contents")):
+        # results of an earlier version have no contents
+        having = [trial for trial in trials if results[trial].get(key) is not None]
+        for trial in having:
+            if results[trial][key] != results[having[0]][key]:
+                raise CrossXError(
+                    f"{trial} and {having[0]} were not tested on the same {what}: one of them is from an earlier "
+                    "results.json. Leave that out, or use the same data."
+                )
     return {
         (trial.variant, trial.seed): unpack(results[trial]["correct"], results[trial]["n"])
         for trial in trials

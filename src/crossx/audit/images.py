@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from crossx.audit.alignment import SIDE
 from crossx.data.exclude import written_path
 from crossx.data.images import ImageError, inspect_image, read_pixels
 from crossx.data.index import DatasetIndex, Record
+from crossx.data.threads import map_ahead
 from crossx.errors import CrossXError, counted
 
 
@@ -55,16 +55,15 @@ def read_images(index: DatasetIndex, base: Path, progress: Callable[[int, int], 
     # a table may list an image twice
     records = list({record.path: record for record in index.records}.values())
     readable, paths, unreadable = [], [], []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = pool.map(_read_image, (record.path for record in records))
-        for done, (record, image) in enumerate(zip(records, found, strict=True), start=1):
-            path = written_path(record.path, base)
-            if isinstance(image, str):
-                unreadable.append((path, image))
-            else:
-                paths.append(path)
-                readable.append((record, *image))
-            progress(done, len(records))
+    found = map_ahead(_read_image, (record.path for record in records), len(os.sched_getaffinity(0)))
+    for done, (record, image) in enumerate(zip(records, found, strict=True), start=1):
+        path = written_path(record.path, base)
+        if isinstance(image, str):
+            unreadable.append((path, image))
+        else:
+            paths.append(path)
+            readable.append((record, *image))
+        progress(done, len(records))
     if not readable:
         example = " ({}: {})".format(*unreadable[0]) if unreadable else ""
         raise CrossXError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from crossx.ablation.suite import load_suite
 from crossx.cli.options import check_folder
@@ -13,6 +13,9 @@ from crossx.cli.parser import Folder, Name, Natural, Positive
 from crossx.errors import Stopped, UsageError, counted
 from crossx.runs import locked_folder
 from crossx.terminal import columns, erase_step, fold, step
+
+if TYPE_CHECKING:
+    from crossx.ablation.runner import Trial
 
 NOT_TAKEN = {
     "--seed": "--seeds gives the seeds.",
@@ -56,7 +59,7 @@ def ablate(
     variants = load_suite(suite)
 
     from crossx.ablation.earlier import check_data, read_earlier
-    from crossx.ablation.runner import Trial, check_trials, plan, plan_tuning, run_trials
+    from crossx.ablation.runner import check_trials, plan, plan_tuning
     from crossx.ablation.summary import build_table, check_reference, summarize_suite, write_summary
     from crossx.ablation.tuning import build_tuning_table, choose_alternatives, describe_tuning
     from crossx.cli.fit_options import parse_fit, require_data
@@ -65,7 +68,7 @@ def ablate(
     asked = parse_fit(fit_options)
     base = asked.config
     require_data(base)
-    folder = Path(output)
+    folder, files = Path(output), [Path(file) for file in earlier]
     check_folder(folder)
     for note in asked.notes:
         print(fold(f"note: {note}", hanging="  "))
@@ -74,31 +77,14 @@ def ablate(
         trials = plan(variants, base, seeds, folder)
         check_trials(search or trials, tuned=bool(search))
         # to refuse damaged files and other data before anything is trained
-        check_data(read_earlier([Path(file) for file in earlier], trials))
-    finished, total = 0, len(search) + len(trials)
-    start = time.monotonic()
-
-    def report(trial: Trial, reason: str | None) -> None:
-        nonlocal finished
-        finished += 1
-        erase_step()
-        text = f"failed: {reason}" if reason else "done"
-        minutes = (time.monotonic() - start) / 60
-        print(fold(f"[{finished}/{total}, {minutes:.0f} min] {trial}: {text}", hanging="  "), flush=True)
-
-    what = f"Training, {counted(total, 'network')}; each has a log in {folder}"
-    with locked_folder(folder, "running trainings in it"), step(what):
-        try:
-            untrained = run_trials(search, jobs, report, test=False)
-            chosen = choose_alternatives(search, untrained)
-            tuning = describe_tuning(variants, search, untrained, chosen)
-            trials = plan(variants, base, seeds, folder, chosen)
-            known = read_earlier([Path(file) for file in earlier], trials)
-            failed = run_trials([trial for trial in trials if trial not in known], jobs, report)
-        except KeyboardInterrupt as interrupt:
-            raise Stopped(
-                f"stopped after {finished} of {total}; the same command continues from there."
-            ) from interrupt
+        check_data(read_earlier(files, trials))
+    with locked_folder(folder, "running trainings in it"):
+        untrained = _run(search, (), jobs, folder, test=False)
+        chosen = choose_alternatives(search, untrained)
+        tuning = describe_tuning(variants, search, untrained, chosen)
+        trials = plan(variants, base, seeds, folder, chosen)
+        known = read_earlier(files, trials)
+        failed = _run(trials, known, jobs, folder)
         summary = summarize_suite(variants, trials, failed, against, tuning, known)
         write_summary(summary, folder)
     if tuning:
@@ -110,3 +96,34 @@ def ablate(
     for trial, reason in {**untrained, **failed}.items():
         print(fold(f"failed: {trial}: {reason} (log: {trial.log})", hanging="  "))
     return 1 if untrained or failed else 0
+
+
+def _run(
+    trials: Sequence[Trial], known: Collection[Trial], jobs: int, folder: Path, *, test: bool = True
+) -> dict[Trial, str]:
+    """Train, and test, the trials that are neither known nor done; return the failed ones with the reasons."""
+    from crossx.ablation.runner import run_trials
+
+    done = [trial for trial in trials if (trial.is_done if test else trial.is_trained)]
+    left = [trial for trial in trials if trial not in known and trial not in done]
+    finished, start = 0, time.monotonic()
+
+    def report(trial: Trial, reason: str | None) -> None:
+        nonlocal finished
+        finished += 1
+        erase_step()
+        text = f"failed: {reason}" if reason else "done"
+        minutes = (time.monotonic() - start) / 60
+        print(fold(f"[{finished}/{len(left)}, {minutes:.0f} min] {trial}: {text}", hanging="  "), flush=True)
+
+    trained = sum(trial.is_trained for trial in left)
+    others = {"known from --earlier": len(known), "already done": len(done), "only to test": trained}
+    counts = ", ".join(f"{count} {what}" for what, count in others.items() if count)
+    networks = f"{len(left) - trained} of {counted(len(trials), 'network')}{counts and f' ({counts})'}"
+    try:
+        with step(f"Training {networks}; each has a log in {folder}"):
+            return run_trials(left, jobs, report, test=test)
+    except KeyboardInterrupt as interrupt:
+        raise Stopped(
+            f"stopped after {finished} of {len(left)}; the same command continues from there."
+        ) from interrupt

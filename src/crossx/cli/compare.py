@@ -17,7 +17,7 @@ from crossx.report.published import (
     mean_accuracy,
     read_published,
 )
-from crossx.runs import Run, open_run, read_config, write_json
+from crossx.runs import Run, open_run, write_json
 from crossx.terminal import columns, fold
 
 if TYPE_CHECKING:
@@ -177,20 +177,20 @@ def _reproduce(
         runs = tuple(str(results["run"]) for results in own)
         rows.append(Reproduction(row, recipe.name if recipe else "", runs, accuracy))
         for results in own:
-            differences = _training_differences(rows[-1].recipe, Run(results["folder"]).config)
+            differences = _training_differences(rows[-1].recipe, Run(results["folder"]))
             if differences:
                 listed = first_few(differences, MAX_DIFFERENCES)
                 notes.append(f"{results['run']} is not trained as {rows[-1].recipe}: {listed}.")
     return rows, notes
 
 
-def _training_differences(recipe: str, path: Path) -> list[str]:
+def _training_differences(recipe: str, run: Run) -> list[str]:
     """Return how a run's ``config.yaml`` deviates from a recipe: ``optim.lr 0.001 instead of 0.01``."""
     from crossx.training.config import Config
 
-    if not path.is_file():  # a shared model has none
+    if not (own := run.read_config()):  # a shared model has none
         return ["its configuration is not known"]
-    expected, own = Config.from_recipe(recipe).to_dict(), read_config(path)
+    expected = Config.from_recipe(recipe).to_dict()
     differences = []
     for section, options in TRAINING.items():
         found = own.get(section)

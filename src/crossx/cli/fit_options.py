@@ -199,6 +199,9 @@ def _options(method: str) -> Iterator[Option]:
 
 
 def _first_pass(words: Sequence[str]) -> argparse.Namespace:
+    # of other options the last value counts, but other tools merge several configurations
+    if sum(word.partition("=")[0] == "--config" for word in words) > 1:
+        raise UsageError("--config is given twice: give one recipe, which can name another as its `base`.")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "preset", "resume", "model.method"):
         parser.add_argument(f"--{name}", dest=name.rpartition(".")[2])

@@ -3,6 +3,9 @@
 A verb is one typed function with a Google-style docstring. Parameters before ``*`` are positional arguments, the others
 are options, a ``bool`` is a flag, and a dataclass is a group of options. ``Annotated`` adds a metavar, a spelling other
 than the parameter's name, the type to parse with, or the help. ``*words`` takes the options of another verb.
+
+Of an option that is given several times, the last value counts, as in other tools; one that takes several values has
+those of every time.
 """
 
 from __future__ import annotations
@@ -148,6 +151,20 @@ class Option:
     flag: bool = False
 
 
+class Extend(argparse.Action):
+    """Collect the values of an option that is given several times. argparse's ``extend`` adds them to the default."""
+
+    _given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        """Add the values, instead of the default."""
+        earlier = getattr(namespace, self.dest) if self._given else []
+        setattr(namespace, self.dest, [*earlier, *values])
+        self._given = True
+
+
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     """Keep the paragraphs of the docstrings, and show the default of each option."""
 
@@ -287,6 +304,7 @@ def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) 
             settings["default"] = list(option.default) if option.many else option.default
         if option.spelling:
             settings |= {"dest": option.name, "required": required}
+            settings |= {"action": Extend} if option.many else {}
         containers[option.group].add_argument(option.spelling or option.name, **settings)
 
 
@@ -371,12 +389,13 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
         return UsageError(
             f"the following arguments are required: {', '.join(shown)}; see `{parser.prog} --help`."
         )
-    if match := re.match(r'Parser key "([\w.]+)"', message):
-        action = _action(parser, match[1])
+    if match := re.match(r'Parser key "([\w.]+)"|argument (\S+): invalid \w+ value', message):
+        action = _action(parser, match[1]) if match[1] else parser._option_string_actions[match[2]]
         if _EMPTY in message:
             return UsageError(f"{_shown(action)}: {_EMPTY}.")
         given = re.search(
-            r"(?:Given value|Got value|base 10|to float): (.*)|: (\S+) does not conform", message
+            r"(?:Given value|Got value|base 10|to float|invalid \w+ value): (.*)|: (\S+) does not conform",
+            message,
         )
         value = (given[1] or given[2] or "").strip("'") if given else "this"
         hint = getattr(action, "_typehint", action.type)

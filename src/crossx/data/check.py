@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_ex
 from crossx.data.image_files import find_images, is_image_name
 from crossx.data.images import inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
+from crossx.data.threads import map_ahead
 from crossx.errors import counted
 
 Progress = Callable[[int, int], None]
@@ -143,17 +143,15 @@ def _decode(
     broken: dict[Path, str] = {}
     digests: dict[Path, bytes] = {}
     # Pillow and hashlib release the interpreter lock
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for number, (path, (problem, digest, used)) in enumerate(
-            zip(paths, pool.map(_inspect, paths), strict=True), start=1
-        ):
-            bits.append(used)
-            if problem is None:
-                digests[path] = digest
-            else:
-                broken[path] = problem
-            if progress is not None:
-                progress(number, len(paths))
+    found = map_ahead(_inspect, paths, len(os.sched_getaffinity(0)))
+    for number, (path, (problem, digest, used)) in enumerate(zip(paths, found, strict=True), start=1):
+        bits.append(used)
+        if problem is None:
+            digests[path] = digest
+        else:
+            broken[path] = problem
+        if progress is not None:
+            progress(number, len(paths))
     return broken, digests, bits
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
 from crossx.data.images import ImageError, inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
+from crossx.data.threads import map_ahead
 from crossx.data.transforms import CachedForm, Normalize, Transform, eval_transform, train_transform
 from crossx.data.views import StoredViews
 from crossx.distributed import world_size
@@ -95,8 +95,7 @@ class DataModule:
         stored = self._stored()
         paths = [record.path for record in records if record.path not in stored]
         # Pillow releases the interpreter lock: threads are as fast as processes and start at once
-        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
-            found = list(pool.map(inspect_image, paths))
+        found = list(map_ahead(inspect_image, paths, max(1, self.num_workers)))
         bad = [
             (path, problem) for path, (problem, _) in zip(paths, found, strict=True) if problem is not None
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from crossx.commands import command
 from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
-from crossx.runs import atomic_path
+from crossx.runs import atomic_path, check_files
 
 
 def predictions_path(output: Path, split: str) -> Path:
@@ -133,9 +134,13 @@ class Predictions(Answers):
             CrossXError: If the file is missing or damaged.
         """
         again = f"`{command('test', run, '--split', split)}`"
+        check_files(path)
         if not path.is_file():
             raise CrossXError(f"{run}: not tested on {split} yet: run {again} first.")
         try:
+            # of another file, numpy says how to load it unsafely
+            if not zipfile.is_zipfile(path):
+                raise ValueError("not an .npz file")
             with np.load(path, allow_pickle=False) as arrays:
                 needed = {name: arrays[name] for name in ("logits", "targets", "paths", "classes")}
                 predictions = cls(**needed, contents=arrays.get("contents"))

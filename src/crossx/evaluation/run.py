@@ -36,6 +36,16 @@ from crossx.methods.base import Method
 from crossx.runs import ModelSpec, write_json
 from crossx.terminal import step
 
+WRITTEN = (
+    "predictions.npz",
+    "examples.npz",
+    "per_class.csv",
+    "confused_pairs.csv",
+    "confusion.csv",
+    "confusion.png",
+)
+"""Files that ``test_run`` writes into the folder of the split."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -131,7 +141,7 @@ def test_run(
         require_images(Path(unknown))
     with step("Loading the network"):
         subject = Subject.open(path, **options)
-    subject.check_outputs(f"{subject.split}.json", f"{subject.split}/predictions.npz")
+    subject.check_outputs(f"{subject.split}.json", *(f"{subject.split}/{name}" for name in WRITTEN))
     data, spec, split = subject.data, subject.spec, subject.split
     if coverage is not None:
         least_probability(spec.sets, KEY, coverage, subject.run.path)

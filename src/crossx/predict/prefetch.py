@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from crossx.data.threads import map_ahead
 from crossx.errors import UsageError
 
 T = TypeVar("T")
@@ -33,16 +32,6 @@ def prefetch_batches(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
     workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    waiting: deque[tuple[T, Future[R]]] = deque()
-    todo = iter(items)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        while True:
-            ahead = batch_size + max(batch_size, workers) - len(waiting)
-            waiting.extend((item, pool.submit(prepare, item)) for item in islice(todo, ahead))
-            if not waiting:
-                return
-            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            yield [item for item, _ in batch], [prepared.result() for _, prepared in batch]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    pairs = map_ahead(lambda item: (item, prepare(item)), items, workers, max(batch_size, workers))
+    while batch := list(islice(pairs, batch_size)):
+        yield [item for item, _ in batch], [prepared for _, prepared in batch]

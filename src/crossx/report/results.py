@@ -71,6 +71,7 @@ class RunResults(Answers):
         logits: float32 (N, K).
         targets: int64 (N,).
         paths: (N,) strings, the images' paths below the root of the data.
+        contents: uint64 (N,), see ``Predictions``; None where they are not known.
     """
 
     spec: ModelSpec
@@ -82,6 +83,7 @@ class RunResults(Answers):
     logits: NDArray[np.float32]
     targets: NDArray[np.int64]
     paths: NDArray[np.str_]
+    contents: NDArray[np.uint64] | None = None
 
     @classmethod
     def read(cls, run: Run, split: str) -> RunResults:
@@ -93,8 +95,9 @@ class RunResults(Answers):
         predicted = Predictions.load(predictions_path(run.path, split), run.path, split)
         spec = run.read_spec()
         if tuple(predicted.classes) != spec.classes:
+            again = command("test", run.path, "--split", split)
             raise CrossXError(
-                f"{run.path}: was tested with other classes than those of model.json: test it again with `crossx test`."
+                f"{run.path}: was tested with other classes than those of model.json: test it again with `{again}`."
             )
         return cls(
             results=run.require_results(split, NEEDED),
@@ -102,6 +105,7 @@ class RunResults(Answers):
             logits=predicted.logits,
             targets=predicted.targets,
             paths=predicted.paths,
+            contents=predicted.contents,
         )
 
     @property

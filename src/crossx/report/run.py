@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from crossx.commands import command
+from crossx.data.fingerprints import UNREADABLE, fingerprint
 from crossx.data.geometry import read_view
 from crossx.data.index import SPLITS
 from crossx.errors import CrossXError, UsageError, unknown
@@ -54,7 +56,7 @@ def report_run(
 ) -> Path:
     """Write the report of a run that was tested on ``split``.
 
-    If the images can no longer be read, the page says so and has no pictures.
+    If the images can no longer be read, or are not those that were tested, the page says so and has no pictures.
 
     Args:
         run: A run folder (its selected weights) or a checkpoint file in one, the one that was tested.
@@ -105,7 +107,7 @@ def report_run(
 
 
 def _find_images(run: Run, tested: RunResults, split: str, numbers: Sequence[int]) -> list[Path]:
-    """Return the files of tested images."""
+    """Return the files of tested images, which must still have the contents that were tested."""
     results = tested.results
     config, index = read_data(run, tested.spec, root=results.get("data_root"), dataset=results["dataset"])
     index = index.with_validation(config.val_fraction, config.split_seed)
@@ -117,6 +119,13 @@ def _find_images(run: Run, tested: RunResults, split: str, numbers: Sequence[int
         if path not in files:
             raise CrossXError(f"{path} was tested but is no longer in {config.root}.")
         found.append(files[path])
+        known = None if tested.contents is None else tested.contents[number]
+        # what cannot be read is said when it is drawn
+        if known is not None and fingerprint(files[path]) not in (known, UNREADABLE):
+            again = command("test", run.path, "--split", split)
+            raise CrossXError(
+                f"{path} in {config.root} is another image than the one that was tested: test again with `{again}`."
+            )
     return found
 
 

@@ -19,6 +19,7 @@
 from crossx.runs.environment import PACKAGES, environment
 from crossx.runs.files import (
     atomic_path,
+    check_files,
     check_output_file,
     check_writable,
     is_utf8,
@@ -61,6 +62,7 @@ __all__ = [
     "Run",
     "RunFileError",
     "atomic_path",
+    "check_files",
     "check_output_file",
     "check_writable",
     "environment",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossx.commands import command
 from crossx.errors import CrossXError, UsageError
 from crossx.text import read_text
 
@@ -140,6 +141,17 @@ def _is_of_run(path: Path) -> bool:
     )
 
 
+def check_files(*paths: Path) -> None:
+    """Refuse folders in the place of files of a run.
+
+    Raises:
+        CrossXError: If one is a folder.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8; file names in it that are not valid UTF-8 are escaped."""
     with atomic_path(path) as temporary:
@@ -185,7 +197,7 @@ def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Read the results that ``crossx test`` wrote.
 
     Args:
-        path: ``SPLIT.json`` of a run.
+        path: ``RUN/SPLIT.json``.
         needed: Required keys; ``a.b`` is a key within ``a``.
 
     Raises:
@@ -197,7 +209,8 @@ def read_results(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         results = read_json(path)
         check_file(ResultsFile, results, path)
     except CrossXError as error:
-        raise CrossXError(f"{error} Write it again with `crossx test`.") from error
+        again = command("test", path.parent, "--split", path.stem)
+        raise CrossXError(f"{error} Write it again with `{again}`.") from error
     require(results, needed, path)
     return results
 

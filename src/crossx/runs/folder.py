@@ -6,17 +6,17 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crossx.commands import command
 from crossx.errors import CrossXError, UsageError
 from crossx.hub import HubModel, download_model
-from crossx.runs.files import read_json, read_results
+from crossx.runs.files import check_files, read_config, read_json, read_results
 from crossx.runs.nearby import nearest_run
-from crossx.runs.spec import ModelSpec
+from crossx.runs.spec import ModelSpec, NewerSchemaError
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
 """Format of `crossx export` -> suffix of its files."""
@@ -24,6 +24,8 @@ EXPORTED = (".onnx", ".xml", ".pt2")
 """Those that no other file of crossx has."""
 PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
 
+
+T = TypeVar("T")
 
 COMPLETE = ("finished", "imported")
 """Status of runs with nothing left to train."""
@@ -81,7 +83,7 @@ class Run:
 
     def read_spec(self) -> ModelSpec:
         """Read ``model.json``."""
-        return ModelSpec.from_json(self._read_json(self.spec), self.spec)
+        return self._read(lambda: ModelSpec.from_json(read_json(self.spec), self.spec))
 
     def read_info(self) -> dict[str, Any]:
         """Read ``run.json``; empty if there is none."""
@@ -89,9 +91,16 @@ class Run:
             return {}
         from crossx.schema.run import RunFile, check_file
 
-        values = self._read_json(self.info)
-        check_file(RunFile, values, self.info)
-        return values
+        def read() -> dict[str, Any]:
+            values = read_json(self.info)
+            check_file(RunFile, values, self.info)
+            return values
+
+        return self._read(read)
+
+    def read_config(self) -> dict[str, Any]:
+        """Read ``config.yaml``; empty if there is none."""
+        return self._read(lambda: read_config(self.config)) if self.config.is_file() else {}
 
     @property
     def remedy(self) -> str:
@@ -100,9 +109,11 @@ class Run:
             return ""
         return f" `{resume_command(self)}` restores it from a checkpoint."
 
-    def _read_json(self, path: Path) -> dict[str, Any]:
+    def _read(self, read: Callable[[], T]) -> T:
         try:
-            return read_json(path)
+            return read()
+        except NewerSchemaError:
+            raise
         except CrossXError as error:
             raise RunFileError(str(error), self.remedy) from error
 
@@ -134,6 +145,7 @@ class Run:
                 damaged.
         """
         path, again = self.path / f"{split}.json", f"`{command('test', self.path, '--split', split)}`"
+        check_files(path)
         if not path.is_file():
             raise CrossXError(f"{self.path}: not tested on {split} yet: run {again} first.")
         results = read_results(path, needed)
@@ -203,6 +215,7 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             "`crossx predict` and `crossx serve` take a file of `crossx export`."
         )
     run = Run(given)
+    check_files(run.spec, run.info, run.weights)
     if not run.spec.is_file() and run.remedy:
         raise CrossXError(f"{run.spec}: no such file.{run.remedy}")
     if not run.spec.is_file():

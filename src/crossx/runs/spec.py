@@ -74,6 +74,10 @@ class PredictionSets:
     least_probability: Mapping[str, tuple[float, ...]]
 
 
+class NewerSchemaError(CrossXError):
+    """A file that a later version of crossx wrote, which is not damaged."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """How to rebuild a trained network and prepare its input.
@@ -132,8 +136,8 @@ class ModelSpec:
         """Rebuild from ``to_json``'s dictionary; ``source`` is named in errors.
 
         Raises:
-            CrossXError: If a value is missing, of the wrong type or out of bounds (see ``crossx.schema``), or the
-                schema is newer.
+            NewerSchemaError: If a later version of crossx wrote it.
+            CrossXError: If a value is missing, of the wrong type or out of bounds (see ``crossx.schema``).
         """
         schema = values.get("schema")
         # neither True nor 1.0
@@ -143,7 +147,7 @@ class ModelSpec:
                 f"{reprlib.repr(schema)})."
             )
         if schema > SCHEMA:
-            raise CrossXError(
+            raise NewerSchemaError(
                 f"{source}: schema {reprlib.repr(schema)}, this version of crossx reads 1 to {SCHEMA}: upgrade crossx."
             )
         # pydantic is slow to import, and `--help` does not need it

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from crossx.commands import command
 from crossx.errors import CrossXError
 from crossx.schema.base import (
     Count,
@@ -193,6 +194,7 @@ class AblationRunFile(StrictModel):
     variant: Text
     training: dict[Text, Any]
     images: Text
+    contents: Text | None = None
     correct: Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
     n: Annotated[int, Field(ge=1, le=10**9)]
     top1: Share
@@ -234,8 +236,8 @@ def check_file(kind: type[BaseModel], values: Mapping[str, Any], source: Path | 
     check(kind, values, source, FILES[kind])
 
 
-def require(values: Mapping[str, Any], keys: Iterable[str], source: Path | str) -> None:
-    """Check that results have the required keys; ``a.b`` is a key within ``a``.
+def require(values: Mapping[str, Any], keys: Iterable[str], source: Path) -> None:
+    """Check that results, ``RUN/SPLIT.json``, have the required keys; ``a.b`` is a key within ``a``.
 
     Raises:
         CrossXError: If one is missing or null.
@@ -245,4 +247,5 @@ def require(values: Mapping[str, Any], keys: Iterable[str], source: Path | str) 
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None:
-            raise CrossXError(f"{source}: has no {key}: write it again with `crossx test`.")
+            again = command("test", source.parent, "--split", source.stem)
+            raise CrossXError(f"{source}: has no {key}: write it again with `{again}`.")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from crossx.commands import command
 from crossx.data.catalog import DATASETS, OWN_DATA
 from crossx.errors import CrossXError, UsageError
 from crossx.evaluation.metrics import ClassRow, worst_first
@@ -24,7 +25,7 @@ from crossx.methods.base import Method
 from crossx.methods.registry import published_name
 from crossx.recipes import model_name
 from crossx.report.tables import Table, percent
-from crossx.runs import ModelSpec, Run, read_config
+from crossx.runs import ModelSpec, Run
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.schema.run import require
 from crossx.yaml import dump_yaml
@@ -65,7 +66,7 @@ class CardData:
         Raises:
             CrossXError: If one of its files is damaged.
         """
-        config = read_config(run.config) if run.config.is_file() else {}
+        config = run.read_config()
         if results:
             require(results, REQUIRED_RESULTS, run.path / f"{results.get('split') or 'test'}.json")
         table = run.path / "test" / "per_class.csv"
@@ -84,7 +85,8 @@ class CardData:
                         if int(n)
                     ]
             except (ValueError, csv.Error) as error:
-                raise CrossXError(f"{table}: damaged: write it again with `crossx test`.") from error
+                again = command("test", run.path)
+                raise CrossXError(f"{table}: damaged: write it again with `{again}`.") from error
         return cls(method, spec, run.read_info(), config, results, classes)
 
     @property

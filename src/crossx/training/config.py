@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crossx.data.config import DataConfig
-from crossx.errors import UsageError
+from crossx.errors import UsageError, unknown
 from crossx.recipes import OTHERS, SECTIONS, Recipe, is_method_option, load_recipe, tuned_then_changed
 from crossx.runs import read_config
 from crossx.training.sections import (
@@ -147,16 +147,10 @@ class Config:
         Raises:
             UsageError: If there is no such recipe, or as ``from_dict``.
         """
-        original, notes = load_recipe(name), list[str]()
-        recipe = original
+        recipe = original = load_recipe(name)
         model, data = (overrides.get(section) or {} for section in ("model", "data"))
-        if model.get("method", method := recipe_method(recipe)) != method:
-            from crossx.methods import method_options
-
-            recipe, notes = adapt_to_method(recipe, str(model["method"]), method_options)
-        else:
-            # one without a method may give options of the default as those of another one
-            recipe = recipe.with_method(method)
+        method = str(model.get("method", recipe_method(recipe)))
+        recipe, notes = adapt_to_method(recipe, method, _method_options)
         values = recipe.to_dict()
         for key, value in overrides.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
@@ -230,6 +224,9 @@ def adapt_to_method(
 
     Returns:
         The recipe, and notes of what was left out, and of options of methods that are not known.
+
+    Raises:
+        UsageError: If a method does not have an option that the recipe gives for it.
     """
     own = recipe_method(recipe)
     given = {key: setting for key, setting in recipe.settings.items() if is_method_option(key)}
@@ -237,9 +234,13 @@ def adapt_to_method(
     for other in recipe.others:
         # a note, since the method may be of a package that is not imported
         try:
-            options_of(other)
+            have = options_of(other)
         except UsageError as error:
             notes.append(f"{recipe.name}: {OTHERS}: {error}")
+            continue
+        for _, option in recipe.others[other]:
+            if option not in have:
+                raise UsageError(f"{recipe.name}: for the method {other}: {unknown('option', option, have)}")
     if method == own or not (given or recipe.others):
         return recipe.with_method(method), notes
     known = options_of(method)
@@ -257,6 +258,13 @@ def adapt_to_method(
     if names:
         notes.append(f"method {method}: {names} left out of {recipe.name}, whose method is {own}.")
     return replace(changed, settings=settings), notes
+
+
+def _method_options(method: str) -> Collection[str]:
+    # imports torch
+    from crossx.methods import method_options
+
+    return method_options(method)
 
 
 def scale_resize(recipe: Recipe, data: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import SECTIONS
-from crossx.runs import Run, RunFileError, read_config, resume_command, write_text
+from crossx.runs import Run, RunFileError, check_files, read_config, resume_command, write_text
 from crossx.training.checkpoints import read_newest, read_resumable
 from crossx.training.config import Config
 
@@ -29,15 +29,13 @@ def require_files(run: Run) -> None:
     """Refuse a run with folders in the place of its files, or the other way round."""
     files = (run.config, run.spec, run.info, run.weights, run.images)
     checkpoints = (run.last, run.previous, run.best, run.checksums)
-    for path in (*files, *checkpoints, *_histories(run)):
-        if path.is_dir():
-            raise CrossXError(f"{path}: a folder where the run has a file. Move it away.")
+    check_files(*files, *checkpoints, *_histories(run))
     if run.checkpoints.exists() and not run.checkpoints.is_dir():
         raise CrossXError(f"{run.checkpoints}: a file where the run has a folder. Move it away.")
 
 
 def require_unfinished(run: Run) -> None:
-    """Refuse a finished run, unless its model is damaged: it is made again from the last checkpoint."""
+    """Refuse a finished run, unless a file of it is damaged: it is made again from the checkpoints."""
     try:
         finished = run.read_info().get("status") == "finished"
     except CrossXError:
@@ -50,6 +48,14 @@ def require_unfinished(run: Run) -> None:
             pass
     except (CrossXError, OSError, SafetensorError):
         log.warning("%s: the model is damaged or missing. It is made again from the checkpoints.", run.path)
+        return
+    try:
+        read_whole_config(run)
+    except UsageError:
+        # of another version, which is no damage
+        pass
+    except CrossXError:
+        # restored with what else the end of a training writes
         return
     raise UsageError(
         f"{run.path}: this run is finished. Train it for longer with --trainer.max_epochs N, or start a new run "
