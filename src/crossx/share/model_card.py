@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from crossx.data.catalog import DATASETS, OWN_DATA
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.metrics import ClassRow, worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.methods.base import Method
@@ -144,6 +144,7 @@ def write_card(
         ),
         template_path=str(TEMPLATE),
         card=card,
+        counted=counted,
         spec=spec,
         info=card.info,
         results=card.results,
