@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("cleanlab")
 pytest.importorskip("cleanvision")
 
+from crossx.audit.page import render
 from crossx.audit.result import Audit
 from crossx.audit.run import audit_dataset
 from crossx.cli.main import main
@@ -141,6 +143,15 @@ def test_predictions_of_training_images_are_said_not_to_be_out_of_fold(
     assert {path for path in found.paths if path.startswith("train/")} == trained
     issues = found.to_json()["labels"]["issues"]
     assert all(issue["out_of_fold"] == issue["path"].startswith("test/") for issue in issues)
+    # a network that learned every wrong label by heart finds no error
+    none_found = replace(found, labels=())
+    said = f"0 probable label errors; most errors are missed among the {len(trained)} images that the run was"
+    assert f"{said} trained on" in none_found.summary()
+    assert none_found.to_json()["labels"]["trained_on"] == len(trained)
+    assert f"trained on {len(trained)} of the {len(found.paths)} images" in render(
+        none_found, lambda done, total: None
+    )
+    assert "trained on" not in replace(none_found, checks=("duplicates",)).summary()
     shutil.copytree(root, tmp_path / "copied")
     copied = audit_dataset("folder", tmp_path / "copied", run=run, checks=["labels"])
     assert copied.trained_on == found.trained_on

@@ -151,6 +151,22 @@ def test_unforeseen_error_is_one_line_and_keeps_its_traceback(
     assert shown.count("\n") == 1
 
 
+def test_an_unforeseen_error_may_be_that_of_an_own_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from crossx.methods import registry
+
+    monkeypatch.setattr(main_module.tempfile, "tempdir", str(tmp_path))
+    packaged = {name: cls for name, cls in registry._REGISTRY.items() if cls.__module__.startswith("crossx.")}
+    monkeypatch.setattr(registry, "_REGISTRY", packaged)
+    fails_with(ZeroDivisionError("x"), monkeypatch)
+    main(["recipes"])
+    assert "(a defect of crossx; report it with" in capsys.readouterr().err
+    registry.register_method("own")(type("Own", (registry.Method,), {"__module__": "mine"}))
+    main(["recipes"])
+    assert "(a defect of crossx or of the method own, see `crossx.testing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", ["option", "variable"])
 def test_debug_shows_the_traceback(
     way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -111,7 +111,11 @@ def test_the_reason_for_temperature_1_names_the_best_one():
     assert choose_temperature(*sample(3, 4.0, 100)) == (fit_temperature(*sample(3, 4.0, 100)), None)
     assert choose_temperature(torch.tensor([[2.0, 1.0]]), torch.tensor([0])) == (
         1,
-        "no temperature can be fitted on 1 image",
+        "no temperature is best for 1 image classified correctly",
+    )
+    assert choose_temperature(torch.tensor([[1.0, 2.0]]), torch.tensor([0])) == (
+        1,
+        "no temperature is best for 1 image classified no better than by chance",
     )
 
 

@@ -2,9 +2,15 @@ import warnings
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from PIL import Image
 
+from crossx.evaluation import plots
 from crossx.evaluation.plots import plot_confusion
+from crossx.explain import plotting
 
 
 def draw_case(num_classes, n=20):
@@ -54,3 +60,49 @@ def test_classes_without_images_are_empty_rows(tmp_path):
         warnings.simplefilter("error")
         plot_confusion(np.zeros((4, 4), dtype=int), list("abcd"), tmp_path / "confusion.png", title="test")
     assert (tmp_path / "confusion.png").stat().st_size > 0
+
+
+def test_long_title_is_not_drawn_over_the_colour_bars(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_png", lambda figure, *_, **__: figures.append(figure))
+    title = "plain on folder photographs of nearly identical products, test: top-1 91.4%"
+    plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"], tmp_path / "confusion.png", title=title)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    boxes = {
+        text.get_text(): text.get_window_extent() for text in figure.findobj(Text) if text.get_text().strip()
+    }
+    assert {"correct", "wrong", title} <= boxes.keys()
+    assert [name for name, box in boxes.items() if name != title and box.overlaps(boxes[title])] == []
+
+
+def test_names_are_drawn_in_an_installed_font_that_has_their_characters(tmp_path, monkeypatch):
+    """The font has one character, a black square."""
+    monkeypatch.setattr(plotting, "_families", {})
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+    character = "\U0010fffd"
+
+    def black_pixels():
+        plot_confusion(np.eye(2, dtype=int), ["a", character * 8], tmp_path / "confusion.png", title="test")
+        return (pixels(tmp_path / "confusion.png").max(axis=2) < 40).sum()
+
+    boxes = black_pixels()
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(character): "square"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=1000)
+    font.setupPost()
+    font.save(tmp_path / "squares.ttf")
+    fontManager.addfont(tmp_path / "squares.ttf")
+    monkeypatch.setattr(plotting, "_families", {})
+    # 16 squares of 9 points at 150 dots per inch
+    assert black_pixels() - boxes > 16 * (9 / 72 * 150) ** 2 / 2

@@ -421,6 +421,16 @@ def test_the_page_shows_the_example() -> None:
     assert EXAMPLE.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")
 
 
+def test_what_is_wrong_with_an_openvino_file_is_told(export: Exports, tmp_path: Path) -> None:
+    graph, weights = (Path(file) for file in export("openvino").files)
+    copied = tmp_path / "mine.xml"
+    copied.write_bytes(graph.read_bytes())
+    missing = refusal(ExportedModel.load, copied)
+    assert missing.endswith("mine.xml: its weights are missing: copy mine.bin to the same folder.")
+    copied.with_suffix(".bin").write_bytes(weights.read_bytes()[:100])
+    assert "exported network (Incorrect weights in bin file" in refusal(ExportedModel.load, copied)
+
+
 def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "openvino_telemetry")
     without_telemetry()

@@ -108,9 +108,11 @@ def test_what_differs_is_named(logits: float, similarities: float, said: str, ru
     assert (compared.kept.before, compared.kept.after, compared.kept.same) == (1, alike, 8 * alike)
     assert compared.kept.moved == (not alike)
     if said:
-        assert said in refusal(export_module._require_same, Path("x.onnx"), compared, 1e-3)
+        refused = refusal(export_module._require_same, Path("x.onnx"), "fp16", compared, 1e-3)
+        assert said in refused
+        assert refused.endswith("(photos). Try --precision fp32, or allow it with --tolerance.")
     else:
-        export_module._require_same(Path("x.onnx"), compared, 1e-3)
+        export_module._require_same(Path("x.onnx"), "fp16", compared, 1e-3)
 
 
 def with_threshold(run: Path, threshold: float) -> ModelSpec:

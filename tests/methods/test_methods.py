@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from timm import create_model
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -273,6 +274,10 @@ def test_weights_of_another_network_are_refused(tmp_path: object) -> None:
     save_weights(build("plain"), tmp_path / "plain.safetensors")  # type: ignore[operator]
     with pytest.raises(CrossXError, match="do not fit the network"):
         load_weights(build("crossx"), tmp_path / "plain.safetensors")  # type: ignore[operator]
+    state = load_file(tmp_path / "plain.safetensors")  # type: ignore[operator]
+    save_file(state | {"more": torch.zeros(1)}, tmp_path / "more.safetensors")  # type: ignore[operator]
+    with pytest.raises(CrossXError, match=r"model\.json: 1 tensor is not known \(more\)\. Was the file"):
+        load_weights(build("plain"), tmp_path / "more.safetensors")  # type: ignore[operator]
 
 
 def test_spec_rebuilds_without_the_local_folder(tmp_path: object) -> None:

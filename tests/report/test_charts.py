@@ -63,6 +63,23 @@ def test_labels_of_ticks_have_room(scale):
     assert min(x for x, _ in points(chart.series[0])) >= chart.left
 
 
+@pytest.mark.parametrize("name", ["lr", "val/top1"])
+@pytest.mark.parametrize(
+    ("value", "rise"), [(0, 0), (5e-5, 0), (0.875, 0), (1, 0), (1, -1.2e-3), (1.0, -1e-7)]
+)
+def test_ticks_differ_also_for_a_constant(name, value, rise):
+    (chart,) = training_curves([{"epoch": n, name: value + n * rise} for n in range(2)])
+    texts = [tick.text for tick in chart.y_ticks]
+    assert len({*texts}) == len(texts) > 2
+    numbers = [float(text.rstrip("%")) for text in texts]
+    # at equal distances, up to the rounding of coordinates to 0.1
+    steps = np.diff([tick.place for tick in chart.y_ticks]) / np.diff(numbers)
+    assert np.ptp(steps) <= abs(steps.mean()) * 0.02
+    assert name == "lr" or 0 <= min(numbers) <= max(numbers) <= 100
+    low, high = numbers[0], numbers[-1]
+    assert low <= value * (100 if name == "val/top1" else 1) <= high
+
+
 def test_unknown_numbers_are_titled_by_their_name():
     (chart,) = training_curves([{"epoch": 1, "train/my_term_a": 1.0, "train/my_term_b": 2.0}])
     assert (chart.title, [series.label for series in chart.series]) == ("my term", ["a", "b"])

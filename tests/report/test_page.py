@@ -137,6 +137,16 @@ def test_numbers_are_the_results(page):
     assert "/data/bad.jpg: is empty (0 bytes)" in page.text("li")
 
 
+def test_one_of_a_kind_is_named_in_the_singular():
+    tested = make_tested(num_classes=6, images_per_class=1, history=make_tested().history[:1])
+    tested.logits[np.arange(6), (tested.targets + 1) % 6] = 50
+    text = Page(render(tested, choose_examples(tested), {})).text()
+    assert "1 epoch; the weights" in text
+    assert "1 image could not be read and was skipped" in text
+    assert "1 of 1 image; in the other direction" in text
+    assert not re.search(r"\b(?<![,.])1 (\w+ )?(images|epochs|classes)\b", text)
+
+
 def test_each_example_shows_every_part(page):
     tested = make_tested()
     choice = choose_examples(tested)

@@ -105,6 +105,7 @@ def test_explanations_of_a_class(client: TestClient, images: list[Path]) -> None
         ("", [png_of(100, 100)], 422, "the image has 100 x 100 pixels"),
         ("", [NOT_AN_IMAGE, NOT_AN_IMAGE], 413, "Too many files"),
         ("maps=class&target=wrren", [NOT_AN_IMAGE], 422, "unknown class 'wrren'. Did you mean 'wren'?"),
+        ("maps=class&target=elephant", [NOT_AN_IMAGE], 422, "unknown class 'elephant'. /model lists its"),
         ("target=wren", [NOT_AN_IMAGE], 422, "`target` requires maps=class."),
         ("maps=both", [NOT_AN_IMAGE], 422, "query.maps: Input should be 'activation' or 'class'."),
         ("format=gif", [NOT_AN_IMAGE], 422, "query.format: Input should be 'png' or 'json'."),

@@ -161,6 +161,11 @@ JSON = {"content-type": "application/json"}
         *(({"content": PART.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n", 1), "headers": FORM},
            400, "multipart")
           for more in (b"X: " + 9000 * b"a" + b"\r\n", 20 * b"X: a\r\n", b"no colon\r\n", b": x\r\n", b"\0\r\n")),
+        # cut off within the second image, its head, and the last boundary; and in the only image
+        *(({"content": PART[:-5] + more, "headers": FORM}, 400, "the body is cut off: it ends before its closing")
+          for more in (b"\r\n" + PART[:-9], b"\r\n" + PART[:40], b"", b"-")),
+        ({"content": PART[:-9], "headers": FORM}, 400, "the body is cut off"),
+        ({"content": b"", "headers": FORM}, 422, "there is no image"),
         ({"content": PART, "headers": FORM | {"content-encoding": "gzip"}}, 415, "must not be compressed"),
         ({"content": b"", "headers": {"content-type": "image/jpeg"}}, 422, "there is no image"),
         ({"content": b'{"images": ' + 9999 * b"[", "headers": JSON}, 400, "JSON"),

@@ -170,7 +170,7 @@ def test_results_stand_with_their_intervals(method: Any) -> None:
         ({"seen_in_training": True}, "**These images were trained on"),
         ({"run_status": "running"}, "**The run is not finished (running)"),
         ({"dataset": "nabirds"}, "**The test images are those of another dataset (nabirds)"),
-        ({"skipped": ["a.jpg"]}, "Skipped as unreadable: 1 images."),
+        ({"skipped": ["a.jpg"]}, "Skipped as unreadable: 1 image."),
     ],
 )
 def test_what_lessens_the_results_is_said(method: Any, changes: Mapping[str, Any], expected: str) -> None:

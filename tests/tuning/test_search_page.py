@@ -159,7 +159,7 @@ def test_the_longest_trial_is_named_if_their_length_is_searched(tuned: Tuned) ->
     trials = [*trials, *tuned.trials[1:]]
     space = Space({**SPACE, "trainer.max_epochs": Range(2, 1000, whole=True)}, "")
     page = render(replace(tuned, trials=trials, space=space), build_table(tuned))
-    assert "7 trials of at most 1000 epochs" in text_of(page)
+    assert "7 trials of at most 1,000 epochs" in text_of(page)
     assert ">1000</text>" in chart(page, "trainer.max_epochs")
 
 

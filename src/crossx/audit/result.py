@@ -109,8 +109,8 @@ class Audit:
 
     @property
     def memorised(self) -> int:
-        """The number of probable label errors whose predictions are not out-of-fold."""
-        return sum(issue.image in self.trained_on for issue in self.labels)
+        """The number of images whose labels were judged by predictions that are not out-of-fold."""
+        return len(self.trained_on) if "labels" in self.checks else 0
 
     @cached_property
     def excluded(self) -> tuple[tuple[str, str, str], ...]:
@@ -180,6 +180,7 @@ class Audit:
             "labels": {
                 "accuracy": self.accuracy,
                 "not_judged": list(self.not_judged),
+                "trained_on": self.memorised,
                 "issues": [
                     {
                         **image(issue.image),
@@ -218,10 +219,13 @@ class Audit:
             f"{len(images)} {issue.replace('_', ' ')}" for issue, images in self.quality.items() if images
         )
         labels = counted(len(self.labels), "probable label error")
-        if self.memorised:
-            labels += f" ({self.memorised} of images that the run was trained on: not out-of-fold)"
         if self.not_judged:
             labels += f"; {counted(len(self.not_judged), 'class')} too small to judge"
+        if self.memorised:
+            labels += (
+                f"; most errors are missed among the {counted(self.memorised, 'image')} that the run was trained on, "
+                "whose predictions are not out-of-fold: audit without --run"
+            )
         found = {
             "duplicates": f"{counted(self.copies, 'copy') if self.copies == 1 else f'{self.copies:,} copies'} in "
             f"{counted(len(self.groups), 'group')}, {len(self.leaks):,} of them in several splits (leakage), "

@@ -189,10 +189,11 @@ def audit(
     if json:
         print(json_format.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
-    print(found.summary())
+    print(fold(found.summary()))
     assert found.folder is not None
     excluded = quoted(found.folder / "exclude.csv")
-    print(f"report: {found.folder}/report.html; to leave images out: --data.exclude {excluded}")
+    print(fold(f"report: {found.folder}/report.html"))
+    print(fold(f"to leave images out: --data.exclude {excluded}"))
 
 
 def _describe(info: DatasetInfo) -> Iterator[str]:

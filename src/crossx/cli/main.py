@@ -30,6 +30,7 @@ from crossx.errors import (
     sigterm_interrupts,
     unknown,
 )
+from crossx.method_source import is_imported
 from crossx.suggestions import nearest
 from crossx.terminal import (
     columns,
@@ -309,13 +310,22 @@ def _defect(error: Exception) -> str:
     if "No space left on device" in str(error):
         return f"no space left on the disk ({first_line(error)}): free some room."
     reason = one_line(str(error))
+    defect = f"a defect of crossx{_own_methods()}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="crossx-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as log:
             traceback.print_exception(error, file=log)
     except OSError:
-        return (
-            f"unexpected {type(error).__name__}: {reason} (a defect of crossx; --debug shows the traceback)."
-        )
-    return f"unexpected {type(error).__name__}: {reason} (a defect of crossx; report it with {log.name})."
+        return f"unexpected {type(error).__name__}: {reason} ({defect}; --debug shows the traceback)."
+    return f"unexpected {type(error).__name__}: {reason} ({defect}; report it with {log.name})."
+
+
+def _own_methods() -> str:
+    """Name the methods that are not crossx's own, since an error may be theirs."""
+    if not is_imported():
+        return ""
+    from crossx.methods.registry import registered_elsewhere
+
+    names = registered_elsewhere()
+    return f" or of the method {' or '.join(names)}, see `crossx.testing.check_method`" if names else ""

@@ -114,7 +114,8 @@ def choose_temperature(logits: Tensor, targets: Tensor) -> ChosenTemperature:
     images = counted(len(targets), "image")
     fitted = fit_temperature(logits, targets)
     if fitted == 1:
-        return ChosenTemperature(1.0, f"no temperature can be fitted on {images}")
+        how = "correctly" if bool((logits.argmax(1) == targets).all()) else "no better than by chance"
+        return ChosenTemperature(1.0, f"no temperature is best for {images} classified {how}")
     before, after = (F.cross_entropy(logits.double() / t, targets, reduction="sum") for t in (1, fitted))
     p_value = float(chi2.sf(2 * float(before - after), 1))
     if p_value >= LEVEL:

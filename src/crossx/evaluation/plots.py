@@ -90,7 +90,8 @@ def _add_colour_bars(figure: Figure, axes: Axes, scale: float) -> None:
         x = left + width + (0.15 + 0.25 * place) * inch
         bar_axes = figure.add_axes((x, bottom, 0.2 * inch, min(height, 3.6 * inch)))
         bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=bar_axes)
-        bar_axes.set_title(label, fontsize=8 * scale, rotation=45, ha="left")
+        # below, as a long title of the matrix may end above the bars
+        bar_axes.set_xlabel(label, fontsize=8 * scale, rotation=90)
         if place == 0:
             bar.set_ticks([])
     bar.set_label("share of the true class's images", fontsize=8 * scale)

@@ -7,6 +7,7 @@ https://jfly.uni-koeln.de/color/.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ DARK_BLUE = "#003a5c"
 
 DPI = 150
 
+FONT = "DejaVu Sans"
+"""Matplotlib's own font, which has no Chinese, Japanese or Korean characters, for example."""
+
+_families: dict[str, str | None] = {}
+"""The font of each character looked for so far; None for ``FONT``, and where no installed font has the character."""
+
 
 def save_png(figure: Figure, target: Path | IO[bytes], **options: Any) -> None:
     """Write a figure as PNG to a path (atomically) or an open file; options as in ``savefig``.
@@ -48,10 +55,50 @@ def _save(figure: Figure, target: Path | IO[bytes], options: dict[str, Any]) -> 
     if isinstance(target, Path):
         with atomic_path(target) as temporary, temporary.open("wb") as file:
             return _save(figure, file, options)
+    _add_fonts(figure)
     with warnings.catch_warnings():
         # a script that no installed font covers is drawn as boxes
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure.savefig(target, **options)
+
+
+def _add_fonts(figure: Figure) -> None:
+    """Let texts fall back to installed fonts for the characters that ``FONT`` lacks."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if families := _fallbacks(text.get_text()):
+            text.set_fontfamily([FONT, *families])
+
+
+def _fallbacks(text: str) -> list[str]:
+    """Return the families that have the characters of a text that ``FONT`` lacks."""
+    characters = dict.fromkeys(character for character in text if not character.isascii())
+    _look_for(character for character in characters if character not in _families)
+    return list(dict.fromkeys(family for character in characters if (family := _families[character])))
+
+
+def _look_for(characters: Iterable[str]) -> None:
+    """Find a font for characters, sans serif if possible."""
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    missing = dict.fromkeys(characters)
+    fonts = sorted({(entry.name, entry.fname) for entry in fontManager.ttflist}, key=_font_order)
+    # matplotlib's last resort has a box for every character
+    fonts = [font for font in fonts if not font[0].startswith("Last Resort")]
+    for name, path in [(None, findfont(FONT)), *fonts]:
+        if not missing:
+            return
+        font = FT2Font(path)
+        for character in [one for one in missing if font.get_char_index(ord(one))]:
+            del missing[character]
+            _families[character] = name
+    _families.update(missing)
+
+
+def _font_order(font: tuple[str, str]) -> tuple[bool, str, str]:
+    return ("Sans" not in font[0], *font)
 
 
 def shorten(name: str, length: int) -> str:

@@ -199,7 +199,7 @@ def export_run(
         comparison = compare(model, reference, specs, compared, source)
         accuracy, control = None, None
         if chosen is None:
-            _require_same(options.output, comparison, options.allowed)
+            _require_same(options.output, options.precision, comparison, options.allowed)
         else:
             assert quantized is not None
             measure = partial(measure_accuracy, model, reference, specs, len(chosen.calibration))
@@ -380,7 +380,7 @@ def _opset(graph: Any) -> int | None:
     return next((entry.version for entry in imports if not entry.domain), None)
 
 
-def _require_same(output: Path, comparison: Comparison, allowed: float) -> None:
+def _require_same(output: Path, precision: str, comparison: Comparison, allowed: float) -> None:
     """Raise ``CrossXError`` if a difference exceeds the tolerance or is NaN."""
     logits, similarities = comparison.logits, comparison.similarities
     if not logits <= allowed:
@@ -389,9 +389,10 @@ def _require_same(output: Path, comparison: Comparison, allowed: float) -> None:
         what, how_much = "similarities to class means", f"{similarities:.1e}"
     else:
         return
+    advice = "Allow" if precision == "fp32" else "Try --precision fp32, or allow"
     raise CrossXError(
-        f"{output}: not written, its {what} differ from those of eager float32 by {how_much}, more than the tolerance "
-        f"of {allowed:.1e} ({comparison.source})."
+        f"{output}: not written, its {what} differ from those of eager float32 by {how_much}, more than the "
+        f"tolerance of {allowed:.1e} ({comparison.source}). {advice} it with --tolerance."
     )
 
 

@@ -63,6 +63,11 @@ def registered() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def registered_elsewhere() -> list[str]:
+    """Return the names of those that are not crossx's own."""
+    return [name for name in registered() if not _REGISTRY[name].__module__.startswith("crossx.")]
+
+
 def list_methods() -> list[str]:
     """Return the names of all methods, sorted, with those that installed packages offer; these are not imported."""
     return sorted({*_REGISTRY, *plugins.offers()})

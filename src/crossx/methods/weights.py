@@ -237,7 +237,8 @@ def _mismatch(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], wrong: list[str], surplus: list[str]
 ) -> str:
     if not wrong:
-        return f"{len(surplus)} keys are not known ({surplus[0]}, ...)"
+        unknown = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
+        return f"{unknown} not known ({surplus[0]}{', ...' if len(surplus) > 1 else ''})"
     key = wrong[0]
     here = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
     return f"{len(wrong)} of {len(own)} tensors differ ({key} {here}, expected {tuple(own[key].shape)})"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crossx.data.geometry import MAX_ASPECT, resized_side
-from crossx.errors import CrossXError, UsageError, first_line
+from crossx.errors import CrossXError, UsageError, counted, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
@@ -156,9 +156,7 @@ class ExportedModel:
         except (ImportError, CrossXError):
             raise
         except Exception as error:  # each runtime has its own errors for a damaged file
-            raise CrossXError(
-                f"{file}: cannot be read as an exported network ({first_line(error)})."
-            ) from error
+            raise CrossXError(f"{file}: cannot be read as an exported network ({_reason(error)}).") from error
         return cls(parse_json(text, file), compute, file)
 
     @property
@@ -191,12 +189,12 @@ class ExportedModel:
             shapes = [tuple(answer.shape) for answer in answers]
         except Exception as error:  # each runtime has its own errors for a wrong input
             raise CrossXError(
-                f"{self.source}: cannot classify images of the size in its description ({first_line(error)})."
+                f"{self.source}: cannot classify images of the size in its description ({_reason(error)})."
             ) from error
         expected = [(len(images), len(self.classes))] * 2 + [(len(images),)] * self.has_similarities
         if shapes != expected:
             returned = ", ".join(map(str, shapes)) or "nothing"
-            described = f"{len(self.classes)} classes{' and similarities' if self.has_similarities else ''}"
+            described = counted(len(self.classes), "class") + " and similarities" * self.has_similarities
             raise CrossXError(
                 f"{self.source}: returns {returned}, but describes {described}: the file is damaged."
             )
@@ -290,6 +288,9 @@ def _read_openvino(file: Path) -> tuple[str, Compute]:
         # OpenVINO goes by the content: ONNX under this name could name weights in other folders
         if not opened.read(64).lstrip().startswith(b"<"):
             raise CrossXError(f"{file}: is not an OpenVINO file (it is not XML).")
+    weights = file.with_suffix(".bin")
+    if not weights.is_file():
+        raise CrossXError(f"{file}: its weights are missing: copy {weights.name} to the same folder.")
     core = openvino_core()
     model = core.read_model(file)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
@@ -322,6 +323,12 @@ def _read_safetensors(file: Path) -> tuple[str, Compute]:
     spec = ModelSpec.from_json(parse_json(text, file), file)
     method = load_network(spec, file, file)
     return text, torch.inference_mode()(Inference(method, spec))
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a runtime's error that says why; OpenVINO's is the last one, after places in its source."""
+    lines = str(error).strip().splitlines()
+    return first_line(RuntimeError(lines[-1]) if str(error).startswith("Exception from ") else error)
 
 
 def _required(text: str | None, file: Path) -> str:

@@ -497,13 +497,19 @@ class Predictor:
             return str(error)
 
 
-def class_number(name: str, classes: Sequence[str]) -> int:
-    """Return the label of a class by its text (``names.class_name``); ``UsageError`` with the nearest if unknown."""
+def class_number(name: str, classes: Sequence[str], *, listed: str = "model.json of the run") -> int:
+    """Return the label of a class by its text (``names.class_name``); ``UsageError`` with the nearest if unknown.
+
+    Args:
+        name: The class.
+        classes: All classes.
+        listed: Where whoever gave the name finds them.
+    """
     if name in classes:
         return classes.index(name)
     known = [class_name(known) for known in classes]
     if class_name(name) not in known:
         raise UsageError(
-            f"unknown class {name!r}.{nearest(name, classes)} model.json of the run lists its {len(classes)} classes."
+            f"unknown class {name!r}.{nearest(name, classes)} {listed} lists its {len(classes)} classes."
         )
     return known.index(class_name(name))

@@ -297,7 +297,14 @@ def whole_ticks(first: float, last: float) -> list[tuple[float, str]]:
 
 def _upward(heights: Sequence[float], *, percent: bool) -> tuple[_Axis, tuple[Tick, ...], float]:
     """Return the vertical axis, its ticks, and the left margin that their labels need."""
-    marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(heights), max(heights))
+    low, high = min(heights), max(heights)
+    scale = 1.0 if percent else max(abs(low), abs(high)) or 1.0
+    if high - low < 1e-3 * scale:
+        # a constant has no range: all ticks would be the same
+        low, high = low - 0.05 * scale, high + 0.05 * scale
+        if percent:
+            low, high = max(0.0, low), min(1.0, high)
+    marks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     axis = _Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
     labels = [f"{100 * y:g}%" if percent else _short(y) for y in marks]
     ticks = tuple(Tick(axis.place(y), label) for y, label in zip(marks, labels, strict=True))
@@ -310,7 +317,7 @@ def _path(dots: Sequence[Dot]) -> str:
 
 def _short(value: float) -> str:
     """Format a tick with few digits: ``2.5e-5`` for 0.000025."""
-    text = f"{value:.4g}"
+    text = f"{value:.6g}"
     mantissa, exponent, power = text.partition("e")
     return f"{mantissa}e{int(power)}" if exponent else text
 

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from crossx.commands import quoted
 from crossx.data.catalog import dataset_title
 from crossx.data.images import printable
+from crossx.errors import counted
 from crossx.evaluation.metrics import worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.evaluation.parts.verdict import verdict
@@ -103,6 +104,7 @@ def page_environment(*packages: str) -> Environment:
     environment.filters |= {
         "percent": lambda share, digits=1: f"{share:.{digits}%}",
         "breakable": _breakable,
+        "counted": counted,
         "quoted": lambda path: quoted(Path(path)),
     }
     return environment

@@ -230,7 +230,7 @@ class Service:
             if target is not None and maps == "activation":
                 raise UsageError("`target` requires maps=class.")
             if target is not None:
-                class_number(target, self._predictor.classes)
+                class_number(target, self._predictor.classes, listed="/model")
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
         self._admit()

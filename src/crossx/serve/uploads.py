@@ -97,6 +97,16 @@ class _InMemoryParser(MultiPartParser):
     """Keeps files in memory, bounded by the body's limit; writes nothing to disk."""
 
     spool_max_size = 0
+    cut_off = False
+    """Whether parts have begun and the closing boundary has not been read."""
+
+    def on_part_begin(self) -> None:
+        self.cut_off = True
+        super().on_part_begin()
+
+    def on_end(self) -> None:
+        self.cut_off = False
+        super().on_end()
 
 
 class BodyReader:
@@ -203,6 +213,8 @@ async def _multipart(request: Request, chunks: AsyncGenerator[bytes], max_images
         code = 413 if error.message.startswith("Too many") else 400
         raise HTTPException(code, f"{printable(error.message).rstrip('.')}.") from error
     try:
+        if parser.cut_off:
+            raise HTTPException(400, "the body is cut off: it ends before its closing boundary.")
         files = form.getlist("images")
         if not all(isinstance(file, UploadFile) for file in files):
             raise HTTPException(422, "`images` must be files: give each a file name.")

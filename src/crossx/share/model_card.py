@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from crossx.commands import command
 from crossx.data.catalog import DATASETS, OWN_DATA
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, counted
 from crossx.evaluation.metrics import ClassRow, worst_first
 from crossx.evaluation.notices import result_notices
 from crossx.methods.base import Method
@@ -146,6 +146,7 @@ def write_card(
         ),
         template_path=str(TEMPLATE),
         card=card,
+        counted=counted,
         spec=spec,
         info=card.info,
         results=card.results,
