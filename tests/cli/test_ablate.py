@@ -35,6 +35,14 @@ def ablate(*more: str) -> int:
     return main([*command, *more])
 
 
+def test_a_missing_earlier_file_is_said_before_images_are_drawn(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("--data.root", "drawn", "--earlier", "none.json") == 1
+    assert "none.json: no such file" in capsys.readouterr().err
+    assert not (place / "drawn").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

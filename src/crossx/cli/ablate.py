@@ -75,9 +75,10 @@ def ablate(
     with step("Checking the variants"):
         search = plan_tuning(variants, base, seeds[0], folder)
         trials = plan(variants, base, seeds, folder)
+        # damaged files are refused before the data is read or drawn, and other data before anything is trained
+        known = read_earlier(files, trials)
         check_trials(search or trials, tuned=bool(search))
-        # to refuse damaged files and other data before anything is trained
-        check_data(read_earlier(files, trials))
+        check_data(known)
     with locked_folder(folder, "running trainings in it"):
         untrained = _run(search, (), jobs, folder, test=False)
         chosen = choose_alternatives(search, untrained)
