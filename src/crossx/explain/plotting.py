@@ -74,7 +74,8 @@ def _add_fonts(figure: Figure) -> None:
 def _fallbacks(text: str) -> list[str]:
     """Return the families that have the characters of a text that ``FONT`` lacks."""
     characters = dict.fromkeys(character for character in text if not character.isascii())
-    _look_for(character for character in characters if character not in _families)
+    if unknown := [character for character in characters if character not in _families]:
+        _look_for(unknown)
     return list(dict.fromkeys(family for character in characters if (family := _families[character])))
 
 
