@@ -38,12 +38,22 @@ class TestedData:
         dataset: Name of the dataset (default: as in training).
         batch_size: Images per step (default: as in training).
         num_workers: Processes that load images (default: one per CPU core, at most 8).
+        image_column: huggingface only: the column of the images (default: as in training).
+        label_column: huggingface and webdataset only: the column, or the field of a .json, with the label (default: as
+            in training).
     """
 
     root: Folder | None = None
     dataset: Name | None = None
     batch_size: Positive | None = None
     num_workers: Natural | None = None
+    image_column: Name | None = None
+    label_column: Name | None = None
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether the images are those that the training names."""
+        return not (self.root or self.dataset or self.image_column or self.label_column)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _compare(run: str, against: str, split: str, data: TestedData, device: str) 
 def is_tested(path: str, split: str, data: TestedData) -> bool:
     """Say whether the results in the run folder are those of these weights and this request."""
     run, weights = open_run(path)
-    results = {} if data.root or data.dataset else run.read_results(weights, split)
+    results = run.read_results(weights, split) if data.is_of_training else {}
     return bool(results) and results.get("temperature", 1.0) == run.read_spec().temperature
 
 

@@ -23,12 +23,16 @@ class DataOptions(TypedDict, total=False):
         dataset: Name of the dataset.
         batch_size: Images per step.
         num_workers: Processes that load images.
+        image_column: Column of the images, of a dataset that has columns.
+        label_column: Column, or field of a ``.json``, of the labels, of a dataset that has columns or fields.
     """
 
     root: str | Path | None
     dataset: str | None
     batch_size: int | None
     num_workers: int | None
+    image_column: str | None
+    label_column: str | None
 
 
 def read_data(run: Run, spec: ModelSpec, **options: Unpack[DataOptions]) -> tuple[DataConfig, DatasetIndex]:
@@ -85,6 +89,8 @@ def _data_config(
     dataset: str | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> DataConfig:
     known = {item.name for item in fields(DataConfig)}
     trained = {key: value for key, value in (info.get("data") or {}).items() if key in known}
@@ -110,10 +116,11 @@ def _data_config(
             label_column=None,
             exclude=None,
         )
-    if root is not None:
-        config = replace(config, root=str(root))
-    if batch_size is not None:
-        config = replace(config, eval_batch_size=batch_size)
-    if num_workers is not None:
-        config = replace(config, num_workers=num_workers)
-    return config
+    given: dict[str, Any] = {
+        "root": None if root is None else str(root),
+        "eval_batch_size": batch_size,
+        "num_workers": num_workers,
+        "image_column": image_column,
+        "label_column": label_column,
+    }
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
