@@ -59,7 +59,10 @@ def make_run(folder: Path, *files: str) -> Run:
     return run
 
 
-@given(classes=st.lists(st.text(min_size=1), min_size=1, max_size=5), size=st.integers(32, 2000))
+@given(
+    classes=st.lists(st.text().filter(lambda text: text.strip(" ")), min_size=1, max_size=5, unique=True),
+    size=st.integers(32, 2000),
+)
 def test_spec_survives_json(classes: list[str], size: int) -> None:
     preprocessing = replace(SPEC.preprocessing, image_size=size, resize_size=size + 64)
     spec = replace(SPEC, classes=tuple(classes), levels={"rank": tuple(classes)}, preprocessing=preprocessing)
@@ -83,6 +86,9 @@ def test_spec_of_another_version_or_kind() -> None:
         ({"classes": "abc"}, "classes: should be a list"),
         ({"classes": [1, 2]}, "classes.0: should be a valid string"),
         ({"classes": []}, "classes: list should have at least 1 item"),
+        ({"classes": ["ani", "auklet", "ani"]}, "(classes: 'ani' is given twice)"),
+        ({"classes": ["ani", ""]}, "(classes: class 1 has no name)"),
+        ({"classes": ["  ", "ani"]}, "(classes: class 0 has no name)"),
         ({"options": [1]}, "options: should be a mapping"),
         ({"levels": ["family"]}, "levels: should be a mapping"),
         ({"levels": {"family": ["Alcidae"]}}, "level family names 1 groups for 2 classes"),

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -19,6 +20,8 @@ from typing import TypeAlias
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import layouts
@@ -421,6 +424,7 @@ def test_the_page_shows_the_example() -> None:
     assert EXAMPLE.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_an_openvino_file_is_told(export: Exports, tmp_path: Path) -> None:
     graph, weights = (Path(file) for file in export("openvino").files)
     copied = tmp_path / "mine.xml"
@@ -429,6 +433,60 @@ def test_what_is_wrong_with_an_openvino_file_is_told(export: Exports, tmp_path: 
     assert missing.endswith("mine.xml: its weights are missing: copy mine.bin to the same folder.")
     copied.with_suffix(".bin").write_bytes(weights.read_bytes()[:100])
     assert "exported network (Incorrect weights in bin file" in refusal(ExportedModel.load, copied)
+
+
+@pytest.mark.parametrize(
+    ("format_", "damaged"),
+    [
+        ("onnx", "network.onnx"),
+        ("openvino", "network.bin"),
+        ("openvino", "network.xml"),
+        pytest.param("torch-export", "network.pt2", marks=pytest.mark.slow),
+        ("safetensors", "network.safetensors"),
+    ],
+)
+def test_a_changed_byte_is_found(format_: str, damaged: str, export: Exports, tmp_path: Path) -> None:
+    for file in export(format_).files:
+        shutil.copy(file, tmp_path)
+    changed = tmp_path / damaged
+    opened = tmp_path / f"network{EXPORT_SUFFIXES[format_]}"
+    assert ExportedModel.load(opened, trust=True).classes == CLASSES
+    intact = bytearray(changed.read_bytes())
+    content = intact.copy()
+    if damaged == "network.xml":
+        # still a network, but another one
+        content = content.replace(b'exclude-pad="false"', b'exclude-pad="true"', 1)
+    else:
+        content[len(content) * 6 // 10] ^= 1
+    assert content != intact
+    changed.write_bytes(content)
+    assert refusal(ExportedModel.load, opened, trust=True) == (
+        f"{changed}: damaged, its checksum is not that of the export: copy it or export it again."
+    )
+    changed.write_bytes(intact)
+    ExportedModel.load(opened, trust=True)
+
+
+@pytest.mark.parametrize("format_", ["onnx", "openvino", "safetensors"])
+def test_the_checksums_are_those_of_the_files(format_: str, export: Exports) -> None:
+    report = export(format_)
+    checksums = report.description["sha256"]
+    assert set(checksums) == {file.suffix for file in report.files}
+    for file in report.files:
+        content = file.read_bytes()
+        if file == report.files[0]:
+            content = content.replace(checksums[file.suffix].encode(), b"")
+        assert hashlib.sha256(content).hexdigest() == checksums[file.suffix]
+
+
+@pytest.mark.parametrize("stored", [["x"], {".safetensors": 1}, {".safetensors": "\ud800"}, {}])
+def test_a_checksum_that_is_none_is_refused(stored: object, export: Exports, tmp_path: Path) -> None:
+    file = export("safetensors").files[0]
+    with safe_open(file, "pt") as opened:
+        described = json.loads(opened.metadata()["crossx"])
+    copy = tmp_path / "copy.safetensors"
+    save_file(load_file(file), copy, {"crossx": json.dumps({**described, "sha256": stored})})
+    assert "copy.safetensors: damaged" in refusal(ExportedModel.load, copy)
 
 
 def test_openvino_sends_no_usage_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def changed(
     return values
 
 
+@pytest.mark.slow
 def test_every_value_replaced_by_every_strange_one(run: Run, values: dict[str, Any], logits: Tensor) -> None:
     tried, right = 0, 0
     loaded: set[str] = set()
@@ -428,6 +429,22 @@ def compressed(data: bytes) -> bytes:
         for entry in good.infolist():
             small.writestr(entry.filename, good.read(entry))
     return file.getvalue()
+
+
+def test_a_flipped_bit_in_the_tensors_of_a_checkpoint(
+    run: Run, values: dict[str, Any], tmp_path: Path
+) -> None:
+    write_json(tmp_path / "model.json", values)
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_bytes(saved(load_state(run)))
+    load_method(checkpoint)
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data = bytearray(checkpoint.read_bytes())
+    # behind the entry's header, which is short
+    data[largest.header_offset + largest.file_size // 2] ^= 0x40
+    checkpoint.write_bytes(data)
+    assert f"{checkpoint}: damaged: " in one_line(load_method, checkpoint)
 
 
 def test_checkpoints_that_pretend(run: Run, values: dict[str, Any], tmp_path: Path) -> None:

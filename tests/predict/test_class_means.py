@@ -88,6 +88,7 @@ def test_scores_are_those_of_the_formula_and_thresholds_keep_their_share(run: Ru
 SLOW = [pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".onnx", ".xml", ".pt2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", *SLOW])
 def test_exported_files_reject_the_same_images(run: Run, tmp_path: Path, suffix: str) -> None:
     for needed in {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("openvino", "onnx")}.get(

@@ -83,6 +83,7 @@ def test_ray_is_an_extra(run, photos, tmp_path, monkeypatch):
         predict_collection(run, photos, tmp_path, engine="ray", device="cuda:1")
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_refused_at_once(run, photos, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs crossx[ray]")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

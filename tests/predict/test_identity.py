@@ -103,6 +103,7 @@ def test_the_weights_of_openvino_are_in_the_second_file(
     assert (found.name, found.checksum) == ("birds.xml", sha256(tmp_path / "birds.bin"))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_has_its_commit(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

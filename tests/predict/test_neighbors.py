@@ -74,6 +74,7 @@ def test_an_image_of_the_training_is_its_own_neighbour(place: Path) -> None:
     assert index.nearest(1.001 * index.index._vectors[:1].numpy(), 1)[0][0].similarity == 1
 
 
+@pytest.mark.slow
 def test_the_index_is_kept_until_weights_or_images_change(place: Path, counted: list[int]) -> None:
     def compute() -> int:
         counted.clear()

@@ -104,7 +104,7 @@ def ranked(prediction):
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["--flip", "--crops", "5"]])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), ["--flip", "--crops", "5"]])
 def test_python_and_every_file_say_the_same(run, tmp_path, photos, monkeypatch, options):
     """One predictor behind all: the numbers are equal, not close, but for other batches."""
     monkeypatch.chdir(tmp_path)

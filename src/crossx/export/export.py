@@ -44,12 +44,12 @@ from crossx.export.verify import (
     quantization_data,
 )
 from crossx.methods.weights import load_method
+from crossx.predict.checksums import CHECKSUMS, exported_files, fill_checksums, reserve_checksums
 from crossx.predict.exported import (
     EXTRA_FILE,
     KEY,
     ExportedModel,
     describe_export,
-    exported_files,
     without_telemetry,
 )
 from crossx.predict.inference import Inference
@@ -213,7 +213,9 @@ def export_run(
             accuracy = measure(chosen.measured)
             _require_accurate(options.output, accuracy, options.allowed)
             description["accuracy"] = asdict(accuracy)
-            write(description)
+            model = write(description)
+        if CHECKSUMS in model.description:
+            description[CHECKSUMS] = model.description[CHECKSUMS]
         files = _publish(Path(folder), options.output.parent)
     return ExportReport(
         files, description, comparison, options.allowed, accuracy, control, recalibration, not_recalibrated
@@ -239,7 +241,7 @@ def _write(
     # OpenVINO maps the weights of an opened file into memory, which must not change
     for earlier in exported_files(file):
         earlier.unlink(missing_ok=True)
-    _save(kind, graph, description, precision, file, output)
+    _save(kind, graph, {**description, **reserve_checksums(file)}, precision, file, output)
     return ExportedModel.load(file, trust=True)  # written just now
 
 
@@ -303,6 +305,7 @@ def _save(
     """Write the graph to ``file``, which becomes ``output``."""
     try:
         kind.save(graph, json.dumps(description, ensure_ascii=False), precision, file)
+        fill_checksums(file)
     except OSError as error:
         raise storage_error(output, error) from error
     except Exception as error:  # OpenVINO's and others' own errors; they do not always tell the reason

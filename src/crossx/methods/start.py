@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from crossx.layers import OwnStatistics
 from crossx.methods.base import Method
 from crossx.methods.registry import method_class
 from crossx.methods.weights import outline, read_checked, read_spec
-from crossx.runs import EXPORTED, ModelSpec, Run, open_run
+from crossx.runs import EXPORTED, ModelSpec, Run, file_checksum, open_run
 
 TRUNK = "backbone.trunk."
 MISSING = "not there"
@@ -186,14 +185,12 @@ class Transfer:
         start, info = self.start, self.start.info
         before = info.get("init") or {}
         own = info.get("backbone") if info.get("pretrained") and not info.get("backbone_weights") else None
-        with start.weights.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "run": start.name,
             "hub": start.hub or None,
             "id": info.get("id"),
             "weights": start.weights.name,
-            "sha256": checksum,
+            "sha256": file_checksum(start.weights),
             "method": start.spec.method,
             "backbone": start.spec.backbone,
             "dataset": start.spec.dataset,

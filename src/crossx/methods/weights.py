@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from crossx.methods.registry import (
     method_class,
     recall_method,
 )
-from crossx.runs import ModelSpec, Preprocessing, Run, atomic_path, open_run
+from crossx.runs import ModelSpec, Preprocessing, Run, atomic_path, is_intact, open_run
 from crossx.schema.model import check_backbone_args
 from crossx.suggestions import nearest
 
@@ -195,6 +196,11 @@ def load_weights(method: Method, path: Path) -> None:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     state = read_state_dict(path)
+    # torch.load reads damaged tensors without a word
+    if path.suffix == ".ckpt" and zipfile.is_zipfile(path) and not is_intact(path):
+        raise CrossXError(
+            f"{path}: damaged: its content has other checksums. Take another checkpoint of the run."
+        )
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     # a view can be larger than its storage; no method shares weights between layers

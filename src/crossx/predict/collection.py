@@ -23,12 +23,20 @@ from typing import Any, Unpack
 
 from crossx.errors import Stopped, UsageError, counted, unknown
 from crossx.extras import require
+from crossx.predict.checksums import exported_files
 from crossx.predict.cluster import predict_shards
-from crossx.predict.exported import exported_files, is_exported, require_trust
-from crossx.predict.identity import file_checksum
+from crossx.predict.exported import is_exported, require_trust
 from crossx.predict.predictor import Predictor, PredictorOptions
 from crossx.predict.shards import Shard, count_failed, find_collection, predict_shard
-from crossx.runs import atomic_path, locked_folder, open_run, read_json, storage_error, write_json
+from crossx.runs import (
+    atomic_path,
+    file_checksum,
+    locked_folder,
+    open_run,
+    read_json,
+    storage_error,
+    write_json,
+)
 
 ENGINES = ("local", "ray")
 MANIFEST = "_manifest.json"

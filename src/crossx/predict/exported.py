@@ -18,8 +18,9 @@ from crossx.errors import CrossXError, UsageError, counted, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
+from crossx.predict.checksums import CHECKSUMS, check_checksums, damaged
 from crossx.predict.inference import OUTPUTS, SIMILARITIES, Inference
-from crossx.runs import EXPORT_SUFFIXES, EXPORTED, PREDICTS_ALONE, ModelSpec, parse_json
+from crossx.runs import EXPORT_SUFFIXES, EXPORTED, PREDICTS_ALONE, ModelSpec, is_intact, parse_json
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -130,7 +131,7 @@ class ExportedModel:
 
         Raises:
             UsageError: For another device, precision or format, a missing package, or ``.pt2`` without ``trust``.
-            CrossXError: If there is no such file, or it was not exported by crossx.
+            CrossXError: If there is no such file, it is damaged, or it was not exported by crossx.
         """
         if str(device) not in ("auto", "cpu"):
             raise UsageError(f"{path}: an exported file runs only on the CPU, not on {str(device)!r}.")
@@ -157,7 +158,9 @@ class ExportedModel:
             raise
         except Exception as error:  # each runtime has its own errors for a damaged file
             raise CrossXError(f"{file}: cannot be read as an exported network ({_reason(error)}).") from error
-        return cls(parse_json(text, file), compute, file)
+        description = parse_json(text, file)
+        check_checksums(file, description.get(CHECKSUMS))
+        return cls(description, compute, file)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -240,11 +243,6 @@ def require_trust(path: str | Path, trust: bool) -> None:
         )
 
 
-def exported_files(file: Path) -> list[Path]:
-    """Return an exported file and its weights file, if it has one."""
-    return [file, file.with_suffix(".bin")] if file.suffix.lower() == EXPORT_SUFFIXES["openvino"] else [file]
-
-
 def open_session(network: Path | bytes) -> onnxruntime.InferenceSession:
     """Open an ONNX file, or its content, on the CPU."""
     import onnxruntime
@@ -312,6 +310,8 @@ def _read_openvino(file: Path) -> tuple[str, Compute]:
 
 
 def _read_torch_export(file: Path) -> tuple[str, Compute]:
+    if not is_intact(file):  # torch does not look at these checksums
+        raise damaged(file)
     extra = {EXTRA_FILE: ""}
     module = torch.export.load(file, extra_files=extra).module()
     return _required(extra[EXTRA_FILE], file), torch.inference_mode()(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from crossx.data.images import printable
 from crossx.errors import CrossXError, UsageError
 from crossx.predict.exported import ExportedModel
+from crossx.runs import file_checksum
 
 if TYPE_CHECKING:
     from crossx.predict.predictor import Predictor
@@ -54,12 +54,6 @@ class WeightsFile:
         if _state_of(self.path) != self._state:
             raise CrossXError(f"{self.path}: was replaced while it was loaded. Start again.")
         return found
-
-
-def file_checksum(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal, as ``sha256sum`` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identify(predictor: Predictor, name: str | None = None, version: str | None = None) -> Identity:

@@ -23,7 +23,8 @@ from crossx.evaluation.views import Views
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_method
-from crossx.predict.exported import ExportedModel, exported_files, is_exported
+from crossx.predict.checksums import exported_files
+from crossx.predict.exported import ExportedModel, is_exported
 from crossx.predict.identity import WeightsFile
 from crossx.predict.inputs import ImageInput, OneImage, decode, expand
 from crossx.predict.outputs import Columns

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def file_checksum(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the entries of an archive of ``torch.save`` or ``torch.export.save`` have the CRC-32 checksums in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # zipfile raises many kinds of errors for damaged files
+        return False
 
 
 def is_utf8(text: object) -> bool:

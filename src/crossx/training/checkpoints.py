@@ -7,12 +7,10 @@ separate files, so that one damage destroys one of them. ``SHA256SUMS`` has thei
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
-from crossx.runs import Run, atomic_path, resume_command, write_text
+from crossx.runs import Run, atomic_path, file_checksum, is_intact, resume_command, write_text
 
 FORMAT = 2
 """Version of the entries; checkpoints of crossx 0.1, written by Lightning's Trainer, have none."""
@@ -47,7 +45,7 @@ def write_checkpoint(run: Run, state: dict[str, Any], *, best: bool) -> None:
     listed = _read_checksums(run)
     with atomic_path(run.last) as temporary:
         _save(state, temporary)
-        checksum = _checksum(temporary)
+        checksum = file_checksum(temporary)
         names = {**listed, run.last.name: checksum}
         if run.last.is_file():
             names.pop(run.previous.name, None)
@@ -104,7 +102,7 @@ def read_newest(run: Run) -> dict[str, Any] | None:
 def make_newest(run: Run, path: Path) -> None:
     """Replace ``last.ckpt`` by a copy of an intact checkpoint, from which the run continues."""
     if path != run.last:
-        _write_checksums(run, {**_read_checksums(run), run.last.name: _checksum(path)})
+        _write_checksums(run, {**_read_checksums(run), run.last.name: file_checksum(path)})
         _copy(path, run.last)
 
 
@@ -123,7 +121,7 @@ def restore_best(run: Run, checkpoint: dict[str, Any]) -> None:
             found = checkpoint if path == run.last else read_resumable(path, listed.values())
             if (found["epoch"], found["batch"]) == (best["epoch"], 0):
                 if path != run.best:
-                    _write_checksums(run, {**listed, run.best.name: _checksum(path)})
+                    _write_checksums(run, {**listed, run.best.name: file_checksum(path)})
                     _copy(path, run.best)
                 return
     log.warning(
@@ -148,7 +146,7 @@ def read_resumable(path: Path, listed: Collection[str] | None = None) -> dict[st
     if path.exists() and not path.is_file():
         raise CrossXError(f"{path}: not a file.")
     try:
-        intact = is_intact(path) if listed is None else _checksum(path) in listed
+        intact = is_intact(path) if listed is None else file_checksum(path) in listed
     except PermissionError as error:
         raise UsageError(f"{path}: no permission to read it.") from error
     except OSError as error:
@@ -181,17 +179,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def is_intact(path: Path) -> bool:
-    """Whether the tensors and values of a checkpoint have the CRC-32 checksums that ``torch.save`` put into it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except OSError:
-        raise
-    except Exception:  # zipfile raises many kinds of errors for damaged files
-        return False
-
-
 def _read_intact(run: Run, listed: Collection[str] | None) -> tuple[Path, dict[str, Any], CrossXError | None]:
     """Return the newest intact checkpoint, and why it is not ``last.ckpt``."""
     try:
@@ -214,7 +201,7 @@ def _list_intact(run: Run) -> None:
     listed, names = _read_checksums(run), {}
     for path in (run.last, run.previous, run.best):
         with suppress(OSError):
-            if (checksum := _checksum(path)) in listed.values() or is_intact(path):
+            if (checksum := file_checksum(path)) in listed.values() or is_intact(path):
                 names[path.name] = checksum
     if names != listed:
         _write_checksums(run, names)
@@ -229,11 +216,6 @@ def _save(state: dict[str, Any], path: Path) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_checksums(run: Run, checksums: Mapping[str, str]) -> None:

@@ -13,8 +13,8 @@ from crossx.evaluation.network import TorchNetwork
 from crossx.evaluation.run import evaluate
 from crossx.evaluation.unknowns import FEATURE_SCORE, KEEP, SCORE, images_to_keep
 from crossx.methods.weights import load_weights, save_weights
-from crossx.runs import resume_command
-from crossx.training.checkpoints import is_intact, read_checkpoint
+from crossx.runs import is_intact, resume_command
+from crossx.training.checkpoints import read_checkpoint
 from crossx.training.loop import Loop
 
 SUSPICIOUS_GAP = 0.1
