@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossx.class_names import display_names, lookalikes
+from crossx.class_names import display_names, lookalikes, naming_problem
+from crossx.data.index import DatasetIndex
 from layouts import CARS, CUB_CLASSES, DOGS, NABIRDS_SPECIES, VARIANTS
+from refusals import refusal
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,12 @@ def test_no_two_classes_are_shown_alike_unless_their_names_are(names: list[str])
     already = {name for group in lookalikes(names) for name in group}
     assert {text for group in lookalikes(shown) for text in group} <= already | set(names)
     assert display_names(list(reversed(names))) == tuple(reversed(shown))
+
+
+@given(st.lists(st.sampled_from(["auk", "Auk", "jay ", "jay", "", " "]), min_size=1, max_size=6))
+def test_names_tell_classes_apart_or_not(names: list[str]) -> None:
+    distinct = len(set(names)) == len(names) and "" not in names and " " not in names
+    assert (naming_problem(names) is None) == distinct
+    if not distinct:
+        line = refusal(DatasetIndex, "birds", tuple(names), ())
+        assert line == f"dataset 'birds' has classes that cannot be told apart: {naming_problem(names)}."

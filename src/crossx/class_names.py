@@ -22,6 +22,8 @@ _LATIN = str.maketrans(
 _COPY = re.compile(r"(\s*(\([0-9]{1,2}\)|[-_ ]\s*(copy|copie|kopie|copia)(\s*[0-9]{1,2})?))+$")
 """What a file manager adds to the name of a copy: ``red (1)``, ``red - Copy``."""
 
+_SHOWN = 80
+
 
 def display_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names as people read them: ``Hooded Oriole`` for ``012.Hooded_Oriole``.
@@ -55,6 +57,18 @@ def lookalikes(names: Iterable[str]) -> list[tuple[str, ...]]:
     full-width characters, letters of another alphabet, and what marks a copy (``red (1)``, ``red - Copy``).
     """
     return [tuple(sorted(group)) for group in _alike(dict.fromkeys(names))]
+
+
+def naming_problem(names: Iterable[str]) -> str | None:
+    """Return why names do not tell classes apart: one is empty or given twice; None if they do."""
+    seen: set[str] = set()
+    for number, name in enumerate(names):
+        if not name.strip(" "):
+            return f"class {number} has no name"
+        if name in seen:
+            return f"{name[:_SHOWN]!r} is given twice"
+        seen.add(name)
+    return None
 
 
 def _without_ids(names: Sequence[str]) -> list[str]:

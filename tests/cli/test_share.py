@@ -105,6 +105,7 @@ def test_what_cannot_work_is_refused(
     assert not Path("a/model.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["test", "report"])
 def test_results_of_a_model_on_the_hub_have_no_place(
     hub: Hub, run: str, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], verb: str

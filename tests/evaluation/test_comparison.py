@@ -152,6 +152,15 @@ def test_an_untested_run_says_which_command_tests_it(tmp_path, images):
         compare_runs(run, run, "val")
 
 
+def test_predictions_whose_classes_cannot_be_told_apart_are_damaged(tmp_path, images):
+    targets, paths = images
+    run = write_run(tmp_path / "a", targets, targets, paths, (*CLASSES[:-1], CLASSES[0]))
+    with pytest.raises(
+        CrossXError, match=rf"damaged .classes: '{CLASSES[0]}' is given twice.: write it again"
+    ):
+        compare_runs(run, run)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive at all"])
 def test_damaged_predictions(tmp_path, images, content):
     targets, paths = images

@@ -297,14 +297,15 @@ def test_a_licence_that_is_no_identifier_is_refused(license: str) -> None:
 def test_card_data_are_those_of_the_run_folder(tmp_path: Path) -> None:
     run = Run(layouts.write_run(tmp_path))
     run.info.write_text(json.dumps(INFO))
-    run.config.write_text(yaml.safe_dump(CONFIG))
+    config = {**CONFIG, "trainer": {"max_epochs": 30, "devices": 2}}
+    run.config.write_text(yaml.safe_dump(config))
     (tmp_path / "test").mkdir()
     (tmp_path / "test/per_class.csv").write_text(
         "class,n,accuracy,most_confused_with\nrobin,4,0.5,wren\nwren,0,,\ncrossbill,2,1.0,\n"
     )
     network, spec = load_method(tmp_path)
     read = CardData.read(network, spec, run, RESULTS)
-    assert (read.info, read.config) == (INFO, CONFIG)
+    assert (read.info, read.config) == (INFO, config)
     assert read.classes == [ClassRow("robin", 4, 0.5, "wren"), ClassRow("crossbill", 2, 1.0, None)]
     assert CardData.read(network, spec, run, {}).classes == []
 
@@ -314,6 +315,9 @@ def test_a_damaged_configuration_is_told(tmp_path: Path, method: Any) -> None:
     for content, message in (
         ("a: [", "config.yaml: line 1 is not valid YAML"),
         ("- a", "config.yaml: not a configuration"),
+        ("optim: {lr: 0.1, lrr: 0.1}", "config.yaml: unknown option optim.lrr. Did you mean 'lr'?"),
+        ("optin: {lr: 0.1}", "config.yaml: unknown option optin. Did you mean 'optim'?"),
+        ("optim: {lr: -1}", "config.yaml: optim.lr must be"),
     ):
         run.config.write_text(content)
         assert message in refusal(CardData.read, method, run.read_spec(), run, {})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crossx.class_names import naming_problem
 from crossx.commands import command
 from crossx.data.index import DatasetIndex, relative_path
 from crossx.errors import CrossXError
@@ -110,6 +111,8 @@ class Predictions(Answers):
             raise ValueError("logits are not finite numbers")
         if self.targets.min() < 0 or self.targets.max() >= classes:
             raise ValueError("targets are not numbers of classes")
+        if (problem := naming_problem(self.classes.tolist())) is not None:
+            raise ValueError(f"classes: {problem}")
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file atomically.

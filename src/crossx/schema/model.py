@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
+from crossx.class_names import naming_problem
 from crossx.errors import UsageError
 from crossx.schema.base import (
     Count,
@@ -103,6 +104,13 @@ class ModelFile(StrictModel):
     rejection: RejectionFile | None = None
     sets: SetsFile | None = None
     combined_weight: Weight | None = None
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if (problem := naming_problem(names)) is not None:
+            raise ValueError(problem)
+        return names
 
     @model_validator(mode="after")
     def _one_group_per_class(self) -> ModelFile:

@@ -28,6 +28,7 @@ from crossx.report.tables import Table, percent
 from crossx.runs import ModelSpec, Run
 from crossx.runs.spreadsheet import unescape_formula
 from crossx.schema.run import require
+from crossx.training.config import Config
 from crossx.yaml import dump_yaml
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -64,9 +65,10 @@ class CardData:
         """Read the run folder of a network.
 
         Raises:
-            CrossXError: If one of its files is damaged.
+            CrossXError: If one of its files is damaged, or its configuration has an unknown option.
         """
-        config = run.read_config()
+        if config := run.read_config():
+            Config.from_yaml(run.config)
         if results:
             require(results, REQUIRED_RESULTS, run.path / f"{results.get('split') or 'test'}.json")
         table = run.path / "test" / "per_class.csv"
