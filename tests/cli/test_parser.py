@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from crossx.cli.datasets import DatasetOptions
 from crossx.cli.options import RunPath
-from crossx.cli.parser import Folder, Natural, Positive, Tolerance, call
+from crossx.cli.parser import Folder, Natural, Positive, Tolerance, build, call, in_words_of
 from crossx.errors import UsageError
 
 
@@ -216,3 +217,18 @@ def test_help_is_made_of_the_docstring(
         "--precision PRECISION Of the weights; 50% of the memory with fp16. (default: fp32)",
     ):
         assert line in lines
+
+
+def test_options_of_other_verbs_are_named_as_the_verb_takes_them() -> None:
+    def verb(dataset: Annotated[str, "NAME"], root: Annotated[str, "ROOT"], *, batch_size: int = 1) -> None:
+        pass
+
+    def own(*, data: DatasetOptions) -> None:
+        pass
+
+    message = (
+        "Check --data.root, and --data.dataset (`crossx fit --data.root DIR`): --data.batch_size --optim.lr."
+    )
+    expected = "Check ROOT, and NAME (`crossx fit --data.root DIR`): --batch_size --optim.lr."
+    assert in_words_of(build(verb, "verb"), message) == expected
+    assert in_words_of(build(own, "verb"), "Give --data.level.") == "Give --data.level."

@@ -263,6 +263,18 @@ def test_fit(code: int, words: list[str], message: str, refused: Refused) -> Non
             "not a released Cross-X checkpoint",
         ),
         (2, "datasets check cubb own", "unknown dataset 'cubb'. Did you mean 'cub'?"),
+        (1, "datasets check folder nowhere", "nowhere: no such folder. ROOT takes the folder that holds one"),
+        (1, "datasets check cub own", "classes.txt is missing: check ROOT, or unpack the archive again."),
+        (
+            1,
+            "datasets audit folder nowhere --output new",
+            "nowhere: no such folder. ROOT takes the folder that holds",
+        ),
+        (
+            1,
+            "test run --data.root nowhere",
+            "nowhere: no such folder. --data.root takes the folder that holds",
+        ),
         (2, "quickstart --output run", "run is not empty: choose another --output"),
     ],
 )

@@ -90,6 +90,7 @@ def test_options_reach_the_reader(tmp_path: Path) -> None:
     assert len(read_dataset("aircraft", archive, level="family").classes) == 2
 
 
+@pytest.mark.slow
 def test_options_of_the_drawn_set_reach_it(tmp_path: Path) -> None:
     options = {"num_classes": 2, "images_per_class": 3, "test_images_per_class": 2, "seed": 4}
     config = DataConfig(dataset="synthetic", root=str(tmp_path / "configured"), **options)

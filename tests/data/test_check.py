@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import layouts
+from crossx.data.catalog import read_dataset
 from crossx.data.check import Report, check_dataset
 from crossx.errors import CrossXError, UsageError
 
@@ -91,12 +92,41 @@ def test_images_that_no_list_names(birds: Path) -> None:
     assert items(check_dataset("folder", birds), "unlisted") == (str(stray),)
 
 
+def test_classes_without_validation_images(birds: Path) -> None:
+    shutil.rmtree(birds / "val" / "wren")
+    assert items(check_dataset("folder", birds), "unvalidated") == ("wren",)
+
+
 def test_classes_without_test_images(birds: Path) -> None:
     shutil.rmtree(birds / "test" / "wren")
     assert items(check_dataset("folder", birds), "untested") == ("wren",)
     shutil.rmtree(birds / "test")
     report = check_dataset("folder", birds)
     assert [finding.message for finding in report.notes] == ["there is no test split"]
+
+
+def test_classes_without_training_images_are_problems_among_others(birds: Path) -> None:
+    (birds / "train" / "gull").mkdir()
+    layouts.write_image(birds / "test" / "owl" / "1.jpg", 7, 7)
+    broken = birds / "train" / "robin" / "000.jpg"
+    broken.write_bytes(b"x")
+    report = check_dataset("folder", birds)
+    assert kinds(report)[0] == ["unreadable", "untrained"]
+    assert items(report, "untrained") == ("gull", "owl")
+    assert report.splits["test"].classes == 4
+    with pytest.raises(CrossXError, match=r"train: no images in class 'gull'\. Add some"):
+        read_dataset("folder", birds)
+
+
+def test_classes_of_a_table_without_training_images_are_problems_among_others(tmp_path: Path) -> None:
+    table = layouts.write_table(tmp_path, classes=3, images_per_class=8)
+    with table.open("a") as file:
+        file.write("images/gone.jpg,owl,test\n")
+    report = check_dataset("table", table)
+    assert kinds(report)[0] == ["missing", "untrained"]
+    assert items(report, "untrained") == ("owl",)
+    with pytest.raises(CrossXError, match="no training image of 'owl'"):
+        read_dataset("table", table)
 
 
 def test_missing_images_of_a_table_and_strays_beside_listed_ones(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 import os
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from crossx.data.catalog import read_dataset
 from crossx.data.config import DataConfig
 from crossx.data.datamodule import DataModule
 from crossx.data.images import read_image
@@ -13,6 +16,7 @@ from crossx.data.index import DatasetIndex, Record
 from crossx.data.transforms import Normalize, eval_transform
 from crossx.errors import CrossXError
 from crossx.runs import Preprocessing
+from slow import slow_except
 
 PREPROCESSING = Preprocessing(32, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -110,6 +114,27 @@ def break_images(tmp_path):
     (tmp_path / "test_2_0.png").write_bytes(whole[: len(whole) // 2])
 
 
+def test_a_table_whose_images_are_all_elsewhere_names_its_folder(tmp_path):
+    for name in ("pictures", "results"):
+        (tmp_path / name).mkdir()
+    index = make_index(tmp_path / "pictures")
+    rows = [f"{Path(r.path).name},{index.classes[r.label]},{r.split}" for r in index.records]
+    table = tmp_path / "results" / "predictions.csv"
+    table.write_text("\n".join(["path,label,split", *rows]))
+    data = make(read_dataset("table", table), dataset="table", root=str(table))
+    with pytest.raises(CrossXError) as error:
+        data.check_images()
+    assert f"{table.parent / 'train_0_0.png'}: no such file" in str(error.value)
+    assert str(error.value).endswith(
+        f"The paths of a table are relative to its folder, {table.parent}: move it, or write absolute paths."
+    )
+    moved = Path(shutil.copy(table, tmp_path / "pictures"))
+    make(read_dataset("table", moved), dataset="table", root=str(moved)).check_images()
+    (tmp_path / "pictures" / "train_0_0.png").unlink()
+    with pytest.raises(CrossXError, match="Replace them, or leave them out"):
+        make(read_dataset("table", moved), dataset="table", root=str(moved)).check_images()
+
+
 def test_bad_images_stop_with_a_list(tmp_path):
     data = make(make_index(tmp_path))
     break_images(tmp_path)
@@ -122,7 +147,7 @@ def test_bad_images_stop_with_a_list(tmp_path):
         assert reason in message
     assert "--data.bad_images skip" in message
     assert "\n" not in message
-    with pytest.raises(CrossXError, match=r"^1 of 5 images"):
+    with pytest.raises(CrossXError, match=r"^1 of 5 images .* Replace them\.$"):
         data.check_images(("test",))
 
 
@@ -203,7 +228,7 @@ def read_epochs(loader, first, last, *, first_batch=0):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "balanced", "pairs"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", slow_except([0, 2], 0))
 @pytest.mark.parametrize("batches", [4, 5])
 def test_resumed_training_sees_the_same_batches(tmp_path, num_workers, batches, sampling):
     """Stopped between two epochs, and within one."""

@@ -1,5 +1,10 @@
+import contextlib
 import errno
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -195,3 +200,47 @@ def test_other_errors_of_workers_are_left_alone(dataset, monkeypatch, error):
     monkeypatch.setattr(DataLoader, "__iter__", start)
     with pytest.raises(type(error), match=str(error.args[-1])):
         list(ImageLoader(dataset, num_workers=2))
+
+
+LOOP = """
+import sys, time
+import torch
+from crossx.data.dataset import ImageLoader
+from crossx.errors import sigterm_interrupts
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        if index >= 16:
+            time.sleep(1000)  # as of a file system that does not answer
+        return torch.zeros(1), 0
+
+loader = ImageLoader(Images(), 4, num_workers=2, persistent_workers=True)
+with sigterm_interrupts():
+    try:
+        for _ in loader:
+            print("batch", flush=True)
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_is_left_to_the_program(number):
+    words = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler){LOOP}"]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == "batch\n"
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert out.splitlines()[-1] == "stopped"
+    assert err == ""
+    assert process.returncode == 0

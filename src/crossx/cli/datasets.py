@@ -88,14 +88,14 @@ def datasets(action: Annotated[str, "list|check|audit"]) -> None:
     print("\n\n".join("\n".join(_describe(info)) for info in DATASETS.values()))
 
 
-def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data: DatasetOptions) -> int:
+def check(dataset: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data: DatasetOptions) -> int:
     """Check a dataset on disk.
 
     Compares the number of images in ROOT with Table 1 of the paper (a difference is only a note), decodes every image,
     and names files that are missing, unreadable, duplicated or mislabelled. The exit code is 1 if something is wrong.
 
     Args:
-        name: Dataset, see `crossx datasets list`.
+        dataset: Name of the dataset, see `crossx datasets list`.
         root: Its folder (`table`: the CSV or Parquet file).
         json: Print everything found as JSON.
 
@@ -108,7 +108,7 @@ def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data:
 
     with images_bar("Checking images") as (bar, task):
         report = check_dataset(
-            name,
+            dataset,
             root,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **vars(data),
@@ -122,7 +122,7 @@ def check(name: Name, root: Annotated[str, "ROOT"], *, json: bool = False, data:
 
 
 def audit(
-    name: Name,
+    dataset: Name,
     root: Annotated[str, "ROOT"],
     *,
     output: Folder | None = None,
@@ -145,7 +145,7 @@ def audit(
     predictions of images that it was trained on are not out-of-fold, and miss most errors there.
 
     Args:
-        name: Dataset, see `crossx datasets list`.
+        dataset: Name of the dataset, see `crossx datasets list`.
         root: Its folder (`table`: the CSV or Parquet file).
         output: Folder for the results (default: audits/NAME); the embeddings are kept there for the next audit.
         backbone: Pretrained timm model, local-dir:FOLDER or hf-hub:NAME for the embeddings (default:
@@ -161,8 +161,8 @@ def audit(
         crossx datasets audit folder my_images --backbone local-dir:weights/mobilenetv2_035
         crossx datasets audit folder my_images --run runs/mine --exclude leak duplicate
     """
-    dataset_info(name)
-    output = output or f"audits/{name}"
+    dataset_info(dataset)
+    output = output or f"audits/{dataset}"
     check_folder(output)
     if run is not None:
         check_run(run)
@@ -172,7 +172,7 @@ def audit(
 
     with images_bar("Auditing") as (bar, task):
         found = audit_dataset(
-            name,
+            dataset,
             root,
             output=output,
             backbone=backbone,

@@ -33,7 +33,7 @@ from jsonargparse.typing import (
 
 from crossx.cli.main import IMPORT, IMPORTING
 from crossx.commands import quoted
-from crossx.errors import UsageError
+from crossx.errors import CrossXError, UsageError
 from crossx.suggestions import nearest
 from crossx.terminal import fold, fold_command, page_width
 
@@ -119,6 +119,7 @@ _POSITIONAL = {
     "IMAGE_OR_FOLDER": _IMAGES,
 }
 """Words of other tools for arguments that are given without an option here."""
+_SECTION_OPTION = re.compile(r"--[a-z]+\.[a-z_]+")
 _NUMBER = re.compile(r"-(\d+|\d*\.\d+)$")
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, Sequence)
@@ -244,7 +245,30 @@ def call(function: Callable[..., int | None], words: Sequence[str], verb: str) -
             arguments[name] = hint(**{field: given[field] for field in fields})  # type: ignore[operator]
         else:
             arguments[name] = values[name]
-    return function(*(rest if passes_on else ()), **arguments) or 0
+    try:
+        return function(*(rest if passes_on else ()), **arguments) or 0
+    except CrossXError as error:
+        if not passes_on:
+            error.args = (in_words_of(parser, str(error)),)
+        raise
+
+
+def in_words_of(parser: jsonargparse.ArgumentParser, message: str) -> str:
+    """Replace the options of `crossx fit` in a message by the arguments of a verb that takes the same ones otherwise.
+
+    What is between backticks stays as it is: a command of another verb.
+    """
+    arguments = {action.dest: _shown(action) for action in parser._actions}
+
+    def replaced(match: re.Match[str]) -> str:
+        option = match[0]
+        if option in parser._option_string_actions:
+            return option
+        return arguments.get(option.rpartition(".")[2], option)
+
+    parts = message.split("`")
+    parts[::2] = [_SECTION_OPTION.sub(replaced, part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _plain(value: Any) -> Any:

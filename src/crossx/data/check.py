@@ -13,7 +13,7 @@ from typing import Any
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_existing
 from crossx.data.image_files import find_images, is_image_name
 from crossx.data.images import inspect_image, printable, scaled_note
-from crossx.data.index import SPLITS, DatasetIndex, Record
+from crossx.data.index import SPLITS, DatasetIndex, Record, UntrainedClassError
 from crossx.data.threads import map_ahead
 from crossx.errors import counted
 
@@ -29,7 +29,7 @@ class Finding:
 
     Attributes:
         kind: ``missing``, ``unreadable``, ``mislabelled``, ``leaked``, ``untrained`` (problems) or ``duplicate``,
-            ``unlisted``, ``untested``, ``counts``, ``reader``, ``scaled`` (notes).
+            ``unlisted``, ``unvalidated``, ``untested``, ``counts``, ``reader``, ``scaled`` (notes).
         message: What was found, in one line.
         items: The files or classes concerned, one line each.
     """
@@ -59,8 +59,8 @@ class Report:
         problems: What to fix before training: missing and unreadable images, the same image in two splits or under
             two labels, labels that contradict an archive's folders, classes without training images.
         notes: What is good to know: what the reader assumed or skipped, 16-bit images of which few bits are used,
-            duplicates within one class and split, image files that are not listed, classes without test images, counts
-            that differ from Table 1 of the paper.
+            duplicates within one class and split, image files that are not listed, classes without validation
+            or test images, counts that differ from Table 1 of the paper.
     """
 
     dataset: str
@@ -112,7 +112,11 @@ def check_dataset(
         CrossXError: If the lists cannot be read.
     """
     info = dataset_info(name)
-    index = read_existing(name, root, **options)
+    try:
+        index = read_existing(name, root, **options)
+    except UntrainedClassError as error:
+        # one problem among others
+        index = error.index
     place = dataset_root(name, root, options)
     broken, digests, bits = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
     mislabelled, leaked, duplicates = _identical(index, digests)
@@ -123,6 +127,7 @@ def check_dataset(
         *_counts(info, index, options.get("level")),
         *duplicates,
         *_unlisted(index, place),
+        *(_without_images(index, "val") if index.split("val") else []),
         *_without_images(index, "test"),
     ]
     # the labels of a table may differ from its folders for good reason, those of an official archive may not
@@ -224,8 +229,12 @@ def _without_images(index: DatasetIndex, split: str) -> list[Finding]:
     if split == "test" and not present:
         return [Finding("untested", "there is no test split")]
     items = [name for label, name in enumerate(index.classes) if label not in present]
-    name = {"train": "training", "test": "test"}[split]
-    return _finding(f"un{split}ed", items, "class", f"without {name} images")
+    kind, name = {
+        "train": ("untrained", "training"),
+        "val": ("unvalidated", "validation"),
+        "test": ("untested", "test"),
+    }[split]
+    return _finding(kind, items, "class", f"without {name} images")
 
 
 def _unlisted(index: DatasetIndex, root: Path) -> list[Finding]:

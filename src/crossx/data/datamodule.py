@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossx.data.cache import PixelCache, open_cache, stored_images
 from crossx.data.config import DataConfig
-from crossx.data.dataset import ImageDataset, ImageLoader, collate, quiet_worker
+from crossx.data.dataset import ImageDataset, ImageLoader, collate
 from crossx.data.images import ImageError, inspect_image, printable, scaled_note
 from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.sampler import Draw, EpochSampler, EvaluationSampler
@@ -83,15 +83,18 @@ class DataModule:
             return self.config.num_workers
         return max(1, min(MAX_WORKERS, _cores() // self.processes))
 
-    def check_images(self, splits: Sequence[str] = SPLITS) -> None:
-        """Decode every image of ``splits`` once, before training, except JPEGs in the cache of an earlier run.
+    def check_images(self, splits: Sequence[str] = ()) -> None:
+        """Decode every image once, before training, except JPEGs in the cache of an earlier run.
 
         With ``bad_images: skip`` unreadable images are moved from ``index`` to ``skipped``.
+
+        Args:
+            splits: Only those of these splits, in evaluation; by default all, for training.
 
         Raises:
             CrossXError: If images cannot be read and ``bad_images`` is ``stop``; the first ten are named.
         """
-        records = [record for record in self.index.records if record.split in splits]
+        records = [record for record in self.index.records if record.split in (splits or SPLITS)]
         stored = self._stored()
         paths = [record.path for record in records if record.path not in stored]
         # Pillow releases the interpreter lock: threads are as fast as processes and start at once
@@ -104,9 +107,16 @@ class DataModule:
         listed = first_few([f"{printable(path)}: {problem}" for path, problem in bad], MAX_LISTED, "; ")
         found_bad = f"{len(bad):,} of {counted(len(records), 'image')} cannot be read"
         if bad and self.config.bad_images == "stop":
-            raise CrossXError(
-                f"{found_bad}: {listed}. Replace them, or leave them out with --data.bad_images skip."
+            # only training has the option
+            remedy = (
+                "Replace them" if splits else "Replace them, or leave them out with --data.bad_images skip"
             )
+            missing = all(problem == "no such file" for _, problem in bad)
+            if self.config.dataset == "table" and self.config.root and missing and len(bad) == len(records):
+                # such as the predictions of images elsewhere
+                folder = printable(user_path(self.config.root).absolute().parent)
+                remedy = f"The paths of a table are relative to its folder, {folder}: move it, or write absolute paths"
+            raise CrossXError(f"{found_bad}: {listed}. {remedy}.")
         if bad:
             log.warning("%s and %s left out: %s.", found_bad, "is" if len(bad) == 1 else "are", listed)
         self.skipped += bad
@@ -297,7 +307,6 @@ class DataModule:
             sampler=sampler,
             collate_fn=collate,
             num_workers=workers,
-            worker_init_fn=quiet_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # each iteration draws a seed for its workers, which must not advance the generator of dropout

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -97,12 +99,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def quiet_worker(worker: int) -> None:
-    """Leave Ctrl-C to the training process, which ends its workers: a ``worker_init_fn``.
+    """Leave Ctrl-C and SIGTERM to the training process, which ends its workers: a ``worker_init_fn``.
 
-    A terminal sends Ctrl-C to both. The worker's thread that hands out its tensors would print a traceback when the
-    other end of a connection is gone.
+    A terminal, and whatever ends all processes of a job, sends them to both. The worker's thread that hands out its
+    tensors would print a traceback when the other end of a connection is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        threading.Thread(target=_obey_parent, daemon=True).start()
     report = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -112,6 +117,27 @@ def quiet_worker(worker: int) -> None:
     sys.excepthook = hook
 
 
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
+def _obey_parent() -> None:
+    """End the process on SIGTERM from its parent, also while another thread waits for a file."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    # as torch's own handler does
+    os._exit(0)
+
+
+@contextmanager
+def _holding_signals() -> Iterator[None]:
+    """Deliver signals that stop the program only after the block, and not to processes that are started in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ImageLoader(DataLoader[Sample]):
     """A ``DataLoader`` that starts lazily and whose errors are the same with and without workers.
 
@@ -119,10 +145,14 @@ class ImageLoader(DataLoader[Sample]):
     keeps its one line. Workers start when the first batch is requested, so an unused loader starts none.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.worker_init_fn = quiet_worker
+
     # with `parts`, batches are triples, which only training asks for
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            yield from self._start()
         except Exception as error:
             if not self.num_workers:
                 raise
@@ -138,6 +168,12 @@ class ImageLoader(DataLoader[Sample]):
             if (lost := lost_worker(error)) is not None:
                 raise lost from None
             raise
+
+    def _start(self) -> Iterator[Any]:
+        # until `quiet_worker`, workers would react to signals as this process does
+        starts_workers = self.num_workers > 0 and self._iterator is None
+        with _holding_signals() if starts_workers else nullcontext():
+            return super().__iter__()
 
 
 _LIMITS = {

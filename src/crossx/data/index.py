@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from crossx.class_names import naming_problem
 from crossx.errors import CrossXError, UsageError
 
 SPLITS = ("train", "val", "test")
@@ -61,6 +62,8 @@ class DatasetIndex:
     def __post_init__(self) -> None:
         if not self.classes:
             raise CrossXError(f"dataset {self.name!r} has no classes: check that --data.root points at it.")
+        if (problem := naming_problem(self.classes)) is not None:
+            raise CrossXError(f"dataset {self.name!r} has classes that cannot be told apart: {problem}.")
         for record in self.records:
             if not 0 <= record.label < len(self.classes):
                 raise CrossXError(
@@ -93,6 +96,18 @@ class DatasetIndex:
             for record in self.records
         )
         return replace(self, records=records)
+
+
+class UntrainedClassError(CrossXError):
+    """A class without training images, so that nothing can be trained on a dataset.
+
+    Attributes:
+        index: The dataset, for whatever only looks at it.
+    """
+
+    def __init__(self, message: str, index: DatasetIndex) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 def relative_path(path: Path, base: Path) -> str:

@@ -185,9 +185,9 @@ def test_an_attribute_changes_pixels_of_its_part_alone(part: str, value: str) ->
     ("part", "one", "other"),
     [
         ("crown", "red", "white"),
-        ("throat", "black", "white"),
-        ("legs", "blue", "orange"),
-        ("beak", "yellow", "red"),
+        pytest.param("throat", "black", "white", marks=pytest.mark.slow),
+        pytest.param("legs", "blue", "orange", marks=pytest.mark.slow),
+        pytest.param("beak", "yellow", "red", marks=pytest.mark.slow),
     ],
 )
 def test_a_box_fits_the_pixels_that_the_parts_colour_fills(part: str, one: str, other: str) -> None:
@@ -204,6 +204,7 @@ def test_a_box_fits_the_pixels_that_the_parts_colour_fills(part: str, one: str, 
     assert compared >= 12
 
 
+@pytest.mark.slow
 def test_what_is_in_front_hides_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     covered = [draw(seed) for seed in range(40)]
     monkeypatch.setattr(picture, "foreground", lambda *_: [])

@@ -145,6 +145,8 @@ def test_a_missing_root(tmp_path: Path) -> None:
         ("bounding_boxes.txt", 6, "6 1 2 3 nan", "x, y, width, height must be numbers"),
         ("bounding_boxes.txt", 6, "6 1 2 -3 4", "negative width or height"),
         ("parts/parts.txt", 1, "1", "expected part id, name"),
+        ("parts/parts.txt", 3, "3 back", "'back' was already listed in"),
+        ("parts/part_locs.txt", 2, "1 1 9 9 1", "part id 1 of image id 1 was already listed in"),
         ("parts/part_locs.txt", 2, "1 99 1 1 1", "part id 99 is not in parts.txt"),
         ("parts/part_locs.txt", 2, "1 2 1 1 yes", "the visible column must be 0 or 1"),
         ("parts/part_locs.txt", 2, "1 2 left 1 1", "x, y must be numbers"),

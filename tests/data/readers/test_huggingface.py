@@ -163,7 +163,7 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path, files: list[Pat
         ("all", {"train": hidden, "test": hidden}),
         ("untrained", {"validation": hidden, "test": hidden}),
     ):
-        with pytest.raises(CrossXError, match=r"split .*, row 1: label empty"):
+        with pytest.raises(CrossXError, match=r"split .*, row 1, .*: label empty"):
             read_huggingface(save(datasets.DatasetDict(parts), tmp_path / name))
     other = build(files, BIRDS * 6, datasets.Value("string"))
     with pytest.raises(CrossXError, match="split 'test' has other columns 'image' and 'label'"):
@@ -209,7 +209,9 @@ def test_splits_may_name_the_classes_in_other_orders(tmp_path: Path, files: list
 def test_what_is_no_dataset_of_images_with_one_label(tmp_path: Path, files: list[Path]) -> None:
     odd = datasets.DatasetDict({"train": build(files), "extra": build(files)})
     odd.save_to_disk(tmp_path / "odd")
-    with pytest.raises(CrossXError, match="split extra, row 1: split 'extra' is not one of train, val, test"):
+    with pytest.raises(
+        CrossXError, match=r"split extra, row 1, .*: split 'extra' is not one of train, val, test"
+    ):
         read_huggingface(tmp_path / "odd")
     lists = datasets.Sequence(datasets.ClassLabel(names=BIRDS))
     root = save(build(files, [[0, 1]] * 12, lists), tmp_path / "lists")

@@ -129,6 +129,7 @@ def test_a_column_that_is_not_needed_may_be_of_any_size(tmp_path: Path) -> None:
     assert len(read_paths(file)) == 300
 
 
+@pytest.mark.slow
 def test_small_files_may_have_millions_of_rows(tmp_path: Path) -> None:
     file = tmp_path / "table.parquet"
     table = pa.table({"path": [f"{n:07}" for n in range(2_000_000)]})

@@ -152,7 +152,7 @@ def test_any_names_survive_both_formats(labels: dict[str, str]) -> None:
         ("a,x\nb,y\n", "Columns found: 'a', 'x'. The first line names the columns: path, label."),
         ("path label\na x\nb y\n", "the separator of 'path label' is not known: a comma, semicolon, tab or"),
         ("Path:Label:Split\na:x:train\n", "the separator of 'Path:Label:Split' is not known"),
-        ("path,label\n" + "a,\n" * 8, "line 6: label empty; and 3 more"),
+        ("path,label\n" + "a,\n" * 8, "line 6 and 3 more: label empty"),
     ],
 )
 def test_wrong_tables_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
@@ -167,7 +167,7 @@ def test_wrong_tables_are_one_clear_line(tmp_path: Path, text: str, message: str
 
 def test_empty_values_in_parquet_are_named_by_row(tmp_path: Path) -> None:
     path = parquet(tmp_path, path=["a", "b", "c"], label=[1.0, None, float("nan")])
-    with pytest.raises(CrossXError, match=r"row 2: label empty; row 3: label empty"):
+    with pytest.raises(CrossXError, match="row 2, row 3: label empty"):
         read_table(path)
 
 
@@ -348,7 +348,7 @@ def test_types_that_are_labels(tmp_path: Path, values: pa.Array, classes: tuple[
         (pa.array([Decimal("1.5"), Decimal("2.0")]), "column 'label' holds numbers with a fraction"),
         (pa.array([float("inf"), 1.0]), "column 'label' holds numbers with a fraction"),
         (pa.array([b"caf\xe9", b"b"]), "column 'label' holds bytes that are not UTF-8"),
-        (pa.nulls(2), "row 1: label empty"),
+        (pa.nulls(2), "row 1, row 2: label empty"),
     ],
 )
 def test_types_that_are_no_labels(tmp_path: Path, values: pa.Array, message: str) -> None:
@@ -410,6 +410,16 @@ def test_values_of_the_split_column(tmp_path: Path) -> None:
     assert [split for _, _, split in rows(tmp_path, text)] == ["train", "train", "val", "test"]
     with pytest.raises(CrossXError, match="line 4: split 'holdout' may be val or test"):
         rows(tmp_path, "path,label,split\na,x,train\nb,y,train\nc,x,holdout\n")
+
+
+def test_a_problem_of_several_rows_is_said_once(tmp_path: Path) -> None:
+    text = "path,label,split\na,x,holdout\nb,,train\nc,x,holdout\nd,y,holdout\n"
+    with pytest.raises(CrossXError) as caught:
+        rows(tmp_path, text)
+    assert str(caught.value).endswith(
+        ": line 2, line 4, line 5: split 'holdout' may be val or test: write one of these; line 3: label empty. "
+        "Fix the table."
+    )
 
 
 def test_rows_of_system_files_are_skipped(tmp_path: Path) -> None:

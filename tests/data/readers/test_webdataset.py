@@ -207,6 +207,18 @@ def test_no_length_of_a_cut_shard_gives_fewer_samples_silently(tmp_path: Path, i
     assert all(message.startswith(str(tmp_path)) and "\n" not in message for message in refused)
 
 
+def test_a_shard_cut_off_within_a_sample_is_said_to_be(tmp_path: Path, images: list[bytes]) -> None:
+    path = write(tmp_path / "0.tar", samples(images))
+    with tarfile.open(path) as archive:
+        *_, image, label = archive.getmembers()
+    assert (image.name.partition(".")[0], Path(label.name).suffix) == (label.name.partition(".")[0], ".cls")
+    path.write_bytes(path.read_bytes()[: label.offset])
+    with pytest.raises(
+        CrossXError, match=r"no label; 0\.tar has no mark at its end: it may have been cut off"
+    ):
+        read_webdataset(path)
+
+
 def test_a_damaged_header_does_not_end_the_list_silently(tmp_path: Path, images: list[bytes]) -> None:
     path = write(tmp_path / "0.tar", samples(images))
     with tarfile.open(path) as archive:

@@ -108,11 +108,15 @@ def _read_parts(root: Path) -> dict[str, dict[str, Box]] | None:
     if not (root / "parts").exists():
         return None
     listed = keyed(read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True))
+    keyed(listed.values(), 1)  # parts are told apart by their names
+    first: dict[tuple[str, str], Row] = {}
     parts: dict[str, dict[str, Box]] = {}
     for row in read_rows(root / "parts" / "part_locs.txt", ("image id", "part id", "x", "y", "visible")):
         image, part = row.fields[:2]
         if part not in listed:
             raise row.error(f"part id {part} is not in parts.txt")
+        if (earlier := first.setdefault((image, part), row)) is not row:
+            raise row.error(f"part id {part} of image id {image} was already listed in {earlier.place}")
         if row.flag(4, "the visible column"):
             x, y = row.numbers(2, 4, "x, y")
             parts.setdefault(image, {})[listed[part].fields[1]] = (x, y, 0.0, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from crossx.commands import quoted as quoted_path
 from crossx.data.image_files import find_images, is_image_name, leads_up
 from crossx.data.images import printable
-from crossx.data.index import SPLITS, DatasetIndex, Record, hold_out_test
+from crossx.data.index import SPLITS, DatasetIndex, Record, UntrainedClassError, hold_out_test
 from crossx.data.leftovers import is_leftover
 from crossx.data.names import (
     class_name,
@@ -58,7 +58,7 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
         if split != "train" and (empty := [name for name, paths in by_class.items() if not paths]):
             found.notes.append(f"no images in {_listed(sorted(empty))} of the {split} split")
             files[split] = {name: paths for name, paths in by_class.items() if paths}
-    classes = _classes(root, files, splits.get("train", root))
+    classes, untrained = _classes(root, files, splits.get("train", root))
     if not splits:
         _require_no_splits_inside(root)
         found.notes.extend(_same_inside_note(root))
@@ -72,7 +72,10 @@ def read_folder(root: Path, *, test_fraction: float = 0.2, split_seed: int = 0) 
     if not splits:
         records = hold_out_test(records, classes, root, test_fraction, split_seed)
     notes = (*found.all_notes(), *class_notes(classes))
-    return DatasetIndex(name="folder", classes=tuple(classes), records=tuple(records), notes=notes)
+    index = DatasetIndex(name="folder", classes=tuple(classes), records=tuple(records), notes=notes)
+    if untrained:
+        raise UntrainedClassError(untrained, index)
+    return index
 
 
 def skipped_note(skipped: Sequence[Path], root: Path) -> str:
@@ -273,8 +276,10 @@ def _is_skipped(path: Path) -> bool:
     )
 
 
-def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], where: Path) -> list[str]:
-    """Return the sorted class names, each with at least one training image (``where``: the training folder)."""
+def _classes(
+    root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], where: Path
+) -> tuple[list[str], str]:
+    """Return the sorted class names, and which have no training images (``where``: the training folder)."""
     train = files["train"]
     if not train:
         loose = " The images in it need one folder per class." if _holds_images(where) else ""
@@ -283,9 +288,10 @@ def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], wher
         raise CrossXError(
             f"{printable(where)}: no images in any of its {len(train)} folders. Check --data.root."
         )
+    untrained = []
     empty = sorted(name for name, paths in train.items() if not paths)
     if empty:
-        raise CrossXError(
+        untrained.append(
             f"{printable(where)}: no images in {_listed(empty)}. Add some, or remove the folder."
         )
     for split, by_class in files.items():
@@ -293,16 +299,16 @@ def _classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Path]]], wher
         if unseen:
             alike = [group for group in lookalikes([*train, *by_class]) if set(group) & set(unseen)]
             hint = f" ({' and '.join(quoted(alike[0]))} look the same: rename one.)" if alike else ""
-            raise CrossXError(
+            untrained.append(
                 f"{printable(root)}: {_listed(unseen)} only in the {split} split, not in train: a class needs training "
                 f"images.{hint}"
             )
-    if len(train) == 1:
+    if len(train) == 1 and not untrained:
         raise CrossXError(
             f"{printable(where)}: only one class folder, {next(iter(train))!r}, and a classifier needs two. "
             f"{_where_classes_are(where)}"
         )
-    return sorted(train)
+    return sorted({name for by_class in files.values() for name in by_class}), next(iter(untrained), "")
 
 
 def _where_classes_are(where: Path) -> str:

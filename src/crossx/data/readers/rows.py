@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from crossx.data.index import DatasetIndex, Record, hold_out_test
+from crossx.data.index import DatasetIndex, Record, UntrainedClassError, hold_out_test
 from crossx.data.leftovers import is_system_path
 from crossx.data.names import class_name, class_notes, split_name, words_of
 from crossx.errors import CrossXError, counted, first_few
@@ -35,6 +35,9 @@ _SEVERAL = re.compile(r"\s*[;|]\s*")
 _COMMA = re.compile(r"\s*,\s*")
 _LIST = re.compile(r"[\[({].*[,;|].*[\])}]")
 _SHOWN = 5
+
+Problem = tuple[str, str]
+"""A row, as ``LabelTable`` calls it, and what is wrong with it."""
 
 
 @dataclass
@@ -65,7 +68,7 @@ def index_rows(
         UsageError: If ``test_fraction`` is out of range.
     """
     has_split = "split" in table.columns
-    problems: list[str] = []
+    problems: list[Problem] = []
     rows: list[_Row] = []
     skipped: list[str] = []
     for place, fields in table.rows:
@@ -83,9 +86,9 @@ def index_rows(
         rows.append(_Row(place, file, str(name), label, split, split_name(split)))
     if not rows:
         raise CrossXError(f"{path}: all {len(skipped):,} rows name system files. Fix the table.")
-    _check(path, rows, problems)
+    _check(path, rows, problems, embedded=table.embedded)
     label_notes = require_one_label(path, [row.label for row in rows])
-    classes = _classes(path, rows)
+    classes, untrained = _classes(path, rows)
     labels = {name: label for label, name in enumerate(classes)}
     records = [Record(row.file, labels[row.label], row.named[0]) for row in rows if row.file and row.named[0]]
     if not has_split:
@@ -94,7 +97,10 @@ def index_rows(
     notes = [*table.notes, *label_notes, *class_notes(classes)]
     if skipped:
         notes.append(f"skipped {counted(len(skipped), 'row')} of system files: {first_few(skipped, _SHOWN)}")
-    return DatasetIndex(name=dataset, classes=tuple(classes), records=tuple(records), notes=tuple(notes))
+    index = DatasetIndex(name=dataset, classes=tuple(classes), records=tuple(records), notes=tuple(notes))
+    if untrained:
+        raise UntrainedClassError(untrained, index)
+    return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +233,14 @@ def field_text(path: Path, place: str, column: str, value: Any) -> str:
     raise CrossXError(f"{path}: {place}: column {column!r} holds {kind}: {WANTED[column]}.")
 
 
-def resolved(folder: Path, name: str | Path, place: str, problems: list[str]) -> Path:
+def resolved(folder: Path, name: str | Path, place: str, problems: list[Problem]) -> Path:
     """Return a row's file: as written, with backslashes as separators, or in another Unicode form.
 
     Args:
         folder: The table's folder.
         name: The path in the table.
         place: The row, for problems.
-        problems: A line is added for a URL or a path of a Windows drive.
+        problems: One is added for a URL or a path of a Windows drive.
     """
     file = folder / name
     if (
@@ -252,42 +258,53 @@ def resolved(folder: Path, name: str | Path, place: str, problems: list[str]) ->
         if "://" in name:
             is_file = name.lower().startswith("file:")
             what = f"a URL: {'write the path without file://' if is_file else 'download the images'}"
-        problems.append(f"{place}: {name!r} is {what}")
+        problems.append((place, f"{name!r} is {what}"))
     return file
 
 
-def _check(path: Path, rows: Sequence[_Row], problems: list[str]) -> None:
+def described(problems: Iterable[Problem]) -> str:
+    """Join the problems of rows; one that several rows have is said once, with the first few of them."""
+    places: dict[str, list[str]] = {}
+    for place, problem in problems:
+        places.setdefault(problem, []).append(place)
+    lines = [f"{first_few(rows, _SHOWN)}: {problem}" for problem, rows in places.items()]
+    return first_few(lines, _SHOWN, "; ")
+
+
+def _check(path: Path, rows: Sequence[_Row], problems: list[Problem], *, embedded: bool) -> None:
     seen: dict[str, _Row] = {}
     for row in rows:
         empty = [name for name in (*COLUMNS, "split") if not getattr(row, name)]
         if empty:
-            problems.append(f"{row.place}: {' and '.join(empty)} empty")
+            names = ["image" if embedded and name == "path" else name for name in empty]
+            problems.append((row.place, f"{' and '.join(names)} empty"))
             continue
         split, rest = row.named
         if split is None or rest:
-            problems.append(f"{row.place}: split {row.split!r} is not one of train, val, test")
+            problems.append((row.place, f"split {row.split!r} is not one of train, val, test"))
         elif split == "unclear":
-            problems.append(f"{row.place}: split {row.split!r} may be val or test: write one of these")
+            problems.append((row.place, f"split {row.split!r} may be val or test: write one of these"))
         first = seen.setdefault(os.path.normpath(str(row.file)), row)
         if first is not row:
             other = f" with the label {first.label!r}, here {row.label!r}" if first.label != row.label else ""
-            problems.append(f"{row.place}: {row.path!r} is already in {first.place}{other}")
+            problems.append((row.place, f"{row.path!r} is already in {first.place}{other}"))
     if problems:
-        raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
+        raise CrossXError(f"{path}: {described(problems)}. Fix the {'dataset' if embedded else 'table'}.")
 
 
-def _classes(path: Path, rows: Sequence[_Row]) -> list[str]:
-    """Return the class names in label order, each with at least one training image."""
+def _classes(path: Path, rows: Sequence[_Row]) -> tuple[list[str], str]:
+    """Return the class names in label order, and which have no training images."""
     first: dict[str, _Row] = {}
     for row in rows:
         first.setdefault(row.label, row)
     trained = {row.label for row in rows if row.named[0] == "train"}
     unseen = [f"{label!r} ({row.place}, {row.split})" for label, row in first.items() if label not in trained]
+    untrained = ""
     if unseen:
-        raise CrossXError(f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one.")
-    if len(first) == 1:
+        untrained = f"{path}: no training image of {first_few(unseen, _SHOWN)}. Each class needs one."
+    elif len(first) == 1:
         raise CrossXError(f"{path}: only one class, {next(iter(first))!r}, and a classifier needs two.")
     # Python refuses to convert thousands of digits
     if all(re.fullmatch(r"-?[0-9]{1,1000}", label) for label in first):
-        return sorted(first, key=lambda label: (int(label), label))
-    return sorted(first)
+        return sorted(first, key=lambda label: (int(label), label)), untrained
+    return sorted(first), untrained

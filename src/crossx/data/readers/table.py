@@ -23,6 +23,8 @@ from crossx.data.readers.rows import (
     ONE_LABEL,
     WANTED,
     LabelTable,
+    Problem,
+    described,
     field_text,
     index_rows,
     indicator_columns,
@@ -82,14 +84,14 @@ def read_paths(path: Path) -> list[Path]:
         CrossXError: If the table is missing or unreadable, lacks the column, has no rows, or a field is empty.
         UsageError: If it is no table.
     """
-    files, problems = [], list[str]()
+    files, problems = [], list[Problem]()
     for place, fields in _read(path, ("path",)).rows:
         name = field_text(path, place, "path", fields["path"])
         if not name:
             raise CrossXError(f"{path}: {place}: path empty. Fix the table.")
         files.append(resolved(path.parent, name, place, problems))
     if problems:
-        raise CrossXError(f"{path}: {first_few(problems, _SHOWN, '; ')}. Fix the table.")
+        raise CrossXError(f"{path}: {described(problems)}. Fix the table.")
     return files
 
 

@@ -88,9 +88,10 @@ def read_webdataset(
     problems = [f"{sample.place}: no image" for sample in samples if sample.image is None]
     problems += [f"{sample.place}: no label" for sample in samples if not sample.labels]
     if problems:
+        found = first_few(problems, _SHOWN, "; ")
         raise CrossXError(
-            f"{root}: {first_few(problems, _SHOWN, '; ')}. A sample is an image and a label of the same name: 01.jpg "
-            "and 01.cls, 01.txt or 01.json."
+            f"{root}: {'; '.join([found, *notes])}. A sample is an image and a label of the same name: 01.jpg and "
+            "01.cls, 01.txt or 01.json."
         )
     if not samples:
         raise CrossXError(f"{root}: no images in {counted(len(shards), 'shard')}.")
@@ -199,7 +200,7 @@ def _add(shard: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, samples
     sample = samples.setdefault(key, _Sample(shard, key))
     if f".{extension}" in IMAGE_SUFFIXES:
         if sample.image is not None:
-            raise CrossXError(f"{shard}: sample {printable(key)!r} has two images. An image has one sample.")
+            raise CrossXError(f"{shard}: sample {printable(key)!r} has two images. A sample has one.")
         sample.image = (base, member.offset_data, member.size)
     else:
         if extension in sample.labels:
