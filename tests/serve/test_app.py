@@ -272,6 +272,36 @@ def test_pages_of_other_origins_are_off_by_default(client: TestClient, predictor
         assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "detail"),
+    [
+        ("POST", "/predict?tops=3", "query.tops: not known here, /predict takes top, coverage."),
+        ("POST", "/predict?top=3&flip=", "query.flip: not known here, /predict takes top, coverage."),
+        ("POST", "/explain?top=3", "query.top: not known here, /explain takes maps, target, format."),
+        ("GET", "/model?top=3", "query.top: not known here, /model takes none."),
+        ("GET", "/metrics?%0A=", "query.?: not known here, /metrics takes none."),
+        ("GET", "/healthz?x", "query.x: not known here, /healthz takes none."),
+        ("GET", "/readyz?x", "query.x: not known here, /readyz takes none."),
+    ],
+)
+def test_an_unknown_query_is_refused(
+    client: TestClient, images: list[Path], method: str, path: str, detail: str
+) -> None:
+    sent = {"files": files(images[0])} if method == "POST" else {}
+    assert problem(client.request(method, path, **sent), 422) == detail
+
+
+def test_pages_take_any_query(client: TestClient) -> None:
+    for path in ("/", "/docs", "/page/page.js", "/openapi.json"):
+        assert client.get(f"{path}?source=mail").content == client.get(path).content
+
+
+def test_every_endpoint_describes_its_problems(client: TestClient) -> None:
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for operation in operations.values():
+            assert "Problem" in str(operation["responses"]["422"]), path
+
+
 def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
     page = client.get("/docs").text
     assert "//" not in "".join(re.findall(r'(?:src|href)="([^"]+)"', page))

@@ -128,6 +128,7 @@ def test_class_names_are_escaped_in_labels() -> None:
     assert counted == {printable(name): 1 for name in hostile}
 
 
+@pytest.mark.slow
 def test_odd_requests_add_no_series(client: TestClient, images: list[Path]) -> None:
     def series() -> set[str]:
         return set(samples(client))

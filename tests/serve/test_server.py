@@ -189,6 +189,7 @@ def head(*lines: bytes) -> bytes:
 CHUNKED = head(b"Transfer-Encoding: chunked")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "status"),
     [
@@ -228,6 +229,7 @@ def test_what_is_too_large_is_refused_in_one_piece_and_in_many(
     assert refused == status
 
 
+@pytest.mark.slow
 def test_refusals_reach_the_client_in_the_form_of_other_errors(service: Service, bird: bytes) -> None:
     for content, status in ((head(b"X: " + 300_000 * b"a"), 431), (CHUNKED + b"g\r\n", 400)):
         with service.connect() as connection:
@@ -307,6 +309,7 @@ def _signals(status: Path) -> int:
     return int(line.split()[1], 16)
 
 
+@pytest.mark.slow
 def test_a_malformed_head_is_400(service: Service, bird: bytes) -> None:
     for head in (b"\x16\x03\x01\x02\0\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"X" * 200_000):
         with service.connect() as connection:
@@ -337,6 +340,7 @@ def test_slow_clients_are_408_and_others_are_served(service: Service, bird: byte
             assert everything(silent) == b""
 
 
+@pytest.mark.slow
 def test_an_aborted_upload_disturbs_nobody(service: Service, bird: bytes) -> None:
     for _ in range(20):
         with service.connect() as aborted:

@@ -179,6 +179,8 @@ JSON = {"content-type": "application/json"}
         ({"content": bytes(1_000_001), "headers": {"content-type": "application/json"}}, 413, "than 1 MB"),
         ({"files": [("images", ("x", bytes(1_000_000)))]}, 413, "larger than 1 MB"),
         ({"params": {"top": "many"}, "json": {"images": ["x"]}}, 422, "query.top: Input should be"),
+        ({"params": {"top": [1, 2]}, "json": {"images": ["x"]}}, 422, "query.top: given more than once."),
+        ({"data": {"top": "3"}, "files": [("images", ("x", b"x"))]}, 422, "top: no field of the form: send files"),
     ],
 )  # fmt: skip
 def test_wrong_bodies_are_told_on_one_line(

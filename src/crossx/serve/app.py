@@ -16,6 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
@@ -29,6 +30,7 @@ from starlette.types import Scope
 from crossx.data.images import printable
 from crossx.predict.identity import Identity, identify
 from crossx.predict.predictor import Predictor
+from crossx.schema.base import shown
 from crossx.serve.browsers import ANY, BrowserGuard, SecureHeaders, page_policy
 from crossx.serve.limits import Limits
 from crossx.serve.monitoring import (
@@ -111,6 +113,7 @@ def create_app(
 
     app = FastAPIOffline(
         title="crossx", version=version("crossx"), docs_url=None, redoc_url=None, lifespan=lifespan,
+        dependencies=[Depends(_refuse_unknown_query)], responses={422: {**_PROBLEMS[422], "model": Problem}},
         description="Fine-grained image classification, and where the network looks.",
     )  # fmt: skip
     app.state.service = service
@@ -143,13 +146,15 @@ def _add_page(app: FastAPI) -> None:
     ).body  # fmt: skip
     policy = page_policy(bytes(documentation).decode())
 
-    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
-    async def docs() -> Response:
+    async def docs(request: Request) -> Response:
         return HTMLResponse(documentation, headers={"Content-Security-Policy": policy})
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
+
+    # unlike the endpoints, pages take any query, such as those that links add
+    app.add_route("/docs", docs, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 class _PageFiles(StaticFiles):
@@ -257,6 +262,18 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _refuse_unknown_query(request: Request) -> None:
+    """Refuse queries that an endpoint does not take, and values that would replace each other."""
+    route: APIRoute = request.scope["route"]
+    known = [parameter.alias for parameter in route.dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            raise HTTPException(422, f"query.{shown(name)}: not known here, {route.path} {takes}.")
+        if len(request.query_params.getlist(name)) > 1:
+            raise HTTPException(422, f"query.{name}: given more than once.")
 
 
 def _guards(api_keys: Sequence[str]) -> list[Any]:

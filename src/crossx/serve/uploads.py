@@ -22,6 +22,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from crossx.data.decoding_cost import decoding_cost
 from crossx.data.images import ImageError, printable
+from crossx.schema.base import shown
 from crossx.serve.fairness import Capacity, ShareError
 from crossx.serve.limits import Limits, share
 from crossx.serve.schemas import PredictRequest
@@ -218,6 +219,12 @@ async def _multipart(request: Request, chunks: AsyncGenerator[bytes], max_images
         files = form.getlist("images")
         if not all(isinstance(file, UploadFile) for file in files):
             raise HTTPException(422, "`images` must be files: give each a file name.")
+        other = next((name for name in form if name != "images"), None)
+        if files and other is not None:
+            raise HTTPException(
+                422,
+                f"{shown(other)}: no field of the form: send files in `images`, and all else in the query.",
+            )
         return Form(
             [Upload(_name(file), await file.read()) for file in files if isinstance(file, UploadFile)]
         )
