@@ -15,7 +15,7 @@ pytest.importorskip("cleanlab")
 pytest.importorskip("cleanvision")
 
 from crossx.audit.page import render
-from crossx.audit.result import Audit
+from crossx.audit.result import Audit, DuplicateGroup
 from crossx.audit.run import audit_dataset
 from crossx.cli.main import main
 from crossx.data.catalog import read_configured
@@ -68,6 +68,19 @@ def test_the_list_of_images_to_leave_out_is_taken_by_fit(
     assert shlex.split(unescape(command)) == ["crossx", "fit", *options, "..."]
     index = read_configured(DataConfig(root=str(photographs), exclude=str(output / "exclude.csv")))
     assert {record.path.relative_to(photographs).as_posix() for record in index.excluded} == listed.keys()
+
+
+def test_a_large_group_shows_and_names_its_other_labels_and_splits(audit: Audit) -> None:
+    numbers = {path: number for number, path in enumerate(audit.paths)}
+    red = [f"train/red/{number:02d}.png" for number in range(12) if number % 4 != 3]
+    other, tested = "train/blue/00.png", "test/red/03.png"
+    images = tuple(numbers[path] for path in (*red, other, tested))
+    group = DuplicateGroup(images, kept=(), identical=False, correlation=0.9, leak=True, conflict=True)
+    changed = replace(audit, groups=(group,), labels=(), outliers=(), quality={})
+    (shown,) = re.findall('<div class="group">(.*?)</div>', render(changed, lambda *_: None), re.DOTALL)
+    assert {other, tested} <= set(re.findall('alt="(.*?)"', shown))
+    reasons = {path: detail for path, _, detail in changed.excluded}
+    assert reasons[red[0]] == f"same picture as {other} (train), which is labelled blue"
 
 
 def test_poor_images_are_named(audit: Audit, output: Path) -> None:

@@ -138,6 +138,15 @@ def test_class_maps_of_a_head_without_activation_map_have_a_title_of_their_own()
     assert heads(drawn) == ["image", "previous", "last", "CAM\nside"]
 
 
+def test_class_maps_below_none_of_the_activation_maps_start_at_the_left() -> None:
+    shown = explanation(**dict.fromkeys(("previous", "last", "CAM whole", "CAM side"), np.eye(2)))
+    drawn = draw([FigureRow(picture(), shown, "a"), FigureRow(picture(), shown, "b")])
+    assert heads(drawn) == 2 * ["image", "previous", "last", "CAM\nwhole", "CAM\nside"]
+    left = {axes.get_title(): round(axes.get_position().x0, 4) for axes in drawn.axes if axes.images}
+    assert left["CAM\nwhole"] == left["previous"]
+    assert left["CAM\nside"] == left["last"]
+
+
 def test_many_maps_continue_on_the_next_line_with_titles_of_their_own() -> None:
     names = [f"{stage} part {part}" for stage in ("previous", "last") for part in range(1, 8)]
     shown = explanation(**dict.fromkeys(names, np.eye(2)))
@@ -188,6 +197,14 @@ def test_boxes_are_outlined_and_numbered_with_the_first_on_top() -> None:
     assert not image.any()
 
 
+def test_boxes_at_the_same_place_all_show_their_number() -> None:
+    boxes = np.array([[20, 30, 80, 90]] * 4, np.float32)
+    drawn = outline(np.zeros((100, 100, 3), np.uint8), boxes)
+    for colour in map(ImageColor.getrgb, BOX_COLOURS[1:4]):
+        # the ground of a number, since the outline is covered by that of the first
+        assert (drawn == colour).all(2).sum() > 30
+
+
 def test_boxes_are_drawn_on_the_image_and_not_on_the_maps() -> None:
     boxes = np.array([[2, 2, 9, 9]], np.float32)
     with_boxes = dataclasses.replace(explanation(last=np.eye(2)), boxes=boxes)
@@ -200,6 +217,7 @@ def test_boxes_are_drawn_on_the_image_and_not_on_the_maps() -> None:
     assert np.array_equal(shown[1], overlay(picture(), np.eye(2)))
 
 
+@pytest.mark.slow
 def test_the_figure_grows_with_columns_and_rows() -> None:
     small = draw([FigureRow(picture(), explanation(last=np.eye(2)), "")]).get_size_inches()
     wide = draw(
@@ -217,6 +235,7 @@ def test_pixels_are_those_before_the_normalisation() -> None:
     assert np.array_equal(to_pixels(normalised, mean, std), pixels.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.slow
 def test_figure_of_a_run_and_of_its_method_are_the_same(tmp_path: Path) -> None:
     run = layouts.write_run(tmp_path / "run")
     batch = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -107,6 +107,12 @@ def test_a_repeated_curve_and_missing_values_are_left_out():
     assert [(series.label, len(points(series))) for series in chart.series] == [("train", 2), ("val", 1)]
 
 
+def test_equal_curves_of_two_splits_or_two_numbers_stay():
+    row = {"epoch": 1, "train/loss": 0.5, "val/loss": 0.5, "train/top1": 1.0, "val/top1": 1.0, "train/s": 1.0}
+    charts = {chart.title: [series.label for series in chart.series] for chart in training_curves([row])}
+    assert charts == {"Loss": ["train", "val"], "Accuracy (top-1)": ["train", "val"], "s": ["train"]}
+
+
 @pytest.mark.parametrize("kept", [None, 1, 7])
 def test_one_epoch_is_a_chart_too(kept):
     (chart,) = training_curves([{"epoch": 1, "train/top1": 0.5}], kept)

@@ -185,6 +185,7 @@ def test_the_same_run_gives_the_same_page():
     assert make_page() == make_page()
 
 
+@pytest.mark.slow
 def test_part_measures_have_a_section_of_their_own(page):
     assert "Parts" not in page.text("h2")
     with_parts = Page(make_page(parts=make_parts()))

@@ -42,7 +42,7 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
     labels, outliers = audit.labels[:MAX_LABELS], audit.outliers[:MAX_OUTLIERS]
     quality = {issue: audit.quality[issue][:MAX_QUALITY] for issue in ISSUES if audit.quality.get(issue)}
     numbers = {
-        *(number for group in groups for number in group.images[:MAX_MEMBERS]),
+        *(number for group in groups for number in _members(audit, group)),
         *(issue.image for issue in labels),
         *(outlier.image for outlier in outliers),
         *(number for found in quality.values() for number, _ in found),
@@ -63,7 +63,7 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
             counts=sorted(counts, key=lambda row: (row["train"], row["class"]))[:MAX_CLASSES],
             largest=largest,
             splits=[split for split in SPLITS if any(row[split] for row in counts)],
-            members=MAX_MEMBERS,
+            members={group.images: _members(audit, group) for group in groups},
             version=metadata.version("crossx"),
         )
     )
@@ -71,6 +71,19 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
 
 def _urgency(group: DuplicateGroup) -> tuple[bool, bool, float, tuple[int, ...]]:
     return not group.conflict, not group.leak, -group.correlation, group.images
+
+
+def _members(audit: Audit, group: DuplicateGroup) -> list[int]:
+    """Choose the images of a group to draw: each label and split comes before a second image of it."""
+    labels: set[int] = set()
+    both: set[tuple[int, str]] = set()
+    ranks = {}
+    for number in sorted(group.images, key=lambda number: number not in group.kept):
+        label, split = audit.records[number].label, audit.records[number].split
+        ranks[number] = (number not in group.kept, label in labels, (label, split) in both)
+        labels.add(label)
+        both.add((label, split))
+    return sorted(group.images, key=ranks.__getitem__)[:MAX_MEMBERS]
 
 
 def _draw(audit: Audit, numbers: Sequence[int], progress: Callable[[int, int], None]) -> dict[int, str]:

@@ -255,8 +255,13 @@ class Audit:
             for number in group.images:
                 if number in group.kept:
                     continue
-                other = next(iter(group.kept), next(one for one in group.images if one != number))
-                record, kept = self.records[number], self.records[other]
+                record = self.records[number]
+                # without one to keep, the labels differ: an image with another label is the reason
+                others = group.kept or (
+                    one for one in group.images if self.records[one].label != record.label
+                )
+                other = next(iter(others))
+                kept = self.records[other]
                 detail = f"same picture as {self.paths[other]} ({kept.split})"
                 if group.conflict:
                     detail += f", which is labelled {self.classes[kept.label]}"

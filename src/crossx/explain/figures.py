@@ -174,7 +174,7 @@ def draw(
     """Draw rows with the same kinds of maps: one column per stage and part, class maps below activation maps.
 
     More than ``MAX_COLUMNS`` maps continue on the next line. Regions that a method looks at again are numbered on the
-    image, 1 is the best.
+    image, 1 is the best. Class maps of other heads than the activation maps are on lines with titles of their own.
 
     Args:
         rows: At least one.
@@ -241,11 +241,16 @@ class _Layout(NamedTuple):
 
 
 def _layout(maps: Iterable[str]) -> _Layout:
-    """Arrange the maps of an image: those of a kind next to each other, the kinds below each other."""
+    """Arrange the maps of an image: those of a kind next to each other, the kinds below each other.
+
+    Every line has titles of its own if there are too many columns, or if kinds have no column in common.
+    """
     names = list(maps)
     kinds = list(dict.fromkeys(map(_kind, names)))
     columns = list(dict.fromkeys(name.removeprefix(_kind(name)) for name in names))
-    if len(columns) > MAX_COLUMNS:
+    # class maps that are below none of the activation maps would only move to the right of them
+    apart = len(kinds) > 1 and len(columns) == len(names)
+    if len(columns) > MAX_COLUMNS or apart:
         wrapped = [
             [kind + column for column in chunk]
             for kind in kinds

@@ -94,6 +94,9 @@ def part_colour(number: int) -> str:
 def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
     """Draw numbered boxes on an image, the first on top.
 
+    A number is in the first corner of its box where it covers no other number, so that boxes at the same place are
+    told apart.
+
     Args:
         image: uint8 (H, W, 3).
         boxes: (n, 4), left, top, right, bottom in pixels; clipped to the image.
@@ -105,23 +108,37 @@ def outline(image: NDArray[np.uint8], boxes: NDArray[Any]) -> NDArray[np.uint8]:
 
     height, width = image.shape[:2]
     side = min(height, width)
-    # last box first, so that the first is on top
-    shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1))[::-1]
-    colours = [part_colour(number) for number in range(len(boxes))][::-1]
+    shown = np.clip(boxes, 0, (width - 1, height - 1, width - 1, height - 1)).astype(int).tolist()
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.truetype(findfont("DejaVu Sans"), max(8, side // 14))
-    width = max(1, round(side / 90))
-    for number, colour, box in zip(
-        range(len(boxes), 0, -1), colours, shown.astype(int).tolist(), strict=True
-    ):
-        draw.rectangle(box, outline=colour, width=width)
-        corner = box[0] + width + 1, box[1] + width + 1
-        left, top, right, bottom = draw.textbbox(corner, str(number), font)
-        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-        draw.text(corner, str(number), "black", font)
+    line = max(1, round(side / 90))
+    for number, box in reversed(list(enumerate(shown))):
+        draw.rectangle(box, outline=part_colour(number), width=line)
+    written: list[tuple[float, ...]] = []
+    for number, (left, top, right, bottom) in enumerate(shown):
+        text = str(number + 1)
+        ground = draw.textbbox((0, 0), text, font)
+        across, down = ground[2] - ground[0] + 2, ground[3] - ground[1] + 2
+        corners = [
+            (x, y, x + across, y + down)
+            for y in (top + line, bottom - line - down)
+            for x in (left + line, right - line - across)
+        ]
+        place = next(
+            (corner for corner in corners if not any(_overlap(corner, other) for other in written)),
+            corners[0],
+        )
+        written.append(place)
+        draw.rectangle(place, fill=part_colour(number))
+        draw.text((place[0] + 1 - ground[0], place[1] + 1 - ground[1]), text, "black", font)
     pixels: NDArray[np.uint8] = np.asarray(picture)
     return pixels
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Return whether two boxes have a pixel in common."""
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
 def layer(

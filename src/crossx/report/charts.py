@@ -133,7 +133,7 @@ def training_curves(
 
     Names are ``SPLIT/WORD_WORD...`` or ``WORD...``. Those with the same first word share a chart, titled by the words
     that they have in common; more than ``MAX_CURVES`` are divided by their last word, such as the stage. A curve that
-    equals an earlier one everywhere is left out.
+    equals the loss of its split everywhere, as a loss of one term does, is left out.
 
     Args:
         history: One row per epoch.
@@ -141,11 +141,9 @@ def training_curves(
         titles: First words of a name -> title, in addition to ``TITLES``.
     """
     groups: dict[str, list[str]] = {}
-    seen: set[tuple[float | None, ...]] = set()
     for name in dict.fromkeys(name for row in history for name in row if name not in COUNTERS):
-        values = tuple(row.get(name) for row in history)
-        if values not in seen:
-            seen.add(values)
+        loss = f"{_split(name)}/loss"
+        if name == loss or any(row.get(name) != row.get(loss) for row in history):
             groups.setdefault(_metric(name).split("_")[0], []).append(name)
     divided = [chart for names in groups.values() for chart in _divided(names)]
     # numbers of several splits first
