@@ -101,6 +101,7 @@ def test_only_what_is_neither_known_nor_done_is_trained_and_the_counts_say_so(
     ]
 
 
+@pytest.mark.slow
 def test_other_options_and_seeds_are_not_taken(results: Path, tmp_path: Path) -> None:
     suite = load_suite(tmp_path / "suite.yaml")
     output = tmp_path / "new"
@@ -177,6 +178,7 @@ def test_other_images_are_refused(ablation, results: Path) -> None:
         summarize_suite(suite, trials, failures(trials), earlier=known)
 
 
+@pytest.mark.slow
 def test_other_contents_are_refused_also_under_the_same_names(ablation, results: Path) -> None:
     suite, trials, _ = ablation
     values = json.loads(results.read_text())
@@ -250,14 +252,20 @@ def test_other_data_is_refused_before_anything_is_trained(tmp_path: Path) -> Non
     ("change", "message"),
     [
         (lambda values: values.pop("runs"), "it has no list `runs`"),
-        (lambda values: values["runs"].append(1), "it has no list `runs`"),
+        pytest.param(
+            lambda values: values["runs"].append(1), "it has no list `runs`", marks=pytest.mark.slow
+        ),
         (
             lambda values: values["runs"][0].pop("training"),
             "training base 0: not a training in the results of",
         ),
         (lambda values: values["runs"][0].update(correct="zz"), "correct"),
-        (lambda values: values["runs"][0].update(n=9), "correct has 100 digits for 9 images"),
-        (lambda values: values["runs"][0].update(top1=1.5), "top1"),
+        pytest.param(
+            lambda values: values["runs"][0].update(n=9),
+            "correct has 100 digits for 9 images",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda values: values["runs"][0].update(top1=1.5), "top1", marks=pytest.mark.slow),
         (
             lambda values: values["runs"][0]["selection"].update(epoch=9),
             "selection.epoch is not one of 2 epochs",
@@ -266,7 +274,11 @@ def test_other_data_is_refused_before_anything_is_trained(tmp_path: Path) -> Non
             lambda values: values["runs"][0]["selection"].update(epoch=None),
             "selection.epoch is not one of 2 epochs",
         ),
-        (lambda values: values["runs"][0].update(val_top1=[]), "selection.epoch is not one of 0 epochs"),
+        pytest.param(
+            lambda values: values["runs"][0].update(val_top1=[]),
+            "selection.epoch is not one of 0 epochs",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_damaged_results_are_refused(ablation, results: Path, change, message: str) -> None:

@@ -9,6 +9,7 @@ from crossx.cli.main import main
 from crossx.errors import UsageError
 from crossx.methods import create_method, method_options
 from crossx.training.config import Config, ModelConfig, OptimConfig
+from slow import slow_except
 
 BASE = Config(
     model=ModelConfig(options={"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}),
@@ -89,7 +90,10 @@ def test_a_variant_keeps_what_it_does_not_change_and_another_method_keeps_no_opt
     assert BASE.model.options == {"num_parts": 3, "c3s_weights": [0.5, 0.25, 0.5]}
 
 
-@pytest.mark.parametrize(("recipe", "method"), [("finetune_fast", "crossx"), ("finetune", "fcan")])
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    slow_except([("finetune_fast", "crossx"), ("finetune", "fcan")], ("finetune", "fcan")),
+)
 def test_a_variant_has_the_options_that_every_other_way_gives_its_method(
     recipe: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 
 from crossx.evaluation import intervals
 
@@ -154,3 +154,15 @@ def test_matched_interval_covers_the_difference(n, only_a, only_b):
         low, high = intervals.matched_interval(kinds != 1, kinds != 0)
         covered.append(low <= only_a - only_b <= high)
     assert np.mean(covered) > 0.93
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.5], [0.25, 0.25, 0.25], [0.7 - 0.6, 0.1]])
+def test_seeds_that_agree_have_no_interval(values):
+    assert intervals.student_interval(values) is None
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.501], [0.5, 0.5, 0.6]])
+def test_the_interval_over_seeds_is_that_of_the_t_test(values):
+    low, high = intervals.student_interval(values)
+    assert (low, high) == pytest.approx(ttest_1samp(values, 0).confidence_interval(0.95))
+    assert high > low

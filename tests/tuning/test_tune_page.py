@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from crossx import terminal
 from crossx.cli.main import main
 from crossx.runs import Run
 
@@ -79,3 +80,18 @@ def test_the_verb_says_what_is_missing(
     assert not Path("out").exists()
     assert main(["tune", "--model.method", "mamc", "--print_space"]) == 0
     assert "model.mamc_weight: [0.15, 0.5, 1.5]" in capsys.readouterr().out
+
+
+def test_no_training_is_announced_before_the_data_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(terminal.SILENT, "1")
+    steps: list[str] = []
+    monkeypatch.setattr(terminal._steps, "push", steps.append)
+    monkeypatch.setattr(terminal._steps, "pop", lambda: None)
+    words = "tune --config finetune --model.pretrained false --data.root nowhere --output out"
+    assert main(words.split()) == 1
+    assert capsys.readouterr().err.startswith("crossx tune: error: nowhere: no such folder.")
+    assert steps == ["Checking the configurations"]
+    assert not Path("out").exists()

@@ -155,7 +155,8 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
         try:
             check_config(trial.config, classes, tested=True, tuned=tuned)
         except CrossXError as error:
-            raise type(error)(f"variant {trial.variant}: {error}") from error
+            error.args = (f"variant {trial.variant}: {error}",)
+            raise
 
 
 def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned: bool) -> None:

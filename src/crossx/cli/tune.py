@@ -11,7 +11,7 @@ from crossx.cli.parser import File, Folder, Positive
 from crossx.commands import command
 from crossx.errors import UsageError
 from crossx.runs import Run
-from crossx.terminal import columns, erase_step, fold, fold_command, step
+from crossx.terminal import columns, erase_step, fold, fold_command
 
 if TYPE_CHECKING:
     from crossx.training.config import Config
@@ -91,17 +91,16 @@ def tune(
         erase_step()
         print(fold(line, hanging="  "), flush=True)
 
-    with step(f"Training, at most {counted(trials, 'trial')}; each has a log in {output}"):
-        tuned = search(
-            base,
-            output,
-            space=space,
-            trials=trials,
-            max_time=max_time,
-            pruner=pruner,
-            jobs=jobs,
-            report=report,
-        )
+    tuned = search(
+        base,
+        output,
+        space=space,
+        trials=trials,
+        max_time=max_time,
+        pruner=pruner,
+        jobs=jobs,
+        report=report,
+    )
     _print_outcome(tuned)
     return 0
 

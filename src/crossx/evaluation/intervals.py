@@ -173,10 +173,12 @@ def student_interval(values: Sequence[float], *, confidence: float = CONFIDENCE)
     """Return Student's t interval of the mean of normally distributed numbers, such as accuracies over seeds.
 
     Args:
-        values: The numbers; with fewer than two there is no interval.
+        values: The numbers. There is no interval for fewer than two, nor for equal ones, such as shares of few images:
+            their variance of 0 would claim that no other seed differs.
         confidence: Probability that the interval is to cover.
     """
-    if len(values) < 2:
+    # equal shares of images may differ by rounding
+    if len(values) < 2 or np.ptp(values) < 1e-12:
         return None
     from scipy import stats
 

@@ -32,6 +32,7 @@ from crossx.ablation.tuning import read_validation
 from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
 from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
+from crossx.terminal import step
 from crossx.training.config import Config
 from crossx.training.durations import parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
@@ -92,16 +93,21 @@ def tune(
     seconds = parse_time(max_time, "max_time") if max_time is not None else float("inf")
     if seconds <= 0:
         raise UsageError(f"max_time must be above 0, not {max_time!r}.")
-    folder, config = Path(output), replace(config, output=None, data=config.data.with_absolute_root())
+    folder, config = Path(output), replace(config, output=None)
     if not isinstance(space, Space):
         space = read_space(Path(space), config) if space is not None else default_space(config)
     classes: dict[str, int] = {}
-    for checked in (config, *space.check(config)):
-        check_config(checked, classes, tested=False, tuned=True)
+    with step("Checking the configurations"):
+        for checked in (config, *space.check(config)):
+            check_config(checked, classes, tested=False, tuned=True)
+    config = replace(config, data=config.data.with_absolute_root())
     existed = folder.exists()
     _check_same(folder, config, space, pruner)
     try:
-        with locked_folder(folder, "searching in it"):
+        with (
+            locked_folder(folder, "searching in it"),
+            step(f"Training, at most {counted(trials, 'trial')}; each has a log in {folder}"),
+        ):
             write_json(folder / DESCRIPTION, _describe(config, space, pruner))
             return _Search(config, space, folder, trials, seconds, pruner, jobs, report).run()
     except CrossXError:
