@@ -180,6 +180,16 @@ class NotSaved(Sound):
         return {"last": super().head_logits(images)["last"] + self.direction}
 
 
+class LossOnly(Sound):
+    def objective(self, images: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        return self.criterion(self(images), targets)
+
+
+class NoMaps(Sound):
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
 class FlatMaps(Sound):
     def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
         return {"last": super().activation_maps(images)["last"][:, 0]}
@@ -318,8 +328,9 @@ MUTANTS: list[tuple[type[Plain], str, str]] = [
     (Unchecked, "options", "option width -1 is neither accepted nor refused with UsageError: RuntimeError: "),
     (OneMoreClass, "outputs", "head_logits['last'] returns (6, 4) for 6 images of 3 classes"),
     (NotFinite, "outputs", "head_logits['last'] is not finite."),
-    (NoHeads, "outputs", "head_logits returns dict, not a dictionary with at least one head"),
+    (NoHeads, "outputs", "head_logits returns an empty dictionary, not a dictionary with at least one head"),
     (OtherForward, "outputs", "forward against combine_heads of head_logits: differs by up to "),
+    (LossOnly, "outputs", "objective returns Tensor, not an Objective."),
     (OtherLogits, "outputs", "the objective's logits against forward: differs by up to 1."),
     (Random, "outputs", "differs"),
     (MapEmbeddings, "outputs", "embeddings returns (6, "),
@@ -332,6 +343,7 @@ MUTANTS: list[tuple[type[Plain], str, str]] = [
     (Centred, "batch independence", "with the other images of its batch, in evaluation mode."),
     (Counting, "batch independence", "predictions in evaluation mode change seen."),
     (NotSaved, "files", "a saved and loaded network predicts otherwise"),
+    (NoMaps, "maps", "activation_maps returns an empty dictionary, not "),
     (FlatMaps, "maps", "activation_maps['last'] is (6, "),
     (InfiniteMaps, "maps", "activation_maps['last'] is not finite."),
     (WrongBoxes, "maps", "end before they begin"),
@@ -405,6 +417,15 @@ def test_all_broken_promises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registered == registry._REGISTRY
     assert Broken.name == "plain"
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_wrong_outputs_are_told_without_what_follows_from_them() -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_method(NoHeads)
+    assert [line.partition(":")[2] for line in str(caught.value).splitlines()] == [
+        " outputs: head_logits returns an empty dictionary, not a dictionary with at least one head.",
+        " the checks after outputs were not run. Fix these first.",
+    ]
 
 
 def test_what_is_no_method_is_told() -> None:

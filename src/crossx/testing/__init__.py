@@ -92,6 +92,8 @@ def checks(
 def check_method(cls: type[Method], **settings: Any) -> None:
     """Test everything that a method owes to the contract.
 
+    If ``outputs`` fails, the checks after it are not run: they would fail for the same reason.
+
     Args:
         cls: The method's class, at the top level of a module. It need not be registered.
         **settings: The arguments of ``checks``, options of the method among them.
@@ -107,6 +109,9 @@ def check_method(cls: type[Method], **settings: Any) -> None:
             warnings.warn(f"{check} was not checked: {skipped}", stacklevel=2)
         except AssertionError as error:
             broken.append(str(error))
+            if str(check) == "outputs":
+                broken.append(f"{cls.__name__}: the checks after outputs were not run. Fix these first.")
+                break
     if broken:
         raise AssertionError("\n".join(broken))
 

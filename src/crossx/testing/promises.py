@@ -87,13 +87,16 @@ def check_outputs(subject: Subject) -> None:
     method.check_image_size(subject.image_size)
     heads = method.head_logits(images)
     if not isinstance(heads, dict) or not heads:
-        fail(f"head_logits returns {type(heads).__name__}, not a dictionary with at least one head.")
+        fail(f"head_logits returns {_kind(heads)}, not a dictionary with at least one head.")
     for name, value in heads.items():
         check_logits(f"head_logits[{name!r}]", value, len(images))
     logits = method(images)
     check_logits("forward", logits, len(images))
     compare("forward against combine_heads of head_logits", method.combine_heads(heads), logits)
-    compare("the objective's logits against forward", method.objective(images, targets).logits, logits)
+    found = method.objective(images, targets)
+    if not isinstance(found, Objective):
+        fail(f"objective returns {_kind(found)}, not an Objective.")
+    compare("the objective's logits against forward", found.logits, logits)
     again = method(images)
     if not torch.equal(again, logits):
         fail("forward differs between two calls in evaluation mode.")
@@ -104,6 +107,10 @@ def check_outputs(subject: Subject) -> None:
         fail("embeddings is not finite.")
 
 
+def _kind(value: object) -> str:
+    return "an empty dictionary" if value == {} else type(value).__name__
+
+
 def check_terms(subject: Subject) -> None:
     """Test that the terms of the objective are finite scalars that add up to the loss."""
     images, targets = subject.batch()
@@ -111,7 +118,7 @@ def check_terms(subject: Subject) -> None:
         mode = "training" if training else "evaluation"
         found = subject.compute(subject.build().train(training), images, targets)
         if not isinstance(found, Objective):
-            fail(f"objective returns {type(found).__name__}, not an Objective.")
+            fail(f"part_objective returns {_kind(found)}, not an Objective.")
         values = {"loss": found.loss, **found.terms, **found.measures}
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.shape != ():
@@ -265,7 +272,7 @@ def check_maps(subject: Subject) -> None:
     images = subject.images()
     maps = method.activation_maps(images)
     if not isinstance(maps, dict) or not maps:
-        fail(f"activation_maps returns {type(maps).__name__}, not a dictionary with at least one stage.")
+        fail(f"activation_maps returns {_kind(maps)}, not a dictionary with at least one stage.")
     for name, values in maps.items():
         if (
             not isinstance(values, Tensor)
