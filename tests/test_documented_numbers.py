@@ -217,6 +217,30 @@ def test_few_images_table_is_that_of_the_file() -> None:
         assert difference == f"{100 * found['difference'][0]:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
+@pytest.mark.parametrize(
+    ("row", "section"),
+    [
+        ("`finetune`, 30 images per class, ten epochs, three seeds", "The compared methods"),
+        (
+            "`finetune_fast`, 30 images per class, five epochs, three seeds",
+            "Three seeds on EfficientNet-Lite0",
+        ),
+    ],
+)
+def test_readme_compares_crossx_with_plain_as_the_results_do(row: str, section: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [(_, _, baseline, top1, difference)] = [
+        cells for rows in tables(readme) for cells in rows if cells[0] == row
+    ]
+    part = RESULTS.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    header, *rows = next(tables(part))
+    results = {cells[0]: dict(zip(header, cells, strict=True)) for cells in rows}
+    column = "top-1 (95% over images)"
+    assert baseline.split()[0] == results["`plain`"][column].split()[0]
+    assert top1 == results["`crossx`"][column].split()[0]
+    assert difference == results["`crossx`"]["against plain (95% over images)"].replace("**", "")
+
+
 def test_the_choice_of_a_method_quotes_the_results() -> None:
     """Every cell of docs/which-method.md is that of the same variant and column in docs/results.md, or of its JSON."""
     page = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
