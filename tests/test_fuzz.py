@@ -26,6 +26,7 @@ def test_inputs_that_failed_once_are_read_or_refused_in_one_line(parser: str, tm
         (tmp_path / name).write_bytes(original)
 
 
+@pytest.mark.slow
 def test_a_traceback_a_second_line_and_a_signal_are_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Datase
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name for name in list_recipes() if load_recipe(name).get("data", "dataset") in LAMBDAS["resnet50"]],
@@ -215,6 +216,7 @@ def load_options(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"{method}_{row}" for method, rows in ROWS.items() for row in rows.split()])
 def test_a_recipe_of_a_compared_method_is_what_its_name_says_and_can_be_built(name: str) -> None:
     method, dataset, backbone = re.fullmatch(r"(\w+)_([a-z]+)_([a-z0-9]+)", name).groups()  # type: ignore[union-attr]

@@ -110,7 +110,9 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, num_parts: int, pooling: 
     }
 
 
-@pytest.mark.parametrize("senet", [False, True], ids=["resnet", "senet"])
+@pytest.mark.parametrize(
+    "senet", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["resnet", "senet"]
+)
 @pytest.mark.parametrize(
     ("num_parts", "pooling"), [(2, "max"), pytest.param(3, "avg", marks=pytest.mark.slow)]
 )
@@ -150,6 +152,7 @@ def test_import_makes_an_ordinary_run_with_numbered_classes(checkpoint: Path, tm
     torch.testing.assert_close(method(images), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_dogs_leaves_the_merged_head_out_and_pools_by_average(checkpoint: Path, tmp_path: Path) -> None:
     run = import_released(checkpoint, "dogs", tmp_path / "run")
@@ -159,12 +162,14 @@ def test_dogs_leaves_the_merged_head_out_and_pools_by_average(checkpoint: Path, 
     torch.testing.assert_close(actual, heads["last"] + heads["previous"], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_previous_pooling_can_be_chosen(checkpoint: Path, tmp_path: Path) -> None:
     run = import_released(checkpoint, "cub", tmp_path / "run", previous_pooling="avg")
     assert run.read_spec().options["previous_pooling"] == "avg"
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_class_names_come_in_the_official_order(checkpoint: Path, tmp_path: Path) -> None:
     # Node ids without leading zeros sort as text: 1003 comes before 295.
@@ -180,12 +185,14 @@ def test_class_names_come_in_the_official_order(checkpoint: Path, tmp_path: Path
     assert spec.levels.keys() == {"order", "family", "species"}
 
 
+@pytest.mark.slow
 def test_number_of_classes_must_fit(checkpoint: Path, tmp_path: Path) -> None:
     root = write_cub(tmp_path / "cub", classes=3)
     with pytest.raises(CrossXError, match="3 classes, the checkpoint has 6"):
         import_released(checkpoint, "cub", tmp_path / "run", data_root=root)
 
 
+@pytest.mark.slow
 def test_what_is_no_released_checkpoint(tmp_path: Path) -> None:
     file = save(resnet50().state_dict(), tmp_path / "resnet50.pth")
     with pytest.raises(CrossXError, match="not a released Cross-X checkpoint"):

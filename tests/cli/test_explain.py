@@ -43,6 +43,7 @@ def test_each_image_has_a_picture_and_all_a_sheet(
         assert (sheet.format, sheet.height > one.height) == ("JPEG", True)
 
 
+@pytest.mark.slow
 def test_saved_maps_are_the_networks(run: str, place: Path) -> None:
     words = ["photos/wren/000.jpg", "--output", "out", "--maps", "both", "--save-maps", "--class", "wren"]
     assert main(["explain", run, *words, "--device", "cpu"]) == 0
@@ -90,6 +91,7 @@ def test_colormap_and_opacity_reach_the_picture(run: str, place: Path) -> None:
     assert np.ptp(colours(), axis=2).max() > 40
 
 
+@pytest.mark.slow
 def test_the_sheet_says_right_where_the_folder_is_a_class(
     run: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_nothing_but_bad_images(run: str, place: Path, capsys: pytest.CaptureFix
     assert written() == []
 
 
+@pytest.mark.slow
 def test_what_the_image_shows_is_the_evaluation_crop(
     run: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,6 +276,7 @@ WORDS += [
 ]
 
 
+@pytest.mark.slow
 def test_words_are_taken_literally_where_a_text_is_expected(tmp_path: Path) -> None:
     options = [
         "output",
@@ -346,6 +347,7 @@ def test_one_logger_needs_no_list() -> None:
     assert parse_fit(["--trainer.logger", "[csv, wandb]"]).config.trainer.loggers == ["csv", "wandb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list_methods())
 @pytest.mark.parametrize("recipe", ["finetune", "crossx_cub_resnet50"])
 def test_python_and_the_command_line_change_a_recipe_alike(recipe: str, method: str) -> None:

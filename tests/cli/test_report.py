@@ -104,6 +104,7 @@ def test_a_folder_in_the_place_of_a_table_is_found_before_the_test(
     )
 
 
+@pytest.mark.slow
 def test_a_page_says_what_the_boxes_on_its_images_are(place: Path) -> None:
     layouts.write_run(place / "nts", sorted(layouts.FOLDERS), method="nts")
     said = "The numbered boxes are the regions"
@@ -126,6 +127,7 @@ def test_another_split_has_a_page_of_its_own(place: Path) -> None:
     assert "6 val images" in Path("run/val/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_page_without_the_network_is_that_with_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("tested/checkpoints", ignore_errors=True)
     weights, maps, page = (

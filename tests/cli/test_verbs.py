@@ -13,6 +13,7 @@ from crossx.cli import quickstart
 from crossx.cli.fit import LAUNCHED
 from crossx.cli.main import VERBS, main
 from crossx.runs import Run
+from slow import slow_except
 
 RECIPE = """
 model: {method: crossx, backbone: resnet10t, backbone_args: {channels: [4, 8, 16, 32]}, pretrained: false}
@@ -80,7 +81,7 @@ def test_lines_of_the_quickstart_fit_the_terminal(started: tuple[Path, str]) -> 
     assert " \\\n    --" in printed
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", slow_except([60, 80, 120], 80))
 def test_lines_of_the_verbs_fit_the_terminal(
     place: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -204,6 +204,7 @@ def test_images_of_which_some_were_trained_on(run, caplog):
     )
 
 
+@pytest.mark.slow
 def test_every_view_has_its_own_thresholds(run, monkeypatch):
     """Thresholds are order statistics of the scores and probabilities that the predictor gives with these views."""
     root = write_folder(run.path.parent / "more", classes=3, images_per_class=40, split_folders=True)
@@ -237,6 +238,7 @@ def test_every_view_has_its_own_thresholds(run, monkeypatch):
     assert read_json(run.spec)["schema"] == 1
 
 
+@pytest.mark.slow
 def test_few_images_have_no_threshold_and_say_so(run, capsys):
     """Of 12 images, none can be below a threshold that keeps 95%; 92% is the most that sets can cover."""
     assert main(["calibrate", str(run.path), "--device", "cpu"]) == 0
@@ -255,6 +257,7 @@ def test_few_images_have_no_threshold_and_say_so(run, capsys):
     assert run.read_spec().rejection is None
 
 
+@pytest.mark.slow
 def test_the_test_says_what_is_kept_covered_and_told_apart(run, tmp_path, capsys):
     calibrate_run(run.path, device="cpu", keep=0.5, score="max_probability")
     others = write_folder(tmp_path / "others", classes=1, images_per_class=5)
@@ -293,6 +296,7 @@ def test_the_test_says_what_is_kept_covered_and_told_apart(run, tmp_path, capsys
     assert "% rejected by max_probability\n" in said
 
 
+@pytest.mark.slow
 def test_results_on_the_images_of_the_calibration_say_so(run, tmp_path, capsys):
     other = shutil.copytree(run.path.parent / "birds", tmp_path / "other")
     words = ["test", str(run.path), "--device", "cpu"]

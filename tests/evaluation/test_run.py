@@ -187,6 +187,7 @@ def test_images_seen_in_training_are_said_to_be(tmp_path, root, split):
     assert test_run(run.path, split=split)["seen_in_training"]
 
 
+@pytest.mark.slow
 def test_moved_data_compares_with_where_it_was(tmp_path, run, root):
     test_run(run.path)
     moved = tmp_path / "elsewhere" / "copy"
@@ -262,6 +263,7 @@ def test_output_elsewhere(tmp_path, run):
         test_run(run.path, output=tmp_path / "file" / "results")
 
 
+@pytest.mark.slow
 def test_a_run_without_run_json_needs_a_root(run, root):
     run.info.unlink()
     with pytest.raises(UsageError, match=r"--data\.root"):

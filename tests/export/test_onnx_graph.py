@@ -34,6 +34,7 @@ def run(graph: Any, maps: Tensor) -> list[np.ndarray[Any, Any]]:
     return outputs
 
 
+@pytest.mark.slow
 def test_means_and_maxima_over_all_positions_are_pooling() -> None:
     pytest.importorskip("onnxscript")
     network, maps = Reductions().eval(), torch.randn(3, 4, 5, 6)
@@ -46,6 +47,7 @@ def test_means_and_maxima_over_all_positions_are_pooling() -> None:
         np.testing.assert_allclose(exported, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_axes_that_nothing_reads_any_more_leave_the_graph() -> None:
     pytest.importorskip("onnxscript")
     graph = export_onnx(nn.AdaptiveAvgPool2d(1).eval(), torch.randn(2, 3, 4, 4), ["pooled"])

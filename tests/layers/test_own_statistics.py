@@ -57,6 +57,7 @@ def test_the_state_is_saved_and_the_network_is_not_part_of_it() -> None:
     torch.testing.assert_close(other(shared, batches(5)[1]), own(shared, batches(5)[1]))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_exports() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -97,6 +97,7 @@ def two_blobs(images: int = 40, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     return features, where, (where > 0).float()
 
 
+@pytest.mark.slow
 def test_prototypes_in_the_wrong_place_move_to_the_parts() -> None:
     maps, where, activations = two_blobs()
     # both start at the first blob, one of them half at the background

@@ -217,7 +217,11 @@ def test_a_batch_of_one() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"merged_statistics": "pooled"}, {"osme_placement": "output", "previous_pooling": "avg"}],
+    [
+        {},
+        pytest.param({"merged_statistics": "pooled"}, marks=pytest.mark.slow),
+        pytest.param({"osme_placement": "output", "previous_pooling": "avg"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_autocast_keeps_maps_in_half_precision_and_reduces_in_float32(options: dict[str, object]) -> None:

@@ -218,6 +218,7 @@ def test_spatial_gates_divide_a_single_stage_too() -> None:
     assert {name for name in method.objective(images(), TARGETS).terms if "previous" in name} == set()
 
 
+@pytest.mark.slow
 def test_prototypes_start_from_clusters_of_the_training_images() -> None:
     torch.manual_seed(0)
     random, clustered = (build(**SPATIAL | {"assignment_start": start}) for start in ("random", "clusters"))

@@ -71,6 +71,7 @@ def step_by_step(method: DTRAM, image: Tensor, view: int | None = None) -> dict[
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "view"), [(64, 64, None), (70, 96, None), (101, 128, 64)])
 def test_prediction_is_that_of_a_network_that_stops(height: int, width: int, view: int | None) -> None:
     method, batch = build(view_size=view, num_steps=4, glimpse_scale=0.4), images(6, height, width)

@@ -140,6 +140,7 @@ def test_objective_is_that_of_the_paper_step_by_step(reward: str) -> None:
     assert single.item() == pytest.approx(float(sum(entropies).detach()) / 3 / math.log(9), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "baseline"), [("greedy", "none"), ("greedy", "learnt"), ("final", "learnt")]
 )

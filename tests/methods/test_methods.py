@@ -25,6 +25,7 @@ CLASSES = ("ani", "auklet", "bunting")
 every_method = pytest.mark.parametrize("name", list_methods())
 CHEAP = ("plain", "maxent", "crossx")
 """Methods whose tests take little time: the others, built the same way, are left to the slow ones."""
+cheap_methods = pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
 
 
 def build(name: str, **options: object) -> Method:
@@ -66,7 +67,7 @@ def test_class_maps_are_the_heads_logits_but_for_the_bias(name: str) -> None:
         torch.testing.assert_close(bias, bias[:1].expand(3), rtol=1e-4, atol=1e-5)
 
 
-@every_method
+@cheap_methods
 def test_heads_and_features_are_those_of_two_passes(name: str) -> None:
     method = build(name).eval()
     layers = method.linear_heads()
@@ -88,7 +89,7 @@ def test_heads_and_features_are_those_of_two_passes(name: str) -> None:
     assert method.class_means.shape == (3, features.shape[1])
 
 
-@every_method
+@cheap_methods
 def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: str) -> None:
     batches = [(torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2]))]
     training, evaluating = build(name), build(name).eval()
@@ -101,7 +102,7 @@ def test_preparation_changes_parameters_alone_and_the_same_in_every_mode(name: s
     torch.testing.assert_close(training.state_dict(), evaluating.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
+@cheap_methods
 @pytest.mark.slow
 def test_learns_a_batch_by_heart(name: str) -> None:
     # the published concentration, for Adam, would leave all to the background in the first steps of SGD
@@ -118,7 +119,7 @@ def test_learns_a_batch_by_heart(name: str) -> None:
     assert torch.equal(objective.logits.argmax(1), targets)
 
 
-@every_method
+@cheap_methods
 def test_recomputing_activations_is_the_same_training(name: str) -> None:
     images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
     plain, saving = build(name), build(name)
@@ -132,7 +133,7 @@ def test_recomputing_activations_is_the_same_training(name: str) -> None:
     torch.testing.assert_close(saving.state_dict(), plain.state_dict())
 
 
-@every_method
+@cheap_methods
 def test_parameters_are_pretrained_or_new(name: str) -> None:
     method = build(name)
     trunk = create_model("resnet10t", channels=(16, 32, 64, 128))
@@ -151,7 +152,7 @@ def test_parameters_are_pretrained_or_new(name: str) -> None:
         assert sum(len(group) for group in each.layer_groups()) == len(timm)
 
 
-@every_method
+@cheap_methods
 def test_computes_in_the_half_precision_of_its_weights(name: str) -> None:
     method = build(name).half().eval()
     with torch.no_grad():
@@ -167,7 +168,7 @@ def test_published_methods_are_cited(name: str) -> None:
         assert citation.count("{") == citation.count("}")
 
 
-@every_method
+@cheap_methods
 def test_survives_its_files(name: str, tmp_path: object) -> None:
     method = build(name).eval()
     run = Run(tmp_path)  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ def test_loads_a_training_checkpoint(name: str, tmp_path: object) -> None:
         assert torch.equal(load_method(path)[0](images), method(images))
 
 
-@pytest.mark.parametrize("name", slow_except(list_methods(), *CHEAP))
+@cheap_methods
 def test_exports(name: str) -> None:
     method = build(name).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -316,7 +317,7 @@ def test_a_name_is_registered_once() -> None:
         register_method("plain")(method_class("plain"))
 
 
-@every_method
+@cheap_methods
 def test_channels_last_changes_nothing(name: str) -> None:
     method = build(name).eval()
     images = torch.randn(2, 3, 64, 64)

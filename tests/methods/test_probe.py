@@ -76,6 +76,7 @@ def test_the_head_is_scipys_logistic_regression(images: tuple[Tensor, Tensor], p
     np.testing.assert_allclose(softmax(logits, 1), softmax(expected, 1), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_best_on_a_fifth_of_each_class_and_the_head_is_fitted_on_all(
     images: tuple[Tensor, Tensor],
 ) -> None:

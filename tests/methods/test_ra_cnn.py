@@ -250,6 +250,7 @@ def held_out_error(method, images: torch.Tensor) -> list[tuple[float, float]]:
     return errors
 
 
+@pytest.mark.slow
 def test_pretraining_finds_the_strongest_regions_of_other_images(caplog) -> None:
     method = build(num_scales=2)
     before = {key: value.clone() for key, value in method.state_dict().items()}

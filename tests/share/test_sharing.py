@@ -98,6 +98,7 @@ def test_one_image_in_memory_may_be_given(predictor: Predictor, tmp_path: Path) 
     assert (folder / "activation_maps.png").is_file()
 
 
+@pytest.mark.slow
 def test_maps_of_images_are_shown_if_they_are_given(predictor: Predictor, tmp_path: Path) -> None:
     layouts.write_image(tmp_path / "mine.jpg", 0, 0)
     folder = save_pretrained(predictor, tmp_path / "shared", images=tmp_path / "mine.jpg")
@@ -172,6 +173,7 @@ def test_results_of_other_weights_are_not_told(
     assert "changed after it was loaded" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_the_hub_and_comes_back(
     hub: Hub, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from finished_runs import assert_same, method_weights, rows
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ def test_average_of_a_short_training_is_close_to_its_weights(make_config, caplog
     assert "ema_decay" not in caplog.text
 
 
+@pytest.mark.slow
 def test_an_average_that_lags_behind_is_warned_of(make_config, monkeypatch, caplog):
     monkeypatch.setattr("crossx.training.average.warmed_up_decay", lambda decay, updates: decay)
     run = fit(make_config(optim={"ema_decay": 0.999, "lr": 0.05, "selection": "last"}))

@@ -34,7 +34,7 @@ def test_trains_in_mixed_precision(make_config, data, name):
     assert 0 <= evaluate_run(run.path)["top1"] <= 1
 
 
-@pytest.mark.parametrize("name", slow_except(list_methods(), "plain", "crossx"))
+@pytest.mark.parametrize("name", slow_except(list_methods(), "crossx"))
 def test_trains_resumes_tests_predicts_and_explains(make_config, monkeypatch, images, data, name):
     sections = {
         "model": {"method": name, **SMALL.get(name, {})},

@@ -52,6 +52,7 @@ def test_run_folder_holds_everything(make_config):
     assert sorted(set(trained)) == np.load(run.images).tolist()
 
 
+@pytest.mark.slow
 def test_a_method_gets_the_sampling_that_it_needs(make_config, tmp_path):
     model = {"method": "mamc", "embedding_size": 8}
     run = fit(make_config(model=model, data={"augmentation": "trivial"}, trainer={"max_epochs": 2}))
@@ -334,6 +335,7 @@ def test_more_processes_than_cores_are_refused(make_config):
         fit(make_config(trainer={"devices": 9999, "accelerator": "cpu"}))
 
 
+@pytest.mark.slow
 def test_pipeline_is_recorded_and_a_cache_changes_nothing(make_config):
     plain, cached = (
         fit(make_config(cache, data={"pipeline": "strict", "cache": cache})) for cache in ("none", "ram")

@@ -88,6 +88,7 @@ def test_a_run_starts_from_another_one_and_says_so(make_config, run, others, cap
     assert second.read_spec().preprocessing == run.read_spec().preprocessing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "shared"])
 def test_a_checkpoint_and_a_shared_model_are_starts(make_config, run, tmp_path, kind):
     given = run.last
@@ -108,6 +109,7 @@ def test_a_checkpoint_and_a_shared_model_are_starts(make_config, run, tmp_path, 
     assert all(torch.equal(value, trained[name]) for name, value in first_state(second).items())
 
 
+@pytest.mark.slow
 def test_what_was_taken_is_not_new(make_config, run, others):
     """It trains at the backbone's rate, or at that of new layers if that is lower, also after a resume."""
     for root, factor, rate in ((None, 10.0, 1.0), (None, 0.1, 0.1), (str(others), 10.0, 10.0)):
@@ -127,6 +129,7 @@ def test_what_was_taken_is_not_new(make_config, run, others):
         assert {rates[id(parameter)] for parameter in method.backbone.parameters()} == {lr}
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_the_taken_one_without_layers_that_were_not_there(make_config):
     """The classifier's own layers of ConvNeXt, which other methods drop, start anew and are trained."""
     sections = {"model": {"backbone": "test_convnext"}, "trainer": SHORT}
@@ -140,6 +143,7 @@ def test_a_frozen_backbone_is_the_taken_one_without_layers_that_were_not_there(m
     assert {"backbone.trunk.head.norm.weight", "classifier.weight"} <= changed
 
 
+@pytest.mark.slow
 def test_preparation_leaves_what_was_taken(make_config, others, monkeypatch):
     model = {"method": "dfl", "num_filters": 2}
     first = fit(make_config("first", model=model, trainer=SHORT))
@@ -172,6 +176,7 @@ def test_preparation_leaves_what_was_taken(make_config, others, monkeypatch):
     assert torch.equal(first_state(fit(config))["filters.conv.weight"], taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False])
 def test_heads_are_fitted_unless_all_were_taken(make_config, run, others, caplog, same):
     root = {} if same else {"data": {"root": str(others)}}
@@ -214,6 +219,7 @@ def test_what_is_refused_leaves_no_folder(make_config, run):
         Config.from_dict({"init": "a", "model": {"backbone_weights": "w.pth"}})
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_without_the_one_it_started_from(make_config, run, others, monkeypatch):
     sections = {"data": {"root": str(others)}, "optim": {"new_layers_lr_factor": 5.0, "ema_decay": 0.5}}
     whole, stopped = (

@@ -14,6 +14,7 @@ from crossx.evaluation.run import test_run as evaluate_run
 from crossx.training.checkpoints import read_checkpoint
 from crossx.training.config import Config
 from crossx.training.fit import Stopped, fit, resume
+from slow import slow_except
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_uninterrupted_one(make
     assert Config.from_yaml(longer.config).trainer.max_epochs == 3
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+@pytest.mark.parametrize("schedule", slow_except(["cosine", "one_cycle"], "one_cycle"))
 def test_a_longer_run_continues_the_schedule_of_its_new_length(make_config, caplog, schedule):
     optim = {"schedule": schedule, "lr": 0.02, "momentum": 0.9}
     run = fit(make_config("short", optim=optim, trainer={"max_epochs": 2}))
@@ -66,6 +67,7 @@ def test_a_longer_run_continues_the_schedule_of_its_new_length(make_config, capl
     assert saved["momentum"] == pytest.approx(reference.param_groups[0]["momentum"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_given_another_length(make_config, monkeypatch, caplog):
     config = make_config("stopped", optim={"schedule": "constant"}, trainer={"max_epochs": 30})
     with monkeypatch.context() as patch:
@@ -115,6 +117,7 @@ def test_a_run_that_was_stopped_while_it_was_extended_keeps_its_model(make_confi
     assert run.read_results(run.weights)["selection"]["epoch"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_max_steps_ended_is_extended_by_more_of_them(make_config, caplog):
     """The epoch that was cut short counts as a whole one, also for the schedule."""
     optim = {"schedule": "step", "step_size": 2, "lr": 0.02}
@@ -128,6 +131,7 @@ def test_a_run_that_max_steps_ended_is_extended_by_more_of_them(make_config, cap
     assert [row["lr"] for row in rows] == pytest.approx([0.02, 0.02, 0.002, 0.002])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_for_longer(make_config, monkeypatch):
     run = fit(make_config("run", trainer={"max_epochs": 2}))
     for epochs in (1, 2):
@@ -149,6 +153,7 @@ def test_what_cannot_be_trained_for_longer(make_config, monkeypatch):
         resume(run.path, max_epochs=3)
 
 
+@pytest.mark.slow
 def test_tensorboard_of_a_longer_run_shows_each_step_once(make_config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -156,21 +156,21 @@ def test_a_text_in_place_of_another_number_is_refused(make_config):
             read_history(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "options", "trainer", "at_batch", "again"),
     [
         # at the end of the first phase, and in the middle of the second one
-        pytest.param("sequence", {}, {}, 9, ["two"], marks=pytest.mark.slow),
+        ("sequence", {}, {}, 9, ["two"]),
         ("sequence", {"ema_decay": 0.8}, {"checkpoint_every_n_steps": 1}, 11, []),
-        pytest.param(
+        (
             "turns",
             {"optimizer": "adamw", "freeze_backbone_epochs": 1},
             {"checkpoint_every_n_steps": 3},
             8,
             ["one"],
-            marks=pytest.mark.slow,
         ),
-        pytest.param("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"], marks=pytest.mark.slow),
+        ("turns", {"freeze_backbone_epochs": 1}, {}, 7, ["two", "one"]),
     ],
 )
 def test_a_stopped_run_continues_in_its_phase_bit_for_bit(
@@ -217,6 +217,7 @@ def test_a_checkpoint_of_a_version_without_phases_is_of_the_phase_that_all_metho
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.slow
 def test_a_backbone_frozen_for_epochs_stays_as_it_is_in_every_phase(make_config, saved):
     fit(make_config(**sections("turns", freeze_backbone_epochs=2)))
     start = create_method("phased", backbone="test_resnet", num_classes=3)

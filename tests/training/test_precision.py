@@ -56,6 +56,7 @@ def test_bfloat16_is_what_the_kernel_reports() -> None:
     assert has_bfloat16() == ("avx512_bf16" in flags)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_began_with(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
     trainer = {"precision": "auto", "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 1}

@@ -11,9 +11,10 @@ from crossx.methods.probe import Probe
 from crossx.methods.weights import load_method
 from crossx.predict.predictor import Predictor
 from crossx.training.fit import fit, resume
+from slow import slow_except
 
 
-@pytest.mark.parametrize("head", ["logistic", "knn"])
+@pytest.mark.parametrize("head", slow_except(["logistic", "knn"], "logistic"))
 def test_a_run_without_epochs_is_the_fitted_head(make_config, head, tmp_path):
     config = make_config(model={"method": "probe", "head": head}, trainer={"max_epochs": 0})
     run = fit(config)

@@ -129,11 +129,12 @@ def test_every_optimizer_and_average_continues_bit_exactly(make_config, monkeypa
     [
         (RANDOM, {"checkpoint_every_n_steps": 1}, 7, 6),
         pytest.param(RANDOM, {"checkpoint_every_n_minutes": 1e-9}, 3, 2, marks=pytest.mark.slow),
-        (
+        pytest.param(
             {**RANDOM, "optim": {"ema_decay": 0.8, "freeze_backbone_epochs": 1, "optimizer": "adamw"}},
             {"checkpoint_every_n_steps": 3},
             8,
             6,
+            marks=pytest.mark.slow,
         ),
         # two steps per epoch: a checkpoint falls between two steps, never between the batches of one
         pytest.param(
@@ -203,6 +204,7 @@ def record_batches(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_give_way_to_the_newest_intact_one(make_config, monkeypatch, caplog):
     whole = fit(make_config("whole", **RANDOM))
     interrupt(monkeypatch, 11, crash)
@@ -248,6 +250,7 @@ def test_killed_between_last_and_best(make_config, monkeypatch, nth):
     assert_same_run(resume(run.path), whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_not_prepared_again(make_config, monkeypatch):
     """What the preparation found is in the checkpoint, the average of the weights included."""
     sections = {**RANDOM, "model": {"method": "dfl"}, "optim": {**RANDOM["optim"], "ema_decay": 0.8}}
@@ -260,6 +263,7 @@ def test_a_resumed_run_is_not_prepared_again(make_config, monkeypatch):
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch, tmp_path):
     whole = fit(make_config("whole", **RANDOM))
     interrupt(monkeypatch, 2, crash)
@@ -272,6 +276,7 @@ def test_killed_before_the_first_checkpoint_starts_over(make_config, monkeypatch
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_epoch(make_config, monkeypatch):
     whole = fit(make_config("whole"))
     config = make_config("killed")
@@ -301,6 +306,7 @@ def test_signals_leave_a_run_that_resumes_elsewhere(make_config, monkeypatch, tm
     assert_same_run(resume(moved), whole)
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_write_are_removed(make_config, monkeypatch):
     interrupt(monkeypatch, 6, crash)
     config = make_config()
@@ -312,6 +318,7 @@ def test_leftovers_of_a_killed_write_are_removed(make_config, monkeypatch):
     assert not leftover.exists()
 
 
+@pytest.mark.slow
 def test_full_disk_stops_with_the_last_good_checkpoint_and_resumes(make_config, monkeypatch):
     whole = fit(make_config("whole"))
     save, seen = torch.save, []
@@ -363,6 +370,7 @@ def test_what_cannot_be_resumed(make_config, monkeypatch, tmp_path):
         resume(config.run_path())
 
 
+@pytest.mark.slow
 def test_data_that_moved_are_found_by_what_comes_after(make_config, monkeypatch, tmp_path):
     images = layouts.write_folder(tmp_path / "images", classes=3, images_per_class=12)
     config = make_config(data={"root": str(images)})
@@ -391,6 +399,7 @@ def test_no_intact_checkpoint_leaves_the_status(make_config, monkeypatch):
     assert run.read_info()["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once(make_config, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

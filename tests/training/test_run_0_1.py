@@ -25,6 +25,7 @@ def run(tmp_path: Path) -> Run:
     return Run(shutil.copytree(ASSETS / "run_0_1", tmp_path / "run_0_1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", EXPECTED["test_top1"])
 def test_every_file_of_weights_is_tested(run: Run, images: Path, tmp_path: Path, weights: str) -> None:
     results = evaluate_run(run.path / weights, root=images, output=tmp_path / "results")

@@ -266,6 +266,7 @@ def test_a_killed_timed_run_keeps_its_plan(make_config, monkeypatch, schedule):
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 60}])
 def test_a_rise_that_does_not_fit_the_time_does_not_end_the_training(make_config, monkeypatch, warmup):
     monkeypatch.setattr(

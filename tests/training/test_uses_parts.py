@@ -90,6 +90,7 @@ def test_parts_reach_the_method_and_a_killed_run_resumes(make_config, monkeypatc
     assert_same_run(resume(config.run_path()), whole)
 
 
+@pytest.mark.slow
 def test_part_names_choose_parts_and_their_order(make_config, birds, parted) -> None:
     model = {"method": "parted", "part_names": ["tail", "beak"]}
     run = fit(make_config(model=model, data=birds, trainer={"max_epochs": 1, "limit_train_batches": 1}))

@@ -9,9 +9,10 @@ from crossx.training.checkpoints import read_checkpoint
 from crossx.training.fit import fit
 from crossx.training.history import History
 from crossx.training.loop import Loop
+from slow import slow_except
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
+@pytest.mark.parametrize("ema_decay", slow_except([None, 0.5], 0.5))
 def test_checkpoints_hold_the_weights_that_were_validated(make_config, ema_decay):
     run = fit(make_config(optim={"ema_decay": ema_decay, "lr": 0.002}, trainer={"max_epochs": 2}))
     history = rows(run)

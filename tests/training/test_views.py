@@ -22,6 +22,7 @@ from crossx.training.task import Task
 FROZEN = {"freeze_stride": 8, "lr": 0.01, "schedule": "constant", "fit_heads": 2, "selection": "last"}
 
 
+@pytest.mark.slow
 def test_training_on_stored_maps_is_training_on_the_images(make_config, monkeypatch):
     images = fit(make_config("images", optim=FROZEN, trainer={"max_epochs": 2}))
     loaded = []
@@ -63,6 +64,7 @@ def test_a_step_on_maps_is_the_step_on_their_images(name):
         torch.testing.assert_close(gradients[1][key], value, msg=key)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(make_config, tmp_path):
     torch.manual_seed(7)
     # weights that the seed of the run does not draw

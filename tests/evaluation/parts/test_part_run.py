@@ -155,6 +155,7 @@ def test_keypoints(tmp_path, dataset, write, parts):
     assert 0 < max(chance) < 1.05 * np.pi * (0.1 * longest) ** 2
 
 
+@pytest.mark.slow
 def test_validation_images(tmp_path, birds):
     run = write_run(tmp_path / "run", "synthetic", birds, **DRAWN)
     info = run.read_info()
@@ -163,6 +164,7 @@ def test_validation_images(tmp_path, birds):
     assert (run.path / "val_parts.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_regression_on_the_measured_or_on_too_few_images_is_not_measured(tmp_path, birds, capsys):
     run = write_run(tmp_path / "run", "synthetic", birds, "pdisconet", **DRAWN)
     reasons = {}
