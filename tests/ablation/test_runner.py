@@ -281,8 +281,15 @@ def test_what_no_training_could_do_is_found_first(tmp_path: Path) -> None:
     untestable = f"variants: {{a: {{data: {{dataset: folder, root: {photos}, test_fraction: 0}}}}}}"
     with pytest.raises(CrossXError, match="variant a: dataset 'folder' has no test images"):
         check_trials(trials(tmp_path / "out", 0, text=untestable))
-    with pytest.raises(CrossXError, match="nowhere"):
-        check_trials(trials(tmp_path / "out", 0, text="variants: {a: {data: {dataset: cub, root: nowhere}}}"))
+    lost = "data: {dataset: cub, root: nowhere}"
+    with pytest.raises(CrossXError, match=r"variant a: .*nowhere"):
+        check_trials(trials(tmp_path / "out", 0, text=f"variants: {{a: {{{lost}}}}}"))
+    with pytest.raises(CrossXError, match=r"variant b: .*nowhere"):
+        check_trials(trials(tmp_path / "out", 0, text=f"variants: {{{good}, b: {{{lost}}}}}"))
+    # no variant is to blame for what all have
+    both = f"variants: {{a: {{{lost}}}, b: {{{lost}, model: {{method: plain}}}}}}"
+    with pytest.raises(CrossXError, match=r"^(?!variant).*nowhere"):
+        check_trials(trials(tmp_path / "out", 0, text=both))
 
 
 def test_tuning_needs_validation_of_the_epoch_that_is_kept(tmp_path: Path) -> None:

@@ -148,14 +148,17 @@ def check_trials(trials: Sequence[Trial], *, tuned: bool = False) -> None:
 
     Raises:
         UsageError: If an option cannot work, naming the variant.
-        CrossXError: If the data cannot be read.
+        CrossXError: If the data cannot be read, naming the variant unless all have the same data.
     """
     classes: dict[str, int] = {}
-    for trial in {(trial.variant, trial.alternative): trial for trial in trials}.values():
+    checked = {(trial.variant, trial.alternative): trial for trial in trials}.values()
+    same_data = len(checked) > 1 and len({repr(trial.config.data) for trial in checked}) == 1
+    for trial in checked:
         try:
             check_config(trial.config, classes, tested=True, tuned=tuned)
         except CrossXError as error:
-            error.args = (f"variant {trial.variant}: {error}",)
+            if classes or not same_data:
+                error.args = (f"variant {trial.variant}: {error}",)
             raise
 
 
@@ -164,7 +167,8 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
 
     Args:
         config: The configuration.
-        classes: Number of classes by the options of the data, so that these are read once; filled here.
+        classes: Number of classes by the options of the data, so that these are read once; filled here once nothing
+            is wrong with them.
         tested: Whether test images are needed.
         tuned: Whether validation images that choose between configurations are needed.
 
@@ -183,7 +187,6 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
     data, model = config.data, config.model
     if repr(data) not in classes:
         index = read_configured(data).with_validation(data.val_fraction, data.split_seed)
-        classes[repr(data)] = len(index.classes)
         if tested and not index.split(SPLIT):
             raise CrossXError(f"dataset {index.name!r} has no {SPLIT} images to measure it on.")
         if tuned and data.train_on == "trainval":
@@ -196,6 +199,7 @@ def check_config(config: Config, classes: dict[str, int], *, tested: bool, tuned
                 f"tuning needs validation images, and data.val_fraction {data.val_fraction:g} of {few} in "
                 f"{counted(len(index.classes), 'class')} holds none out: give a larger --data.val_fraction."
             )
+        classes[repr(data)] = len(index.classes)
     if tuned:
         _check_validates(config)
     check_backbone_args(model.backbone_args)

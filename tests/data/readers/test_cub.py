@@ -54,8 +54,19 @@ def test_an_image_without_box_or_visible_part(root: Path) -> None:
     edit(root / "bounding_boxes.txt", 1, None)
     edit(root / "parts/part_locs.txt", 1, "1 1 0.0 0.0 0")
     edit(root / "parts/part_locs.txt", 3, "1 3 0.0 0.0 0")
-    assert read_cub(root).records[0].box is None
-    assert read_cub(root).records[0].parts == {}
+    index = read_cub(root)
+    assert index.records[0].box is None
+    assert index.records[0].parts == {}
+    assert index.notes == ("bounding_boxes.txt: no line for 1 of 12 images",)
+
+
+def test_a_list_of_keypoints_that_ends_early_is_noted(root: Path) -> None:
+    path = root / "parts/part_locs.txt"
+    lines = path.read_text().splitlines()
+    write_lines(path, [line for line in lines if int(line.split()[0]) < 10])
+    index = read_cub(root)
+    assert index.records[-1].parts == {}
+    assert index.notes == ("parts/part_locs.txt: no line for 3 of 12 images",)
 
 
 def test_a_subset_keeps_the_order_of_class_ids(root: Path) -> None:

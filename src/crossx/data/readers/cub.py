@@ -14,6 +14,7 @@ from pathlib import Path
 
 from crossx.data.index import Box, DatasetIndex, Record
 from crossx.data.readers.parsing import Row, archive_root, distinct_names, keyed, read_rows, require_folder
+from crossx.errors import counted
 
 
 def read_cub(root: Path) -> DatasetIndex:
@@ -31,10 +32,12 @@ def read_cub(root: Path) -> DatasetIndex:
     root = archive_root(root, "classes.txt", "CUB_200_2011")
     classes = read_classes(root)
     labels = {class_id: label for label, class_id in enumerate(classes)}
+    records, notes = read_records(root, labels, "is not in classes.txt")
     return DatasetIndex(
         name="cub",
         classes=distinct_names(list(classes.values()), list(classes)),
-        records=read_records(root, labels, "is not in classes.txt"),
+        records=records,
+        notes=notes,
     )
 
 
@@ -44,8 +47,12 @@ def read_classes(root: Path) -> dict[int, str]:
     return dict(sorted((row.integer(0, "the class id"), row.fields[1]) for row in rows))
 
 
-def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> tuple[Record, ...]:
-    """Read the images listed in ``images.txt``, in its order; image files are not opened.
+def read_records(
+    root: Path, labels: Mapping[int, int], unknown_class: str
+) -> tuple[tuple[Record, ...], tuple[str, ...]]:
+    """Read the images listed in ``images.txt``, in its order, and notes on those that boxes or keypoints leave out.
+
+    Image files are not opened.
 
     Args:
         root: The archive's folder.
@@ -61,6 +68,12 @@ def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> t
     training = _of_images(root / "train_test_split.txt", "1 for training or 0 for test", images)
     folder = require_folder(root / "images")
     boxes, parts = _read_boxes(root), _read_parts(root)
+    listed = {"bounding_boxes.txt": boxes, "parts/part_locs.txt": parts}
+    notes = tuple(
+        f"{name}: no line for {len(images.keys() - found.keys()):,} of {counted(len(images), 'image')}"
+        for name, found in listed.items()
+        if found is not None and images.keys() - found.keys()
+    )
     records = []
     for image, row in images.items():
         class_id = class_ids[image].integer(1, "the class id")
@@ -71,11 +84,11 @@ def read_records(root: Path, labels: Mapping[int, int], unknown_class: str) -> t
                 path=row.file_in(folder, 1),
                 label=labels[class_id],
                 split="train" if training[image].flag(1, "the training column") else "test",
-                box=boxes.get(image),
+                box=None if boxes is None else boxes.get(image),
                 parts=None if parts is None else parts.get(image, {}),
             )
         )
-    return tuple(records)
+    return tuple(records), notes
 
 
 def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, Row]:
@@ -90,10 +103,10 @@ def _of_images(path: Path, column: str, images: Mapping[str, Row]) -> dict[str, 
     return rows
 
 
-def _read_boxes(root: Path) -> dict[str, Box]:
+def _read_boxes(root: Path) -> dict[str, Box] | None:
     path = root / "bounding_boxes.txt"
     if not path.exists():
-        return {}
+        return None
     boxes: dict[str, Box] = {}
     for image, row in keyed(read_rows(path, ("image id", "x", "y", "width", "height"))).items():
         x, y, width, height = row.numbers(1, 5, "x, y, width, height")
@@ -104,7 +117,7 @@ def _read_boxes(root: Path) -> dict[str, Box]:
 
 
 def _read_parts(root: Path) -> dict[str, dict[str, Box]] | None:
-    """Return image id -> part name -> visible keypoint, None without ``parts/``."""
+    """Return image id -> part name -> visible keypoint, for listed images, None without ``parts/``."""
     if not (root / "parts").exists():
         return None
     listed = keyed(read_rows(root / "parts" / "parts.txt", ("part id", "name"), text=True))
@@ -117,7 +130,8 @@ def _read_parts(root: Path) -> dict[str, dict[str, Box]] | None:
             raise row.error(f"part id {part} is not in parts.txt")
         if (earlier := first.setdefault((image, part), row)) is not row:
             raise row.error(f"part id {part} of image id {image} was already listed in {earlier.place}")
+        visible = parts.setdefault(image, {})
         if row.flag(4, "the visible column"):
             x, y = row.numbers(2, 4, "x, y")
-            parts.setdefault(image, {})[listed[part].fields[1]] = (x, y, 0.0, 0.0)
+            visible[listed[part].fields[1]] = (x, y, 0.0, 0.0)
     return parts

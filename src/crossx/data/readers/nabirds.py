@@ -38,10 +38,12 @@ def read_nabirds(root: Path) -> DatasetIndex:
     parents = _read_parents(root / "hierarchy.txt", names)
     leaves = sorted(parents.keys() - set(parents.values()))
     labels = {leaf: label for label, leaf in enumerate(leaves)}
+    records, notes = read_records(root, labels, "is not a leaf of classes.txt and hierarchy.txt")
     return DatasetIndex(
         name="nabirds",
         classes=_names(leaves, names),
-        records=read_records(root, labels, "is not a leaf of classes.txt and hierarchy.txt"),
+        records=records,
+        notes=notes,
         levels=_levels([_below_root(leaf, parents) for leaf in leaves], names),
     )
 
