@@ -1,5 +1,6 @@
 """Rejection by class means: the same everywhere, and nothing new for runs without them."""
 
+import json
 import logging
 import re
 import shutil
@@ -24,6 +25,8 @@ from crossx.export.export import export_run
 from crossx.methods.plain import Plain
 from crossx.methods.start import Start
 from crossx.methods.weights import load_method
+from crossx.predict.checksums import CHECKSUMS
+from crossx.predict.exported import KEY
 from crossx.predict.predictor import Predictor
 from crossx.runs import Run, read_json, write_json
 from crossx.share.sharing import save_pretrained
@@ -251,8 +254,9 @@ def test_a_file_that_lacks_a_described_output_is_damaged(run: Run, tmp_path: Pat
     weights = load_file(file)
     del weights["class_means"]
     with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(weights, file, metadata)
+        description = json.loads(opened.metadata()[KEY])
+    del description[CHECKSUMS]  # as in files of earlier versions
+    save_file(weights, file, {KEY: json.dumps(description)})
     with pytest.raises(
         CrossXError, match=r"mine.safetensors: returns \(1, 3\), \(1, 3\), but describes 3 classes and"
     ):
