@@ -5,7 +5,8 @@
 `crossx export` writes each run in float32 and in int8, without control and with each of `--max-drops`. Accuracy is that
 of the validation images, on which it is controlled, and of the test images, both compared with eager float32 image by
 image. Time is processor time of one thread per image at batch 1, in turn; `openvino bf16` is the float32 file with a
-precision hint. What is in the JSON file already is not measured again, and several processes may write to it.
+precision hint. `int8, before` is ONNX as `crossx export` wrote it before: biases are not corrected, and gates and merge
+of Cross-X stay in float. What is in the JSON file already is not measured again, and several processes may write to it.
 """
 
 from __future__ import annotations
@@ -13,30 +14,46 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import onnx
 import torch
 
 from backends import Run, open_onnxruntime, open_openvino
 from crossx.errors import CrossXError
+from crossx.export import quantize
 from crossx.export.export import ExportReport, export_run
+from crossx.layers import MergedLogits, SeparateGates
 from harness import interleave, parser, table, write
 
 ENDINGS = {"openvino": ".xml", "onnx": ".onnx"}
 UNLIMITED = 1.0
 """Tolerance with which every file is written."""
 REPEATS = 5
+BEFORE = "int8, before"
+
+
+def in_float(node: onnx.NodeProto) -> bool:
+    """Say whether a node stayed in float in `int8, before`."""
+    modules = [entry.value for entry in node.metadata_props if entry.key.endswith("class_hierarchy")]
+    layers = MergedLogits.__name__, SeparateGates.__name__
+    return node.op_type == "Softmax" or any(layer in own for layer in layers for own in modules)
 
 
 def export(run: Path, file: Path, data: Path, precision: str, max_drop: float | None) -> ExportReport | str:
     """Export a run, or return why it is refused."""
+    earlier = {"_stays_in_float": in_float, "correct_biases": lambda *arguments: None}
     try:
-        return export_run(
-            run, file, precision=precision, root=data, max_drop=max_drop,
-            tolerance=UNLIMITED if precision == "int8" else None,
-        )  # fmt: skip
+        with mock.patch.multiple(quantize, **earlier) if precision == BEFORE else nullcontext():
+            return export_run(
+                run, file, precision=precision.split(",")[0], root=data, max_drop=max_drop,
+                tolerance=UNLIMITED if precision.startswith("int8") else None,
+            )  # fmt: skip
     except CrossXError as error:
         return str(error).replace(f"{file}: ", "")
 
@@ -45,10 +62,10 @@ def facts(report: ExportReport) -> dict[str, Any]:
     """Return what the table shows of an int8 file."""
     found: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in report.files)}
     if report.accuracy is not None:
-        found["test"] = vars(report.accuracy)
+        found["test"] = asdict(report.accuracy)
     if report.control is not None:
         found |= {
-            "validation": vars(report.control.accuracy),
+            "validation": asdict(report.control.accuracy),
             "layers": len(report.control.layers),
             "reverted": report.control.reverted,
         }
@@ -58,6 +75,8 @@ def facts(report: ExportReport) -> dict[str, Any]:
 def measure(run: Path, data: Path, format_: str, drops: list[float], rounds: int) -> dict[str, Any]:
     """Export one run in all precisions, and time the files."""
     wanted = [("fp32", None), ("int8", None), *(("int8", drop) for drop in drops)]
+    if format_ == "onnx":
+        wanted.insert(1, (BEFORE, None))
     entry: dict[str, Any] = {}
     files: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +93,7 @@ def measure(run: Path, data: Path, format_: str, drops: list[float], rounds: int
             files[name] = open_openvino(file, "f32") if format_ == "openvino" else open_onnxruntime(file)
             if precision == "fp32" and format_ == "openvino":
                 entry["bf16"], files["bf16"] = {}, open_openvino(file, "bf16")
-        size = report_size(run)
+        size = int(read_run(run)["preprocessing"]["image_size"])
         image = torch.randint(256, (1, 3, size, size), dtype=torch.uint8)
         timings = interleave(
             {name: partial(run_, image) for name, run_ in files.items()},
@@ -85,8 +104,9 @@ def measure(run: Path, data: Path, format_: str, drops: list[float], rounds: int
     return entry
 
 
-def report_size(run: Path) -> int:
-    return int(json.loads((run / "model.json").read_text())["preprocessing"]["image_size"])
+def read_run(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "model.json").read_text())
+    return found
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from crossx.evaluation.unknowns import similarity
 from crossx.export.onnx_graph import export_onnx
 from crossx.export.quantize import Control, Quantized, _accuracy, _Wiring, quantize_onnx, quantize_openvino
+from crossx.methods import create_method
+from crossx.methods.weights import describe
+from crossx.predict.inference import Inference
+from crossx.runs import Preprocessing
 
 SIDE = 8
 HUGE = 3e5
@@ -70,19 +74,23 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], A
 QUANTIZE = {"onnx": quantize_onnx, "openvino": quantize_openvino}
 
 
-def accuracy(format_: str, graph: Any, images: Tensor, targets: Tensor) -> float:
-    """Return top-1 of a graph by the format's own runtime."""
+def logits(format_: str, graph: Any, images: Tensor) -> np.ndarray[Any, Any]:
+    """Return a graph's logits by the format's own runtime."""
     if format_ == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-        logits = session.run(["logits"], {"images": images.numpy()})[0]
-    else:
-        import openvino
+        found: np.ndarray[Any, Any] = session.run(["logits"], {"images": images.numpy()})[0]
+        return found
+    import openvino
 
-        compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        logits = compiled(images.numpy())["logits"]
-    return float((logits.argmax(1) == targets.numpy()).mean())
+    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.asarray(compiled(images.numpy())["logits"])
+
+
+def accuracy(format_: str, graph: Any, images: Tensor, targets: Tensor) -> float:
+    """Return top-1 of a graph by the format's own runtime."""
+    return float((logits(format_, graph, images).argmax(1) == targets.numpy()).mean())
 
 
 def quantized(format_: str, graphs: dict[str, Callable[[], Any]], max_drop: float | None) -> Quantized:
@@ -91,6 +99,38 @@ def quantized(format_: str, graphs: dict[str, Callable[[], Any]], max_drop: floa
     if max_drop is not None:
         control = Control(list(zip(images.split(16), targets.split(16), strict=True)), max_drop)
     return QUANTIZE[format_](graphs[format_](), [images], control)
+
+
+@pytest.mark.slow
+def test_all_kernels_of_crossx_become_int8_and_the_merge_pools_in_float() -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)
+    method = create_method("crossx", backbone="resnet10t", num_classes=3)
+    preprocessing = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    network = Inference(
+        method, describe(method, classes=["a", "b", "c"], preprocessing=preprocessing, dataset="drawn")
+    )
+    network.use_inference_form()
+    graph = export_onnx(network, images)
+    kernels = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+    whole = quantize_onnx(graph, [images])
+
+    assert set(kernels) <= set(whole.layers)
+    # two of the last stage, one for the logits
+    assert sum(name.startswith("merge.") for name in kernels) == 3
+    made_by = {name: node.op_type for node in whole.graph.graph.node for name in node.output}
+    readers = {name: node.op_type for node in whole.graph.graph.node for name in node.input}
+    # ONNX Runtime computes in int8 what is between the two
+    assert [
+        node.name
+        for node in whole.graph.graph.node
+        if node.name.startswith("merge/")
+        and (made_by[node.input[0]], readers[node.output[0]]) == ("DequantizeLinear", "QuantizeLinear")
+    ] == []
+    exact, rounded = logits("onnx", graph, images), logits("onnx", whole.graph, images)
+    assert np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.slow
@@ -116,6 +156,14 @@ def test_no_layer_goes_back_if_the_loss_is_accepted(
     format_: str, graphs: dict[str, Callable[[], Any]]
 ) -> None:
     assert quantized(format_, graphs, 0.6).reverted == ()
+
+
+@pytest.mark.slow
+def test_the_faster_graph_is_kept_where_it_loses_no_more_than_accepted(
+    graphs: dict[str, Callable[[], Any]],
+) -> None:
+    plain, accepted = (quantized("onnx", graphs, max_drop).graph for max_drop in (None, 0.6))
+    assert accepted.SerializeToString(deterministic=True) == plain.SerializeToString(deterministic=True)
 
 
 def test_the_controlled_accuracy_is_top_1_of_all_images() -> None:

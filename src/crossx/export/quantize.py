@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossx.layers import MergedLogits, SeparateGates
+from crossx.export.biases import correct_biases
+from crossx.layers import MergedLogits
 from crossx.predict.exported import open_session, openvino_core, without_telemetry
 from crossx.predict.inference import SIMILARITIES
 
@@ -65,20 +66,31 @@ def quantize_onnx(
 ) -> Quantized:
     """Quantise a graph to int8 weights and activations in ONNX's QDQ format.
 
-    By ONNX Runtime, with control of the accuracy by NNCF. Weights use 7 bits: processors without VNNI or AMX add two
-    products in 16 bits, which could overflow otherwise (``reduce_range``,
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NNCF's ``OverflowFix``).
+    By ONNX Runtime and, if that costs more accuracy than ``control`` accepts, by NNCF, whose graphs are slower. Weights
+    use 7 bits: processors without VNNI or AMX add two products in 16 bits, which could overflow otherwise
+    (``reduce_range``, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NNCF's
+    ``OverflowFix``). The biases make up for most of what the rounding costs, see ``correct_biases``; NNCF does so, too.
 
-    The layers that only the similarities need stay in float: rejection depends on them, and they take next to no time
-    (docs/export.md compares both).
+    What stays in float: the layers that only the similarities need, since rejection depends on them and they take next
+    to no time, and the pooling of Cross-X's merge, which takes longer in int8 (docs/export.md compares both).
 
     Args:
         graph: A graph of ``export_onnx``.
         batches: Images to calibrate on, uint8 (B, 3, S, S).
         control: The accuracy to keep; layers that cost too much of it stay in float.
     """
-    if control is not None:
-        return _quantize_with_nncf(graph, batches, control, _onnx_runtime)
+    quantized = _quantize_with_onnx_runtime(graph, batches)
+    if control is None:
+        return quantized
+    before, after = (
+        _accuracy(_classify_onnx(network), control.batches)[0] for network in (graph, quantized.graph)
+    )
+    if before - after <= _max_drop(control):
+        return quantized
+    return _quantize_with_nncf(graph, batches, control, _onnx_runtime)
+
+
+def _quantize_with_onnx_runtime(graph: onnx.ModelProto, batches: Sequence[Tensor]) -> Quantized:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -102,12 +114,10 @@ def quantize_onnx(
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[
-                *(node.name for node in graph.graph.node if _stays_in_float(node)),
-                *_onnx_wiring(graph).only_for(SIMILARITIES),
-            ],
+            nodes_to_exclude=[*_onnx_in_float(graph), *_onnx_wiring(graph).only_for(SIMILARITIES)],
         )
         quantized = onnx.load(path)
+    correct_biases(graph, quantized, batches)
     return Quantized(quantized, _onnx_layers(quantized))
 
 
@@ -127,6 +137,7 @@ class _Runtime:
         classify: Turns what NNCF passes to the validation function into a function of images.
         layers: Names the layers with int8 weights.
         wiring: Returns which nodes read which.
+        in_float: Names nodes that would only be slower in int8.
         read: Reads the fully quantised network, which NNCF writes.
         suffix: Suffix of its file.
         parameters: NNCF's advanced parameters of the quantisation.
@@ -136,6 +147,7 @@ class _Runtime:
     classify: Callable[[Any], Classify]
     layers: Callable[[Any], tuple[str, ...]]
     wiring: Callable[[Any], _Wiring]
+    in_float: Callable[[Any], list[str]]
     read: Callable[[Path], Any]
     suffix: str
     parameters: Any = None
@@ -150,7 +162,8 @@ def _quantize_with_nncf(
     api = runtime()
     images = [api.item(image[None].contiguous().numpy()) for batch in batches for image in batch]
     # constants and outputs are not among the nodes that NNCF can ignore
-    ignored = nncf.IgnoredScope(names=api.wiring(graph).only_for(SIMILARITIES), validate=False)
+    names = [*api.wiring(graph).only_for(SIMILARITIES), *api.in_float(graph)]
+    ignored = nncf.IgnoredScope(names=names, validate=False)
     options = {
         "preset": nncf.QuantizationPreset.MIXED, "subset_size": len(images), "ignored_scope": ignored
     }  # fmt: skip
@@ -168,8 +181,7 @@ def _quantize_with_nncf(
             nncf.Dataset(images),
             nncf.Dataset(control.batches),
             lambda model, items: _accuracy(api.classify(model), items),
-            # rounding, and the share of the probabilities
-            max_drop=control.max_drop + 2 * TIE,
+            max_drop=_max_drop(control),
             drop_type=nncf.DropType.ABSOLUTE,
             advanced_quantization_parameters=api.parameters,
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
@@ -180,6 +192,11 @@ def _quantize_with_nncf(
         first = api.layers(api.read(Path(folder) / f"intermediate_model{api.suffix}"))
     left = set(api.layers(quantized))
     return Quantized(quantized, first, tuple(name for name in first if name not in left))
+
+
+def _max_drop(control: Control) -> float:
+    # rounding, and the share of the probabilities
+    return control.max_drop + 2 * TIE
 
 
 def _accuracy(classify: Classify, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
@@ -200,7 +217,8 @@ def _openvino_runtime() -> _Runtime:
         return lambda images: compiled(images)["probabilities"]
 
     return _Runtime(
-        lambda images: images, classify, _openvino_layers, _openvino_wiring, openvino_core().read_model, ".xml"
+        lambda images: images, classify, _openvino_layers, _openvino_wiring, lambda graph: [],
+        openvino_core().read_model, ".xml",
     )  # fmt: skip
 
 
@@ -209,10 +227,6 @@ def _onnx_runtime() -> _Runtime:
     import onnx
     from nncf.quantization.advanced_parameters import QuantizationParameters, QuantizerPropagationRule
 
-    def classify(graph: onnx.ModelProto) -> Classify:
-        session = open_session(graph.SerializeToString())
-        return lambda images: session.run(["probabilities"], {"images": images})[0]
-
     # with scales per channel, or without int8 sums, ONNX Runtime computes convolutions next to them in float
     parameters = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.ENABLE,
@@ -220,8 +234,14 @@ def _onnx_runtime() -> _Runtime:
         quantizer_propagation_rule=QuantizerPropagationRule.DO_NOT_MERGE_BRANCHES,
     )
     return _Runtime(
-        lambda images: {"images": images}, classify, _onnx_layers, _onnx_wiring, onnx.load, ".onnx", parameters
+        lambda images: {"images": images}, _classify_onnx, _onnx_layers, _onnx_wiring, _onnx_in_float,
+        onnx.load, ".onnx", parameters,
     )  # fmt: skip
+
+
+def _classify_onnx(graph: onnx.ModelProto) -> Classify:
+    session = open_session(graph.SerializeToString())
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
 def _openvino_layers(graph: openvino.Model) -> tuple[str, ...]:
@@ -301,6 +321,10 @@ def _openvino_wiring(graph: openvino.Model) -> _Wiring:
     return _Wiring(inputs, ends)
 
 
+def _onnx_in_float(graph: onnx.ModelProto) -> list[str]:
+    return [node.name for node in graph.graph.node if _stays_in_float(node)]
+
+
 def _stays_in_float(node: onnx.NodeProto) -> bool:
     # quantised probabilities, in steps of 1/255, would not equal softmax(logits / T)
     if node.op_type == "Softmax":
@@ -308,7 +332,8 @@ def _stays_in_float(node: onnx.NodeProto) -> bool:
     modules = next(
         (entry.value for entry in node.metadata_props if entry.key.endswith("class_hierarchy")), ""
     )
-    return any(layer.__name__ in modules for layer in (SeparateGates, MergedLogits))
+    # its kernels become int8; ONNX Runtime is slow at pooling windows in int8
+    return MergedLogits.__name__ in modules and node.op_type != "Conv"
 
 
 @contextmanager
