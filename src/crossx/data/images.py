@@ -137,6 +137,9 @@ def read_picture(image: Image.Image) -> Tensor:
     """
     import torch
 
+    if 0 in image.size:
+        width, height = image.size
+        raise _image_error(b"image", f"has no pixels ({width} x {height})")
     with _explained(b"image"):
         pixels = np.array(_upright(_decoded(image)[0], _orientation(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)

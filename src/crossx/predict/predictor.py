@@ -28,7 +28,7 @@ from crossx.predict.exported import ExportedModel, is_exported
 from crossx.predict.identity import WeightsFile
 from crossx.predict.inputs import ImageInput, OneImage, decode, expand
 from crossx.predict.outputs import Columns
-from crossx.predict.prefetch import prefetch_batches
+from crossx.predict.prefetch import prefetch_batches, require_count
 from crossx.predict.results import ExplainedImage, Features, Neighbors, Prediction
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
@@ -228,6 +228,7 @@ class Predictor:
             One prediction per image, in order.
 
         Raises:
+            UsageError: If something is not of these types.
             CrossXError: As ``expand_paths``.
         """
         return list(self.iter_predict(images, top, batch_size))
@@ -239,8 +240,8 @@ class Predictor:
 
         Images are decoded in threads ahead of the network; only a few batches are held in memory.
         """
-        if top < 1 or batch_size < 1:
-            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        require_count("top", top)
+        require_count("batch_size", batch_size)
         return self.iter_images(expand(images), top, batch_size)
 
     def iter_images(
@@ -307,8 +308,8 @@ class Predictor:
         """
         from crossx.predict.neighbors import NeighborIndex
 
-        if top < 1 or batch_size < 1:
-            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        require_count("top", top)
+        require_count("batch_size", batch_size)
         items = expand(images)
         index = NeighborIndex.open(self, root=root, approximate=approximate, batch_size=batch_size)
         return list(index.find(items, top, batch_size))

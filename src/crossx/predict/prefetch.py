@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from numbers import Integral
 from typing import TypeVar
 
 from crossx.data.threads import map_ahead
@@ -14,6 +15,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_WORKERS = 8
+
+
+def require_count(name: str, value: int) -> None:
+    """Refuse what is not a whole number of at least 1, as Python and NumPy have them.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
 def prefetch_batches(
@@ -27,10 +38,9 @@ def prefetch_batches(
         batch_size: Items per batch; the last may have fewer.
 
     Raises:
-        UsageError: If ``batch_size`` is below 1.
+        UsageError: As ``require_count``.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
+    require_count("batch_size", batch_size)
     workers = min(MAX_WORKERS, os.cpu_count() or 1)
     pairs = map_ahead(lambda item: (item, prepare(item)), items, workers, max(batch_size, workers))
     while batch := list(islice(pairs, batch_size)):
