@@ -319,7 +319,7 @@ def test_what_cannot_be_tuned_leaves_no_folder(
 
 def test_wrong_calls(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
-        ({"trials": 0}, "trials must be at least 1"),
+        ({"trials": 0}, "trials must be a whole number of at least 1, not 0"),
         ({"max_time": "soon"}, "max_time takes a time such as 1h30m"),
         ({"max_time": "0s"}, "max_time must be above 0"),
         ({"pruner": "mean"}, "Did you mean 'median'"),

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, check_count
 from crossx.evaluation.decisions import Accept, Decider, Decision
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork, require_finite
@@ -28,7 +28,7 @@ from crossx.predict.exported import ExportedModel, is_exported
 from crossx.predict.identity import WeightsFile
 from crossx.predict.inputs import ImageInput, OneImage, decode, expand
 from crossx.predict.outputs import Columns
-from crossx.predict.prefetch import prefetch_batches, require_count
+from crossx.predict.prefetch import prefetch_batches
 from crossx.predict.results import ExplainedImage, Features, Neighbors, Prediction
 from crossx.runs import ModelSpec, Run, open_run
 from crossx.suggestions import nearest
@@ -240,8 +240,8 @@ class Predictor:
 
         Images are decoded in threads ahead of the network; only a few batches are held in memory.
         """
-        require_count("top", top)
-        require_count("batch_size", batch_size)
+        check_count("top", top)
+        check_count("batch_size", batch_size)
         return self.iter_images(expand(images), top, batch_size)
 
     def iter_images(
@@ -308,8 +308,8 @@ class Predictor:
         """
         from crossx.predict.neighbors import NeighborIndex
 
-        require_count("top", top)
-        require_count("batch_size", batch_size)
+        check_count("top", top)
+        check_count("batch_size", batch_size)
         items = expand(images)
         index = NeighborIndex.open(self, root=root, approximate=approximate, batch_size=batch_size)
         return list(index.find(items, top, batch_size))

@@ -5,26 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from numbers import Integral
 from typing import TypeVar
 
 from crossx.data.threads import map_ahead
-from crossx.errors import UsageError
+from crossx.errors import check_count
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_WORKERS = 8
-
-
-def require_count(name: str, value: int) -> None:
-    """Refuse what is not a whole number of at least 1, as Python and NumPy have them.
-
-    Raises:
-        UsageError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
 def prefetch_batches(
@@ -38,9 +27,9 @@ def prefetch_batches(
         batch_size: Items per batch; the last may have fewer.
 
     Raises:
-        UsageError: As ``require_count``.
+        UsageError: If ``batch_size`` is not a whole number of at least 1.
     """
-    require_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     workers = min(MAX_WORKERS, os.cpu_count() or 1)
     pairs = map_ahead(lambda item: (item, prepare(item)), items, workers, max(batch_size, workers))
     while batch := list(islice(pairs, batch_size)):

@@ -29,11 +29,20 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from crossx.ablation.runner import Processes, Trial, check_config, describe_training
 from crossx.ablation.suite import apply_changes
 from crossx.ablation.tuning import read_validation
-from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
+from crossx.errors import (
+    CrossXError,
+    Stopped,
+    UsageError,
+    check_choice,
+    check_count,
+    check_type,
+    counted,
+    sigterm_interrupts,
+)
 from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
 from crossx.terminal import step
-from crossx.training.config import Config
+from crossx.training.config import FROM_RECIPE, Config
 from crossx.training.durations import parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
 from crossx.tuning.results import write_results
@@ -87,9 +96,10 @@ def tune(
         Stopped: On Ctrl-C or SIGTERM.
     """
     require("crossx tune", "optuna", extra="tune")
+    check_type("crossx.tune", config, Config, FROM_RECIPE)
     check_choice("pruner", pruner, get_args(Pruner))
-    if trials < 1:
-        raise UsageError(f"trials must be at least 1, not {trials}.")
+    check_count("trials", trials)
+    check_count("jobs", jobs)
     seconds = parse_time(max_time, "max_time") if max_time is not None else float("inf")
     if seconds <= 0:
         raise UsageError(f"max_time must be above 0, not {max_time!r}.")
