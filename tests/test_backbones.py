@@ -177,6 +177,12 @@ def test_names_that_cannot_work(name: str, args: dict[str, object], message: str
         create_backbone(name, args=args)
 
 
+@pytest.mark.parametrize("name", [None, 18, Path("resnet18")])
+def test_a_name_is_text(name: Any) -> None:
+    with pytest.raises(UsageError, match="a backbone is the name of a timm model, not"):
+        create_backbone(name)
+
+
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k", "legacy_seresnet18.in1k", "hf-hub:me/birds"])
 def test_without_a_network_the_error_comes_at_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,8 +9,10 @@ import crossx
 from crossx.audit.run import audit_dataset
 from crossx.methods import create_method, list_methods
 from crossx.predict.predictor import Predictor
+from crossx.share import save_pretrained
 from crossx.training.config import Config
 from crossx.training.fit import fit
+from refusals import refusal
 
 
 def test_public_names_are_those_of_the_rooms() -> None:
@@ -28,6 +32,39 @@ def test_version_is_that_of_the_distribution() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'crossx' has no attribute 'nothing'"):
         _ = crossx.nothing
+
+
+@pytest.mark.parametrize(
+    ("call", "named", "remedy"),
+    [
+        (lambda wrong: crossx.fit(wrong), "crossx.fit takes a Config", "Config.from_recipe("),
+        (lambda wrong: crossx.tune(wrong, "tuned"), "crossx.tune takes a Config", "Config.from_recipe("),
+        (
+            lambda wrong: save_pretrained(wrong, "shared"),
+            "save_pretrained takes a Predictor",
+            "crossx.load(RUN) loads one",
+        ),
+    ],
+    ids=["fit", "tune", "save_pretrained"],
+)
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [("finetune", "'finetune'"), (None, "None"), ({}, "a dict"), (Path("runs/mine"), "a PosixPath")],
+    ids=repr,
+)
+def test_an_argument_of_another_type_is_refused_with_what_makes_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Any,
+    named: str,
+    remedy: str,
+    wrong: Any,
+    shown: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refusal(call, wrong)
+    assert message.startswith(f"{named}, not {shown}: {remedy}")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

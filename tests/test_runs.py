@@ -226,6 +226,39 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         open_run(tmp_path / "run")
 
 
+def test_a_folder_around_or_in_a_run_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To train into it would be refused."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/a", "several/a", "several/b"):
+        make_run(Path(folder), "model.safetensors", "checkpoints/last.ckpt")
+    for folder in ("one/a/test/deeper", "photos/robin", "empty"):
+        Path(folder).mkdir(parents=True)
+    of_one = "It is in the run one/a: give that, or a checkpoint in it."
+    expected = {
+        "one": "It holds 1 run: give one/a.",
+        "several": "It holds 2 runs: give one, such as several/a.",
+        "one/a/checkpoints": of_one,
+        "one/a/test": of_one,
+        "one/a/test/deeper": of_one,
+        "photos": "Give a folder that `crossx fit` wrote.",
+        "empty": "`crossx fit --output empty` makes one.",
+    }
+    for folder, remedy in expected.items():
+        assert refusal(open_run, folder) == f"{folder}: not a run folder (no model.json). {remedy}"
+    monkeypatch.chdir("one/a/test")
+    assert refusal(open_run, ".").endswith("It is in the run ..: give that, or a checkpoint in it.")
+
+
+@pytest.mark.parametrize("name", ["model.json", "run.json", "config.yaml", "test/report.html", "METRICS.CSV"])
+def test_a_file_without_weights_names_its_run(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "run", "model.safetensors")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    expected = f"{path}: a file without weights. Give its run, {tmp_path / 'run'}, or a checkpoint."
+    assert refusal(open_run, path) == expected
+
+
 @pytest.mark.parametrize(
     ("slip", "near"),
     [

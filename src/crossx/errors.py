@@ -6,9 +6,11 @@ import contextlib
 import math
 import os
 import re
+import reprlib
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from numbers import Integral
 from types import FrameType
 
 from crossx.suggestions import nearest
@@ -68,6 +70,21 @@ def check_positive(name: str, value: float) -> None:
     """Raise ``UsageError`` if an option's value is not above 0 and finite."""
     if not 0 < value < math.inf:
         raise UsageError(f"{name} must be above 0 and finite, not {value}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number of at least 1, as Python and NumPy have them."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, not {reprlib.repr(value)}.")
+
+
+def check_type(call: str, value: object, kind: type, remedy: str) -> None:
+    """Refuse an argument of another type; ``remedy`` says how to make one of this type."""
+    if not isinstance(value, kind):
+        shown = (
+            reprlib.repr(value) if value is None or isinstance(value, str) else f"a {type(value).__name__}"
+        )
+        raise UsageError(f"{call} takes a {kind.__name__}, not {shown}: {remedy}.")
 
 
 def first_line(error: BaseException) -> str:

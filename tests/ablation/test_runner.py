@@ -192,7 +192,7 @@ def test_a_failure_is_told_in_one_line_and_stops_no_other(command: Path) -> None
     reasons = {trial.seed: reason for trial, reason in failed.items()}
     assert reasons.keys() == {1, 2}
     assert reasons[1] == "crossx fit: error: the loss is not finite."
-    assert "SIGKILL" in reasons[2]
+    assert reasons[2] == "killed by SIGKILL, as where memory is short."
     assert sorted(reports) == sorted([(0, None), *reasons.items()], key=lambda pair: pair[0])
 
 

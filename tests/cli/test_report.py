@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +50,26 @@ def test_a_run_is_tested_first(place: Path, capsys: pytest.CaptureFixture[str]) 
     # 6 images with 2 parts on 3 stages, each in its section and in at most one pair for each role
     assert page.count("data:image/webp") >= 6 * 7
     assert "robin/" in page
+
+
+@pytest.mark.parametrize("output", [[], ["--output", "page.html"]])
+def test_a_run_that_must_be_tested_and_cannot_be_written_to_is_to_be_copied(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: list[str]
+) -> None:
+    """Another --output would not help."""
+    monkeypatch.setattr(report, "test_run", lambda *_, **__: pytest.fail("tested"))
+    opened = tempfile.TemporaryFile
+
+    def refused(*, dir: Path, **options: Any) -> Any:
+        if Path("run") in (dir, *dir.parents):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    assert main(["report", "run", "--data.root", "images", *output, *QUICK]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    expected = "run: no permission to write there. Copy the run to a folder of your own."
+    assert line == f"crossx report: error: {expected}"
 
 
 @pytest.mark.parametrize(

@@ -124,5 +124,8 @@ def test_formats_that_are_not_allowed_are_not_opened() -> None:
     for kind in ("TIFF", "JPEG2000", "PPM"):
         with pytest.raises(ImageError, match=f"is a {kind} image, which is not accepted: send JPEG or PNG"):
             decoding_cost(encoded(kind), ("JPEG", "PNG"))
-    with pytest.raises(ImageError, match="is not a JPEG, PNG"):
+    for formats, named in ((("WEBP",), "WebP"), (("PPM", "JPEG2000", "GIF"), "PNM, JPEG 2000 or GIF")):
+        with pytest.raises(ImageError, match=f"is not a {named} image, or"):
+            decoding_cost(b"no image at all", formats)
+    with pytest.raises(ImageError, match="is not a JPEG or PNG image, or its header is broken"):
         decoding_cost(b"no image at all", ("JPEG", "PNG"))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from crossx.data.image_files import find_images
+from crossx.data.image_files import find_images, require_images
 from crossx.errors import CrossXError
+from refusals import refusal
 
 
 def test_find_images(tmp_path: Path) -> None:
@@ -35,6 +36,17 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     linked.symlink_to(a)
     assert find_images(linked) == [linked / "1.jpg", linked / "other/3.jpg"]
+
+
+def test_a_folder_of_raw_files_says_so(tmp_path: Path) -> None:
+    assert refusal(require_images, tmp_path) == f"{tmp_path}: there is no image in this folder or below it."
+    (tmp_path / "day").mkdir()
+    for name in ("a.CR2", "day/b.dng", "day/c.txt"):
+        (tmp_path / name).touch()
+    assert refusal(require_images, tmp_path) == (
+        f"{tmp_path}: there is no image in this folder or below it, but 2 images that are not read (.cr2, .dng): "
+        "convert to JPEG or PNG."
+    )
 
 
 def test_find_images_in_a_missing_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from crossx.methods import Method, create_method, list_methods, method_class, me
 from crossx.methods.weights import build_method, describe, load_method, load_weights, save_weights
 from crossx.runs import Preprocessing, Run, write_json
 from crossx.testing import checks
+from refusals import refusal
 from slow import slow_except
 
 PREPROCESSING = Preprocessing(64, None, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -302,8 +304,12 @@ def test_unknown_names_suggest_the_nearest() -> None:
         method_class("cross-x")
     with pytest.raises(UsageError, match=r"method 'plain' has no option 'num_parts'.*It has: none"):
         create_method("plain", backbone="resnet10t", num_classes=3, num_parts=2)
-    with pytest.raises(UsageError, match="num_classes must be at least 1"):
-        create_method("plain", backbone="resnet10t", num_classes=0)
+
+
+@pytest.mark.parametrize("number", [0, -1, "3", 3.0, True, None])
+def test_a_number_of_classes_that_is_none_is_refused(number: Any) -> None:
+    message = refusal(create_method, "plain", backbone="test_resnet", num_classes=number)
+    assert message == f"num_classes must be a whole number of at least 1, not {number!r}."
 
 
 def test_options_are_kept_with_their_defaults() -> None:

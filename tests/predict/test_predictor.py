@@ -1,3 +1,4 @@
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +157,46 @@ def test_top_ends_at_the_number_of_classes(predictor, images):
     assert sum(value for _, value in prediction.top) == pytest.approx(1)
     with pytest.raises(UsageError, match="at least 1"):
         predictor.predict(images, top=0)
+
+
+@pytest.mark.parametrize("value", [0, -1, "3", 2.5, True, None])
+@pytest.mark.parametrize("name", ["top", "batch_size"])
+@pytest.mark.parametrize("call", ["predict", "iter_predict", "neighbors"])
+def test_numbers_that_are_none_are_refused(predictor, images, call, name, value):
+    message = refusal(lambda: getattr(predictor, call)(images, **{name: value}))
+    assert message == f"{name} must be a whole number of at least 1, not {value!r}."
+
+
+def test_numbers_of_numpy_are_numbers(predictor, images):
+    expected = predictor.predict(images, top=2, batch_size=3)
+    assert predictor.predict(images, top=np.int64(2), batch_size=np.int32(3)) == expected
+
+
+@pytest.mark.parametrize("call", ["predict", "iter_features", "iter_explain", "inputs", "neighbors"])
+def test_what_is_no_image_is_refused_before_anything_is_read(predictor, images, call):
+    array = np.zeros((12, 20, 3), np.uint8)
+    for wrong, named in [
+        (array, "uint8, (12, 20, 3)"),
+        ([*images, array], "uint8, (12, 20, 3)"),
+        (np.stack([array] * 2), "uint8, (2, 12, 20, 3)"),
+        (None, "NoneType"),
+        ([images[0], None], "NoneType"),
+        (3, "int"),
+        ([[images[0]]], "list"),
+        (io.BytesIO(images[0].read_bytes()), "BytesIO"),
+        ([io.BytesIO(images[0].read_bytes())], "BytesIO"),
+        (bytearray(images[0].read_bytes()), "bytearray"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            list(getattr(predictor, call)(wrong))
+        assert named in str(caught.value)
+        assert ("PIL.Image.fromarray" in str(caught.value)) == ("uint8, (" in named)
+
+
+@pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0)])
+def test_a_pillow_image_without_pixels_is_named(predictor, size):
+    (prediction,) = predictor.predict(Image.new("RGB", size))
+    assert prediction.error == f"the image has no pixels ({size[0]} x {size[1]})."
 
 
 def test_streaming_decodes_only_a_little_ahead(predictor, images, monkeypatch):

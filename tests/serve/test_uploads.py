@@ -104,7 +104,11 @@ def test_formats_for_strangers_are_chosen(
     picture = io.BytesIO()
     Image.open(images[0]).save(picture, "TIFF")
     (refused,) = client.post("/predict", files=files(picture.getvalue())).json()["predictions"]
-    assert refused["error"].startswith("is a TIFF image, which is not accepted: send JPEG or PNG")
+    assert (
+        refused["error"] == "is a TIFF image, which is not accepted: send JPEG, PNG, WebP, GIF, BMP or AVIF"
+    )
+    (refused,) = client.post("/predict", files=files(b"no image")).json()["predictions"]
+    assert refused["error"] == "is not a JPEG, PNG, WebP, GIF, BMP or AVIF image, or its header is broken"
     with TestClient(create_app(predictor, Limits(formats=("TIFF",)))) as allowing:
         assert allowing.post("/predict", files=files(picture.getvalue())).status_code == 200
     with pytest.raises(UsageError, match="unknown format 'TIF'"):

@@ -160,6 +160,36 @@ def test_a_search_that_was_stopped_continues_as_one_that_was_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    ["optim.lr: {low: 1e-4, high: 1e-1, log: true}\n", "optim.lr: [0.01, 0.1]\n"],
+    ids=["range", "choices"],
+)
+def test_a_search_continues_from_a_kill_after_any_line_of_the_journal(
+    base: Config, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setattr(search, "write_results", lambda tuned: None)
+    space = tmp_path / "space.yaml"
+    space.write_text(options + "data.augmentation: [crop, trivial]\n")
+    whole = [
+        (trial.number, trial.values) for trial in tune(base, tmp_path / "whole", space=space, trials=3).trials
+    ]
+    lines = (tmp_path / "whole/journal.log").read_bytes().splitlines(keepends=True)
+    for count, line in enumerate(lines):
+        # accuracies of epochs, and seconds
+        if json.loads(line)["op_code"] in (2, 7):
+            continue
+        cut = tmp_path / f"cut-{count}"
+        cut.mkdir()
+        (cut / "tune.json").write_bytes((tmp_path / "whole/tune.json").read_bytes())
+        (cut / "journal.log").write_bytes(b"".join(lines[:count]))
+        trained.clear()
+        tuned = tune(base, cut, space=space, trials=3)
+        assert [(trial.number, trial.values) for trial in tuned.trials] == whole, line
+        assert len({*trained}) == len(trained)
+
+
+@pytest.mark.slow
 def test_no_combination_is_trained_twice(base: Config, tmp_path: Path, trained: list[str]) -> None:
     path = tmp_path / "space.yaml"
     path.write_text("optim.lr: [0.01, 0.1]\ndata.augmentation: [crop, trivial]\n")
@@ -289,7 +319,7 @@ def test_what_cannot_be_tuned_leaves_no_folder(
 
 def test_wrong_calls(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
-        ({"trials": 0}, "trials must be at least 1"),
+        ({"trials": 0}, "trials must be a whole number of at least 1, not 0"),
         ({"max_time": "soon"}, "max_time takes a time such as 1h30m"),
         ({"max_time": "0s"}, "max_time must be above 0"),
         ({"pruner": "mean"}, "Did you mean 'median'"),

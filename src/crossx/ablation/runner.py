@@ -437,9 +437,10 @@ def visible_gpus() -> list[str]:
 def _reason(log: Path, code: int) -> str:
     """Return the error of a failed process, which is the last line of its output."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}; see {log}."
+        name = signal.Signals(-code).name
+        return f"killed by {name}{', as where memory is short' if -code == signal.SIGKILL else ''}."
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit code {code}; see {log}."
+    return lines[-1] if lines else f"exit code {code} without a message."
 
 
 def _check_same(trial: Trial) -> None:

@@ -44,6 +44,8 @@ def create_backbone(
         UsageError: If timm has no such model, or the model does not accept ``args``.
         CrossXError: If the weights cannot be downloaded or read, or do not fit.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a backbone is the name of a timm model, not {name!r}.")
     architecture, own_args = _resolve(name)
     merged = {**own_args, **(args or {})}
     downloads = pretrained and weights is None

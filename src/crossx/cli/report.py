@@ -10,7 +10,7 @@ from crossx.cli.neighbors import open_index
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
 from crossx.cli.parser import Natural
 from crossx.cli.test import is_tested, print_results, test_run
-from crossx.runs import open_run
+from crossx.runs import check_writable, open_run
 from crossx.terminal import step
 
 if TYPE_CHECKING:
@@ -49,10 +49,15 @@ def report(
         from crossx.report.results import read_records
         from crossx.report.run import report_path, report_run
 
+    opened, tested = open_run(run)[0], is_tested(run, split, data)
+    if not tested:
+        # another --output would not help
+        folder = opened.results_folder()
+        check_writable(folder, folder / opened.info.name)
     report_path(run, split, output)
     # before a test that takes minutes
-    read_records(open_run(run)[0], split)
-    if not is_tested(run, split, data):
+    read_records(opened, split)
+    if not tested:
         print_results(run, test_run(run, split, data, device))
     find = _similar_finder(run, neighbors, data, device) if neighbors else None
     with step("Writing the report"):

@@ -82,7 +82,7 @@ def tune(
 
     def report(trial: TrialResult, best: TrialResult | None) -> None:
         minutes = (time.monotonic() - start) / 60
-        outcome = trial.reason if trial.state == "failed" else _accuracy(trial)
+        outcome = f"{trial.reason} (log: {trial.run}.log)" if trial.state == "failed" else _accuracy(trial)
         # a proposal that repeats another one has a number too
         of = f" of {trials}" if trial.number <= trials else ""
         after = f" after {counted(trial.epochs, 'epoch')}" if trial.state == "pruned" else ""

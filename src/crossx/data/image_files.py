@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crossx.data.images import printable
 from crossx.data.leftovers import is_leftover
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, counted
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -16,8 +17,18 @@ IMAGE_SUFFIXES = frozenset(
 """File names that count as images, in either case. HEIC is included so that it is reported as unreadable and not
 silently ignored."""
 
+UNREAD_SUFFIXES = frozenset({
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw", ".nef",
+    ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f", ".psd", ".psb",
+    ".xcf", ".svg", ".ico", ".tga", ".exr", ".hdr", ".jxl", ".eps", ".dcm",
+})  # fmt: skip
+"""Those of other images: raw files of cameras, and formats of editors, drawings and scanners. A file of this kind next
+to an image of the same name, as cameras write both, is not missed."""
 
-def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
+
+def find_images(
+    folder: Path, skipped: list[Path] | None = None, unread: list[Path] | None = None
+) -> list[Path]:
     """Return every image file in a folder and its subfolders, sorted by relative path.
 
     Links are followed, except to folders that were searched before or have ``folder`` in them.
@@ -28,6 +39,7 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     Args:
         folder: Where to search.
         skipped: If given, the files and folders that were skipped as hidden or left behind are appended.
+        unread: Likewise for images of formats that are not read (``UNREAD_SUFFIXES``), where no other has their name.
 
     Raises:
         CrossXError: If a folder cannot be listed.
@@ -47,7 +59,10 @@ def find_images(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
                 Path(directory, name) for name in sorted([*subfolders, *names]) if is_leftover(name)
             )
         subfolders[:] = sorted(name for name in subfolders if not is_leftover(name))
-        found.extend(Path(directory, name) for name in names if is_image_name(name))
+        images = [name for name in names if is_image_name(name)]
+        found.extend(Path(directory, name) for name in images)
+        if unread is not None:
+            unread.extend(Path(directory, name) for name in _unread(names, images))
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
@@ -57,9 +72,26 @@ def require_images(folder: Path) -> list[Path]:
     Raises:
         CrossXError: If there are none, or a folder cannot be listed.
     """
-    if not (found := find_images(folder)):
-        raise CrossXError(f"{folder}: there is no image in this folder or below it.")
+    unread: list[Path] = []
+    if not (found := find_images(folder, unread=unread)):
+        others = f", but {describe_unread(unread)}" if unread else ""
+        raise CrossXError(f"{folder}: there is no image in this folder or below it{others}.")
     return found
+
+
+def describe_unread(files: Sequence[Path]) -> str:
+    """Count images of formats that are not read, with their suffixes and what to do."""
+    suffixes = ", ".join(sorted({file.suffix.lower() for file in files}))
+    verb = "that is" if len(files) == 1 else "that are"
+    return f"{counted(len(files), 'image')} {verb} not read ({suffixes}): convert to JPEG or PNG"
+
+
+def _unread(names: Sequence[str], images: Sequence[str]) -> Iterator[str]:
+    read = {os.path.splitext(name)[0].lower() for name in images}
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in UNREAD_SUFFIXES and stem.lower() not in read and not is_leftover(name):
+            yield name
 
 
 def leads_up(path: Path) -> bool:

@@ -137,6 +137,9 @@ def read_picture(image: Image.Image) -> Tensor:
     """
     import torch
 
+    if 0 in image.size:
+        width, height = image.size
+        raise _image_error(b"image", f"has no pixels ({width} x {height})")
     with _explained(b"image"):
         pixels = np.array(_upright(_decoded(image)[0], _orientation(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
@@ -164,12 +167,10 @@ def read_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[str, i
     Raises:
         ImageError: If the image has another format than ``formats``, or its header cannot be read.
     """
-    with _explained(data):
+    with _explained(data, formats):
         other = next((name for name in FORMATS if name not in formats and _begins_as(name, data)), None)
         if other is not None:
-            raise _image_error(
-                data, f"is a {other} image, which is not accepted: send {' or '.join(formats)}"
-            )
+            raise _image_error(data, f"is a {other} image, which is not accepted: send {_names(formats)}")
         with _opened(data, formats, header=True) as image:
             width, height = image.size
             # MPO: several JPEGs in one file, written by phones
@@ -253,7 +254,7 @@ class _BoundedFile(io.BytesIO):
 
 
 @contextmanager
-def _explained(source: ImageSource) -> Iterator[None]:
+def _explained(source: ImageSource, formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
     """Turn any failure in the block into an ``ImageError``."""
     try:
         _require_content(source)
@@ -262,7 +263,7 @@ def _explained(source: ImageSource) -> Iterator[None]:
         raise
     # on a broken file Pillow's plugins raise anything, even struct.error or IndexError
     except Exception as error:
-        raise _image_error(source, _reason(source, error)) from error
+        raise _image_error(source, _reason(source, error, formats)) from error
 
 
 @contextmanager
@@ -344,14 +345,14 @@ def _require_content(source: ImageSource) -> None:
         raise _image_error(source, "is empty (0 bytes)")
 
 
-def _reason(source: ImageSource, error: Exception) -> str:
+def _reason(source: ImageSource, error: Exception, formats: tuple[str, ...]) -> str:
     match error:
         case FileNotFoundError():
             return "no such file"
         case PermissionError():
             return "no permission to read it"
         case UnidentifiedImageError():
-            return _unidentified(source)
+            return _unidentified(source, formats)
         case Image.DecompressionBombError():
             return f"has more than the {MAX_PIXELS:,} pixels that are read"
         case MemoryError():
@@ -362,7 +363,7 @@ def _reason(source: ImageSource, error: Exception) -> str:
             return f"cannot be decoded ({error or type(error).__name__})"
 
 
-def _unidentified(source: ImageSource) -> str:
+def _unidentified(source: ImageSource, formats: tuple[str, ...]) -> str:
     if isinstance(source, bytes):
         start = source[:64]
     else:
@@ -378,7 +379,13 @@ def _unidentified(source: ImageSource) -> str:
         return "is a text file (HTML, XML, SVG or JSON), not an image"
     if not start.strip(b"\0"):
         return "holds only zeros where an image should start"
-    return "is not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image, or its header is broken"
+    return f"is not a {_names(formats)} image, or its header is broken"
+
+
+def _names(formats: tuple[str, ...]) -> str:
+    """Return formats as people write them: ``JPEG, PNG or WebP``."""
+    names = [{"WEBP": "WebP", "JPEG2000": "JPEG 2000", "PPM": "PNM"}.get(name, name) for name in formats]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

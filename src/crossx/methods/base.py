@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossx.backbones import Backbone
-from crossx.errors import UsageError, first_line
+from crossx.errors import UsageError, check_count, first_line
 from crossx.layers import PartLinear, shrink
 from crossx.losses import ClassificationLoss
 
@@ -119,8 +119,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise UsageError(f"num_classes must be at least 1, not {num_classes}.")
+        check_count("num_classes", num_classes)
         self.backbone = backbone
         self.num_classes = num_classes
         self.register_buffer(CLASS_MEANS, None)

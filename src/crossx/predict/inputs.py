@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import io
 import itertools
 import os
 import re
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 
+import numpy as np
 from PIL import Image
 
 from crossx.data.image_files import IMAGE_SUFFIXES, is_image_name, require_images
 from crossx.data.images import ImageError, read_picture
 from crossx.data.readers.table import is_table, read_paths
-from crossx.errors import CrossXError
+from crossx.errors import CrossXError, UsageError
 from crossx.runs import user_path
 
 if TYPE_CHECKING:
@@ -82,14 +84,27 @@ def read_list(content: bytes, source: str, folder: Path | None = None) -> list[P
 
 
 def expand(images: ImageInput | Iterable[ImageInput]) -> list[OneImage]:
-    """Return a list of single images, with each path replaced by its files; see ``expand_paths``."""
+    """Return a list of single images, with each path replaced by its files; see ``expand_paths``.
+
+    Raises:
+        UsageError: If something has another type than an image has.
+        CrossXError: As ``expand_paths``.
+    """
     from torch import Tensor
 
-    if isinstance(images, str | bytes | Path | Image.Image | Tensor):
-        images = [images]
+    # of the wrong types, an array is one thing, not its rows, and an open file not its lines
+    one = (str, bytes, Path, Image.Image, Tensor, np.ndarray, bytearray, memoryview, io.IOBase)
+    given: Iterable[object] = (
+        [images] if isinstance(images, one) or not isinstance(images, Iterable) else images
+    )
     items: list[OneImage] = []
-    for image in images:
-        items.extend(_files(image) if isinstance(image, str | Path) else [image])
+    for image in given:
+        if isinstance(image, str | Path):
+            items.extend(_files(image))
+        elif isinstance(image, bytes | Image.Image | Tensor):
+            items.append(image)
+        else:
+            raise UsageError(_wrong_type(image))
     return items
 
 
@@ -111,6 +126,16 @@ def decode(item: Image.Image | Tensor) -> Tensor:
         return read_picture(item)
     except ImageError as error:
         raise CrossXError(f"the image {error.reason}.") from error
+
+
+def _wrong_type(image: object) -> str:
+    shown = type(image).__name__
+    if isinstance(image, np.ndarray):
+        return (
+            f"an image is not a NumPy array ({image.dtype}, {image.shape}): give PIL.Image.fromarray(array), "
+            "of uint8 and RGB (H, W, 3)."
+        )
+    return f"an image is a path, the bytes of a file, a Pillow image or a uint8 tensor (3, H, W), not of type {shown}."
 
 
 def _files(given: str | Path) -> list[Path]:

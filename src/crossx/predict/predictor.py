@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, check_count
 from crossx.evaluation.decisions import Accept, Decider, Decision
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork, require_finite
@@ -228,6 +228,7 @@ class Predictor:
             One prediction per image, in order.
 
         Raises:
+            UsageError: If something is not of these types.
             CrossXError: As ``expand_paths``.
         """
         return list(self.iter_predict(images, top, batch_size))
@@ -239,8 +240,8 @@ class Predictor:
 
         Images are decoded in threads ahead of the network; only a few batches are held in memory.
         """
-        if top < 1 or batch_size < 1:
-            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        check_count("top", top)
+        check_count("batch_size", batch_size)
         return self.iter_images(expand(images), top, batch_size)
 
     def iter_images(
@@ -307,8 +308,8 @@ class Predictor:
         """
         from crossx.predict.neighbors import NeighborIndex
 
-        if top < 1 or batch_size < 1:
-            raise UsageError(f"top and batch_size must be at least 1, not {top} and {batch_size}.")
+        check_count("top", top)
+        check_count("batch_size", batch_size)
         items = expand(images)
         index = NeighborIndex.open(self, root=root, approximate=approximate, batch_size=batch_size)
         return list(index.find(items, top, batch_size))

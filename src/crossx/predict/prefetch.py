@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TypeVar
 
 from crossx.data.threads import map_ahead
-from crossx.errors import UsageError
+from crossx.errors import check_count
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,10 +27,9 @@ def prefetch_batches(
         batch_size: Items per batch; the last may have fewer.
 
     Raises:
-        UsageError: If ``batch_size`` is below 1.
+        UsageError: If ``batch_size`` is not a whole number of at least 1.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, not {batch_size}.")
+    check_count("batch_size", batch_size)
     workers = min(MAX_WORKERS, os.cpu_count() or 1)
     pairs = map_ahead(lambda item: (item, prepare(item)), items, workers, max(batch_size, workers))
     while batch := list(islice(pairs, batch_size)):

@@ -15,13 +15,17 @@ from crossx.commands import command
 from crossx.errors import CrossXError, UsageError
 from crossx.hub import HubModel, download_model
 from crossx.runs.files import check_files, read_config, read_json, read_results
-from crossx.runs.nearby import nearest_run
+from crossx.runs.nearby import nearest_run, run_around
 from crossx.runs.spec import ModelSpec, NewerSchemaError
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "safetensors": ".safetensors"}
 """Format of `crossx export` -> suffix of its files."""
 EXPORTED = (".onnx", ".xml", ".pt2")
 """Those that no other file of crossx has."""
+WITHOUT_WEIGHTS = frozenset({
+    ".json", ".yaml", ".yml", ".csv", ".html", ".md", ".tex", ".log", ".txt", ".png", ".jpg", ".npy",
+})  # fmt: skip
+"""Suffixes of the other files in a run folder, and next to it."""
 PREDICTS_ALONE = "only `crossx predict` and `crossx serve` take an exported file. Give the run instead."
 
 
@@ -209,6 +213,10 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
             raise UsageError(f"{given}: {PREDICTS_ALONE}")
         for folder in (given.parent, given.parent.parent):
             if (folder / "model.json").is_file():
+                if given.suffix.lower() in WITHOUT_WEIGHTS:
+                    raise UsageError(
+                        f"{given}: a file without weights. Give its run, {folder}, or a checkpoint."
+                    )
                 return Run(folder), given
         raise CrossXError(
             f"{given}: no model.json next to it or one folder up. A checkpoint must be in its run folder; only "
@@ -219,9 +227,7 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
     if not run.spec.is_file() and run.remedy:
         raise CrossXError(f"{run.spec}: no such file.{run.remedy}")
     if not run.spec.is_file():
-        raise CrossXError(
-            f"{given}: not a run folder (no model.json). `{command('fit', '--output', given)}` makes one."
-        )
+        raise CrossXError(f"{given}: not a run folder (no model.json).{run_around(given)}")
     if run.weights.is_file():
         return run, run.weights
     for weights in (run.best, run.last):

@@ -9,6 +9,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from crossx.commands import command
+from crossx.errors import counted
+
 RUNS = Path("runs")
 """Where ``crossx fit`` creates runs by default."""
 
@@ -34,6 +37,21 @@ def nearest_run(given: Path) -> str:
     by_name = {path.name.casefold(): path for path in reversed(found) if path != given}
     close = difflib.get_close_matches(given.name.casefold(), by_name, n=1, cutoff=CLOSE)
     return f" Did you mean {str(by_name[close[0]])!r}?" if close else ""
+
+
+def run_around(given: Path) -> str:
+    """Return what to do about a folder that is no run: the run that it is in, the runs in it, or how to make one."""
+    for folder in (given / "..", given / "../.."):
+        if os.path.isfile(folder / "model.json"):
+            return f" It is in the run {os.path.normpath(folder)}: give that, or a checkpoint in it."
+    entries = [*_entries(given)]
+    runs = [folder for folder in entries if os.path.isfile(folder / "model.json")]
+    if runs:
+        which = f"give {runs[0]}" if len(runs) == 1 else f"give one, such as {runs[0]}"
+        return f" It holds {counted(len(runs), 'run')}: {which}."
+    if entries:
+        return " Give a folder that `crossx fit` wrote."
+    return f" `{command('fit', '--output', given)}` makes one."
 
 
 def _may_be_meant(path: Path, given: Path) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from crossx.errors import CrossXError, UsageError
+from crossx.errors import CrossXError, UsageError, check_type
 from crossx.explain.figures import figure
 from crossx.explain.plotting import save_png
 from crossx.hub import CONFIG, LIBRARY, SPEC, WEIGHTS, HubModel, upload_model
@@ -79,6 +79,7 @@ def save_pretrained(
         UsageError: If the folder holds other files, or ``license`` is not a valid identifier.
         CrossXError: If an image cannot be read or the folder cannot be written.
     """
+    check_type("save_pretrained", predictor, Predictor, "crossx.load(RUN) loads one")
     target = Path(folder)
     check_target(target)
     check_license(license)

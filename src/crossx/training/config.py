@@ -36,6 +36,8 @@ __all__ = [
 
 FITTED = "probe"
 """The method whose head is fitted before the first step, so that it needs no epoch; not with ``head: sgd``."""
+FROM_RECIPE = 'Config.from_recipe("finetune", data={"root": DIR}, output=RUN) makes one'
+"""What to do where something else than a ``Config`` is given."""
 
 log = logging.getLogger(__name__)
 

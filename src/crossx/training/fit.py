@@ -17,7 +17,15 @@ from crossx.data.datamodule import DataModule
 from crossx.data.exclude import write_excluded, written_path
 from crossx.data.index import DatasetIndex
 from crossx.distributed import is_leader
-from crossx.errors import CrossXError, LostWorker, Stopped, UsageError, lost_worker, sigterm_interrupts
+from crossx.errors import (
+    CrossXError,
+    LostWorker,
+    Stopped,
+    UsageError,
+    check_type,
+    lost_worker,
+    sigterm_interrupts,
+)
 from crossx.evaluation.training_images import has_training_images, write_training_images
 from crossx.methods.registry import recall_method
 from crossx.methods.start import Start
@@ -36,7 +44,7 @@ from crossx.runs import (
 from crossx.schema.model import check_backbone_args, check_model
 from crossx.terminal import speaking, step
 from crossx.training.checkpoints import make_newest, restore_best
-from crossx.training.config import Config
+from crossx.training.config import FROM_RECIPE, Config
 from crossx.training.creation import Created, choose_parts, choose_sampling, create, restore
 from crossx.training.fabric import quiet_lightning
 from crossx.training.finish import finish
@@ -77,6 +85,7 @@ def fit(config: Config) -> Run:
             the folder.
         Stopped: On Ctrl-C or SIGTERM.
     """
+    check_type("crossx.fit", config, Config, FROM_RECIPE)
     run = Run(config.run_path())
     for option, path in (("output", run.path), ("data.root", Path(config.data.root or "").absolute())):
         if not is_utf8(path):

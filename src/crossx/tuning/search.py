@@ -29,11 +29,20 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from crossx.ablation.runner import Processes, Trial, check_config, describe_training
 from crossx.ablation.suite import apply_changes
 from crossx.ablation.tuning import read_validation
-from crossx.errors import CrossXError, Stopped, UsageError, check_choice, counted, sigterm_interrupts
+from crossx.errors import (
+    CrossXError,
+    Stopped,
+    UsageError,
+    check_choice,
+    check_count,
+    check_type,
+    counted,
+    sigterm_interrupts,
+)
 from crossx.extras import require
 from crossx.runs import SCHEMA, Run, is_lock, locked_folder, read_history, read_json, write_json
 from crossx.terminal import step
-from crossx.training.config import Config
+from crossx.training.config import FROM_RECIPE, Config
 from crossx.training.durations import parse_time
 from crossx.tuning.outcome import METRIC, TrialResult, Tuned, best_of
 from crossx.tuning.results import write_results
@@ -87,9 +96,10 @@ def tune(
         Stopped: On Ctrl-C or SIGTERM.
     """
     require("crossx tune", "optuna", extra="tune")
+    check_type("crossx.tune", config, Config, FROM_RECIPE)
     check_choice("pruner", pruner, get_args(Pruner))
-    if trials < 1:
-        raise UsageError(f"trials must be at least 1, not {trials}.")
+    check_count("trials", trials)
+    check_count("jobs", jobs)
     seconds = parse_time(max_time, "max_time") if max_time is not None else float("inf")
     if seconds <= 0:
         raise UsageError(f"max_time must be above 0, not {max_time!r}.")
@@ -129,7 +139,7 @@ class _Search:
     report: Callable[[TrialResult, TrialResult | None], None]
 
     def run(self) -> Tuned:
-        self.study = _open_study(self.folder / JOURNAL, self._build_pruner())
+        self.study = _open_study(self.folder / JOURNAL, self._build_pruner(), {*self.space.options})
         self.started = monotonic()
         self.before = float(self.study.user_attrs.get("seconds", 0.0))
         processes = Processes(self.jobs)
@@ -196,8 +206,14 @@ class _Search:
         """Yield the trials that an earlier call has begun and not ended."""
         import optuna
 
-        for frozen in self._counted(("RUNNING",)):
-            yield optuna.trial.Trial(self.study, frozen._trial_id)
+        known = self._counted(("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
+        for place, frozen in enumerate(known):
+            if frozen.state.name != "RUNNING":
+                continue
+            trial = optuna.trial.Trial(self.study, frozen._trial_id)
+            # a kill before a repetition was noted
+            if not self._is_repetition(trial, [self._values(other) for other in known[:place]]):
+                yield trial
 
     def _ask(self) -> optuna.trial.Trial | None:
         """Return the next trial; None if there are enough, or nothing is left to try."""
@@ -208,8 +224,12 @@ class _Search:
             return None
         tried = [self._values(frozen) for frozen in known]
         unchanged = self.space.values_of(self.base)
-        if not known and unchanged is not None:
+        if not known and unchanged is not None and not self._counted(("WAITING",)):
             self.study.enqueue_trial(self._encoded(unchanged))
+        last = self.study.get_trials(deepcopy=False)[-1:]
+        # the rest of a call that was killed
+        if last and "repeats" in last[0].user_attrs and not self._enqueue_other(last[0].number, tried):
+            return None
         while True:
             number = len(self.study.get_trials(deepcopy=False))
             with warnings.catch_warnings():
@@ -219,16 +239,31 @@ class _Search:
                     seed=self.base.seed + number, n_startup_trials=STARTUP, constant_liar=self.jobs > 1
                 )
             trial = self.study.ask(self._distributions())
-            values = self._values(trial)
-            if values not in tried:
+            if not self._is_repetition(trial, tried):
                 return trial
-            trial.set_user_attr("repeats", tried.index(values))
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if (combinations := self.space.combinations()) is not None:
-                left = [values for values in combinations if values not in tried]
-                if not left:
-                    return None
-                self.study.enqueue_trial(self._encoded(random.Random(number).choice(left)))
+            if not self._enqueue_other(number, tried):
+                return None
+
+    def _enqueue_other(self, number: int, tried: list[dict[str, Any]]) -> bool:
+        """Propose a combination that was not tried in place of a repeated trial; return False if there is none."""
+        combinations = self.space.combinations()
+        if combinations is None:
+            return True
+        left = [values for values in combinations if values not in tried]
+        if left:
+            self.study.enqueue_trial(self._encoded(random.Random(number).choice(left)))
+        return bool(left)
+
+    def _is_repetition(self, trial: optuna.trial.Trial, tried: list[dict[str, Any]]) -> bool:
+        """Say whether a trial has the options of an earlier one, and end it if it has."""
+        import optuna
+
+        values = self._values(trial)
+        if values not in tried:
+            return False
+        trial.set_user_attr("repeats", tried.index(values))
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return True
 
     def _distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         import optuna
@@ -375,7 +410,7 @@ def _rows(training: Trial) -> list[dict[str, Any]]:
     return read_history(path) if path.is_file() else []
 
 
-def _open_study(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+def _open_study(path: Path, pruner: optuna.pruners.BasePruner, options: set[str]) -> optuna.Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -392,8 +427,7 @@ def _open_study(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
 
     if path.is_file():
         content = path.read_bytes()
-        # a kill while a line was written leaves a part of it, to which the next one would be appended
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = _whole_trials(content, options)
         if whole != content:
             path.write_bytes(whole)
     try:
@@ -407,6 +441,29 @@ def _open_study(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
         raise CrossXError(
             f"{path}: damaged, so the search cannot be continued. Choose another --output."
         ) from error
+
+
+def _whole_trials(journal: bytes, options: set[str]) -> bytes:
+    """Leave out of Optuna's journal what a kill cut short: a part of a line, and a trial without all its options.
+
+    The next line would be appended to that part. The trial is drawn again, as the same one.
+    """
+    lines = journal[: journal.rfind(b"\n") + 1].splitlines(keepends=True)
+    try:
+        entries = [json.loads(line) for line in lines]
+        # Optuna's numbers of operations: 4 creates the next trial, 5 gives it an option
+        created = [place for place, entry in enumerate(entries) if entry["op_code"] == 4]
+        if created:
+            first, number = created[-1], len(created) - 1
+            own = {place for place in range(first, len(lines)) if entries[place].get("trial_id") == number}
+            drawn = {entries[place]["param_name"] for place in own if entries[place]["op_code"] == 5}
+            if not options <= drawn:
+                # state 4 waits with given options
+                left_out = own if entries[first].get("state") == 4 else {*own, first}
+                lines = [line for place, line in enumerate(lines) if place not in left_out]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # damaged, which Optuna finds
+    return b"".join(lines)
 
 
 def _describe(config: Config, space: Space, pruner: str) -> dict[str, Any]:

@@ -248,7 +248,9 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, option: str, value: in
 def test_a_set_drawn_with_other_arguments_is_refused(tmp_path: Path) -> None:
     read_synthetic(tmp_path, **SMALL)
     with pytest.raises(
-        CrossXError, match=r"num_classes is 4, not 5; seed is 0, not 1\).*choose another --data.root"
+        CrossXError,
+        match=r"num_classes is 4, not 5; seed is 0, not 1\): give --data.num_classes 4 --data.seed 0, choose another "
+        r"--data.root or delete it\.$",
     ):
         read_synthetic(tmp_path, **{**SMALL, "num_classes": 5, "seed": 1})
 
@@ -256,7 +258,7 @@ def test_a_set_drawn_with_other_arguments_is_refused(tmp_path: Path) -> None:
 def test_a_set_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_synthetic(tmp_path, **SMALL)
     monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
-    with pytest.raises(CrossXError, match="version is 1, not 2"):
+    with pytest.raises(CrossXError, match=r"version is 1, not 2\): choose another --data\.root or delete it"):
         read_synthetic(tmp_path, **SMALL)
 
 

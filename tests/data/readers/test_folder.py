@@ -165,6 +165,22 @@ def test_leftovers_of_other_programs_are_counted_and_nothing_else(tmp_path: Path
     assert index.notes[0].startswith("skipped 4 hidden or system files and folders")
 
 
+def test_images_of_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    layouts.write_folder(tmp_path)
+    assert read_folder(tmp_path).notes == ()
+    folder = next(path for path in sorted(tmp_path.rglob("*")) if path.is_dir() and any(path.glob("*.jpg")))
+    image = next(folder.glob("*.jpg"))
+    # what a camera writes next to a JPEG, files that are no images, and what a program left
+    for name in (f"{image.stem}.CR2", "notes.pdf", "labels.json", "._a.nef"):
+        (folder / name).touch()
+    assert not any("not read" in note for note in read_folder(tmp_path).notes)
+    (folder / "alone.NEF").touch()
+    assert "1 image that is not read (.nef): convert to JPEG or PNG" in read_folder(tmp_path).notes
+    (folder / "more.svg").touch()
+    (folder / "more.nef").touch()
+    assert "3 images that are not read (.nef, .svg): convert to JPEG or PNG" in read_folder(tmp_path).notes
+
+
 def test_images_without_a_class_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/1.jpg", "test/2.jpg")
     assert read_folder(tmp_path).notes == ("2 images in no class folder are not read",)

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,6 +191,16 @@ def _draw_class(
     return records
 
 
+def _options_of(index: Mapping[str, Any], spec: SyntheticSpec) -> str:
+    """Return the options, other than those of ``spec``, that read a set; empty if none do."""
+    other = {key: index.get(key) for key, value in asdict(spec).items() if index.get(key) != value}
+    same = (index.get("format"), index.get("version")) == (FORMAT, VERSION)
+    # no command has the size of the drawn images, nor a value of None
+    if not same or "image_size" in other or any(type(value) is not int for value in other.values()):
+        return ""
+    return " ".join(f"--data.{key} {value}" for key, value in other.items())
+
+
 def _read(root: Path, spec: SyntheticSpec) -> DatasetIndex:
     path = root / "index.json"
     if not path.is_file():
@@ -205,8 +215,11 @@ def _read(root: Path, spec: SyntheticSpec) -> DatasetIndex:
         if index.get(key) != value
     ]
     if different:
+        options = _options_of(index, spec)
+        take = f"give {options}, " if options else ""
         raise CrossXError(
-            f"{path}: another synthetic dataset ({'; '.join(different)}): choose another --data.root or delete it."
+            f"{path}: another synthetic dataset ({'; '.join(different)}): {take}choose another --data.root or delete "
+            "it."
         )
     try:
         records = tuple(

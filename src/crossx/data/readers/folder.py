@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossx.commands import quoted as quoted_path
-from crossx.data.image_files import find_images, is_image_name, leads_up
+from crossx.data.image_files import describe_unread, find_images, is_image_name, leads_up
 from crossx.data.images import printable
 from crossx.data.index import SPLITS, DatasetIndex, Record, UntrainedClassError, hold_out_test
 from crossx.data.leftovers import is_leftover
@@ -91,6 +91,7 @@ class _Found:
 
     root: Path
     skipped: list[Path] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
     loose: int = 0
     broken: list[Path] = field(default_factory=list)
     spellings: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -100,6 +101,8 @@ class _Found:
         notes = list(self.notes)
         if self.skipped:
             notes.append(skipped_note(self.skipped, self.root))
+        if self.unread:
+            notes.append(describe_unread(self.unread))
         if self.loose:
             verb = "is" if self.loose == 1 else "are"
             notes.append(f"{counted(self.loose, 'image')} in no class folder {verb} not read")
@@ -237,7 +240,7 @@ def _images_by_class(folder: Path, found: _Found) -> dict[str, list[Path]]:
                 f"{printable(folder)}: the folder {child.name!a} has no visible name. Rename it."
             )
         found.spellings[name].add(child.name)
-        by_class.setdefault(name, []).extend(find_images(child, found.skipped))
+        by_class.setdefault(name, []).extend(find_images(child, found.skipped, found.unread))
     found.loose += sum(is_image_name(path.name) for path in _children(folder))
     return by_class
 
