@@ -61,7 +61,7 @@ def test_messages_about_a_folder_with_spaces(
     (run.path / "empty").mkdir(parents=True)
     run.config.touch()
     for message, words in (
-        (refusal(open_run, run.path), ["fit", "--output", "my runs/a"]),
+        (refusal(open_run, run.path / "empty"), ["fit", "--output", "my runs/a/empty"]),
         (refusal(find_run, run.path / "empty"), ["fit", "--output", "my runs/a/empty"]),
         (refusal(find_run, run.path / "x.ckpt"), ["fit", "--resume", "my runs/a"]),
         (refusal(run.require_results, "val", ()), ["test", "my runs/a", "--split", "val"]),
