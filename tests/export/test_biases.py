@@ -116,6 +116,40 @@ def test_a_bias_of_two_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert changed == {"grouped", "pointwise", "classifier"}
 
 
+class Unusual(nn.Module):
+    """A convolution in one dimension, and one whose weights are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Conv1d(3 * SIDE, 6, 3)
+        self.kernel = nn.Parameter(torch.randn(4, 6, 1))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.rows(
+            (images.float() / 255).flatten(1, 2)
+        ).relu()  # (B, 3, S, S) -> (B, 3*S, S) -> (B, 6, S-2)
+        # depends on the images, so that it is no constant
+        kernel = self.kernel * (1 + 0 * rows.sum())
+        logits = F.conv1d(rows, kernel, self.bias).mean(2)  # -> (B, K, S-2) -> (B, K)
+        return logits, logits.softmax(1)
+
+
+@pytest.mark.slow
+def test_other_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, images = Unusual(), torch.randint(256, (8, 3, SIDE, SIDE), dtype=torch.uint8)
+    graph, rounded = quantized(network, images, monkeypatch)
+    before = read(rounded, "rows")[1]
+    correct_biases(graph, rounded, [images])
+    weights, bias = read(rounded, "rows")
+    means = (images.double() / 255).flatten(1, 2).mean((0, 2))
+    # (C', C, 3) -> (C', C) x (C,) -> (C',)
+    shift = (weights - network.rows.weight.detach().double()).sum(2) @ means
+    torch.testing.assert_close(bias, before - shift, rtol=1e-3, atol=2e-5)
+    assert np.isfinite(mean_logits(rounded, images)).all()
+
+
 def mean_logits(graph: Any, images: Tensor) -> np.ndarray[Any, Any]:
     import onnxruntime
 

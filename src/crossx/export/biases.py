@@ -43,7 +43,9 @@ def correct_biases(graph: onnx.ModelProto, quantized: onnx.ModelProto, batches: 
         node
         for node in quantized.graph.node
         if node.op_type in ("Conv", "Gemm") and len(node.input) == 3
-        if set(node.input[1:]) <= dequantized.keys()
+        # weights that the network computes are none of the file's
+        if node.name in before and before[node.name].input[1] in floats
+        if all(name in dequantized and dequantized[name].input[0] in stored for name in node.input[1:])
         # two layers may have equal biases, stored once
         if readers[node.input[2]] == readers[dequantized[node.input[2]].input[0]] == 1
     ]
@@ -111,7 +113,7 @@ def _mean_outputs(
         return outputs
     groups = _attribute(node, "group", 1)
     # (C', C/G, h, w) -> (G, C'/G, C/G) x (G, C/G) -> (G, C'/G) -> (C',)
-    kernels = weights.sum((2, 3)).reshape(groups, -1, weights.shape[1])
+    kernels = weights.sum(tuple(range(2, weights.ndim))).reshape(groups, -1, weights.shape[1])
     by_group: NDArray[np.float64] = np.einsum("goi,gi->go", kernels, means.reshape(groups, -1))
     return by_group.ravel()
 
