@@ -137,7 +137,7 @@ class _Runtime:
         classify: Turns what NNCF passes to the validation function into a function of images.
         layers: Names the layers with int8 weights.
         wiring: Returns which nodes read which.
-        in_float: Names nodes that would only be slower in int8.
+        in_float: Names nodes that stay in float, with those that only the similarities need.
         read: Reads the fully quantised network, which NNCF writes.
         suffix: Suffix of its file.
         parameters: NNCF's advanced parameters of the quantisation.
@@ -195,6 +195,7 @@ def _quantize_with_nncf(
 
 
 def _max_drop(control: Control) -> float:
+    """Return the accepted loss of ``_accuracy``."""
     # rounding, and the share of the probabilities
     return control.max_drop + 2 * TIE
 
