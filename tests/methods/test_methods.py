@@ -42,6 +42,12 @@ def build(name: str, **options: object) -> Method:
     )
 
 
+@torch.no_grad()
+@every_method
+def test_no_images_have_no_logits(name: str) -> None:
+    assert build(name).eval()(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
+
+
 QUICK = ("outputs", "terms", "maps", "linear heads", "soft targets")
 OTHER = ("options", "gradients", "batch independence", "files", "class maps", "preparation", "two ranks")
 """Checks of ``crossx.testing``; training, resuming and exporting have tests of their own."""

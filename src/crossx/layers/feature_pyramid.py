@@ -97,7 +97,7 @@ class MergedFeatures(nn.Module):
         means = tap_means(last, size, self.interpolation).flatten(1, 2)  # (P, B, 9, C') -> (P, B*9, C')
         weight = self.reduce.weight.view(parts, -1, last.shape[2])  # (P*C, C', 1, 1) -> (P, C, C')
         means = torch.bmm(means, weight.mT)  # -> (P, B*9, C)
-        means = means.unflatten(1, (-1, KERNEL**2))  # -> (P, B, 9, C)
+        means = means.unflatten(1, (last.shape[0], KERNEL**2))  # -> (P, B, 9, C)
         means = means + tap_means(previous, size, self.interpolation)
         # follow the kernel's memory layout: a copy would move 75 MB for ResNet-50
         kernel = self.smooth.weight  # (P*C, C, 3, 3)
@@ -167,7 +167,7 @@ def tap_means(maps: Tensor, size: torch.Size, interpolation: Interpolation) -> T
     flat = maps.transpose(0, 1).flatten(3)  # (B, P, C, h, w) -> (P, B, C, h*w)
     # (P*B, 9, h*w) @ (P*B, h*w, C) -> (P*B, 9, C)
     means = torch.bmm(windows.expand(flat.shape[0] * flat.shape[1], -1, -1), flat.flatten(0, 1).mT)
-    return means.view(*flat.shape[:2], KERNEL**2, -1)  # -> (P, B, 9, C)
+    return means.view(*flat.shape[:2], *means.shape[1:])  # -> (P, B, 9, C)
 
 
 def tap_windows(source: int, target: int, interpolation: Interpolation, like: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class TensorSketch(nn.Module):
 
         The features must be float32 or float64; there is no Fourier transform in half precision.
         """
-        if torch.compiler.is_exporting():
+        # MKL has no transform of an empty batch
+        if torch.compiler.is_exporting() or len(features) == 0:
             return self._by_matrix_products(features)
         product, sketches = self._spectrum(features, 0), []
         for factor in range(1, self.order):
