@@ -42,7 +42,7 @@ def print_parts(path: str | Path, results: Mapping[str, Any]) -> None:
     rows = [*share_rows(results), *peak_rows(results), *view_rows(results)]
     _print_table([header, *rows])
     for stage, measured in results["stages"].items():
-        lines = _stage_lines(measured)
+        lines = _stage_lines(measured, results["map_name"])
         if lines:
             height, width = measured["size"]
             print(f"{stage}, {height} x {width} positions:")
@@ -68,7 +68,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
             print("  " + "  ".join([row[0].ljust(widths[0]), *cells]))
 
 
-def _stage_lines(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _stage_lines(measured: Mapping[str, Any], map_name: str) -> list[tuple[str, str]]:
     lines = []
     if (diversity := measured["diversity"]) is not None:
         overlap, follows = diversity["overlap"], diversity["follows"]
@@ -82,7 +82,7 @@ def _stage_lines(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if (consistency := measured["consistency"]) is not None:
         for name, agreement in (
-            ("part and excitation", consistency),
+            (f"part and {map_name}", consistency),
             ("  peaks in parts", consistency["inside"]),
         ):
             lines.append(

@@ -97,6 +97,9 @@ class Method(nn.Module, ABC):
     """Whether training batches have parts, for ``part_objective``. An option ``part_names`` chooses them and their
     order; if it is None, training sets it to the names of the dataset's parts."""
 
+    map_name: ClassVar[str] = "map"
+    """What the method's paper calls one of its ``activation_maps``."""
+
     maps_are_shares: ClassVar[bool] = False
     """Whether ``activation_maps`` are shares of each position, from 0 to 1, whose rest is the background's."""
 

@@ -95,6 +95,7 @@ class CrossX(Method):
         whole: Of spatial gates: whether the heads also get one more excitation, which sees every position.
     """
 
+    map_name = "excitation"
     curve_titles: ClassVar = Method.curve_titles | {
         "c3s": "C3S term",
         "cross_layer": "Cross-layer term",

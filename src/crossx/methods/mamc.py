@@ -54,6 +54,7 @@ class MAMC(Method):
 
     supports_soft_targets = False
     sampling = "pairs"
+    map_name = "excitation"
     citation = """\
 @inproceedings{sun2018multi,
   title     = {Multi-Attention Multi-Class Constraint for Fine-grained Image Recognition},

@@ -82,6 +82,7 @@ class PDiscoNet(Method):
         modulation_lr_factor: Learning rate of the modulation relative to that of new layers.
     """
 
+    map_name = "part map"
     maps_are_shares = True
     citation = """\
 @inproceedings{vanderklis2023pdisconet,

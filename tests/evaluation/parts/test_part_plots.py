@@ -40,7 +40,7 @@ def test_each_excitation_has_its_colour(tmp_path, excitations, with_object):
     stages = {name: stage(excitations, names, with_object=with_object) for name in ("last", "merged")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_parts(stages, names, tmp_path / "parts.png", title="test")
+        plot_parts(stages, names, tmp_path / "parts.png", title="test", map_name="excitation")
     picture = pixels(tmp_path / "parts.png")
     shown = [(np.abs(picture - colour).sum(-1) < 9).sum() for colour in ((0, 114, 178), (213, 94, 0))]
     assert shown[0] > 300
@@ -52,7 +52,9 @@ def test_what_has_no_place_on_the_axis_is_left_out(tmp_path):
     measured["excitations"][0]["share"] |= {"$a_1": numbers(None, None, None), "b": numbers(0.0, 0.0, 0.5)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_parts({"last": measured}, ["$a_1", "b", "c"], tmp_path / "parts.png", title="$x$")
+        plot_parts(
+            {"last": measured}, ["$a_1", "b", "c"], tmp_path / "parts.png", title="$x$", map_name="excitation"
+        )
     assert min(pixels(tmp_path / "parts.png").shape[:2]) > 300
 
 
@@ -60,7 +62,7 @@ def test_the_legend_is_of_the_stage_with_the_most_excitations(tmp_path, monkeypa
     drawn = []
     monkeypatch.setattr(plots, "save_png", lambda figure, path: drawn.append(figure))
     stages = {"last": stage(1, ["a"]), "attention": stage(3, ["a"]), "merged": stage(2, ["a"])}
-    plot_parts(stages, ["a"], tmp_path / "parts.png", title="test")
+    plot_parts(stages, ["a"], tmp_path / "parts.png", title="test", map_name="excitation")
     ((legend,),) = (figure.legends for figure in drawn)
     assert [text.get_text() for text in legend.get_texts()] == ["1", "2", "3"]
 
@@ -73,7 +75,13 @@ def test_the_numbers_beside_the_shares_do_not_overlap(lowest, tmp_path, monkeypa
     measured["excitations"][0] = measured["excitations"][0] | {
         "share": {"a": numbers(lowest, lowest / 2, lowest * 2), "b": numbers(9, 8, 10)}
     }
-    plot_parts({"last": measured, "merged": measured}, ["a", "b"], tmp_path / "parts.png", title="test")
+    plot_parts(
+        {"last": measured, "merged": measured},
+        ["a", "b"],
+        tmp_path / "parts.png",
+        title="test",
+        map_name="excitation",
+    )
     (figure,) = drawn
     figure.draw_without_rendering()
     for axes in figure.axes[:2]:

@@ -171,6 +171,7 @@ def test_a_regression_on_the_measured_or_on_too_few_images_is_not_measured(tmp_p
     for split in ("train", "test"):
         results = measure_run(run.path, split=split)
         json.dumps(results, allow_nan=False)
+        assert "part map" in results["verdict"]
         keypoints = results["stages"]["parts"]["keypoints"]
         assert keypoints["error"] is None
         reasons[split] = keypoints["error_not_measured"]

@@ -250,17 +250,17 @@ def test_without_parts_the_frame_is_unmasked_too(draw, words):
 
 def test_one_map_and_constant_maps():
     one = summarized(lambda seen: seen[:, :1])
-    assert verdict({"stages": {"last": one}}) == "There is one map, so no excitations to compare."
+    assert verdict({"stages": {"last": one}}) == "There is one map, so nothing to compare."
     assert one["diversity"] is one["consistency"] is None
     assert one["keypoints"]["nmi"]["value"] > one["keypoints"]["nmi"]["frame"]
     constant = summarized(lambda seen: torch.ones_like(seen[:, :2]))
     assert constant["keypoints"]["nmi"]["value"] == 0
     assert (
         verdict({"stages": {"last": constant}})
-        == "The two excitations cannot be compared: the map of excitation 1 is flat in 100% of the images."
+        == "The two excitations cannot be compared: excitation 1 is flat in 100% of the images."
     )
     dead = summarized(lambda seen: torch.stack([seen[:, 0], torch.zeros_like(seen[:, 0])], 1))
-    assert "the map of excitation 2 is flat in 100%" in str(verdict({"stages": {"last": dead}}))
+    assert "excitation 2 is flat in 100%" in str(verdict({"stages": {"last": dead}}))
     assert constant["prototypes"]["consistency"]["value"] == constant["prototypes"]["consistency"]["chance"]
 
 
@@ -274,6 +274,8 @@ def test_a_small_effect_or_few_images_do_not_decide_what_maps_follow():
 
 def test_stages_with_the_same_verdict_share_a_clause():
     same = summarized(random_gates)
+    own = verdict({"stages": {"last": same}, "map_name": "part map"})
+    assert own == "The two part maps look at the same positions (correlation 1.00)."
     text = verdict({"stages": {"last": same, "previous": same, "merged": summarized(rows)}})
     assert text.startswith(
         "At last and previous, the two excitations look at the same positions (correlation 1.00); at merged"

@@ -41,12 +41,12 @@ VIEWS_TITLE = "filled: moves with the image; hollow: stays in place"
 
 
 def plot_parts(
-    stages: Mapping[str, Mapping[str, Any]], names: Sequence[str], path: Path, *, title: str
+    stages: Mapping[str, Mapping[str, Any]], names: Sequence[str], path: Path, *, title: str, map_name: str
 ) -> None:
-    """Draw the measures of each excitation of each stage, as a PNG.
+    """Draw the measures of each map of each stage, as a PNG.
 
     On the left the share of activation over chance per part (the line at 1), if there are parts; on the right whether
-    the maps move with the image, and their correlation with fixed maps. Excitations differ in colour and marker; error
+    the maps move with the image, and their correlation with fixed maps. Maps differ in colour and marker; error
     bars are intervals over images. The title of a stage gives its other measures.
 
     Args:
@@ -54,6 +54,7 @@ def plot_parts(
         names: The K parts.
         path: The PNG file to write.
         title: Shown above.
+        map_name: What the method calls a map, the title of the legend.
 
     Raises:
         CrossXError: If the file cannot be written.
@@ -97,13 +98,13 @@ def plot_parts(
         axes.set_ylabel("share of activation\n/ share of area", fontsize=8)
     for axes in panels[:, -1] if drawn["views"] else ():
         axes.set_ylabel("correlation r", fontsize=8)
-    # of the stage with the most excitations
-    handles, excitations = max(
+    # of the stage with the most maps
+    handles, numbers = max(
         (axes.get_legend_handles_labels() for axes in panels[:, 0]), key=lambda found: len(found[0])
     )
     if len(handles) > 1:
         figure.legend(
-            handles, excitations, title="excitation", fontsize=8, title_fontsize=8, loc="outside right upper"
+            handles, numbers, title=map_name, fontsize=8, title_fontsize=8, loc="outside right upper"
         )
     save_png(figure, path)
 

@@ -41,8 +41,8 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
 
     Returns:
         ``n`` (images), ``parts`` (name -> number of images that show it), ``stages`` (name -> result of
-        ``summarize_stage``), ``verdict`` (a sentence), the constants of the definitions, and the run's provenance as in
-        ``test_run``.
+        ``summarize_stage``), ``map_name`` (what the method calls a map), ``verdict`` (a sentence), the constants of the
+        definitions, and the run's provenance as in ``test_run``.
 
     Raises:
         UsageError: As ``Subject.open``.
@@ -64,6 +64,7 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
             for stage, of_stage in measured.items()
         },
     }
+    results["map_name"] = subject.method.map_name
     results["verdict"] = verdict(results)
     results |= {
         "definitions": {
@@ -86,7 +87,8 @@ def measure_run(path: str | Path, **options: Unpack[SubjectOptions]) -> dict[str
         **subject.provenance(),
     }  # fmt: skip
     title = f"{subject.spec.method} on {dataset_title(results['dataset'], results['data_root'])}, {split}"
-    plot_parts(results["stages"], places.names, subject.output / split / "parts.png", title=title)
+    figure = subject.output / split / "parts.png"
+    plot_parts(results["stages"], places.names, figure, title=title, map_name=results["map_name"])
     write_json(subject.output / f"{split}_parts.json", results)
     return results
 

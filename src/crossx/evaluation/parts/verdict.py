@@ -34,10 +34,11 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def verdict(measures: Mapping[str, Any]) -> str | None:
-    """Say in a sentence whether the excitations differ and find parts.
+    """Say in a sentence whether the maps, such as excitations, differ and find parts.
 
     Args:
-        measures: The result of ``measure_run`` (``SPLIT_parts.json``).
+        measures: The result of ``measure_run`` (``SPLIT_parts.json``). Without ``map_name``, as of an earlier version,
+            the maps are called excitations.
 
     Returns:
         The sentence; None if the measures are of an earlier version and lack what it needs, or in another form.
@@ -47,9 +48,12 @@ def verdict(measures: Mapping[str, Any]) -> str | None:
         several = {name: stage for name, stage in stages.items() if len(stage["excitations"]) > 1}
         if not several:
             where = " per stage" if len(stages) > 1 else ""
-            return f"There is one map{where}, so no excitations to compare." if stages else None
-        enough = measures.get("n", FEW) >= FEW
-        clauses = [(_of_stage(stage, enough), _count(stage), name) for name, stage in several.items()]
+            return f"There is one map{where}, so nothing to compare." if stages else None
+        enough, noun = measures.get("n", FEW) >= FEW, measures.get("map_name", "excitation")
+        clauses = [
+            (_of_stage(stage, noun, enough), f"{_count(stage)} {noun}s", name)
+            for name, stage in several.items()
+        ]
         return _join(clauses, of_all=len(stages) > 1)
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
@@ -57,15 +61,12 @@ def verdict(measures: Mapping[str, Any]) -> str | None:
 
 def _join(clauses: Sequence[tuple[str, str, str]], *, of_all: bool) -> str:
     texts: dict[tuple[str, str], list[str]] = {}
-    for text, number, stage in clauses:
-        texts.setdefault((text, number), []).append(stage)
+    for text, maps, stage in clauses:
+        texts.setdefault((text, maps), []).append(stage)
     if not of_all:
-        ((text, number),) = texts
-        return f"The {number} excitations {text}."
-    said = [
-        f"at {' and '.join(stages)}, the {number} excitations {text}"
-        for (text, number), stages in texts.items()
-    ]
+        ((text, maps),) = texts
+        return f"The {maps} {text}."
+    said = [f"at {' and '.join(stages)}, the {maps} {text}" for (text, maps), stages in texts.items()]
     sentence = "; ".join(said)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -75,10 +76,10 @@ def _count(stage: Mapping[str, Any]) -> str:
     return NUMBERS[number] if number < len(NUMBERS) else str(number)
 
 
-def _of_stage(stage: Mapping[str, Any], enough: bool) -> str:
+def _of_stage(stage: Mapping[str, Any], noun: str, enough: bool) -> str:
     flat, which = max((excitation["flat"], -p) for p, excitation in enumerate(stage["excitations"], start=1))
     if flat > 1 - IN_A_PART:
-        return f"cannot be compared: the map of excitation {-which} is flat in {_percent(flat)} of the images"
+        return f"cannot be compared: {noun} {-which} is flat in {_percent(flat)} of the images"
     r = stage["diversity"]["correlation"]["value"]
     if r >= SAME:
         return f"look at the same positions (correlation {r:.2f})"
@@ -97,7 +98,7 @@ def _of_stage(stage: Mapping[str, Any], enough: bool) -> str:
     ]
     if outside:
         share, number = min(outside)
-        return f"{text}, but excitation {number} looks at a part in only {_percent(share)} of the images"
+        return f"{text}, but {noun} {number} looks at a part in only {_percent(share)} of the images"
     inside = stage["consistency"]["inside"]
     if inside["nmi"] < TELLS or inside["p_value"] >= LEVEL:
         return f"{text}, but do not find parts of their own (NMI {inside['nmi']:.2f})"
