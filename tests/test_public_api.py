@@ -8,10 +8,11 @@ import pytest
 import crossx
 from crossx.audit.run import audit_dataset
 from crossx.methods import create_method, list_methods
+from crossx.predict.collection import predict_collection
 from crossx.predict.predictor import Predictor
 from crossx.share import save_pretrained
 from crossx.training.config import Config
-from crossx.training.fit import fit
+from crossx.training.fit import fit, resume
 from refusals import refusal
 
 
@@ -65,6 +66,20 @@ def test_an_argument_of_another_type_is_refused_with_what_makes_one(
     message = refusal(call, wrong)
     assert message.startswith(f"{named}, not {shown}: {remedy}")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("trust", lambda value: crossx.load("model.pt2", trust=value)),
+        ("trust", lambda value: predict_collection("model.pt2", "images", "out", trust=value)),
+        ("restart", lambda value: resume("run", restart=value)),
+        ("pretrained", lambda value: create_method("plain", backbone="x", num_classes=2, pretrained=value)),
+    ],
+)
+@pytest.mark.parametrize("value", ["no", 1, None], ids=repr)
+def test_a_flag_is_true_or_false(name: str, call: Any, value: Any) -> None:
+    assert refusal(call, value) == f"{name} must be True or False, not {value!r}."
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,12 @@ def check_count(name: str, value: object) -> None:
         raise UsageError(f"{name} must be a whole number of at least 1, not {reprlib.repr(value)}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise ``UsageError`` if an option is not True or False: any text, even "no", would count as true."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, not {reprlib.repr(value)}.")
+
+
 def check_type(call: str, value: object, kind: type, remedy: str) -> None:
     """Refuse an argument of another type; ``remedy`` says how to make one of this type."""
     if not isinstance(value, kind):

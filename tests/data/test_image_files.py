@@ -49,6 +49,15 @@ def test_a_folder_of_raw_files_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_raw_files_among_images_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jpg", "b.NEF", "c.jpg", "c.NEF"):
+        (tmp_path / name).touch()
+    assert require_images(tmp_path) == [tmp_path / "a.jpg", tmp_path / "c.jpg"]
+    assert caplog.messages == []
+    require_images(tmp_path, note=True)
+    assert caplog.messages == [f"{tmp_path}: 1 image that is not read (.nef): convert to JPEG or PNG."]
+
+
 def test_find_images_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match="cannot be listed"):
         find_images(tmp_path / "missing")

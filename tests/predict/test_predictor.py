@@ -47,6 +47,19 @@ def images(tmp_path):
     return sorted((tmp_path / "birds").iterdir())
 
 
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_flip_is_true_or_false(run, value):
+    assert (
+        refusal(Predictor.load, run.path, "cpu", flip=value) == f"flip must be True or False, not {value!r}."
+    )
+
+
+def test_paths_are_no_prepared_images(predictor, images):
+    for given in ([str(images[0])], str(images[0]), [images[0]]):
+        for method in (predictor.features, predictor.classify, predictor.answer):
+            assert "prepare files with Predictor.prepare" in refusal(method, given)
+
+
 @torch.inference_mode()
 def probabilities(predictor, path):
     image = eval_transform(PREPROCESSING)(read_image(path))

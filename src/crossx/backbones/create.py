@@ -14,7 +14,7 @@ from torch.hub import get_dir
 
 from crossx.backbones.state_dict import load_trunk_weights
 from crossx.backbones.trunk import Backbone
-from crossx.errors import CrossXError, UsageError, first_line
+from crossx.errors import CrossXError, UsageError, check_flag, first_line
 from crossx.hub import announce, download
 from crossx.suggestions import nearest
 
@@ -44,6 +44,7 @@ def create_backbone(
         UsageError: If timm has no such model, or the model does not accept ``args``.
         CrossXError: If the weights cannot be downloaded or read, or do not fit.
     """
+    check_flag("pretrained", pretrained)
     if not isinstance(name, str):
         raise UsageError(f"a backbone is the name of a timm model, not {name!r}.")
     architecture, own_args = _resolve(name)

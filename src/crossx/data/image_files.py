@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from crossx.data.images import printable
 from crossx.data.leftovers import is_leftover
 from crossx.errors import CrossXError, counted
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -66,8 +69,12 @@ def find_images(
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
-def require_images(folder: Path) -> list[Path]:
+def require_images(folder: Path, *, note: bool = False) -> list[Path]:
     """Return the images of ``find_images``.
+
+    Args:
+        folder: Where to search.
+        note: Whether to log a warning that counts those of formats that are not read.
 
     Raises:
         CrossXError: If there are none, or a folder cannot be listed.
@@ -76,6 +83,8 @@ def require_images(folder: Path) -> list[Path]:
     if not (found := find_images(folder, unread=unread)):
         others = f", but {describe_unread(unread)}" if unread else ""
         raise CrossXError(f"{folder}: there is no image in this folder or below it{others}.")
+    if note and unread:
+        log.warning("%s: %s.", printable(str(folder)), describe_unread(unread))
     return found
 
 

@@ -105,7 +105,7 @@ def unknown_data(subject: Subject, folder: str | Path) -> DataModule:
     Raises:
         CrossXError: If there is no such folder, or no image that can be read.
     """
-    records = tuple(Record(path, 0, "test") for path in require_images(Path(folder)))
+    records = tuple(Record(path, 0, "test") for path in require_images(Path(folder), note=True))
     index = DatasetIndex("unknown", ("unknown",), records)
     config = replace(subject.data.config, bad_images="skip")
     data = DataModule(index, subject.spec.preprocessing, config, seed=0)

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from crossx.data.geometry import resized_side
 from crossx.data.transforms import batch_images, eval_transform, square_transform
-from crossx.errors import UsageError
+from crossx.errors import UsageError, check_flag
 from crossx.runs import Preprocessing
 
 CROPS = (1, 5)
@@ -38,10 +38,11 @@ class Views:
         transform: Prepares a decoded image, see ``Predictor.prepare``.
 
     Raises:
-        UsageError: If the crops are not possible.
+        UsageError: If the crops are not possible, or ``flip`` is neither True nor False.
     """
 
     def __init__(self, preprocessing: Preprocessing, *, flip: bool = False, crops: int = 1) -> None:
+        check_flag("flip", flip)
         self.flip, self.crops = flip, crops
         self._side = preprocessing.image_size
         if crops not in CROPS:
@@ -60,7 +61,7 @@ class Views:
 
     def split(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
         """Yield the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
-        batch = images if isinstance(images, Tensor) else batch_images(images)
+        batch = _batch(images)
         for crop in [batch] if self.crops == 1 else vision.five_crop(batch, [self._side, self._side]):
             yield crop
             if self.flip:
@@ -68,8 +69,18 @@ class Views:
 
     def centres(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Return the centre crops, uint8 (B, 3, S, S), of a batch of prepared images."""
-        batch = images if isinstance(images, Tensor) else batch_images(images)
+        batch = _batch(images)
         return batch if self.crops == 1 else vision.center_crop(batch, [self._side, self._side])
+
+
+def _batch(images: Sequence[Tensor] | Tensor) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    if isinstance(images, str) or not all(isinstance(image, Tensor) for image in images):
+        raise UsageError(
+            "prepared images are tensors: prepare files with Predictor.prepare, or use an iter_ method."
+        )
+    return batch_images(images)
 
 
 def mean_probabilities(views: Sequence[Tensor], temperature: float) -> Tensor:

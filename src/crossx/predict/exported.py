@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crossx.data.geometry import MAX_ASPECT, resized_side
-from crossx.errors import CrossXError, UsageError, counted, first_line
+from crossx.errors import CrossXError, UsageError, check_flag, counted, first_line
 from crossx.explain.maps import Explanation, Kind
 from crossx.methods.base import Method
 from crossx.methods.weights import load_network
@@ -236,6 +236,7 @@ def is_exported(path: str | Path) -> bool:
 
 def require_trust(path: str | Path, trust: bool) -> None:
     """Raise ``UsageError`` for a ``.pt2`` file without ``trust``: loading it unpickles and runs its content."""
+    check_flag("trust", trust)
     if not trust and Path(path).suffix.lower() == EXPORT_SUFFIXES["torch-export"]:
         raise UsageError(
             f"{path}: loading a .pt2 file can run any code that is in it. Exchange models as ONNX, OpenVINO or "

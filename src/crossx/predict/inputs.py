@@ -148,7 +148,7 @@ def _files(given: str | Path) -> list[Path]:
             return _matches(path)
         raise CrossXError(f"{path}: no such file or folder.")
     if path.is_dir():
-        return require_images(path)
+        return require_images(path, note=True)
     if path.suffix.lower() in LISTS:
         return read_list(path.read_bytes(), str(path), path.parent)
     return read_paths(path) if is_table(path) else [path]

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from crossx.data.images import ImageError
 from crossx.data.names import class_name
 from crossx.data.transforms import Normalize, batch_images
-from crossx.errors import CrossXError, UsageError, check_count
+from crossx.errors import CrossXError, UsageError, check_count, check_flag
 from crossx.evaluation.decisions import Accept, Decider, Decision
 from crossx.evaluation.device import select_device
 from crossx.evaluation.network import Network, TorchNetwork, require_finite
@@ -132,6 +132,7 @@ class Predictor:
                 ``trust`` is False.
             CrossXError: If there is no such run or model, or its weights do not fit.
         """
+        check_flag("trust", trust)
         if is_exported(path):
             file = exported_files(Path(path))[-1]
             weights = WeightsFile(file) if file.is_file() else None

@@ -22,6 +22,7 @@ from crossx.errors import (
     LostWorker,
     Stopped,
     UsageError,
+    check_flag,
     check_type,
     lost_worker,
     sigterm_interrupts,
@@ -136,6 +137,7 @@ def resume(
         UsageError: If there is no run, nothing is left to train, or another version of crossx started it.
         CrossXError: As ``fit``, if the images or classes have changed, or if no checkpoint is intact.
     """
+    check_flag("restart", restart)
     run, chosen = find_run(Path(path))
     if restart and chosen:
         raise UsageError(
