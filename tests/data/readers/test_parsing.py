@@ -124,6 +124,19 @@ def test_file_in_a_folder() -> None:
     assert Row(Path("f"), 1, ("a b/ü",)).file_in(Path("images"), 0, ".jpg") == Path("images/a b/ü.jpg")
 
 
+def test_class_folders_in_place_of_an_archive_are_named(tmp_path: Path) -> None:
+    for folder in ("cars_train", "cars_test", "ani"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").touch()
+    (tmp_path / "lists").mkdir()
+    assert "the dataset is folder" not in refusal(read_rows, tmp_path / "classes.txt", ("id",))
+    (tmp_path / "auk").mkdir()
+    (tmp_path / "auk" / "2.png").touch()
+    assert refusal(read_rows, tmp_path / "classes.txt", ("id",)).endswith(
+        "For a folder per class, as there, the dataset is folder."
+    )
+
+
 def test_a_list_that_is_missing_empty_or_not_text(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     assert f"{path} is missing" in refusal(read_rows, path, ("id",))

@@ -14,6 +14,7 @@ from crossx.data.readers.parsing import (
     archive_root,
     as_list,
     distinct_names,
+    folder_hint,
     keyed,
     load_mat,
     mat_rows,
@@ -48,7 +49,7 @@ def read_cars(root: Path) -> DatasetIndex:
         return _read_devkit(root)
     raise CrossXError(
         f"{root} holds neither cars_annos.mat (with car_ims/) nor devkit/ (with cars_train/ and cars_test/): "
-        "pass the folder of one of the two Stanford Cars layouts as --data.root."
+        f"pass the folder of one of the two Stanford Cars layouts as --data.root.{folder_hint(root)}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -9,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from crossx.data.image_files import is_image_name
 from crossx.data.index import Box
+from crossx.data.names import split_name
 from crossx.data.readers.mat import UnreadableMatError, read_mat
 from crossx.errors import CrossXError
 
@@ -113,8 +116,25 @@ def archive_root(root: Path, marker: str, *inner: str) -> Path:
 def require_file(path: Path) -> Path:
     """Return ``path`` if it is a file, else raise ``CrossXError``."""
     if not path.is_file():
-        raise CrossXError(f"{path} is missing: check --data.root, or unpack the archive again.")
+        raise CrossXError(
+            f"{path} is missing: check --data.root, or unpack the archive again.{folder_hint(path.parent)}"
+        )
     return path
+
+
+def folder_hint(root: Path) -> str:
+    """Name the dataset ``folder`` if at least two subfolders hold images and are not named after a split."""
+    try:
+        named = (
+            folder for folder in root.iterdir() if folder.is_dir() and split_name(folder.name)[0] is None
+        )
+        with_images = (
+            folder for folder in named if any(is_image_name(file.name) for file in folder.iterdir())
+        )
+        several = len(list(itertools.islice(with_images, 2))) == 2
+    except OSError:
+        return ""
+    return " For a folder per class, as there, the dataset is folder." if several else ""
 
 
 def require_folder(path: Path) -> Path:
