@@ -8,7 +8,8 @@ import pytest
 
 from crossx.cli.datasets import DatasetOptions
 from crossx.cli.options import RunPath
-from crossx.cli.parser import Folder, Natural, Positive, Tolerance, build, call, in_words_of
+from crossx.cli.parser import build, call, in_words_of
+from crossx.cli.values import Folder, Natural, Positive, Tolerance
 from crossx.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from crossx.ablation.suite import load_suite
 from crossx.cli.options import check_folder
-from crossx.cli.parser import Folder, Name, Natural, Positive
+from crossx.cli.values import Folder, Name, Natural, Positive
 from crossx.errors import Stopped, UsageError, counted
 from crossx.runs import locked_folder
 from crossx.terminal import columns, erase_step, fold, step

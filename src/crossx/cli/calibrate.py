@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
-from crossx.cli.parser import Keep
+from crossx.cli.values import Keep
 from crossx.errors import counted
 from crossx.runs import Run
 from crossx.terminal import fold, step

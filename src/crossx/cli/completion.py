@@ -11,7 +11,8 @@ from typing import Any, Literal
 import argcomplete
 import jsonargparse
 
-from crossx.cli.parser import build, literals
+from crossx.cli.parser import build
+from crossx.cli.values import literals
 from crossx.errors import UsageError
 
 

@@ -11,7 +11,8 @@ import jsonargparse
 
 from crossx.audit.result import CHECKS, EXCLUDED
 from crossx.cli.options import BatchSize, Device, check_folder, check_run
-from crossx.cli.parser import MAX_WIDTH, Folder, Name, Natural, Positive, build, call
+from crossx.cli.parser import MAX_WIDTH, build, call
+from crossx.cli.values import Folder, Name, Natural, Positive
 from crossx.commands import quoted
 from crossx.data.catalog import DATASETS, DatasetInfo, dataset_info
 from crossx.errors import UsageError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.options import BatchSize, Device, ModelPath, check_folder, check_run
-from crossx.cli.parser import Folder, Fraction, Name
+from crossx.cli.values import Folder, Fraction, Name
 from crossx.errors import UsageError, counted
 from crossx.runs import atomic_path, check_writable, open_run
 from crossx.terminal import step

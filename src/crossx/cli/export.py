@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import ModelPath, check_folder, check_run
-from crossx.cli.parser import File, Folder, Name, Positive, Tolerance
+from crossx.cli.values import File, Folder, Name, Positive, Tolerance
 from crossx.errors import counted
 from crossx.terminal import fold, step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from crossx.cli.options import RunPath
-from crossx.cli.parser import File, Name
+from crossx.cli.values import File, Name
 from crossx.commands import command
 
 

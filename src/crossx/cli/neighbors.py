@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from crossx.cli.options import BatchSize, Device, RunPath, check_run
-from crossx.cli.parser import Folder, Positive
+from crossx.cli.values import Folder, Positive
 from crossx.errors import UsageError, counted
 from crossx.terminal import step
 

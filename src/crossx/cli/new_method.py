@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from crossx.cli import method_options
-from crossx.cli.parser import Folder
+from crossx.cli.values import Folder
 from crossx.commands import quoted
 from crossx.errors import CrossXError, UsageError
 from crossx.recipes import list_recipes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from crossx.cli.parser import Coverage, Folder, Help, Name, Natural, Positive
+from crossx.cli.values import Coverage, Folder, Help, Name, Natural, Positive
 from crossx.commands import command
 from crossx.hub import HubModel
 from crossx.runs import EXPORTED, Run, open_run, storage_error

@@ -16,89 +16,29 @@ import inspect
 import os
 import re
 import textwrap
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    restricted_number_type,
-)
 
 from crossx.cli.main import IMPORT, IMPORTING
+from crossx.cli.values import EMPTY, Help, describe, literals, text, without_none
 from crossx.commands import quoted
 from crossx.errors import CrossXError, UsageError
 from crossx.suggestions import nearest
 from crossx.terminal import fold, fold_command, page_width
 
-
-def text(value: object) -> str:
-    """Take a word of the command line as it is, whatever YAML would make of it.
-
-    Raises:
-        ValueError: If it is empty, or a file gives something else than text.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"Got value: {value}")
-    if not value:
-        raise _EmptyError(_EMPTY)
-    return value
-
-
-_EMPTY = "the value is empty: give one, or leave it out"
-
-
-class _EmptyError(argparse.ArgumentTypeError, ValueError):
-    """An empty value. argparse shows the message of the first base, jsonargparse that of the second."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Help:
-    """Help text in ``Annotated``, for parameters that several verbs share."""
-
-    text: str
-
-
 IMPORT_HELP = (
     "Import a method of your own first, from a file (.py) or a module; may be repeated. A run that was trained with it "
     "remembers it."
 )
-Folder = Annotated[str, "DIR"]
-File = Annotated[str, "FILE"]
-Name = Annotated[str, "NAME"]
-Natural = Annotated[int, "N", NonNegativeInt]
-Positive = Annotated[int, "N", PositiveInt]
-Tolerance = Annotated[float, "X", NonNegativeFloat]
-Fraction = Annotated[float, "X", ClosedUnitInterval]
-CoverageNumber = restricted_number_type("CoverageNumber", float, [(">=", 0.5), ("<=", 0.99)])
-Coverage = Annotated[float, "X", CoverageNumber]
-KeepNumber = restricted_number_type("KeepNumber", float, [(">", 0), ("<=", 1)])
-Keep = Annotated[float, "X", KeepNumber]
-
 SECTIONS = ("model", "data", "optim", "trainer")
 """Groups whose options have the group's name as prefix, as in a recipe: ``--data.root``."""
 MAX_WIDTH = 110
 """Characters per line of a help in a wide window: longer lines are hard to read."""
 EPILOG = "An error is one line and exit code 1, or 2 for a wrong command; --debug shows its traceback."
-IN_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    type(None): "null",
-    NonNegativeInt: "a whole number of at least 0",
-    PositiveInt: "a whole number of at least 1",
-    NonNegativeFloat: "a number of at least 0",
-    ClosedUnitInterval: "a number from 0 to 1",
-    CoverageNumber: "a number from 0.5 to 0.99",
-    KeepNumber: "a number above 0, at most 1",
-}
 _IMAGES = {
     "source",
     "input",
@@ -121,7 +61,6 @@ _POSITIONAL = {
 """Words of other tools for arguments that are given without an option here."""
 _SECTION_OPTION = re.compile(r"--[a-z]+\.[a-z_]+")
 _NUMBER = re.compile(r"-(\d+|\d*\.\d+)$")
-_UNIONS = (Union, types.UnionType)
 _LISTS = (list, Sequence)
 
 
@@ -318,7 +257,7 @@ def add_options(parser: jsonargparse.ArgumentParser, options: Iterable[Option]) 
         if option.flag:
             settings["action"] = "store_true"
         else:
-            takes_text = _without_none(option.hint) == [str]
+            takes_text = without_none(option.hint) == [str]
             settings |= {"type": text if takes_text else option.hint, "metavar": _metavar(option)}
         if option.many:
             settings["nargs"] = "+" if required or option.spelling else "*"
@@ -378,30 +317,6 @@ def first_line(documented: Any) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0].removesuffix(".")
 
 
-def describe(hint: Any) -> str:
-    """Describe in words the values of a type."""
-    if hint in IN_WORDS:
-        return IN_WORDS[hint]
-    origin = get_origin(hint)
-    if origin is Literal:
-        return ", ".join(map(str, get_args(hint)))
-    if origin in _UNIONS:
-        names = ", ".join(dict.fromkeys(map(str, _direct_literals(hint))))
-        others = [describe(part) for part in get_args(hint) if get_origin(part) is not Literal]
-        return " or ".join(dict.fromkeys([names, *others] if names else others))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a mapping such as {name: value}"
-    names = ", ".join(map(str, literals(hint)))
-    return f"a list of {names}" if names else "a list such as [1, 2]"
-
-
-def literals(hint: Any) -> list[Any]:
-    """Return the values of the ``Literal`` types in a type."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [item for part in get_args(hint) for item in literals(part)]
-
-
 def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
     """Turn an error message of jsonargparse into one line."""
     _, unrecognized, rest = message.partition("unrecognized arguments: ")
@@ -415,8 +330,8 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> UsageError:
         )
     if match := re.match(r'Parser key "([\w.]+)"|argument (\S+): invalid \w+ value', message):
         action = _action(parser, match[1]) if match[1] else parser._option_string_actions[match[2]]
-        if _EMPTY in message:
-            return UsageError(f"{_shown(action)}: {_EMPTY}.")
+        if EMPTY in message:
+            return UsageError(f"{_shown(action)}: {EMPTY}.")
         given = re.search(
             r"(?:Given value|Got value|base 10|to float|invalid \w+ value): (.*)|: (\S+) does not conform",
             message,
@@ -501,7 +416,7 @@ def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 def _word_option(option: Option) -> Option:
     """Resolve an option's type and ``Annotated`` for values that are plain words."""
-    hint, extras = _without_annotation(_without_none(option.hint)[0])
+    hint, extras = _without_annotation(without_none(option.hint)[0])
     many = get_origin(hint) in _LISTS
     if many:
         hint, inner = _without_annotation(get_args(hint)[0])
@@ -523,23 +438,14 @@ def _without_annotation(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
-def _without_none(hint: Any) -> list[Any]:
-    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
-    return [part for part in parts if part is not type(None)]
-
-
 def _metavar(option: Option) -> str:
     if option.metavar:
         return option.metavar
-    parts = _without_none(option.hint)
+    parts = without_none(option.hint)
     if all(get_origin(part) is Literal for part in parts):
         return "{" + ",".join(dict.fromkeys(map(str, literals(option.hint)))) + "}"
     known: dict[Any, str] = {int: "N", float: "X", bool: "{true,false}"}
     return known.get(parts[0] if len(parts) == 1 else None, option.name.rpartition(".")[2].upper())
-
-
-def _direct_literals(hint: Any) -> list[Any]:
-    return [value for part in get_args(hint) if get_origin(part) is Literal for value in get_args(part)]
 
 
 def _action(parser: jsonargparse.ArgumentParser, name: str) -> argparse.Action:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from crossx.cli.options import BatchSize, Inference, PredictorPath, check_run
-from crossx.cli.parser import Name, Positive
+from crossx.cli.values import Name, Positive
 from crossx.errors import UsageError, counted
 from crossx.terminal import step
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossx.cli.parser import Folder, Natural
+from crossx.cli.values import Folder, Natural
 from crossx.commands import command, path_word
 from crossx.errors import CrossXError, UsageError
 from crossx.runs import Run, free_folder, storage_error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from crossx.cli.parser import MAX_WIDTH, Name
+from crossx.cli.parser import MAX_WIDTH
+from crossx.cli.values import Name
 from crossx.recipes import PRESETS, load_recipe, model_names
 from crossx.terminal import fold, page_width
 

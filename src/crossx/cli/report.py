@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from crossx.cli.neighbors import open_index
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
-from crossx.cli.parser import Natural
 from crossx.cli.test import is_tested, print_results, test_run
+from crossx.cli.values import Natural
 from crossx.runs import check_writable, open_run
 from crossx.terminal import step
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from crossx.cli.neighbors import open_index
 from crossx.cli.options import Inference, PredictorPath, check_run
-from crossx.cli.parser import File, Natural
+from crossx.cli.values import File, Natural
 from crossx.errors import CrossXError, UsageError
 from crossx.serve.limits import Limits
 from crossx.terminal import step

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from crossx.cli.options import ModelPath, check_folder, check_run
-from crossx.cli.parser import Folder
+from crossx.cli.values import Folder
 from crossx.commands import command
 from crossx.errors import UsageError
 from crossx.runs import PREDICTS_ALONE

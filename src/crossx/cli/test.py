@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from crossx.cli.options import Device, RunPath, Split, TestedData, check_run
-from crossx.cli.parser import Coverage, Folder
+from crossx.cli.values import Coverage, Folder
 from crossx.data.catalog import dataset_title
 from crossx.errors import UsageError, counted
 from crossx.evaluation.notices import result_notices

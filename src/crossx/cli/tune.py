@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from crossx.cli.options import check_folder, next_command
-from crossx.cli.parser import File, Folder, Positive
+from crossx.cli.values import File, Folder, Positive
 from crossx.commands import command
 from crossx.errors import UsageError
 from crossx.runs import Run
