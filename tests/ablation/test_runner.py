@@ -234,8 +234,10 @@ def test_a_signal_ends_the_processes_and_what_is_left_runs_next_time(
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        run_trials(trials(command, 0, 3))
+        run_trials(trials(command, 0, 3, text="variants: {a: {}, b: {}}"))
     interrupting.join()
+    # nothing was begun of what was waiting
+    assert not (command / "b").exists()
     ((_, verb, *_, process),) = asked(command)
     assert verb == "fit"
     with pytest.raises(ProcessLookupError):

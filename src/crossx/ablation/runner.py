@@ -272,6 +272,7 @@ def run_trials(
                 report(trial, reason)
         except BaseException:
             # now, since leaving the block waits for the pool's threads
+            pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
             raise
     return failed
