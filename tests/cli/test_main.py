@@ -361,6 +361,14 @@ def test_verbs_of_other_tools_suggest_ours(
         ("predict run a.jpg --topk 4", "Did you mean '--top'?"),
         ("predict run a.jpg --half", "Did you mean '--precision'?"),
         ("predict run a.jpg -o out.csv", "Did you mean '--output'?"),
+        (
+            "datasets check --data.dataset cub x",
+            "NAME is given without an option: `crossx datasets check NAME ROOT`.",
+        ),
+        (
+            "datasets audit cub --data-dir x",
+            "ROOT is given without an option: `crossx datasets audit NAME ROOT`.",
+        ),
         ("test --model run", "RUN is given without an option: `crossx test RUN`."),
         ("test run --data x", "Did you mean '--data.root'?"),
         ("explain run --input photos", "IMAGE_OR_FOLDER is given without an option: "),

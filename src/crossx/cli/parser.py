@@ -57,8 +57,10 @@ _POSITIONAL = {
     "RUN": {"run", "model", "weights", "checkpoint", "ckpt", "model_path", "resume", "m", "w"},
     "IMAGES": _IMAGES,
     "IMAGE_OR_FOLDER": _IMAGES,
+    "NAME": {"dataset", "name"},
+    "ROOT": {"root", "dir", "data", "data_root", "data_dir", "folder", "path"},
 }
-"""Words of other tools for arguments that are given without an option here."""
+"""Words of other commands and tools for arguments that are given without an option here."""
 _SECTION_OPTION = re.compile(r"--[a-z]+\.[a-z_]+")
 _NUMBER = re.compile(r"-(\d+|\d*\.\d+)$")
 _LISTS = (list, Sequence)
@@ -366,7 +368,7 @@ def unknown_argument(argument: str, parser: jsonargparse.ArgumentParser) -> Usag
             f"unknown option {argument!r}. For the file of that name write {quoted(Path(argument))}."
         )
     for place, words in _POSITIONAL.items():
-        if word in words and place in positionals:
+        if word.removeprefix("data.") in words and place in positionals:
             hint = f" {place} is given without an option: `{prog} {' '.join(positionals)}`."
     return UsageError(f"unknown option {name!r}.{hint} `{prog} --help` lists the options.")
 
