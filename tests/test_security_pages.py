@@ -15,6 +15,11 @@ from crossx.yaml import load_yaml
 ROOT = Path(__file__).parents[1]
 PAGES = ("SECURITY.md", "docs/trust.md", "docs/reliability.md")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+RIGHTS = {
+    ("release.yml", "publish"): {"id-token": "write"},
+    ("pages.yml", "deploy"): {"id-token": "write", "pages": "write"},
+}
+"""Rights of the only jobs that have any: to publish, and to prove who publishes."""
 NEEDED = {"SECURITY.md": 20, "docs/reliability.md": 10}
 """Tests that a page names at least."""
 
@@ -50,9 +55,7 @@ def test_workflows_have_least_rights_and_pinned_actions(path: Path) -> None:
     assert "pull_request_target" not in text
     assert workflow["concurrency"]["group"]
     for name, job in workflow["jobs"].items():
-        # only trusted publishing needs a right, to prove who publishes
-        publishes = (path.name, name) == ("release.yml", "publish")
-        assert job.get("permissions") == ({"id-token": "write"} if publishes else None), name
+        assert job.get("permissions") == RIGHTS.get((path.name, name)), name
         assert 0 < job["timeout-minutes"] <= 360
         for step in job["steps"]:
             if "uses" in step:

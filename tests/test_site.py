@@ -108,7 +108,10 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason="needs crossx[docs]")
     pytest.importorskip("mkdocstrings_handlers.python", reason="needs crossx[docs]")
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "build_site.py", "--output", tmp_path],
+        [
+            sys.executable, ROOT / "tools" / "build_site.py", "--output", tmp_path,
+            "--url", "https://birds.example/crossx/",
+        ],
         capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,6 +119,11 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     for name in DIRECTIVES:
         assert f'id="{name}"' in page
     assert str(crossx.fit.__doc__).partition("\n")[0] in page
+    # it is served from any address, so its links must say where the site is
+    lost = (tmp_path / "html" / "404.html").read_text(encoding="utf-8")
+    links = re.findall(r'(?:href|src)="(/[^"]*)"', lost)
+    assert links
+    assert all(link.startswith("/crossx/") for link in links)
     broken = tmp_path / "pages" / "docs" / "api.md"
     broken.write_text(broken.read_text(encoding="utf-8") + "\n[nowhere](cli.md#nowhere)\n", encoding="utf-8")
     assert build_site.build(tmp_path) != 0

@@ -1,4 +1,4 @@
-"""Build the documentation site from the repository's Markdown and docstrings: build_site.py [--check].
+"""Build the documentation site from the repository's Markdown and docstrings: build_site.py [--check] [--url URL].
 
 The pages stay plain Markdown that GitHub shows as it is. They are copied to build/site/pages in the layout of the
 repository, so that links between them hold; linked files come along, linked sources as pages. In docs/api.md, comments
@@ -164,16 +164,17 @@ def _list(source: Path, page: Path) -> None:
     page.write_text(f"# {source.relative_to(ROOT).as_posix()}\n\n{lines}\n", encoding="utf-8")
 
 
-def write_config(path: Path) -> None:
-    """Write the settings of zensical.toml with the navigation."""
+def write_config(path: Path, url: str | None = None) -> None:
+    """Write the settings of zensical.toml with the navigation, and the site's address."""
     settings = CONFIG.read_text(encoding="utf-8")
     sections = ", ".join(
         f"{{{json.dumps(title)} = {json.dumps(found)}}}"
         for section in navigation()
         for title, found in section.items()
     )
+    address = f"site_url = {json.dumps(url)}\n" if url else ""
     for before, after in (
-        ("[project]", f'[project]\nnav = ["index.md", {sections}]'),
+        ("[project]", f'[project]\n{address}nav = ["index.md", {sections}]'),
         ('paths = ["src"]', f"paths = [{json.dumps(str(ROOT / 'src'))}]"),
     ):
         assert settings.count(before) == 1
@@ -204,13 +205,16 @@ def main() -> int:
         "--check", action="store_true", help="only check the links and anchors of the Markdown files"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "site", help="folder to build in")
+    parser.add_argument(
+        "--url", help="address of the site; without it, the page for errors links to the host's root"
+    )
     arguments = parser.parse_args()
     broken = broken_links()
     print(*broken, sep="\n", end="\n" if broken else "", file=sys.stderr)
     if broken or arguments.check:
         return int(bool(broken))
     stage(arguments.output / "pages")
-    write_config(arguments.output / "zensical.toml")
+    write_config(arguments.output / "zensical.toml", arguments.url)
     return build(arguments.output)
 
 
