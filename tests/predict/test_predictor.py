@@ -60,6 +60,13 @@ def test_paths_are_no_prepared_images(predictor, images):
             assert "prepare files with Predictor.prepare" in refusal(method, given)
 
 
+@pytest.mark.parametrize("options", [{}, {"crops": 5, "flip": True}])
+def test_no_images_have_no_answers_and_no_features(run, options):
+    predictor = Predictor.load(run.path, "cpu", **options)
+    assert predictor.classify([]) == predictor.answer([]) == predictor.predict([]) == []
+    assert predictor.features([]).shape == (0, predictor.feature_size)
+
+
 @torch.inference_mode()
 def probabilities(predictor, path):
     image = eval_transform(PREPROCESSING)(read_image(path))

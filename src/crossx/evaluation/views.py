@@ -44,7 +44,7 @@ class Views:
     def __init__(self, preprocessing: Preprocessing, *, flip: bool = False, crops: int = 1) -> None:
         check_flag("flip", flip)
         self.flip, self.crops = flip, crops
-        self._side = preprocessing.image_size
+        self._side, self._resized = preprocessing.image_size, resized_side(preprocessing)
         if crops not in CROPS:
             raise UsageError(f"crops must be 1 or 5, not {crops}.")
         if crops != 1 and not has_crops(preprocessing):
@@ -61,7 +61,7 @@ class Views:
 
     def split(self, images: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
         """Yield the views of a batch of prepared images, each uint8 (B, 3, S, S)."""
-        batch = _batch(images)
+        batch = self._batch(images)
         for crop in [batch] if self.crops == 1 else vision.five_crop(batch, [self._side, self._side]):
             yield crop
             if self.flip:
@@ -69,18 +69,20 @@ class Views:
 
     def centres(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Return the centre crops, uint8 (B, 3, S, S), of a batch of prepared images."""
-        batch = _batch(images)
+        batch = self._batch(images)
         return batch if self.crops == 1 else vision.center_crop(batch, [self._side, self._side])
 
-
-def _batch(images: Sequence[Tensor] | Tensor) -> Tensor:
-    if isinstance(images, Tensor):
-        return images
-    if isinstance(images, str) or not all(isinstance(image, Tensor) for image in images):
-        raise UsageError(
-            "prepared images are tensors: prepare files with Predictor.prepare, or use an iter_ method."
-        )
-    return batch_images(images)
+    def _batch(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        if isinstance(images, Tensor):
+            return images
+        if isinstance(images, str) or not all(isinstance(image, Tensor) for image in images):
+            raise UsageError(
+                "prepared images are tensors: prepare files with Predictor.prepare, or use an iter_ method."
+            )
+        if not images:
+            side = self._side if self.crops == 1 else self._resized
+            return torch.empty(0, 3, side, side, dtype=torch.uint8)
+        return batch_images(images)
 
 
 def mean_probabilities(views: Sequence[Tensor], temperature: float) -> Tensor:

@@ -468,7 +468,7 @@ class Predictor:
         """Return the features (``Method.embeddings``) of prepared images, as one batch.
 
         Args:
-            images: As in ``classify``, at least one.
+            images: As in ``classify``.
 
         Returns:
             float32 (B, D) on the CPU: the mean over the views, L2-normalised.
