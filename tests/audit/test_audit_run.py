@@ -140,6 +140,38 @@ def test_tiny_datasets_are_audited(classes: int, each: int, backbone: str, tmp_p
     assert "exclude.csv</code> lists no image" in (tmp_path / "out/report.html").read_text()
 
 
+def test_classes_without_training_images_are_named(backbone: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "train/<nothing>").mkdir(parents=True)
+    for number, name in enumerate(["train/a/0", "train/a/1", "train/b/0", "test/a/2", "test/late/0"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph(number).save(root / f"{name}.png")
+    found = audit_dataset("folder", root, output=tmp_path / "out", backbone=backbone)
+    assert found.untrained == ("<nothing>", "late")
+    assert "classes      2 classes without training images: '<nothing>', 'late'" in found.summary()
+    counts = {row["class"]: (row["train"], row["test"]) for row in found.to_json()["classes"]}
+    assert counts == {"<nothing>": (0, 0), "a": (2, 1), "b": (1, 0), "late": (0, 1)}
+    assert "training refuses: &lt;nothing&gt;, late." in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("each", "sizes"),
+    [
+        ((1, 1), "1 training image in each"),
+        ((2, 3), "2 training images in the smallest, 3 training images in the largest"),
+    ],
+)
+def test_the_sizes_of_classes_are_named(
+    each: tuple[int, int], sizes: str, backbone: str, tmp_path: Path
+) -> None:
+    for label, count in enumerate(each):
+        (tmp_path / f"data/train/c{label}").mkdir(parents=True)
+        for number in range(count):
+            photograph(10 * label + number).save(tmp_path / f"data/train/c{label}/{number}.png")
+    found = audit_dataset("folder", tmp_path / "data", backbone=backbone, checks=["outliers"])
+    assert found.summary().splitlines()[-1] == f"  classes      {sizes}"
+
+
 def test_predictions_of_training_images_are_said_not_to_be_out_of_fold(
     photographs: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossx.data.index import SPLITS, Record
-from crossx.errors import counted
+from crossx.errors import counted, first_few
 
 if TYPE_CHECKING:
     from crossx.audit.duplicates import Duplicates
@@ -129,6 +129,12 @@ class Audit:
             for label, name in enumerate(self.classes)
         ]
 
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The classes without a readable training image."""
+        trained = {record.label for record in self.records if record.split == "train"}
+        return tuple(name for label, name in enumerate(self.classes) if label not in trained)
+
     def imbalance(self) -> float | None:
         """Return the most training images of a class per those of the smallest; None if one has none."""
         counts = [row["train"] for row in self.class_counts()]
@@ -214,7 +220,6 @@ class Audit:
 
     def summary(self) -> str:
         """Format the main counts for a terminal."""
-        smallest = min((row["train"] for row in self.class_counts()), default=0)
         flagged = ", ".join(
             f"{len(images)} {issue.replace('_', ' ')}" for issue, images in self.quality.items() if images
         )
@@ -242,10 +247,17 @@ class Audit:
                 f"  {check:<11}  {found[check] if check in self.checks else 'not checked'}"
                 for check in CHECKS
             ),
-            f"  classes      {smallest:,} training images in the smallest"
-            + (f", {ratio:g} times as many in the largest" if (ratio := self.imbalance()) else ""),
+            f"  classes      {self._class_sizes()}",
         ]
         return "\n".join(lines)
+
+    def _class_sizes(self) -> str:
+        if self.untrained:
+            names = first_few([repr(name) for name in self.untrained], 5)
+            return f"{counted(len(self.untrained), 'class')} without training images: {names}"
+        counts = [row["train"] for row in self.class_counts()]
+        least, most = (counted(size, "training image") for size in (min(counts), max(counts)))
+        return f"{least} in {'each' if least == most else f'the smallest, {most} in the largest'}"
 
     def _exclusions(self) -> Iterator[tuple[str, str, str]]:
         """Yield path, reason and detail of the images that could be left out."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from crossx.caches import cache_folder
 from crossx.data.config import DataConfig
-from crossx.data.index import DatasetIndex
+from crossx.data.index import DatasetIndex, UntrainedClassError
 from crossx.errors import CrossXError, UsageError, unknown
 from crossx.runs import user_path
 from crossx.suggestions import nearest
@@ -114,16 +114,20 @@ def read_dataset(name: str, root: str | Path | None, **options: Any) -> DatasetI
 
 
 def read_existing(name: str, root: str | Path | None, **options: Any) -> DatasetIndex:
-    """Read a dataset as ``read_dataset`` does, but never draw ``synthetic`` in a given root.
+    """Read a dataset to look at it, not to train on it.
 
-    For whatever looks at a dataset and does not train on it: there, a folder that does not exist is a typing error.
+    Never draws ``synthetic`` in a given root: a folder that does not exist is a typing error. Classes without training
+    images, which ``read_dataset`` refuses, are returned for the caller to report.
 
     Raises:
         CrossXError: As ``read_dataset``, and if nothing has been drawn in the root.
         UsageError: As ``read_dataset``.
     """
     require_drawn(name, root)
-    return read_dataset(name, root, **options)
+    try:
+        return read_dataset(name, root, **options)
+    except UntrainedClassError as error:
+        return error.index
 
 
 def require_drawn(name: str, root: str | Path | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from crossx.data.catalog import DatasetInfo, dataset_info, dataset_root, read_existing
 from crossx.data.image_files import find_images, is_image_name
 from crossx.data.images import inspect_image, printable, scaled_note
-from crossx.data.index import SPLITS, DatasetIndex, Record, UntrainedClassError
+from crossx.data.index import SPLITS, DatasetIndex, Record
 from crossx.data.threads import map_ahead
 from crossx.errors import counted
 
@@ -112,11 +112,7 @@ def check_dataset(
         CrossXError: If the lists cannot be read.
     """
     info = dataset_info(name)
-    try:
-        index = read_existing(name, root, **options)
-    except UntrainedClassError as error:
-        # one problem among others
-        index = error.index
+    index = read_existing(name, root, **options)
     place = dataset_root(name, root, options)
     broken, digests, bits = _decode(list(dict.fromkeys(record.path for record in index.records)), progress)
     mislabelled, leaked, duplicates = _identical(index, digests)
