@@ -32,3 +32,18 @@ def test_freed_memory_is_kept_unless_the_user_has_set_malloc_up() -> None:
     assert held_after_200_mb_were_freed() > 150_000_000
     assert held_after_200_mb_were_freed(MALLOC_ARENA_MAX="4") < 50_000_000
     assert held_after_200_mb_were_freed(GLIBC_TUNABLES="glibc.malloc.check=0") < 50_000_000
+
+
+AT_EXIT = """
+import atexit, gc
+from crossx.cli.main import main
+
+atexit.register(lambda: print("last", gc.get_freeze_count() > 100))
+main(["--version"])
+atexit.register(lambda: print("first", gc.get_freeze_count() > 100))
+"""
+
+
+def test_objects_are_left_to_the_kernel_at_exit_after_what_the_verbs_do_there() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["first False", "last True"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from crossx.caches import prepare_caches
-from crossx.cli.memory import keep_freed_memory
+from crossx.cli.memory import keep_freed_memory, skip_collection_at_exit
 from crossx.errors import (
     CrossXError,
     UsageError,
@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     _set_environment()
     _show_log()
+    skip_collection_at_exit()
     if "_ARGCOMPLETE" in os.environ:
         from crossx.cli.completion import complete
 

@@ -1,7 +1,9 @@
-"""Memory allocation of the process."""
+"""Memory of the process: what is kept, and what is not collected at the end."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -23,3 +25,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)
+
+
+def skip_collection_at_exit() -> None:
+    """Let the process end without a last search for reference cycles.
+
+    The search visits all objects of all imported modules several times, which takes most of the second that a process
+    with PyTorch needs to exit. Functions that are registered later with ``atexit`` run before.
+    """
+    atexit.register(gc.freeze)
