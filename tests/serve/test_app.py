@@ -140,9 +140,12 @@ def test_one_client_leaves_room_for_others(
 
 
 def test_unknown_paths_and_methods(client: TestClient) -> None:
-    assert problem(client.get("/nothing"), 404) == "Not Found"
+    assert problem(client.get("/nothing"), 404) == "there is no path /nothing: /docs lists the requests."
+    assert "no path /page/nothing.js" in problem(client.get("/page/nothing.js"), 404)
+    assert problem(client.post("/"), 405) == "/ does not take POST, only GET, HEAD."
+    assert problem(client.put("/page/page.js"), 405) == "/page/page.js does not take PUT, only GET, HEAD."
     response = client.get("/predict")
-    assert problem(response, 405) == "Method Not Allowed"
+    assert problem(response, 405) == "/predict does not take GET, only POST."
     assert response.headers["allow"] == "POST"
 
 

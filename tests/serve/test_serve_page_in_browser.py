@@ -284,6 +284,11 @@ def test_classes_have_names_that_people_read(
         answer(page, "predict", {"json": {"predictions": [prediction]}})
         page.locator("#file").set_input_files(image)
         expect(page.locator("#similar-images")).to_have_text("Black footed Albatross0.50")
+        wait_for_result(page)
+        hint, heading = page.evaluate(
+            "['#top-hint', '#similar h3'].map((one) => document.querySelector(one).getBoundingClientRect().toJSON())"
+        )
+        assert heading["top"] - hint["bottom"] >= 8
 
 
 def test_names_are_shown_as_text(served: Served, open_page: Callable[..., Any]) -> None:

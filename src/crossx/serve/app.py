@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,7 +252,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> Response:
-        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        detail, headers = str(error.detail), dict(error.headers or {})
+        # those of starlette have no more than the name of the status
+        if detail == HTTPStatus(error.status_code).phrase:
+            detail = _explained(request, error.status_code, headers) or detail
+        return problem(error.status_code, detail, headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
@@ -262,6 +267,15 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _explained(request: Request, status: int, headers: Mapping[str, str]) -> str | None:
+    path = shown(request.url.path)
+    if status == 404:
+        return f"there is no path {path}: /docs lists the requests."
+    if status == 405:
+        return f"{path} does not take {shown(request.method)}, only {headers.get('Allow', 'GET, HEAD')}."
+    return None
 
 
 async def _refuse_unknown_query(request: Request) -> None:
