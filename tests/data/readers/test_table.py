@@ -160,7 +160,19 @@ def test_any_names_survive_both_formats(labels: dict[str, str]) -> None:
         ("path,label,split\na,x,train\nb,y,train\nc,z,test\n", "no training image of 'z' (line 4, test)"),
         ("path,label\na,x\nb,x\n", "only one class, 'x'"),
         ("path,label\na,x,extra\n", "line 2: 3 fields, the header has 2"),
-        ('path,label\na,"x\n', "not valid CSV"),
+        ('path,label\na,"x\n', "line 2: not valid CSV"),
+        (
+            'sep=,\npath,label\na,x\nb,"y\nc,z\nd,z\n',
+            "line 4: not valid CSV (unexpected end of data). Check the quotes from there to line 6.",
+        ),
+        (
+            'path,label\n"a,x\nb,"y"\n',
+            "line 2: not valid CSV (',' expected after '\"'). Check the quotes from there to line 3.",
+        ),
+        (
+            '"path,label\na,x\n',
+            "line 1: not valid CSV (unexpected end of data). Check the quotes from there to line 2.",
+        ),
         ("\n\npath,label\na\n", "line 4: 1 field, the header has 2"),
         ("a,x\nb,y\n", "Columns found: 'a', 'x'. The first line names the columns: path, label."),
         ("path label\na x\nb y\n", "the separator of 'path label' is not known: a comma, semicolon, tab or"),

@@ -188,8 +188,10 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> LabelTable:
     separator = given[1] if given else _separator(body, required)
     reader = csv.reader(io.StringIO(body, newline=""), strict=True, delimiter=separator)
     rows: list[tuple[str, list[str]]] = []
+    ended = 0
     try:
         header = next(reader, [])
+        ended = reader.line_num
         if len(header) == 1 and all(name in header[0].lower() for name in required) and len(required) > 1:
             *marks, last = _SEPARATORS.values()
             raise CrossXError(
@@ -203,6 +205,7 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> LabelTable:
             f" The first line names the columns: {', '.join(required)}.",
         )
         for fields in reader:
+            ended = reader.line_num
             if not any(value.strip() for value in fields[len(header) :]):
                 fields = fields[: len(header)]  # spreadsheets write separators of empty columns
             if not any(value.strip() for value in fields):
@@ -215,8 +218,12 @@ def _csv(path: Path, text: str, required: Sequence[str]) -> LabelTable:
                 )
             rows.append((place, fields))
     except csv.Error as error:
-        place = f"line {reader.line_num + before}"
-        raise CrossXError(f"{path}: {place}: not valid CSV ({error}).") from error
+        # a row continues below its line until its quotes are closed
+        begin, end = ended + 1 + before, reader.line_num + before
+        place, hint = f"line {begin}", ""
+        if end > begin:
+            hint = f" Check the quotes from there to line {end}."
+        raise CrossXError(f"{path}: {place}: not valid CSV ({error}).{hint}") from error
     others = {
         name: [fields[index] for _, fields in rows[:_SAMPLE]]
         for index, name in enumerate(header)
