@@ -239,6 +239,11 @@ def test_what_the_image_shows_is_the_evaluation_crop(
             ["RUN", "photos", "--output", "photos"],
             "photos: holds other files (robin). Choose a new or an empty",
         ),
+        (
+            2,
+            ["RUN", "photos", "--output", "out.PNG"],
+            "--output out.PNG: is the name of a picture. Give a folder",
+        ),
         (1, ["RUN", "photos", "--output", "file/out"], "there is a file where a folder is needed."),
         (1, ["RUN", "photos", "--output", "file"], "there is a file where a folder is needed."),
         (1, ["RUN", "photos", "--output", "/proc/out"], "/proc/out: "),
@@ -257,6 +262,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert message in line
     assert line[-1] in ".?"
     assert not Path("out").exists() or written() == []
+    assert not Path("out.PNG").exists()
 
 
 def test_output_is_required(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,13 @@ def explain(
     """
     if target is not None and maps == "activation":
         raise UsageError("--class needs class maps: give --maps class or --maps both.")
+
+    from crossx.data.image_files import is_image_name
+
+    if is_image_name(output):
+        raise UsageError(
+            f"--output {output}: is the name of a picture. Give a folder, which gets one picture per image."
+        )
     if os.path.isdir(output) and (names := sorted(os.listdir(output))):
         raise UsageError(
             f"{output}: holds other files ({names[0]}). Choose a new or an empty folder as --output."
