@@ -222,6 +222,11 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CrossXError, match=r"no model\.json next to it"):
         open_run(tmp_path / "stray.ckpt")
     make_run(tmp_path / "run")
+    with pytest.raises(
+        CrossXError, match=r"a shared model without its weights \(model.safetensors\): copy or"
+    ):
+        open_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(CrossXError, match="has no weights yet"):
         open_run(tmp_path / "run")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import unicodedata
 from collections.abc import Iterator
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
@@ -55,7 +56,9 @@ def check_name(name: str) -> None:
         UsageError: If it is not the name of a Python module in lower case, or is taken.
     """
     if not _NAME.fullmatch(name):
-        plain = re.sub(r"_+", "_", re.sub(r"[^a-z0-9]+", "_", name.lower())).strip("_").lstrip("0123456789_")
+        # é is an e and an accent, which is left out
+        ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        plain = re.sub(r"[^a-z0-9]+", "_", ascii_name.lower()).strip("_").lstrip("0123456789_")
         hint = f" Did you mean {plain!r}?" if _NAME.fullmatch(plain) and plain != name else ""
         raise UsageError(
             f"{name!r} is not the name of a method.{hint} It has lower-case letters, digits and _, as in a_b2."

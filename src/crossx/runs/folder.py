@@ -234,6 +234,10 @@ def open_run(path: str | Path) -> tuple[Run, Path]:
         if weights.is_file():
             _require_unfinished(run, weights)
             return run, weights
+    if not (run.info.is_file() or run.config.is_file()):
+        raise CrossXError(
+            f"{given}: a shared model without its weights ({run.weights.name}): copy or download it again."
+        )
     raise CrossXError(
         f"{given}: the run has no weights yet (no model.safetensors, no checkpoints/best.ckpt or last.ckpt): "
         "train it first with `crossx fit`."
