@@ -348,6 +348,7 @@ def test_the_presets_are_those_of_the_benchmark() -> None:
         ("## In two steps", "two_steps"),
         ("## In one training, from refined", "refined"),
         ("## In one training, with prototypes", "following"),
+        ("## At 224 pixels", "following_drawn224"),
     ],
 )
 def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, name: str) -> None:
