@@ -58,7 +58,7 @@ def test_a_chosen_picture_is_named_as_the_predictor_does(
     served: Served, open_page: Callable[..., Any], image: Path, expected: Prediction, run: Path
 ) -> None:
     page = open_page(served)
-    expect(page.locator("#model")).to_have_text("crossx on test_resnet, trained on folder: 3 classes")
+    expect(page.locator("#model")).to_have_text("crossx on test_resnet: 3 classes")
     expect(page.locator("#bounds")).to_have_text("Up to 1 MB and 50 megapixels.")
     page.get_by_label("Choose a picture").set_input_files(image)
     wait_for_result(page)

@@ -150,7 +150,9 @@ async function introduce(options) {
   const { model, classes, explains, max_upload_mb: megabytes, max_pixels: pixels } = limits;
   at["key-form"].hidden = true;
   at["top-hint"].hidden = !explains;
-  at.model.textContent = `${model.method} on ${model.backbone}, trained on ${model.dataset}: ${classes.length} classes`;
+  // of images of one's own there is only a format, which says nothing to who looks at the page
+  const trained = ["folder", "table", "huggingface", "webdataset"].includes(model.dataset) ? "" : `, trained on ${model.dataset}`;
+  at.model.textContent = `${model.method} on ${model.backbone}${trained}: ${classes.length} classes`;
   at.bounds.textContent = `Up to ${megabytes} MB and ${Number((pixels / MEGABYTE).toPrecision(3))} megapixels.`;
 }
 
