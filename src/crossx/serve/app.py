@@ -274,7 +274,9 @@ def _explained(request: Request, status: int, headers: Mapping[str, str]) -> str
     if status == 404:
         return f"there is no path {path}: /docs lists the requests."
     if status == 405:
-        return f"{path} does not take {shown(request.method)}, only {headers.get('Allow', 'GET, HEAD')}."
+        # starlette joins a set, whose order differs between processes
+        allowed = sorted(headers.get("Allow", "GET, HEAD").split(", "))
+        return f"{path} does not take {shown(request.method)}, only {', '.join(allowed)}."
     return None
 
 
