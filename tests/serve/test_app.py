@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -28,6 +29,7 @@ from requests_to_app import (
     samples,
 )
 
+from crossx.data.catalog import OWN_DATA
 from crossx.errors import UsageError
 from crossx.predict.identity import Identity
 from crossx.predict.predictor import Predictor
@@ -137,6 +139,11 @@ def test_one_client_leaves_room_for_others(
         for thread in threads:
             thread.join(PATIENCE)
         assert answers == [200, 200]
+
+
+def test_the_page_knows_the_formats_of_own_images() -> None:
+    script = (resources.files("crossx.serve") / "page" / "page.js").read_text(encoding="utf-8")
+    assert f"[{', '.join(json.dumps(name) for name in OWN_DATA)}].includes(model.dataset)" in script
 
 
 def test_unknown_paths_and_methods(client: TestClient) -> None:

@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 def skip_collection_at_exit() -> None:
     """Let the process end without a last search for reference cycles.
 
-    The search visits all objects of all imported modules several times, which takes most of the second that a process
+    The search visits all objects of all imported modules several times, which takes most of the time that a process
     with PyTorch needs to exit. Functions that are registered later with ``atexit`` run before.
     """
     atexit.register(gc.freeze)
