@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from crossx.data.index import SPLITS
 from crossx.errors import UsageError, unknown
 from crossx.extras import require
 from crossx.runs import check_writable, write_json, write_text
+
+if TYPE_CHECKING:
+    from crossx.predict.predictor import Predictor
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and the total."""
@@ -65,10 +68,8 @@ def audit_dataset(
         CrossXError: If the lists, the network or all images cannot be read, or the folder cannot be written to.
     """
     require("crossx datasets audit", "cleanlab", "cleanvision", "sklearn", extra="audit")
-    for kind, given, choices in (("check", checks, CHECKS), ("reason", exclude, REASONS)):
-        for name_given in given:
-            if name_given not in choices:
-                raise unknown(kind, name_given, choices)
+    _check_choices("check", checks, CHECKS)
+    _check_choices("reason", exclude, REASONS)
     if backbone is not None and run is not None:
         raise UsageError("--backbone and --run cannot be combined: the embeddings come from one of them.")
     index = read_existing(name, root, **options)
@@ -78,22 +79,13 @@ def audit_dataset(
 
     from crossx.audit.embeddings import BACKBONE, load_backbone
     from crossx.audit.predictions import RunPredictor
-    from crossx.predict.embeddings import embed
 
     base = base_folder(place)
     classifier = RunPredictor.load(run, index, base, device) if run is not None else None
     predictor = classifier.predictor if classifier else load_backbone(backbone or BACKBONE, device)
     images = read_images(index, base, partial(step, "Reading images"))
     files = [record.path for record in images.records]
-    known = embed(
-        predictor,
-        files,
-        images.digests,
-        folder / "embeddings.npz" if folder else None,
-        batch_size=batch_size,
-        progress=partial(step, "Computing embeddings"),
-    )
-    vectors = np.stack([known[digest] for digest in images.digests]).astype(np.float32)
+    vectors = _embed(predictor, images, folder, batch_size, step)
     duplicates = Duplicates()
     if "duplicates" in checks:
         duplicates = find_duplicates(
@@ -102,7 +94,6 @@ def audit_dataset(
     labels = np.array([record.label for record in images.records], dtype=np.int64)
     grouped = _group_numbers(len(files), duplicates)
     judged = large_enough(labels, grouped)
-    small = sorted({*labels.tolist()} - {*labels[judged].tolist()})
     network = {"backbone": backbone or BACKBONE, "predictions": "out-of-fold"}
     trained_on = np.zeros(len(files), dtype=bool)
     if classifier is not None:
@@ -111,17 +102,19 @@ def audit_dataset(
     issues: list[LabelIssue] = []
     accuracy = None
     if "labels" in checks:
-        if classifier is None:
-            probabilities = out_of_fold(
+        probabilities = (
+            classifier.predict(files, batch_size, partial(step, "Predicting"))
+            if classifier is not None
+            else out_of_fold(
                 vectors, labels, grouped, len(index.classes), progress=partial(step, "Fitting classifiers")
             )
-        else:
-            probabilities = classifier.predict(files, batch_size, partial(step, "Predicting"))
+        )
         issues, accuracy = _judge_labels(labels, probabilities, judged, trained_on)
     outliers, distance = find_outliers(vectors) if "outliers" in checks else ([], None)
     quality: dict[str, list[tuple[int, float]]] = {}
     if "quality" in checks:
         quality = find_quality_issues(files, progress=partial(step, "Checking the quality"))
+    small = sorted({*labels.tolist()} - {*labels[judged].tolist()})
     audit = Audit(
         dataset=name,
         root=str(place),
@@ -146,6 +139,29 @@ def audit_dataset(
     if folder is not None:
         _write(audit, folder, step)
     return audit
+
+
+def _check_choices(kind: str, given: Sequence[str], choices: Sequence[str]) -> None:
+    for name in given:
+        if name not in choices:
+            raise unknown(kind, name, choices)
+
+
+def _embed(
+    predictor: Predictor, images: Images, folder: Path | None, batch_size: int, step: Progress
+) -> NDArray[np.float32]:
+    """Return the embeddings of the images, (N, C)."""
+    from crossx.predict.embeddings import embed
+
+    known = embed(
+        predictor,
+        [record.path for record in images.records],
+        images.digests,
+        folder / "embeddings.npz" if folder else None,
+        batch_size=batch_size,
+        progress=partial(step, "Computing embeddings"),
+    )
+    return np.stack([known[digest] for digest in images.digests]).astype(np.float32)
 
 
 def _check_output(output: str | Path | None, root: Path) -> Path | None:

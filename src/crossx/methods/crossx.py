@@ -179,20 +179,19 @@ class CrossX(Method):
             raise UsageError(
                 "separation_weights need num_parts 2 or more, or a background: there is one gate."
             )
-        if num_parts < 2 and c3s_centred:
-            raise UsageError("c3s_centred needs num_parts 2 or more: S of a single centred part is 0.")
         used = {"last": True, "previous": use_previous, "merged": use_merged}
-        if c3s_centred and not any(self.c3s_weights[name] for name, has_head in used.items() if has_head):
-            raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
-        for option, given in (
-            ("detach_assignment", detach_assignment),
-            ("detach_shares", detach_shares),
-            (f"assignment_start {assignment_start}", assignment_start != "random"),
-            (f"assignment_lr_factor {assignment_lr_factor:g}", assignment_lr_factor != 1),
-            ("whole", whole),  # other gates see every position anyway
-        ):
-            if given and gates != "spatial":
-                raise UsageError(f"{option} needs spatial gates: --model.gates spatial.")
+        if c3s_centred:
+            _check_centred(num_parts, [self.c3s_weights[name] for name, has_head in used.items() if has_head])
+        if gates != "spatial":
+            _check_not_given(
+                {
+                    "detach_assignment": detach_assignment,
+                    "detach_shares": detach_shares,
+                    f"assignment_start {assignment_start}": assignment_start != "random",
+                    f"assignment_lr_factor {assignment_lr_factor:g}": assignment_lr_factor != 1,
+                    "whole": whole,  # other gates see every position anyway
+                }
+            )
         check_positive("assignment_lr_factor", assignment_lr_factor)
         self.assignment_start = assignment_start
         self.assignment_lr_factor = assignment_lr_factor
@@ -433,3 +432,18 @@ def _pool(maps: Sequence[Tensor], pooling: Pooling) -> Tensor:
     pool = F.adaptive_max_pool2d if pooling == "max" else F.adaptive_avg_pool2d
     # P x (B, C, h, w) -> P x (B, C, 1, 1) -> (B, P*C, 1, 1)
     return torch.cat([pool(part, 1) for part in maps], 1)
+
+
+def _check_centred(num_parts: int, weights: Sequence[float]) -> None:
+    """Check that centred C3S, with these weights of the network's heads, has an effect."""
+    if num_parts < 2:
+        raise UsageError("c3s_centred needs num_parts 2 or more: S of a single centred part is 0.")
+    if not any(weights):
+        raise UsageError("c3s_centred changes nothing: all c3s_weights of the network's heads are 0.")
+
+
+def _check_not_given(spatial: Mapping[str, bool]) -> None:
+    """Check that no option of spatial gates, name -> whether it is given, goes with other gates."""
+    for option, given in spatial.items():
+        if given:
+            raise UsageError(f"{option} needs spatial gates: --model.gates spatial.")
