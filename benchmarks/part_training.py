@@ -167,9 +167,15 @@ def measured(results: Mapping[str, Any]) -> dict[str, Any]:
 def summarize(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
     """Return means over the seeds; of what each excitation has, those of the lowest one of each seed."""
     mine = [run[name] for run in runs.values()]
-    found: dict[str, Any] = {"top1": statistics.mean(run["top1"] for run in mine)}
-    for stage in (stage for stage in mine[0]["parts"] if stage != "verdict"):
-        values = [run["parts"][stage] for run in mine]
+    top1 = statistics.mean(run["top1"] for run in mine)
+    return {"top1": top1, **mean_of_lowest([run["parts"] for run in mine])}
+
+
+def mean_of_lowest(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return stage -> means of the measures of several runs; of what each excitation has, those of the lowest one."""
+    found = {}
+    for stage in (stage for stage in parts[0] if stage != "verdict"):
+        values = [of[stage] for of in parts]
         found[stage] = {
             key: statistics.mean(
                 min(value[key]) if isinstance(value[key], list) else value[key] for value in values
