@@ -1,6 +1,7 @@
 """The whole audit, on drawn photographs with known defects."""
 
 import csv
+import itertools
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ from crossx.cli.main import main
 from crossx.data.catalog import read_configured
 from crossx.data.config import DataConfig
 from crossx.errors import CrossXError
-from photographs import photograph
+from photographs import photograph, product
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,26 @@ def test_the_list_of_images_to_leave_out_is_taken_by_fit(
     assert shlex.split(unescape(command)) == ["crossx", "fit", *options, "..."]
     index = read_configured(DataConfig(root=str(photographs), exclude=str(output / "exclude.csv")))
     assert {record.path.relative_to(photographs).as_posix() for record in index.excluded} == listed.keys()
+
+
+def test_photographs_of_products_that_look_alike_are_shown_and_kept(backbone: str, tmp_path: Path) -> None:
+    root = tmp_path / "products"
+    for kind, shot in itertools.product(range(3), range(8)):
+        folder = root / ("test" if shot > 5 else "train") / f"product {kind}"
+        folder.mkdir(parents=True, exist_ok=True)
+        product(kind, shot).save(folder / f"{shot}.png")
+    found = audit_dataset("folder", root, output=tmp_path / "audit", backbone=backbone, checks=["duplicates"])
+    assert (found.copies, len(found.duplicates.alike), found.alike_across_splits) == (0, 3, 3)
+    assert found.alike > 18
+    assert f"{found.alike} images look alike" in found.summary()
+    assert not rows(tmp_path / "audit")
+    page = (tmp_path / "audit/report.html").read_text()
+    assert f"{found.alike} images in 3 groups" in page
+    assert "3 groups with images in several splits" in page
+    reasons = replace(found, reasons=("alike",)).excluded
+    # all but one image of each product
+    assert len(reasons) == found.alike - 3
+    assert {reason for _, reason, _ in reasons} == {"alike"}
 
 
 def test_a_large_group_shows_and_names_its_other_labels_and_splits(audit: Audit) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,10 @@ DEVIATIONS = 6.0
 SAMPLE = 400
 """Pairs of different images from which that distribution is estimated."""
 SEED = 0
+LOST = 0.5
+"""Share of a class that is more than there are copies in it: what looks alike there are different photographs."""
+ENOUGH = 20
+"""Pairs of images that look alike from which their distribution is estimated."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Duplicates:
     Attributes:
         pairs: Verified pairs, in the order of their images.
         groups: Images connected by pairs, each group sorted.
+        alike: Groups of different photographs that look alike, as those of products in one pose; identical files once.
         threshold: Correlation from which a pair counts.
         candidates: Number of pairs that were compared.
         usual: Median correlation of pairs of different images; None if there were too few to tell.
@@ -60,6 +66,7 @@ class Duplicates:
 
     pairs: tuple[Pair, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
+    alike: tuple[tuple[int, ...], ...] = ()
     threshold: float = LEAST
     candidates: int = 0
     usual: float | None = None
@@ -69,6 +76,7 @@ def find_duplicates(
     digests: Sequence[bytes],
     thumbnails: NDArray[np.uint8],
     vectors: NDArray[np.float32],
+    labels: NDArray[np.int64],
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Duplicates:
@@ -76,32 +84,40 @@ def find_duplicates(
 
     A pair counts if the correlation of its aligned detail is at least ``LEAST`` (two thirds of the detail's variance in
     common) and ``DEVIATIONS`` above that of pairs drawn at random from the dataset, but ``MOST`` is always enough.
+    Where a class would lose more than ``LOST`` of its images as copies, they are ``alike`` instead: there, the
+    correlation must be ``DEVIATIONS`` above that of other images that are alike.
 
     Args:
         digests: Checksum of each of N files.
         thumbnails: uint8 (N, SIDE, SIDE), grey, see ``alignment``.
         vectors: float32 (N, D), embeddings of length 1.
+        labels: int64 (N,).
         progress: Called with the number of pairs compared and the total.
     """
     identical = _identical(digests)
     # copies of a file need no comparison of their own
     unique = np.array([number for number in range(len(digests)) if number not in identical], dtype=np.int64)
-    pairs = [Pair(first, copy, 1.0) for copy, first in identical.items()]
     threshold, usual = _threshold(thumbnails[unique])
-    found = _candidates(thumbnails[unique], vectors[unique])
-    if len(found):
-        first, second = (torch.from_numpy(thumbnails[unique[found[:, side]]]) for side in (0, 1))
-        total = len(found)
-        scores = detail_correlation(
-            first, second, progress=None if progress is None else lambda done: progress(done, total)
-        )
-        pairs += [
-            Pair(int(unique[a]), int(unique[b]), round(float(score), 4))
-            for (a, b), score in zip(found, scores.tolist(), strict=True)
-            if score >= threshold
-        ]
-    pairs.sort(key=lambda pair: (pair.first, pair.second))
-    return Duplicates(tuple(pairs), _groups(pairs, len(digests)), threshold, len(found), usual)
+    compared = unique[_candidates(thumbnails[unique], vectors[unique])]
+    scores = detail_correlation(
+        torch.from_numpy(thumbnails[compared[:, 0]]),
+        torch.from_numpy(thumbnails[compared[:, 1]]),
+        progress=None if progress is None else lambda done: progress(done, len(compared)),
+    ).numpy()
+    found = scores >= threshold
+    alike = _alike(_groups(compared[found], len(digests)), labels, Counter(labels[unique].tolist()))
+    of_alike = np.isin(compared[:, 0], [number for group in alike for number in group]) & found
+    copies = found & (~of_alike | (scores >= _outstanding(scores[of_alike])))
+    pairs = sorted(
+        [Pair(first, copy, 1.0) for copy, first in identical.items()]
+        + [
+            Pair(int(first), int(second), round(float(score), 4))
+            for (first, second), score in zip(compared[copies], scores[copies], strict=True)
+        ],
+        key=lambda pair: (pair.first, pair.second),
+    )
+    groups = _groups(np.array([(pair.first, pair.second) for pair in pairs]).reshape(-1, 2), len(digests))
+    return Duplicates(tuple(pairs), groups, alike, threshold, len(compared), usual)
 
 
 def perceptual_hash(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -156,17 +172,45 @@ def _threshold(thumbnails: NDArray[np.uint8]) -> tuple[float, float | None]:
         torch.from_numpy(thumbnails[first]), torch.from_numpy(thumbnails[second]), all_levels=True
     )
     z = torch.atanh(scores.clamp(max=0.999)).numpy()
-    middle = float(np.median(z))
-    spread = 1.4826 * float(np.median(np.abs(z - middle)))
-    least = float(np.tanh(middle + DEVIATIONS * spread))
-    return round(min(max(LEAST, least), MOST), 4), round(float(np.tanh(middle)), 4)
+    return round(min(max(LEAST, _above(z)), MOST), 4), round(float(np.tanh(np.median(z))), 4)
 
 
-def _groups(pairs: Sequence[Pair], count: int) -> tuple[tuple[int, ...], ...]:
-    """Return the connected components of several of ``count`` images, by their first image."""
-    first, second = ([getattr(pair, end) for pair in pairs] for end in ("first", "second"))
-    graph = coo_array((np.ones(len(pairs), dtype=np.int8), (first, second)), shape=(count, count))
+def _groups(pairs: NDArray[np.int64], count: int) -> tuple[tuple[int, ...], ...]:
+    """Return the connected components of several of ``count`` images, by their first image; pairs (M, 2)."""
+    graph = coo_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     members: dict[int, list[int]] = defaultdict(list)
     for image, component in enumerate(connected_components(graph, directed=False)[1].tolist()):
         members[component].append(image)
     return tuple(tuple(group) for group in members.values() if len(group) > 1)
+
+
+def _alike(
+    groups: Sequence[tuple[int, ...]], labels: NDArray[np.int64], sizes: Mapping[int, int]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of which at least half is of classes that would lose too much without copies.
+
+    If most classes with groups are of this kind, all groups are.
+    """
+    lost: Counter[int] = Counter()
+    for group in groups:
+        members = Counter(labels[list(group)].tolist())
+        # of copies under several labels, none is kept
+        lost += (
+            members if len(members) > 1 else Counter({label: count - 1 for label, count in members.items()})
+        )
+    alike = [label for label, count in lost.items() if count > LOST * sizes[label]]
+    if 2 * len(alike) > len(lost):
+        return tuple(groups)
+    return tuple(group for group in groups if 2 * np.isin(labels[list(group)], alike).sum() >= len(group))
+
+
+def _outstanding(scores: NDArray[np.float32]) -> float:
+    """Return the correlation from which a pair stands out among those of images that are alike."""
+    return _above(np.arctanh(scores.clip(max=0.99999))) if len(scores) >= ENOUGH else math.inf
+
+
+def _above(z: NDArray[np.float32]) -> float:
+    """Return the correlation that is ``DEVIATIONS`` above the median of others, given as Fisher's z."""
+    middle = float(np.median(z))
+    spread = 1.4826 * float(np.median(np.abs(z - middle)))
+    return float(np.tanh(middle + DEVIATIONS * spread))

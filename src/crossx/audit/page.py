@@ -39,10 +39,12 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
         progress: Called with the number of pictures drawn and the total.
     """
     groups = sorted(audit.groups, key=_urgency)[:MAX_GROUPS]
+    members = {group.images: _members(audit, group.images, group.kept) for group in groups}
+    alike = {numbers: _members(audit, numbers) for numbers in audit.duplicates.alike[:MAX_GROUPS]}
     labels, outliers = audit.labels[:MAX_LABELS], audit.outliers[:MAX_OUTLIERS]
     quality = {issue: audit.quality[issue][:MAX_QUALITY] for issue in ISSUES if audit.quality.get(issue)}
     numbers = {
-        *(number for group in groups for number in _members(audit, group)),
+        *(number for drawn in (*members.values(), *alike.values()) for number in drawn),
         *(issue.image for issue in labels),
         *(outlier.image for outlier in outliers),
         *(number for found in quality.values() for number, _ in found),
@@ -63,7 +65,8 @@ def render(audit: Audit, progress: Callable[[int, int], None]) -> str:
             counts=sorted(counts, key=lambda row: (row["train"], row["class"]))[:MAX_CLASSES],
             largest=largest,
             splits=[split for split in SPLITS if any(row[split] for row in counts)],
-            members={group.images: _members(audit, group) for group in groups},
+            members=members,
+            alike=alike,
             version=metadata.version("crossx"),
         )
     )
@@ -73,17 +76,17 @@ def _urgency(group: DuplicateGroup) -> tuple[bool, bool, float, tuple[int, ...]]
     return not group.conflict, not group.leak, -group.correlation, group.images
 
 
-def _members(audit: Audit, group: DuplicateGroup) -> list[int]:
-    """Choose the images of a group to draw: each label and split comes before a second image of it."""
+def _members(audit: Audit, numbers: Sequence[int], kept: Sequence[int] = ()) -> list[int]:
+    """Choose the images of a group to draw: those kept, then each label and split before a second image of it."""
     labels: set[int] = set()
     both: set[tuple[int, str]] = set()
     ranks = {}
-    for number in sorted(group.images, key=lambda number: number not in group.kept):
+    for number in sorted(numbers, key=lambda number: number not in kept):
         label, split = audit.records[number].label, audit.records[number].split
-        ranks[number] = (number not in group.kept, label in labels, (label, split) in both)
+        ranks[number] = (number not in kept, label in labels, (label, split) in both)
         labels.add(label)
         both.add((label, split))
-    return sorted(group.images, key=ranks.__getitem__)[:MAX_MEMBERS]
+    return sorted(numbers, key=ranks.__getitem__)[:MAX_MEMBERS]
 
 
 def _draw(audit: Audit, numbers: Sequence[int], progress: Callable[[int, int], None]) -> dict[int, str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHECKS = ("duplicates", "labels", "outliers", "quality")
 """What is searched for, besides unreadable images and unbalanced classes."""
-REASONS = ("unreadable", "leak", "duplicate", "label", "outlier", "quality")
+REASONS = ("unreadable", "leak", "duplicate", "label", "alike", "outlier", "quality")
 """Why an image can be in ``exclude.csv``."""
 EXCLUDED = ("unreadable", "leak", "duplicate", "label")
 """Those that are in it by default; the others are worth a look, but often harmless."""
@@ -108,6 +108,17 @@ class Audit:
         return sum(group.conflict for group in self.groups)
 
     @property
+    def alike(self) -> int:
+        """The number of images that look like others but are not copies of them."""
+        return sum(map(len, self.duplicates.alike))
+
+    @property
+    def alike_across_splits(self) -> int:
+        """The number of groups of images that look alike and are in several splits."""
+        splits = ({self.records[number].split for number in group} for group in self.duplicates.alike)
+        return sum(len(found) > 1 for found in splits)
+
+    @property
     def memorised(self) -> int:
         """The number of images whose labels were judged by predictions that are not out-of-fold."""
         return len(self.trained_on) if "labels" in self.checks else 0
@@ -182,6 +193,7 @@ class Audit:
                     }
                     for group in self.groups
                 ],
+                "alike": [[image(number) for number in group] for group in self.duplicates.alike],
             },
             "labels": {
                 "accuracy": self.accuracy,
@@ -231,10 +243,16 @@ class Audit:
                 f"; most errors are missed among the {counted(self.memorised, 'image')} that the run was trained on, "
                 "whose predictions are not out-of-fold: audit without --run"
             )
+        alike = ""
+        if self.alike:
+            alike = (
+                f"; {self.alike:,} images look alike, but are probably different photographs, as of products in one "
+                "pose: they are not taken for copies"
+            )
         found = {
             "duplicates": f"{counted(self.copies, 'copy') if self.copies == 1 else f'{self.copies:,} copies'} in "
             f"{counted(len(self.groups), 'group')}, {len(self.leaks):,} of them in several splits (leakage), "
-            f"{self.conflicts:,} under several labels",
+            f"{self.conflicts:,} under several labels{alike}",
             "labels": labels,
             "outliers": counted(len(self.outliers), "image"),
             "quality": flagged or "nothing found",
@@ -282,6 +300,12 @@ class Audit:
             given, suggested = self.classes[self.records[issue.image].label], self.classes[issue.suggested]
             detail = f"labelled {given} ({issue.given:.2%}), rather {suggested} ({issue.probability:.1%})"
             yield self.paths[issue.image], "label", detail
+        for numbers in self.duplicates.alike:
+            firsts: dict[int, int] = {}
+            for number in numbers:
+                first = firsts.setdefault(self.records[number].label, number)
+                if first != number:
+                    yield self.paths[number], "alike", f"looks like {self.paths[first]}"
         for outlier in self.outliers:
             yield self.paths[outlier.image], "outlier", f"distance {outlier.distance:.3f}"
         for kind, found in self.quality.items():

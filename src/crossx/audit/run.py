@@ -86,12 +86,12 @@ def audit_dataset(
     images = read_images(index, base, partial(step, "Reading images"))
     files = [record.path for record in images.records]
     vectors = _embed(predictor, images, folder, batch_size, step)
+    labels = np.array([record.label for record in images.records], dtype=np.int64)
     duplicates = Duplicates()
     if "duplicates" in checks:
         duplicates = find_duplicates(
-            images.digests, images.thumbnails, vectors, progress=partial(step, "Comparing pairs")
+            images.digests, images.thumbnails, vectors, labels, progress=partial(step, "Comparing pairs")
         )
-    labels = np.array([record.label for record in images.records], dtype=np.int64)
     grouped = _group_numbers(len(files), duplicates)
     judged = large_enough(labels, grouped)
     network = {"backbone": backbone or BACKBONE, "predictions": "out-of-fold"}

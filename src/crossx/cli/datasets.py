@@ -153,7 +153,8 @@ def audit(
             resnet50.tv_in1k).
         run: Take embeddings and predictions from this run instead.
         checks: What to search for: duplicates, labels, outliers, quality.
-        exclude: Reasons for which images get into exclude.csv: unreadable, leak, duplicate, label, outlier, quality.
+        exclude: Reasons for which images get into exclude.csv: unreadable, leak, duplicate, label, alike, outlier,
+            quality.
         json: Print everything found as JSON.
 
     Examples:
