@@ -23,6 +23,8 @@ SUSPICIOUS_GAP = 0.1
 LAGGING_BY = 0.05
 """How much worse the average's validation top-1 must be for a warning."""
 
+MORE_IMAGES = "A larger --data.val_fraction holds out more images, and `crossx calibrate RUN` takes others"
+
 log = logging.getLogger(__name__)
 
 
@@ -92,8 +94,8 @@ def _calibrate(loop: Loop, weight: float | None) -> dict[str, Any] | None:
     if not data.holds_out:
         log.warning(
             "no validation images: the probabilities are not calibrated (temperature 1), and images of unknown classes "
-            "are not rejected."
-        )
+            "are not rejected. %s.", MORE_IMAGES,
+        )  # fmt: skip
         return None
     outputs = evaluate_views(
         TorchNetwork(loop.method, data.normalize, loop.device),
@@ -113,8 +115,8 @@ def _calibrate(loop: Loop, weight: float | None) -> dict[str, Any] | None:
         log.warning("the temperature stays 1: %s.", kept)
     if found.rejection is None:
         log.warning(
-            "%s: too few for a threshold, which needs %d, so images of unknown classes are not rejected.",
-            counted(len(outputs.targets), "validation image"), images_to_keep(KEEP),
+            "%s: too few for a threshold, which needs %d, so images of unknown classes are not rejected. %s.",
+            counted(len(outputs.targets), "validation image"), images_to_keep(KEEP), MORE_IMAGES,
         )  # fmt: skip
     elif warning := weakness(found.rejection.images, KEEP, "rejection was", "keep"):
         log.warning("%s.", warning)
