@@ -1,6 +1,7 @@
 """Loading what a stranger wrote: every ``model.json`` and every file of weights gives its network or one line."""
 
 import copy
+import hashlib
 import io
 import json
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -369,6 +370,35 @@ def test_safetensors_cut_short_or_overwritten(run: Run, broken: Callable[[bytes]
     broken(data + b"\0")
     for length in (0, 2**20, 2**40, 2**63, 2**64 - 1):
         broken(struct.pack("<Q", length) + data[8:])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_safetensors(
+    run: Run, broken: Callable[[bytes], str], where: float, bit: int
+) -> None:
+    data = bytearray(run.weights.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    start = 8 + length
+    data[start + int(where * (len(data) - start))] ^= 1 << bit
+    assert "model.safetensors: damaged, its checksum is not that of what was written" in broken(bytes(data))
+
+
+def test_weights_of_another_program_have_no_checksum_to_check(
+    run: Run, values: dict[str, Any], tmp_path: Path
+) -> None:
+    state = load_state(run)
+    write_json(tmp_path / "model.json", values)
+    save_file({key: value + 1 for key, value in state.items()}, tmp_path / "model.safetensors")
+    loaded = load_method(tmp_path)[0].state_dict()
+    assert all(torch.equal(loaded[key], value + 1) for key, value in state.items())
+
+
+def test_the_checksum_is_that_of_names_types_shapes_and_bytes(run: Run) -> None:
+    expected = hashlib.sha256()
+    for key, value in sorted(load_state(run).items()):
+        expected.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode() + value.numpy().tobytes())
+    assert header_of(run.weights.read_bytes())["__metadata__"] == {"sha256": expected.hexdigest()}
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])

@@ -193,7 +193,8 @@ def test_a_named_checkpoint_is_the_one_that_is_read(stopped, resumed, caplog):
 def test_a_damaged_model_of_a_finished_run_is_made_again(make_config, caplog):
     run = fit(make_config(trainer={"max_epochs": 1}))
     weights, info = run.weights.read_bytes(), run.read_info()
-    for content in (None, b"", weights[: len(weights) // 2]):
+    flipped = weights[:-1] + bytes([weights[-1] ^ 1])
+    for content in (None, b"", weights[: len(weights) // 2], flipped):
         damage(run.weights, content)
         resume(run.path)
         assert "It is made again from the checkpoints" in caplog.text

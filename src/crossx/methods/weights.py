@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +31,8 @@ PREFIX = "method."
 """Prefix of a method's keys in a training checkpoint."""
 MAX_DERIVED = 2**30
 """Limit in bytes of the buffers that a network computes when it is built instead of storing them."""
+CHECKSUM = "sha256"
+"""Key of the metadata of ``model.safetensors`` with the checksum of its tensors."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -194,8 +198,19 @@ def load_weights(method: Method, path: Path) -> None:
     method.load_state_dict(state)
 
 
+def check_weights(path: Path) -> None:
+    """Check that weights can be read and are what was written.
+
+    Raises:
+        CrossXError: If they are not.
+    """
+    _read_weights(path)
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     state = read_state_dict(path)
+    if path.suffix.lower() == ".safetensors":
+        _check_checksum(state, path)
     # torch.load reads damaged tensors without a word
     if path.suffix == ".ckpt" and zipfile.is_zipfile(path) and not is_intact(path):
         raise CrossXError(
@@ -233,10 +248,29 @@ def _check_fit(method: Method, state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def save_weights(method: Method, path: Path) -> None:
-    """Write a method's weights as safetensors, atomically."""
+    """Write a method's weights as safetensors with their checksum, atomically."""
     state = {key: value.detach().cpu().contiguous() for key, value in method.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(state, temporary)
+        save_file(state, temporary, {CHECKSUM: _checksum(state)})
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors, with their names, types and shapes, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _check_checksum(state: Mapping[str, Tensor], path: Path) -> None:
+    """Check the checksum of a file of ``save_weights``; those of earlier versions and of other programs have none."""
+    with safe_open(path, "pt") as opened:
+        stored = (opened.metadata() or {}).get(CHECKSUM)
+    if stored is not None and stored != _checksum(state):
+        raise WeightsFileError(
+            f"{path}: damaged, its checksum is not that of what was written: copy it again."
+        )
 
 
 def _mismatch(

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-
 from crossx.commands import quoted
 from crossx.distributed import is_leader
 from crossx.errors import CrossXError, UsageError
+from crossx.methods.weights import check_weights
 from crossx.recipes import SECTIONS
 from crossx.runs import Run, RunFileError, check_files, read_config, resume_command, write_text
 from crossx.training.checkpoints import read_newest, read_resumable
@@ -44,9 +43,8 @@ def require_unfinished(run: Run) -> None:
         return
     try:
         run.read_spec()
-        with safe_open(run.weights, "pt"):
-            pass
-    except (CrossXError, OSError, SafetensorError):
+        check_weights(run.weights)
+    except (CrossXError, OSError):
         log.warning("%s: the model is damaged or missing. It is made again from the checkpoints.", run.path)
         return
     try:
