@@ -45,11 +45,10 @@ def main() -> None:
         if not results.is_file():
             crossx("test", str(folder), "--parts", "--split", SPLIT)
         found = json.loads(results.read_text())
-        accuracies = {name: repeated[key][name] for name in ("val_top1", "top1")} if key in repeated else {}
         runs.append(
             {"variant": variant, "alternative": alternative, "seed": seed, "images": found["n"]}
-            | ({"val_top1": searched[key]["val_top1"]} if key in searched else {})
-            | accuracies
+            | ({"searched": searched[key]["val_top1"]} if key in searched else {})
+            | ({"top1": repeated[key]["top1"]} if key in repeated else {})
             | {"parts": measured(found)}
         )
     unchanged = {(run["variant"], run["alternative"]): {} for run in runs}
@@ -86,7 +85,7 @@ def summarize(
         "changes": describe_changes(changes),
         "seeds": [run["seed"] for run in mine],
         "chosen": chosen,
-        "val_top1": statistics.mean(run["val_top1"] for run in mine),
+        "val_top1": tested["val_top1"] if chosen else statistics.mean(run["searched"] for run in mine),
         **({name: tested[name] for name in ("top1", "against")} if chosen else {}),
         **mean_of_lowest([run["parts"] for run in mine]),
     }

@@ -373,6 +373,23 @@ def test_the_tables_of_parts_and_accuracy_are_those_of_the_files(title: str, nam
         assert cells == [f"{found['summary'][network][stage][key]:.3f}" for key in keys]
 
 
+def test_the_table_of_the_search_among_options_is_that_of_the_file() -> None:
+    (printed,) = tables(DETAILS["parts"].split("## A search among the options")[1].split("\n## ")[0])
+    found = json.loads((ROOT / "results" / "parts" / "options.json").read_text(encoding="utf-8"))
+    rows = {f"`{row['variant']}`": row for row in found["rows"]}
+    assert [row[0] for row in printed[1:]] == list(rows)
+    for name, top1, gain, *cells in printed[1:]:
+        row = rows[name]
+        assert top1 == f"{100 * row['top1']:.2f}"
+        against = row["against"]
+        assert gain == (effect(against["difference"], *against["intervals"]["images"]) if against else "")
+        assert cells == [
+            f"{row[stage][key]:.3f}"
+            for stage in ("previous", "last", "merged")
+            for key in ("correlation", "nmi_of_peaks_in_parts", "peak_in_part")
+        ]
+
+
 def test_what_refined_prototypes_start_from_is_that_of_the_file() -> None:
     section = " ".join(
         DETAILS["parts"].split("## In one training, from refined")[1].split("\n## ")[0].split()

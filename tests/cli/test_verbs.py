@@ -54,6 +54,7 @@ def test_quickstart_trains_and_tests_both_and_draws_a_picture(started: tuple[Pat
         results = json.loads((output / method / "test.json").read_text())
         assert (results["method"], results["n"], results["seed"]) == (method, 9, 1)
         assert f"  {method:<8} {results['top1']:7.1%}  (" in printed
+    assert json.loads((output / "crossx/model.json").read_text())["options"]["osme_placement"] == "output"
     assert "  chance     33.3%" in printed
     parts = json.loads((output / "crossx/test_parts.json").read_text())
     assert parts["verdict"] in " ".join(printed.split())
