@@ -185,3 +185,13 @@ def test_nothing_done_is_a_table_without_numbers(ablation, tmp_path: Path) -> No
     write_summary(summary, tmp_path)
     assert not (tmp_path / "chart.png").exists()
     assert {row["top1"] for row in summary["rows"]} == {None}
+
+
+def test_printed_intervals_end_where_accuracies_and_differences_do(ablation) -> None:
+    suite, trials, _ = ablation
+    found = summarize_suite(suite, trials, failures(trials))
+    found["rows"][1]["intervals"]["seeds"] = [-0.2, 1.3195]
+    found["rows"][1]["against"]["intervals"]["seeds"] = [-1.2, 1.3]
+    cells = build_table(found).rows[1]
+    assert "0.00 to 100.00" in cells
+    assert "-100.00 to +100.00" in cells

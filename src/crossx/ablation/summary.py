@@ -300,5 +300,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _bounds(interval: Sequence[float] | None, *, signed: bool = False) -> str:
     if interval is None:
         return "–"
-    low, high = (f"{100 * bound:{'+' if signed else ''}.2f}" for bound in interval)
+    # of two seeds that differ, Student's interval is wider than accuracies and differences can be
+    least = -1 if signed else 0
+    low, high = (f"{100 * min(max(bound, least), 1):{'+' if signed else ''}.2f}" for bound in interval)
     return f"{low} to {high}"
